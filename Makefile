@@ -1,0 +1,63 @@
+# Everything a contributor does, one target each; `make` lists them. Needs GNU make and Python >= 3.10 with `venv`.
+#   make test PYTHON=python3.12               another interpreter for a new .venv
+#   make test ARGS="tests/test_layering.py"   arguments for pytest
+# Where the package index serves PyTorch only with CUDA and you want the smaller CPU build:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+PYTHON ?= python3
+ARGS ?=
+DEMO_OUT ?= runs/demo
+SUITE := .cache/transformers-tests
+BIN := .venv/bin
+
+# Two test processes of one thread each: several threads in each process would fight over the cores.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-transformers check format demo clean distclean
+.DELETE_ON_ERROR:
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/.ready  ## Make .venv from the pinned versions in constraints.txt
+
+# `.installing` exists only while a set-up runs: one found here was interrupted, and its .venv is made anew.
+.venv/.ready: pyproject.toml constraints.txt scripts/fix_torchaudio.py
+	@if [ -e .venv/.installing ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then rm -rf .venv; fi
+	@mkdir -p .venv && touch .venv/.installing
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	$(BIN)/python scripts/fix_torchaudio.py
+	@rm .venv/.installing && touch $@
+
+test: .venv/.ready  ## Run the tests on two cores
+	$(PYTEST) $(ARGS)
+
+test-transformers: .venv/.ready $(SUITE)/.ready  ## Run Transformers' own model and processor tests on ours
+	$(PYTEST) tests/transformers $(ARGS)
+
+# Follows .venv/.ready, so that a new Transformers brings its own tests along.
+$(SUITE)/.ready: .venv/.ready scripts/transformers_suite.py
+	$(BIN)/python scripts/transformers_suite.py $(SUITE)
+	@touch $@
+
+check: .venv/.ready  ## Check style, types and layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(TEST_ENV) $(BIN)/python -m pytest -q tests/test_layering.py
+
+format: .venv/.ready  ## Format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+demo: .venv/.ready  ## Train, evaluate and talk to a small RE-LLM on synthetic speech
+	$(BIN)/relllm demo --out $(DEMO_OUT)
+
+clean:  ## Remove caches and build products, keep .venv and runs/
+	rm -rf build dist .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis relllm.egg-info
+	find relllm tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## Remove .venv as well
+	rm -rf .venv

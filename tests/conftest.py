@@ -1,0 +1,53 @@
+"""What every test shares: one thread, fixed seeds, no network beyond this machine."""
+
+import os
+import random
+import socket
+import sys
+from pathlib import Path
+
+# Read by the libraries when they are imported, so set first; inherited by the processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+TRANSFORMERS_SUITE = Path(__file__).parent.parent / ".cache" / "transformers-tests"
+collect_ignore: list[str] = []
+if (TRANSFORMERS_SUITE / ".ready").exists():
+    sys.path.insert(0, str(TRANSFORMERS_SUITE))
+else:
+    collect_ignore.append("transformers")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if collect_ignore:
+        terminalreporter.write_line(
+            "tests/transformers: not collected, `make test-transformers` first lays out Transformers' own tests"
+        )
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def only_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections leave this machine for no test: an attempt fails at once and names the address."""
+    connect = socket.socket.connect
+
+    def connect_locally(self: socket.socket, address: tuple | str | bytes) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"Tests run offline, got a connection to {address}. Serve it from 127.0.0.1 instead.")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_locally)
