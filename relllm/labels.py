@@ -1,0 +1,69 @@
+# Copyright 2026 The RE-LLM contributors. Licensed under the Apache License, Version 2.0.
+"""Names of emotions and of emotion dimensions, in the one order that this package uses.
+
+What lives here: the two orders, and the map from the names that corpora use to ours. What does not: what a corpus does
+with a label outside its task, such as merging "excited" into "happy" (the preparer of that corpus).
+"""
+
+EMOTIONS = ("neutral", "happy", "angry", "sad", "surprise")  # the original's order: index 0-4
+DIMENSIONS = ("arousal", "dominance", "valence")  # files and models in the wild use four orders: always go by name
+
+FURTHER_EMOTIONS = ("fear", "disgust", "contempt", "frustrated", "excited")  # kept where a corpus has them
+
+_SYNONYMS = {
+    "neutral": ("neu", "n"),
+    "happy": ("happiness", "joy", "hap", "h"),
+    "angry": ("anger", "ang", "a"),
+    "sad": ("sadness", "s"),
+    "surprise": ("surprised", "sur", "u"),
+    "fear": ("fearful", "fea", "f"),
+    "disgust": ("disgusted", "dis", "d"),
+    "contempt": ("c",),
+    "frustrated": ("frustration", "fru"),
+    "excited": ("excitement", "exc"),
+}
+_NO_LABEL = ("other", "oth", "o", "no agreement", "xxx", "x")
+_CANONICAL: dict[str, str | None] = {synonym: name for name, synonyms in _SYNONYMS.items() for synonym in synonyms}
+_CANONICAL.update({name: name for name in _SYNONYMS})
+_CANONICAL.update(dict.fromkeys(_NO_LABEL))
+
+
+def canonical_emotion(name: str) -> str | None:
+    """The canonical name of an emotion as a corpus writes it.
+
+    Args:
+        name (`str`): For example `"ang"` (IEMOCAP), `"A"` (MSP-Podcast) or `"Angry"` (ESD); upper or lower case.
+
+    Returns:
+        `str` or `None`: One of `EMOTIONS` or `FURTHER_EMOTIONS`; `None` for "other" and for "no agreement" of the
+        raters.
+
+    Raises:
+        ValueError: A name that is in no list.
+    """
+    key = name.strip().lower()
+    if key not in _CANONICAL:
+        raise ValueError(
+            f"Unknown emotion {name!r}; known names: {', '.join(sorted(_CANONICAL))}. Map it to one of them before."
+        )
+    return _CANONICAL[key]
+
+
+def emotion_index(name: str) -> int:
+    """The class index of a canonical emotion.
+
+    Args:
+        name (`str`): One of `EMOTIONS`.
+
+    Returns:
+        `int`: 0 to 4.
+
+    Raises:
+        ValueError: Another name; other spellings go through `canonical_emotion` first.
+    """
+    if name not in EMOTIONS:
+        raise ValueError(
+            f"Expected one of {', '.join(EMOTIONS)}, got {name!r}. Use `canonical_emotion` for other spellings; an "
+            "emotion outside the set has no index."
+        )
+    return EMOTIONS.index(name)

@@ -1,0 +1,244 @@
+"""Waveforms in, tensors of both towers out: log-mel (or waveform) for the speech tower, waveform for the emotion tower.
+
+Every clip is read once and resampled once. A clip longer than the tower's window is cut into windows of equal length.
+Also here: how many positions a clip takes in the LLM's sequence, the rule that processor and model share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from transformers import BatchFeature, WhisperFeatureExtractor
+
+from .audio_relllm import MAX_DURATION_S, AudioSource, load_audio
+
+VARIANCE_FLOOR = 1e-7  # of wav2vec2's feature extractor; the original code's as well
+
+
+class ReLLMFeatureExtractor(WhisperFeatureExtractor):
+    """Prepares audio for both towers of RE-LLM.
+
+    Usually made by [`ReLLMProcessor.from_config`], which takes every number from the model's configuration.
+
+    Args:
+        feature_size (`int`, *optional*, defaults to 80): Mel bins.
+        sampling_rate (`int`, *optional*, defaults to 16000): In Hz; other rates are resampled to it.
+        hop_length, n_fft (`int`, *optional*, defaults to 160 and 400): Of the log-mel, in samples.
+        chunk_length (`int` or `float`, *optional*, defaults to 30): Window of the speech tower, in seconds.
+        speech_input (`str`, *optional*, defaults to `"log_mel"`): Or `"waveform"`, for wav2vec2, HuBERT and WavLM.
+        speech_do_normalize (`bool`, *optional*, defaults to `True`): Zero mean and unit variance for such a waveform.
+        tower_kernels, tower_strides (`list[int]`, *optional*):
+            Of the speech tower's convolutions without padding, for `"waveform"`.
+        num_projector_convs (`int`, *optional*, defaults to 3): Stride-2 convolutions of the projector; `None` for
+            CFormer, whose count is not known beforehand.
+        num_extra_tokens (`int`, *optional*, defaults to 0): Positions before the speech (`emotion_fusion="token"`: 1).
+        emotion_values (`bool`, *optional*, defaults to `True`): Whether there is an emotion tower to feed.
+        full_window (`bool`, *optional*, defaults to `True`): Pad the log-mel to the whole window, as Whisper was
+            trained; `False` pads to the longest clip of the batch, which is cheaper.
+        max_duration_s (`float`, *optional*, defaults to 600): Longest clip accepted, in seconds.
+    """
+
+    model_input_names = ["input_features", "input_features_mask", "input_values", "input_values_mask"]
+
+    def __init__(
+        self,
+        feature_size: int = 80,
+        sampling_rate: int = 16_000,
+        hop_length: int = 160,
+        chunk_length: float = 30,
+        n_fft: int = 400,
+        speech_input: str = "log_mel",
+        speech_do_normalize: bool = True,
+        tower_kernels: Sequence[int] | None = None,
+        tower_strides: Sequence[int] | None = None,
+        num_projector_convs: int | None = 3,
+        num_extra_tokens: int = 0,
+        emotion_values: bool = True,
+        full_window: bool = True,
+        max_duration_s: float = MAX_DURATION_S,
+        **kwargs,
+    ):
+        super().__init__(
+            feature_size=feature_size,
+            sampling_rate=sampling_rate,
+            hop_length=hop_length,
+            chunk_length=chunk_length,
+            n_fft=n_fft,
+            **kwargs,
+        )
+        if speech_input not in ("log_mel", "waveform"):
+            raise ValueError(f"speech_input must be 'log_mel' or 'waveform', got {speech_input!r}.")
+        if speech_input == "waveform" and (not tower_kernels or not tower_strides):
+            raise ValueError("speech_input='waveform' needs the tower's tower_kernels and tower_strides.")
+        self.n_samples = int(chunk_length * sampling_rate)
+        self.nb_max_frames = self.n_samples // hop_length
+        self.speech_input = speech_input
+        self.speech_do_normalize = speech_do_normalize
+        self.tower_kernels = list(tower_kernels or [])
+        self.tower_strides = list(tower_strides or [])
+        self.num_projector_convs = num_projector_convs
+        self.num_extra_tokens = num_extra_tokens
+        self.emotion_values = emotion_values
+        self.full_window = full_window
+        self.max_duration_s = max_duration_s
+
+    def fetch_audio(
+        self, audio: AudioSource | Sequence[AudioSource], sampling_rate: int | None = None
+    ) -> np.ndarray | list[np.ndarray]:
+        """Read one clip or a list of them, mono, float32, at the extractor's rate.
+
+        Args:
+            audio: A path, URL, bytes, file object, array or tensor, `{"array", "sampling_rate"}`, or a list of these.
+            sampling_rate (`int`, *optional*): Rate of arrays, in Hz; by default the extractor's.
+        """
+        if isinstance(audio, (list, tuple)) and not (audio and isinstance(audio[0], (int, float))):
+            return [self.read_clip(clip, sampling_rate, index=index) for index, clip in enumerate(_flatten(audio))]
+        return self.read_clip(audio, sampling_rate)
+
+    def read_clip(
+        self, audio: AudioSource, sampling_rate: int | None = None, *, index: int | None = None
+    ) -> np.ndarray:
+        """One clip of [`~ReLLMFeatureExtractor.fetch_audio`]; `index` is what an error calls an array by."""
+        if isinstance(audio, (list, tuple)):
+            audio = np.asarray(audio, dtype=np.float32)
+        is_array = isinstance(audio, (np.ndarray, torch.Tensor))
+        return load_audio(
+            audio,
+            sampling_rate=self.sampling_rate,
+            source_rate=sampling_rate if is_array else None,
+            max_duration_s=self.max_duration_s,
+            name=f"audio {index} of shape {tuple(audio.shape)}" if is_array and index is not None else None,
+        )
+
+    def __call__(
+        self,
+        audio: AudioSource | Sequence[AudioSource],
+        sampling_rate: int | None = None,
+        return_tensors: str | None = "pt",
+        audio_token_counts: Sequence[int] | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Args:
+            audio: One clip or a list of clips, each as [`~ReLLMFeatureExtractor.fetch_audio`] takes it.
+            sampling_rate (`int`, *optional*): Rate of arrays, in Hz; by default the extractor's.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): Or `"np"`.
+            audio_token_counts (`list[int]`, *optional*): With CFormer, positions of each window.
+
+        Returns:
+            [`BatchFeature`]: `input_features` `(windows, mels, frames)` or `(windows, samples)` and its mask,
+            `input_values` `(windows, samples)` and its mask, `audio_num_windows` `(clips,)`, and `num_audio_tokens`
+            `(clips,)`, which is for the processor.
+
+        Raises:
+            ValueError: On bad audio; the message names the clip and the reason.
+        """
+        fetched = self.fetch_audio(audio, sampling_rate)
+        clips = fetched if isinstance(fetched, list) else [fetched]
+        cut = [self.cut_windows(clip) for clip in clips]
+        windows = [window for clip_windows in cut for window in clip_windows]
+        outputs = self._speech_inputs(windows)
+        if self.emotion_values:
+            outputs["input_values"], outputs["input_values_mask"] = _pad([_normalize(window) for window in windows])
+        num_windows = [len(clip_windows) for clip_windows in cut]
+        outputs["audio_num_windows"] = torch.tensor(num_windows)
+        counts = self._token_counts(windows, audio_token_counts)
+        if audio_token_counts is not None:
+            outputs["audio_token_counts"] = torch.tensor(counts)
+        if counts is not None:
+            ends = np.cumsum([0, *num_windows])
+            outputs["num_audio_tokens"] = [sum(counts[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        return BatchFeature(outputs, tensor_type=return_tensors)
+
+    def cut_windows(self, waveform: np.ndarray) -> list[np.ndarray]:
+        """Cut a clip that is longer than the window into the fewest equal parts (no sliver is left at the end)."""
+        parts = -(-len(waveform) // self.n_samples)
+        if parts <= 1:
+            return [waveform]
+        hops = -(-len(waveform) // (parts * self.hop_length))
+        return [waveform[i * hops * self.hop_length : (i + 1) * hops * self.hop_length] for i in range(parts)]
+
+    def count_tokens(self, num_samples: int) -> int:
+        """Positions in the LLM's sequence that one window of so many samples takes (the convolutional projector)."""
+        if self.num_projector_convs is None:
+            raise ValueError(
+                "A CFormer decides from what it hears how many positions a clip takes. Pass "
+                "audio_token_counts=model.predict_token_counts(**processor.feature_extractor(audio)) to the processor."
+            )
+        if self.speech_input == "log_mel":
+            frames = (-(-num_samples // self.hop_length) - 1) // 2 + 1
+        else:
+            frames = num_samples
+            for kernel, stride in zip(self.tower_kernels, self.tower_strides, strict=True):
+                frames = (frames - kernel) // stride + 1
+        for _ in range(self.num_projector_convs):
+            frames = (frames - 1) // 2 + 1
+        return frames + self.num_extra_tokens
+
+    def _token_counts(self, windows: list[np.ndarray], given: Sequence[int] | None) -> list[int] | None:
+        if given is None:
+            known = self.num_projector_convs is not None
+            return [self.count_tokens(len(window)) for window in windows] if known else None
+        counts = [int(count) for count in given]
+        if len(counts) != len(windows) or min(counts) < 1:
+            raise ValueError(f"audio_token_counts needs {len(windows)} counts, one a window, all >= 1; got {counts}.")
+        if self.num_projector_convs is not None:
+            raise ValueError("audio_token_counts is for CFormer; a convolutional projector's count is fixed.")
+        return counts
+
+    def _speech_inputs(self, windows: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        if self.speech_input == "waveform":
+            features, mask = _pad([_normalize(window) if self.speech_do_normalize else window for window in windows])
+            return {"input_features": features, "input_features_mask": mask}
+        frames = [-(-len(window) // self.hop_length) for window in windows]
+        longest = self.nb_max_frames if self.full_window else max(frames)
+        # n_fft zeros more, so that the last frame of the longest clip sees zeros after it, as in a full window
+        samples = longest * self.hop_length + (0 if self.full_window else self.n_fft)
+        padded = np.zeros((len(windows), samples), dtype=np.float32)
+        for row, window in zip(padded, windows, strict=True):
+            row[: len(window)] = window
+        features = torch.from_numpy(self._torch_extract_fbank_features(padded))[:, :, :longest].contiguous()
+        mask = torch.arange(longest)[None] < torch.tensor(frames)[:, None]
+        return {"input_features": features, "input_features_mask": mask.long()}
+
+
+def _flatten(audio: Sequence) -> list:
+    """Clips of a batch that comes nested by row."""
+    nested = all(isinstance(row, (list, tuple)) and not (row and isinstance(row[0], (int, float))) for row in audio)
+    return [clip for row in audio for clip in row] if nested else list(audio)
+
+
+def _normalize(waveform: np.ndarray) -> np.ndarray:
+    """Zero mean and unit (population) variance, as wav2vec2 does it."""
+    return (waveform - waveform.mean()) / np.sqrt(waveform.var() + VARIANCE_FLOOR)
+
+
+def _pad(waveforms: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = [torch.from_numpy(np.asarray(waveform, dtype=np.float32)) for waveform in waveforms]
+    mask = [torch.ones(len(row), dtype=torch.long) for row in rows]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(rows, batch_first=True), pad(mask, batch_first=True)
+
+
+def extractor_settings(config, speech_do_normalize: bool = True) -> Mapping[str, object]:
+    """Arguments of [`ReLLMFeatureExtractor`] that follow from a model's configuration (`ReLLMConfig`)."""
+    audio = config.audio_config
+    settings: dict[str, object] = {
+        "num_projector_convs": None if config.projector_type == "cformer" else len(config.projector_kernel_sizes),
+        "num_extra_tokens": int(config.emotion_fusion == "token"),
+        "emotion_values": config.emotion_config is not None,
+    }
+    if audio.model_type == "whisper":
+        chunk_length = audio.max_source_positions * 2 * 160 / 16_000
+        return settings | {"feature_size": audio.num_mel_bins, "chunk_length": chunk_length}
+    return settings | {
+        "speech_input": "waveform",
+        "speech_do_normalize": speech_do_normalize,
+        "tower_kernels": list(audio.conv_kernel),
+        "tower_strides": list(audio.conv_stride),
+    }
+
+
+__all__ = ["ReLLMFeatureExtractor", "extractor_settings"]

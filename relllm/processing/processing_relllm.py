@@ -1,0 +1,207 @@
+"""The processor: text and audio in, model inputs out. It owns the expansion of the audio placeholder.
+
+One `<|audio|>` in the text stands for one clip, and becomes as many of the same token as the clip has positions.
+"""
+
+import os
+
+import numpy as np
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.processing_utils import AudioKwargs, ProcessingKwargs
+
+from .audio_relllm import AudioSource
+from .feature_extraction_relllm import ReLLMFeatureExtractor, extractor_settings
+from .prompts_relllm import AUDIO_TOKEN, SPEECH_PROMPT, SYSTEM_PROMPT, build_chat_template
+
+AUDIO_KEYS = ("audio", "url", "path", "bytes")
+
+
+class ReLLMAudioKwargs(AudioKwargs, total=False):
+    """
+    Attributes:
+        audio_token_counts (`list[int]`, *optional*): With CFormer, positions of each window.
+    """
+
+    audio_token_counts: list[int] | None
+
+
+class ReLLMProcessorKwargs(ProcessingKwargs, total=False):
+    audio_kwargs: ReLLMAudioKwargs
+
+
+class ReLLMProcessor(ProcessorMixin):
+    """Tokenizer and feature extractor of RE-LLM in one.
+
+    Args:
+        feature_extractor ([`ReLLMFeatureExtractor`]): For both towers.
+        tokenizer (`PreTrainedTokenizerBase`): The LLM's, with `audio_token` in it.
+        chat_template (`str`, *optional*): Jinja; by default one in the turn format of the tokenizer.
+        audio_token (`str`, *optional*, defaults to `"<|audio|>"`): The placeholder of one clip.
+
+    Raises:
+        ValueError: If the tokenizer does not know `audio_token`.
+    """
+
+    valid_processor_kwargs = ReLLMProcessorKwargs
+    text_kwargs = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+
+    def __init__(
+        self,
+        feature_extractor: ReLLMFeatureExtractor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        audio_token: str = AUDIO_TOKEN,
+    ):
+        vocabulary = tokenizer.get_vocab()
+        if audio_token not in vocabulary:
+            raise ValueError(
+                f"The tokenizer does not know {audio_token!r}. Add it with "
+                f"`tokenizer.add_tokens([{audio_token!r}], special_tokens=True)` or use ReLLMProcessor.from_config."
+            )
+        self.audio_token = audio_token
+        self.audio_token_id = vocabulary[audio_token]
+        if chat_template is None:
+            chat_template = build_chat_template(vocabulary, tokenizer.eos_token or "", audio_token)
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: "ReLLMConfig",  # noqa: F821
+        tokenizer: str | os.PathLike | PreTrainedTokenizerBase,
+        *,
+        chat_template: str | None = None,
+        full_window: bool = True,
+        speech_do_normalize: bool = True,
+        max_duration_s: float = 600.0,
+    ) -> "ReLLMProcessor":
+        """The processor that fits a model.
+
+        Args:
+            config ([`ReLLMConfig`]): `model.config`.
+            tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`): The LLM's; `<|audio|>` is added if missing.
+            chat_template (`str`, *optional*): Jinja; by default one in the turn format of the tokenizer.
+            full_window (`bool`, *optional*, defaults to `True`): See [`ReLLMFeatureExtractor`].
+            speech_do_normalize (`bool`, *optional*, defaults to `True`): Of a waveform speech tower, as its
+                `preprocessor_config.json` has it.
+            max_duration_s (`float`, *optional*, defaults to 600): Longest clip accepted, in seconds.
+
+        Raises:
+            ValueError: If the tokenizer's `<|audio|>` is not `config.audio_token_id`.
+        """
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        if AUDIO_TOKEN not in tokenizer.get_vocab():
+            tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        processor = cls(
+            ReLLMFeatureExtractor(
+                full_window=full_window,
+                max_duration_s=max_duration_s,
+                **extractor_settings(config, speech_do_normalize),
+            ),
+            tokenizer,
+            chat_template=chat_template,
+        )
+        if processor.audio_token_id != config.audio_token_id:
+            raise ValueError(
+                f"{AUDIO_TOKEN} is token {processor.audio_token_id} in the tokenizer and {config.audio_token_id} in the "
+                "model's config. Give from_towers the same tokenizer."
+            )
+        return processor
+
+    def build_conversation(
+        self,
+        audio: AudioSource,
+        *,
+        instruction: str = SPEECH_PROMPT,
+        system_prompt: str = SYSTEM_PROMPT,
+        response: str | None = None,
+    ) -> list[dict]:
+        """One spoken turn as the model is trained on it: system prompt, instruction and audio, and the reply if given.
+
+        Args:
+            audio: A path, URL, bytes, array or tensor.
+            instruction (`str`, *optional*): Text before the audio; empty for none.
+            system_prompt (`str`, *optional*): Empty for no system turn.
+            response (`str`, *optional*): The assistant's turn, in training.
+        """
+        content = [{"type": "text", "text": instruction}] if instruction else []
+        conversation = [{"role": "user", "content": [*content, {"type": "audio", "audio": audio}]}]
+        if system_prompt:
+            conversation.insert(0, {"role": "system", "content": system_prompt})
+        if response is not None:
+            conversation.append({"role": "assistant", "content": response})
+        return conversation
+
+    def apply_request(self, audio: "AudioSource | list[AudioSource]", **kwargs) -> BatchFeature:
+        """Model inputs that ask for a reply to a spoken turn, or to a batch of them.
+
+        Args:
+            audio: A path, URL, bytes, array or tensor, or a list of these.
+            kwargs: `instruction` and `system_prompt` as in [`~ReLLMProcessor.build_conversation`].
+        """
+        clips = audio if isinstance(audio, list) else [audio]
+        conversations = [self.build_conversation(clip, **kwargs) for clip in clips]
+        return self.apply_chat_template(conversations, tokenize=True, return_dict=True, add_generation_prompt=True)
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Audio of any source becomes a flat list of waveforms, each read and resampled once."""
+        if audio is not None:
+            rate = kwargs.get("sampling_rate") or kwargs.get("audio_kwargs", {}).get("sampling_rate")
+            fetched = self.feature_extractor.fetch_audio(audio, sampling_rate=rate)
+            audio = fetched if isinstance(fetched, list) else [fetched]
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)
+        if audio is None and (count := sum(row.count(self.audio_token) for row in text or [])):
+            raise ValueError(f"The text has {count} {self.audio_token} and 0 audio inputs came with it. Pass audio=….")
+        return images, text, videos, audio
+
+    def _process_audio(self, audio: list[np.ndarray], **kwargs):
+        # `prepare_inputs_layout` has brought every clip to the extractor's rate
+        features = self.feature_extractor(audio, audio_token_counts=kwargs.get("audio_token_counts"))
+        return features, [self.replace_audio_token(features, audio_idx=index) for index in range(len(audio))]
+
+    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
+        """The placeholders of clip `audio_idx`."""
+        if "num_audio_tokens" not in audio_inputs:
+            self.feature_extractor.count_tokens(0)  # says how a CFormer's counts are found
+        return self.audio_token * int(audio_inputs["num_audio_tokens"][audio_idx])
+
+    def _multimodal_inputs_from_conversations(self, conversations, audio_loading_params, load_audio_from_video=False):
+        """Read the audio parts of conversations, in order. Keys that are `None` (Arrow structs have them) are absent."""
+        clips = []
+        for conversation in conversations:
+            for message in conversation:
+                if isinstance(message.get("content"), str):
+                    continue
+                for part in message.get("content") or []:
+                    if part["type"] != "audio":
+                        continue
+                    given = [part[key] for key in AUDIO_KEYS if part.get(key) is not None]
+                    if len(given) != 1:
+                        raise ValueError(
+                            f"An audio part needs exactly one of the keys {AUDIO_KEYS}, got {sorted(part)}."
+                        )
+                    rate = part.get("sampling_rate")
+                    clips.append(self.feature_extractor.read_clip(given[0], rate, index=len(clips)))
+        rows = [[] for _ in conversations]
+        return rows, rows, clips, {}
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Everything that the model's `forward` takes from here."""
+        extractor = self.feature_extractor
+        names = [*self.tokenizer.model_input_names, *extractor.model_input_names, "audio_num_windows"]
+        if extractor.num_projector_convs is None:  # a CFormer's counts are given, not computed
+            names.append("audio_token_counts")
+        return list(dict.fromkeys(names))
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """Made on the way, and not for the model."""
+        return ["num_audio_tokens"]
+
+
+__all__ = ["ReLLMProcessor"]

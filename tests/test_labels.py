@@ -1,0 +1,47 @@
+"""Names of emotions: what corpora write, and what is refused."""
+
+import pytest
+
+from relllm.labels import DIMENSIONS, EMOTIONS, FURTHER_EMOTIONS, canonical_emotion, emotion_index
+
+
+def test_the_orders_are_fixed() -> None:
+    assert EMOTIONS == ("neutral", "happy", "angry", "sad", "surprise")
+    assert DIMENSIONS == ("arousal", "dominance", "valence")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("angry anger ang A Angry", "angry"),
+        ("happy happiness joy hap H", "happy"),
+        ("excited exc", "excited"),
+        ("sad sadness S", "sad"),
+        ("neutral neu N", "neutral"),
+        ("surprise surprised sur U", "surprise"),
+        ("fear fea F", "fear"),
+        ("disgust dis D", "disgust"),
+        ("contempt C", "contempt"),
+        ("frustrated fru", "frustrated"),
+        ("other oth O xxx X", None),
+    ],
+)
+def test_names_seen_in_the_wild_have_one_canonical_name(names: str, expected: str | None) -> None:
+    assert {canonical_emotion(name) for name in names.split()} == {expected}
+
+
+def test_canonical_names_map_to_themselves() -> None:
+    for name in (*EMOTIONS, *FURTHER_EMOTIONS):
+        assert canonical_emotion(name) == name
+
+
+@pytest.mark.parametrize("name", ["", "bored", "angri"])
+def test_an_unknown_name_is_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match=f"Unknown emotion {name!r}"):
+        canonical_emotion(name)
+
+
+def test_the_index_is_that_of_the_original() -> None:
+    assert [emotion_index(name) for name in EMOTIONS] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"got 'fear'\. Use `canonical_emotion`"):
+        emotion_index("fear")
