@@ -1,0 +1,1 @@
+"""Model files. They become flat files on the Hub, so each imports only siblings of this folder."""

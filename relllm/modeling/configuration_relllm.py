@@ -1,0 +1,178 @@
+"""Configuration of RE-LLM: the towers, how they are joined, the scoped LoRA and the auxiliary heads.
+
+Architecture only. What a training run chooses (loss weights, learning rate, what is unfrozen) is `ReLLMSFTConfig`.
+"""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+DIMENSIONS = ("arousal", "dominance", "valence")
+EMOTIONS = ("neutral", "happy", "angry", "sad", "surprise")
+WAVEFORM_TOWERS = ("wav2vec2", "hubert", "wavlm")
+AUDIO_TOWERS = ("whisper", *WAVEFORM_TOWERS)
+
+
+@strict
+class ReLLMEmotionConfig(PreTrainedConfig):
+    """Configuration of [`ReLLMEmotionModel`], the tower that reads arousal, dominance and valence from a waveform.
+
+    Args:
+        encoder_config (`dict` or `PreTrainedConfig`, *optional*, defaults to wav2vec2):
+            A waveform encoder: `wav2vec2`, `hubert` or `wavlm`.
+        final_dropout (`float`, *optional*, defaults to 0.1): Dropout around the head's hidden layer, in [0, 1).
+
+    Raises:
+        ValueError: If the encoder is of another kind, or carries a length-changing adapter.
+    """
+
+    model_type = "relllm_emotion"
+    base_config_key = "emotion_config"
+    sub_configs_defaults = {"encoder_config": SubConfigSpec(AutoConfig, model_type="wav2vec2")}
+
+    encoder_config: dict | PreTrainedConfig | None = None
+    final_dropout: float = 0.1
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        kwargs.setdefault("num_labels", len(DIMENSIONS))
+        if self.id2label is None:
+            self.id2label = dict(enumerate(DIMENSIONS))
+            self.label2id = {name: index for index, name in enumerate(DIMENSIONS)}
+        super().__post_init__(**kwargs)
+        _check_tower("encoder_config", self.encoder_config, WAVEFORM_TOWERS)
+        if tuple(self.id2label[index] for index in sorted(self.id2label)) != DIMENSIONS:
+            raise ValueError(f"The emotion tower's outputs must be {DIMENSIONS} in this order, got {self.id2label}.")
+
+    @classmethod
+    def from_encoder_config(cls, config: PreTrainedConfig) -> "ReLLMEmotionConfig":
+        """The configuration of a checkpoint of the audEERING layout: an encoder's config with a head's labels in it."""
+        labels = config.to_dict().get("id2label") or {}
+        id2label = {int(index): name for index, name in labels.items()}
+        if set(id2label.values()) == {f"LABEL_{index}" for index in range(len(id2label))}:
+            id2label = None  # unnamed outputs: the layout's own order is ours
+        return cls(encoder_config=config, final_dropout=config.final_dropout, id2label=id2label)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the utterance embedding, d_e."""
+        return self.encoder_config.hidden_size
+
+
+@strict
+class ReLLMConfig(PreTrainedConfig):
+    """Configuration of [`ReLLMForConditionalGeneration`].
+
+    Args:
+        audio_config (`dict` or `PreTrainedConfig`, *optional*, defaults to Whisper):
+            The speech tower: `whisper` (its encoder half), `wav2vec2`, `hubert` or `wavlm`.
+        emotion_config (`dict` or `ReLLMEmotionConfig`, *optional*):
+            The emotion tower; needed unless `emotion_fusion="none"`.
+        text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to Llama): Any causal language model.
+        audio_token_id (`int`, *optional*, defaults to 0): The placeholder that projected frames replace.
+        emotion_fusion (`str`, *optional*, defaults to `"concat"`):
+            `"concat"`: the utterance embedding repeated along time beside the speech frames (the paper, section
+            "Emotion embedder"); `"token"`: one projected position before the speech; `"none"`: the speech-LLM baseline.
+        projector_type (`str`, *optional*, defaults to `"conv"`): `"conv"` (the paper) or `"cformer"` (BLSP-Emo, CIF).
+        projector_kernel_sizes (`list[int]`, *optional*, defaults to `[5, 5, 5]`):
+            One stride-2 convolution for each; odd, because the length rule floor((L - 1)/2 + 1) holds for odd only.
+        projector_inner_dim (`int`, *optional*, defaults to 512): Width of the bottleneck after the convolutions.
+        projector_layers (`int`, *optional*, defaults to 0): Transformer layers in the bottleneck instead of a GELU.
+        projector_heads (`int`, *optional*, defaults to 8): Attention heads of those layers and of CFormer's.
+        projector_ffn_dim (`int`, *optional*, defaults to 2048): Feed-forward width of those layers.
+        cformer_pre_layers / cformer_post_layers (`int`, *optional*, defaults to 1): CFormer's layers around the CIF.
+        projector_masking (`bool`, *optional*, defaults to `True`):
+            Keeps padding out of the projector, so that a clip's tokens do not depend on its batch. `False` reproduces
+            the original code.
+        emotion_labels (`list[str]`, *optional*): Class names of the emotion head, in the order of its outputs.
+        lora_config (`dict`, *optional*):
+            Arguments of `peft.LoraConfig` for the LLM; `None` for no LoRA. The paper: r 16, alpha 16, dropout 0.05.
+        lora_scope (`str`, *optional*, defaults to `"audio"`):
+            Where the LoRA acts: at `"audio"` positions (the paper), at `"text"` positions, or `"global"`.
+
+    Raises:
+        ValueError: On a value outside the stated ones; the message names the argument and what is allowed.
+    """
+
+    model_type = "relllm"
+    sub_configs_defaults = {
+        "audio_config": SubConfigSpec(AutoConfig, model_type="whisper"),
+        "emotion_config": SubConfigSpec(ReLLMEmotionConfig, optional=True),
+        "text_config": SubConfigSpec(AutoConfig, model_type="llama"),
+    }
+
+    audio_config: dict | PreTrainedConfig | None = None
+    emotion_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    audio_token_id: int = 0
+    emotion_fusion: Literal["concat", "token", "none"] = "concat"
+    projector_type: Literal["conv", "cformer"] = "conv"
+    projector_kernel_sizes: list[int] | tuple[int, ...] = (5, 5, 5)
+    projector_inner_dim: int = 512
+    projector_layers: int = 0
+    projector_heads: int = 8
+    projector_ffn_dim: int = 2048
+    cformer_pre_layers: int = 1
+    cformer_post_layers: int = 1
+    projector_masking: bool = True
+    emotion_labels: list[str] | tuple[str, ...] = EMOTIONS
+    lora_config: dict | None = None
+    lora_scope: Literal["audio", "text", "global"] = "audio"
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.emotion_labels = list(self.emotion_labels)
+        self.projector_kernel_sizes = list(self.projector_kernel_sizes)
+        _check_tower("audio_config", self.audio_config, AUDIO_TOWERS)
+        self._check_fusion()
+        self._check_projector()
+        if self.audio_token_id < 0:
+            raise ValueError(f"audio_token_id must be a token id (>= 0), got {self.audio_token_id}.")
+        if not self.emotion_labels or len(set(self.emotion_labels)) != len(self.emotion_labels):
+            raise ValueError(f"emotion_labels must be distinct names, at least one, got {self.emotion_labels}.")
+        if self.lora_config is not None and int(self.lora_config.get("r", 8)) < 1:
+            raise ValueError(f"lora_config['r'] must be at least 1, got {self.lora_config['r']}.")
+
+    def _check_fusion(self) -> None:
+        if self.emotion_fusion != "none" and self.emotion_config is None:
+            raise ValueError(
+                f"emotion_fusion={self.emotion_fusion!r} needs an emotion_config. "
+                "Pass one, or emotion_fusion='none' for the speech-LLM baseline."
+            )
+        if self.emotion_fusion == "none" and self.emotion_config is not None:
+            raise ValueError("emotion_fusion='none' takes no emotion_config: its tower would never be used.")
+
+    def _check_projector(self) -> None:
+        even = [size for size in self.projector_kernel_sizes if size % 2 == 0 or size < 1]
+        if even or not self.projector_kernel_sizes:
+            raise ValueError(
+                f"projector_kernel_sizes must be odd and positive, got {self.projector_kernel_sizes}: the number of "
+                "audio tokens, floor((L - 1)/2 + 1) for each convolution, holds for odd kernels only."
+            )
+        heads_on = {"projector_inner_dim": self.projector_inner_dim} if self.projector_layers else {}
+        if self.projector_type == "cformer":
+            heads_on = {"the projector's input width": self.projector_input_size}
+        for name, width in heads_on.items():
+            if width % self.projector_heads:
+                raise ValueError(f"{name} ({width}) must be a multiple of projector_heads ({self.projector_heads}).")
+
+    @property
+    def projector_input_size(self) -> int:
+        """Width of the frames that enter the projector: d_s, and d_e beside it with `emotion_fusion="concat"`."""
+        width = self.audio_config.hidden_size
+        return width + self.emotion_config.hidden_size if self.emotion_fusion == "concat" else width
+
+
+def _check_tower(name: str, config: PreTrainedConfig, allowed: tuple[str, ...]) -> None:
+    if config.model_type not in allowed:
+        raise ValueError(f"{name} must be of one of the kinds {allowed}, got {config.model_type!r}.")
+    if getattr(config, "add_adapter", False):
+        raise ValueError(
+            f"{name} has add_adapter=True: its extra layers change the frame count. Use the bare encoder."
+        )
+
+
+__all__ = ["ReLLMConfig", "ReLLMEmotionConfig"]

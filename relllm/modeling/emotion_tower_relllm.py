@@ -1,0 +1,137 @@
+"""The emotion tower: arousal, dominance and valence of a waveform, and the utterance embedding that RE-LLM fuses.
+
+Submodule names are those of audEERING's `wav2vec2-large-robust-12-ft-emotion-msp-dim` (`wav2vec2.…`, `classifier.…`),
+which loads as it is. RE-LLM, section "Emotion embedder".
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+
+from .audio_tower_relllm import build_tower, encode_audio, frame_mask
+from .configuration_relllm import DIMENSIONS, ReLLMEmotionConfig
+
+
+@dataclass
+class EmotionTowerOutput(ModelOutput):
+    """
+    Args:
+        embedding (`torch.Tensor` of shape `(clips, d_e)`): Mean over the clip's own frames.
+        dimensions (`torch.Tensor` of shape `(clips, 3)`): Arousal, dominance, valence, about 0 to 1.
+        last_hidden_state (`torch.Tensor` of shape `(clips, T, d_e)`): Frames; those past a clip's own count are padding.
+        hidden_states (`tuple` of `torch.Tensor` of shape `(clips, T, d_e)`, *optional*): Before and after each layer.
+        attentions (`tuple` of `torch.Tensor` of shape `(clips, heads, T, T)`, *optional*): Of each layer.
+    """
+
+    embedding: Tensor | None = None
+    dimensions: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class EmotionHead(nn.Module):
+    """Dense, tanh, projection to the three dimensions; dropout before both linear layers."""
+
+    def __init__(self, config: ReLLMEmotionConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.final_dropout)
+        self.out_proj = nn.Linear(config.hidden_size, len(DIMENSIONS))
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        hidden = torch.tanh(self.dense(self.dropout(embedding)))
+        return self.out_proj(self.dropout(hidden))
+
+
+class ReLLMEmotionModel(PreTrainedModel):
+    """A waveform encoder, the mean over its valid frames, and a head for arousal, dominance and valence.
+
+    Args:
+        config ([`ReLLMEmotionConfig`]): The encoder and the head's dropout.
+    """
+
+    config: ReLLMEmotionConfig
+    base_model_prefix = "encoder"
+    main_input_name = "input_values"
+    input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: ReLLMEmotionConfig):
+        super().__init__(config)
+        encoder = build_tower(config.encoder_config)
+        self.encoder_name = encoder.base_model_prefix  # "wav2vec2", "hubert", "wavlm": the names in their checkpoints
+        self.add_module(self.encoder_name, encoder)
+        self.classifier = EmotionHead(config)
+        self.post_init()
+
+    @property
+    def encoder(self) -> PreTrainedModel:
+        """The waveform encoder."""
+        return getattr(self, self.encoder_name)
+
+    def forward(
+        self,
+        input_values: Tensor,
+        input_values_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EmotionTowerOutput | tuple:
+        """
+        Args:
+            input_values (`torch.Tensor` of shape `(clips, samples)`): 16 kHz, zero mean and unit variance for each clip.
+            input_values_mask (`torch.Tensor` of shape `(clips, samples)`, *optional*): 1 on the clip's own samples.
+                Without it every sample counts, as in the original code, which ran clip by clip.
+        """
+        encoded, lengths = encode_audio(self.encoder, input_values, input_values_mask, **kwargs)
+        hidden = encoded.last_hidden_state
+        valid = frame_mask(lengths, hidden.shape[1]).unsqueeze(-1).to(hidden.dtype)
+        embedding = (hidden * valid).sum(1) / valid.sum(1)
+        output = EmotionTowerOutput(
+            embedding, self.classifier(embedding), hidden, encoded.hidden_states, encoded.attentions
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs) -> "ReLLMEmotionModel":
+        """Load a tower saved by this class, or any checkpoint of the audEERING layout.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A Hub id or a directory, safetensors only.
+            config ([`ReLLMEmotionConfig`], *optional*): By default read from the checkpoint.
+
+        Raises:
+            ValueError: If a weight of the encoder or of the head is missing: an emotion tower with random parts gives
+                numbers that look right.
+        """
+        from transformers import AutoConfig
+
+        wants_info = kwargs.pop("output_loading_info", False)
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False would unpickle the checkpoint. Convert it to safetensors first.")
+        hub = {
+            k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only", "subfolder") if k in kwargs
+        }
+        if config is None:
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        if config.model_type != cls.config_class.model_type:
+            config = cls.config_class.from_encoder_config(config)
+        kwargs |= {"config": config, "use_safetensors": True, "output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of the emotion tower: "
+                f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. It needs an encoder and a head "
+                "(classifier.dense, classifier.out_proj) for arousal, dominance and valence."
+            )
+        return (model, info) if wants_info else model
+
+
+__all__ = ["EmotionTowerOutput", "ReLLMEmotionModel"]

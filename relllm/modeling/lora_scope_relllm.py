@@ -1,0 +1,157 @@
+"""LoRA that acts only at some positions of the sequence (RE-LLM and BLSP-Emo: at audio positions).
+
+PEFT owns the layers, their parameters and their saving. Here is only the rule of where they act: a mask that the model
+sets for the length of one forward pass. PEFT is imported when a LoRA is built, not before.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+ADAPTER_NAME = "relllm"  # not "default": a downstream `get_peft_model` takes that name and would overwrite ours
+
+
+class LoraScope:
+    """Where the LoRA acts in the running forward pass; one object for each model.
+
+    `mask` is `None` (nowhere), `True` (everywhere) or a bool tensor of shape `(batch, sequence)`. It is kept for each
+    thread, so that two threads may run the model at once.
+    """
+
+    def __init__(self):
+        self._local = threading.local()
+
+    @property
+    def mask(self) -> Tensor | bool | None:
+        return getattr(self._local, "mask", None)
+
+    @contextlib.contextmanager
+    def use(self, mask: Tensor | bool | None) -> Iterator[None]:
+        """Set the mask for the length of a `with` block."""
+        before = self.mask
+        self._local.mask = mask
+        try:
+            yield
+        finally:
+            self._local.mask = before
+
+    def wrap_checkpoint(self, checkpoint: Callable) -> Callable:
+        """A gradient-checkpointing function that runs again under the mask of the first run.
+
+        The second run comes in the backward pass, long after `use` has ended, and maybe after a teacher pass with
+        another mask.
+        """
+
+        def scoped_checkpoint(function: Callable, *args, **kwargs):
+            mask = self.mask
+
+            def run(*run_args, **run_kwargs):
+                with self.use(mask):
+                    return function(*run_args, **run_kwargs)
+
+            return checkpoint(run, *args, **kwargs)
+
+        return scoped_checkpoint
+
+    def __deepcopy__(self, memo: dict) -> "LoraScope":
+        return type(self)()
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+
+class ScopedLora:
+    """What PEFT calls a LoRA variant: our forward pass on PEFT's layers and parameters.
+
+    It has the methods of `peft.tuners.lora.layer.LoraVariant`, which PEFT calls private ("prone to change"): hence the
+    pinned range and a test of its own. It does not inherit from it, so that PEFT loads only where a LoRA is built.
+    """
+
+    def __init__(self, scope_name: str, scope: LoraScope):
+        self.scope_name = scope_name
+        self.scope = scope
+
+    def supports_lora_conversion(self) -> bool:
+        return self.scope_name == "global"
+
+    def forward(self, module: nn.Module, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
+        """`result` of the base layer, plus the LoRA where the scope's mask says so."""
+        mask = self.scope.mask
+        if mask is None:  # a decode step of audio scope: the bare LLM
+            return result
+        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        delta = lora_b(lora_a(module.lora_dropout[active_adapter](x.to(lora_a.weight.dtype))))
+        delta = delta * module.scaling[active_adapter]
+        if mask is not True:
+            delta = delta * mask.unsqueeze(-1).to(delta.device, delta.dtype)
+        return result + delta.to(result.dtype)
+
+    def merge_safe(self, module: nn.Module, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        self._refuse_partial()
+        return orig_weight + module.get_delta_weight(active_adapter)
+
+    def merge_unsafe(self, module: nn.Module, active_adapter: str, orig_weight: Tensor) -> None:
+        self._refuse_partial()
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    def unmerge(self, module: nn.Module, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - module.get_delta_weight(active_adapter)
+
+    def _refuse_partial(self) -> None:
+        if self.scope_name != "global":
+            raise ValueError(
+                f"A LoRA of scope {self.scope_name!r} cannot be merged: it acts at some positions of the sequence only, "
+                "and a merged weight acts at all. Keep it as it is (a decode step does not pay for it), or train with "
+                "lora_scope='global'."
+            )
+
+
+def inject_scoped_lora(text_model: nn.Module, lora_config: dict, scope_name: str, scope: LoraScope) -> dict:
+    """Put a LoRA into a language model, in place.
+
+    Args:
+        text_model (`nn.Module`): Any causal LM of Transformers.
+        lora_config (`dict`): Arguments of `peft.LoraConfig`; `target_modules` defaults to all linear layers but the
+            output embeddings, which are the ones of the paper (attention and MLP, input and output projections).
+        scope_name (`str`): `"audio"`, `"text"` or `"global"`.
+        scope ([`LoraScope`]): The model's.
+
+    Returns:
+        `dict`: `lora_config` with `target_modules` spelled out, so that it rebuilds the same layers.
+
+    Raises:
+        ImportError: If PEFT is not installed.
+        ValueError: If a kind of LoRA is asked for that has its own forward pass (DoRA and the like).
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora.layer import LoraLayer
+    except ImportError as error:
+        raise ImportError('This model carries a LoRA. Install PEFT with `pip install "peft>=0.21,<0.22"`.') from error
+    transposed = any(isinstance(module, Conv1D) for module in text_model.modules())  # the linear layer of GPT-2
+    peft_config = LoraConfig(**{"target_modules": "all-linear", "fan_in_fan_out": transposed, **lora_config})
+    inject_adapter_in_model(peft_config, text_model, ADAPTER_NAME)
+    variant = ScopedLora(scope_name, scope)
+    for name, module in text_model.named_modules():
+        if isinstance(module, LoraLayer):
+            if ADAPTER_NAME in module.lora_variant:
+                raise ValueError(
+                    f"lora_config asks for {module.lora_variant[ADAPTER_NAME]} at {name}; only plain LoRA."
+                )
+            module.lora_variant[ADAPTER_NAME] = variant
+    return {**lora_config, "target_modules": sorted(_target_names(text_model, LoraLayer))}
+
+
+def is_lora_parameter(name: str) -> bool:
+    """Whether a parameter name belongs to the LoRA that [`inject_scoped_lora`] makes."""
+    return f".{ADAPTER_NAME}." in name and "lora_" in name
+
+
+def _target_names(text_model: nn.Module, lora_layer: type) -> set[str]:
+    return {name.rsplit(".", 1)[-1] for name, module in text_model.named_modules() if isinstance(module, lora_layer)}
+
+
+__all__ = ["ADAPTER_NAME", "LoraScope", "ScopedLora", "inject_scoped_lora", "is_lora_parameter"]

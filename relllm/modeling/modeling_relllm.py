@@ -1,0 +1,687 @@
+"""RE-LLM: a speech tower and an emotion tower, fused and projected into a causal LLM with a scoped LoRA.
+
+Top to bottom: outputs, the pretrained base, [`ReLLMModel`] (towers, fusion, projector, heads, LLM body) and
+[`ReLLMForConditionalGeneration`] (logits, loss, generation, building from pretrained towers).
+"""
+
+import copy
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
+
+from .audio_tower_relllm import build_tower, encode_audio, frame_mask
+from .configuration_relllm import DIMENSIONS, ReLLMConfig
+from .emotion_tower_relllm import ReLLMEmotionModel
+from .lora_scope_relllm import LoraScope, inject_scoped_lora, is_lora_parameter
+from .projector_relllm import CFormer, ConvProjector, ProjectorOutput
+
+AUDIO_INPUTS = (
+    "input_features",
+    "input_features_mask",
+    "input_values",
+    "input_values_mask",
+    "audio_num_windows",
+    "audio_token_counts",
+)
+AUDIO_TOKEN = "<|audio|>"
+AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForSpeechSeq2Seq")
+
+
+@dataclass
+class ReLLMAudioOutput(BaseModelOutputWithPooling):
+    """What the model hears, before the LLM.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(windows, L, d)`): Projected positions, padded on the right.
+        pooler_output (`torch.Tensor` of shape `(tokens, d)`): The valid ones in one row, clip after clip.
+        hidden_states, attentions (`tuple` of `torch.Tensor`, *optional*): Of the speech tower, layer by layer.
+        emotion_logits (`torch.Tensor` of shape `(clips, classes)`): Of `config.emotion_labels`.
+        dimensions (`torch.Tensor` of shape `(clips, 3)`): Arousal, dominance, valence from the projected positions.
+        emotion_embedding (`torch.Tensor` of shape `(clips, d_e)`, *optional*): The emotion tower's utterance embedding.
+        tower_dimensions (`torch.Tensor` of shape `(clips, 3)`, *optional*): The emotion tower's own reading.
+        token_logits, alphas, alphas_sum (`torch.Tensor`, *optional*): CFormer's; see [`ProjectorOutput`].
+    """
+
+    emotion_logits: Tensor | None = None
+    dimensions: Tensor | None = None
+    emotion_embedding: Tensor | None = None
+    tower_dimensions: Tensor | None = None
+    token_logits: Tensor | None = None
+    alphas: Tensor | None = None
+    alphas_sum: Tensor | None = None
+
+
+@dataclass
+class ReLLMModelOutput(BaseModelOutputWithPast):
+    """Of [`ReLLMModel`].
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, sequence, d)`): The LLM's last hidden states.
+        audio_hidden_states (`torch.Tensor` of shape `(tokens, d)`, *optional*): Projected audio positions.
+        emotion_logits, dimensions, emotion_embedding, tower_dimensions: See [`ReLLMAudioOutput`].
+    """
+
+    audio_hidden_states: Tensor | None = None
+    emotion_logits: Tensor | None = None
+    dimensions: Tensor | None = None
+    emotion_embedding: Tensor | None = None
+    tower_dimensions: Tensor | None = None
+
+
+@dataclass
+class ReLLMCausalLMOutput(CausalLMOutputWithPast):
+    """Of [`ReLLMForConditionalGeneration`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*): Next-token cross-entropy, where `labels` are given.
+        logits (`torch.Tensor` of shape `(batch, sequence, vocabulary)`): Next-token scores.
+        audio_hidden_states (`torch.Tensor` of shape `(tokens, d)`, *optional*): Projected audio positions.
+        emotion_logits, dimensions, emotion_embedding, tower_dimensions: See [`ReLLMAudioOutput`].
+    """
+
+    audio_hidden_states: Tensor | None = None
+    emotion_logits: Tensor | None = None
+    dimensions: Tensor | None = None
+    emotion_embedding: Tensor | None = None
+    tower_dimensions: Tensor | None = None
+
+
+class ReLLMPreTrainedModel(PreTrainedModel):
+    """Loading, initialisation, freezing and gradient checkpointing, shared by both models."""
+
+    config: ReLLMConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ConvProjector", "CFormer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        """Transformers re-initialises every linear layer that no checkpoint filled, and LoRA's B is to start at zero."""
+        super().initialize_weights()
+        with init.guard_torch_init_functions():  # leaves loaded tensors alone
+            for module in self.modules():
+                if hasattr(module, "reset_lora_parameters"):
+                    for adapter in module.lora_A:
+                        module.reset_lora_parameters(adapter, True)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No, so that weights which a checkpoint lacks are drawn by the towers' own rules.
+
+        For custom code Transformers passes over modules without parameters of their own, and Whisper's positions come
+        out random, wav2vec2's positional convolution NaN.
+        """
+        return False
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        if enable:  # the recomputation must see the LoRA mask of the first run
+            gradient_checkpointing_func = self.base_model.lora_scope.wrap_checkpoint(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in Transformers, from safetensors only, and frozen again as [`ReLLMModel.freeze`] says.
+
+        Transformers makes every loaded parameter trainable, whatever `__init__` had set.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False would unpickle the checkpoint. Convert it to safetensors first.")
+        kwargs["use_safetensors"] = True
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base_model.freeze()
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As in Transformers; with the code files if [`relllm.register_for_auto_class`] has been called."""
+        if self._auto_class is None:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        module = type(self).__module__.rsplit(".", 1)[-1]
+        before = dict(vars(self.config))
+        self.config.auto_map = {
+            **(before.get("auto_map") or {}),
+            **{name: f"{module}.ReLLMForConditionalGeneration" for name in AUTO_CLASSES},
+        }
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:  # a later save without the code files must not point at them
+            del self.config.auto_map
+            if "auto_map" in before:
+                self.config.auto_map = before["auto_map"]
+
+
+class ReLLMModel(ReLLMPreTrainedModel):
+    """RE-LLM without the language-modelling head: hears the audio, places it, runs the LLM's body.
+
+    Args:
+        config ([`ReLLMConfig`]): The architecture.
+    """
+
+    def __init__(self, config: ReLLMConfig):
+        super().__init__(config)
+        hidden_size = config.text_config.hidden_size
+        self.audio_tower = build_tower(config.audio_config)
+        self.emotion_tower = ReLLMEmotionModel(config.emotion_config) if config.emotion_config is not None else None
+        self.multi_modal_projector = (CFormer if config.projector_type == "cformer" else ConvProjector)(config)
+        if config.emotion_fusion == "token":
+            self.emotion_projector = nn.Linear(config.emotion_config.hidden_size, hidden_size)
+        self.emotion_head = nn.Linear(hidden_size, len(config.emotion_labels), bias=False)
+        self.dimension_head = nn.Linear(hidden_size, len(DIMENSIONS), bias=False)
+        # Not "language_model": a rename for old checkpoints in Transformers would lose the LLM's weights.
+        self.text_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.lora_scope = LoraScope()
+        if config.lora_config is not None:
+            config.lora_config = inject_scoped_lora(
+                self.text_model, config.lora_config, config.lora_scope, self.lora_scope
+            )
+        self.post_init()
+        self.freeze()
+
+    def freeze(self) -> None:
+        """What the paper freezes: both towers, and the LLM except its LoRA. The projector and the heads train."""
+        for tower in (self.audio_tower, self.emotion_tower):
+            if tower is not None:
+                tower.requires_grad_(False)
+        for name, parameter in self.text_model.named_parameters():
+            parameter.requires_grad_(is_lora_parameter(name))
+
+    def train(self, mode: bool = True) -> "ReLLMModel":
+        """As in PyTorch, but a frozen tower stays in eval: no dropout, SpecAugment or layer drop in what cannot adapt."""
+        super().train(mode)
+        for tower in (self.audio_tower, self.emotion_tower):
+            if tower is not None and not _is_trained(tower):
+                tower.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> PreTrainedModel:
+        return self.text_model.base_model
+
+    @can_return_tuple
+    def get_audio_features(
+        self,
+        input_features: Tensor,
+        input_features_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        input_values_mask: Tensor | None = None,
+        audio_num_windows: Tensor | None = None,
+        audio_token_counts: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ReLLMAudioOutput:
+        """Encode, fuse, project and read the emotion.
+
+        Args:
+            input_features (`torch.Tensor`):
+                Log-mel `(windows, mels, frames)`, or waveforms `(windows, samples)` where the speech tower reads those.
+            input_features_mask (`torch.Tensor` of shape `(windows, frames or samples)`, *optional*): 1 on the clip.
+            input_values (`torch.Tensor` of shape `(windows, samples)`, *optional*): Waveforms for the emotion tower.
+            input_values_mask (`torch.Tensor` of shape `(windows, samples)`, *optional*): 1 on the clip.
+            audio_num_windows (`torch.LongTensor` of shape `(clips,)`, *optional*):
+                Windows that each clip was cut into; one each by default.
+            audio_token_counts (`torch.LongTensor` of shape `(windows,)`, *optional*):
+                For CFormer: positions to make, instead of those it predicts.
+            kwargs: `output_hidden_states` and `output_attentions`, for the speech tower.
+
+        Raises:
+            ValueError: If the emotion tower is there and `input_values` is not.
+        """
+        with _frozen(self.audio_tower):
+            encoded, lengths = encode_audio(self.audio_tower, input_features, input_features_mask, **kwargs)
+        emotion = None
+        if self.emotion_tower is not None:
+            if input_values is None:
+                raise ValueError("input_features came without input_values, which the emotion tower reads. Pass both.")
+            with _frozen(self.emotion_tower):
+                emotion = self.emotion_tower(input_values.to(self.emotion_tower.dtype), input_values_mask)
+        projected = self._project(encoded.last_hidden_state, lengths, emotion, audio_token_counts)
+        valid = frame_mask(projected.lengths, projected.hidden_states.shape[1])
+        pooled = (projected.hidden_states * valid.unsqueeze(-1)).sum(1) / projected.lengths[:, None]
+        if audio_num_windows is None:
+            audio_num_windows = torch.ones_like(projected.lengths)
+        by_tokens = _clip_average(audio_num_windows, projected.lengths)
+        by_frames = _clip_average(audio_num_windows, lengths)
+        pooled = (by_tokens.to(pooled) @ pooled).to(self.emotion_head.weight.dtype)
+        return ReLLMAudioOutput(
+            last_hidden_state=projected.hidden_states,
+            pooler_output=projected.hidden_states[valid],
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            emotion_logits=self.emotion_head(pooled),
+            dimensions=self.dimension_head(pooled),
+            emotion_embedding=by_frames.to(emotion.embedding) @ emotion.embedding if emotion else None,
+            tower_dimensions=by_frames.to(emotion.dimensions) @ emotion.dimensions if emotion else None,
+            token_logits=projected.token_logits,
+            alphas=projected.alphas,
+            alphas_sum=projected.alphas_sum,
+        )
+
+    def _project(self, frames: Tensor, lengths: Tensor, emotion, num_tokens: Tensor | None) -> ProjectorOutput:
+        """Fuse the emotion embedding with the frames (or put it before them) and project: `(windows, L, d)`."""
+        dtype = self.emotion_head.weight.dtype  # what trains may be float32 under a bfloat16 LLM
+        frames = frames.to(dtype)
+        if self.config.emotion_fusion == "concat":
+            repeated = emotion.embedding.to(dtype)[:, None].expand(-1, frames.shape[1], -1)
+            frames = torch.cat([frames, repeated], dim=-1)
+        if self.config.emotion_fusion == "token" and num_tokens is not None:
+            num_tokens = num_tokens - 1
+        projected = self.multi_modal_projector(frames, lengths, num_tokens)
+        if self.config.emotion_fusion == "token":
+            token = self.emotion_projector(emotion.embedding.to(dtype))[:, None]
+            projected.hidden_states = torch.cat([token, projected.hidden_states], dim=1)
+            projected.lengths = projected.lengths + 1
+        return projected
+
+    @torch.no_grad()
+    def predict_token_counts(self, **audio_inputs: Tensor) -> Tensor:
+        """Positions that each window will take in the sequence: `(windows,)`, for a processor's `audio_token_counts`.
+
+        Needed with CFormer only, whose count depends on what it hears.
+        """
+        names = [name for name in AUDIO_INPUTS if audio_inputs.get(name) is not None]
+        audio = self.get_audio_features(**{name: audio_inputs[name] for name in names}, return_dict=True)
+        if audio.alphas_sum is None:
+            raise ValueError(
+                "The convolutional projector's token count follows from the clip's length: no need to ask."
+            )
+        counts = torch.round(audio.alphas_sum).long().clamp(min=1)
+        return counts + 1 if self.config.emotion_fusion == "token" else counts
+
+    def place_audio(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        audio_mask: Tensor | None,
+        audio: ReLLMAudioOutput | None,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor, Tensor | bool | None]:
+        """Put projected frames where the placeholders are, and tell where the LoRA acts.
+
+        Returns:
+            `tuple`: Embeddings `(batch, sequence, d)`, and the mask for [`LoraScope`].
+
+        Raises:
+            ValueError: If placeholders and projected frames differ in number; the message has both counts.
+        """
+        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        decoding = length == 1 and past_key_values is not None and audio is None
+        if audio_mask is None and input_ids is not None and not decoding:
+            audio_mask = input_ids == self.config.audio_token_id
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if audio_mask is not None and audio is None:
+                _check_counts(audio_mask, inputs_embeds.new_zeros(0, 1))
+        elif audio_mask is None and audio is not None:  # as in Transformers: where the placeholder's embedding is
+            token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
+            audio_mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        if audio is not None:
+            features = audio.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            _check_counts(audio_mask, features)
+            inputs_embeds = inputs_embeds.masked_scatter(audio_mask.unsqueeze(-1).expand_as(inputs_embeds), features)
+        if self.config.lora_scope == "global" or (self.config.lora_scope == "text" and audio_mask is None):
+            return inputs_embeds, True
+        return inputs_embeds, ~audio_mask if self.config.lora_scope == "text" else audio_mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        input_features_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        input_values_mask: Tensor | None = None,
+        audio_num_windows: Tensor | None = None,
+        audio_token_counts: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        audio_mask: Tensor | None = None,
+        mm_encoder_outputs: dict[str, ReLLMAudioOutput] | None = None,
+        language_modeling: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ReLLMModelOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): With `config.audio_token_id` at each
+                position that a projected frame takes.
+            input_features, input_features_mask, input_values, input_values_mask, audio_num_windows, audio_token_counts:
+                The audio; see [`~ReLLMModel.get_audio_features`].
+            audio_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): Where the audio is; by default
+                where the placeholders are, or their embedding in `inputs_embeds` that come with audio.
+            mm_encoder_outputs (`dict`, *optional*): `{"audio": ReLLMAudioOutput}`, encoded before.
+            language_modeling (`bool`, *optional*, defaults to `False`): Run the whole causal LM (its head, with its own
+                scaling and soft-capping); `last_hidden_state` then holds logits.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        audio = (mm_encoder_outputs or {}).get("audio")
+        if audio is None and input_features is not None:
+            audio = self.get_audio_features(
+                input_features,
+                input_features_mask,
+                input_values,
+                input_values_mask,
+                audio_num_windows,
+                audio_token_counts,
+                return_dict=True,
+            )
+        inputs_embeds, lora_mask = self.place_audio(input_ids, inputs_embeds, audio_mask, audio, past_key_values)
+        with self.lora_scope.use(lora_mask):
+            outputs = (self.text_model if language_modeling else self.text_model.base_model)(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                return_dict=True,
+                **kwargs,
+            )
+        return ReLLMModelOutput(
+            last_hidden_state=outputs.logits if language_modeling else outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            audio_hidden_states=audio.pooler_output if audio is not None else None,
+            emotion_logits=audio.emotion_logits if audio is not None else None,
+            dimensions=audio.dimensions if audio is not None else None,
+            emotion_embedding=audio.emotion_embedding if audio is not None else None,
+            tower_dimensions=audio.tower_dimensions if audio is not None else None,
+        )
+
+
+class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
+    """RE-LLM that replies: text and audio in, text out, with the emotion and the three dimensions beside it.
+
+    Args:
+        config ([`ReLLMConfig`]): The architecture.
+    """
+
+    def __init__(self, config: ReLLMConfig):
+        super().__init__(config)
+        self.model = ReLLMModel(config)
+        self.post_init()
+        self.model.freeze()
+        self.generation_config.suppress_tokens = [config.audio_token_id]  # a placeholder is never an answer
+
+    @classmethod
+    def from_towers(
+        cls,
+        audio: str | os.PathLike | PreTrainedModel,
+        text: str | os.PathLike | PreTrainedModel,
+        emotion: str | os.PathLike | ReLLMEmotionModel | None = None,
+        *,
+        lora: "dict | LoraConfig | None" = None,  # noqa: F821
+        tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | None = None,
+        **config_kwargs,
+    ) -> "ReLLMForConditionalGeneration":
+        """Build a model from pretrained towers; the projector, the heads and the LoRA start fresh.
+
+        A loaded model is not copied: it shares its weights with the new one.
+
+        Args:
+            audio (`str`, `os.PathLike` or `PreTrainedModel`): Whisper, wav2vec2, HuBERT or WavLM.
+            text (`str`, `os.PathLike` or `PreTrainedModel`): Any causal LM.
+            emotion (`str`, `os.PathLike` or `ReLLMEmotionModel`, *optional*):
+                A tower of the audEERING layout. Without one, `emotion_fusion` defaults to `"none"`.
+            lora (`dict` or `peft.LoraConfig`, *optional*): For the LLM; the paper's is
+                `{"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}`.
+            tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*):
+                The LLM's, by default the one beside `text`. It decides the id of `<|audio|>`: its own, or the first
+                free one, which [`ReLLMProcessor.from_config`] then gives it.
+            dtype (`torch.dtype`, *optional*): Of all weights; by default the LLM's.
+            config_kwargs: Further fields of [`ReLLMConfig`].
+
+        Raises:
+            ValueError: If `text` is a loaded model and `tokenizer` is missing.
+        """
+        audio_token_id = _find_audio_token(tokenizer if tokenizer is not None else text)
+        audio, text, emotion = _load_towers(audio, text, emotion, dtype)
+        if emotion is None:
+            config_kwargs.setdefault("emotion_fusion", "none")
+        config = ReLLMConfig(
+            audio_config=copy.deepcopy(audio.config),
+            text_config=copy.deepcopy(text.config),
+            emotion_config=copy.deepcopy(emotion.config) if emotion is not None else None,
+            audio_token_id=audio_token_id,
+            lora_config=_plain_lora_config(lora),
+            **config_kwargs,
+        )
+        with torch.device("meta"):  # only to learn the names: a LoRA moves a layer's weight to `base_layer.weight`
+            names = cls(config).state_dict().keys()
+        renamed = {name.replace(".base_layer.", "."): name for name in names}
+        towers = {"audio_tower": audio, "text_model": text, "emotion_tower": emotion}
+        state = {
+            renamed[f"model.{prefix}.{name}"]: weight
+            for prefix, tower in towers.items()
+            if tower is not None
+            for name, weight in tower.state_dict().items()
+        }
+        model = _load_parts(cls, config, state, dtype or text.dtype)
+        model.generation_config = copy.deepcopy(text.generation_config)
+        model.generation_config.suppress_tokens = [audio_token_id]
+        if audio_token_id >= config.text_config.vocab_size:
+            model.resize_token_embeddings(audio_token_id + 1, mean_resizing=False)
+        return model
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.text_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.text_model.set_output_embeddings(value)
+
+    def get_audio_features(self, *args, **kwargs) -> ReLLMAudioOutput:
+        """See [`ReLLMModel.get_audio_features`]."""
+        return self.model.get_audio_features(*args, **kwargs)
+
+    def predict_token_counts(self, **audio_inputs: Tensor) -> Tensor:
+        """See [`ReLLMModel.predict_token_counts`]."""
+        return self.model.predict_token_counts(**audio_inputs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        input_features_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        input_values_mask: Tensor | None = None,
+        audio_num_windows: Tensor | None = None,
+        audio_token_counts: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        audio_mask: Tensor | None = None,
+        mm_encoder_outputs: dict[str, ReLLMAudioOutput] | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ReLLMCausalLMOutput:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Target token ids, -100 where none;
+                shifted inside. The loss is next-token cross-entropy; auxiliary losses belong to the trainer.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Logits of the last so many positions, or
+                of these; 0 for all.
+
+        The other arguments are those of [`ReLLMModel.forward`].
+        """
+        loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
+        outputs = self.model(
+            input_ids=input_ids,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            input_values=input_values,
+            input_values_mask=input_values_mask,
+            audio_num_windows=audio_num_windows,
+            audio_token_counts=audio_token_counts,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            audio_mask=audio_mask,
+            mm_encoder_outputs=mm_encoder_outputs,
+            language_modeling=True,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        fields = dict(outputs)
+        logits = fields.pop("last_hidden_state")
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **loss_kwargs)
+        return ReLLMCausalLMOutput(loss=loss, logits=logits, **fields)
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+        """Transformers drops the audio tensors it knows after the first step; these are ours to drop."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in ("audio_num_windows", "audio_token_counts", "audio_mask"):
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """Repeat rows for beams and `num_return_sequences`.
+
+        Audio has as many rows as there are windows, not as the batch has, so it is encoded once and its tokens are
+        repeated with the row of the batch that they belong to.
+        """
+        audio = (kwargs.pop("mm_encoder_outputs", None) or {}).get("audio")
+        if expand_size > 1 and (audio is not None or kwargs.get("input_features") is not None):
+            inputs = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
+            if audio is None:
+                audio = self.get_audio_features(**inputs, return_dict=True)
+            counts = (input_ids == self.config.audio_token_id).sum(-1).tolist()
+            if sum(counts) != len(audio.pooler_output):
+                raise ValueError(_count_message(sum(counts), len(audio.pooler_output)))
+            rows = audio.pooler_output.split(counts)
+            audio = ReLLMAudioOutput(pooler_output=torch.cat([row for row in rows for _ in range(expand_size)]))
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        if audio is not None:
+            kwargs["mm_encoder_outputs"] = {"audio": audio}
+        return input_ids, kwargs
+
+
+def _load_towers(audio, text, emotion, dtype: torch.dtype | None) -> tuple:
+    """Models as they are, ids and paths loaded from safetensors; of Whisper its encoder."""
+    options = {"use_safetensors": True, **({"dtype": dtype} if dtype else {})}
+    if not isinstance(audio, PreTrainedModel):
+        audio = AutoModel.from_pretrained(audio, **options)
+    if not isinstance(text, PreTrainedModel):
+        text = AutoModelForCausalLM.from_pretrained(text, **options)
+    if emotion is not None and not isinstance(emotion, PreTrainedModel):
+        emotion = ReLLMEmotionModel.from_pretrained(emotion, **options)
+    return audio.get_encoder() if audio.config.is_encoder_decoder else audio, text, emotion
+
+
+def _load_parts(
+    cls: type[PreTrainedModel], config: ReLLMConfig, state: dict[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model with these tower weights and fresh ones elsewhere. Transformers would warn of the fresh ones."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    towers = ("model.audio_tower.", "model.emotion_tower.", "model.text_model.")
+    missing = [name for name in info["missing_keys"] if name.startswith(towers) and not is_lora_parameter(name)]
+    if missing or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise ValueError(f"The towers do not fit their configurations: {info | {'missing_keys': missing}}.")
+    return model
+
+
+def _find_audio_token(tokenizer: str | os.PathLike | PreTrainedTokenizerBase | PreTrainedModel) -> int:
+    if isinstance(tokenizer, PreTrainedModel):
+        raise ValueError("`text` is a loaded model, so its tokenizer is not known. Pass tokenizer=… as well.")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    return tokenizer.get_vocab().get(AUDIO_TOKEN, len(tokenizer))
+
+
+def _plain_lora_config(lora) -> dict | None:
+    """What a `LoraConfig` changes from its defaults, as JSON can hold it; a `dict` as it is."""
+    if lora is None or isinstance(lora, dict):
+        return lora
+    defaults = type(lora)().to_dict()
+    changed = {name: value for name, value in lora.to_dict().items() if value != defaults[name]}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _frozen(tower: nn.Module):
+    """No graph through a tower that does not train, also where embeddings were hooked to require gradients."""
+    return nullcontext() if _is_trained(tower) else torch.no_grad()
+
+
+def _clip_average(num_windows: Tensor, weights: Tensor) -> Tensor:
+    """`(clips, windows)`: row i averages the windows of clip i, each by its weight."""
+    clip_end = num_windows.cumsum(0)[:, None]
+    window = torch.arange(len(weights), device=weights.device)[None]
+    belongs = (window < clip_end) & (window >= clip_end - num_windows[:, None])
+    share = belongs * weights.float()
+    return share / share.sum(-1, keepdim=True)
+
+
+def _check_counts(audio_mask: Tensor, features: Tensor) -> None:
+    placeholders = audio_mask.sum()
+    torch_compilable_check(
+        placeholders == features.shape[0], lambda: _count_message(int(placeholders), features.shape[0])
+    )
+
+
+def _count_message(placeholders: int, positions: int) -> str:
+    return (
+        f"The text has {placeholders} audio placeholder tokens and the audio makes {positions} positions. "
+        "Let ReLLMProcessor make both, and do not truncate its output."
+    )
+
+
+__all__ = [
+    "ReLLMAudioOutput",
+    "ReLLMCausalLMOutput",
+    "ReLLMForConditionalGeneration",
+    "ReLLMModel",
+    "ReLLMModelOutput",
+    "ReLLMPreTrainedModel",
+]
