@@ -1,0 +1,347 @@
+"""Checkpoints of the original RE-LLM code and of BLSP-Emo, converted to ours.
+
+    model = convert_original_checkpoint("original/", emotion_config="wav2vec2/config.json", audio_token_id=151646)
+    model.save_pretrained("re-llm/")
+
+The towers and the projector keep their weights under other names. The original's LLM is Qwen (the first), which is
+Qwen2 with three projections fused into one and two names swapped; its LoRA is split along, which computes the same
+(trained further, the three copies of its A part, where the original's one A took the sum of their gradients). Weights
+that the original carries and never uses are logged. Safetensors only: nothing is unpickled.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Qwen2Config, Wav2Vec2Config, WhisperConfig
+from transformers.utils import logging
+
+from relllm.labels import EMOTIONS
+from relllm.modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
+from relllm.modeling.lora_scope_relllm import ADAPTER_NAME
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+
+logger = logging.get_logger(__name__)
+
+PROJECTOR_HEADS = 8  # a constant of the original code
+# Beginnings of names; what follows stays as it is.
+TOWERS_AND_HEAD = {
+    "whisper_model.": "model.audio_tower.",
+    "w2v2.": "model.emotion_tower.",
+    "hidden2emotion.": "model.emotion_head.",
+}
+CONV_PROJECTOR = {"subsampler.": "", "hidden_layers.": "layers.", "speech_ln.": "layer_norm.", "fc": "fc"}
+CFORMER = {
+    "pre_cif_layers.": "pre_layers.",
+    "post_cif_layers.": "post_layers.",
+    "token_embed_proj.": "out_proj.",
+    "lm_head.": "token_head.",
+    "cif_proj.": "cif_proj.",
+}
+# The positional convolution of wav2vec2, as PyTorch 2.0 and as it names a weight norm since.
+WEIGHT_NORM = {
+    "conv.weight_g": "parametrizations.weight.original0",
+    "conv.weight_v": "parametrizations.weight.original1",
+}
+QWEN = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
+QWEN_LAYER = {
+    "ln_1": ("input_layernorm",),
+    "ln_2": ("post_attention_layernorm",),
+    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.c_proj": ("self_attn.o_proj",),
+    "mlp.w1": ("mlp.up_proj",),
+    "mlp.w2": ("mlp.gate_proj",),  # the one behind the SiLU
+    "mlp.c_proj": ("mlp.down_proj",),
+}
+# Rows of the dimension head: trained on arousal, valence, dominance; ours are arousal, dominance, valence.
+DIMENSION_ROWS = [0, 2, 1]
+
+
+@dataclass
+class ConvertedWeights:
+    """Of [`convert_weights`].
+
+    Args:
+        state_dict (`dict`): Weights under the names of [`ReLLMForConditionalGeneration`].
+        unused (`list[str]`): Names of the original that its forward pass never reads.
+    """
+
+    state_dict: dict[str, Tensor]
+    unused: list[str]
+
+
+def convert_original_checkpoint(
+    checkpoint: str | os.PathLike | Mapping[str, Tensor],
+    config: Mapping | str | os.PathLike | None = None,
+    *,
+    audio_token_id: int,
+    emotion_config: Mapping | str | os.PathLike | None = None,
+    emotion_labels: Sequence[str] = EMOTIONS,
+    projector_masking: bool = True,
+) -> ReLLMForConditionalGeneration:
+    """A model of ours with the weights of a checkpoint of the original code.
+
+    Args:
+        checkpoint (`str`, `os.PathLike` or `Mapping[str, Tensor]`):
+            A directory with `*.safetensors`, such a file, or the state dict, whose tensors the model takes over.
+        config (`Mapping`, `str` or `os.PathLike`, *optional*):
+            The original's `config.json`, as a path or read; by default the one in the directory.
+        audio_token_id (`int`): The token that will hold the audio's place. The original has none: take one that no
+            text uses, such as `<|extra_0|>` of Qwen's tokenizer (151646).
+        emotion_config (`Mapping`, `str` or `os.PathLike`, *optional*):
+            `config.json` of the wav2vec2 of RE-LLM's emotion tower; without it the checkpoint is read as BLSP-Emo's.
+        emotion_labels (`Sequence[str]`, *optional*): Class names, in the order of the emotion head's outputs.
+        projector_masking (`bool`, *optional*, defaults to `True`): See [`ReLLMConfig`]; `False` is the original.
+
+    Raises:
+        ValueError: If the weights are pickled; if a weight is missing, unknown or of another shape than the
+            configuration says; if the configuration asks for what Qwen2 cannot do. The message has the names.
+    """
+    if not isinstance(checkpoint, Mapping):
+        path = Path(checkpoint)
+        config = config if config is not None else (path if path.is_dir() else path.parent) / "config.json"
+        checkpoint = _load_weights(path)
+    if config is None:
+        raise ValueError("A state dict has no config.json beside it. Pass it as `config`.")
+    relllm_config = convert_config(
+        _read_json(config),
+        audio_token_id=audio_token_id,
+        emotion_config=None if emotion_config is None else _read_json(emotion_config),
+        emotion_labels=emotion_labels,
+        projector_masking=projector_masking,
+    )
+    weights = convert_weights(checkpoint, relllm_config)
+    if weights.unused:
+        logger.warning("Not used by the original's forward pass, left out: %s.", ", ".join(weights.unused))
+    return ReLLMForConditionalGeneration.from_pretrained(None, config=relllm_config, state_dict=weights.state_dict)
+
+
+def convert_config(
+    original: Mapping,
+    *,
+    audio_token_id: int,
+    emotion_config: Mapping | None = None,
+    emotion_labels: Sequence[str] = EMOTIONS,
+    projector_masking: bool = True,
+) -> ReLLMConfig:
+    """The configuration of ours that computes what the original computes.
+
+    Args:
+        original (`Mapping`): Its `config.json`: `whisper_config`, `qwen_config`, `conv_kernel_sizes` ("5,5,5"),
+            `adapter_inner_dim`, `adapter_hidden_layers`, `adapter_type`, `num_pre_cif_layers`, `num_post_cif_layers`,
+            `lora_config`, `lora_scope`, `num_emotions`.
+        audio_token_id, emotion_config, emotion_labels, projector_masking: See [`convert_original_checkpoint`].
+
+    Raises:
+        ValueError: If the labels are not as many as the classes, or the LLM is none that Qwen2 can stand for.
+    """
+    num_emotions = original.get("num_emotions", len(EMOTIONS))
+    if len(emotion_labels) != num_emotions:
+        raise ValueError(f"The emotion head has {num_emotions} classes, emotion_labels names {list(emotion_labels)}.")
+    whisper = WhisperConfig(**_without_kind(original["whisper_config"]))
+    emotion = None
+    if emotion_config is not None:
+        emotion = ReLLMEmotionConfig.from_encoder_config(Wav2Vec2Config(**_without_kind(emotion_config)))
+    return ReLLMConfig(
+        audio_config=whisper,
+        emotion_config=emotion,
+        text_config=_convert_qwen_config(original["qwen_config"]),
+        audio_token_id=audio_token_id,
+        emotion_fusion="none" if emotion is None else "concat",
+        projector_type="cformer" if original.get("adapter_type", "subsampler") == "cformer" else "conv",
+        projector_kernel_sizes=[int(size) for size in original.get("conv_kernel_sizes", "5,5,5").split(",")],
+        projector_inner_dim=original.get("adapter_inner_dim", 512),
+        projector_layers=original.get("adapter_hidden_layers", 0),
+        projector_heads=PROJECTOR_HEADS,
+        projector_ffn_dim=whisper.encoder_ffn_dim,
+        cformer_pre_layers=original.get("num_pre_cif_layers", 4),
+        cformer_post_layers=original.get("num_post_cif_layers", 4),
+        projector_masking=projector_masking,
+        emotion_labels=list(emotion_labels),
+        lora_config=_convert_lora_config(original.get("lora_config") or {}),
+        lora_scope=original.get("lora_scope", "audio"),
+    )
+
+
+def convert_weights(original: Mapping[str, Tensor], config: ReLLMConfig) -> ConvertedWeights:
+    """The original's weights under our names, and checked to be all that the model needs, in shape as well.
+
+    Args:
+        original (`Mapping[str, Tensor]`): The original's state dict.
+        config ([`ReLLMConfig`]): From [`convert_config`].
+
+    Raises:
+        ValueError: If a weight is missing, unknown or of another shape; the message has the names.
+    """
+    converted, unused, unknown = {}, [], []
+    for name, weight in original.items():
+        weights = _convert_weight(name, weight, config)
+        if weights:
+            converted.update(weights)
+        elif _is_unused(name, config):
+            unused.append(name)
+        else:
+            unknown.append(name)
+    if unknown:
+        hint = " Weights named `w2v2…` want an emotion_config." if config.emotion_config is None else ""
+        raise ValueError(f"{_count_weights(unknown)} of the checkpoint are unknown.{hint}")
+    emotion_head = converted.get("model.emotion_head.weight")
+    if "model.dimension_head.weight" not in converted and config.emotion_config is None and emotion_head is not None:
+        logger.warning("BLSP-Emo has no dimension head: ours starts at zero, and predicts 0 until it is trained.")
+        size = (len(DIMENSION_ROWS), emotion_head.shape[1])
+        converted["model.dimension_head.weight"] = emotion_head.new_zeros(size)
+    return ConvertedWeights(_fit_names(converted, config), sorted(unused))
+
+
+def _convert_weight(name: str, weight: Tensor, config: ReLLMConfig) -> dict[str, Tensor]:
+    """One weight of the original as one or three of ours; empty if the name is unknown or not used."""
+    if name.startswith("qwen_model."):
+        return _convert_qwen_weight(name.removeprefix("qwen_model.").removeprefix("model."), weight)
+    if name == "hidden2w2v2.weight":
+        return {"model.dimension_head.weight": weight[DIMENSION_ROWS]}
+    adapter = _adapter_prefix(config)
+    if name.startswith(adapter):
+        table = CFORMER if config.projector_type == "cformer" else CONV_PROJECTOR
+        return _rename(name.removeprefix(adapter), weight, table, "model.multi_modal_projector.")
+    if name.startswith("w2v2.") and config.emotion_config is None:
+        return {}
+    for end, ours in WEIGHT_NORM.items():
+        if name.startswith("w2v2.") and name.endswith(f".{end}"):
+            name = name.removesuffix(end.rpartition(".")[2]) + ours
+    return _rename(name, weight, TOWERS_AND_HEAD, "")
+
+
+def _convert_qwen_weight(name: str, weight: Tensor) -> dict[str, Tensor]:
+    prefix = "model.text_model."
+    layer = name.removeprefix("transformer.h.")
+    if layer == name:
+        stem = name.removesuffix(".weight")
+        return {f"{prefix}{QWEN[stem]}.weight": weight} if stem in QWEN else {}
+    number, _, rest = layer.partition(".")
+    for stem, targets in QWEN_LAYER.items():
+        if rest.startswith(f"{stem}."):
+            end = rest.removeprefix(f"{stem}.").replace(".default.", f".{ADAPTER_NAME}.")
+            # LoRA's A reads the same input for all three; B, like weight and bias, has their rows one after another.
+            parts = [weight] * len(targets) if end.startswith("lora_A.") else weight.chunk(len(targets))
+            return {
+                f"{prefix}model.layers.{number}.{target}.{end}": part.clone()
+                for target, part in zip(targets, parts, strict=True)
+            }
+    return {}
+
+
+def _rename(name: str, weight: Tensor, table: Mapping[str, str], prefix: str) -> dict[str, Tensor]:
+    for theirs, ours in table.items():
+        if name.startswith(theirs):
+            return {prefix + ours + name.removeprefix(theirs): weight}
+    return {}
+
+
+def _adapter_prefix(config: ReLLMConfig) -> str:
+    """RE-LLM's projector reads speech and emotion, BLSP-Emo's speech alone; RE-LLM carries the other one along."""
+    return "adapter." if config.emotion_config is None else "w2v2cat_adapter."
+
+
+def _is_unused(name: str, config: ReLLMConfig) -> bool:
+    other = "adapter." if config.emotion_config is not None else "w2v2cat_adapter."
+    return name.startswith(("w2v2_adapter.", "w2v2_hidden2emotion.", other))
+
+
+def _fit_names(converted: dict[str, Tensor], config: ReLLMConfig) -> dict[str, Tensor]:
+    """Insert `base_layer.` where the LoRA wraps a layer, and check names and shapes against the model."""
+    with torch.device("meta"):
+        expected = ReLLMForConditionalGeneration(config).state_dict()
+    names = {name.replace(".base_layer.", "."): name for name in expected}
+    if missing := sorted(names.keys() - converted.keys()):
+        raise ValueError(f"{_count_weights(missing)} are missing in the checkpoint (by their new names).")
+    if unknown := sorted(converted.keys() - names.keys()):
+        raise ValueError(f"{_count_weights(unknown)} (by their new names) have no place in the configured model.")
+    for name, weight in converted.items():
+        shape = expected[names[name]].shape
+        if weight.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}, the configuration makes it {tuple(shape)}.")
+    return {names[name]: weight.contiguous() for name, weight in converted.items()}
+
+
+def _convert_qwen_config(qwen: Mapping) -> Qwen2Config:
+    """Qwen2 without grouped heads, up to `seq_length` positions: so far Qwen's NTK and logn scaling do nothing."""
+    for name, value in {"no_bias": True, "rotary_pct": 1.0, "tie_word_embeddings": False}.items():
+        if qwen.get(name, value) != value:
+            raise ValueError(f"qwen_config has {name}={qwen[name]!r}, and Qwen2 computes {name}={value!r} only.")
+    hidden_size, heads = qwen["hidden_size"], qwen["num_attention_heads"]
+    if qwen.get("kv_channels", hidden_size // heads) * heads != hidden_size:
+        raise ValueError(
+            f"qwen_config has {heads} heads of {qwen['kv_channels']}, not hidden_size {hidden_size} in all."
+        )
+    return Qwen2Config(
+        vocab_size=qwen["vocab_size"],
+        hidden_size=hidden_size,
+        intermediate_size=qwen["intermediate_size"] // 2,  # the original counts both halves of the gated layer
+        num_hidden_layers=qwen["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=qwen.get("seq_length", qwen.get("max_position_embeddings", 8192)),
+        rms_norm_eps=qwen.get("layer_norm_epsilon", 1e-6),
+        rope_parameters={"rope_type": "default", "rope_theta": float(qwen.get("rotary_emb_base", 10_000))},
+        attention_dropout=qwen.get("attn_dropout_prob", 0.0),
+        initializer_range=qwen.get("initializer_range", 0.02),
+        tie_word_embeddings=False,
+        bos_token_id=qwen.get("bos_token_id"),
+        eos_token_id=qwen.get("eos_token_id"),
+        pad_token_id=qwen.get("pad_token_id"),
+    )
+
+
+def _convert_lora_config(lora: Mapping) -> dict | None:
+    if not lora:
+        return None
+    if lora.get("bias", "none") != "none":
+        raise ValueError(f"lora_config trains biases ({lora['bias']!r}); a LoRA limited to some positions cannot.")
+    targets = {
+        ours.rpartition(".")[2]
+        for theirs, renamed in QWEN_LAYER.items()
+        if theirs.rpartition(".")[2] in lora["target_modules"]
+        for ours in renamed
+    }
+    return {
+        "r": lora["r"],
+        "lora_alpha": lora["lora_alpha"],
+        "lora_dropout": lora.get("lora_dropout", 0.0),
+        "target_modules": sorted(targets),
+    }
+
+
+def _load_weights(path: Path) -> dict[str, Tensor]:
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    if not files or not files[0].exists():
+        raise FileNotFoundError(f"Expected *.safetensors in {path}, found none.")
+    if pickled := [file.name for file in files if file.suffix != ".safetensors"]:
+        raise ValueError(
+            f"{path} holds pickled weights ({', '.join(pickled)}), and unpickling can run any code. Where you trust "
+            "the file, load it with torch.load(…, weights_only=True) and save it with safetensors.torch.save_file."
+        )
+    return {name: weight for file in files for name, weight in load_file(file).items()}
+
+
+def _read_json(config: Mapping | str | os.PathLike) -> Mapping:
+    return config if isinstance(config, Mapping) else json.loads(Path(config).read_text())
+
+
+def _without_kind(config: Mapping) -> dict:
+    """A config's fields, without those that say which class and which release wrote it."""
+    return {name: value for name, value in config.items() if name not in ("model_type", "transformers_version")}
+
+
+def _count_weights(names: list[str]) -> str:
+    noun = "weight" if len(names) == 1 else "weights"
+    return f"{len(names)} {noun} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
+
+
+__all__ = ["ConvertedWeights", "convert_config", "convert_original_checkpoint", "convert_weights"]

@@ -1,0 +1,73 @@
+"""Settings of a training run. Architecture is `ReLLMConfig`; nothing is in both."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from trl import SFTConfig
+
+from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
+
+TOWERS = ("audio_tower", "emotion_tower", "text_model")
+
+
+@dataclass
+class ReLLMSFTConfig(SFTConfig):
+    """`trl.SFTConfig` with RE-LLM's losses; the defaults that differ from TRL's are the paper's recipe.
+
+    Args:
+        emotion_loss_weight (`float`, *optional*, defaults to 1.0): Of the emotion cross-entropy; 0 switches it off.
+        dimension_loss_weight (`float`, *optional*, defaults to 1.0): Of the arousal-dominance-valence loss.
+        dimension_loss (`str`, *optional*, defaults to `"mse"`): `"mse"` (the paper) or `"ccc"`, one minus the
+            concordance correlation over the micro-batch, which therefore depends on the batch size.
+        emotion_class_weights (`list[float]`, *optional*): One for each of `config.emotion_labels`.
+        instruction (`str`, *optional*): Text before the audio in a row without `messages`.
+        system_prompt (`str`, *optional*): System turn of a row without `messages`; empty for none.
+        unfreeze (`list[str]`, *optional*): What trains beyond the projector, the heads and the LoRA: any of
+            `"audio_tower"`, `"emotion_tower"`, `"text_model"`.
+
+    Raises:
+        ValueError: On a negative weight, an unknown tower, or a TRL option that would cut through audio.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate (paper: 2e-5)."})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's weight decay (paper: 0.05)."})
+    warmup_steps: float = field(default=200, metadata={"help": "Warm-up steps (paper: 200)."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs (paper: 3)."})
+    per_device_train_batch_size: int = field(default=2, metadata={"help": "Rows a device and step (paper: 2)."})
+    gradient_accumulation_steps: int = field(default=8, metadata={"help": "Steps an update (paper: 8)."})
+    max_length: int | None = field(default=None, metadata={"help": "Must stay unset: a cut would go through audio."})
+    emotion_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the emotion cross-entropy."})
+    dimension_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the dimension loss."})
+    dimension_loss: Literal["mse", "ccc"] = field(default="mse", metadata={"help": "'mse' (paper) or 'ccc'."})
+    emotion_class_weights: list[float] | None = field(default=None, metadata={"help": "One for each emotion class."})
+    instruction: str = field(default=SPEECH_PROMPT, metadata={"help": "Text before the audio."})
+    system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "System turn; empty for none."})
+    unfreeze: list[str] = field(
+        default_factory=list, metadata={"help": "Of audio_tower, emotion_tower, text_model: what trains as well."}
+    )
+
+    def __post_init__(self) -> None:
+        bf16: bool | None = self.bf16
+        if bf16 is None and not torch.cuda.is_available():
+            self.bf16 = False  # TRL's default is True, which on a CPU is several times slower than float32
+        super().__post_init__()
+        for name in ("emotion_loss_weight", "dimension_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
+        if self.dimension_loss not in ("mse", "ccc"):
+            raise ValueError(f"dimension_loss must be 'mse' or 'ccc', got {self.dimension_loss!r}.")
+        if unknown := sorted(set(self.unfreeze) - set(TOWERS)):
+            raise ValueError(f"unfreeze has {unknown}; it takes any of {TOWERS}.")
+        for name in ("packing", "padding_free"):
+            if getattr(self, name):
+                raise ValueError(f"{name}=True would join rows, and audio belongs to its row. Leave it off.")
+        if self.max_length is not None:
+            raise ValueError(f"max_length={self.max_length} would cut through audio. Leave it unset; shorten clips.")
+        # Our collator makes the labels from the chat template's `{% generation %}` marks.
+        self.remove_unused_columns = False
+        dataset_kwargs: dict | None = self.dataset_kwargs
+        self.dataset_kwargs = {**(dataset_kwargs or {}), "skip_prepare_dataset": True}
+
+
+__all__ = ["ReLLMSFTConfig"]

@@ -1,0 +1,277 @@
+"""`ReLLMSFTTrainer`: what it learns from, how it normalises, what it leaves alone."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from datasets import Audio, Dataset
+from tiny_models import audio_part, clip, text_part, tiny_config, tiny_model, tiny_processor
+
+from relllm import EMOTIONS, ReLLMSFTConfig, ReLLMSFTTrainer
+from relllm.training.collator import ReLLMCollator
+
+REPLIES = ("That is wonderful news, tell me more!", "I am so sorry to hear that.", "You sound upset.")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+def make_rows(folder: Path, count: int = 8) -> list[dict]:
+    """Rows of every kind of missing label: none, emotion, one dimension, all."""
+    rows = []
+    for index in range(count):
+        path = folder / f"{index}.wav"
+        soundfile.write(path, clip(0.2 + 0.1 * (index % 3), seed=index), 16_000, subtype="PCM_16")
+        rows.append(
+            {
+                "id": f"row-{index}",
+                "audio": str(path),
+                "response": REPLIES[index % 3],
+                "emotion": None if index in (1, 5) else EMOTIONS[index % 5],
+                "arousal": None if index in (2, 5) else 0.1 * index,
+                "dominance": None if index == 5 else 0.5,
+                "valence": None if index in (3, 5) else 0.9 - 0.1 * index,
+            }
+        )
+    return rows
+
+
+def make_trainer(rows, out: Path, processor, model=None, **settings) -> ReLLMSFTTrainer:
+    options = {
+        "output_dir": str(out),
+        "max_steps": 1,
+        "learning_rate": 1.0,
+        "optim": "sgd",
+        "weight_decay": 0.0,
+        "warmup_steps": 0,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential",
+        "dataloader_pin_memory": False,
+    }
+    model = model if model is not None else tiny_model(lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.0})
+    return ReLLMSFTTrainer(
+        model=model,
+        args=ReLLMSFTConfig(**(options | settings)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+    )
+
+
+def step_of(trainer: ReLLMSFTTrainer) -> dict[str, torch.Tensor]:
+    """The gradient of one update: with plain SGD at rate 1, what the update took away."""
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    return {name: before[name] - p.detach() for name, p in trainer.model.named_parameters() if name in before}
+
+
+def test_labels_are_the_reply_and_its_end_and_nothing_else(tmp_path, processor):
+    rows = make_rows(tmp_path, 3)
+    batch = ReLLMCollator(processor, EMOTIONS)(rows)
+    for row, labels in zip(rows, batch["labels"], strict=True):
+        assert processor.tokenizer.decode(labels[labels != -100]) == row["response"] + "<|im_end|>"
+
+
+def test_gradients_agree_however_the_batch_is_accumulated(tmp_path, processor):
+    rows = make_rows(tmp_path)
+    steps = {}
+    for batch, accumulation in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        trainer = make_trainer(
+            rows,
+            tmp_path / f"{batch}",
+            processor,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+        )
+        steps[batch] = step_of(trainer)
+    for batch in (4, 2, 1):
+        for name, gradient in steps[8].items():
+            torch.testing.assert_close(steps[batch][name], gradient, rtol=1e-4, atol=3e-6)
+
+
+def test_gradient_is_that_of_the_losses_written_out(tmp_path, processor):
+    rows = make_rows(tmp_path)
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    model = tiny_model(lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.0})
+    batch = ReLLMCollator(processor, EMOTIONS)(rows)
+    emotions, targets = batch.pop("emotion_labels"), batch.pop("dimension_labels")
+    outputs = model(**batch)
+    known = emotions != -100
+    squared = (outputs.dimensions - targets)[targets.isfinite()] ** 2
+    emotion = torch.nn.functional.cross_entropy(outputs.emotion_logits[known], emotions[known])
+    (outputs.loss + 0.5 * emotion + 2.0 * squared.mean()).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    trainer = make_trainer(
+        rows, tmp_path / "run", processor, emotion_loss_weight=0.5, dimension_loss_weight=2.0, **settings
+    )
+    step = step_of(trainer)
+    assert step.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(step[name], gradient, rtol=1e-4, atol=3e-6, msg=name)
+
+
+def test_unlabelled_rows_train_the_reply_alone(tmp_path, processor):
+    rows = [row | {"emotion": None, "arousal": None, "dominance": None, "valence": None} for row in make_rows(tmp_path)]
+    trainer = make_trainer(rows, tmp_path / "run", processor, per_device_train_batch_size=4)
+    step = step_of(trainer)
+    assert step["model.emotion_head.weight"].abs().max() == 0
+    assert step["model.dimension_head.weight"].abs().max() == 0
+    assert any(value.abs().max() > 0 for value in step.values())
+    logged = trainer.state.log_history[0]
+    assert "emotion_loss" not in logged and "dimension_loss" not in logged and logged["response_loss"] > 0
+
+
+def test_losses_are_logged_by_name_in_training_and_evaluation(tmp_path, processor):
+    rows = make_rows(tmp_path)
+    trainer = make_trainer(rows, tmp_path / "run", processor, per_device_train_batch_size=4)
+    trainer.train()
+    names = {"response_loss", "emotion_loss", "dimension_loss", "emotion_accuracy"}
+    assert names <= trainer.state.log_history[0].keys()
+    metrics = trainer.evaluate(Dataset.from_list(rows))
+    assert {f"eval_{name}" for name in names} <= metrics.keys()
+
+
+def test_what_is_frozen_stays_to_the_bit_and_what_trains_moves(tmp_path, processor):
+    trainer = make_trainer(make_rows(tmp_path), tmp_path / "run", processor, learning_rate=0.1, max_steps=2)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    trained = ("multi_modal_projector", "emotion_head", "dimension_head", "lora_")
+    assert moved and all(any(part in name for part in trained) for name in moved)
+    assert {part for part in trained if any(part in name for name in moved)} == set(trained)
+
+
+def test_unfreeze_trains_a_tower(tmp_path, processor):
+    trainer = make_trainer(make_rows(tmp_path), tmp_path / "run", processor, unfreeze=["audio_tower"])
+    step = step_of(trainer)
+    assert any("audio_tower" in name and value.abs().max() > 0 for name, value in step.items())
+    assert not any("emotion_tower" in name for name in step)
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path, processor):
+    rows = make_rows(tmp_path)
+    alone = step_of(make_trainer(rows, tmp_path / "one", processor, per_device_train_batch_size=8))
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        import torch
+        torch.set_num_threads(1)
+        from test_trainer import make_rows, make_trainer, step_of
+        from tiny_models import tiny_processor
+        folder = Path(sys.argv[1])
+        rows = make_rows(folder / "clips")
+        trainer = make_trainer(rows, folder / "two", tiny_processor(), per_device_train_batch_size=2,
+                               gradient_accumulation_steps=2)
+        step = step_of(trainer)
+        if trainer.is_world_process_zero():
+            torch.save(step, folder / "step.pt")
+        """)
+    )
+    (tmp_path / "clips").mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, "--standalone", str(script), str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    step = torch.load(tmp_path / "step.pt", weights_only=True)
+    for name, gradient in alone.items():
+        torch.testing.assert_close(step[name.removeprefix("module.")], gradient, rtol=1e-4, atol=3e-6, msg=name)
+
+
+def test_conversations_with_several_clips_take_a_label_for_each(tmp_path, processor):
+    row = {
+        "messages": [
+            {"role": "user", "content": [audio_part(clip(0.3)), text_part("and"), audio_part(clip(0.4, seed=1))]},
+            {"role": "assistant", "content": REPLIES[0]},
+        ],
+        "emotion": ["sad", None],
+    }
+    batch = ReLLMCollator(processor, EMOTIONS)([row])
+    assert batch["emotion_labels"].tolist() == [EMOTIONS.index("sad"), -100]
+    with pytest.raises(ValueError, match="1 values of 'emotion' for 2 clips"):
+        ReLLMCollator(processor, EMOTIONS)([row | {"emotion": "sad"}])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"response": None}, "Row 'row-0' needs `audio` and `response`"),
+        ({"emotion": "fear"}, r"Row 'row-0' has the emotion \['fear'\]"),
+        ({"arousal": 3.0}, r"Row 'row-0' has dimension targets \[3.0\] outside"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "without an assistant turn"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, processor, change, message):
+    row = make_rows(tmp_path, 1)[0] | change
+    with pytest.raises(ValueError, match=message):
+        ReLLMCollator(processor, EMOTIONS)([row])
+
+
+def test_audio_columns_are_left_encoded_for_the_processor(tmp_path, processor):
+    dataset = Dataset.from_list(make_rows(tmp_path)).cast_column("audio", Audio())
+    trainer = make_trainer(make_rows(tmp_path), tmp_path / "run", processor)
+    trainer = ReLLMSFTTrainer(
+        model=trainer.model, args=trainer.args, train_dataset=dataset, processing_class=processor
+    )
+    assert trainer.train().training_loss > 0
+
+
+def test_loss_falls_when_the_trainer_runs_for_a_while(tmp_path, processor):
+    settings = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": 30, "per_device_train_batch_size": 8}
+    trainer = make_trainer(make_rows(tmp_path), tmp_path / "run", processor, **settings, gradient_accumulation_steps=1)
+    trainer.train()
+    for name in ("response_loss", "emotion_loss", "dimension_loss"):
+        losses = [entry[name] for entry in trainer.state.log_history if name in entry]
+        assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]), name
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"packing": True}, "packing=True"),
+        ({"max_length": 100}, "max_length=100"),
+        ({"emotion_loss_weight": -1.0}, "emotion_loss_weight must be >= 0"),
+        ({"unfreeze": ["whisper"]}, "unfreeze has"),
+        ({"dimension_loss": "mae"}, "dimension_loss must be"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ReLLMSFTConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_wrong_arguments_of_the_trainer_are_refused(tmp_path, processor):
+    from peft import LoraConfig
+
+    rows = Dataset.from_list(make_rows(tmp_path))
+    args = ReLLMSFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match="loaded ReLLMForConditionalGeneration, got str"):
+        ReLLMSFTTrainer(model="org/model", args=args, train_dataset=rows, processing_class=processor)
+    with pytest.raises(TypeError, match="must be a ReLLMProcessor"):
+        ReLLMSFTTrainer(model=tiny_model(), args=args, train_dataset=rows, processing_class=processor.tokenizer)
+    with pytest.raises(ValueError, match="carries its own LoRA"):
+        ReLLMSFTTrainer(
+            model=tiny_model(), args=args, train_dataset=rows, processing_class=processor, peft_config=LoraConfig()
+        )
+    with pytest.raises(ValueError, match="this model has none"):
+        args = ReLLMSFTConfig(output_dir=str(tmp_path), use_cpu=True, unfreeze=["emotion_tower"])
+        model = tiny_model(tiny_config(fusion="none"))
+        ReLLMSFTTrainer(model=model, args=args, train_dataset=rows, processing_class=processor)
