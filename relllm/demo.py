@@ -1,0 +1,349 @@
+"""The whole of RE-LLM in minutes on a CPU: corpus, towers, training, evaluation, a reply in a fresh process.
+
+Everything is small and made here, so every step is real and nothing is pretrained: the tokenizer and the LLM learn the
+corpus's own replies as text, the emotion tower learns the dimensions, then RE-LLM and its speech-only baseline learn to
+hear. One folder for each step; a step that is done is not done again.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict
+from rich.console import Console
+from rich.table import Table
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
+
+from relllm.data.synthetic import synthesize_corpus
+from relllm.evaluation.dimensions import dimension_metrics
+from relllm.evaluation.plots import plot_confusion_matrix, plot_valence_arousal
+from relllm.evaluation.recognition import recognition_metrics
+from relllm.inference import hear, reply
+from relllm.labels import DIMENSIONS, EMOTIONS
+from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
+from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.processing.processing_relllm import ReLLMProcessor
+from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT, build_chat_template
+from relllm.training.config import ReLLMSFTConfig
+from relllm.training.emotion_tower import EmotionTowerTrainer
+from relllm.training.trainer import ReLLMSFTTrainer
+
+LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}  # the paper's
+NEAR_CHANCE = 0.10  # above 1 / classes: what a run that learned nothing stays below
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What a demo run takes; the defaults fit two CPU cores and a few minutes.
+
+    Args:
+        out (`Path`): Folder of the run.
+        seed (`int`, *optional*, defaults to 0): Of the corpus and of every weight.
+        clips_per_emotion (`tuple[int, int, int]`, *optional*): In train, validation and test.
+        text_epochs, emotion_epochs, speech_epochs (`float`, *optional*): Over the training rows, of the LLM, the
+            emotion tower and the ReLLM.
+    """
+
+    out: Path
+    seed: int = 0
+    clips_per_emotion: tuple[int, int, int] = (180, 30, 40)
+    text_epochs: float = 3.0
+    emotion_epochs: float = 6.0
+    speech_epochs: float = 4.0
+
+
+def run_demo(settings: DemoSettings, console: Console) -> bool:
+    """Run every step that is not done yet, and report.
+
+    Args:
+        settings ([`DemoSettings`]): Sizes and place.
+        console (`rich.console.Console`): Where the report goes.
+
+    Returns:
+        `bool`: Whether the model learned: its UA on unseen voices and sentences is above chance by more than 0.10.
+
+    Raises:
+        ValueError: If the folder holds a run with other settings.
+    """
+    started = time.monotonic()
+    out = settings.out
+    _claim_folder(settings)
+    set_seed(settings.seed)
+    train_clips, validation_clips, test_clips = settings.clips_per_emotion
+    corpus = synthesize_corpus(
+        out / "corpus",
+        train_clips_per_emotion=train_clips,
+        validation_clips_per_emotion=validation_clips,
+        test_clips_per_emotion=test_clips,
+        seed=settings.seed,
+    )
+    steps: list[tuple[str, str, Callable[[Path], None]]] = [
+        ("llm", "a small LLM learns the replies as text", lambda path: _train_llm(corpus, settings, path)),
+        ("emotion-tower", "the emotion tower learns the dimensions", lambda path: _train_tower(corpus, settings, path)),
+        ("re-llm", "RE-LLM learns to hear", lambda path: _train_speech(corpus, settings, path, "concat")),
+        ("speech-only", "its baseline without the tower", lambda path: _train_speech(corpus, settings, path, "none")),
+    ]
+    for name, what, make in steps:
+        _once(out / name, what, make, console)
+    results = {name: _evaluate(corpus["test"], out / name, out / "plots" / name) for name in ("re-llm", "speech-only")}
+    results["settings"] = {**asdict(settings), "out": None}
+    _write_json(out / "results.json", results)
+    _report(results, corpus["test"], out, console)
+    console.print(f"Everything lies in [bold]{out}[/bold]; {time.monotonic() - started:.0f} s in this run.")
+    learned = results["re-llm"]["ua"] > 1 / len(EMOTIONS) + NEAR_CHANCE
+    if not learned:
+        console.print(
+            f"[red]This run has learned nothing: UA {results['re-llm']['ua']:.2f} on unseen voices is near chance "
+            f"({1 / len(EMOTIONS):.2f}).[/red]"
+        )
+    return learned
+
+
+def _claim_folder(settings: DemoSettings) -> None:
+    """A folder belongs to one set of settings: a step done under others must not be reused."""
+    path = settings.out / "settings.json"
+    wanted = json.loads(json.dumps({**asdict(settings), "out": None}))
+    if path.exists() and (found := json.loads(path.read_text(encoding="utf-8"))) != wanted:
+        raise ValueError(f"{settings.out} holds a run with {found}, not {wanted}. Choose another --out, or delete it.")
+    _write_json(path, wanted)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _once(path: Path, what: str, make: Callable[[Path], None], console: Console) -> None:
+    """Make a folder under another name and rename it when it is complete; leave one that is there."""
+    if path.exists():
+        console.print(f"[green]{path.name}[/green]: there already")
+        return
+    console.rule(f"{path.name}: {what}")
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    make(partial)
+    partial.rename(path)
+
+
+def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
+    """A tokenizer and a small Llama from the corpus's own text: the writer's prompt and transcript in, the reply out."""
+    set_seed(settings.seed)
+    tokenizer = _train_tokenizer(corpus["train"])
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    rows = [
+        {
+            "prompt": [
+                {"role": "system", "content": SYSTEM_PROMPT},
+                {"role": "user", "content": WRITER_PROMPT.format(emotion=row["emotion"]) + row["text"]},
+            ],
+            "completion": [{"role": "assistant", "content": row["response"]}],
+        }
+        for row in corpus["train"]
+    ]
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_config(config),
+        args=SFTConfig(**_arguments(settings, path, epochs=settings.text_epochs, learning_rate=2e-3)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model(str(path))
+
+
+def _train_tokenizer(rows: Dataset) -> PreTrainedTokenizerFast:
+    texts = [SYSTEM_PROMPT, WRITER_PROMPT, *rows["text"], *rows["response"], *EMOTIONS, "system\nuser\nassistant\n"]
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|audio|>"]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=1000, min_frequency=2, special_tokens=special, show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<|audio|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = build_chat_template(tokenizer.get_vocab(), tokenizer.eos_token)
+    return tokenizer
+
+
+def _train_tower(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
+    """A small wav2vec2 with a head, on 1 - CCC."""
+    set_seed(settings.seed)
+    encoder = AutoConfig.for_model(
+        "wav2vec2",
+        hidden_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=192,
+        conv_dim=(32, 64, 64, 96),
+        conv_kernel=(10, 8, 8, 4),
+        conv_stride=(5, 4, 4, 4),  # 320 samples a frame, as in the real ones
+        num_feat_extract_layers=4,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        conv_bias=True,
+        mask_time_prob=0.0,
+        layerdrop=0.0,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    trainer = EmotionTowerTrainer(
+        model=ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder, final_dropout=0.0)),
+        args=TrainingArguments(**_arguments(settings, path, epochs=settings.emotion_epochs, learning_rate=2e-3)),
+        train_dataset=corpus["train"],
+    )
+    trainer.train()
+    trainer.save_model(str(path))
+
+
+def _train_speech(corpus: DatasetDict, settings: DemoSettings, path: Path, fusion: str) -> None:
+    """RE-LLM on the trained parts. The speech tower is fresh (nothing pretrained is at hand), so it trains as well."""
+    set_seed(settings.seed)
+    llm, tower = settings.out / "llm", settings.out / "emotion-tower"
+    speech = AutoConfig.for_model(
+        "whisper",
+        d_model=96,
+        encoder_layers=2,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=192,
+        decoder_layers=1,
+        decoder_attention_heads=1,
+        decoder_ffn_dim=8,
+        num_mel_bins=40,
+        vocab_size=8,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+    )
+    model = ReLLMForConditionalGeneration.from_towers(
+        audio=AutoModel.from_config(speech),
+        text=llm,
+        emotion=None if fusion == "none" else tower,
+        lora=LORA,
+        emotion_fusion=fusion,
+        projector_inner_dim=128,
+    )
+    processor = ReLLMProcessor.from_config(model.config, llm, full_window=False)
+    trainer = ReLLMSFTTrainer(
+        model=model,
+        args=ReLLMSFTConfig(
+            **_arguments(settings, path, epochs=settings.speech_epochs, learning_rate=2e-3),
+            unfreeze=["audio_tower"],
+        ),
+        train_dataset=corpus["train"],
+        processing_class=processor,
+    )
+    trainer.train()
+    trainer.save_model(str(path))
+
+
+def _arguments(settings: DemoSettings, path: Path, *, epochs: float, learning_rate: float) -> dict:
+    """What all three trainings share."""
+    return {
+        "output_dir": str(path),
+        "num_train_epochs": epochs,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.01,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "seed": settings.seed,
+        "logging_strategy": "epoch",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+
+
+def _evaluate(rows: Dataset, checkpoint: Path, plots: Path) -> dict:
+    """Recognition and dimensions on unseen voices and sentences, plots, and some replies."""
+    model = AutoModel.from_pretrained(checkpoint).eval()
+    processor = ReLLMProcessor.from_pretrained(checkpoint)
+    heard = list(hear(model, processor, rows["audio"]))
+    metrics = recognition_metrics(rows["emotion"], [clip.emotion for clip in heard], EMOTIONS)
+    predicted = {name: [clip.dimensions[name] for clip in heard] for name in DIMENSIONS}
+    dimensions = dimension_metrics({name: rows[name] for name in DIMENSIONS}, predicted)
+    title = f"{checkpoint.name}: unseen voices and sentences"
+    plot_confusion_matrix(metrics["confusion_matrix"], EMOTIONS, plots / "confusion_matrix.png", title=title)
+    plot_valence_arousal(
+        rows["valence"],
+        rows["arousal"],
+        predicted["valence"],
+        predicted["arousal"],
+        rows["emotion"],
+        plots / "valence_arousal.png",
+        title=title,
+    )
+    replies = [
+        {
+            "id": row["id"],
+            "text": row["text"],
+            "emotion": row["emotion"],
+            "reply": reply(model, processor, row["audio"], max_new_tokens=40).text,
+        }
+        for row in rows.select(range(len(EMOTIONS)))
+    ]
+    return {**metrics, "dimensions": dimensions, "replies": replies}
+
+
+def _report(results: dict, rows: Dataset, out: Path, console: Console) -> None:
+    console.rule("Unseen voices and unseen sentences")
+    table = Table("", "UA", "WA", *(f"CCC {name}" for name in DIMENSIONS))
+    for name, label in (("re-llm", "RE-LLM"), ("speech-only", 'emotion_fusion="none"')):
+        result = results[name]
+        concordance = [f"{result['dimensions'][dimension]['ccc']:.3f}" for dimension in DIMENSIONS]
+        table.add_row(label, f"{result['ua']:.3f}", f"{result['wa']:.3f}", *concordance)
+    console.print(table)
+    console.print(f"{len(rows)} clips, chance UA {1 / len(EMOTIONS):.2f}. Rule-made prosody, not human emotion.")
+    replies = Table("said", "in emotion", "RE-LLM replies")
+    for entry in results["re-llm"]["replies"]:
+        replies.add_row(entry["text"], entry["emotion"], entry["reply"])
+    console.print(replies)
+    console.rule("A fresh process loads the checkpoint and answers a file")
+    console.print(f"$ relllm reply {out / 're-llm'} {rows[0]['audio']}")
+    command = [sys.executable, "-m", "relllm.cli", "reply", str(out / "re-llm"), rows[0]["audio"], "--device", "cpu"]
+    subprocess.run([*command, "--max-new-tokens", "40"], check=True)
+    for plot in sorted((out / "plots").rglob("*.png")):
+        console.print(f"plot: {plot}")
+
+
+__all__ = ["DemoSettings", "run_demo"]
