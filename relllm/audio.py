@@ -1,4 +1,3 @@
-# Copyright 2026 The RE-LLM contributors. Licensed under the Apache License, Version 2.0.
 """Reading audio, for use from Python: `from relllm.audio import load_audio`.
 
 The code lives in `relllm/processing/audio_relllm.py` and its two siblings, because it travels to the Hub with the

@@ -1,4 +1,3 @@
-# Copyright 2026 The RE-LLM contributors. Licensed under the Apache License, Version 2.0.
 """Names of emotions and of emotion dimensions, in the one order that this package uses.
 
 What lives here: the two orders, and the map from the names that corpora use to ours. What does not: what a corpus does

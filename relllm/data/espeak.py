@@ -1,4 +1,3 @@
-# Copyright 2026 The RE-LLM contributors. Licensed under the Apache License, Version 2.0.
 """eSpeak NG as a process of its own: utterances in, samples out, bit-identical whatever was said before.
 
 What lives here: `speak`, and the process that it starts (this same file, run as a script). What does not: what is

@@ -1,4 +1,3 @@
-# Copyright 2026 The RE-LLM contributors. Licensed under the Apache License, Version 2.0.
 """The row: what every corpus is turned into, and all that training and evaluation know of a corpus.
 
 What lives here: the columns with their types, and the check of a row. What does not: reading a corpus (one file each).

@@ -1,4 +1,3 @@
-# Copyright 2026 The RE-LLM contributors. Licensed under the Apache License, Version 2.0.
 """A small corpus of synthetic speech in five emotions, for the demo and for tests.
 
 What lives here: the plan (who says what, how, and what the reply is), the writing of it, and the reader. What does

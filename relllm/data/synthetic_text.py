@@ -1,4 +1,3 @@
-# Copyright 2026 The RE-LLM contributors. Licensed under the Apache License, Version 2.0.
 """The sentences of the synthetic corpus and the replies to them.
 
 What lives here: words only. A sentence tells a plain fact, so that the emotion is in the voice alone. A reply does

@@ -1,4 +1,3 @@
-# Copyright 2026 The RE-LLM contributors. Licensed under the Apache License, Version 2.0.
 """Metrics of arousal, dominance and valence: CCC (the paper's), Pearson's correlation and the root mean square error.
 
 What lives here: numbers from named dimensions. What does not: an order of three floats; everything goes by name.

@@ -1,4 +1,3 @@
-# Copyright 2026 The RE-LLM contributors. Licensed under the Apache License, Version 2.0.
 """Pictures of a run: the confusion matrix and the valence-arousal plane, as PNG files.
 
 What lives here: drawing. What does not: metrics. matplotlib is imported on use, without pyplot: no display, no global

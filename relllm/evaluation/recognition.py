@@ -1,4 +1,3 @@
-# Copyright 2026 The RE-LLM contributors. Licensed under the Apache License, Version 2.0.
 """Speech emotion recognition (SER) metrics, as the field and the paper name them.
 
 What lives here: numbers from labels and predictions. What does not: making predictions, plots (`plots.py`).

@@ -1,4 +1,3 @@
-# Copyright 2026 The RE-LLM contributors. Licensed under the Apache License, Version 2.0.
 """Limits of what counts as audio here, and the checks that hold to them.
 
 What lives here: the limits and the errors for a rate, a duration or samples outside them. What does not: reading files

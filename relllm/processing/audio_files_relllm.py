@@ -1,4 +1,3 @@
-# Copyright 2026 The RE-LLM contributors. Licensed under the Apache License, Version 2.0.
 """From a path, a URL, bytes or a file object to the samples of an audio file.
 
 What lives here: opening (with one clear error for each way it fails), decoding by soundfile, and noticing truncated

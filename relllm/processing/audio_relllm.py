@@ -1,4 +1,3 @@
-# Copyright 2026 The RE-LLM contributors. Licensed under the Apache License, Version 2.0.
 """Reading audio: any container, channel count and rate -> one mono float32 waveform at one rate.
 
 What lives here: `load_audio` and `resample`, with arrays and channels. Beside it: `audio_files_relllm.py` (opening and

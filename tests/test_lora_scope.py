@@ -1,0 +1,353 @@
+"""Scoped LoRA: it acts where its scope says and nowhere else, in every way a model is run.
+
+The reference is the same LLM without PEFT, whose linear layers add the low-rank product at the masked positions.
+"""
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from tiny_models import LLM_FAMILIES, audio_inputs, clip, conversation_inputs, tiny_model, tiny_processor, user_turn
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from relllm import ReLLMForConditionalGeneration
+from relllm.modeling.lora_scope_relllm import ADAPTER_NAME, LoraScope, ScopedLora, inject_scoped_lora
+
+SCOPES = ("audio", "text", "global")
+CHECKPOINTING = {"reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
+TEXT_IDS = torch.tensor([[1, 40, 41, 42, 43, 2]])
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, Tensor]:
+    conversations = [[user_turn("Listen: ", clip(0.5), " and ", clip(0.3))], [user_turn(clip(0.9))]]
+    return dict(conversation_inputs(tiny_processor(), conversations))
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, ReLLMForConditionalGeneration]:
+    return {scope: tiny_model(lora_scope=scope) for scope in SCOPES}
+
+
+def bare_llm(model: ReLLMForConditionalGeneration) -> PreTrainedModel:
+    """The LLM alone, without PEFT, with the same weights."""
+    state = {
+        name.replace(".base_layer.", "."): weight
+        for name, weight in model.model.text_model.state_dict().items()
+        if "lora_" not in name
+    }
+    bare = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    bare.load_state_dict(state)
+    return bare
+
+
+def reference_llm(model: ReLLMForConditionalGeneration, mask: Tensor) -> PreTrainedModel:
+    """The LLM alone; each layer that has a LoRA adds scaling · B A x at the masked positions, written out."""
+    reference = bare_llm(model)
+    state = model.model.text_model.state_dict()
+    scaling = model.config.lora_config["lora_alpha"] / model.config.lora_config["r"]
+
+    def add_lora(product: Tensor) -> Callable:
+        return lambda layer, args, result: result + mask[..., None] * scaling * (args[0] @ product.T)
+
+    for name, layer in reference.named_modules():
+        if f"{name}.lora_A.{ADAPTER_NAME}.weight" in state:
+            assert isinstance(layer, (nn.Linear, Conv1D))
+            a, b = (state[f"{name}.lora_{part}.{ADAPTER_NAME}.weight"] for part in "AB")
+            layer.register_forward_hook(add_lora(b @ a))
+    return reference
+
+
+def merged_embeddings(model: ReLLMForConditionalGeneration, inputs: dict[str, Tensor]) -> Tensor:
+    """Token embeddings with the projected frames put in one by one."""
+    audio = model.get_audio_features(**audio_inputs(inputs))
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).clone()
+    positions = (inputs["input_ids"] == model.config.audio_token_id).nonzero().tolist()
+    assert len(positions) == len(audio.pooler_output)
+    for (row, column), frame in zip(positions, audio.pooler_output, strict=True):
+        embeddings[row, column] = frame
+    return embeddings
+
+
+def scope_mask(scope: str, is_audio: Tensor) -> Tensor:
+    return {"audio": is_audio, "text": ~is_audio, "global": torch.ones_like(is_audio)}[scope].float()
+
+
+@contextmanager
+def count_lora_calls(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the LoRA matrices that run inside the block."""
+    calls: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, module in model.named_modules()
+        if name.endswith((f"lora_A.{ADAPTER_NAME}", f"lora_B.{ADAPTER_NAME}"))
+    ]
+    assert hooks
+    yield calls
+    for hook in hooks:
+        hook.remove()
+
+
+# --- where it acts ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", LLM_FAMILIES)
+def test_text_only_input_gives_exactly_the_base_llms_logits(family: str) -> None:
+    model = tiny_model(text=family)
+    assert torch.equal(model(input_ids=TEXT_IDS).logits, bare_llm(model)(TEXT_IDS).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", LLM_FAMILIES)
+def test_each_scope_equals_a_hand_written_masked_lora(family: str, scope: str, inputs: dict[str, Tensor]) -> None:
+    model = tiny_model(text=family, lora_scope=scope)
+    is_audio = inputs["input_ids"] == model.config.audio_token_id
+    reference = reference_llm(model, scope_mask(scope, is_audio))
+    run = {"inputs_embeds": merged_embeddings(model, inputs), "attention_mask": inputs["attention_mask"]}
+    expected = reference(**run).logits
+    valid = inputs["attention_mask"].bool()
+    torch.testing.assert_close(model(**inputs).logits[valid], expected[valid], rtol=1e-4, atol=2e-5)
+    plain = bare_llm(model)(**run).logits
+    assert (plain - expected)[valid].abs().max() > 0.05  # the LoRA is not too small to see
+
+
+@torch.no_grad()
+def test_a_decode_step_of_audio_scope_runs_no_lora_and_the_others_run_all(
+    models: dict[str, ReLLMForConditionalGeneration], inputs: dict[str, Tensor]
+) -> None:
+    for scope, model in models.items():
+        with count_lora_calls(model) as calls:
+            past = model(**inputs, use_cache=True).past_key_values
+        matrices = sorted(set(calls))
+        assert sorted(calls) == matrices and len(matrices) == 2 * 2 * 7  # A and B, layers, linear layers
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+        with count_lora_calls(model) as calls:
+            model(input_ids=torch.tensor([[40], [41]]), attention_mask=mask, past_key_values=past)
+        assert sorted(calls) == ([] if scope == "audio" else matrices)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", SCOPES)
+def test_generate_runs_the_lora_at_prefill_and_afterwards_as_the_scope_says(
+    scope: str, models: dict[str, ReLLMForConditionalGeneration], inputs: dict[str, Tensor]
+) -> None:
+    with count_lora_calls(models[scope]) as calls:
+        models[scope].generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    steps = 1 if scope == "audio" else 4
+    assert len(calls) == steps * len(set(calls)) and calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", SCOPES)
+def test_stepwise_decoding_equals_one_pass_over_the_whole_text(
+    scope: str, models: dict[str, ReLLMForConditionalGeneration], inputs: dict[str, Tensor]
+) -> None:
+    model = models[scope]
+    reply = torch.tensor([[40, 41, 42], [50, 51, 52]])
+    whole = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], reply], dim=1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(reply)], dim=1),
+    }
+    expected = model(**whole).logits[:, -3:]
+    outputs, attention_mask = model(**inputs, use_cache=True), inputs["attention_mask"]
+    for index in range(3):
+        attention_mask = torch.cat([attention_mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+        outputs = model(
+            input_ids=reply[:, index : index + 1],
+            attention_mask=attention_mask,
+            past_key_values=outputs.past_key_values,
+        )
+        torch.testing.assert_close(outputs.logits[:, 0], expected[:, index], rtol=1e-4, atol=3e-5)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def gradients(
+    model: ReLLMForConditionalGeneration, inputs: dict[str, Tensor], *, teacher: bool = False
+) -> dict[str, Tensor]:
+    """Of the language-modelling loss; optionally with a text-only pass between forward and backward."""
+    model.zero_grad()
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    if teacher:
+        with torch.no_grad():
+            model(input_ids=TEXT_IDS)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # PyTorch, on the teacher pass
+@pytest.mark.parametrize("teacher", [False, True], ids=["alone", "teacher-between"])
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_gradient_checkpointing_changes_no_gradient(
+    scope: str, kind: str, teacher: bool, inputs: dict[str, Tensor]
+) -> None:
+    model = tiny_model(lora_scope=scope, lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}).train()
+    expected = gradients(model, inputs)
+    model.gradient_checkpointing_enable(CHECKPOINTING[kind])
+    assert model.is_gradient_checkpointing
+    model.enable_input_require_grads()
+    found = gradients(model, inputs, teacher=teacher)
+    assert found.keys() >= expected.keys()
+    assert sum("lora_" in name and bool(gradient.any()) for name, gradient in expected.items()) == 2 * 2 * 7
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=0)
+
+
+def test_gradients_equal_those_of_the_hand_written_lora(inputs: dict[str, Tensor]) -> None:
+    model = tiny_model()
+    found = gradients(model, inputs)
+    is_audio = inputs["input_ids"] == model.config.audio_token_id
+    with torch.no_grad():
+        embeddings = merged_embeddings(model, inputs)
+    factors = {}
+    reference = bare_llm(model)
+    state = model.model.text_model.state_dict()
+    for name, layer in reference.named_modules():
+        if f"{name}.lora_A.{ADAPTER_NAME}.weight" in state:
+            a, b = (state[f"{name}.lora_{part}.{ADAPTER_NAME}.weight"].clone().requires_grad_() for part in "AB")
+            factors[name] = (a, b)
+            layer.register_forward_hook(
+                lambda _, args, result, a=a, b=b: result + is_audio[..., None] * 2.0 * (args[0] @ a.T @ b.T)
+            )
+    run = {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"]}
+    reference(**run, labels=inputs["input_ids"]).loss.backward()
+    for name, (a, b) in factors.items():
+        for part, factor in (("A", a), ("B", b)):
+            gradient = found[f"model.text_model.{name}.lora_{part}.{ADAPTER_NAME}.weight"]
+            torch.testing.assert_close(gradient, factor.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_text_only_batch_keeps_the_lora_in_the_graph_with_zero_gradients() -> None:
+    model = tiny_model().train()
+    model(input_ids=TEXT_IDS, labels=TEXT_IDS).loss.backward()
+    lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    assert lora and all(parameter.grad is not None and not parameter.grad.any() for parameter in lora)
+
+
+# --- copies, threads, saving -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_deep_copy_has_a_lora_of_its_own(inputs: dict[str, Tensor]) -> None:
+    model = tiny_model()
+    expected = model(**inputs).logits
+    twin = copy.deepcopy(model)
+    assert twin.model.lora_scope is not model.model.lora_scope
+    assert torch.equal(twin(**inputs).logits, expected)
+    for name, parameter in twin.named_parameters():
+        if "lora_B" in name:
+            parameter.zero_()
+    assert not torch.allclose(twin(**inputs).logits, expected, atol=1e-3)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_two_threads_with_different_inputs_do_not_disturb_each_other(inputs: dict[str, Tensor]) -> None:
+    model = tiny_model()
+    jobs = {"audio": inputs, "text": {"input_ids": TEXT_IDS}}
+    with torch.no_grad():
+        expected = {name: model(**job).logits for name, job in jobs.items()}
+    different: list[str] = []
+
+    def run(name: str) -> None:
+        with torch.no_grad():
+            for _ in range(15):
+                if not torch.equal(model(**jobs[name]).logits, expected[name]):
+                    different.append(name)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("audio", "text", "audio")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert different == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", SCOPES)
+def test_saving_and_loading_keeps_the_lora_and_its_scope(
+    scope: str, models: dict[str, ReLLMForConditionalGeneration], inputs: dict[str, Tensor], tmp_path: Path
+) -> None:
+    models[scope].save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    loaded, info = ReLLMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert torch.equal(loaded(**inputs).logits, models[scope](**inputs).logits)
+    trained = [name for name, parameter in loaded.named_parameters() if parameter.requires_grad and "lora_" in name]
+    assert len(trained) == 2 * 2 * 7
+
+
+# --- merging and PEFT's contract -------------------------------------------------------------------------------------
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+@pytest.mark.parametrize("safe", [False, True], ids=["unsafe", "safe"])
+@pytest.mark.parametrize("scope", ["audio", "text"])
+def test_merging_a_partial_scope_is_refused_with_the_reason(scope: str, safe: bool) -> None:
+    model = tiny_model(lora_scope=scope)
+    for layer in lora_layers(model):
+        before = layer.get_base_layer().weight.clone()
+        with pytest.raises(ValueError, match=f"scope '{scope}' cannot be merged.*some positions"):
+            layer.merge(safe_merge=safe)
+        assert torch.equal(layer.get_base_layer().weight, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("safe", [False, True], ids=["unsafe", "safe"])
+def test_merging_the_global_scope_keeps_the_answers_and_can_be_undone(
+    family: str, safe: bool, inputs: dict[str, Tensor]
+) -> None:
+    model = tiny_model(text=family, lora_scope="global")
+    expected = model(**inputs).logits
+    valid = inputs["attention_mask"].bool()
+    for layer in lora_layers(model):
+        layer.merge(safe_merge=safe)
+    with count_lora_calls(model) as calls:
+        torch.testing.assert_close(model(**inputs).logits[valid], expected[valid], rtol=1e-4, atol=3e-5)
+    assert calls == []
+    for layer in lora_layers(model):
+        layer.unmerge()
+    torch.testing.assert_close(model(**inputs).logits[valid], expected[valid], rtol=1e-4, atol=3e-5)
+
+
+def test_peft_calls_our_forward_for_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT calls `LoraVariant` private and prone to change; this notices when a release changes it."""
+    assert peft.__version__.startswith("0.21.")
+    public = {name for name in vars(LoraVariant) if not name.startswith("_")} - {"init"}
+    assert public <= set(dir(ScopedLora)), "PEFT's LoraVariant has methods that ScopedLora lacks"
+    model = tiny_model()
+    seen: list[tuple] = []
+
+    def forward(self, module, active_adapter, x, result, **kwargs):
+        seen.append((module, active_adapter, x.shape, result.shape))
+        return result
+
+    monkeypatch.setattr(ScopedLora, "forward", forward)
+    model(input_ids=TEXT_IDS)
+    assert [entry[0] for entry in seen] and {id(entry[0]) for entry in seen} == {id(m) for m in lora_layers(model)}
+    assert {entry[1] for entry in seen} == {ADAPTER_NAME}
+
+
+@pytest.mark.parametrize(
+    "kind", [{"use_dora": True}, {"task_type": "CAUSAL_LM", "alora_invocation_tokens": [1]}], ids=["dora", "alora"]
+)
+def test_a_lora_with_a_forward_pass_of_its_own_is_refused(kind: dict) -> None:
+    text_model = AutoModelForCausalLM.from_config(tiny_model(lora=None).config.text_config)
+    with pytest.raises(ValueError, match="only plain LoRA"):
+        inject_scoped_lora(text_model, {"r": 4, "target_modules": ["q_proj"], **kind}, "audio", LoraScope())

@@ -1,0 +1,399 @@
+"""The processor: every way audio comes in, the placeholder's length, the labels' mask, and what is refused."""
+
+import functools
+import http.server
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from tiny_models import (
+    RATE,
+    audio_inputs,
+    audio_part,
+    clip,
+    conversation_inputs,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+    user_turn,
+)
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+
+from relllm import ReLLMConfig, ReLLMForConditionalGeneration, ReLLMProcessor
+from relllm.modeling.audio_tower_relllm import count_frames
+from relllm.modeling.projector_relllm import count_projected
+from relllm.processing.prompts_relllm import build_chat_template
+
+# WavLM's own attention, on a padded batch
+pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
+AUDIO = "<|audio|>"
+
+
+@pytest.fixture(scope="module")
+def processor() -> ReLLMProcessor:
+    return tiny_processor()
+
+
+def wav_bytes(samples: np.ndarray, rate: int = RATE) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, subtype="FLOAT", format="WAV")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clips")
+    (path / "clip.wav").write_bytes(wav_bytes(clip(0.5)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/clip.wav"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def same(found: dict, expected: dict) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# --- where audio comes from ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "source"),
+    [("audio", source) for source in ("array", "tensor", "path", "Path", "url", "bytes", "file", "row")]
+    + [("path", "path"), ("path", "Path"), ("url", "url"), ("bytes", "bytes")],
+)
+def test_every_source_gives_the_inputs_of_the_array(
+    key: str, source: str, processor: ReLLMProcessor, folder: Path, url: str
+) -> None:
+    path = folder / "clip.wav"
+    sources = {
+        "array": clip(0.5),
+        "tensor": torch.from_numpy(clip(0.5)),
+        "path": str(path),
+        "Path": path,
+        "url": url,
+        "bytes": path.read_bytes(),
+        "file": io.BytesIO(path.read_bytes()),
+        "row": {"array": clip(0.5), "sampling_rate": RATE},
+    }
+    part = {"type": "audio", key: sources[source]}
+    found = conversation_inputs(processor, [user_turn("Listen: ", part)])
+    assert same(found, conversation_inputs(processor, [user_turn("Listen: ", clip(0.5))]))
+
+
+def test_keys_that_are_none_as_in_arrow_structs_count_as_absent(processor: ReLLMProcessor, folder: Path) -> None:
+    nothing = {"audio": None, "url": None, "bytes": None, "text": None, "sampling_rate": None}
+    conversation = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", **nothing, "path": None, "text": "Listen: "},
+                {"type": "audio", **nothing, "path": str(folder / "clip.wav")},
+            ],
+        }
+    ]
+    found = conversation_inputs(processor, conversation)
+    assert same(found, conversation_inputs(processor, [user_turn("Listen: ", clip(0.5))]))
+
+
+def test_an_audio_part_without_a_source_or_with_two_names_the_keys(processor: ReLLMProcessor) -> None:
+    for part in ({"type": "audio"}, {"type": "audio", "path": "a.wav", "url": "http://127.0.0.1/a.wav"}):
+        with pytest.raises(ValueError, match="exactly one of the keys.*'audio'.*'url'.*'path'"):
+            conversation_inputs(processor, [user_turn(part)])
+
+
+def test_arrays_of_another_rate_are_resampled_once_they_say_so(processor: ReLLMProcessor) -> None:
+    slow = clip(0.5, rate=8_000)
+    found = conversation_inputs(processor, [user_turn(audio_part(slow, sampling_rate=8_000))])
+    row = conversation_inputs(processor, [user_turn(audio_part({"array": slow, "sampling_rate": 8_000}))])
+    text = processor.apply_chat_template([user_turn(slow)], add_generation_prompt=True)
+    called = processor(text=text, audio=slow, sampling_rate=8_000)
+    assert found["input_values_mask"].sum() == 8_000
+    assert same(found, row) and same(found, called)
+    unsaid = conversation_inputs(processor, [user_turn(slow)])
+    assert unsaid["input_values_mask"].sum() == 4_000
+
+
+def test_calling_the_processor_equals_the_chat_template(processor: ReLLMProcessor) -> None:
+    clips = [clip(0.5), clip(2.7), clip(0.9)]
+    conversations = [[user_turn("a ", clips[0], " b ", clips[1])], [user_turn(clips[2])]]
+    texts = [processor.apply_chat_template(turns, add_generation_prompt=True) for turns in conversations]
+    expected = conversation_inputs(processor, conversations)
+    assert texts[0].count(AUDIO) == 2
+    assert same(processor(text=texts, audio=clips), expected)
+    assert same(processor(text=texts, audio=[clips[:2], clips[2:]]), expected)
+
+
+def test_apply_request_is_a_system_turn_an_instruction_and_the_audio(processor: ReLLMProcessor) -> None:
+    words = {"instruction": "How do I feel? ", "system_prompt": "Listen well."}
+    conversations = [
+        [{"role": "system", "content": "Listen well."}, user_turn("How do I feel? ", clip(duration))]
+        for duration in (0.5, 0.9)
+    ]
+    found = processor.apply_request(clip(0.5), **words)
+    assert same(found, conversation_inputs(processor, conversations[0]))
+    found = processor.apply_request([clip(0.5), clip(0.9)], **words)
+    assert same(found, conversation_inputs(processor, conversations))
+    bare = processor.apply_request(clip(0.5), instruction="", system_prompt="")
+    assert same(bare, conversation_inputs(processor, [user_turn(clip(0.5))]))
+
+
+# --- turns, batches, masks -------------------------------------------------------------------------------------------
+
+
+def test_the_rendered_text_is_chatml_with_one_placeholder_a_clip(processor: ReLLMProcessor) -> None:
+    conversation = [
+        {"role": "system", "content": "Be kind."},
+        user_turn("Hear: ", clip(0.5), " and ", clip(0.3)),
+        {"role": "assistant", "content": "I see."},
+        user_turn(clip(0.4)),
+    ]
+    assert processor.apply_chat_template(conversation, add_generation_prompt=True) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n"
+        f"<|im_start|>user\nHear: {AUDIO} and {AUDIO}<|im_end|>\n"
+        "<|im_start|>assistant\nI see.<|im_end|>\n"
+        f"<|im_start|>user\n{AUDIO}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_several_turns_and_clips_expand_in_order(processor: ReLLMProcessor) -> None:
+    durations_s = (0.5, 0.3, 2.7)
+    clips = [clip(duration, seed=index) for index, duration in enumerate(durations_s)]
+    conversation = [
+        user_turn("Hear: ", clips[0], " and ", clips[1]),
+        {"role": "assistant", "content": "I see."},
+        user_turn(clips[2]),
+    ]
+    inputs = conversation_inputs(processor, conversation)
+    runs = run_lengths((inputs["input_ids"][0] == processor.audio_token_id).tolist())
+    assert runs == [processor.feature_extractor.count_tokens(round(RATE * s)) for s in durations_s[:2]] + [
+        2 * processor.feature_extractor.count_tokens(round(RATE * 1.35))
+    ]
+    assert inputs["audio_num_windows"].tolist() == [1, 1, 2]
+    for window, samples in zip(inputs["input_values_mask"].sum(-1)[:2], clips[:2], strict=True):
+        assert int(window) == len(samples)
+
+
+def run_lengths(flags: list[bool]) -> list[int]:
+    text = "".join("x" if flag else " " for flag in flags)
+    return [len(run) for run in text.split()]
+
+
+def test_a_ragged_batch_is_padded_on_the_left_and_each_clip_as_alone(processor: ReLLMProcessor) -> None:
+    clips = [clip(0.9), clip(0.3, seed=1)]
+    batch = conversation_inputs(processor, [[user_turn("A longer instruction: ", clips[0])], [user_turn(clips[1])]])
+    alone = conversation_inputs(processor, [user_turn(clips[1])])
+    length = alone["input_ids"].shape[1]
+    assert batch["attention_mask"][1].tolist() == [0] * (batch["input_ids"].shape[1] - length) + [1] * length
+    assert torch.equal(batch["input_ids"][1, -length:], alone["input_ids"][0])
+    samples, frames = len(clips[1]), alone["input_features"].shape[-1]
+    torch.testing.assert_close(batch["input_values"][1, :samples], alone["input_values"][0])
+    assert not batch["input_values"][1, samples:].any()
+    torch.testing.assert_close(batch["input_features"][1, :, :frames], alone["input_features"][0], rtol=0, atol=1e-5)
+
+
+def test_the_assistant_mask_covers_exactly_the_replies_and_their_end_tokens(processor: ReLLMProcessor) -> None:
+    replies = ["I am so sorry, what happened?", "Ünïcode too. <3"]
+    conversation = [
+        {"role": "system", "content": "Be kind."},
+        user_turn("Hear: ", clip(0.5), " and ", clip(2.7)),
+        {"role": "assistant", "content": replies[0]},
+        user_turn(clip(0.3)),
+        {"role": "assistant", "content": [{"type": "text", "text": replies[1]}]},
+    ]
+    for batch in ([conversation], [conversation, conversation[1:3]]):
+        inputs = processor.apply_chat_template(
+            batch, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        masks = torch.as_tensor(inputs["assistant_masks"]).bool()
+        found = [processor.tokenizer.decode(ids[mask]) for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
+        assert found[0] == f"{replies[0]}<|im_end|>{replies[1]}<|im_end|>"
+        assert found[1:] == [f"{replies[0]}<|im_end|>"] * (len(batch) - 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (["<|im_start|>"], "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            ["<|start_header_id|>"],
+            "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (["<start_of_turn>"], "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"),
+        ([], "user: hi</s>\nassistant: "),
+    ],
+    ids=["chatml", "llama-3", "gemma", "plain"],
+)
+def test_the_template_follows_the_tokenizers_own_turn_tokens(tokens: list[str], expected: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = build_chat_template(dict.fromkeys(tokens, 0), "</s>")
+    conversation = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True) == expected
+
+
+# --- the token-count rule --------------------------------------------------------------------------------------------
+
+
+def lengths_s() -> np.ndarray:
+    """0.05 to 40 s in uneven steps, and the edges of frames and windows."""
+    edges = [0.05, 0.0599375, 0.06, 0.0600625, 29.99, 29.9999375, 30.0, 30.0000625, 30.01, 39.99]
+    return np.unique(np.concatenate([np.arange(0.05, 40.0, 0.0937), edges, [40.0]]))
+
+
+@pytest.mark.parametrize("fusion", ["concat", "token"])
+@pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "hubert-group", "wavlm"])
+def test_processor_and_model_count_the_same_tokens_from_50_ms_to_40_s(kind: str, fusion: str) -> None:
+    config = tiny_config(audio=kind, fusion=fusion, window_s=30.0)
+    extractor = tiny_processor(config).feature_extractor
+    for duration_s in lengths_s():
+        windows = [len(window) for window in extractor.cut_windows(np.zeros(round(duration_s * RATE), np.float32))]
+        assert sum(windows) == round(duration_s * RATE) and max(windows) <= 30 * RATE
+        assert len(windows) == (1 if duration_s <= 30 else 2)
+        lengths = torch.tensor(windows)
+        frames = count_frames(config.audio_config, -(-lengths // 160) if kind == "whisper" else lengths)
+        model_side = count_projected(config, frames) + (fusion == "token")
+        assert model_side.tolist() == [extractor.count_tokens(window) for window in windows]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("full_window", [False, True], ids=["cut", "full-window"])
+@pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "wav2vec2-group", "hubert", "wavlm"])
+def test_the_model_makes_as_many_positions_as_the_processor_left_room_for(kind: str, full_window: bool) -> None:
+    config = tiny_config(audio=kind, window_s=30.0)
+    model, processor = tiny_model(config), tiny_processor(config, full_window=full_window)
+    for duration_s in (0.05, 0.06, 0.33, 1.0, 7.77, 29.99, 30.0, 30.01, 40.0):
+        inputs = processor(text=AUDIO, audio=clip(duration_s))
+        audio = model.get_audio_features(**audio_inputs(inputs))
+        assert len(audio.pooler_output) == inputs["input_ids"].shape[1]
+        assert inputs["audio_num_windows"].tolist() == [1 if duration_s <= 30 else 2]
+        if kind == "whisper" and full_window:
+            assert inputs["input_features"].shape[-1] == 3000
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "duration_s"), [("whisper", 5.3), ("hubert", 61.0)])
+def test_a_long_clip_is_its_windows_one_after_the_other_each_with_its_own_emotion(
+    kind: str, duration_s: float
+) -> None:
+    config = tiny_config(audio=kind)
+    model, processor = tiny_model(config), tiny_processor(config)
+    waveform = clip(duration_s)  # three windows, of at most 2 s for the tiny Whisper and 30 s for the others
+
+    def hear(audio: list[np.ndarray]):
+        inputs = processor(text=AUDIO * len(audio), audio=audio)
+        return model.get_audio_features(**audio_inputs(inputs))
+
+    windows = processor.feature_extractor.cut_windows(waveform)
+    assert len(windows) == 3 and np.array_equal(np.concatenate(windows), waveform)
+    whole, parts = hear([waveform]), [hear([window]) for window in windows]
+    expected = torch.cat([part.pooler_output for part in parts])
+    torch.testing.assert_close(whole.pooler_output, expected, rtol=0, atol=1e-4)
+    embeddings = torch.cat([part.emotion_embedding for part in parts])
+    assert (embeddings[0] - embeddings[1]).abs().max() > 1e-3
+    together = hear(windows)
+    torch.testing.assert_close(together.emotion_embedding, embeddings, rtol=0, atol=1e-4)
+    assert whole.emotion_logits.shape == (1, 5) and together.emotion_logits.shape == (3, 5)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("placeholders", "clips"), [(0, 1), (1, 0), (2, 1), (1, 2)])
+def test_a_mismatch_of_placeholders_and_clips_names_both_counts(
+    placeholders: int, clips: int, processor: ReLLMProcessor
+) -> None:
+    audio = [clip(0.5) for _ in range(clips)] or None
+    with pytest.raises(ValueError) as error:
+        processor(text="Hear: " + AUDIO * placeholders, audio=audio)
+    assert str(placeholders) in str(error.value) and str(clips) in str(error.value)
+
+
+def test_the_model_names_both_counts_as_well() -> None:
+    model, inputs = tiny_model(), dict(tiny_processor()(text="a" + AUDIO, audio=clip(0.5)))
+    count = int((inputs["input_ids"] == model.config.audio_token_id).sum())
+    with pytest.raises(ValueError, match=f"{count - 1} audio placeholder.*{count} positions"):
+        model(**{**inputs, "input_ids": inputs["input_ids"][:, :-1], "attention_mask": None})
+    with pytest.raises(ValueError, match=f"{count} audio placeholder.*0 positions"):
+        model(input_ids=inputs["input_ids"])
+    with pytest.raises(ValueError, match=f"0 audio placeholder.*{count} positions"):
+        model(**{**inputs, "input_ids": torch.full_like(inputs["input_ids"], 40)})
+
+
+def test_a_clip_over_the_limit_is_named_with_the_limit(tmp_path: Path) -> None:
+    processor = tiny_processor(max_duration_s=1.5)
+    (tmp_path / "long.wav").write_bytes(wav_bytes(clip(2.0)))
+    with pytest.raises(ValueError, match=r"long\.wav.*2\.0 s.*limit is 1\.5 s"):
+        conversation_inputs(processor, [user_turn(audio_part(str(tmp_path / "long.wav")))])
+    in_turns = functools.partial(conversation_inputs, processor, [user_turn(clip(0.5)), user_turn(clip(2.0))])
+    in_a_call = functools.partial(processor, text=AUDIO * 2, audio=[clip(0.5), clip(2.0)])
+    for run in (in_turns, in_a_call):
+        with pytest.raises(ValueError, match=r"audio 1 of shape \(32000,\).*2\.0 s.*limit is 1\.5 s"):
+            run()
+
+
+def test_an_unknown_content_type_is_an_error(processor: ReLLMProcessor) -> None:
+    with pytest.raises(Exception, match="'image'"):
+        processor.apply_chat_template([user_turn({"type": "image"})])
+
+
+def test_a_tokenizer_with_another_audio_token_id_is_refused() -> None:
+    config = tiny_config()
+    config.audio_token_id = 7
+    with pytest.raises(ValueError, match="is token 300 in the tokenizer and 7 in the"):
+        ReLLMProcessor.from_config(config, tiny_tokenizer())
+    tokenizer = tiny_tokenizer(audio_token=False)
+    with pytest.raises(ValueError, match="does not know '<|audio|>'"):
+        ReLLMProcessor(tiny_processor().feature_extractor, tokenizer)
+
+
+def test_cformer_says_how_its_counts_are_found() -> None:
+    processor = tiny_processor(tiny_config(projector_type="cformer"))
+    with pytest.raises(ValueError, match="predict_token_counts"):
+        conversation_inputs(processor, [user_turn(clip(0.5))])
+    with pytest.raises(ValueError, match="needs 1 counts"):
+        processor(text=AUDIO, audio=clip(0.5), audio_token_counts=[2, 3])
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_processor_comes_back_with_every_setting(processor: ReLLMProcessor, tmp_path: Path) -> None:
+    special = tiny_processor(
+        tiny_config(audio="hubert", fusion="token"), speech_do_normalize=False, max_duration_s=9.0
+    )
+    conversation = [user_turn("Hear: ", clip(0.5))]
+    for index, saved in enumerate((processor, special)):
+        saved.save_pretrained(tmp_path / str(index))
+        loaded = ReLLMProcessor.from_pretrained(tmp_path / str(index))
+        assert loaded.feature_extractor.to_dict() == saved.feature_extractor.to_dict()
+        assert same(conversation_inputs(loaded, conversation), conversation_inputs(saved, conversation))
+    with pytest.raises(ValueError, match=r"limit is 9\.0 s"):
+        conversation_inputs(loaded, [user_turn(clip(9.5))])
+
+
+def test_the_auto_classes_know_the_processor_and_its_parts(processor: ReLLMProcessor, tmp_path: Path) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is ReLLMProcessor
+    assert type(AutoConfig.from_pretrained(tmp_path)) is ReLLMConfig
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == processor.tokenizer.get_vocab()
+    assert AutoModel._model_mapping[ReLLMConfig] is ReLLMForConditionalGeneration

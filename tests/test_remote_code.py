@@ -1,0 +1,263 @@
+"""`trust_remote_code=True` in a fresh process that lacks the package, offline; and what a push sends to the Hub."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+from tiny_models import RATE, audio_part, clip, conversation_inputs, tiny_model, tiny_processor, user_turn
+from transformers import AutoModel, AutoProcessor
+
+import relllm
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CHILD = """
+import importlib.abc, json, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "relllm":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+from safetensors.torch import save_file
+from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForMultimodalLM,
+    AutoModelForSpeechSeq2Seq, AutoProcessor, AutoTokenizer)
+
+torch.set_num_threads(1)
+where, wav, out, again = sys.argv[1:]
+remote = {"trust_remote_code": True}
+processor = AutoProcessor.from_pretrained(where, **remote)
+content = [{"type": "text", "text": "Listen: "}, {"type": "audio", "path": wav}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True)
+tensors, classes = {}, {}
+for auto_class in (AutoModel, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq):
+    model = auto_class.from_pretrained(where, **remote)
+    name = auto_class.__name__
+    classes[name] = type(model).__name__
+    with torch.no_grad():
+        tensors[name + ".logits"] = model(**inputs).logits
+    tensors[name + ".reply"] = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    tensors[name + ".beams"] = model.generate(**inputs, max_new_tokens=6, num_beams=2)
+for auto_class in (AutoConfig, AutoFeatureExtractor, AutoTokenizer, AutoProcessor):
+    classes[auto_class.__name__] = type(auto_class.from_pretrained(where, **remote)).__name__
+tensors["trained"] = torch.tensor(sum(p.requires_grad for p in model.parameters()))
+tensors["lora"] = torch.tensor(sum(bool(p.any()) for n, p in model.named_parameters() if "lora_B" in n))
+model.save_pretrained(again)
+processor.save_pretrained(again)
+save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out)
+assert not [name for name in sys.modules if name.partition(".")[0] == "relllm"]
+print(json.dumps(classes))
+"""
+PUSH = """
+import sys
+import relllm
+from transformers import AutoModel, AutoProcessor
+parts = [auto_class.from_pretrained(sys.argv[1]) for auto_class in (AutoModel, AutoProcessor)]
+for kind in ("plain", "code"):
+    relllm.register_for_auto_class(kind == "code")
+    for part in parts:
+        part.push_to_hub("org/" + kind, token="hf_fake")
+"""
+
+
+@pytest.fixture(scope="module")
+def wav(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("wav") / "clip.wav"
+    soundfile.write(path, clip(2.7), RATE, subtype="FLOAT")
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with its code files."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    relllm.register_for_auto_class()
+    try:
+        tiny_model().save_pretrained(folder)
+        tiny_processor().save_pretrained(folder)
+    finally:
+        relllm.register_for_auto_class(False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(wav: Path) -> dict[str, torch.Tensor]:
+    """What this process, with the package, computes."""
+    model = tiny_model()
+    inputs = conversation_inputs(tiny_processor(), [user_turn("Listen: ", audio_part(str(wav)))])
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    return {
+        "logits": logits,
+        "reply": model.generate(**inputs, max_new_tokens=6, do_sample=False),
+        "beams": model.generate(**inputs, max_new_tokens=6, num_beams=2),
+    }
+
+
+def hub_cache(checkpoint: Path, home: Path) -> None:
+    """Lay a checkpoint out as a download from the Hub leaves it."""
+    repository = home / "hub" / "models--org--re-llm"
+    for name in ("refs", "blobs", f"snapshots/{COMMIT}"):
+        (repository / name).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    for index, path in enumerate(sorted(checkpoint.iterdir())):
+        (repository / "blobs" / f"{index:040x}").write_bytes(path.read_bytes())
+        (repository / "snapshots" / COMMIT / path.name).symlink_to(f"../../blobs/{index:040x}")
+
+
+def run_fresh(code: str, *arguments: object, folder: Path, isolated: bool = True, **environment: str) -> str:
+    """Standard output of a fresh process with a Hugging Face home of its own; its errors fail the test."""
+    variables = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", **environment}
+    command = [sys.executable, *(["-I"] if isolated else []), "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module", params=["directory", "hub-cache"])
+def fresh(request, checkpoint: Path, wav: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Classes and tensors of a process without the package, and what it saved."""
+    folder = tmp_path_factory.mktemp("fresh")
+    if request.param == "hub-cache":
+        hub_cache(checkpoint, folder / "home")
+    where = checkpoint if request.param == "directory" else "org/re-llm"
+    classes = json.loads(
+        run_fresh(CHILD, where, wav, folder / "out", folder / "again", folder=folder).splitlines()[-1]
+    )
+    return classes, load_file(folder / "out"), folder / "again"
+
+
+def assert_equal_replies(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for auto_class in ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForSpeechSeq2Seq"):
+        for name, tensor in expected.items():
+            assert torch.equal(tensors[f"{auto_class}.{name}"], tensor)
+
+
+def test_every_auto_class_works_without_the_package(fresh) -> None:
+    classes, _, _ = fresh
+    tokenizer = classes.pop("AutoTokenizer")
+    assert "Tokenizer" in tokenizer
+    assert classes == {
+        "AutoConfig": "ReLLMConfig",
+        "AutoModel": "ReLLMForConditionalGeneration",
+        "AutoModelForMultimodalLM": "ReLLMForConditionalGeneration",
+        "AutoModelForSpeechSeq2Seq": "ReLLMForConditionalGeneration",
+        "AutoProcessor": "ReLLMProcessor",
+        "AutoFeatureExtractor": "ReLLMFeatureExtractor",
+    }
+
+
+def test_logits_and_replies_equal_those_of_the_package(fresh, expected) -> None:
+    assert_equal_replies(fresh[1], expected)
+
+
+def test_the_lora_and_the_frozen_towers_come_along(fresh) -> None:
+    tensors = fresh[1]
+    assert int(tensors["lora"]) == 2 * 7
+    assert int(tensors["trained"]) == sum(parameter.requires_grad for parameter in tiny_model().parameters())
+
+
+def test_what_it_saves_has_the_code_and_loads_here_too(fresh, checkpoint: Path, wav: Path, expected) -> None:
+    again = fresh[2]
+    code = {path.name for path in checkpoint.glob("*.py")}
+    assert code and {path.name for path in again.glob("*.py")} == code
+    model, processor = AutoModel.from_pretrained(again), AutoProcessor.from_pretrained(again)
+    assert type(model) is relllm.ReLLMForConditionalGeneration
+    inputs = conversation_inputs(processor, [user_turn("Listen: ", audio_part(str(wav)))])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, expected["logits"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fresh", ["hub-cache"], indirect=True)
+def test_a_checkpoint_saved_without_the_package_loads_without_it_again(
+    fresh, wav: Path, expected, tmp_path: Path
+) -> None:
+    run_fresh(CHILD, fresh[2], wav, tmp_path / "out", tmp_path / "again", folder=tmp_path)
+    assert_equal_replies(load_file(tmp_path / "out"), expected)
+
+
+# --- push_to_hub -----------------------------------------------------------------------------------------------------
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """As much of the Hub as a push needs; writes the pushed files below `server.folder`."""
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def answer(self, body: dict, status: int = 200) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        self.answer({"error": "Entry not found"}, status=404)
+
+    def do_HEAD(self) -> None:
+        self.send_response(404)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        repository = self.path.split("/")[-3]  # /api/models/org/NAME/{preupload,commit}/main
+        url = f"http://127.0.0.1:{self.server.server_port}/org"
+        if self.path.endswith("/repos/create"):
+            name = json.loads(body)["name"]
+            self.answer({"url": f"{url}/{name}", "name": f"org/{name}", "id": f"org/{name}"})
+        elif "/preupload/" in self.path:
+            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            self.answer({"files": files})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "file":
+                    path = self.server.folder / repository / line["value"]["path"]
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_bytes(base64.b64decode(line["value"]["content"]))
+            self.answer({"success": True, "commitOid": COMMIT, "commitUrl": f"{url}/{repository}/commit/{COMMIT}"})
+        else:
+            self.answer({"valid": True})
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the two repositories that a process with the package pushed: `plain` and `code`."""
+    folder = tmp_path_factory.mktemp("push")
+    tiny_model().save_pretrained(folder / "source")
+    tiny_processor().save_pretrained(folder / "source")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    server.folder = folder
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    package = str(Path(relllm.__file__).parent.parent)
+    run_fresh(PUSH, folder / "source", folder=folder, isolated=False, PYTHONPATH=package, **hub)
+    server.shutdown()
+    thread.join()
+    server.server_close()
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["plain", "code"])
+def test_push_to_hub_sends_a_checkpoint_that_loads(kind: str, pushed: Path, checkpoint: Path) -> None:
+    folder = pushed / kind
+    code = {path.name for path in checkpoint.glob("*.py")}
+    assert code and {path.name for path in folder.glob("*.py")} == (code if kind == "code" else set())
+    assert ("auto_map" in json.loads((folder / "config.json").read_text())) == (kind == "code")
+    inputs = conversation_inputs(AutoProcessor.from_pretrained(folder), [user_turn(clip(0.5))])
+    with torch.no_grad():
+        assert torch.equal(AutoModel.from_pretrained(folder)(**inputs).logits, tiny_model()(**inputs).logits)
