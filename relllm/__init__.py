@@ -6,6 +6,7 @@ is imported when it is first used.
 """
 
 import importlib
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -50,13 +51,13 @@ def register_for_auto_class(enabled: bool = True) -> None:
     Args:
         enabled (`bool`, *optional*, defaults to `True`): `False` switches it off again.
     """
-    auto_classes = {
+    auto_classes: dict[Any, str] = {
         ReLLMConfig: "AutoConfig",
         ReLLMForConditionalGeneration: AUTO_CLASSES[0],
         ReLLMFeatureExtractor: "AutoFeatureExtractor",
         ReLLMProcessor: "AutoProcessor",
     }
-    for cls, name in auto_classes.items():  # type: type, str
+    for cls, name in auto_classes.items():
         cls._auto_class = name if enabled else None
 
 

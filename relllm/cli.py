@@ -25,7 +25,7 @@ def _commands() -> None:
 def reply(
     model: Annotated[str, typer.Argument(help="A checkpoint: a directory or a Hub id.")],
     audio: Annotated[list[str], typer.Argument(help="WAV, FLAC, OGG or MP3 files, or URLs.")],
-    instruction: Annotated[str | None, typer.Option(help="Text before the audio; the training prompt if left out.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Text before the audio.")] = None,
     system_prompt: Annotated[str | None, typer.Option(help="System turn; empty for none.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 128,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")] = "auto",
@@ -74,7 +74,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where corpus, models, plots and results go.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of the corpus and of every weight.")] = 0,
 ) -> None:
-    """Train, evaluate and talk to a small RE-LLM on synthetic speech. About five minutes on two cores, nothing downloaded.
+    """Train, evaluate and talk to a small RE-LLM on synthetic speech: minutes on two cores, nothing downloaded.
 
     Interrupted, it goes on with the step it was in. The speech is rule-made prosody (eSpeak NG), not human emotion.
     """

@@ -1,8 +1,8 @@
 """The whole of RE-LLM in minutes on a CPU: corpus, towers, training, evaluation, a reply in a fresh process.
 
-Everything is small and made here, so every step is real and nothing is pretrained: the tokenizer and the LLM learn the
-corpus's own replies as text, the emotion tower learns the dimensions, then RE-LLM and its speech-only baseline learn to
-hear. One folder for each step; a step that is done is not done again.
+Everything is small and made here, so every step is real and nothing is pretrained: the tokenizer and the LLM learn
+the corpus's own replies as text, the emotion tower learns the dimensions, then RE-LLM and its speech-only baseline
+learn to hear. One folder for each step; a step that is done is not done again.
 """
 
 import json
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from datasets import Dataset, DatasetDict
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +22,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedTokenizerFast,
     TrainingArguments,
     set_seed,
@@ -96,7 +94,7 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
     )
     steps: list[tuple[str, str, Callable[[Path], None]]] = [
         ("llm", "a small LLM learns the replies as text", lambda path: _train_llm(corpus, settings, path)),
-        ("emotion-tower", "the emotion tower learns the dimensions", lambda path: _train_tower(corpus, settings, path)),
+        ("emotion-tower", "it learns the dimensions", lambda path: _train_tower(corpus, settings, path)),
         ("re-llm", "RE-LLM learns to hear", lambda path: _train_speech(corpus, settings, path, "concat")),
         ("speech-only", "its baseline without the tower", lambda path: _train_speech(corpus, settings, path, "none")),
     ]
@@ -145,7 +143,7 @@ def _once(path: Path, what: str, make: Callable[[Path], None], console: Console)
 
 
 def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
-    """A tokenizer and a small Llama from the corpus's own text: the writer's prompt and transcript in, the reply out."""
+    """A tokenizer and a small Llama from the corpus's own text: writer's prompt and transcript in, reply out."""
     set_seed(settings.seed)
     tokenizer = _train_tokenizer(corpus["train"])
     config = AutoConfig.for_model(

@@ -97,6 +97,7 @@ def hear(
 
 
 def _hearings(model: ReLLMForConditionalGeneration, heard: ReLLMAudioOutput) -> list[Hearing]:
+    assert heard.emotion_logits is not None and heard.dimensions is not None  # the heads always run
     labels = model.config.emotion_labels
     probabilities = heard.emotion_logits.float().softmax(-1).tolist()
     return [

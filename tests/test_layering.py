@@ -1,8 +1,8 @@
 """Who may import whom inside the package, read from the syntax tree without importing anything.
 
-Data flows one way: audio, labels → processing, modeling → data, training, evaluation → inference, conversion → demo → cli.
-The Hub rooms, `modeling/` and `processing/`, are copied as flat files beside a checkpoint: they import only siblings
-of their own folder, and Transformers finds those imports with a regular expression over the whole text.
+Data flows one way: audio, labels → processing, modeling → data, training, evaluation, inference, conversion → demo →
+cli. The Hub rooms, `modeling/` and `processing/`, are copied as flat files beside a checkpoint: they import only
+siblings of their own folder, and Transformers finds those imports with a regular expression over the whole text.
 """
 
 import ast

@@ -125,7 +125,9 @@ def test_gradient_is_that_of_the_losses_written_out(tmp_path, processor):
 
 
 def test_unlabelled_rows_train_the_reply_alone(tmp_path, processor):
-    rows = [row | {"emotion": None, "arousal": None, "dominance": None, "valence": None} for row in make_rows(tmp_path)]
+    rows = [
+        row | {"emotion": None, "arousal": None, "dominance": None, "valence": None} for row in make_rows(tmp_path)
+    ]
     trainer = make_trainer(rows, tmp_path / "run", processor, per_device_train_batch_size=4)
     step = step_of(trainer)
     assert step["model.emotion_head.weight"].abs().max() == 0

@@ -41,7 +41,7 @@ def encode_audio(
 
     Args:
         tower (`PreTrainedModel`): From [`build_tower`].
-        inputs (`torch.Tensor`): Log-mel of shape `(clips, mels, frames)` for Whisper, else waveforms `(clips, samples)`.
+        inputs (`torch.Tensor`): Log-mel `(clips, mels, frames)` for Whisper, else waveforms `(clips, samples)`.
         mask (`torch.Tensor` of shape `(clips, frames or samples)`, *optional*): 1 on what belongs to the clip.
         kwargs: `output_hidden_states` and `output_attentions`, as of any model.
 
@@ -61,7 +61,9 @@ def frame_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device)[None] < lengths[:, None]
 
 
-def _encode_mel(tower: PreTrainedModel, features: Tensor, mask: Tensor, lengths: Tensor, **kwargs) -> BaseModelOutput:
+def _encode_mel(
+    tower: PreTrainedModel, features: Tensor, mask: Tensor, lengths: Tensor, **kwargs: object
+) -> BaseModelOutput:
     """Whisper's encoder over its full window as it was trained, or over as many positions as the batch needs."""
     window = tower.max_source_positions * tower.conv1.stride[0] * tower.conv2.stride[0]
     if features.shape[-1] < window:
@@ -75,7 +77,7 @@ def _encode_mel(tower: PreTrainedModel, features: Tensor, mask: Tensor, lengths:
 
 @capture_outputs  # on Whisper's own layers: the tower is what Transformers takes for `self`
 def _encode_short_mel(
-    tower: PreTrainedModel, features: Tensor, mask: Tensor, lengths: Tensor, **kwargs
+    tower: PreTrainedModel, features: Tensor, mask: Tensor, lengths: Tensor, **kwargs: object
 ) -> BaseModelOutput:
     longest = (features.shape[-1] - 1) // 2 + 1
     # Padding is set to zero before each convolution, where a lone clip would have the convolution's own zeros.
@@ -92,7 +94,7 @@ def _encode_short_mel(
 
 
 def _encode_waveform(
-    tower: PreTrainedModel, waveforms: Tensor, mask: Tensor, lengths: Tensor, **kwargs
+    tower: PreTrainedModel, waveforms: Tensor, mask: Tensor, lengths: Tensor, **kwargs: object
 ) -> BaseModelOutput:
     ragged = bool((mask.sum(-1) != mask.shape[-1]).any())
     if not ragged:

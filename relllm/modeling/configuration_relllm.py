@@ -36,24 +36,21 @@ class ReLLMEmotionConfig(PreTrainedConfig):
     final_dropout: float = 0.1
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
-        kwargs.setdefault("num_labels", len(DIMENSIONS))
-        if self.id2label is None:
-            self.id2label = dict(enumerate(DIMENSIONS))
-            self.label2id = {name: index for index, name in enumerate(DIMENSIONS)}
-        super().__post_init__(**kwargs)
+    def __post_init__(self, **kwargs: object) -> None:
+        labels: dict | None = self.id2label  # type: ignore[has-type]
+        self.id2label = labels or dict(enumerate(DIMENSIONS))
+        self.label2id = {name: index for index, name in self.id2label.items()}
+        super().__post_init__(num_labels=len(self.id2label), **kwargs)
         _check_tower("encoder_config", self.encoder_config, WAVEFORM_TOWERS)
         if tuple(self.id2label[index] for index in sorted(self.id2label)) != DIMENSIONS:
             raise ValueError(f"The emotion tower's outputs must be {DIMENSIONS} in this order, got {self.id2label}.")
 
     @classmethod
     def from_encoder_config(cls, config: PreTrainedConfig) -> "ReLLMEmotionConfig":
-        """The configuration of a checkpoint of the audEERING layout: an encoder's config with a head's labels in it."""
-        labels = config.to_dict().get("id2label") or {}
-        id2label = {int(index): name for index, name in labels.items()}
-        if set(id2label.values()) == {f"LABEL_{index}" for index in range(len(id2label))}:
-            id2label = None  # unnamed outputs: the layout's own order is ours
-        return cls(encoder_config=config, final_dropout=config.final_dropout, id2label=id2label)
+        """The configuration of a checkpoint of audEERING's layout: an encoder's, with a head's labels in it."""
+        labels = {int(index): name for index, name in (config.to_dict().get("id2label") or {}).items()}
+        unnamed = set(labels.values()) == {f"LABEL_{index}" for index in labels}  # the layout's own order is ours
+        return cls(encoder_config=config, final_dropout=config.final_dropout, id2label=None if unnamed else labels)
 
     @property
     def hidden_size(self) -> int:
@@ -73,8 +70,8 @@ class ReLLMConfig(PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to Llama): Any causal language model.
         audio_token_id (`int`, *optional*, defaults to 0): The placeholder that projected frames replace.
         emotion_fusion (`str`, *optional*, defaults to `"concat"`):
-            `"concat"`: the utterance embedding repeated along time beside the speech frames (the paper, section
-            "Emotion embedder"); `"token"`: one projected position before the speech; `"none"`: the speech-LLM baseline.
+            `"concat"`: the utterance embedding repeated along time beside the speech frames (the paper);
+            `"token"`: one projected position before the speech; `"none"`: the speech-LLM baseline.
         projector_type (`str`, *optional*, defaults to `"conv"`): `"conv"` (the paper) or `"cformer"` (BLSP-Emo, CIF).
         projector_kernel_sizes (`list[int]`, *optional*, defaults to `[5, 5, 5]`):
             One stride-2 convolution for each; odd, because the length rule floor((L - 1)/2 + 1) holds for odd only.
@@ -122,7 +119,7 @@ class ReLLMConfig(PreTrainedConfig):
     lora_scope: Literal["audio", "text", "global"] = "audio"
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
         self.emotion_labels = list(self.emotion_labels)
         self.projector_kernel_sizes = list(self.projector_kernel_sizes)

@@ -4,7 +4,9 @@ Submodule names are those of audEERING's `wav2vec2-large-robust-12-ft-emotion-ms
 which loads as it is. RE-LLM, section "Emotion embedder".
 """
 
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ class EmotionTowerOutput(ModelOutput):
     Args:
         embedding (`torch.Tensor` of shape `(clips, d_e)`): Mean over the clip's own frames.
         dimensions (`torch.Tensor` of shape `(clips, 3)`): Arousal, dominance, valence, about 0 to 1.
-        last_hidden_state (`torch.Tensor` of shape `(clips, T, d_e)`): Frames; those past a clip's own count are padding.
+        last_hidden_state (`torch.Tensor` of shape `(clips, T, d_e)`): Frames; past a clip's own count, padding.
         hidden_states (`tuple` of `torch.Tensor` of shape `(clips, T, d_e)`, *optional*): Before and after each layer.
         attentions (`tuple` of `torch.Tensor` of shape `(clips, heads, T, T)`, *optional*): Of each layer.
     """
@@ -86,7 +88,7 @@ class ReLLMEmotionModel(PreTrainedModel):
     ) -> EmotionTowerOutput | tuple:
         """
         Args:
-            input_values (`torch.Tensor` of shape `(clips, samples)`): 16 kHz, zero mean and unit variance for each clip.
+            input_values (`torch.Tensor` of shape `(clips, samples)`): 16 kHz, zero mean and unit variance each.
             input_values_mask (`torch.Tensor` of shape `(clips, samples)`, *optional*): 1 on the clip's own samples.
                 Without it every sample counts, as in the original code, which ran clip by clip.
         """
@@ -100,7 +102,13 @@ class ReLLMEmotionModel(PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs) -> "ReLLMEmotionModel":
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args: object,
+        config: ReLLMEmotionConfig | None = None,
+        **kwargs: Any,
+    ) -> "ReLLMEmotionModel | tuple[ReLLMEmotionModel, dict]":
         """Load a tower saved by this class, or any checkpoint of the audEERING layout.
 
         Args:

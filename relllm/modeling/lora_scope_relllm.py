@@ -6,7 +6,8 @@ sets for the length of one forward pass. PEFT is imported when a LoRA is built, 
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -21,7 +22,7 @@ class LoraScope:
     thread, so that two threads may run the model at once.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._local = threading.local()
 
     @property
@@ -45,10 +46,10 @@ class LoraScope:
         another mask.
         """
 
-        def scoped_checkpoint(function: Callable, *args, **kwargs):
+        def scoped_checkpoint(function: Callable, *args: object, **kwargs: object) -> object:
             mask = self.mask
 
-            def run(*run_args, **run_kwargs):
+            def run(*run_args: object, **run_kwargs: object) -> object:
                 with self.use(mask):
                     return function(*run_args, **run_kwargs)
 
@@ -61,6 +62,17 @@ class LoraScope:
 
     def __reduce__(self) -> tuple:
         return type(self), ()
+
+
+class LoraLayer(Protocol):
+    """What is used here of PEFT's layer of that name."""
+
+    lora_A: Mapping[str, nn.Linear]
+    lora_B: Mapping[str, nn.Linear]
+    lora_dropout: Mapping[str, nn.Module]
+    scaling: Mapping[str, float]
+
+    def get_delta_weight(self, adapter: str) -> Tensor: ...
 
 
 class ScopedLora:
@@ -77,7 +89,7 @@ class ScopedLora:
     def supports_lora_conversion(self) -> bool:
         return self.scope_name == "global"
 
-    def forward(self, module: nn.Module, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object) -> Tensor:
         """`result` of the base layer, plus the LoRA where the scope's mask says so."""
         mask = self.scope.mask
         if mask is None:  # a decode step of audio scope: the bare LLM
@@ -85,25 +97,25 @@ class ScopedLora:
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         delta = lora_b(lora_a(module.lora_dropout[active_adapter](x.to(lora_a.weight.dtype))))
         delta = delta * module.scaling[active_adapter]
-        if mask is not True:
+        if isinstance(mask, Tensor):
             delta = delta * mask.unsqueeze(-1).to(delta.device, delta.dtype)
         return result + delta.to(result.dtype)
 
-    def merge_safe(self, module: nn.Module, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         self._refuse_partial()
         return orig_weight + module.get_delta_weight(active_adapter)
 
-    def merge_unsafe(self, module: nn.Module, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
         self._refuse_partial()
         orig_weight.data += module.get_delta_weight(active_adapter)
 
-    def unmerge(self, module: nn.Module, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         return orig_weight - module.get_delta_weight(active_adapter)
 
     def _refuse_partial(self) -> None:
         if self.scope_name != "global":
             raise ValueError(
-                f"A LoRA of scope {self.scope_name!r} cannot be merged: it acts at some positions of the sequence only, "
+                f"A LoRA of scope {self.scope_name!r} cannot be merged: it acts at some positions of the sequence, "
                 "and a merged weight acts at all. Keep it as it is (a decode step does not pay for it), or train with "
                 "lora_scope='global'."
             )
@@ -128,7 +140,7 @@ def inject_scoped_lora(text_model: nn.Module, lora_config: dict, scope_name: str
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora.layer import LoraLayer
+        from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
     except ImportError as error:
         raise ImportError('This model carries a LoRA. Install PEFT with `pip install "peft>=0.21,<0.22"`.') from error
     transposed = any(isinstance(module, Conv1D) for module in text_model.modules())  # the linear layer of GPT-2
@@ -136,13 +148,13 @@ def inject_scoped_lora(text_model: nn.Module, lora_config: dict, scope_name: str
     inject_adapter_in_model(peft_config, text_model, ADAPTER_NAME)
     variant = ScopedLora(scope_name, scope)
     for name, module in text_model.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, PeftLoraLayer):
             if ADAPTER_NAME in module.lora_variant:
                 raise ValueError(
                     f"lora_config asks for {module.lora_variant[ADAPTER_NAME]} at {name}; only plain LoRA."
                 )
             module.lora_variant[ADAPTER_NAME] = variant
-    return {**lora_config, "target_modules": sorted(_target_names(text_model, LoraLayer))}
+    return {**lora_config, "target_modules": sorted(_target_names(text_model, PeftLoraLayer))}
 
 
 def is_lora_parameter(name: str) -> bool:
@@ -150,8 +162,17 @@ def is_lora_parameter(name: str) -> bool:
     return f".{ADAPTER_NAME}." in name and "lora_" in name
 
 
+def plain_lora_config(lora: "dict | PeftConfig | None") -> dict | None:  # type: ignore[name-defined]  # noqa: F821
+    """What a `peft.LoraConfig` changes from its defaults, as JSON can hold it; a `dict` as it is."""
+    if lora is None or isinstance(lora, dict):
+        return lora
+    defaults = type(lora)().to_dict()
+    changed = {name: value for name, value in lora.to_dict().items() if value != defaults[name]}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
+
+
 def _target_names(text_model: nn.Module, lora_layer: type) -> set[str]:
     return {name.rsplit(".", 1)[-1] for name, module in text_model.named_modules() if isinstance(module, lora_layer)}
 
 
-__all__ = ["ADAPTER_NAME", "LoraScope", "ScopedLora", "inject_scoped_lora", "is_lora_parameter"]
+__all__ = ["ADAPTER_NAME", "LoraScope", "ScopedLora", "inject_scoped_lora", "is_lora_parameter", "plain_lora_config"]

@@ -6,17 +6,18 @@ Top to bottom: outputs, the pretrained base, [`ReLLMModel`] (towers, fusion, pro
 
 import copy
 import os
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,12 +25,13 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
+from .assembly_relllm import find_audio_token, load_parts, load_towers
 from .audio_tower_relllm import build_tower, encode_audio, frame_mask
 from .configuration_relllm import DIMENSIONS, ReLLMConfig
-from .emotion_tower_relllm import ReLLMEmotionModel
-from .lora_scope_relllm import LoraScope, inject_scoped_lora, is_lora_parameter
+from .emotion_tower_relllm import EmotionTowerOutput, ReLLMEmotionModel
+from .lora_scope_relllm import LoraScope, inject_scoped_lora, is_lora_parameter, plain_lora_config
 from .projector_relllm import CFormer, ConvProjector, ProjectorOutput
 
 AUDIO_INPUTS = (
@@ -40,7 +42,6 @@ AUDIO_INPUTS = (
     "audio_num_windows",
     "audio_token_counts",
 )
-AUDIO_TOKEN = "<|audio|>"
 AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForSpeechSeq2Seq")
 
 
@@ -54,7 +55,7 @@ class ReLLMAudioOutput(BaseModelOutputWithPooling):
         hidden_states, attentions (`tuple` of `torch.Tensor`, *optional*): Of the speech tower, layer by layer.
         emotion_logits (`torch.Tensor` of shape `(clips, classes)`): Of `config.emotion_labels`.
         dimensions (`torch.Tensor` of shape `(clips, 3)`): Arousal, dominance, valence from the projected positions.
-        emotion_embedding (`torch.Tensor` of shape `(clips, d_e)`, *optional*): The emotion tower's utterance embedding.
+        emotion_embedding (`torch.Tensor` of shape `(clips, d_e)`, *optional*): The utterance embedding.
         tower_dimensions (`torch.Tensor` of shape `(clips, 3)`, *optional*): The emotion tower's own reading.
         token_logits, alphas, alphas_sum (`torch.Tensor`, *optional*): CFormer's; see [`ProjectorOutput`].
     """
@@ -118,8 +119,8 @@ class ReLLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     @torch.no_grad()
-    def initialize_weights(self):
-        """Transformers re-initialises every linear layer that no checkpoint filled, and LoRA's B is to start at zero."""
+    def initialize_weights(self) -> None:
+        """Transformers draws every linear layer that no checkpoint filled, and LoRA's B is to start at zero."""
         super().initialize_weights()
         with init.guard_torch_init_functions():  # leaves loaded tensors alone
             for module in self.modules():
@@ -136,13 +137,17 @@ class ReLLMPreTrainedModel(PreTrainedModel):
         """
         return False
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: object
+    ) -> None:
         if enable:  # the recomputation must see the LoRA mask of the first run
             gradient_checkpointing_func = self.base_model.lora_scope.wrap_checkpoint(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: object, **kwargs: object
+    ) -> "ReLLMPreTrainedModel":
         """As in Transformers, from safetensors only, and frozen again as [`ReLLMModel.freeze`] says.
 
         Transformers makes every loaded parameter trainable, whatever `__init__` had set.
@@ -155,10 +160,11 @@ class ReLLMPreTrainedModel(PreTrainedModel):
         model.base_model.freeze()
         return loaded
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: object, **kwargs: object) -> None:
         """As in Transformers; with the code files if [`relllm.register_for_auto_class`] has been called."""
         if self._auto_class is None:
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
         module = type(self).__module__.rsplit(".", 1)[-1]
         before = dict(vars(self.config))
         self.config.auto_map = {
@@ -166,7 +172,7 @@ class ReLLMPreTrainedModel(PreTrainedModel):
             **{name: f"{module}.ReLLMForConditionalGeneration" for name in AUTO_CLASSES},
         }
         try:
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)
         finally:  # a later save without the code files must not point at them
             del self.config.auto_map
             if "auto_map" in before:
@@ -184,7 +190,8 @@ class ReLLMModel(ReLLMPreTrainedModel):
         super().__init__(config)
         hidden_size = config.text_config.hidden_size
         self.audio_tower = build_tower(config.audio_config)
-        self.emotion_tower = ReLLMEmotionModel(config.emotion_config) if config.emotion_config is not None else None
+        emotion_config: PreTrainedConfig | None = config.emotion_config
+        self.emotion_tower = ReLLMEmotionModel(emotion_config) if emotion_config is not None else None
         self.multi_modal_projector = (CFormer if config.projector_type == "cformer" else ConvProjector)(config)
         if config.emotion_fusion == "token":
             self.emotion_projector = nn.Linear(config.emotion_config.hidden_size, hidden_size)
@@ -209,7 +216,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
             parameter.requires_grad_(is_lora_parameter(name))
 
     def train(self, mode: bool = True) -> "ReLLMModel":
-        """As in PyTorch, but a frozen tower stays in eval: no dropout, SpecAugment or layer drop in what cannot adapt."""
+        """As in PyTorch, but a frozen tower stays in eval: no dropout or SpecAugment in what cannot adapt."""
         super().train(mode)
         for tower in (self.audio_tower, self.emotion_tower):
             if tower is not None and not _is_trained(tower):
@@ -240,7 +247,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
 
         Args:
             input_features (`torch.Tensor`):
-                Log-mel `(windows, mels, frames)`, or waveforms `(windows, samples)` where the speech tower reads those.
+                Log-mel `(windows, mels, frames)`, or waveforms `(windows, samples)` for a tower that reads those.
             input_features_mask (`torch.Tensor` of shape `(windows, frames or samples)`, *optional*): 1 on the clip.
             input_values (`torch.Tensor` of shape `(windows, samples)`, *optional*): Waveforms for the emotion tower.
             input_values_mask (`torch.Tensor` of shape `(windows, samples)`, *optional*): 1 on the clip.
@@ -283,7 +290,9 @@ class ReLLMModel(ReLLMPreTrainedModel):
             alphas_sum=projected.alphas_sum,
         )
 
-    def _project(self, frames: Tensor, lengths: Tensor, emotion, num_tokens: Tensor | None) -> ProjectorOutput:
+    def _project(
+        self, frames: Tensor, lengths: Tensor, emotion: EmotionTowerOutput | None, num_tokens: Tensor | None
+    ) -> ProjectorOutput:
         """Fuse the emotion embedding with the frames (or put it before them) and project: `(windows, L, d)`."""
         dtype = self.emotion_head.weight.dtype  # what trains may be float32 under a bfloat16 LLM
         frames = frames.to(dtype)
@@ -330,24 +339,38 @@ class ReLLMModel(ReLLMPreTrainedModel):
         Raises:
             ValueError: If placeholders and projected frames differ in number; the message has both counts.
         """
-        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-        decoding = length == 1 and past_key_values is not None and audio is None
-        if audio_mask is None and input_ids is not None and not decoding:
-            audio_mask = input_ids == self.config.audio_token_id
+        if audio_mask is None:
+            audio_mask = self._find_audio(input_ids, inputs_embeds, audio, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            if audio_mask is not None and audio is None:
-                _check_counts(audio_mask, inputs_embeds.new_zeros(0, 1))
-        elif audio_mask is None and audio is not None:  # as in Transformers: where the placeholder's embedding is
-            token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
-            audio_mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        scope = self.config.lora_scope
+        if audio_mask is None:  # no audio position: of audio scope, a decode step is the bare LLM's
+            return inputs_embeds, None if scope == "audio" else True
         if audio is not None:
             features = audio.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             _check_counts(audio_mask, features)
             inputs_embeds = inputs_embeds.masked_scatter(audio_mask.unsqueeze(-1).expand_as(inputs_embeds), features)
-        if self.config.lora_scope == "global" or (self.config.lora_scope == "text" and audio_mask is None):
+        elif input_ids is not None:
+            _check_counts(audio_mask, inputs_embeds.new_zeros(0, 1))
+        if scope == "global":
             return inputs_embeds, True
-        return inputs_embeds, ~audio_mask if self.config.lora_scope == "text" else audio_mask
+        return inputs_embeds, ~audio_mask if scope == "text" else audio_mask
+
+    def _find_audio(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        audio: ReLLMAudioOutput | None,
+        past_key_values: Cache | None,
+    ) -> Tensor | None:
+        """`(batch, sequence)`, True at the placeholders; `None` where there can be none, as in a decode step."""
+        if input_ids is not None:
+            decoding = input_ids.shape[1] == 1 and past_key_values is not None and audio is None
+            return None if decoding else input_ids == self.config.audio_token_id
+        if audio is None:
+            return None
+        token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)  # as in Transformers: by its embedding
 
     @can_return_tuple
     def forward(
@@ -371,15 +394,16 @@ class ReLLMModel(ReLLMPreTrainedModel):
     ) -> ReLLMModelOutput:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): With `config.audio_token_id` at each
-                position that a projected frame takes.
-            input_features, input_features_mask, input_values, input_values_mask, audio_num_windows, audio_token_counts:
-                The audio; see [`~ReLLMModel.get_audio_features`].
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
+                With `config.audio_token_id` at each position that a projected frame takes.
+            input_features, input_features_mask, input_values, input_values_mask, audio_num_windows,
+            audio_token_counts: The audio; see [`~ReLLMModel.get_audio_features`].
             audio_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): Where the audio is; by default
                 where the placeholders are, or their embedding in `inputs_embeds` that come with audio.
             mm_encoder_outputs (`dict`, *optional*): `{"audio": ReLLMAudioOutput}`, encoded before.
-            language_modeling (`bool`, *optional*, defaults to `False`): Run the whole causal LM (its head, with its own
-                scaling and soft-capping); `last_hidden_state` then holds logits.
+            language_modeling (`bool`, *optional*, defaults to `False`):
+                Run the whole causal LM (its head, with its own scaling and soft-capping); `last_hidden_state` is then
+                its logits.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -439,10 +463,10 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         text: str | os.PathLike | PreTrainedModel,
         emotion: str | os.PathLike | ReLLMEmotionModel | None = None,
         *,
-        lora: "dict | LoraConfig | None" = None,  # noqa: F821
+        lora: "dict | LoraConfig | None" = None,  # type: ignore[name-defined]  # noqa: F821
         tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
         dtype: torch.dtype | None = None,
-        **config_kwargs,
+        **config_kwargs: object,
     ) -> "ReLLMForConditionalGeneration":
         """Build a model from pretrained towers; the projector, the heads and the LoRA start fresh.
 
@@ -464,8 +488,8 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If `text` is a loaded model and `tokenizer` is missing.
         """
-        audio_token_id = _find_audio_token(tokenizer if tokenizer is not None else text)
-        audio, text, emotion = _load_towers(audio, text, emotion, dtype)
+        audio_token_id = find_audio_token(tokenizer if tokenizer is not None else text)
+        audio, text, emotion = load_towers(audio, text, emotion, dtype)
         if emotion is None:
             config_kwargs.setdefault("emotion_fusion", "none")
         config = ReLLMConfig(
@@ -473,7 +497,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             text_config=copy.deepcopy(text.config),
             emotion_config=copy.deepcopy(emotion.config) if emotion is not None else None,
             audio_token_id=audio_token_id,
-            lora_config=_plain_lora_config(lora),
+            lora_config=plain_lora_config(lora),
             **config_kwargs,
         )
         with torch.device("meta"):  # only to learn the names: a LoRA moves a layer's weight to `base_layer.weight`
@@ -486,7 +510,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             if tower is not None
             for name, weight in tower.state_dict().items()
         }
-        model = _load_parts(cls, config, state, dtype or text.dtype)
+        model = load_parts(cls, config, state, dtype or text.dtype)
         model.generation_config = copy.deepcopy(text.generation_config)
         model.generation_config.suppress_tokens = [audio_token_id]
         if audio_token_id >= config.text_config.vocab_size:
@@ -499,7 +523,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.model.text_model.set_output_embeddings(value)
 
-    def get_audio_features(self, *args, **kwargs) -> ReLLMAudioOutput:
+    def get_audio_features(self, *args: Tensor, **kwargs: Tensor | bool | None) -> ReLLMAudioOutput:
         """See [`ReLLMModel.get_audio_features`]."""
         return self.model.get_audio_features(*args, **kwargs)
 
@@ -532,8 +556,8 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         Args:
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Target token ids, -100 where none;
                 shifted inside. The loss is next-token cross-entropy; auxiliary losses belong to the trainer.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Logits of the last so many positions, or
-                of these; 0 for all.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Logits of the last so many positions, or of these; 0 for all.
 
         The other arguments are those of [`ReLLMModel.forward`].
         """
@@ -565,7 +589,13 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **loss_kwargs)
         return ReLLMCausalLMOutput(loss=loss, logits=logits, **fields)
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: object,
+    ) -> dict:
         """Transformers drops the audio tensors it knows after the first step; these are ours to drop."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
@@ -575,7 +605,9 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
                 inputs.pop(name, None)
         return inputs
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict]:
         """Repeat rows for beams and `num_return_sequences`.
 
         Audio has as many rows as there are windows, not as the batch has, so it is encoded once and its tokens are
@@ -597,59 +629,11 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         return input_ids, kwargs
 
 
-def _load_towers(audio, text, emotion, dtype: torch.dtype | None) -> tuple:
-    """Models as they are, ids and paths loaded from safetensors; of Whisper its encoder."""
-    options = {"use_safetensors": True, **({"dtype": dtype} if dtype else {})}
-    if not isinstance(audio, PreTrainedModel):
-        audio = AutoModel.from_pretrained(audio, **options)
-    if not isinstance(text, PreTrainedModel):
-        text = AutoModelForCausalLM.from_pretrained(text, **options)
-    if emotion is not None and not isinstance(emotion, PreTrainedModel):
-        emotion = ReLLMEmotionModel.from_pretrained(emotion, **options)
-    return audio.get_encoder() if audio.config.is_encoder_decoder else audio, text, emotion
-
-
-def _load_parts(
-    cls: type[PreTrainedModel], config: ReLLMConfig, state: dict[str, Tensor], dtype: torch.dtype
-) -> PreTrainedModel:
-    """A model with these tower weights and fresh ones elsewhere. Transformers would warn of the fresh ones."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        model, info = cls.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    towers = ("model.audio_tower.", "model.emotion_tower.", "model.text_model.")
-    missing = [name for name in info["missing_keys"] if name.startswith(towers) and not is_lora_parameter(name)]
-    if missing or info["unexpected_keys"] or info["mismatched_keys"]:
-        raise ValueError(f"The towers do not fit their configurations: {info | {'missing_keys': missing}}.")
-    return model
-
-
-def _find_audio_token(tokenizer: str | os.PathLike | PreTrainedTokenizerBase | PreTrainedModel) -> int:
-    if isinstance(tokenizer, PreTrainedModel):
-        raise ValueError("`text` is a loaded model, so its tokenizer is not known. Pass tokenizer=… as well.")
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    return tokenizer.get_vocab().get(AUDIO_TOKEN, len(tokenizer))
-
-
-def _plain_lora_config(lora) -> dict | None:
-    """What a `LoraConfig` changes from its defaults, as JSON can hold it; a `dict` as it is."""
-    if lora is None or isinstance(lora, dict):
-        return lora
-    defaults = type(lora)().to_dict()
-    changed = {name: value for name, value in lora.to_dict().items() if value != defaults[name]}
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
-
-
 def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _frozen(tower: nn.Module):
+def _frozen(tower: nn.Module) -> AbstractContextManager:
     """No graph through a tower that does not train, also where embeddings were hooked to require gradients."""
     return nullcontext() if _is_trained(tower) else torch.no_grad()
 

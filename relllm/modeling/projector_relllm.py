@@ -21,7 +21,7 @@ class ProjectorOutput:
     Args:
         hidden_states (`torch.Tensor` of shape `(clips, L, d)`): Positions for the LLM, padded on the right.
         lengths (`torch.LongTensor` of shape `(clips,)`): Positions of each clip, at least 1.
-        token_logits (`torch.Tensor` of shape `(clips, L, vocabulary)`, *optional*): CFormer's reading of the words.
+        token_logits (`torch.Tensor` of shape `(clips, L, vocabulary)`, *optional*): CFormer's words.
         alphas (`torch.Tensor` of shape `(clips, T)`, *optional*): CFormer's firing weights, scaled to the token count.
         alphas_sum (`torch.Tensor` of shape `(clips,)`, *optional*): Their sum before scaling: the predicted count.
     """
@@ -34,7 +34,7 @@ class ProjectorOutput:
 
 
 def count_projected(config: ReLLMConfig, frames: Tensor) -> Tensor:
-    """Positions that the convolutional projector makes of so many frames: floor((L - 1)/2 + 1) for each convolution."""
+    """Positions that the convolutional projector makes of these frames: floor((L - 1)/2 + 1) a convolution."""
     for _ in config.projector_kernel_sizes:
         frames = (frames - 1) // 2 + 1
     return frames

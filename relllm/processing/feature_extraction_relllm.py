@@ -1,4 +1,4 @@
-"""Waveforms in, tensors of both towers out: log-mel (or waveform) for the speech tower, waveform for the emotion tower.
+"""Waveforms in, tensors of both towers out: log-mel (or waveform) for the speech tower, waveform for the other.
 
 Every clip is read once and resampled once. A clip longer than the tower's window is cut into windows of equal length.
 Also here: how many positions a clip takes in the LLM's sequence, the rule that processor and model share.
@@ -6,11 +6,12 @@ Also here: how many positions a clip takes in the LLM's sequence, the rule that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import BatchFeature, WhisperFeatureExtractor
+from transformers import BatchFeature, PreTrainedConfig, WhisperFeatureExtractor
 
 from .audio_relllm import MAX_DURATION_S, AudioSource, load_audio
 
@@ -58,8 +59,8 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         emotion_values: bool = True,
         full_window: bool = True,
         max_duration_s: float = MAX_DURATION_S,
-        **kwargs,
-    ):
+        **kwargs: object,
+    ) -> None:
         super().__init__(
             feature_size=feature_size,
             sampling_rate=sampling_rate,
@@ -95,7 +96,7 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         """
         if isinstance(audio, (list, tuple)) and not (audio and isinstance(audio[0], (int, float))):
             return [self.read_clip(clip, sampling_rate, index=index) for index, clip in enumerate(_flatten(audio))]
-        return self.read_clip(audio, sampling_rate)
+        return self.read_clip(cast(AudioSource, audio), sampling_rate)
 
     def read_clip(
         self, audio: AudioSource, sampling_rate: int | None = None, *, index: int | None = None
@@ -103,13 +104,12 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         """One clip of [`~ReLLMFeatureExtractor.fetch_audio`]; `index` is what an error calls an array by."""
         if isinstance(audio, (list, tuple)):
             audio = np.asarray(audio, dtype=np.float32)
-        is_array = isinstance(audio, (np.ndarray, torch.Tensor))
+        name = rate = None
+        if isinstance(audio, (np.ndarray, torch.Tensor)):  # a file states its own rate and has a name
+            rate = sampling_rate
+            name = None if index is None else f"audio {index} of shape {tuple(audio.shape)}"
         return load_audio(
-            audio,
-            sampling_rate=self.sampling_rate,
-            source_rate=sampling_rate if is_array else None,
-            max_duration_s=self.max_duration_s,
-            name=f"audio {index} of shape {tuple(audio.shape)}" if is_array and index is not None else None,
+            audio, sampling_rate=self.sampling_rate, source_rate=rate, max_duration_s=self.max_duration_s, name=name
         )
 
     def __call__(
@@ -118,7 +118,7 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         sampling_rate: int | None = None,
         return_tensors: str | None = "pt",
         audio_token_counts: Sequence[int] | None = None,
-        **kwargs,
+        **kwargs: object,
     ) -> BatchFeature:
         """
         Args:
@@ -139,7 +139,7 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         clips = fetched if isinstance(fetched, list) else [fetched]
         cut = [self.cut_windows(clip) for clip in clips]
         windows = [window for clip_windows in cut for window in clip_windows]
-        outputs = self._speech_inputs(windows)
+        outputs: dict[str, torch.Tensor | list[int]] = {**self._speech_inputs(windows)}
         if self.emotion_values:
             outputs["input_values"], outputs["input_values_mask"] = _pad([_normalize(window) for window in windows])
         num_windows = [len(clip_windows) for clip_windows in cut]
@@ -222,10 +222,10 @@ def _pad(waveforms: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     return pad(rows, batch_first=True), pad(mask, batch_first=True)
 
 
-def extractor_settings(config, speech_do_normalize: bool = True) -> Mapping[str, object]:
+def extractor_settings(config: PreTrainedConfig, speech_do_normalize: bool = True) -> dict[str, Any]:
     """Arguments of [`ReLLMFeatureExtractor`] that follow from a model's configuration (`ReLLMConfig`)."""
     audio = config.audio_config
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "num_projector_convs": None if config.projector_type == "cformer" else len(config.projector_kernel_sizes),
         "num_extra_tokens": int(config.emotion_fusion == "token"),
         "emotion_values": config.emotion_config is not None,

@@ -4,9 +4,10 @@ One `<|audio|>` in the text stands for one clip, and becomes as many of the same
 """
 
 import os
+from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import AudioKwargs, ProcessingKwargs
 
 from .audio_relllm import AudioSource
@@ -16,7 +17,7 @@ from .prompts_relllm import AUDIO_TOKEN, SPEECH_PROMPT, SYSTEM_PROMPT, build_cha
 AUDIO_KEYS = ("audio", "url", "path", "bytes")
 
 
-class ReLLMAudioKwargs(AudioKwargs, total=False):
+class ReLLMAudioKwargs(AudioKwargs, total=False):  # type: ignore[call-arg]
     """
     Attributes:
         audio_token_counts (`list[int]`, *optional*): With CFormer, positions of each window.
@@ -25,7 +26,7 @@ class ReLLMAudioKwargs(AudioKwargs, total=False):
     audio_token_counts: list[int] | None
 
 
-class ReLLMProcessorKwargs(ProcessingKwargs, total=False):
+class ReLLMProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     audio_kwargs: ReLLMAudioKwargs
 
 
@@ -67,7 +68,7 @@ class ReLLMProcessor(ProcessorMixin):
     @classmethod
     def from_config(
         cls,
-        config: "ReLLMConfig",  # noqa: F821
+        config: PreTrainedConfig,
         tokenizer: str | os.PathLike | PreTrainedTokenizerBase,
         *,
         chat_template: str | None = None,
@@ -106,8 +107,8 @@ class ReLLMProcessor(ProcessorMixin):
         )
         if processor.audio_token_id != config.audio_token_id:
             raise ValueError(
-                f"{AUDIO_TOKEN} is token {processor.audio_token_id} in the tokenizer and {config.audio_token_id} in the "
-                "model's config. Give from_towers the same tokenizer."
+                f"{AUDIO_TOKEN} is token {processor.audio_token_id} in the tokenizer and {config.audio_token_id} in "
+                "the model's config. Give from_towers the same tokenizer."
             )
         return processor
 
@@ -135,7 +136,7 @@ class ReLLMProcessor(ProcessorMixin):
             conversation.append({"role": "assistant", "content": response})
         return conversation
 
-    def apply_request(self, audio: "AudioSource | list[AudioSource]", **kwargs) -> BatchFeature:
+    def apply_request(self, audio: "AudioSource | list[AudioSource]", **kwargs: str) -> BatchFeature:
         """Model inputs that ask for a reply to a spoken turn, or to a batch of them.
 
         Args:
@@ -146,32 +147,41 @@ class ReLLMProcessor(ProcessorMixin):
         conversations = [self.build_conversation(clip, **kwargs) for clip in clips]
         return self.apply_chat_template(conversations, tokenize=True, return_dict=True, add_generation_prompt=True)
 
-    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+    def prepare_inputs_layout(
+        self,
+        images: object = None,
+        text: str | list[str] | None = None,
+        videos: object = None,
+        audio: "AudioSource | None" = None,
+        **kwargs: Any,
+    ) -> tuple[object, list[str] | None, object, list[np.ndarray] | None]:
         """Audio of any source becomes a flat list of waveforms, each read and resampled once."""
         if audio is not None:
             rate = kwargs.get("sampling_rate") or kwargs.get("audio_kwargs", {}).get("sampling_rate")
             fetched = self.feature_extractor.fetch_audio(audio, sampling_rate=rate)
-            audio = fetched if isinstance(fetched, list) else [fetched]
+            clips = fetched if isinstance(fetched, list) else [fetched]
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
         if audio is None and (count := sum(row.count(self.audio_token) for row in text or [])):
             raise ValueError(f"The text has {count} {self.audio_token} and 0 audio inputs came with it. Pass audio=….")
-        return images, text, videos, audio
+        return images, text, videos, clips if audio is not None else None
 
-    def _process_audio(self, audio: list[np.ndarray], **kwargs):
+    def _process_audio(self, audio: list[np.ndarray], **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         # `prepare_inputs_layout` has brought every clip to the extractor's rate
         features = self.feature_extractor(audio, audio_token_counts=kwargs.get("audio_token_counts"))
         return features, [self.replace_audio_token(features, audio_idx=index) for index in range(len(audio))]
 
-    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
+    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs: object) -> str:
         """The placeholders of clip `audio_idx`."""
         if "num_audio_tokens" not in audio_inputs:
             self.feature_extractor.count_tokens(0)  # says how a CFormer's counts are found
         return self.audio_token * int(audio_inputs["num_audio_tokens"][audio_idx])
 
-    def _multimodal_inputs_from_conversations(self, conversations, audio_loading_params, load_audio_from_video=False):
-        """Read the audio parts of conversations, in order. Keys that are `None` (Arrow structs have them) are absent."""
-        clips = []
+    def _multimodal_inputs_from_conversations(
+        self, conversations: list[list[dict]], audio_loading_params: dict, load_audio_from_video: bool = False
+    ) -> tuple[list[list], list[list], list[np.ndarray], dict]:
+        """Read the audio parts of conversations, in order. Keys that are `None` (Arrow structs) are absent."""
+        clips: list[np.ndarray] = []
         for conversation in conversations:
             for message in conversation:
                 if isinstance(message.get("content"), str):
@@ -186,7 +196,7 @@ class ReLLMProcessor(ProcessorMixin):
                         )
                     rate = part.get("sampling_rate")
                     clips.append(self.feature_extractor.read_clip(given[0], rate, index=len(clips)))
-        rows = [[] for _ in conversations]
+        rows: list[list] = [[] for _ in conversations]
         return rows, rows, clips, {}
 
     @property

@@ -3,6 +3,8 @@
 Published systems are known to be sensitive to the prompt, so the wording is fixed here and saved with every result.
 """
 
+from typing import TypeAlias
+
 # The original code's prompt for recognition by generation, the audio behind it.
 RECOGNITION_PROMPT = (
     "Please identify the emotion tone of the speech provided below. Select from the following options: "
@@ -17,8 +19,9 @@ SYSTEM_PROMPT = (
 
 AUDIO_TOKEN = "<|audio|>"
 
+Turn: TypeAlias = tuple[str, str, str, dict[str, str]]
 # A token of the tokenizer -> header of a turn, its end (which the model learns to say), what follows, role names.
-_TURNS = {
+_TURNS: dict[str, Turn] = {
     "<|im_start|>": ("<|im_start|>{role}\n", "<|im_end|>", "\n", {}),
     "<|start_header_id|>": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "", {}),
     "<start_of_turn>": ("<start_of_turn>{role}\n", "<end_of_turn>", "\n", {"assistant": "model", "system": "user"}),
@@ -29,7 +32,8 @@ _TEMPLATE = """\
 {%- if content is string -%}{{- content -}}{%- else -%}
 {%- for part in content -%}
 {%- if part['type'] == 'audio' -%}{{- AUDIO -}}{%- elif part['type'] == 'text' -%}{{- part['text'] -}}
-{%- else -%}{{- raise_exception("Content of type '" ~ part['type'] ~ "': only 'text' and 'audio' are read.") -}}{%- endif -%}
+{%- else -%}{{- raise_exception("Content of type '" ~ part['type'] ~ "': only 'text' and 'audio' are read.") -}}
+{%- endif -%}
 {%- endfor -%}{%- endif -%}
 {%- endmacro -%}
 {%- set roles = ROLES -%}
@@ -56,7 +60,7 @@ def build_chat_template(vocabulary: dict[str, int], eos_token: str, audio_token:
         eos_token (`str`): Ends a turn in the plain format, "role: content" and this token.
         audio_token (`str`, *optional*, defaults to `"<|audio|>"`): The placeholder of one clip.
     """
-    plain = ("{role}: ", eos_token, "\n", {})
+    plain: Turn = ("{role}: ", eos_token, "\n", {})
     header, end, after, roles = next((turn for token, turn in _TURNS.items() if token in vocabulary), plain)
     before, behind = header.split("{role}")
     fields = {

@@ -1,4 +1,4 @@
-"""Rows in, a batch out: conversations with audio, labels on the replies, emotion and dimension targets for each clip."""
+"""Rows in, a batch out: conversations with audio, labels on the replies, emotion and dimension targets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ IGNORE_INDEX = -100
 class ReLLMCollator:
     """Makes training batches.
 
-    A row is either one of a corpus (`audio`, `response`, and `emotion`, `arousal`, `dominance`, `valence` where known),
-    or a TRL conversation (`messages` with audio parts) with the same labels beside it. Labels are on the assistant's
+    A row is one of a corpus (`audio`, `response`, and where known `emotion`, `arousal`, `dominance`, `valence`), or a
+    TRL conversation (`messages` with audio parts) with the same labels beside it. Token labels are on the assistant's
     words and the end of its turn, and nowhere else.
 
     Args:
@@ -81,15 +81,17 @@ class ReLLMCollator:
         unknown = sorted({name for name in names if name is not None} - set(self.emotion_labels))
         if unknown:
             raise ValueError(
-                f"{_name(row)} has the emotion {unknown}, which the model's emotion_labels {list(self.emotion_labels)} "
-                "lack. Map it to one of them, or set it to None."
+                f"{_name(row)} has the emotion {unknown}, which is not of the model's {list(self.emotion_labels)}. "
+                "Map it to one of them, or set it to None."
             )
         return [IGNORE_INDEX if name is None else list(self.emotion_labels).index(name) for name in names]
 
 
 def _dimensions(row: Mapping, num_clips: int) -> list[list[float]]:
     columns = [_per_clip(row, name, num_clips) for name in DIMENSIONS]
-    targets = [[float("nan") if value is None else float(value) for value in clip] for clip in zip(*columns, strict=True)]
+    targets = [
+        [float("nan") if value is None else float(value) for value in clip] for clip in zip(*columns, strict=True)
+    ]
     for clip in targets:
         outside = [value for value in clip if value < 0 or value > 1]
         if outside:
@@ -104,13 +106,13 @@ def _per_clip(row: Mapping, name: str, num_clips: int) -> list:
         return [None] * num_clips
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(values) != num_clips:
-        raise ValueError(f"{_name(row)} has {len(values)} values of {name!r} for {num_clips} clips. Give one for each.")
+        raise ValueError(f"{_name(row)} has {len(values)} values of {name!r} for {num_clips} clips. Give one each.")
     return values
 
 
 def _count_clips(conversation: list[dict]) -> int:
-    parts = [part for message in conversation if not isinstance(message["content"], str) for part in message["content"]]
-    return sum(part["type"] == "audio" for part in parts)
+    contents = [message["content"] for message in conversation if not isinstance(message["content"], str)]
+    return sum(part["type"] == "audio" for content in contents for part in content)
 
 
 def _name(row: Mapping) -> str:

@@ -48,7 +48,7 @@ class ReLLMSFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        bf16: bool | None = self.bf16
+        bf16: bool | None = self.bf16  # type: ignore[has-type]
         if bf16 is None and not torch.cuda.is_available():
             self.bf16 = False  # TRL's default is True, which on a CPU is several times slower than float32
         super().__post_init__()
@@ -66,7 +66,7 @@ class ReLLMSFTConfig(SFTConfig):
             raise ValueError(f"max_length={self.max_length} would cut through audio. Leave it unset; shorten clips.")
         # Our collator makes the labels from the chat template's `{% generation %}` marks.
         self.remove_unused_columns = False
-        dataset_kwargs: dict | None = self.dataset_kwargs
+        dataset_kwargs: dict | None = self.dataset_kwargs  # type: ignore[has-type]
         self.dataset_kwargs = {**(dataset_kwargs or {}), "skip_prepare_dataset": True}
 
 

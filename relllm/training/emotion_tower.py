@@ -31,7 +31,7 @@ class EmotionCollator:
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
         """
         Returns:
-            `dict`: `input_values` and `input_values_mask` `(clips, samples)`; `labels` `(clips, 3)`, NaN where unlabelled.
+            `dict`: `input_values` and `input_values_mask` `(clips, samples)`; `labels` `(clips, 3)`, NaN for none.
         """
         rate = self.feature_extractor.sampling_rate
         waveforms = [load_audio(row["audio"], sampling_rate=rate) for row in rows]

@@ -74,7 +74,7 @@ class ReLLMSFTTrainer(SFTTrainer):
         if not isinstance(processing_class, ReLLMProcessor):
             raise TypeError(f"processing_class must be a ReLLMProcessor, got {type(processing_class).__name__}.")
         if kwargs.pop("peft_config", None) is not None:
-            raise ValueError("A ReLLM carries its own LoRA: set lora_config in its configuration, not peft_config here.")
+            raise ValueError("A ReLLM carries its own LoRA: set lora_config in its configuration, not peft_config.")
         args = args if args is not None else ReLLMSFTConfig()
         prepare_trainable(model, args.unfreeze)
         emotion_labels = model.config.emotion_labels
@@ -197,13 +197,11 @@ class _Recorder:
 
 
 def _return_heads(model: ReLLMForConditionalGeneration) -> None:
-    """Have TRL's fused forward, which calls the base model and returns fields of its own, return the heads' outputs."""
+    """Have TRL's fused forward, which runs the base model and has fields of its own, return the heads' outputs."""
     fused_forward = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
-    def forward(
-        self: PreTrainedModel, *args: Tensor, fused_lm_head: bool = False, **kwargs: Tensor
-    ) -> ModelOutput:
+    def forward(self: PreTrainedModel, *args: Tensor, fused_lm_head: bool = False, **kwargs: Tensor) -> ModelOutput:
         if not fused_lm_head:
             return fused_forward(*args, **kwargs)
         heard: dict[str, Tensor] = {}
