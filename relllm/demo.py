@@ -326,7 +326,7 @@ def _evaluate(rows: Dataset, checkpoint: Path, plots: Path) -> dict:
 def _report(results: dict, rows: Dataset, out: Path, console: Console) -> None:
     console.rule("Unseen voices and unseen sentences")
     table = Table("", "UA", "WA", *(f"CCC {name}" for name in DIMENSIONS))
-    for name, label in (("re-llm", "RE-LLM"), ("speech-only", 'emotion_fusion="none"')):
+    for name, label in (("re-llm", "RE-LLM"), ("speech-only", "no emotion tower")):
         result = results[name]
         concordance = [f"{result['dimensions'][dimension]['ccc']:.3f}" for dimension in DIMENSIONS]
         table.add_row(label, f"{result['ua']:.3f}", f"{result['wa']:.3f}", *concordance)
