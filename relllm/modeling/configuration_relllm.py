@@ -39,8 +39,9 @@ class ReLLMEmotionConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: object) -> None:
         labels: dict | None = self.id2label  # type: ignore[has-type]
         self.id2label = labels or dict(enumerate(DIMENSIONS))
-        self.label2id = {name: index for index, name in self.id2label.items()}
-        super().__post_init__(num_labels=len(self.id2label), **kwargs)
+        self.label2id = {name: int(index) for index, name in self.id2label.items()}  # JSON's keys are strings
+        kwargs.setdefault("num_labels", len(self.id2label))
+        super().__post_init__(**kwargs)
         _check_tower("encoder_config", self.encoder_config, WAVEFORM_TOWERS)
         if tuple(self.id2label[index] for index in sorted(self.id2label)) != DIMENSIONS:
             raise ValueError(f"The emotion tower's outputs must be {DIMENSIONS} in this order, got {self.id2label}.")
