@@ -6,10 +6,7 @@ Each is normalised over the whole accumulated batch of all processes, so 8 x 1, 
 gradients, unlabelled rows included. What lives elsewhere: the losses, the collator, the settings.
 """
 
-import functools
-import types
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from datasets import Audio, Dataset, IterableDataset
@@ -17,29 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl import SFTTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
 
 from .collator import IGNORE_INDEX, ReLLMCollator
 from .config import ReLLMSFTConfig
+from .fused_head import return_heads
 from .losses import ccc_loss, dimension_loss, emotion_loss
-
-
-@dataclass
-class ReLLMFusedOutput(FusedCausalLMOutput):
-    """TRL's fused output and what the auxiliary losses need.
-
-    They are fields of the model's output, not a side channel: DDP looks for the graph in what `forward` returns.
-
-    Args:
-        emotion_logits (`torch.Tensor` of shape `(clips, classes)`, *optional*): See `ReLLMAudioOutput`.
-        dimensions (`torch.Tensor` of shape `(clips, 3)`, *optional*): Arousal, dominance, valence.
-    """
-
-    emotion_logits: Tensor | None = None
-    dimensions: Tensor | None = None
 
 
 class ReLLMSFTTrainer(SFTTrainer):
@@ -97,7 +79,7 @@ class ReLLMSFTTrainer(SFTTrainer):
             raise ValueError(f"emotion_class_weights has {len(weights)} values for the classes {emotion_labels}.")
         self._class_weights = None if weights is None else torch.tensor(weights, device=self.args.device)
         self._label_counts = torch.zeros(2)
-        _return_heads(self.model)
+        return_heads(self.model)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -122,18 +104,26 @@ class ReLLMSFTTrainer(SFTTrainer):
         recorder = _Recorder(model)
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
-        output = recorder.first_output()
-        self._log_mean("response_loss", -output.log_probs.sum(), output.label_mask.sum())
+        output = recorder.outputs[0]  # the training pass's; TRL may run another for metrics
+        self._log_response(loss, inputs["labels"], num_items_in_batch)
         if emotion_labels is not None and dimension_labels is not None and output.emotion_logits is not None:
             training = self.model.training and num_items_in_batch is not None
             loss = loss + self._auxiliary_loss(output, emotion_labels, dimension_labels, training)
         return (loss, outputs) if return_outputs else loss
 
+    def _log_response(self, loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> None:
+        """Mean over the reply's tokens. In training TRL's loss is this micro-batch's share of the batch's mean."""
+        tokens = (labels[..., 1:] != IGNORE_INDEX).sum()
+        divisor = tokens
+        if num_items_in_batch is not None:
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            divisor = torch.as_tensor(num_items_in_batch, device=loss.device) / processes
+        self._log_mean("response_loss", loss * divisor, tokens)
+
     def _auxiliary_loss(
-        self, output: ReLLMFusedOutput, emotion_labels: Tensor, dimension_labels: Tensor, training: bool
+        self, output: ModelOutput, emotion_labels: Tensor, dimension_labels: Tensor, training: bool
     ) -> Tensor:
         """Weighted sum; in training each loss is this micro-batch's share of the accumulated batch's mean."""
-        assert output.emotion_logits is not None and output.dimensions is not None  # the heads come together
         logits, dimensions = output.emotion_logits.float(), output.dimensions.float()
         labels = {"emotion_labels": emotion_labels, "dimension_labels": dimension_labels}
         local = _count_labels(labels, self._class_weights).to(logits.device)
@@ -182,39 +172,15 @@ def prepare_trainable(model: ReLLMForConditionalGeneration, unfreeze: list[str])
 
 
 class _Recorder:
-    """Stands in for the model in TRL's `compute_loss`, and keeps its outputs; the first is the training pass's."""
+    """Stands in for the model in TRL's `compute_loss`, and keeps its outputs."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self.outputs: list[ReLLMFusedOutput] = []
+        self.outputs: list[ModelOutput] = []
 
-    def __call__(self, **inputs: Tensor) -> ReLLMFusedOutput:
+    def __call__(self, **inputs: Tensor) -> ModelOutput:
         self.outputs.append(self.model(**inputs))
         return self.outputs[-1]
-
-    def first_output(self) -> ReLLMFusedOutput:
-        return self.outputs[0]
-
-
-def _return_heads(model: ReLLMForConditionalGeneration) -> None:
-    """Have TRL's fused forward, which runs the base model and has fields of its own, return the heads' outputs."""
-    fused_forward = model.forward
-
-    @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
-    def forward(self: PreTrainedModel, *args: Tensor, fused_lm_head: bool = False, **kwargs: Tensor) -> ModelOutput:
-        if not fused_lm_head:
-            return fused_forward(*args, **kwargs)
-        heard: dict[str, Tensor] = {}
-        handle = self.base_model.register_forward_hook(lambda module, inputs, output: heard.update(output))
-        try:
-            output = fused_forward(*args, fused_lm_head=True, **kwargs)
-        finally:
-            handle.remove()
-        return ReLLMFusedOutput(
-            **output, emotion_logits=heard.get("emotion_logits"), dimensions=heard.get("dimensions")
-        )
-
-    model.forward = types.MethodType(forward, model)
 
 
 def _count_labels(batch: dict[str, Tensor], class_weights: Tensor | None) -> Tensor:
@@ -238,4 +204,4 @@ def _leave_encoded(dataset: Dataset | IterableDataset | None) -> Dataset | Itera
     return dataset
 
 
-__all__ = ["ReLLMFusedOutput", "ReLLMSFTTrainer", "prepare_trainable"]
+__all__ = ["ReLLMSFTTrainer", "prepare_trainable"]
