@@ -4,7 +4,7 @@ One `<|audio|>` in the text stands for one clip, and becomes as many of the same
 """
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
@@ -27,6 +27,9 @@ class ReLLMAudioKwargs(AudioKwargs, total=False):  # type: ignore[call-arg]
 
 
 class ReLLMProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    # Newer releases read defaults from the processor's attributes; all releases read them from here.
+    _defaults = {"text_kwargs": {"padding": True, "padding_side": "left", "return_tensors": "pt"}}
+
     audio_kwargs: ReLLMAudioKwargs
 
 
@@ -44,7 +47,6 @@ class ReLLMProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = ReLLMProcessorKwargs
-    text_kwargs = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
 
     def __init__(
         self,
@@ -156,15 +158,20 @@ class ReLLMProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> tuple[object, list[str] | None, object, list[np.ndarray] | None]:
         """Audio of any source becomes a flat list of waveforms, each read and resampled once."""
+        clips: list[np.ndarray] | None = None
         if audio is not None:
             rate = kwargs.get("sampling_rate") or kwargs.get("audio_kwargs", {}).get("sampling_rate")
             fetched = self.feature_extractor.fetch_audio(audio, sampling_rate=rate)
             clips = fetched if isinstance(fetched, list) else [fetched]
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
-        if audio is None and (count := sum(row.count(self.audio_token) for row in text or [])):
-            raise ValueError(f"The text has {count} {self.audio_token} and 0 audio inputs came with it. Pass audio=….")
-        return images, text, videos, clips if audio is not None else None
+            placeholders, count = sum(row.count(self.audio_token) for row in text), len(clips or [])
+            if placeholders != count and not kwargs.get("sanitize_control_tokens"):  # then some are the user's words
+                raise ValueError(
+                    f"The number of {self.audio_token} tokens in the prompts should be the same as the number of audio "
+                    f"inputs passed. Found {placeholders} tokens and {count} audio inputs."
+                )
+        return images, text, videos, clips
 
     def _process_audio(self, audio: list[np.ndarray], **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         # `prepare_inputs_layout` has brought every clip to the extractor's rate
@@ -177,27 +184,48 @@ class ReLLMProcessor(ProcessorMixin):
             self.feature_extractor.count_tokens(0)  # says how a CFormer's counts are found
         return self.audio_token * int(audio_inputs["num_audio_tokens"][audio_idx])
 
-    def _multimodal_inputs_from_conversations(
-        self, conversations: list[list[dict]], audio_loading_params: dict, load_audio_from_video: bool = False
-    ) -> tuple[list[list], list[list], list[np.ndarray], dict]:
-        """Read the audio parts of conversations, in order. Keys that are `None` (Arrow structs) are absent."""
-        clips: list[np.ndarray] = []
-        for conversation in conversations:
-            for message in conversation:
-                if isinstance(message.get("content"), str):
-                    continue
-                for part in message.get("content") or []:
-                    if part["type"] != "audio":
-                        continue
-                    given = [part[key] for key in AUDIO_KEYS if part.get(key) is not None]
-                    if len(given) != 1:
-                        raise ValueError(
-                            f"An audio part needs exactly one of the keys {AUDIO_KEYS}, got {sorted(part)}."
-                        )
-                    rate = part.get("sampling_rate")
-                    clips.append(self.feature_extractor.read_clip(given[0], rate, index=len(clips)))
-        rows: list[list] = [[] for _ in conversations]
-        return rows, rows, clips, {}
+    def apply_chat_template(
+        self,
+        conversation: list[dict] | list[list[dict]],
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        **kwargs: Any,
+    ) -> "str | list[str] | BatchFeature":
+        """As in Transformers; with `tokenize=True` the audio parts are read from whatever they hold.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`): Messages, or a batch of conversations. An audio part has
+                one of `"audio"` (array, path, bytes, `datasets` dictionary), `"path"`, `"url"` and `"bytes"`, and with
+                an array its `"sampling_rate"` if that is not 16 kHz.
+        """
+        if tokenize:
+            conversation = self._read_audio(conversation)
+        return super().apply_chat_template(conversation, chat_template=chat_template, tokenize=tokenize, **kwargs)
+
+    def _read_audio(self, conversation: list[dict] | list[list[dict]]) -> list[dict] | list[list[dict]]:
+        """A copy in which every audio part holds its waveform; Transformers would read fewer kinds, and twice."""
+        count = 0
+        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        conversations = []
+        for messages in cast("list[list[dict]]", conversation if batched else [conversation]):
+            read: list[dict] = []
+            for message in messages:
+                if not isinstance(content := message.get("content"), str):
+                    parts = list(content or [])
+                    for position, part in enumerate(parts):
+                        if part["type"] == "audio":
+                            parts[position] = {"type": "audio", "audio": self._read_part(part, count)}
+                            count += 1
+                    message = {**message, "content": parts}
+                read.append(message)
+            conversations.append(read)
+        return conversations if batched else conversations[0]
+
+    def _read_part(self, part: dict, index: int) -> np.ndarray:
+        given = [part[key] for key in AUDIO_KEYS if part.get(key) is not None]  # Arrow structs have keys with None
+        if len(given) != 1:
+            raise ValueError(f"An audio part needs exactly one of the keys {AUDIO_KEYS}, got {sorted(part)}.")
+        return self.feature_extractor.read_clip(given[0], part.get("sampling_rate"), index=index)
 
     @property
     def model_input_names(self) -> list[str]:
