@@ -1,8 +1,8 @@
 # Everything a contributor does, one target each; `make` lists them. Needs GNU make and Python >= 3.10 with `venv`.
 #   make test PYTHON=python3.12               another interpreter for a new .venv
 #   make test ARGS="tests/test_layering.py"   arguments for pytest
-# Where the package index serves PyTorch only with CUDA and you want the smaller CPU build:
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+# Where the package index serves PyTorch only with CUDA and you want the smaller CPU build, set PIP_EXTRA_INDEX_URL to
+# PyTorch's index of CPU builds.
 PYTHON ?= python3
 ARGS ?=
 DEMO_OUT ?= runs/demo

@@ -63,7 +63,7 @@ class DemoSettings:
     seed: int = 0
     clips_per_emotion: tuple[int, int, int] = (180, 30, 40)
     text_epochs: float = 3.0
-    emotion_epochs: float = 5.0
+    emotion_epochs: float = 6.0
     speech_epochs: float = 3.0
 
 

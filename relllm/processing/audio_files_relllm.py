@@ -44,8 +44,7 @@ class BinaryFile(Protocol):
 
 
 def open_audio(source: object, name: str | None) -> tuple[BinaryIO, str]:
-    """Path, URL, bytes or file object -> seekable binary stream and the name for errors; `TypeError` for anything "
-    "else."""
+    """Path, URL, bytes or file object -> seekable binary stream and the name for errors."""
     if isinstance(source, (str, os.PathLike)):
         location = os.fspath(source)
         scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", location)

@@ -208,8 +208,7 @@ def _resampler(source_rate: int, target_rate: int) -> torch.nn.Module:
     except (ImportError, OSError) as error:  # OSError: a torchaudio built for CUDA beside a torch without it
         raise ImportError(
             f"Resampling from {source_rate} to {target_rate} Hz needs torchaudio, whose import failed ({error}). "
-            "Install the build that matches torch: `pip install torchaudio` (CPU: --index-url "
-            "https://download.pytorch.org/whl/cpu)."
+            "Install the build that matches torch: `pip install torchaudio`."
         ) from error
     ratio = Fraction(int(target_rate), int(source_rate))
     # The kernel has numerator x denominator values. Rates without a common divisor (44,101 Hz) would take gigabytes:

@@ -199,10 +199,10 @@ class ReLLMProcessor(ProcessorMixin):
                 an array its `"sampling_rate"` if that is not 16 kHz.
         """
         if tokenize:
-            conversation = self._read_audio(conversation)
+            conversation = self.read_audio(conversation)
         return super().apply_chat_template(conversation, chat_template=chat_template, tokenize=tokenize, **kwargs)
 
-    def _read_audio(self, conversation: list[dict] | list[list[dict]]) -> list[dict] | list[list[dict]]:
+    def read_audio(self, conversation: list[dict] | list[list[dict]]) -> list[dict] | list[list[dict]]:
         """A copy in which every audio part holds its waveform; Transformers would read fewer kinds, and twice."""
         count = 0
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
