@@ -168,8 +168,8 @@ class ReLLMProcessor(ProcessorMixin):
             placeholders, count = sum(row.count(self.audio_token) for row in text), len(clips or [])
             if placeholders != count and not kwargs.get("sanitize_control_tokens"):  # then some are the user's words
                 raise ValueError(
-                    f"The number of {self.audio_token} tokens in the prompts should be the same as the number of audio "
-                    f"inputs passed. Found {placeholders} tokens and {count} audio inputs."
+                    f"The number of {self.audio_token} tokens in the prompts should be the same as the number of "
+                    f"audio inputs passed. Found {placeholders} tokens and {count} audio inputs."
                 )
         return images, text, videos, clips
 
