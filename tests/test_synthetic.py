@@ -208,6 +208,10 @@ def test_replies_ask_about_the_topic_and_sentences_name_no_emotion() -> None:
         ({"valence": float("nan")}, "Row 'a1': valence is nan"),
         ({"dominance": "0.5"}, "Row 'a1': dominance is '0.5'"),
         ({"speaker": 3}, "Row 'a1': speaker is 3, expected a string"),
+        (
+            {"dimension_source": "guess"},
+            "Row 'a1': dimension_source is 'guess', expected 'label', 'pseudo:<model id>'",
+        ),
     ],
 )
 def test_a_bad_row_is_named(changes: dict[str, object], message: str) -> None:

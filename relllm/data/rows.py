@@ -23,6 +23,8 @@ class Row(TypedDict):
         response (`str` or `None`): The reply to learn.
         emotion (`str` or `None`): One of `EMOTIONS` or `FURTHER_EMOTIONS`; `None` where unlabelled or outside the set.
         arousal, dominance, valence (`float` or `None`): In [0, 1].
+        dimension_source (`str` or `None`): `"label"` where people gave the three, `"pseudo:<model id>"` where
+            `relllm annotate` did; `None` where nothing is known of them.
         speaker, session, split, language (`str` or `None`): For splits without leaks.
     """
 
@@ -34,6 +36,7 @@ class Row(TypedDict):
     arousal: float | None
     dominance: float | None
     valence: float | None
+    dimension_source: str | None
     speaker: str | None
     session: str | None
     split: str | None
@@ -41,6 +44,8 @@ class Row(TypedDict):
 
 
 COLUMNS = tuple(Row.__annotations__)
+LABEL_SOURCE = "label"
+PSEUDO_SOURCE = "pseudo:"  # and the model that gave them
 
 
 def validate_row(row: Mapping[str, object]) -> None:
@@ -62,7 +67,7 @@ def validate_row(row: Mapping[str, object]) -> None:
         raise ValueError(f"Row {row_id!r}: unknown columns {unknown}; expected {list(COLUMNS)}. Rename or drop them.")
     if row.get("audio") in (None, ""):
         raise ValueError(f"Row {row_id!r}: no audio. Give a path, a waveform, or leave the row out.")
-    for column in ("text", "response", "emotion", "speaker", "session", "split", "language"):
+    for column in ("text", "response", "emotion", "dimension_source", "speaker", "session", "split", "language"):
         value = row.get(column)
         if value is not None and not isinstance(value, str):
             raise ValueError(f"Row {row_id!r}: {column} is {value!r}, expected a string or None. Convert it.")
@@ -71,6 +76,12 @@ def validate_row(row: Mapping[str, object]) -> None:
         raise ValueError(
             f"Row {row_id!r}: emotion {emotion!r} is not canonical; expected one of "
             f"{', '.join(EMOTIONS + FURTHER_EMOTIONS)} or None. Use `relllm.labels.canonical_emotion`."
+        )
+    source = row.get("dimension_source")
+    if source not in (None, LABEL_SOURCE) and not str(source).startswith(PSEUDO_SOURCE):
+        raise ValueError(
+            f"Row {row_id!r}: dimension_source is {source!r}, expected {LABEL_SOURCE!r}, "
+            f"'{PSEUDO_SOURCE}<model id>' or None. Rename it."
         )
     for dimension in DIMENSIONS:
         value = row.get(dimension)

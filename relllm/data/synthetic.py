@@ -30,7 +30,7 @@ import numpy as np
 
 from relllm.audio import SAMPLING_RATE, resample
 from relllm.data.espeak import Utterance, speak
-from relllm.data.rows import COLUMNS, Row, validate_row
+from relllm.data.rows import COLUMNS, LABEL_SOURCE, Row, validate_row
 from relllm.data.synthetic_text import REPLIES, SENTENCES
 from relllm.labels import DIMENSIONS, EMOTIONS
 
@@ -165,7 +165,9 @@ def load_synthetic_corpus(directory: str | Path, split: str) -> Dataset:
             f"No synthetic corpus in {directory}. Write it with `synthesize_corpus({directory!s})`."
         )
     rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines()]
-    rows = [row | {"audio": str(directory / row["audio"])} for row in rows if row["split"] == split]
+    # `get`: a corpus of an earlier version lacks the columns that came later.
+    rows = [{name: row.get(name) for name in COLUMNS} for row in rows if row["split"] == split]
+    rows = [row | {"audio": str(directory / row["audio"])} for row in rows]
     types = {column: Value("float64" if column in DIMENSIONS else "string") for column in COLUMNS}
     return Dataset.from_list(rows, features=Features(types))
 
@@ -204,6 +206,7 @@ def plan_split(split: str, clips_per_emotion: int, *, seed: int = 0) -> Iterator
                 arousal=dimensions["arousal"],
                 dominance=dimensions["dominance"],
                 valence=dimensions["valence"],
+                dimension_source=LABEL_SOURCE,
                 speaker=voice,
                 session=None,
                 split=split,

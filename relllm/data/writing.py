@@ -1,0 +1,239 @@
+"""Writing rows: a journal that survives a kill, and the file of rows at the end.
+
+What lives here: `Journal`, one JSON line for each finished row; `write_rows`, a data set as JSON Lines or Parquet;
+`write_json`. What does not: what is written into the rows.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SUFFIXES = (".jsonl", ".parquet")
+
+
+class Journal:
+    """Finished rows of a run, one JSON line each behind a line with the run's settings.
+
+    Used as a context manager. Opened again after a kill, it has what was finished in `done`; a half-written last line
+    is dropped. One process at a time.
+
+    Args:
+        path (`Path`): Made if it is not there.
+        settings (`Mapping`): What must not change between the runs that share the journal; JSON can hold it.
+
+    Raises:
+        ValueError: If the journal is of other settings, which it names, or a line before the last is no JSON.
+        BlockingIOError: If another process has it open.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, object]) -> None:
+        self.path = path
+        self.done: dict[str, dict] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        try:
+            self._lock()
+            self._recover(json.loads(json.dumps(settings)))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, entries: Iterable[Mapping[str, object]]) -> None:
+        """Adds finished rows, each with its `id`; on disk when this returns."""
+        written = [dict(entry) for entry in entries]
+        self._write(written)
+        self.done |= {str(entry["id"]): entry for entry in written}
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"Another process is writing {self.path}. Wait for it, or choose another --out."
+            ) from error
+
+    def _recover(self, settings: dict[str, object]) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        complete = content[: content.rfind(b"\n") + 1]
+        if len(complete) < len(content):  # killed in the middle of a line
+            self._file.truncate(len(complete))
+        lines = [_parse(line, self.path, number) for number, line in enumerate(complete.splitlines(), start=1)]
+        if not lines:
+            self._write([{"settings": settings}])
+            return
+        found = lines[0].get("settings")
+        if found != settings:
+            raise ValueError(
+                f"{self.path} belongs to a run with other settings ({_differences(found, settings)}), and one file "
+                "must not mix them. Use the same settings, choose another --out, or delete the journal."
+            )
+        self.done = {str(line["id"]): line for line in lines[1:]}
+
+    def _write(self, entries: Sequence[Mapping[str, object]]) -> None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        self._file.write(lines.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def write_rows(rows: Dataset, path: Path) -> None:
+    """Writes a data set; the file is complete or not there.
+
+    Args:
+        rows (`datasets.Dataset`): With `audio` as paths, or undecoded.
+        path (`Path`): `.jsonl`: audio beneath the file's folder is named relative to it, other audio by its absolute
+            path. `.parquet`: audio as it is, bytes included.
+
+    Raises:
+        ValueError: See [`check_out`].
+    """
+    check_out(rows, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    if path.suffix == ".parquet":
+        rows.to_parquet(str(partial))
+    else:
+        with partial.open("w", encoding="utf-8") as file:
+            for row in rows:
+                audio = _audio_path(row["audio"], path.parent.absolute())
+                file.write(json.dumps({**row, "audio": audio}, ensure_ascii=False) + "\n")
+    _publish(partial, path)
+
+
+def write_json(content: Mapping[str, object], path: Path) -> None:
+    """Writes JSON with indents; the file is complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _publish(partial, path)
+
+
+def check_out(rows: Dataset, path: Path) -> None:
+    """Says before the work whether [`write_rows`] will be able to write these rows there.
+
+    Raises:
+        ValueError: On another suffix, on audio bytes for a `.jsonl`, or on ids that are missing or not unique.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"--out {path}: expected a file that ends in one of {', '.join(SUFFIXES)}.")
+    ids = rows["id"] if "id" in rows.column_names else []
+    seen: set[str] = set()
+    for row_id in ids:
+        if not isinstance(row_id, str) or not row_id or row_id in seen:
+            raise ValueError(
+                f"Every row needs an `id` of its own, a string; got {row_id!r} (again). Make them unique."
+            )
+        seen.add(row_id)
+    if not seen:
+        raise ValueError(f"The data has no rows with an `id`; its columns are {rows.column_names}.")
+    first = rows[0].get("audio")
+    if path.suffix == ".jsonl" and isinstance(first, Mapping) and first.get("bytes") is not None:
+        raise ValueError(f"The data holds its audio as bytes, which JSON cannot. Use --out {path.stem}.parquet.")
+
+
+def rows_fingerprint(rows: Dataset, columns: Sequence[str]) -> str:
+    """A digest of some columns, so that a journal is not continued with another corpus; an absent one is `None`."""
+    digest = hashlib.sha256()
+    values = [rows[name] if name in rows.column_names else [None] * len(rows) for name in columns]
+    for row in zip(*values, strict=True):
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def report_path(out: Path) -> Path:
+    """Where the report of a run that writes `out` goes: `name.report.json` beside it."""
+    return out.with_name(out.stem + ".report.json")
+
+
+def journal_path(out: Path) -> Path:
+    """Where the journal of a run that writes `out` lies until it is complete."""
+    return out.with_name(out.name + ".journal")
+
+
+def find_complete(out: Path, settings: Mapping[str, object]) -> dict | None:
+    """The report of a run that is complete already; `None` where there is something to do.
+
+    Raises:
+        FileExistsError: If `out` is there and is not of these settings.
+    """
+    if not out.exists() or journal_path(out).exists():
+        return None
+    report = report_path(out)
+    found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    wanted = json.loads(json.dumps(settings))
+    if found.get("settings") != wanted:
+        raise FileExistsError(
+            f"{out} is there already, from a run with other settings ({_differences(found.get('settings'), wanted)}). "
+            "Choose another --out, or delete it."
+        )
+    return found
+
+
+def _audio_path(audio: object, folder: Path) -> str:
+    if isinstance(audio, Mapping):
+        if audio.get("bytes") is not None:
+            raise ValueError("A row holds its audio as bytes, which JSON cannot. Use an --out that ends in .parquet.")
+        audio = audio.get("path")
+    if not isinstance(audio, str):
+        raise ValueError(f"A row's audio is {type(audio).__name__}, expected a path. Use an --out ending in .parquet.")
+    path = Path(audio)
+    if "://" in audio:
+        return audio
+    path = path.absolute()
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def _parse(line: bytes, path: Path, number: int) -> dict:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}:{number} is no JSON ({error}). Delete that line to have its row done again."
+        ) from error
+    if not isinstance(entry, dict) or not ({"id", "settings"} & set(entry)):
+        raise ValueError(f"{path}:{number} is no line of a journal. Delete it, or the whole file.")
+    return entry
+
+
+def _differences(found: object, wanted: Mapping[str, object]) -> str:
+    if not isinstance(found, Mapping):
+        return "none are known"
+    names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    return "; ".join(f"{name}: {found.get(name)!r:.80}, now {wanted.get(name)!r:.80}" for name in names)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+__all__ = [
+    "Journal",
+    "check_out",
+    "find_complete",
+    "journal_path",
+    "report_path",
+    "rows_fingerprint",
+    "write_json",
+    "write_rows",
+]

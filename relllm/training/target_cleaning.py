@@ -1,0 +1,144 @@
+"""Rules that keep a written reply from being learned: refusals, echoes, junk. Each has a name, which the report uses.
+
+They are conservative: a rule fires on what no good reply contains, so "I'm sorry to hear that" and "I can't help but
+smile" pass. What is not caught: a fluent reply in the wrong language of the right script, or one without empathy.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+
+REFUSALS = re.compile(
+    r"""
+    \bas\s+an?\s+(?:ai|artificial\s+intelligence|(?:large\s+)?language\s+model)\b
+    | \bI(?:'m|\s+am)\s+(?:just\s+|only\s+)?an?\s+(?:ai|artificial\s+intelligence|(?:large\s+)?language\s+model)\b
+    | \bI\s*(?:can(?:no|')t|can\s+not|won't|(?:'m|\s+am)\s+(?:not\s+able|unable)\s+to)\s+
+      (?:
+        (?:assist|help)\s+(?:you\s+)?with\s+(?:that|this|your\s+request)
+        | (?:fulfill?|comply\s+with|complete|process)\s+(?:that|this|your|the)\s+(?:request|task|sentence)
+        | (?:continue|generate|provide|create|write)\s+(?:(?:that|this|the|such|any|a|with)\s+)*
+          (?:sentence|content|response|continuation|text|prompt)
+      )
+    | 作为(?:一个|一名)?\s*(?:AI|人工智能|语言模型)
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+ROLE_MARKERS = re.compile(
+    r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|^\s*(?:user|human|assistant|system)\s*:", re.I | re.M
+)
+THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
+SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)]*(?=\s|$|[^\x00-\x7f])")
+ECHO_WORDS = 5  # so many words of a prompt in a row are no coincidence
+LOOP_WORDS, LOOP_TIMES = 4, 5  # the same four words five times over
+
+
+@dataclass(frozen=True)
+class CleaningRules:
+    """The limits of the rules.
+
+    Args:
+        min_words, max_words (`int`, *optional*, defaults to 3 and 150): A Chinese or Japanese character counts as a
+            word.
+        prompts (`tuple[str, ...]`, *optional*): What a reply must not repeat.
+    """
+
+    min_words: int = 3
+    max_words: int = 150
+    prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_words <= self.max_words:
+            raise ValueError(f"Expected 1 <= min_words <= max_words, got {self.min_words} and {self.max_words}.")
+
+
+@dataclass(frozen=True)
+class CleanedReply:
+    """
+    Args:
+        text (`str`): The reply, mended where a mend applies.
+        dropped (`str` or `None`): The first rule that speaks against it; `None` for a good one.
+        mended (`tuple[str, ...]`): `"thinking_removed"`, `"cut_at_sentence"`.
+    """
+
+    text: str
+    dropped: str | None
+    mended: tuple[str, ...] = ()
+
+
+def clean_reply(text: str, transcript: str, *, finished: bool, rules: CleaningRules) -> CleanedReply:
+    """Mends a reply and says whether it may be learned.
+
+    Mends: a reasoning block `<think>…</think>` goes; a reply that ran into the token limit ends at its last sentence.
+
+    Rules, in order: `empty` (no letter, no digit), `unfinished` (ran into the limit within its first sentence or its
+    reasoning), `refusal`, `role_marker` (turns of a chat), `prompt_echo`, `transcript_echo` (the transcript and
+    nothing else), `too_short`, `too_long`, `repetition` (the same words over and over), `wrong_script` (most letters
+    are of another script than the transcript's).
+
+    Args:
+        text (`str`): As the LLM wrote it.
+        transcript (`str`): What it replies to.
+        finished (`bool`): Whether the LLM ended it, rather than the limit.
+        rules ([`CleaningRules`]): The limits.
+    """
+    mended = []
+    reply = THINKING.sub("", text)
+    if reply != text:
+        mended.append("thinking_removed")
+    if not finished and "<think>" not in reply and (ends := list(SENTENCE_END.finditer(reply))):
+        if reply[ends[-1].end() :].strip():
+            mended.append("cut_at_sentence")
+        reply, finished = reply[: ends[-1].end()], True
+    reply = reply.strip()
+    return CleanedReply(reply, _broken_rule(reply, transcript, finished, rules), tuple(mended))
+
+
+def _broken_rule(reply: str, transcript: str, finished: bool, rules: CleaningRules) -> str | None:
+    words = _words(reply)
+    checks = {
+        "empty": not words,
+        "unfinished": not finished or "<think>" in reply,
+        "refusal": REFUSALS.search(reply.replace("’", "'")) is not None,
+        "role_marker": ROLE_MARKERS.search(reply) is not None,
+        "prompt_echo": any(_shares_words(words, _words(prompt)) for prompt in rules.prompts),
+        "transcript_echo": words == _words(transcript),
+        "too_short": len(words) < rules.min_words,
+        "too_long": len(words) > rules.max_words,
+        "repetition": _loops(words),
+        "wrong_script": _changes_script(reply, transcript),
+    }
+    return next((name for name, broken in checks.items() if broken), None)
+
+
+def _words(text: str) -> list[str]:
+    """Lower-case words; each character of a script without spaces is one."""
+    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", text.lower())
+
+
+def _windows(words: list[str], length: int) -> list[tuple[str, ...]]:
+    return [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
+
+
+def _shares_words(reply: list[str], prompt: list[str]) -> bool:
+    return not set(_windows(prompt, ECHO_WORDS)).isdisjoint(_windows(reply, ECHO_WORDS))
+
+
+def _loops(words: list[str]) -> bool:
+    counts = Counter(_windows(words, LOOP_WORDS))
+    return max(counts.values(), default=0) >= LOOP_TIMES
+
+
+def _changes_script(reply: str, transcript: str) -> bool:
+    of_transcript, of_reply = _scripts(transcript), _scripts(reply)
+    foreign = sum(count for script, count in of_reply.items() if script not in of_transcript)
+    return bool(of_transcript) and 2 * foreign > of_reply.total()
+
+
+def _scripts(text: str) -> Counter[str]:
+    """Letters of each script, by the first word of their Unicode names: LATIN, CYRILLIC, CJK (kana with it), …"""
+    scripts = (unicodedata.name(char, "?").split()[0] for char in text if char.isalpha())
+    return Counter("CJK" if script in ("HIRAGANA", "KATAKANA") else script for script in scripts)
+
+
+__all__ = ["CleanedReply", "CleaningRules", "clean_reply"]

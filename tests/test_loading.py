@@ -1,0 +1,149 @@
+"""Rows from every place they may lie in, with audio left encoded and found wherever the process runs."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import soundfile
+from datasets import Audio, Dataset, DatasetDict, IterableDataset, disable_progress_bars
+from tiny_models import clip
+
+from relllm.audio import load_audio
+from relllm.data.loading import load_rows
+
+disable_progress_bars()
+ROWS = [
+    {"id": "a", "audio": "audio/a.wav", "response": "Oh no.", "emotion": "sad", "arousal": 0.2, "split": "train"},
+    {"id": "b", "audio": "audio/b.wav", "response": "Great!", "emotion": None, "arousal": None, "split": "train"},
+    {"id": "c", "audio": "audio/c.wav", "response": "I see.", "emotion": "happy", "arousal": 1, "split": "test"},
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A prepared corpus: WAV files and `metadata.jsonl`."""
+    folder = tmp_path / "corpus"
+    (folder / "audio").mkdir(parents=True)
+    for index, row in enumerate(ROWS):
+        soundfile.write(folder / str(row["audio"]), clip(0.1, seed=index), 16_000)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+def saved(rows: list[dict], corpus: Path) -> Dataset:
+    """As a data set with an audio column, the bytes inside."""
+    rows = [row | {"audio": {"bytes": (corpus / row["audio"]).read_bytes(), "path": None}} for row in rows]
+    return Dataset.from_list(rows).cast_column("audio", Audio())
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def places(corpus: Path) -> dict[str, Path]:
+    """The same rows in every form."""
+    absolute = [row | {"audio": str(corpus / row["audio"])} for row in ROWS]
+    (corpus / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_csv(corpus / "rows.csv", ROWS)
+    Dataset.from_list(ROWS).to_parquet(corpus / "rows.parquet")
+    Dataset.from_list(absolute).save_to_disk(corpus.parent / "saved")
+    splits = {name: saved([row for row in ROWS if row["split"] == name], corpus) for name in ("train", "test")}
+    DatasetDict(splits).save_to_disk(corpus.parent / "saved-splits")
+    (corpus.parent / "parquet").mkdir()
+    for name, dataset in splits.items():
+        dataset.to_parquet(corpus.parent / "parquet" / f"{name}-00000-of-00001.parquet")
+    return {
+        "a prepared corpus": corpus,
+        "a file of JSON lines": corpus / "rows.jsonl",
+        "a table of text": corpus / "rows.csv",
+        "a Parquet file": corpus / "rows.parquet",
+        "a saved data set": corpus.parent / "saved",
+        "saved splits": corpus.parent / "saved-splits",
+        "a folder of Parquet": corpus.parent / "parquet",
+    }
+
+
+def test_rows_are_the_same_from_every_place_and_their_audio_reads(corpus: Path) -> None:
+    for place, path in places(corpus).items():
+        for streaming in (False, True):
+            dataset = load_rows(str(path), "train", streaming=streaming)
+            assert isinstance(dataset, IterableDataset if streaming else Dataset), place
+            rows = list(dataset)
+            assert [row["id"] for row in rows] == ["a", "b"], place
+            assert [row["emotion"] for row in rows] == ["sad", None], place
+            assert [row["arousal"] for row in rows] == [0.2, None], place
+            assert [len(load_audio(row["audio"])) for row in rows] == [1600, 1600], place
+
+
+def test_without_a_split_all_rows_come_where_there_is_one_table(corpus: Path) -> None:
+    assert load_rows(str(corpus))["id"] == ["a", "b", "c"]
+    found = places(corpus)
+    assert len(load_rows(str(found["a saved data set"]))) == 3
+    with pytest.raises(ValueError, match=r"has the splits \['test', 'train'\].*Name one"):
+        load_rows(str(found["saved splits"]))
+
+
+def test_a_relative_path_is_found_from_another_folder(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(corpus.parent)
+    audio = load_rows("corpus", "test")["audio"][0]
+    monkeypatch.chdir("/")
+    assert len(load_audio(audio)) == 1600
+
+
+def test_audio_parts_of_conversations_are_found_and_addresses_are_left_alone(corpus: Path) -> None:
+    parts = [{"type": "audio", "path": "audio/a.wav"}, {"type": "audio", "path": "https://example.org/b.wav"}]
+    row = {"id": "m", "messages": [{"role": "user", "content": parts}]}
+    (corpus / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    content = load_rows(str(corpus / "chat.jsonl"))[0]["messages"][0]["content"]
+    assert [part["path"] for part in content] == [str(corpus / "audio/a.wav"), "https://example.org/b.wav"]
+
+
+def test_columns_that_are_missing_everywhere_keep_their_type(corpus: Path) -> None:
+    dataset = load_rows(str(corpus), "train")
+    (corpus / "metadata.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
+    unlabelled = load_rows(str(corpus))
+    assert unlabelled.features["arousal"] == dataset.features["arousal"]
+    assert unlabelled.features["emotion"] == dataset.features["emotion"]
+
+
+@pytest.mark.parametrize(
+    "content, split, message",
+    [
+        ("", None, "holds no rows"),
+        ('{"id": "a"}\n{"id":', None, "line 2 is not JSON"),
+        ("[1]\n", None, "line 1 is list, expected one object"),
+        ('{"id": "a", "split": "train"}\n', "dev", r"no rows of the split 'dev'; its rows are of \['train'\]"),
+        ('{"id": "a"}\n', "dev", "its rows are of no split"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path: Path, content: str, split: str | None, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_rows(str(path), split)
+    assert str(path) in str(raised.value)
+
+
+def test_other_bad_sources_are_refused(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="No data at ./gone"):
+        load_rows("./gone")
+    (tmp_path / "rows.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"is a \.txt file; expected \.jsonl"):
+        load_rows(str(tmp_path / "rows.txt"))
+    with pytest.raises(ValueError, match="without metadata.jsonl, without Parquet"):
+        load_rows(str(corpus / "audio"))
+    write_csv(tmp_path / "rows.csv", [{"id": "a", "arousal": "high"}])
+    with pytest.raises(ValueError, match=r"line 2: arousal is 'high'"):
+        load_rows(str(tmp_path / "rows.csv"))
+    found = places(corpus)
+    with pytest.raises(ValueError, match="has no rows of the split 'dev'"):
+        load_rows(str(found["a saved data set"]), "dev")
