@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "relllm"
 HUB_ROOMS = ("modeling", "processing")
 # A room is a folder of the package or a module beside it; it may import the rooms listed here, and itself.
 BASE = {"audio", "labels", "processing", "modeling"}
-BELOW_DEMO = BASE | {"data", "training", "evaluation", "inference", "conversion"}
+BELOW_DEMO = BASE | {"data", "training", "evaluation", "inference", "conversion", "checkpoints"}
 MAY_IMPORT = {
     "labels": set(),
     "processing": set(),
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "training": BASE | {"data"},
     "evaluation": BASE | {"data"},
     "conversion": BASE,
+    "checkpoints": BASE,
     "inference": BASE,
     "demo": BELOW_DEMO,
     "cli": BELOW_DEMO | {"demo"},

@@ -57,7 +57,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert Path("runs/re-llm/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/paper.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/paper.md", "docs/training.md"])
 def test_files_that_the_documents_name_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:modeling|processing|training|evaluation|data)/[a-z_]+\.py)`", text))

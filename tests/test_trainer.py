@@ -1,9 +1,5 @@
 """`ReLLMSFTTrainer`: what it learns from, how it normalises, what it leaves alone."""
 
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +12,7 @@ from tiny_models import audio_part, clip, text_part, tiny_config, tiny_model, ti
 from relllm import EMOTIONS, ReLLMSFTConfig, ReLLMSFTTrainer
 from relllm.training.collator import ReLLMCollator
 
+TRANSCRIPTS = ("I got the job", "my cat died.", "they lost my luggage, again")
 REPLIES = ("That is wonderful news, tell me more!", "I am so sorry to hear that.", "You sound upset.")
 
 
@@ -34,6 +31,7 @@ def make_rows(folder: Path, count: int = 8) -> list[dict]:
             {
                 "id": f"row-{index}",
                 "audio": str(path),
+                "text": None if index in (3, 5) else TRANSCRIPTS[index % 3],
                 "response": REPLIES[index % 3],
                 "emotion": None if index in (1, 5) else EMOTIONS[index % 5],
                 "arousal": None if index in (2, 5) else 0.1 * index,
@@ -44,7 +42,7 @@ def make_rows(folder: Path, count: int = 8) -> list[dict]:
     return rows
 
 
-def make_trainer(rows, out: Path, processor, model=None, **settings) -> ReLLMSFTTrainer:
+def make_trainer(rows, out: Path, processor, model=None, eval_rows=None, **settings) -> ReLLMSFTTrainer:
     options = {
         "output_dir": str(out),
         "max_steps": 1,
@@ -67,7 +65,8 @@ def make_trainer(rows, out: Path, processor, model=None, **settings) -> ReLLMSFT
     return ReLLMSFTTrainer(
         model=model,
         args=ReLLMSFTConfig(**(options | settings)),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
+        eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
         processing_class=processor,
     )
 
@@ -162,40 +161,6 @@ def test_unfreeze_trains_a_tower(tmp_path, processor):
     step = step_of(trainer)
     assert any("audio_tower" in name and value.abs().max() > 0 for name, value in step.items())
     assert not any("emotion_tower" in name for name in step)
-
-
-def test_two_processes_give_the_gradient_of_one(tmp_path, processor):
-    rows = make_rows(tmp_path)
-    alone = step_of(make_trainer(rows, tmp_path / "one", processor, per_device_train_batch_size=8))
-    script = tmp_path / "train.py"
-    script.write_text(
-        textwrap.dedent("""
-        import sys
-        from pathlib import Path
-        import torch
-        torch.set_num_threads(1)
-        from test_trainer import make_rows, make_trainer, step_of
-        from tiny_models import tiny_processor
-        folder = Path(sys.argv[1])
-        rows = make_rows(folder / "clips")
-        trainer = make_trainer(rows, folder / "two", tiny_processor(), per_device_train_batch_size=2,
-                               gradient_accumulation_steps=2)
-        step = step_of(trainer)
-        if trainer.is_world_process_zero():
-            torch.save(step, folder / "step.pt")
-        """)
-    )
-    (tmp_path / "clips").mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, "--standalone", str(script), str(tmp_path)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    step = torch.load(tmp_path / "step.pt", weights_only=True)
-    for name, gradient in alone.items():
-        torch.testing.assert_close(step[name.removeprefix("module.")], gradient, rtol=1e-4, atol=3e-6, msg=name)
 
 
 def test_conversations_with_several_clips_take_a_label_for_each(tmp_path, processor):

@@ -1,6 +1,7 @@
-"""Helpers of [`ReLLMForConditionalGeneration.from_towers`]: pretrained towers, their tokenizer, one state dict."""
+"""Helpers of [`ReLLMForConditionalGeneration.from_towers`]: pretrained towers, their sources, tokenizer and names."""
 
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,23 +20,57 @@ from .emotion_tower_relllm import ReLLMEmotionModel
 from .lora_scope_relllm import is_lora_parameter
 
 AUDIO_TOKEN = "<|audio|>"
+TOWERS = ("audio_tower", "emotion_tower", "text_model")
 
 
-def load_towers(
-    audio: str | os.PathLike | PreTrainedModel,
-    text: str | os.PathLike | PreTrainedModel,
-    emotion: str | os.PathLike | PreTrainedModel | None,
-    dtype: torch.dtype | None,
-) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel | None]:
-    """Models as they are, ids and paths loaded from safetensors; of Whisper its encoder."""
-    options: dict[str, Any] = {"use_safetensors": True, **({"dtype": dtype} if dtype else {})}
-    if not isinstance(audio, PreTrainedModel):
-        audio = AutoModel.from_pretrained(audio, **options)
-    if not isinstance(text, PreTrainedModel):
-        text = AutoModelForCausalLM.from_pretrained(text, **options)
-    if emotion is not None and not isinstance(emotion, PreTrainedModel):
-        emotion = ReLLMEmotionModel.from_pretrained(emotion, **options)
-    return audio.get_encoder() if audio.config.is_encoder_decoder else audio, text, emotion
+def load_tower(
+    kind: str, source: str | os.PathLike | PreTrainedModel, *, dtype: torch.dtype | None = None, **options: Any
+) -> PreTrainedModel:
+    """A model as it is, an id or a path loaded from safetensors; of Whisper its encoder.
+
+    Args:
+        kind (`str`): One of `TOWERS`.
+        source (`str`, `os.PathLike` or `PreTrainedModel`): The tower or where it is.
+        dtype (`torch.dtype`, *optional*): Of a tower that is loaded; by default its own.
+        options: As of `from_pretrained`.
+    """
+    if not isinstance(source, PreTrainedModel):
+        loaders = {"audio_tower": AutoModel, "emotion_tower": ReLLMEmotionModel, "text_model": AutoModelForCausalLM}
+        options |= {"use_safetensors": True, **({"dtype": dtype} if dtype else {})}
+        source = loaders[kind].from_pretrained(source, **options)
+    return source.get_encoder() if kind == "audio_tower" and source.config.is_encoder_decoder else source
+
+
+def tower_source(source: str | os.PathLike | PreTrainedModel, tower: PreTrainedModel) -> dict[str, str | None] | None:
+    """Where a tower came from, for `config.towers`: `None` for a model that was never loaded from anywhere."""
+    name = tower.config.name_or_path if isinstance(source, PreTrainedModel) else source
+    commits = (getattr(config, "_commit_hash", None) for config in (tower.config, *_sub_configs(tower.config)))
+    return {"name": place_of(name), "revision": next(filter(None, commits), None)} if name else None
+
+
+def place_of(name: str | os.PathLike) -> str:
+    """A Hub id as it is, a directory by its absolute path."""
+    return os.path.abspath(name) if os.path.isdir(name) else str(name)
+
+
+def name_tower_weights(names: Iterable[str], towers: Mapping[str, PreTrainedModel | None]) -> dict[str, Tensor]:
+    """The towers' weights by their names in [`ReLLMModel`], where a LoRA moves a layer's weight to `base_layer`.
+
+    Args:
+        names (`Iterable` of `str`): Of all weights of the [`ReLLMModel`].
+        towers (`dict` of `str` to `PreTrainedModel`): By the names of `TOWERS`.
+
+    Raises:
+        ValueError: If a tower has a weight that the model has no place for.
+    """
+    renamed = {name.replace(".base_layer.", "."): name for name in names}
+    weights: dict[str, Tensor] = {}
+    for kind, tower in towers.items():
+        own = {f"{kind}.{name}": weight for name, weight in tower.state_dict().items()} if tower is not None else {}
+        if extra := sorted(own.keys() - renamed.keys()):
+            raise ValueError(f"{kind} has {len(extra)} weights that do not fit its configuration: {extra[:4]}.")
+        weights |= {renamed[name]: weight for name, weight in own.items()}
+    return weights
 
 
 def load_parts(
@@ -63,4 +98,16 @@ def find_audio_token(tokenizer: str | os.PathLike | PreTrainedTokenizerBase | Pr
     return tokenizer.get_vocab().get(AUDIO_TOKEN, len(tokenizer))
 
 
-__all__ = ["find_audio_token", "load_parts", "load_towers"]
+def _sub_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    return (getattr(config, name) for name in config.sub_configs if getattr(config, name) is not None)
+
+
+__all__ = [
+    "TOWERS",
+    "find_audio_token",
+    "load_parts",
+    "load_tower",
+    "name_tower_weights",
+    "place_of",
+    "tower_source",
+]

@@ -6,8 +6,7 @@ Architecture only. What a training run chooses (loss weights, learning rate, wha
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 DIMENSIONS = ("arousal", "dominance", "valence")
 EMOTIONS = ("neutral", "happy", "angry", "sad", "surprise")
@@ -30,13 +29,14 @@ class ReLLMEmotionConfig(PreTrainedConfig):
 
     model_type = "relllm_emotion"
     base_config_key = "emotion_config"
-    sub_configs_defaults = {"encoder_config": SubConfigSpec(AutoConfig, model_type="wav2vec2")}
+    sub_configs = {"encoder_config": AutoConfig}
 
     encoder_config: dict | PreTrainedConfig | None = None
     final_dropout: float = 0.1
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: object) -> None:
+        self.encoder_config = _build_config(self.encoder_config, "wav2vec2")
         labels: dict | None = self.id2label  # type: ignore[has-type]
         self.id2label = labels or dict(enumerate(DIMENSIONS))
         self.label2id = {name: int(index) for index, name in self.id2label.items()}  # JSON's keys are strings
@@ -67,10 +67,10 @@ class ReLLMConfig(PreTrainedConfig):
         audio_config (`dict` or `PreTrainedConfig`, *optional*, defaults to Whisper):
             The speech tower: `whisper` (its encoder half), `wav2vec2`, `hubert` or `wavlm`.
         emotion_config (`dict` or `ReLLMEmotionConfig`, *optional*):
-            The emotion tower; needed unless `emotion_fusion="none"`.
+            The emotion tower; there is none by default, and none with `emotion_fusion="none"`.
         text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to Llama): Any causal language model.
         audio_token_id (`int`, *optional*, defaults to 0): The placeholder that projected frames replace.
-        emotion_fusion (`str`, *optional*, defaults to `"concat"`):
+        emotion_fusion (`str`, *optional*, defaults to `"concat"` with an emotion tower and `"none"` without):
             `"concat"`: the utterance embedding repeated along time beside the speech frames (the paper);
             `"token"`: one projected position before the speech; `"none"`: the speech-LLM baseline.
         projector_type (`str`, *optional*, defaults to `"conv"`): `"conv"` (the paper) or `"cformer"` (BLSP-Emo, CIF).
@@ -89,23 +89,24 @@ class ReLLMConfig(PreTrainedConfig):
             Arguments of `peft.LoraConfig` for the LLM; `None` for no LoRA. The paper: r 16, alpha 16, dropout 0.05.
         lora_scope (`str`, *optional*, defaults to `"audio"`):
             Where the LoRA acts: at `"audio"` positions (the paper), at `"text"` positions, or `"global"`.
+        towers (`dict`, *optional*):
+            Where each tower came from, `{"name": …, "revision": …}` by `"audio_tower"`, `"emotion_tower"` and
+            `"text_model"`; in a light checkpoint also the `"dtype"` and the `"fingerprint"` of what was left out.
+        light_checkpoint (`bool`, *optional*, defaults to `False`):
+            In a `config.json`: the weights beside it are not all; the rest is in the towers.
 
     Raises:
         ValueError: On a value outside the stated ones; the message names the argument and what is allowed.
     """
 
     model_type = "relllm"
-    sub_configs_defaults = {
-        "audio_config": SubConfigSpec(AutoConfig, model_type="whisper"),
-        "emotion_config": SubConfigSpec(ReLLMEmotionConfig, optional=True),
-        "text_config": SubConfigSpec(AutoConfig, model_type="llama"),
-    }
+    sub_configs = {"audio_config": AutoConfig, "emotion_config": ReLLMEmotionConfig, "text_config": AutoConfig}
 
     audio_config: dict | PreTrainedConfig | None = None
     emotion_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     audio_token_id: int = 0
-    emotion_fusion: Literal["concat", "token", "none"] = "concat"
+    emotion_fusion: Literal["concat", "token", "none"] | None = None
     projector_type: Literal["conv", "cformer"] = "conv"
     projector_kernel_sizes: list[int] | tuple[int, ...] = (5, 5, 5)
     projector_inner_dim: int = 512
@@ -118,9 +119,17 @@ class ReLLMConfig(PreTrainedConfig):
     emotion_labels: list[str] | tuple[str, ...] = EMOTIONS
     lora_config: dict | None = None
     lora_scope: Literal["audio", "text", "global"] = "audio"
+    towers: dict | None = None
+    light_checkpoint: bool = False
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: object) -> None:
+        self.audio_config = _build_config(self.audio_config, "whisper")
+        self.text_config = _build_config(self.text_config, "llama")
+        if isinstance(self.emotion_config, dict):
+            self.emotion_config = ReLLMEmotionConfig(**self.emotion_config)
+        if self.emotion_fusion is None:
+            self.emotion_fusion = "none" if self.emotion_config is None else "concat"
         super().__post_init__(**kwargs)
         self.emotion_labels = list(self.emotion_labels)
         self.projector_kernel_sizes = list(self.projector_kernel_sizes)
@@ -162,6 +171,15 @@ class ReLLMConfig(PreTrainedConfig):
         """Width of the frames that enter the projector: d_s, and d_e beside it with `emotion_fusion="concat"`."""
         width = self.audio_config.hidden_size
         return width + self.emotion_config.hidden_size if self.emotion_fusion == "concat" else width
+
+
+def _build_config(config: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:
+    """A sub-configuration as an object; what `config.json` holds is a `dict`, and `None` takes the defaults."""
+    if config is None:
+        return CONFIG_MAPPING[model_type]()
+    if isinstance(config, dict):
+        return CONFIG_MAPPING[config.get("model_type", model_type)](**config)
+    return config
 
 
 def _check_tower(name: str, config: PreTrainedConfig, allowed: tuple[str, ...]) -> None:

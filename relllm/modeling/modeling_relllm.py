@@ -27,10 +27,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
-from .assembly_relllm import find_audio_token, load_parts, load_towers
+from .assembly_relllm import find_audio_token, load_parts, load_tower, name_tower_weights, tower_source
 from .audio_tower_relllm import build_tower, encode_audio, frame_mask
 from .configuration_relllm import DIMENSIONS, ReLLMConfig
 from .emotion_tower_relllm import EmotionTowerOutput, ReLLMEmotionModel
+from .light_checkpoint_relllm import config_fields, finish_light, light_state, load_light, read_light_record
 from .lora_scope_relllm import LoraScope, inject_scoped_lora, is_lora_parameter, plain_lora_config
 from .projector_relllm import CFormer, ConvProjector, ProjectorOutput
 
@@ -76,7 +77,7 @@ class ReLLMModelOutput(BaseModelOutputWithPast):
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch, sequence, d)`): The LLM's last hidden states.
         audio_hidden_states (`torch.Tensor` of shape `(tokens, d)`, *optional*): Projected audio positions.
-        emotion_logits, dimensions, emotion_embedding, tower_dimensions: See [`ReLLMAudioOutput`].
+        emotion_logits, dimensions, emotion_embedding, tower_dimensions, alphas_sum: See [`ReLLMAudioOutput`].
     """
 
     audio_hidden_states: Tensor | None = None
@@ -84,6 +85,7 @@ class ReLLMModelOutput(BaseModelOutputWithPast):
     dimensions: Tensor | None = None
     emotion_embedding: Tensor | None = None
     tower_dimensions: Tensor | None = None
+    alphas_sum: Tensor | None = None
 
 
 @dataclass
@@ -94,7 +96,7 @@ class ReLLMCausalLMOutput(CausalLMOutputWithPast):
         loss (`torch.Tensor` of shape `()`, *optional*): Next-token cross-entropy, where `labels` are given.
         logits (`torch.Tensor` of shape `(batch, sequence, vocabulary)`): Next-token scores.
         audio_hidden_states (`torch.Tensor` of shape `(tokens, d)`, *optional*): Projected audio positions.
-        emotion_logits, dimensions, emotion_embedding, tower_dimensions: See [`ReLLMAudioOutput`].
+        emotion_logits, dimensions, emotion_embedding, tower_dimensions, alphas_sum: See [`ReLLMAudioOutput`].
     """
 
     audio_hidden_states: Tensor | None = None
@@ -102,6 +104,7 @@ class ReLLMCausalLMOutput(CausalLMOutputWithPast):
     dimensions: Tensor | None = None
     emotion_embedding: Tensor | None = None
     tower_dimensions: Tensor | None = None
+    alphas_sum: Tensor | None = None
 
 
 class ReLLMPreTrainedModel(PreTrainedModel):
@@ -112,11 +115,16 @@ class ReLLMPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ConvProjector", "CFormer"]
+    _no_split_modules: set[str] | list[str] = ["ConvProjector", "CFormer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+
+    def post_init(self) -> None:
+        """The layers that are placed whole are those that are here: Whisper's encoder names its decoder's as well."""
+        super().post_init()
+        self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -146,37 +154,61 @@ class ReLLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: object, **kwargs: object
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: object,
+        towers: dict[str, str] | None = None,
+        **kwargs: Any,
     ) -> "ReLLMPreTrainedModel":
-        """As in Transformers, from safetensors only, and frozen again as [`ReLLMModel.freeze`] says.
+        """As in Transformers, from safetensors only, full or light, and frozen again as [`ReLLMModel.freeze`] says.
 
         Transformers makes every loaded parameter trainable, whatever `__init__` had set.
+
+        Args:
+            towers (`dict` of `str` to `str`, *optional*): For a light checkpoint, where towers are now, by
+                `"audio_tower"`, `"emotion_tower"` or `"text_model"`: Hub ids or paths.
+
+        Raises:
+            OSError, ValueError: If a tower of a light checkpoint does not load, or is not the one that was left out.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False would unpickle the checkpoint. Convert it to safetensors first.")
         kwargs["use_safetensors"] = True
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        path = pretrained_model_name_or_path
+        light = read_light_record(path, towers, kwargs)
+        if path is None or light is None:
+            loaded = super().from_pretrained(path, *args, **kwargs)
+        else:
+            loaded = super().from_pretrained(None, *args, **load_light(cls, path, light, kwargs))
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if path is not None and light is not None:
+            finish_light(model, path, kwargs)
         model.base_model.freeze()
         return loaded
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: object, **kwargs: object) -> None:
-        """As in Transformers; with the code files if [`relllm.register_for_auto_class`] has been called."""
-        if self._auto_class is None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: object, light: bool = False, **kwargs: Any
+    ) -> None:
+        """As in Transformers; with the code files if [`relllm.register_for_auto_class`] has been called.
+
+        Args:
+            light (`bool`, *optional*, defaults to `False`): Leave out what the towers' sources have as well, and write
+                where those are. It loads like a full one.
+
+        Raises:
+            ValueError: If `light` and a tower with frozen weights came from nowhere that is known.
+        """
+        fields: dict[str, object] = {}
+        if self._auto_class is not None:
+            module = type(self).__module__.rsplit(".", 1)[-1]
+            names = {name: f"{module}.ReLLMForConditionalGeneration" for name in AUTO_CLASSES}
+            fields["auto_map"] = {**(getattr(self.config, "auto_map", None) or {}), **names}
+        if light:
+            kwargs["state_dict"], fields["towers"] = light_state(self, kwargs.get("state_dict"))
+            fields["light_checkpoint"] = True
+            kwargs["save_original_format"] = False  # the names of the model, into which it is loaded
+        with config_fields(self.config, fields):  # a later save without the code files must not point at them
             super().save_pretrained(save_directory, *args, **kwargs)
-            return
-        module = type(self).__module__.rsplit(".", 1)[-1]
-        before = dict(vars(self.config))
-        self.config.auto_map = {
-            **(before.get("auto_map") or {}),
-            **{name: f"{module}.ReLLMForConditionalGeneration" for name in AUTO_CLASSES},
-        }
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:  # a later save without the code files must not point at them
-            del self.config.auto_map
-            if "auto_map" in before:
-                self.config.auto_map = before["auto_map"]
 
 
 class ReLLMModel(ReLLMPreTrainedModel):
@@ -439,6 +471,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
             dimensions=audio.dimensions if audio is not None else None,
             emotion_embedding=audio.emotion_embedding if audio is not None else None,
             tower_dimensions=audio.tower_dimensions if audio is not None else None,
+            alphas_sum=audio.alphas_sum if audio is not None else None,
         )
 
 
@@ -489,27 +522,22 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             ValueError: If `text` is a loaded model and `tokenizer` is missing.
         """
         audio_token_id = find_audio_token(tokenizer if tokenizer is not None else text)
-        audio, text, emotion = load_towers(audio, text, emotion, dtype)
-        if emotion is None:
-            config_kwargs.setdefault("emotion_fusion", "none")
+        given = {"audio_tower": audio, "emotion_tower": emotion, "text_model": text}
+        towers = {kind: load_tower(kind, given[kind], dtype=dtype) for kind in given if given[kind] is not None}
+        sources = {kind: tower_source(given[kind], tower) for kind, tower in towers.items()}
+        text = towers["text_model"]
         config = ReLLMConfig(
-            audio_config=copy.deepcopy(audio.config),
+            audio_config=copy.deepcopy(towers["audio_tower"].config),
             text_config=copy.deepcopy(text.config),
-            emotion_config=copy.deepcopy(emotion.config) if emotion is not None else None,
+            emotion_config=copy.deepcopy(towers["emotion_tower"].config) if emotion is not None else None,
             audio_token_id=audio_token_id,
             lora_config=plain_lora_config(lora),
+            towers={kind: source for kind, source in sources.items() if source is not None} or None,
             **config_kwargs,
         )
-        with torch.device("meta"):  # only to learn the names: a LoRA moves a layer's weight to `base_layer.weight`
-            names = cls(config).state_dict().keys()
-        renamed = {name.replace(".base_layer.", "."): name for name in names}
-        towers = {"audio_tower": audio, "text_model": text, "emotion_tower": emotion}
-        state = {
-            renamed[f"model.{prefix}.{name}"]: weight
-            for prefix, tower in towers.items()
-            if tower is not None
-            for name, weight in tower.state_dict().items()
-        }
+        with torch.device("meta"):  # only to learn the names
+            names = cls(config).model.state_dict()
+        state = {f"model.{name}": weight for name, weight in name_tower_weights(names, towers).items()}
         model = load_parts(cls, config, state, dtype or text.dtype)
         model.generation_config = copy.deepcopy(text.generation_config)
         model.generation_config.suppress_tokens = [audio_token_id]

@@ -1,16 +1,22 @@
-"""Rows in, a batch out: conversations with audio, labels on the replies, emotion and dimension targets."""
+"""Rows in, a batch out: conversations with audio, labels on the replies, emotion and dimension targets.
+
+With a KL loss also the teacher's input, and with CFormer the token counts (`transcripts.py`).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 
 from relllm.labels import DIMENSIONS
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 
-IGNORE_INDEX = -100
+from .losses import IGNORE_INDEX
+from .transcripts import TOKENS_PER_S, group_clips, split_count, teacher_inputs
 
 
 @dataclass
@@ -25,39 +31,119 @@ class ReLLMCollator:
         processor ([`ReLLMProcessor`]): The model's.
         emotion_labels (`list[str]`): `model.config.emotion_labels`.
         instruction, system_prompt (`str`): Of rows without `messages`.
+        teacher (`bool`, *optional*, defaults to `False`): Make the teacher's input from the column `text` (for the KL
+            losses): the transcript, one of each clip; a row that lacks one has no teacher labels.
     """
 
     processor: ReLLMProcessor
     emotion_labels: Sequence[str]
     instruction: str = SPEECH_PROMPT
     system_prompt: str = SYSTEM_PROMPT
+    teacher: bool = False
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
         """
         Returns:
             `dict`: The model's inputs, padded on the right; `labels` `(batch, sequence)`; `emotion_labels` `(clips,)`,
-            -100 where unlabelled; `dimension_labels` `(clips, 3)`, NaN where unlabelled.
+            -100 where unlabelled; `dimension_labels` `(clips, 3)`, NaN where unlabelled; `clips_per_row` `(batch,)`.
+            With CFormer `audio_token_counts` `(windows,)` and `transcript_token_counts` `(clips,)`, 0 for none. With
+            `teacher` those of [`~relllm.training.transcripts.teacher_inputs`] and `heard_words` `(batch, sequence)`,
+            True at the audio position of each of the `teacher_words`.
 
         Raises:
             ValueError: On a row without a reply, an unknown emotion or a target outside [0, 1]; it names the row.
         """
         conversations = [self._conversation(row) for row in rows]
-        batch = self.processor.apply_chat_template(
+        clips = [_count_clips(conversation) for conversation in conversations]
+        transcripts = [self._transcripts(row, count) for row, count in zip(rows, clips, strict=True)]
+        audio_kwargs: dict[str, list[int]] = {}
+        windows: list[list[int]] = []  # positions of each window of each clip, with CFormer
+        if self._counts_words:
+            conversations = cast("list[list[dict]]", self.processor.read_audio(conversations))
+            windows = self._window_counts(conversations, [clip for row in transcripts for clip in row])
+            audio_kwargs["audio_token_counts"] = [count for clip in windows for count in clip]
+        features = self.processor.apply_chat_template(
             conversations,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            processor_kwargs={"text_kwargs": {"padding_side": "right"}},
+            processor_kwargs={"text_kwargs": {"padding_side": "right"}, "audio_kwargs": audio_kwargs},
         )
+        batch = dict(cast(BatchFeature, features))
         is_reply = torch.as_tensor(batch.pop("assistant_masks")).bool()
         batch["labels"] = batch["input_ids"].masked_fill(~is_reply, IGNORE_INDEX)
-        clips = [_count_clips(conversation) for conversation in conversations]
         emotions = [self._emotions(row, count) for row, count in zip(rows, clips, strict=True)]
         dimensions = [_dimensions(row, count) for row, count in zip(rows, clips, strict=True)]
         batch["emotion_labels"] = torch.tensor([label for labels in emotions for label in labels], dtype=torch.long)
         targets = [target for row_targets in dimensions for target in row_targets]
         batch["dimension_labels"] = torch.tensor(targets, dtype=torch.float32).reshape(-1, len(DIMENSIONS))
-        return dict(batch)
+        batch["clips_per_row"] = torch.tensor(clips)
+        if self._counts_words:
+            counts = [len(clip or []) for row in transcripts for clip in row]
+            batch["transcript_token_counts"] = torch.tensor(counts, dtype=torch.long)
+        if self.teacher:
+            batch.update(self._teacher_inputs(batch, conversations, transcripts, windows))
+        return batch
+
+    @property
+    def _counts_words(self) -> bool:
+        """Whether the projector is a CFormer, which makes as many positions as the transcript has tokens."""
+        return self.processor.feature_extractor.num_projector_convs is None
+
+    def _transcripts(self, row: Mapping, num_clips: int) -> list[list[int] | None]:
+        """Tokens of each clip's transcript, `None` for none; read only where something needs them."""
+        if not (self.teacher or self._counts_words):
+            return [None] * num_clips
+        texts = _per_clip(row, "text", num_clips)
+        tokenizer = self.processor.tokenizer
+        return [tokenizer(text or "", add_special_tokens=False)["input_ids"] or None for text in texts]
+
+    def _window_counts(self, conversations: list[list[dict]], transcripts: list[list[int] | None]) -> list[list[int]]:
+        """Positions of each window of each clip: its share of the transcript, or a guess from its duration."""
+        extractor = self.processor.feature_extractor
+        contents = [m["content"] for turns in conversations for m in turns if not isinstance(m["content"], str)]
+        clips = [part["audio"] for content in contents for part in content if part["type"] == "audio"]
+        counts = []
+        for clip, transcript in zip(clips, transcripts, strict=True):
+            guess = round(len(clip) / extractor.sampling_rate * TOKENS_PER_S)
+            shares = split_count(guess if transcript is None else len(transcript), len(extractor.cut_windows(clip)))
+            counts.append([share + extractor.num_extra_tokens for share in shares])
+        return counts
+
+    def _teacher_inputs(
+        self,
+        batch: Mapping[str, Tensor],
+        conversations: list[list[dict]],
+        transcripts: list[list[list[int] | None]],
+        windows: list[list[int]],
+    ) -> dict[str, Tensor]:
+        runs: list[list[list[int]] | None] = []
+        for conversation, spoken in zip(conversations, transcripts, strict=True):
+            known = [tokens for tokens in spoken if tokens is not None]
+            if not known or len(known) < len(spoken):
+                runs.append(None)
+                continue
+            clips = iter(known)
+            runs.append([[t for _ in range(size) for t in next(clips)] for size in group_clips(conversation)])
+        inputs = teacher_inputs(
+            batch["input_ids"],
+            batch["labels"],
+            batch["attention_mask"],
+            runs=runs,
+            audio_token_id=self.processor.audio_token_id,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+        )
+        heard = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        if windows:
+            extra = self.processor.feature_extractor.num_extra_tokens
+            is_word = [index >= extra for clip in windows for count in clip for index in range(count)]
+            heard[batch["input_ids"] == self.processor.audio_token_id] = torch.tensor(is_word)
+            # Only where each word has its position: not without a transcript, nor with fewer tokens than windows.
+            num_words = inputs["teacher_words"].sum(1)
+            paired = ((heard.sum(1) == num_words) & (num_words > 0))[:, None]
+            heard &= paired
+            inputs["teacher_words"] &= paired
+        return inputs | {"heard_words": heard}
 
     def _conversation(self, row: Mapping) -> list[dict]:
         if row.get("messages") is not None:

@@ -9,6 +9,14 @@ from trl import SFTConfig
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 
 TOWERS = ("audio_tower", "emotion_tower", "text_model")
+LOSS_WEIGHTS = (
+    "response_loss_weight",
+    "emotion_loss_weight",
+    "dimension_loss_weight",
+    "response_kl_weight",
+    "input_kl_weight",
+    "cif_loss_weight",
+)
 
 
 @dataclass
@@ -16,18 +24,30 @@ class ReLLMSFTConfig(SFTConfig):
     """`trl.SFTConfig` with RE-LLM's losses; the defaults that differ from TRL's are the paper's recipe.
 
     Args:
-        emotion_loss_weight (`float`, *optional*, defaults to 1.0): Of the emotion cross-entropy; 0 switches it off.
+        emotion_loss_weight (`float`, *optional*, defaults to 1.0): Of the emotion cross-entropy. As with every weight
+            here, 0 switches the loss off, and it is not computed.
         dimension_loss_weight (`float`, *optional*, defaults to 1.0): Of the arousal-dominance-valence loss.
         dimension_loss (`str`, *optional*, defaults to `"mse"`): `"mse"` (the paper) or `"ccc"`, one minus the
             concordance correlation over the micro-batch, which therefore depends on the batch size.
         emotion_class_weights (`list[float]`, *optional*): One for each of `config.emotion_labels`.
+        response_loss_weight (`float`, *optional*, defaults to 1.0): Of the reply's cross-entropy.
+        response_kl_weight (`float`, *optional*, defaults to 0.0): Of KL(text ‖ speech) over the reply, where the same
+            LLM without its LoRA reads the row's transcript (`text`); an alignment loss of BLSP-Emo, off in RE-LLM.
+        input_kl_weight (`float`, *optional*, defaults to 0.0): Of KL(text ‖ speech) over the words; CFormer only.
+        cif_loss_weight (`float`, *optional*, defaults to 0.0): Of the error of CFormer's token count.
+        kl_temperature (`float`, *optional*, defaults to 2.0): Divides the logits of both branches (BLSP-Emo: 2).
+        kl_shifted (`bool`, *optional*, defaults to `True`): Compare the positions that predict the reply; `False`
+            compares those that hold it, as the original code does.
+        light_checkpoints (`bool`, *optional*, defaults to `True`): Save what was trained and the towers' names, not
+            the frozen towers themselves.
         instruction (`str`, *optional*): Text before the audio in a row without `messages`.
         system_prompt (`str`, *optional*): System turn of a row without `messages`; empty for none.
         unfreeze (`list[str]`, *optional*): What trains beyond the projector, the heads and the LoRA: any of
             `"audio_tower"`, `"emotion_tower"`, `"text_model"`.
 
     Raises:
-        ValueError: On a negative weight, an unknown tower, or a TRL option that would cut through audio.
+        ValueError: On a negative weight, a temperature of 0 or less, an unknown tower, or a TRL option that would cut
+            through audio.
     """
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate (paper: 2e-5)."})
@@ -37,10 +57,18 @@ class ReLLMSFTConfig(SFTConfig):
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Rows a device and step (paper: 2)."})
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Steps an update (paper: 8)."})
     max_length: int | None = field(default=None, metadata={"help": "Must stay unset: a cut would go through audio."})
+    loss_type: str = field(default="nll", metadata={"help": "Of the response; TRL before 1.16 defaults to another."})
     emotion_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the emotion cross-entropy."})
     dimension_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the dimension loss."})
     dimension_loss: Literal["mse", "ccc"] = field(default="mse", metadata={"help": "'mse' (paper) or 'ccc'."})
     emotion_class_weights: list[float] | None = field(default=None, metadata={"help": "One for each emotion class."})
+    response_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the reply's cross-entropy."})
+    response_kl_weight: float = field(default=0.0, metadata={"help": "Weight of KL(text || speech) over the reply."})
+    input_kl_weight: float = field(default=0.0, metadata={"help": "Weight of KL(text || speech) over the words."})
+    cif_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the error of CFormer's token count."})
+    kl_temperature: float = field(default=2.0, metadata={"help": "Divides the logits of both branches of a KL."})
+    kl_shifted: bool = field(default=True, metadata={"help": "False: the positions of the original code, one late."})
+    light_checkpoints: bool = field(default=True, metadata={"help": "Save what trains, and the towers by name."})
     instruction: str = field(default=SPEECH_PROMPT, metadata={"help": "Text before the audio."})
     system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "System turn; empty for none."})
     unfreeze: list[str] = field(
@@ -52,9 +80,13 @@ class ReLLMSFTConfig(SFTConfig):
         if bf16 is None and not torch.cuda.is_available():
             self.bf16 = False  # TRL's default is True, which on a CPU is several times slower than float32
         super().__post_init__()
-        for name in ("emotion_loss_weight", "dimension_loss_weight"):
+        for name in LOSS_WEIGHTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
+        if self.kl_temperature <= 0:
+            raise ValueError(f"kl_temperature must be > 0, got {self.kl_temperature}.")
+        if self.label_smoothing_factor > 0 and (self.response_kl_weight > 0 or self.input_kl_weight > 0):
+            raise ValueError("label_smoothing_factor > 0 and a KL loss exclude each other. Set one of them to 0.")
         if self.dimension_loss not in ("mse", "ccc"):
             raise ValueError(f"dimension_loss must be 'mse' or 'ccc', got {self.dimension_loss!r}.")
         if unknown := sorted(set(self.unfreeze) - set(TOWERS)):

@@ -79,6 +79,7 @@ class EmotionTowerTrainer(Trainer):
             processing_class=feature_extractor,
             **kwargs,
         )
+        self.model_accepts_loss_kwargs = False  # a CCC is averaged over accumulated steps, not divided by a count
 
     def compute_loss(
         self,

@@ -1,7 +1,8 @@
-"""The heads' outputs through TRL's fused training forward.
+"""What the losses need, through TRL's fused training forward: the heads' outputs and the alignment losses.
 
 Since 1.16 TRL trains by a forward pass of its own, which runs the base model and returns fields of its own. Before (on
-Python 3.10) it trains by the model's forward, whose output has the heads' in it already.
+Python 3.10) it trains by the model's forward, whose output has the heads' in it already. Either way the teacher runs
+inside `forward`, where DDP, FSDP and DeepSpeed expect every use of a weight.
 """
 
 import functools
@@ -12,6 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from relllm.modeling.modeling_relllm import ReLLMCausalLMOutput
+
+from .alignment import TEACHER_INPUTS, Alignment, compare, teach
+
 try:
     from trl.trainer.utils import FusedCausalLMOutput
 except ImportError:
@@ -21,42 +26,67 @@ if FusedCausalLMOutput is not None:
 
     @dataclass
     class ReLLMFusedOutput(FusedCausalLMOutput):
-        """TRL's fused output and what the auxiliary losses need.
+        """TRL's fused output and what the other losses need.
 
         They are fields of the model's output, not a side channel: DDP looks for the graph in what `forward` returns.
 
         Args:
             emotion_logits (`torch.Tensor` of shape `(clips, classes)`, *optional*): See `ReLLMAudioOutput`.
             dimensions (`torch.Tensor` of shape `(clips, 3)`, *optional*): Arousal, dominance, valence.
+            alphas_sum (`torch.Tensor` of shape `(windows,)`, *optional*): CFormer's predicted token counts.
+            response_kl, input_kl (`torch.Tensor` of shape `()`, *optional*): Sums over positions.
         """
 
         emotion_logits: Tensor | None = None
         dimensions: Tensor | None = None
+        alphas_sum: Tensor | None = None
+        response_kl: Tensor | None = None
+        input_kl: Tensor | None = None
 
 
-def return_heads(model: PreTrainedModel) -> None:
-    """Have a fused forward return the heads' outputs as well. Without one, nothing is to do.
+@dataclass
+class ReLLMAlignedOutput(ReLLMCausalLMOutput):
+    """The model's output and the alignment losses; for passes that are not fused.
+
+    Args:
+        response_kl, input_kl (`torch.Tensor` of shape `()`, *optional*): Sums over positions.
+    """
+
+    response_kl: Tensor | None = None
+    input_kl: Tensor | None = None
+
+
+def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> None:
+    """Have the training forward return the heads' outputs and, where asked for, the alignment losses.
 
     Args:
         model (`PreTrainedModel`): After `SFTTrainer.__init__`, which patched its forward; changed in place.
+        alignment ([`Alignment`], *optional*): Without one, no teacher reads.
     """
-    if FusedCausalLMOutput is None:
-        return
-    fused_forward = model.forward
+    inner_forward = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
-    def forward(self: PreTrainedModel, *args: Tensor, fused_lm_head: bool = False, **kwargs: Tensor) -> ModelOutput:
-        if not fused_lm_head:
-            return fused_forward(*args, **kwargs)
+    def forward(self: PreTrainedModel, *args: Tensor, **kwargs: Tensor) -> ModelOutput:
+        fused = bool(kwargs.get("fused_lm_head", False))
+        teacher_inputs = {name: kwargs.pop(name) for name in TEACHER_INPUTS if name in kwargs}
+        reading = alignment if teacher_inputs and "labels" in kwargs else None
+        if not fused and reading is None:  # not a training pass
+            return inner_forward(*args, **kwargs)
+        taught = teach(self.base_model, teacher_inputs, reading) if reading is not None else {}
         heard: dict[str, Tensor] = {}
         handle = self.base_model.register_forward_hook(lambda module, inputs, output: heard.update(output))
         try:
-            output = fused_forward(*args, fused_lm_head=True, **kwargs)
+            output = inner_forward(*args, **kwargs)
         finally:
             handle.remove()
-        return ReLLMFusedOutput(
-            **output, emotion_logits=heard.get("emotion_logits"), dimensions=heard.get("dimensions")
-        )
+        sums: dict[str, Tensor] = {}
+        if reading is not None:
+            states, labels = heard["last_hidden_state"], kwargs["labels"]
+            sums = compare(self.base_model, states, labels, teacher_inputs, taught, reading, are_logits=not fused)
+        if not fused:
+            return ReLLMAlignedOutput(**output, **sums)
+        heads = {name: heard.get(name) for name in ("emotion_logits", "dimensions", "alphas_sum")}
+        return ReLLMFusedOutput(**output, **heads, **sums)
 
     model.forward = types.MethodType(forward, model)
 

@@ -95,7 +95,7 @@ def ccc_loss(predicted: Tensor, target: Tensor) -> Tensor:
     for x, y in zip(predicted.float().unbind(1), target.float().unbind(1), strict=True):
         labelled = ~y.isnan()
         if labelled.sum() >= 2:
-            losses.append(1 - _concordance(x[labelled], y[labelled]))
+            losses.append(1 - concordance(x[labelled], y[labelled]))
     return torch.stack(losses).mean() if losses else predicted.float().sum() * 0
 
 
@@ -129,10 +129,7 @@ def response_kl(
     Raises:
         ValueError: If a row's reply differs in length between the branches.
     """
-    speech_mask, text_mask = speech_labels != IGNORE_INDEX, text_labels != IGNORE_INDEX
-    if shifted:
-        speech_logits, text_logits = speech_logits[:, :-1], text_logits[:, :-1]
-        speech_mask, text_mask = speech_mask[:, 1:], text_mask[:, 1:]
+    speech_mask, text_mask = reply_positions(speech_labels, shifted), reply_positions(text_labels, shifted)
     return _kl(speech_logits, text_logits, speech_mask, text_mask, temperature, num_items)
 
 
@@ -164,6 +161,32 @@ def input_kl(
     return _kl(speech_logits, text_logits, speech_mask.bool(), text_mask.bool(), temperature, num_items)
 
 
+def kl_sum(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(teacher ‖ student), summed over positions; no gradient to the teacher.
+
+    Args:
+        student, teacher (`torch.Tensor` of shape `(positions, vocabulary)`): Logits.
+        temperature (`float`): Divides both.
+
+    Returns:
+        `torch.Tensor` of shape `()`: In nats.
+    """
+    log_student = functional.log_softmax(student.float() / temperature, dim=-1)
+    teacher = functional.softmax(teacher.float().detach() / temperature, dim=-1)
+    return functional.kl_div(log_student, teacher, reduction="sum")
+
+
+def reply_positions(labels: Tensor, shifted: bool) -> Tensor:
+    """Where a KL over the reply compares: `(batch, sequence)`, True at the positions that predict a reply's token.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(batch, sequence)`): -100 outside the reply.
+        shifted (`bool`): `False` marks the positions that hold the reply instead, as the original code does.
+    """
+    is_reply = labels != IGNORE_INDEX
+    return functional.pad(is_reply[:, 1:], (0, 1)) if shifted else is_reply
+
+
 def cif_loss(alphas_sum: Tensor, num_tokens: Tensor, num_items: int | Tensor | None = None) -> Tensor:
     """Relative error of CFormer's predicted token count: mean of |predicted / true - 1| (BLSP-Emo, `cif`).
 
@@ -190,14 +213,12 @@ def _kl(
             f"The branches mark different numbers of positions: speech {student_mask.sum(1).tolist()}, text "
             f"{teacher_mask.sum(1).tolist()}. Both must hold the same reply (or, for the input, the same tokens)."
         )
-    student = functional.log_softmax(student[student_mask].float() / temperature, dim=-1)
-    teacher = functional.softmax(teacher[teacher_mask].float().detach() / temperature, dim=-1)
-    total = functional.kl_div(student, teacher, reduction="sum")
+    total = kl_sum(student[student_mask], teacher[teacher_mask], temperature)
     return _mean(total, student_mask.sum(), num_items)
 
 
-def _concordance(x: Tensor, y: Tensor) -> Tensor:
-    """Lin's coefficient of two vectors, with population variances."""
+def concordance(x: Tensor, y: Tensor) -> Tensor:
+    """Lin's concordance correlation coefficient of two vectors, with population variances."""
     dx, dy = x - x.mean(), y - y.mean()
     scale = dx.square().mean() + dy.square().mean() + (x.mean() - y.mean()).square()
     return 2 * (dx * dy).mean() / scale.clamp(min=VARIANCE_FLOOR)
@@ -213,9 +234,12 @@ __all__ = [
     "IGNORE_INDEX",
     "ccc_loss",
     "cif_loss",
+    "concordance",
     "dimension_loss",
     "emotion_loss",
     "input_kl",
+    "kl_sum",
+    "reply_positions",
     "response_cross_entropy",
     "response_kl",
 ]

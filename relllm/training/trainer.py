@@ -1,9 +1,8 @@
-"""`ReLLMSFTTrainer`: TRL's supervised fine-tuning with RE-LLM's auxiliary losses (section "Auxiliary learning").
+"""`ReLLMSFTTrainer`: TRL's supervised fine-tuning with RE-LLM's losses (section "Auxiliary learning").
 
-    loss = response cross-entropy + w_emotion · emotion cross-entropy + w_dimension · dimension loss
-
-Each is normalised over the whole accumulated batch of all processes, so 8 x 1, 4 x 2 and 2 x 4 rows give the same
-gradients, unlabelled rows included. What lives elsewhere: the losses, the collator, the settings.
+Each loss is normalised over the whole accumulated batch of all processes, so 8 x 1, 4 x 2 and 2 x 4 rows give the same
+gradients, unlabelled rows included. What lives elsewhere: the losses and how they add up (`objective.py`), what trains
+(`freezing.py`), the collator, the settings.
 """
 
 from collections.abc import Iterator
@@ -11,21 +10,33 @@ from collections.abc import Iterator
 import torch
 from datasets import Audio, Dataset, IterableDataset
 from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import ModelOutput
 from trl import SFTTrainer
 
+from relllm.labels import DIMENSIONS
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
 
-from .collator import IGNORE_INDEX, ReLLMCollator
+from .checkpoints import CheckpointMixin
+from .collator import ReLLMCollator
 from .config import ReLLMSFTConfig
+from .freezing import TrainableTableCallback, lora_counts_as_adapter, prepare_trainable
 from .fused_head import return_heads
-from .losses import ccc_loss, dimension_loss, emotion_loss
+from .lengths import row_lengths
+from .losses import IGNORE_INDEX
+from .metrics import RunningMeans, concordances, recognition
+from .objective import TARGETS, Objective
 
 
-class ReLLMSFTTrainer(SFTTrainer):
+class ReLLMSFTTrainer(CheckpointMixin, SFTTrainer):
     """Trains the projector, the heads and the LoRA of a [`ReLLMForConditionalGeneration`].
+
+    An evaluation also measures the heads, on the outputs that gave the loss: `eval_ua`, `eval_wa`, `eval_macro_f1`,
+    `eval_ccc_arousal`, `eval_ccc_dominance` and `eval_ccc_valence`, where there are labels.
 
     Args:
         model ([`ReLLMForConditionalGeneration`]): An instance, with its own LoRA in it.
@@ -37,7 +48,8 @@ class ReLLMSFTTrainer(SFTTrainer):
 
     Raises:
         TypeError: If `model` is not an instance, or `processing_class` not a `ReLLMProcessor`.
-        ValueError: If `peft_config` is given: the model carries its LoRA, and a second one would deactivate it.
+        ValueError: If `peft_config` is given: the model carries its LoRA, and a second one would deactivate it. Or if
+            a loss asks for what the model lacks.
     """
 
     _tag_names = ["relllm", "trl", "sft"]
@@ -58,37 +70,44 @@ class ReLLMSFTTrainer(SFTTrainer):
         if kwargs.pop("peft_config", None) is not None:
             raise ValueError("A ReLLM carries its own LoRA: set lora_config in its configuration, not peft_config.")
         args = args if args is not None else ReLLMSFTConfig()
-        prepare_trainable(model, args.unfreeze)
-        emotion_labels = model.config.emotion_labels
+        self.objective = Objective(args, model)
+        prepare_trainable(model, args.unfreeze, self.objective.unused_heads)
         if "data_collator" not in kwargs:
             kwargs["data_collator"] = ReLLMCollator(
-                processing_class, emotion_labels, args.instruction, args.system_prompt
+                processing_class,
+                model.config.emotion_labels,
+                args.instruction,
+                args.system_prompt,
+                teacher=self.objective.alignment is not None,
             )
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: _leave_encoded(dataset) for name, dataset in eval_dataset.items()}
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=_leave_encoded(train_dataset),
-            eval_dataset=eval_dataset if isinstance(eval_dataset, dict) else _leave_encoded(eval_dataset),
-            processing_class=processing_class,
-            **kwargs,
-        )
-        weights = args.emotion_class_weights
-        if weights is not None and len(weights) != len(emotion_labels):
-            raise ValueError(f"emotion_class_weights has {len(weights)} values for the classes {emotion_labels}.")
-        self._class_weights = None if weights is None else torch.tensor(weights, device=self.args.device)
-        self._label_counts = torch.zeros(2)
-        return_heads(self.model)
+        with lora_counts_as_adapter(model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=_leave_encoded(train_dataset),
+                eval_dataset=eval_dataset if isinstance(eval_dataset, dict) else _leave_encoded(eval_dataset),
+                processing_class=processing_class,
+                **kwargs,
+            )
+        if getattr(model, "is_quantized", False):  # TRL has put what trains in bfloat16: 2e-5 is lost there
+            prepare_trainable(model, args.unfreeze, self.objective.unused_heads)
+        return_heads(self.model, self.objective.alignment)
+        self.add_callback(TrainableTableCallback)
+        self._num_items = torch.zeros(len(self.objective.weights))
+        self._means = RunningMeans(["response_loss", "emotion_accuracy", *self.objective.active], self.args.device)
+        self._heard: list[Tensor] = []  # of the running evaluation; see `_remember`
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """Counts the labelled clips of the whole accumulated batch, as Transformers counts its tokens."""
+        """Counts what each loss is over in the whole accumulated batch, as Transformers counts its tokens."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [_count_labels(batch, self._class_weights) for batch in batches if "emotion_labels" in batch]
-        local = torch.stack(counts).sum(0) if counts else torch.zeros(2)
-        self._label_counts = self.accelerator.reduce(local.to(self.args.device), reduction="sum")
+        local = torch.zeros(len(self.objective.weights), device=self.args.device)
+        for batch in batches:
+            local += self.objective.count(batch).to(local.device)
+        self._num_items = self.accelerator.reduce(local, reduction="sum")
         return batches, num_items
 
     def compute_loss(
@@ -98,18 +117,65 @@ class ReLLMSFTTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, ModelOutput]:
-        """TRL's loss of the response, and the auxiliary losses on the outputs of the same forward pass."""
-        emotion_labels = inputs.pop("emotion_labels", None)
-        dimension_labels = inputs.pop("dimension_labels", None)
+        """TRL's loss of the response, and the other losses on the outputs of the same forward pass."""
+        local_counts = self.objective.count(inputs)
+        targets = {name: inputs.pop(name) for name in TARGETS if name in inputs}
         recorder = _Recorder(model)
         result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         output = recorder.outputs[0]  # the training pass's; TRL may run another for metrics
         self._log_response(loss, inputs["labels"], num_items_in_batch)
-        if emotion_labels is not None and dimension_labels is not None and output.emotion_logits is not None:
-            training = self.model.training and num_items_in_batch is not None
-            loss = loss + self._auxiliary_loss(output, emotion_labels, dimension_labels, training)
+        loss = loss * self.args.response_loss_weight
+        training = self.model.training and num_items_in_batch is not None
+        num_items = self._num_items if training else local_counts
+        mode = "train" if self.model.training else "eval"
+        windows = inputs.get("audio_num_windows")
+        for term in self.objective.terms(output, targets, windows, local_counts, num_items):
+            self._means.add(mode, term.name, term.total, term.count)
+            scale = 1.0
+            if training and term.is_share:  # DDP averages gradients over processes, and the counts are over all
+                scale = self.accelerator.num_processes
+            elif training:
+                scale = 1 / self.current_gradient_accumulation_steps
+            loss = loss + term.weight * scale * term.value
+        if "emotion_labels" in targets and output.emotion_logits is not None:
+            self._remember(output, targets, mode)
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in Transformers, with the means of the losses and the metrics of the heads."""
+        self._heard.clear()
+        result = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        metrics = self._means.means(self.accelerator.reduce(self._means.take("eval"), reduction="sum"))
+        metrics |= self._heads_metrics()
+        result.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in TRL, with the mean of each loss since the last log, over the items of all processes."""
+        if self.model.training:
+            logs |= self._means.means(self.accelerator.reduce(self._means.take("train"), reduction="sum"))
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """`group_by_length` without a column of lengths: measured by the headers of the audio."""
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        grouped = self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, Dataset)
+        if not grouped or self.args.length_column_name in dataset.column_names:
+            return super()._get_train_sampler(train_dataset)
+        lengths = row_lengths(dataset, self.processing_class.feature_extractor)
+        return LengthGroupedSampler(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps, dataset=dataset, lengths=lengths
+        )
 
     def _log_response(self, loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> None:
         """Mean over the reply's tokens. In training TRL's loss is this micro-batch's share of the batch's mean."""
@@ -118,57 +184,43 @@ class ReLLMSFTTrainer(SFTTrainer):
         if num_items_in_batch is not None:
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             divisor = torch.as_tensor(num_items_in_batch, device=loss.device) / processes
-        self._log_mean("response_loss", loss * divisor, tokens)
+        self._means.add("train" if self.model.training else "eval", "response_loss", loss.detach() * divisor, tokens)
 
-    def _auxiliary_loss(
-        self, output: ModelOutput, emotion_labels: Tensor, dimension_labels: Tensor, training: bool
-    ) -> Tensor:
-        """Weighted sum; in training each loss is this micro-batch's share of the accumulated batch's mean."""
-        logits, dimensions = output.emotion_logits.float(), output.dimensions.float()
-        labels = {"emotion_labels": emotion_labels, "dimension_labels": dimension_labels}
-        local = _count_labels(labels, self._class_weights).to(logits.device)
-        emotion_count, dimension_count = self._label_counts if training else local
-        # DDP averages gradients over processes, and these counts are over all of them.
-        processes = self.accelerator.num_processes if training else 1
-        emotion = emotion_loss(logits, emotion_labels, class_weights=self._class_weights, num_items=emotion_count)
-        self._log_mean("emotion_loss", emotion.detach() * emotion_count, local[0])
-        correct = (logits.argmax(-1) == emotion_labels).sum()
-        self._log_mean("emotion_accuracy", correct, (emotion_labels != IGNORE_INDEX).sum())
-        total = self.args.emotion_loss_weight * processes * emotion
-        if self.args.dimension_loss == "mse":
-            dimension = dimension_loss(dimensions, dimension_labels, num_items=dimension_count)
-            self._log_mean("dimension_loss", dimension.detach() * dimension_count, local[1])
-            return total + self.args.dimension_loss_weight * processes * dimension
-        dimension = ccc_loss(dimensions, dimension_labels)  # a statistic of the micro-batch: averaged, not summed
-        self._log_mean("dimension_loss", dimension.detach() * local[1], local[1])
-        steps = self.current_gradient_accumulation_steps if training else 1
-        return total + self.args.dimension_loss_weight * dimension / steps
+    @torch.no_grad()
+    def _remember(self, output: ModelOutput, targets: dict[str, Tensor], mode: str) -> None:
+        """Counts the emotions that are right; in evaluation keeps what the heads said of each clip.
 
-    def _log_mean(self, name: str, total: Tensor, count: Tensor) -> None:
-        """Log a mean over what is labelled in the micro-batches of all processes; nothing where nothing is."""
-        pair = torch.stack([total.detach().float(), count.to(total.device).float()])
-        total, count = self.accelerator.reduce(pair, reduction="sum").tolist()
-        if count > 0:
-            self._metrics["train" if self.model.training else "eval"][name].append(total / count)
+        Kept by row, `(rows, clips of a row, 2 + 6)` and NaN where a row has fewer clips, because the last batch holds
+        rows twice where the processes share it out, and Accelerate drops these by row.
+        """
+        labels, predictions = targets["emotion_labels"], output.emotion_logits.argmax(-1)
+        if "emotion_loss" in self.objective.active:
+            known = labels != IGNORE_INDEX
+            self._means.add(mode, "emotion_accuracy", (labels == predictions).sum(), known.sum())
+        if mode == "train":
+            return
+        classes = torch.stack([labels, predictions], dim=1).float()
+        clips = torch.cat([classes, output.dimensions.float(), targets["dimension_labels"]], dim=1)
+        counts = targets.get("clips_per_row")
+        rows = clips.split(counts.tolist() if counts is not None else 1)
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float("nan"))
+        padded = self.accelerator.pad_across_processes(padded, dim=1, pad_index=float("nan"))
+        self._heard.append(self.accelerator.gather_for_metrics(padded).flatten(0, 1).cpu())
 
-
-def prepare_trainable(model: ReLLMForConditionalGeneration, unfreeze: list[str]) -> None:
-    """Freeze what the paper freezes, unfreeze what is asked for, and hold what trains in float32.
-
-    Args:
-        model ([`ReLLMForConditionalGeneration`]): Changed in place.
-        unfreeze (`list[str]`): Any of `"audio_tower"`, `"emotion_tower"`, `"text_model"`.
-    """
-    base = model.base_model
-    base.freeze()
-    for name in unfreeze:
-        tower = getattr(base, name)
-        if tower is None:
-            raise ValueError(f"unfreeze has {name!r}, and this model has none (emotion_fusion='none').")
-        tower.requires_grad_(True)
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
+    def _heads_metrics(self) -> dict[str, float]:
+        """UA, WA, macro-F1 and CCC over the clips of the evaluation, of the heads that have a loss."""
+        if not self._heard:
+            return {}
+        clips = torch.cat(self._heard)
+        clips = clips[~clips[:, 0].isnan()]
+        size = len(DIMENSIONS)
+        labels, predictions, dimensions, targets = clips.split([1, 1, size, size], dim=1)
+        metrics: dict[str, float] = {}
+        if "emotion_loss" in self.objective.active:
+            metrics |= recognition(labels.flatten().long(), predictions.flatten().long())
+        if "dimension_loss" in self.objective.active:
+            metrics |= concordances(dimensions, targets)
+        return metrics
 
 
 class _Recorder:
@@ -181,17 +233,6 @@ class _Recorder:
     def __call__(self, **inputs: Tensor) -> ModelOutput:
         self.outputs.append(self.model(**inputs))
         return self.outputs[-1]
-
-
-def _count_labels(batch: dict[str, Tensor], class_weights: Tensor | None) -> Tensor:
-    """`(2,)`: labelled clips (their class weights, where there are some), and labelled dimensions of clips."""
-    labels = batch["emotion_labels"]
-    labelled = labels[labels != IGNORE_INDEX]
-    if class_weights is None:
-        weights = torch.ones_like(labelled, dtype=torch.float)
-    else:
-        weights = class_weights.to(labels.device)[labelled]
-    return torch.stack([weights.sum(), batch["dimension_labels"].isfinite().sum().to(weights)])
 
 
 def _leave_encoded(dataset: Dataset | IterableDataset | None) -> Dataset | IterableDataset | None:

@@ -1,0 +1,226 @@
+"""The model and the processor that a run trains: from a checkpoint, or new from towers.
+
+Also: a LoRA for a checkpoint of the first stage, which has none, and the LLM alone in 4 bit (QLoRA).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
+
+from relllm.modeling.assembly_relllm import find_audio_token, load_parts
+from relllm.modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.processing.processing_relllm import ReLLMProcessor
+
+if TYPE_CHECKING:
+    from .run import ReLLMScriptArguments
+
+# Whatever is outside the LLM, its output embeddings, and its LoRA. bitsandbytes matches whole names or endings, and
+# would otherwise turn heads, projector and LoRA into 4 bit, which cannot train.
+NEVER_QUANTIZED = (
+    "model.audio_tower",
+    "model.emotion_tower",
+    "model.multi_modal_projector",
+    "model.emotion_projector",
+    "model.emotion_head",
+    "model.dimension_head",
+    ".*lm_head",
+    ".*embed_out",
+    ".*lora_[AB]",
+)
+
+
+def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGeneration, ReLLMProcessor]:
+    """The model and its processor.
+
+    Args:
+        script ([`ReLLMScriptArguments`]): What to start from, and the architecture.
+
+    Raises:
+        ValueError: If the checkpoint's architecture is another than the settings say.
+        ImportError: If `load_in_4bit` is set and bitsandbytes is missing.
+    """
+    options: dict = {"dtype": getattr(torch, script.dtype)} if script.dtype else {}
+    four_bit = four_bit_config() if script.load_in_4bit else None
+    if script.model_name_or_path is not None:
+        model, processor = _from_checkpoint(script, options)
+    else:
+        model = ReLLMForConditionalGeneration.from_towers(
+            audio=script.audio_tower,
+            text=script.text_model,
+            emotion=None if script.emotion_fusion == "none" else script.emotion_tower,
+            lora=script.lora,
+            **_architecture(script),
+            **options,
+        )
+        processor = ReLLMProcessor.from_config(
+            model.config,
+            script.text_model,
+            full_window=script.full_window,
+            speech_do_normalize=_reads_normalized(script.audio_tower),
+            max_duration_s=script.max_duration_s,
+        )
+    if four_bit is not None:
+        model = quantize_llm(model, four_bit)
+    if script.attn_implementation is not None:
+        model.set_attn_implementation(script.attn_implementation)
+    return model, processor
+
+
+def build_config(script: ReLLMScriptArguments) -> ReLLMConfig:
+    """The configuration of the model that [`build_model`] gives, from configurations alone: no weights are read.
+
+    Args:
+        script ([`ReLLMScriptArguments`]): What to start from, and the architecture.
+
+    Raises:
+        ValueError: As [`build_model`].
+    """
+    if script.model_name_or_path is not None:
+        config = AutoConfig.from_pretrained(script.model_name_or_path, revision=script.revision)
+        _check_architecture(script, config)
+        config.lora_config = config.lora_config or script.lora
+        config.lora_scope = script.lora_scope
+        return config
+    emotion = None
+    if script.emotion_fusion != "none":
+        emotion = AutoConfig.from_pretrained(script.emotion_tower)
+        if emotion.model_type != ReLLMEmotionConfig.model_type:
+            emotion = ReLLMEmotionConfig.from_encoder_config(emotion)
+    return ReLLMConfig(
+        audio_config=AutoConfig.from_pretrained(script.audio_tower),
+        text_config=AutoConfig.from_pretrained(script.text_model),
+        emotion_config=emotion,
+        audio_token_id=find_audio_token(AutoTokenizer.from_pretrained(script.text_model)),
+        lora_config=script.lora,
+        **_architecture(script),
+    )
+
+
+def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
+    """QLoRA's settings (NF4, double quantisation) for the LLM alone.
+
+    Args:
+        compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Of the multiplications.
+
+    Raises:
+        ImportError: If bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("load_in_4bit needs bitsandbytes. Install it with `pip install bitsandbytes`.")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=list(NEVER_QUANTIZED),
+    )
+
+
+def quantize_llm(
+    model: ReLLMForConditionalGeneration, quantization_config: BitsAndBytesConfig
+) -> ReLLMForConditionalGeneration:
+    """The same model with its LLM quantised, on the device that bitsandbytes works on.
+
+    The whole model passes through the memory of the CPU once: that is where its parts are put together.
+
+    Args:
+        model ([`ReLLMForConditionalGeneration`]): Not to be used afterwards.
+        quantization_config (`BitsAndBytesConfig`): As [`four_bit_config`] makes it.
+    """
+    quantized = type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict=model.state_dict(),
+        dtype=model.dtype,
+        quantization_config=quantization_config,
+    )
+    quantized.generation_config = copy.deepcopy(model.generation_config)
+    return quantized
+
+
+def add_lora(model: ReLLMForConditionalGeneration, lora: dict, scope: str) -> ReLLMForConditionalGeneration:
+    """The same model with a fresh LoRA in its LLM, which changes nothing until it is trained.
+
+    Args:
+        model ([`ReLLMForConditionalGeneration`]): Without a LoRA; not to be used afterwards.
+        lora (`dict`): Arguments of `peft.LoraConfig`.
+        scope (`str`): `"audio"`, `"text"` or `"global"`.
+    """
+    config = copy.deepcopy(model.config)
+    config.update({"lora_config": lora, "lora_scope": scope})
+    with torch.device("meta"):  # only to learn the names: a LoRA moves a layer's weight to `base_layer.weight`
+        names = type(model)(copy.deepcopy(config)).state_dict().keys()
+    renamed = {name.replace(".base_layer.", "."): name for name in names}
+    state = {renamed[name]: weight for name, weight in model.state_dict().items()}
+    grown = load_parts(type(model), config, state, model.dtype)
+    grown.generation_config = copy.deepcopy(model.generation_config)
+    return grown
+
+
+def _from_checkpoint(
+    script: ReLLMScriptArguments, options: dict
+) -> tuple[ReLLMForConditionalGeneration, ReLLMProcessor]:
+    name, revision = script.model_name_or_path, script.revision
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    _check_architecture(script, config)
+    model = ReLLMForConditionalGeneration.from_pretrained(name, revision=revision, **options)
+    if config.lora_config is None and script.lora is not None:
+        model = add_lora(model, script.lora, script.lora_scope)
+    return model, ReLLMProcessor.from_pretrained(name, revision=revision)
+
+
+def _architecture(script: ReLLMScriptArguments) -> dict:
+    """Fields of [`ReLLMConfig`] that a run chooses."""
+    return {
+        "emotion_fusion": script.emotion_fusion,
+        "projector_type": script.projector_type,
+        "projector_inner_dim": script.projector_inner_dim,
+        "lora_scope": script.lora_scope,
+    }
+
+
+def _check_architecture(script: ReLLMScriptArguments, config: PreTrainedConfig) -> None:
+    """A setting that a checkpoint cannot follow is refused rather than passed over."""
+    if config.model_type != ReLLMConfig.model_type:
+        raise ValueError(
+            f"{script.model_name_or_path} is a {config.model_type}, not a ReLLM. Give towers as audio_tower, "
+            "emotion_tower and text_model."
+        )
+    asked = _architecture(script)
+    found = {name: getattr(config, name) for name in asked}
+    if config.lora_config is None:
+        asked.pop("lora_scope")
+    else:
+        given = script.lora or {"r": 0}
+        asked |= {f"lora_{name.removeprefix('lora_')}": value for name, value in given.items()}
+        lora = {"lora_alpha": 8, "lora_dropout": 0.0, "r": 8} | config.lora_config  # PEFT's own defaults
+        found |= {f"lora_{name.removeprefix('lora_')}": value for name, value in lora.items()}
+    differ = {name: found.get(name) for name, value in asked.items() if found.get(name) != value}
+    if differ:
+        settings = ", ".join(f"{name}: {value}" for name, value in differ.items())
+        raise ValueError(
+            f"The checkpoint {script.model_name_or_path} has {settings}; the run asks for "
+            f"{', '.join(f'{name}: {asked[name]}' for name in differ)}. Set the checkpoint's values, or start from "
+            "another."
+        )
+
+
+def _reads_normalized(audio_tower: str | None) -> bool:
+    """Whether a speech tower that reads waveforms was trained on normalised ones, as its own settings say."""
+    from transformers.utils import cached_file
+
+    path = cached_file(audio_tower, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return True
+    with open(path, encoding="utf-8") as file:
+        return bool(json.load(file).get("do_normalize", True))
+
+
+__all__ = ["add_lora", "build_config", "build_model", "four_bit_config"]

@@ -1,0 +1,126 @@
+"""How a run is saved and taken up again: light checkpoints, and none that is half written.
+
+A checkpoint is written beside the finished ones and takes its name `checkpoint-N` when it is complete, by one rename:
+a kill while saving leaves the last one as it was. What a light checkpoint holds is `light_checkpoint_relllm`'s.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
+
+from relllm.modeling.light_checkpoint_relllm import check_left_out, why_not_light
+
+logger = logging.get_logger(__name__)
+
+UNFINISHED = "_unfinished"  # `Trainer` pushes no file or folder whose name starts with an underscore
+
+
+class LoadResult(Protocol):
+    """What `load_state_dict` returns."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class CheckpointMixin(Trainer):
+    """For a trainer of a ReLLM, before TRL's in the bases; its `args` have `light_checkpoints`."""
+
+    _staging: str | None = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Light where the settings say so and the towers' sources are known, else full, with a warning why."""
+        if not self.args.should_save or not self.args.light_checkpoints or not self._can_be_light():
+            super()._save(output_dir, state_dict)
+            return
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        try:
+            self.model.save_pretrained(folder, light=True, state_dict=state_dict)
+        except OSError as error:
+            logger.warning(f"Saved in full, although light_checkpoints is on. {error}")
+            super()._save(output_dir, state_dict)
+            return
+        self.processing_class.save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _can_be_light(self) -> bool:
+        reason = why_not_light(self.model)
+        if reason is not None:
+            logger.warning_once(f"Checkpoints are saved in full, although light_checkpoints is on. {reason}")
+        return reason is None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return run_dir if self._staging is None else os.path.join(run_dir, self._staging)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        run_dir = self._get_output_dir(trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged, final = os.path.join(run_dir, UNFINISHED, name), os.path.join(run_dir, name)
+        if self.args.should_save:
+            shutil.rmtree(os.path.join(run_dir, UNFINISHED), ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = UNFINISHED
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        if self.state.best_model_checkpoint == staged:
+            self.state.best_model_checkpoint = final
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))  # with the best one's final place
+            _put_in_place(Path(staged), Path(final))
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else the push comes when the checkpoint is in its place
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:  # whose own files have every weight
+            check_left_out(self.model if model is None else model, resume_from_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: LoadResult) -> None:
+        """What a checkpoint lacks is as it was before, which must be so for nothing that trains."""
+        trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
+        lost = sorted(trained.intersection(load_result.missing_keys))
+        known = self.model.state_dict().keys()
+        # what bitsandbytes keeps beside a 4-bit weight (`….weight.absmax`) is the frozen weight's own, and is there
+        unexpected = [
+            key for key in load_result.unexpected_keys if key.rpartition(".weight.")[0] + ".weight" not in known
+        ]
+        if lost or unexpected:
+            raise ValueError(
+                f"The checkpoint does not fit this run: it lacks {len(lost)} weights that train, {lost[:3]}, and has "
+                f"{len(unexpected)} that the model has not, {unexpected[:3]}. "
+                "Resume with the model and the `unfreeze` of the run that wrote it."
+            )
+
+
+def _put_in_place(staged: Path, final: Path) -> None:
+    """Rename, and only then remove what an earlier run left at the same step."""
+    if final.exists():
+        final.rename(staged.with_name(f"replaced-{final.name}"))
+    staged.rename(final)
+    shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+__all__ = ["CheckpointMixin"]

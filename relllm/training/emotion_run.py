@@ -1,0 +1,256 @@
+"""`relllm train-emotion`: fine-tune an emotion tower from a YAML file and flags.
+
+The defaults are audEERING's, of the tower that RE-LLM freezes (Wagner et al., "Dawn of the transformer era in speech
+emotion recognition", arXiv 2203.07378): Adam at a fixed 1e-4, batch 32, 5 epochs, a CCC loss, the convolutions frozen,
+the best checkpoint on the development split.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    EvalPrediction,
+    PreTrainedModel,
+    TrainingArguments,
+    Wav2Vec2FeatureExtractor,
+    set_seed,
+)
+
+from relllm.data.loading import load_rows
+from relllm.labels import DIMENSIONS
+from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
+from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
+
+from .emotion_tower import EmotionTowerTrainer
+from .losses import ccc_loss
+from .run import checkpoint_to_resume
+from .settings import SettingsParser
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = """\
+Fine-tune an emotion tower to arousal, dominance and valence, which `emotion=` and `--emotion_tower` then take.
+
+  relllm train-emotion --model_name_or_path microsoft/wavlm-large --data data/msp-podcast --output_dir runs/tower
+
+Starts from a wav2vec2, HuBERT or WavLM encoder (which gets a fresh head) or from a tower that has its head already.
+The checkpoint with the best mean CCC on the development split is the one that is kept. Interrupted, the same command
+goes on from the last complete checkpoint. Every setting may stand in a YAML file: --config FILE.
+"""
+
+
+@dataclass
+class EmotionScriptArguments:
+    """What `relllm train-emotion` takes beside [`EmotionTrainingConfig`].
+
+    Args:
+        model_name_or_path (`str`): A wav2vec2, HuBERT or WavLM encoder, or a tower with its head: directory or Hub id,
+            safetensors only.
+        num_layers (`int`, *optional*): Keep so many Transformer layers of the encoder, from the bottom. audEERING kept
+            12 of 24: half the cost at the same CCC.
+        train_feature_encoder (`bool`, *optional*, defaults to `False`): Also train the convolutions.
+        final_dropout (`float`, *optional*, defaults to 0.1): In a fresh head.
+        data (`str`): Where the rows are, as [`~relllm.data.loading.load_rows`] takes it.
+        train_split, eval_split (`str`, *optional*): Default to `"train"` and `"validation"`; an empty `eval_split`
+            keeps the last checkpoint instead of the best.
+        resume (`str`, *optional*, defaults to `"auto"`): As for `relllm train`.
+
+    Raises:
+        ValueError: On a missing model or data, or a value outside the stated ones.
+    """
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Encoder or tower: directory or Hub id."})
+    num_layers: int | None = field(default=None, metadata={"help": "Keep so many Transformer layers (audEERING: 12)."})
+    train_feature_encoder: bool = field(default=False, metadata={"help": "Also train the convolutions."})
+    final_dropout: float = field(default=0.1, metadata={"help": "In a fresh head (audEERING: 0.1)."})
+    data: str | None = field(
+        default=None, metadata={"help": "Prepared corpus, .jsonl/.csv/.parquet, save_to_disk folder or Hub id."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on; empty for all rows."})
+    eval_split: str = field(default="validation", metadata={"help": "Development split; empty for none."})
+    resume: str = field(
+        default="auto", metadata={"help": "auto: from the last complete checkpoint if any; true: demand one; false."}
+    )
+
+    def __post_init__(self) -> None:
+        self.resume = str(self.resume).lower()  # YAML reads `true` as a bool
+        if self.resume not in ("auto", "true", "false"):
+            raise ValueError(f"resume must be 'auto', 'true' or 'false', got {self.resume!r}.")
+        if self.model_name_or_path is None or self.data is None:
+            raise ValueError("model_name_or_path and data are needed: what to fine-tune, and on which rows.")
+        if self.num_layers is not None and self.num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {self.num_layers}.")
+        if not 0 <= self.final_dropout < 1:
+            raise ValueError(f"final_dropout must be in [0, 1), got {self.final_dropout}.")
+
+
+@dataclass
+class EmotionTrainingConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with audEERING's recipe as the defaults."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Fixed (audEERING: 1e-4)."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "audEERING: a fixed learning rate."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs (audEERING: 5)."})
+    per_device_train_batch_size: int = field(
+        default=32, metadata={"help": "Clips a step (audEERING: 32). A CCC needs a batch, not accumulation."}
+    )
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Clips a step in evaluation."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch, best."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best of the development split."})
+    metric_for_best_model: str | None = field(default="ccc", metadata={"help": "Mean CCC of the three dimensions."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "A CCC is better when it is greater."})
+    report_to: str = field(default="none", metadata={"help": "trackio, tensorboard, wandb, …"})
+
+
+def parse_emotion_arguments(arguments: Sequence[str]) -> tuple[EmotionScriptArguments, EmotionTrainingConfig]:
+    """Settings from `--config file.yaml` and flags.
+
+    Raises:
+        SystemExit: After `--help` (0), or on a setting that is unknown or wrong (2), which is printed.
+    """
+    sections = {
+        "model and data": [setting.name for setting in fields(EmotionScriptArguments)],
+        "where audEERING's recipe differs from Transformers' defaults": list(EmotionTrainingConfig.__annotations__),
+    }
+    parser = SettingsParser(
+        (EmotionScriptArguments, EmotionTrainingConfig),
+        command="relllm train-emotion",
+        description=DESCRIPTION,
+        sections=sections,
+    )
+    script, args = parser.parse_settings(arguments)
+    return script, args
+
+
+def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingConfig) -> EmotionTowerTrainer:
+    """Build, train, evaluate and save, as the settings say.
+
+    Args:
+        script ([`EmotionScriptArguments`]): Model and data.
+        args ([`EmotionTrainingConfig`]): The trainer's settings.
+
+    Returns:
+        [`EmotionTowerTrainer`]: After training; tower and feature extractor are saved in `args.output_dir`.
+
+    Raises:
+        ValueError: If too few rows of a split are labelled, or the model is of another kind.
+        FileNotFoundError: If the data or the checkpoint to resume from is not there.
+    """
+    checkpoint = args.resume_from_checkpoint or checkpoint_to_resume(Path(args.output_dir), script.resume)
+    set_seed(args.seed)  # what is drawn for the head
+    assert script.data is not None and script.model_name_or_path is not None
+    train_rows = _labelled(load_rows(script.data, script.train_split or None), script.train_split)
+    eval_rows = _labelled(load_rows(script.data, script.eval_split), script.eval_split) if script.eval_split else None
+    if eval_rows is None:
+        args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
+    model = build_emotion_tower(
+        script.model_name_or_path, num_layers=script.num_layers, final_dropout=script.final_dropout
+    )
+    if not script.train_feature_encoder:
+        model.encoder.feature_extractor._freeze_parameters()
+    trainer = EmotionTowerTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        # Whatever the encoder was pretrained on: ReLLM normalises what its emotion tower reads.
+        feature_extractor=Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True),
+        compute_metrics=concordance_metrics,
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    if eval_rows is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return trainer
+
+
+def build_emotion_tower(name: str, *, num_layers: int | None = None, final_dropout: float = 0.1) -> ReLLMEmotionModel:
+    """An emotion tower to train: one that has its head, or an encoder with a fresh one.
+
+    Args:
+        name (`str`): A directory or Hub id. It counts as a tower if it is a [`ReLLMEmotionModel`] or labels its
+            outputs arousal, dominance and valence.
+        num_layers (`int`, *optional*): Transformer layers to keep, from the bottom.
+        final_dropout (`float`, *optional*, defaults to 0.1): In a fresh head.
+
+    Raises:
+        ValueError: If the encoder is of another kind, or has fewer layers than are to be kept.
+    """
+    config = AutoConfig.from_pretrained(name)
+    labels = set((config.to_dict().get("id2label") or {}).values())
+    if config.model_type == ReLLMEmotionConfig.model_type or labels == set(DIMENSIONS):
+        model = ReLLMEmotionModel.from_pretrained(name, dtype=torch.float32)
+        assert isinstance(model, ReLLMEmotionModel)  # without the loading report
+        _keep_layers(model.encoder, num_layers)
+        return model
+    ReLLMEmotionConfig(encoder_config=config)  # refuses what is no waveform encoder before its weights are read
+    encoder = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
+    _keep_layers(encoder, num_layers)
+    model = ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder.config, final_dropout=final_dropout))
+    model.encoder.load_state_dict(encoder.state_dict())
+    return model
+
+
+def concordance_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """CCC of each dimension over a whole split, and their mean.
+
+    Args:
+        prediction (`EvalPrediction`): Predicted dimensions and targets, `(clips, 3)`; NaN where unlabelled.
+
+    Returns:
+        `dict[str, float]`: `ccc_arousal`, `ccc_dominance`, `ccc_valence`, `ccc`.
+    """
+    predicted, target = (torch.as_tensor(values).double() for values in (prediction.predictions, prediction.label_ids))
+    metrics = {
+        f"ccc_{name}": 1 - ccc_loss(predicted[:, index, None], target[:, index, None]).item()
+        for index, name in enumerate(DIMENSIONS)
+    }
+    return metrics | {"ccc": sum(metrics.values()) / len(metrics)}
+
+
+def _keep_layers(encoder: PreTrainedModel, num_layers: int | None) -> None:
+    if num_layers is None:
+        return
+    layers = encoder.encoder.layers
+    if num_layers > len(layers):
+        raise ValueError(f"num_layers={num_layers}, and the encoder has {len(layers)}.")
+    del layers[num_layers:]
+    encoder.config.num_hidden_layers = num_layers
+
+
+def _labelled(rows: Dataset, split: str) -> Dataset:
+    """Rows with at least one dimension; each dimension needs two of them."""
+    counts = {name: sum(value is not None for value in rows[name]) for name in DIMENSIONS if name in rows.column_names}
+    if few := [name for name in DIMENSIONS if counts.get(name, 0) < 2]:
+        raise ValueError(
+            f"The split {split!r} has fewer than two rows with {', '.join(few)}. Choose a corpus with these labels, "
+            "or write pseudo-labels with `relllm annotate`."
+        )
+    columns = [rows[name] for name in DIMENSIONS]
+    kept = [index for index, values in enumerate(zip(*columns, strict=True)) if any(v is not None for v in values)]
+    if len(kept) < len(rows):
+        logger.warning("%d of %d rows of %r have no dimension: left out.", len(rows) - len(kept), len(rows), split)
+        rows = rows.select(kept)
+    return rows
+
+
+__all__ = [
+    "EmotionScriptArguments",
+    "EmotionTrainingConfig",
+    "build_emotion_tower",
+    "concordance_metrics",
+    "parse_emotion_arguments",
+    "run_emotion_training",
+]

@@ -1,0 +1,126 @@
+"""What trains and what is frozen: the paper's rule, what a run changes of it, and the table that says so."""
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from relllm.modeling.lora_scope_relllm import is_lora_parameter
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.modeling.projector_relllm import CFormer
+
+HEADS = ("emotion_head", "dimension_head")
+
+
+@dataclass
+class TrainableRow:
+    """A line of the table.
+
+    Args:
+        module (`str`): A part of [`ReLLMModel`]; the LoRA is a part of its own, `"lora"`.
+        parameters (`int`): All of the part's.
+        trainable (`int`): Those that train.
+        dtype (`str`): For example `"bfloat16"`; several are joined by a comma.
+    """
+
+    module: str
+    parameters: int
+    trainable: int
+    dtype: str
+
+
+def prepare_trainable(
+    model: ReLLMForConditionalGeneration, unfreeze: Iterable[str] = (), unused: Collection[str] = ()
+) -> None:
+    """Freeze what the paper freezes, unfreeze what is asked for, and hold what trains in float32.
+
+    What no loss reaches is frozen too: DDP waits for the gradient of everything that trains.
+
+    Args:
+        model ([`ReLLMForConditionalGeneration`]): Changed in place.
+        unfreeze (`list[str]`): Any of `"audio_tower"`, `"emotion_tower"`, `"text_model"`.
+        unused (`list[str]`): Any of `HEADS`, whose loss is switched off.
+
+    Raises:
+        ValueError: If a tower to unfreeze is not there.
+    """
+    base = model.base_model
+    base.freeze()
+    for name in HEADS:
+        getattr(base, name).requires_grad_(name not in unused)
+    if isinstance(base.multi_modal_projector, CFormer):
+        base.multi_modal_projector.token_head.requires_grad_(False)  # its words enter no loss
+    for name in unfreeze:
+        tower = getattr(base, name)
+        if tower is None:
+            raise ValueError(f"unfreeze has {name!r}, and this model has none (emotion_fusion='none').")
+        tower.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+@contextmanager
+def lora_counts_as_adapter(model: ReLLMForConditionalGeneration) -> Iterator[None]:
+    """Transformers' trainer refuses a quantised model without an adapter of its own making; ours is in the model.
+
+    Args:
+        model ([`ReLLMForConditionalGeneration`]): Marked for the length of the `with` block, if it has a LoRA: a mark
+            that stayed would have `save_pretrained` write the adapter alone.
+    """
+    before = model._hf_peft_config_loaded
+    model._hf_peft_config_loaded = before or model.config.lora_config is not None
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before
+
+
+def trainable_table(model: nn.Module) -> list[TrainableRow]:
+    """What trains and what is frozen, part by part; parts without parameters are left out.
+
+    Args:
+        model ([`ReLLMForConditionalGeneration`]): As it is now, wrapped for several processes or not.
+    """
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        match = re.search(r"(?:^|\.)model\.(\w+)", name)  # behind the prefixes of wrappers
+        part = "lora" if is_lora_parameter(name) else match[1] if match else name
+        parts.setdefault(part, []).append(parameter)
+    return [
+        TrainableRow(
+            part,
+            sum(parameter.numel() for parameter in parameters),
+            sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})),
+        )
+        for part, parameters in parts.items()
+    ]
+
+
+class TrainableTableCallback(TrainerCallback):
+    """Prints the table once, at the start of a run, on the main process; `disable_tqdm=True` silences it."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: object,
+    ) -> None:
+        if not state.is_world_process_zero or args.disable_tqdm:
+            return
+        table = Table("module", "parameters", "trainable", "dtype", title="What trains")
+        for row in trainable_table(model):
+            table.add_row(row.module, f"{row.parameters:,}", f"{row.trainable:,}" if row.trainable else "-", row.dtype)
+        Console(stderr=True).print(table)  # beside the progress bar
+
+
+__all__ = ["HEADS", "TrainableRow", "TrainableTableCallback", "prepare_trainable", "trainable_table"]

@@ -1,0 +1,100 @@
+"""Settings of a run from a YAML file and flags, with a help page that puts what matters first.
+
+TRL's parser does the parsing; here are only the order of the help page and errors without a page of usage.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from trl import TrlParser
+
+REST = "everything else that TRL and Transformers know"
+
+
+class SettingsParser(TrlParser):
+    """A TRL parser for one command.
+
+    Args:
+        dataclass_types (`tuple` of `type`): The dataclasses of the settings.
+        command (`str`): As the user types it, for example `"relllm train"`.
+        description (`str`): What `--help` says first.
+        sections (`dict[str, list[str]]`): Title -> names of the settings that `--help` lists under it.
+    """
+
+    def __init__(
+        self,
+        dataclass_types: tuple[type, ...],
+        *,
+        command: str,
+        description: str,
+        sections: Mapping[str, Sequence[str]],
+    ) -> None:
+        super().__init__(
+            dataclass_types,
+            prog=command,
+            usage=f"{command} --config RECIPE.yaml [--setting value …]",
+            description=description,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.sections = sections
+
+    def parse_settings(self, arguments: Sequence[str]) -> tuple[Any, ...]:
+        """One instance of each dataclass.
+
+        Args:
+            arguments (`Sequence[str]`): Flags, and `--config file.yaml`, whose lines are the flags' defaults.
+
+        Raises:
+            SystemExit: After `--help` (0), or on a setting that is unknown or wrong (2), which is printed.
+        """
+        # TRL knows `--config file` and not `--config=file`.
+        split = [
+            part for text in arguments for part in (text.split("=", 1) if text.startswith("--config=") else [text])
+        ]
+        if split and split[-1] == "--config":
+            self.error("--config needs a file")
+        try:
+            return self.parse_args_and_config(split)
+        except (ValueError, OSError) as error:
+            message = str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown")
+        self.error(message)
+
+    def error(self, message: str) -> NoReturn:
+        """The message alone: the usage of some 200 settings would push it off the screen."""
+        self.exit(2, f"{self.prog}: {message}\nSee `{self.prog} --help` for the settings.\n")
+        raise AssertionError("argparse's exit returned")
+
+    def format_help(self) -> str:
+        """Usage, description, and the settings section by section."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [], [])
+        formatter.add_text(self.description)
+        # A switch that is on has a second action, `--no_…`; the first one says all.
+        actions = {action.dest: action for action in reversed(self._actions)}
+        for title, names in self.sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments([actions.pop(name) for name in names if name in actions])
+            formatter.end_section()
+        formatter.start_section(REST)
+        formatter.add_arguments(list(reversed(actions.values())))
+        formatter.end_section()
+        return formatter.format_help()
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """`--name VALUE` on one line, and the default where there is one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=119)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        value = "" if action.nargs == 0 else f" {'|'.join(map(str, action.choices))}" if action.choices else " VALUE"
+        return action.option_strings[-1 if action.dest == "help" else 0] + (value if len(value) < 60 else " NAME")
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+__all__ = ["SettingsParser"]

@@ -1,0 +1,111 @@
+"""Three random towers of a few thousand weights, for smoke runs: real architectures, nothing learnt.
+
+A run on them shows that data, model, losses, checkpoints and resume work on a machine; its metrics mean nothing.
+"""
+
+from pathlib import Path
+
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Wav2Vec2FeatureExtractor,
+    set_seed,
+)
+
+from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
+from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
+from relllm.processing.prompts_relllm import RECOGNITION_PROMPT, SPEECH_PROMPT, SYSTEM_PROMPT, WRITER_PROMPT
+
+CORPUS = (
+    SYSTEM_PROMPT,
+    SPEECH_PROMPT,
+    WRITER_PROMPT,
+    RECOGNITION_PROMPT,
+    "system user assistant neutral happy angry sad surprise\n",
+    "I am so sorry to hear that. What happened? That sounds wonderful, tell me more about it! You sound upset.",
+)
+
+
+def make_tiny_towers(out: str | Path, *, seed: int = 0) -> None:
+    """Writes `speech` (Whisper with a window of 10 s), `emotion` (wav2vec2 with a head) and `llm` (Llama with a
+    byte-level tokenizer), which `relllm train` takes as `audio_tower`, `emotion_tower` and `text_model`.
+
+    Args:
+        out (`str` or `Path`): Folder for the three; those that are there are written anew.
+        seed (`int`, *optional*, defaults to 0): Of the weights.
+    """
+    out = Path(out)
+    set_seed(seed)
+    speech = AutoConfig.for_model(
+        "whisper",
+        d_model=32,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_layers=1,
+        decoder_attention_heads=1,
+        decoder_ffn_dim=8,
+        num_mel_bins=40,
+        max_source_positions=500,
+        vocab_size=8,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+    )
+    AutoModel.from_config(speech).save_pretrained(out / "speech")
+    encoder = AutoConfig.for_model(
+        "wav2vec2",
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        conv_dim=(16, 16, 32),
+        conv_kernel=(10, 8, 8),
+        conv_stride=(10, 8, 4),  # 320 samples a frame, as in the real ones
+        num_feat_extract_layers=3,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        conv_bias=True,
+    )
+    ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder)).save_pretrained(out / "emotion")
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(out / "emotion")
+    tokenizer = _tokenizer()
+    llm = AutoConfig.for_model(
+        "llama",
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    AutoModelForCausalLM.from_config(llm).save_pretrained(out / "llm")
+    tokenizer.save_pretrained(out / "llm")
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes and a few merges: any text survives it."""
+    bpe = ByteLevelBPETokenizer()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|audio|>"]
+    bpe.train_from_iterator(CORPUS, vocab_size=500, min_frequency=1, special_tokens=special, show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<|audio|>"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+__all__ = ["make_tiny_towers"]
