@@ -262,6 +262,7 @@ def _train_speech(corpus: DatasetDict, settings: DemoSettings, path: Path, fusio
         args=ReLLMSFTConfig(
             **_arguments(settings, path, epochs=settings.speech_epochs, learning_rate=2e-3),
             unfreeze=["audio_tower"],
+            light_checkpoints=False,  # this folder is to be moved and shared
         ),
         train_dataset=corpus["train"],
         processing_class=processor,
