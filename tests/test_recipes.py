@@ -137,8 +137,11 @@ def test_the_smoke_recipe_runs_as_its_header_says(smoke_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_accelerate_launches_it_on_two_processes(smoke_folder: Path) -> None:
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "-m")
+    ddp = str(ROOT / "recipes" / "accelerate" / "ddp.yaml")  # `--cpu` in its place would start one process
+    options = ("--config_file", ddp, "--num_processes=2", "--main_process_port=0")
+    launcher = ("-m", "accelerate.commands.launch", *options, "-m")
     settings = ["--use_cpu", "true", "--max_steps", "2", "--save_steps", "2", "--output_dir", "runs/two"]
     said = run(["train", "--config", str(ROOT / "recipes" / "smoke.yaml"), *settings], smoke_folder, launcher)
     assert said.count("The model and its processor are in") == 1
-    assert (smoke_folder / "runs" / "two" / "checkpoint-2").exists()
+    checkpoint = smoke_folder / "runs" / "two" / "checkpoint-2"
+    assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}

@@ -1,5 +1,6 @@
 """Helpers of [`ReLLMForConditionalGeneration.from_towers`]: pretrained towers, their sources, tokenizer and names."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import deepspeed
 from transformers.utils import logging
 
 from .emotion_tower_relllm import ReLLMEmotionModel
@@ -21,6 +23,21 @@ from .lora_scope_relllm import is_lora_parameter
 
 AUDIO_TOKEN = "<|audio|>"
 TOWERS = ("audio_tower", "emotion_tower", "text_model")
+
+
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """Every model made in the `with` block comes whole into this process, in a run with DeepSpeed's ZeRO 3 as well.
+
+    There Transformers spreads a model over the processes as it makes it. But a ReLLM is put together from whole
+    weights, and the process that saves a light checkpoint reads its sources alone. DeepSpeed spreads it afterwards.
+    """
+    running = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = running
 
 
 def load_tower(
@@ -110,4 +127,5 @@ __all__ = [
     "name_tower_weights",
     "place_of",
     "tower_source",
+    "whole_weights",
 ]

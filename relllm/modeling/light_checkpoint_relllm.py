@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file
 
-from .assembly_relllm import TOWERS, load_tower, name_tower_weights, place_of
+from .assembly_relllm import TOWERS, load_tower, name_tower_weights, place_of, whole_weights
 
 logger = logging.get_logger(__name__)
 
@@ -255,6 +255,7 @@ def read_weights(path: str | os.PathLike, hub: Mapping[str, Any] | None = None) 
     return weights
 
 
+@whole_weights()
 def _load_source(tower: str, source: Mapping[str, Any], dtype: torch.dtype, hub: Mapping[str, Any]) -> PreTrainedModel:
     options = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
     if source.get("revision"):

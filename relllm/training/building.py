@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 
-from relllm.modeling.assembly_relllm import find_audio_token, load_parts
+from relllm.modeling.assembly_relllm import find_audio_token, load_parts, whole_weights
 from relllm.modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
@@ -36,6 +36,7 @@ NEVER_QUANTIZED = (
 )
 
 
+@whole_weights()
 def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGeneration, ReLLMProcessor]:
     """The model and its processor.
 

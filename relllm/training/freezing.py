@@ -96,12 +96,17 @@ def trainable_table(model: nn.Module) -> list[TrainableRow]:
     return [
         TrainableRow(
             part,
-            sum(parameter.numel() for parameter in parameters),
-            sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            sum(map(_size, parameters)),
+            sum(_size(parameter) for parameter in parameters if parameter.requires_grad),
             ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})),
         )
         for part, parameters in parts.items()
     ]
+
+
+def _size(parameter: nn.Parameter) -> int:
+    size: int = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO 3 leaves an empty tensor and this
+    return size
 
 
 class TrainableTableCallback(TrainerCallback):
