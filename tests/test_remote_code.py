@@ -1,24 +1,21 @@
 """`trust_remote_code=True` in a fresh process that lacks the package, offline; and what a push sends to the Hub."""
 
-import base64
 import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
+from fake_hub import COMMIT, serve_hub
 from safetensors.torch import load_file
 from tiny_models import RATE, audio_part, clip, conversation_inputs, tiny_model, tiny_processor, user_turn
 from transformers import AutoModel, AutoProcessor
 
 import relllm
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CHILD = """
 import importlib.abc, json, sys
 
@@ -191,64 +188,16 @@ def test_a_checkpoint_saved_without_the_package_loads_without_it_again(
 # --- push_to_hub -----------------------------------------------------------------------------------------------------
 
 
-class FakeHub(BaseHTTPRequestHandler):
-    """As much of the Hub as a push needs; writes the pushed files below `server.folder`."""
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def answer(self, body: dict, status: int = 200) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        self.answer({"error": "Entry not found"}, status=404)
-
-    def do_HEAD(self) -> None:
-        self.send_response(404)
-        self.end_headers()
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        repository = self.path.split("/")[-3]  # /api/models/org/NAME/{preupload,commit}/main
-        url = f"http://127.0.0.1:{self.server.server_port}/org"
-        if self.path.endswith("/repos/create"):
-            name = json.loads(body)["name"]
-            self.answer({"url": f"{url}/{name}", "name": f"org/{name}", "id": f"org/{name}"})
-        elif "/preupload/" in self.path:
-            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
-            self.answer({"files": files})
-        elif "/commit/" in self.path:
-            for line in map(json.loads, body.decode().splitlines()):
-                if line["key"] == "file":
-                    path = self.server.folder / repository / line["value"]["path"]
-                    path.parent.mkdir(exist_ok=True)
-                    path.write_bytes(base64.b64decode(line["value"]["content"]))
-            self.answer({"success": True, "commitOid": COMMIT, "commitUrl": f"{url}/{repository}/commit/{COMMIT}"})
-        else:
-            self.answer({"valid": True})
-
-
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the two repositories that a process with the package pushed: `plain` and `code`."""
     folder = tmp_path_factory.mktemp("push")
     tiny_model().save_pretrained(folder / "source")
     tiny_processor().save_pretrained(folder / "source")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.folder = folder
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
     package = str(Path(relllm.__file__).parent.parent)
-    run_fresh(PUSH, folder / "source", folder=folder, isolated=False, PYTHONPATH=package, **hub)
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve_hub(folder) as server:
+        hub = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
+        run_fresh(PUSH, folder / "source", folder=folder, isolated=False, PYTHONPATH=package, **hub)
     return folder
 
 

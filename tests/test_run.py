@@ -11,6 +11,7 @@ import soundfile
 import torch
 from datasets import disable_progress_bars
 from tiny_models import clip, tiny_emotion_tower, tiny_llm, tiny_model, tiny_speech_tower, tiny_tokenizer
+from transformers.integrations import deepspeed
 from typer.testing import CliRunner
 
 from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
@@ -236,6 +237,24 @@ def test_a_checkpoint_without_a_lora_is_given_one_that_changes_nothing(
     trained = {name for name, weight in second.model.named_parameters() if weight.requires_grad}
     assert any("lora_A" in name for name in trained)
     assert any(weight.any() for name, weight in second.model.named_parameters() if "lora_B" in name)
+
+
+def test_under_zero3_models_and_sources_of_a_light_checkpoint_come_whole(
+    towers: dict[str, str], corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers would make them spread over the processes, for which it imports DeepSpeed."""
+    script = settings_of(towers, corpus)
+    running = types.SimpleNamespace(is_zero3=lambda: True, config={})
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: running)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    model, _ = build_model(script)
+    model.save_pretrained(tmp_path, light=True)
+    assert deepspeed.is_deepspeed_zero3_enabled()
+    with pytest.raises(ImportError):
+        ReLLMForConditionalGeneration.from_pretrained(tmp_path)
+    monkeypatch.undo()
+    found = ReLLMForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_a_grown_lora_keeps_every_weight(towers: dict[str, str]) -> None:

@@ -2,6 +2,8 @@
 
 A checkpoint is written beside the finished ones and takes its name `checkpoint-N` when it is complete, by one rename:
 a kill while saving leaves the last one as it was. What a light checkpoint holds is `light_checkpoint_relllm`'s.
+
+What goes to the Hub is full where a light checkpoint would point at a folder of this machine.
 """
 
 import os
@@ -13,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import logging
 
+from relllm.modeling.assembly_relllm import TOWERS
 from relllm.modeling.light_checkpoint_relllm import check_left_out, why_not_light
 
 logger = logging.get_logger(__name__)
@@ -34,6 +37,7 @@ class CheckpointMixin(Trainer):
     """For a trainer of a ReLLM, before TRL's in the bases; its `args` have `light_checkpoints`."""
 
     _staging: str | None = None
+    _pushing = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Light where the settings say so and the towers' sources are known, else full, with a warning why."""
@@ -52,6 +56,9 @@ class CheckpointMixin(Trainer):
 
     def _can_be_light(self) -> bool:
         reason = why_not_light(self.model)
+        pushes_checkpoints = self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
+        if reason is None and (self._pushing or pushes_checkpoints):
+            reason = why_not_shared(self.model)
         if reason is not None:
             logger.warning_once(f"Checkpoints are saved in full, although light_checkpoints is on. {reason}")
         return reason is None
@@ -89,9 +96,23 @@ class CheckpointMixin(Trainer):
                 use_mtime=True,
             )
 
+    def push_to_hub(self, *args: object, **kwargs: object) -> object:
+        """As in Transformers; in full where a light checkpoint would point at a folder of this machine."""
+        self._pushing = True
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self._pushing = False
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # else the push comes when the checkpoint is in its place
-            super()._push_from_checkpoint(checkpoint_folder)
+        if self._staging is not None:  # the push comes when the checkpoint is in its place
+            return
+        if self.args.hub_always_push and self.is_world_process_zero():
+            self._finish_current_push()  # which still reads the files that this push replaces
+        if self.args.should_save:
+            for code in Path(checkpoint_folder).glob("*.py"):  # Transformers takes along only weights and settings
+                shutil.copy(code, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -115,6 +136,24 @@ class CheckpointMixin(Trainer):
             )
 
 
+def why_not_shared(model: PreTrainedModel) -> str | None:
+    """Why a light checkpoint is of no use on another machine, with the remedy; `None` if it is.
+
+    Args:
+        model ([`ReLLMForConditionalGeneration`]): With `config.towers`.
+    """
+    for kind in TOWERS:
+        tower = getattr(model.base_model, kind)
+        frozen = tower is not None and not all(weight.requires_grad for weight in tower.parameters())
+        name = (model.config.towers or {}).get(kind, {}).get("name")
+        if frozen and name is not None and os.path.isdir(name):
+            return (
+                f"They go to the Hub, and its {kind} comes from the folder {name}, which is on this machine only. "
+                "Train from towers that are on the Hub to send light checkpoints."
+            )
+    return None
+
+
 def _put_in_place(staged: Path, final: Path) -> None:
     """Rename, and only then remove what an earlier run left at the same step."""
     if final.exists():
@@ -123,4 +162,4 @@ def _put_in_place(staged: Path, final: Path) -> None:
     shutil.rmtree(staged.parent, ignore_errors=True)
 
 
-__all__ = ["CheckpointMixin"]
+__all__ = ["CheckpointMixin", "why_not_shared"]

@@ -101,5 +101,9 @@ class ReLLMSFTConfig(SFTConfig):
         dataset_kwargs: dict | None = self.dataset_kwargs  # type: ignore[has-type]
         self.dataset_kwargs = {**(dataset_kwargs or {}), "skip_prepare_dataset": True}
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the token: the trainer pickles its settings to `training_args.bin`, which a push sends along."""
+        return {**self.__dict__, "hub_token": None}
+
 
 __all__ = ["ReLLMSFTConfig"]

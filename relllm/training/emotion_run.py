@@ -109,6 +109,10 @@ class EmotionTrainingConfig(TrainingArguments):
     greater_is_better: bool | None = field(default=True, metadata={"help": "A CCC is better when it is greater."})
     report_to: str = field(default="none", metadata={"help": "trackio, tensorboard, wandb, …"})
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the token: the trainer pickles its settings to `training_args.bin`, which a push sends along."""
+        return {**self.__dict__, "hub_token": None}
+
 
 def parse_emotion_arguments(arguments: Sequence[str]) -> tuple[EmotionScriptArguments, EmotionTrainingConfig]:
     """Settings from `--config file.yaml` and flags.

@@ -219,9 +219,10 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(model.dtype)
-    trainer.save_model()  # and the processor
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub()  # saves as well
+    else:
+        trainer.save_model()  # and the processor
     return trainer
 
 

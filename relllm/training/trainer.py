@@ -5,13 +5,14 @@ gradients, unlabelled rows included. What lives elsewhere: the losses and how th
 (`freezing.py`), the collator, the settings.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from datasets import Audio, Dataset, IterableDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import ModelOutput
@@ -95,6 +96,7 @@ class ReLLMSFTTrainer(CheckpointMixin, SFTTrainer):
             prepare_trainable(model, args.unfreeze, self.objective.unused_heads)
         return_heads(self.model, self.objective.alignment)
         self.add_callback(TrainableTableCallback)
+        self.add_callback(_ShortStreamCallback)
         self._num_items = torch.zeros(len(self.objective.weights))
         self._means = RunningMeans(["response_loss", "emotion_accuracy", *self.objective.active], self.args.device)
         self._heard: list[Tensor] = []  # of the running evaluation; see `_remember`
@@ -233,6 +235,30 @@ class _Recorder:
     def __call__(self, **inputs: Tensor) -> ModelOutput:
         self.outputs.append(self.model(**inputs))
         return self.outputs[-1]
+
+
+class _ShortStreamCallback(TrainerCallback):
+    """Ends a run over a stream that is too short for one update: Transformers would pass through it for ever.
+
+    One pass without an update may be a resumed run's, which has skipped what it had seen.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.last_step: int | None = None
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if self.last_step == state.global_step and not control.should_training_stop:
+            factors = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
+            raise ValueError(
+                f"The training stream holds fewer than the {math.prod(factors)} rows of one update "
+                f"({' × '.join(map(str, factors))} processes). Lower per_device_train_batch_size or "
+                "gradient_accumulation_steps, or load the rows without streaming."
+            )
+        self.last_step = state.global_step
 
 
 def _leave_encoded(dataset: Dataset | IterableDataset | None) -> Dataset | IterableDataset | None:

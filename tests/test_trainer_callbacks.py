@@ -1,0 +1,59 @@
+"""What ends a run before its last step: an evaluation that no longer improves, a stream too short for an update."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import IterableDataset
+from safetensors.torch import load_file
+from test_light_checkpoints import save_towers, saved_names, trained_names
+from test_resume import checkpoint, new_model
+from test_resume import make_trainer as make_light_trainer
+from test_trainer import make_rows, make_trainer
+from tiny_models import tiny_processor
+from transformers import EarlyStoppingCallback
+
+
+def test_early_stopping_brings_back_the_light_checkpoint_of_the_best_ua(tmp_path: Path) -> None:
+    trainer = make_light_trainer(
+        tmp_path,
+        new_model(save_towers(tmp_path / "towers")),
+        max_steps=40,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_ua",
+        greater_is_better=True,
+    )
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=3))
+    trainer.train()
+    values = [entry["eval_ua"] for entry in trainer.state.log_history if "eval_ua" in entry]
+    best = values.index(max(values)) + 1  # the first, where several are equal
+    assert best > 1 and trainer.state.global_step == len(values) == best + 3
+    assert trainer.state.best_metric == max(values)
+    assert trainer.state.best_model_checkpoint == str(checkpoint(tmp_path, best))
+    assert saved_names(checkpoint(tmp_path, best)) == trained_names(trainer.model)
+    kept, last = (load_file(checkpoint(tmp_path, step) / "model.safetensors") for step in (best, best + 3))
+    assert all(torch.equal(trainer.model.get_parameter(name), weight) for name, weight in kept.items())
+    assert not all(torch.equal(last[name], weight) for name, weight in kept.items())
+
+
+def stream(rows: list[dict]) -> IterableDataset:
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+def test_a_stream_too_short_for_an_update_is_refused(tmp_path: Path) -> None:
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = make_trainer(stream(make_rows(tmp_path, 5)), tmp_path / "run", tiny_processor(), **settings)
+    with pytest.raises(ValueError, match=r"fewer than the 8 rows .* \(2 × 4 × 1 process"):
+        trainer.train()
+
+
+def test_a_stream_that_ends_amid_an_update_goes_on_with_its_next_pass(tmp_path: Path) -> None:
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+    settings |= {"learning_rate": 1e-3}
+    trainer = make_trainer(stream(make_rows(tmp_path, 5)), tmp_path / "run", tiny_processor(), **settings)
+    trainer.train()
+    assert trainer.state.global_step == 3
