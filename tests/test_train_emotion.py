@@ -90,7 +90,7 @@ def test_a_wrong_setting_is_refused(change: dict, message: str) -> None:
 
 def test_a_run_learns_keeps_the_best_and_gives_a_tower_that_rellm_takes(corpus: str, tmp_path: Path) -> None:
     script = EmotionScriptArguments(model_name_or_path=save_encoder(tmp_path / "encoder"), data=corpus)
-    trainer = run_emotion_training(script, args_of(tmp_path / "run", num_train_epochs=6))
+    trainer = run_emotion_training(script, args_of(tmp_path / "run", num_train_epochs=20))
     evaluations = [entry for entry in trainer.state.log_history if "eval_ccc" in entry]
     assert {f"eval_ccc_{name}" for name in DIMENSIONS} <= evaluations[0].keys()
     best = max(entry["eval_ccc"] for entry in evaluations)
