@@ -1,7 +1,7 @@
 """The emotion tower: arousal, dominance and valence of a waveform, and the utterance embedding that RE-LLM fuses.
 
 Submodule names are those of audEERING's `wav2vec2-large-robust-12-ft-emotion-msp-dim` (`wav2vec2.…`, `classifier.…`),
-which loads as it is. RE-LLM, section "Emotion embedder".
+which loads as it is.
 """
 
 import os

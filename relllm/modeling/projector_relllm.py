@@ -1,6 +1,6 @@
 """Projectors from tower frames to LLM positions: the convolutional subsampler of RE-LLM and BLSP-Emo's CFormer.
 
-Both return padded positions with each clip's own count. Section "Speech-LLM" of the paper; BLSP-Emo, section 3.1.
+Both return padded positions with each clip's own count. Source: `modeling_adapter.py` of BLSP-Emo's code.
 """
 
 from dataclasses import dataclass

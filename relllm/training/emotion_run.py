@@ -53,7 +53,7 @@ class EmotionScriptArguments:
         model_name_or_path (`str`): A wav2vec2, HuBERT or WavLM encoder, or a tower with its head: directory or Hub id,
             safetensors only.
         num_layers (`int`, *optional*): Keep so many Transformer layers of the encoder, from the bottom. audEERING kept
-            12 of 24: half the cost at the same CCC.
+            12 of 24.
         train_feature_encoder (`bool`, *optional*, defaults to `False`): Also train the convolutions.
         final_dropout (`float`, *optional*, defaults to 0.1): In a fresh head.
         data (`str`): Where the rows are, as [`~relllm.data.loading.load_rows`] takes it.

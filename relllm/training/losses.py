@@ -1,6 +1,6 @@
 """The losses of RE-LLM as pure functions of tensors.
 
-What lives here: the response's cross-entropy, the two auxiliary losses (RE-LLM, "Auxiliary learning"), the alignment
+What lives here: the response's cross-entropy, the two auxiliary losses of RE-LLM, the alignment
 losses of its parent, BLSP-Emo (KL against the same LLM reading the transcript; CIF's token count). What does not:
 their weights, which are settings of a run.
 
@@ -18,7 +18,7 @@ VARIANCE_FLOOR = 1e-8  # keeps the concordance of two equal constants finite
 
 
 def response_cross_entropy(logits: Tensor, labels: Tensor, num_items: int | Tensor | None = None) -> Tensor:
-    """Cross-entropy of the next token, over the tokens of the reply (RE-LLM, equation of L_CE).
+    """Cross-entropy of the next token, over the tokens of the reply (`response_ce` in the original code).
 
     Args:
         logits (`torch.Tensor` of shape `(batch, sequence, vocabulary)`): Position t scores the token at t + 1.
@@ -42,7 +42,7 @@ def emotion_loss(
     class_weights: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of the emotion (RE-LLM, "Auxiliary learning"; `input_er` in the original code).
+    """Cross-entropy of the emotion (RE-LLM's auxiliary loss; `input_er` in the original code).
 
     Args:
         logits (`torch.Tensor` of shape `(clips, classes)`): Of the emotion head.
@@ -63,7 +63,7 @@ def emotion_loss(
 
 
 def dimension_loss(predicted: Tensor, target: Tensor, num_items: int | Tensor | None = None) -> Tensor:
-    """Mean squared error over the emotion dimensions (RE-LLM, "Auxiliary learning"; `input_er_avd` in its code).
+    """Mean squared error over the emotion dimensions (RE-LLM's auxiliary loss; `input_er_avd` in its code).
 
     Args:
         predicted (`torch.Tensor` of shape `(clips, 3)`): In the order of `DIMENSIONS`.

@@ -28,7 +28,7 @@ from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 
 from .freezing import TrainableRow, prepare_trainable, trainable_table
 
-NF4_BYTES = 0.516  # a weight in 4 bit with double quantisation: 4 + 0.127 bits (QLoRA, section 3)
+NF4_BYTES = 0.516  # a weight in 4 bit with double quantisation: 4 + 0.127 bits (QLoRA)
 HEAD_TILE_POSITIONS, HEAD_TILE_WORDS = 4096, 32768  # of the buffer of TRL's fused head
 FRAMES_A_SECOND = 50  # of every supported tower
 # Bytes of state a trained weight, by the name of the optimiser; others are taken for AdamW.

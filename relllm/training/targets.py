@@ -1,4 +1,4 @@
-"""Replies to learn, written by a chat LLM from transcript and emotion (RE-LLM, "Response generation"; BLSP-Emo).
+"""Replies to learn, written by a chat LLM from transcript and emotion (as in RE-LLM and BLSP-Emo).
 
 The writer reads what was said and the emotion; the model that learns will have to hear both. What lives here: which
 rows are written, resuming, the report. What does not: the writers (`target_writers.py`), the rules of cleaning

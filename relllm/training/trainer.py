@@ -1,4 +1,4 @@
-"""`ReLLMSFTTrainer`: TRL's supervised fine-tuning with RE-LLM's losses (section "Auxiliary learning").
+"""`ReLLMSFTTrainer`: TRL's supervised fine-tuning with RE-LLM's losses.
 
 Each loss is normalised over the whole accumulated batch of all processes, so 8 x 1, 4 x 2 and 2 x 4 rows give the same
 gradients, unlabelled rows included. What lives elsewhere: the losses and how they add up (`objective.py`), what trains
