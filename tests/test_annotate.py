@@ -12,7 +12,7 @@ from tiny_models import RATE, clip, tiny_emotion_tower
 from typer.testing import CliRunner
 
 from relllm.cli import app
-from relllm.data.loading import load_rows
+from relllm.data.loading import load_corpus
 from relllm.data.rows import validate_row
 from relllm.data.writing import journal_path, report_path
 from relllm.labels import DIMENSIONS
@@ -73,8 +73,8 @@ def test_a_long_clip_is_the_average_of_its_windows(tower) -> None:
 
 def test_rows_without_dimensions_get_them_and_say_from_whom(tower, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    report = annotate_rows(load_rows(str(corpus)), out, tower, SETTINGS, batch_size=2, progress=False)
-    rows = list(load_rows(str(out)))
+    report = annotate_rows(load_corpus(str(corpus)), out, tower, SETTINGS, batch_size=2, progress=False)
+    rows = list(load_corpus(str(out)))
     for row in rows:
         validate_row(row)
         assert Path(row["audio"]).is_file()
@@ -94,7 +94,7 @@ def test_rows_without_dimensions_get_them_and_say_from_whom(tower, corpus: Path,
 
 
 def test_overwrite_replaces_labels_where_the_audio_can_be_read(tower, corpus: Path, tmp_path: Path) -> None:
-    rows = load_rows(str(corpus)).map(lambda row: {"arousal": 0.5} if row["id"] == "c3" else {})
+    rows = load_corpus(str(corpus)).map(lambda row: {"arousal": 0.5} if row["id"] == "c3" else {})
     settings = AnnotationSettings("lab/tower", revision="v2", overwrite=True)
     report = annotate_rows(rows, tmp_path / "out.jsonl", tower, settings, progress=False)
     written = read_lines(tmp_path / "out.jsonl")
@@ -105,10 +105,10 @@ def test_overwrite_replaces_labels_where_the_audio_can_be_read(tower, corpus: Pa
 
 
 def test_readings_of_another_model_are_kept_and_keep_their_name(tower, corpus: Path, tmp_path: Path) -> None:
-    annotate_rows(load_rows(str(corpus)), tmp_path / "one.jsonl", tower, SETTINGS, progress=False)
+    annotate_rows(load_corpus(str(corpus)), tmp_path / "one.jsonl", tower, SETTINGS, progress=False)
     again = AnnotationSettings("other/tower")
     report = annotate_rows(
-        load_rows(str(tmp_path / "one.jsonl")), tmp_path / "two.jsonl", tower, again, progress=False
+        load_corpus(str(tmp_path / "one.jsonl")), tmp_path / "two.jsonl", tower, again, progress=False
     )
     assert report["kept"] == {"pseudo:lab/tower": 3, "label": 2} and report["read"] == 0
     assert [row["dimension_source"] for row in read_lines(tmp_path / "two.jsonl")] == [
@@ -137,7 +137,7 @@ def test_what_leaves_the_scale_is_clipped_and_counted_and_another_scale_is_refus
 
 
 def test_an_interrupted_run_goes_on_to_the_same_file(tower, corpus: Path, tmp_path: Path, monkeypatch) -> None:
-    rows, out = load_rows(str(corpus)), tmp_path / "out.jsonl"
+    rows, out = load_corpus(str(corpus)), tmp_path / "out.jsonl"
     annotate_rows(rows, tmp_path / "whole.jsonl", tower, SETTINGS, batch_size=2, progress=False)
     calls = []
 

@@ -10,7 +10,7 @@ from datasets import Audio, Dataset, DatasetDict, IterableDataset, disable_progr
 from tiny_models import clip
 
 from relllm.audio import load_audio
-from relllm.data.loading import load_rows
+from relllm.data.loading import load_corpus
 
 disable_progress_bars()
 ROWS = [
@@ -75,7 +75,7 @@ def places(corpus: Path) -> dict[str, Path]:
 def test_rows_are_the_same_from_every_place_and_their_audio_reads(corpus: Path) -> None:
     for place, path in places(corpus).items():
         for streaming in (False, True):
-            dataset = load_rows(str(path), "train", streaming=streaming)
+            dataset = load_corpus(str(path), "train", streaming=streaming)
             assert isinstance(dataset, IterableDataset if streaming else Dataset), place
             rows = list(dataset)
             assert [row["id"] for row in rows] == ["a", "b"], place
@@ -85,16 +85,16 @@ def test_rows_are_the_same_from_every_place_and_their_audio_reads(corpus: Path) 
 
 
 def test_without_a_split_all_rows_come_where_there_is_one_table(corpus: Path) -> None:
-    assert load_rows(str(corpus))["id"] == ["a", "b", "c"]
+    assert load_corpus(str(corpus))["id"] == ["a", "b", "c"]
     found = places(corpus)
-    assert len(load_rows(str(found["a saved data set"]))) == 3
+    assert len(load_corpus(str(found["a saved data set"]))) == 3
     with pytest.raises(ValueError, match=r"has the splits \['test', 'train'\].*Name one"):
-        load_rows(str(found["saved splits"]))
+        load_corpus(str(found["saved splits"]))
 
 
 def test_a_relative_path_is_found_from_another_folder(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(corpus.parent)
-    audio = load_rows("corpus", "test")["audio"][0]
+    audio = load_corpus("corpus", "test")["audio"][0]
     monkeypatch.chdir("/")
     assert len(load_audio(audio)) == 1600
 
@@ -103,14 +103,14 @@ def test_audio_parts_of_conversations_are_found_and_addresses_are_left_alone(cor
     parts = [{"type": "audio", "path": "audio/a.wav"}, {"type": "audio", "path": "https://example.org/b.wav"}]
     row = {"id": "m", "messages": [{"role": "user", "content": parts}]}
     (corpus / "chat.jsonl").write_text(json.dumps(row) + "\n")
-    content = load_rows(str(corpus / "chat.jsonl"))[0]["messages"][0]["content"]
+    content = load_corpus(str(corpus / "chat.jsonl"))[0]["messages"][0]["content"]
     assert [part["path"] for part in content] == [str(corpus / "audio/a.wav"), "https://example.org/b.wav"]
 
 
 def test_columns_that_are_missing_everywhere_keep_their_type(corpus: Path) -> None:
-    dataset = load_rows(str(corpus), "train")
+    dataset = load_corpus(str(corpus), "train")
     (corpus / "metadata.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
-    unlabelled = load_rows(str(corpus))
+    unlabelled = load_corpus(str(corpus))
     assert unlabelled.features["arousal"] == dataset.features["arousal"]
     assert unlabelled.features["emotion"] == dataset.features["emotion"]
 
@@ -129,21 +129,21 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, content: str, split: str 
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message) as raised:
-        load_rows(str(path), split)
+        load_corpus(str(path), split)
     assert str(path) in str(raised.value)
 
 
 def test_other_bad_sources_are_refused(tmp_path: Path, corpus: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No data at ./gone"):
-        load_rows("./gone")
+        load_corpus("./gone")
     (tmp_path / "rows.txt").write_text("a")
     with pytest.raises(ValueError, match=r"is a \.txt file; expected \.jsonl"):
-        load_rows(str(tmp_path / "rows.txt"))
+        load_corpus(str(tmp_path / "rows.txt"))
     with pytest.raises(ValueError, match="without metadata.jsonl, without Parquet"):
-        load_rows(str(corpus / "audio"))
+        load_corpus(str(corpus / "audio"))
     write_csv(tmp_path / "rows.csv", [{"id": "a", "arousal": "high"}])
     with pytest.raises(ValueError, match=r"line 2: arousal is 'high'"):
-        load_rows(str(tmp_path / "rows.csv"))
+        load_corpus(str(tmp_path / "rows.csv"))
     found = places(corpus)
     with pytest.raises(ValueError, match="has no rows of the split 'dev'"):
-        load_rows(str(found["a saved data set"]), "dev")
+        load_corpus(str(found["a saved data set"]), "dev")

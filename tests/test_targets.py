@@ -13,7 +13,7 @@ from target_rows import TEXTS, make_rows, read_lines, save_chat_model, write_lin
 from typer.testing import CliRunner
 
 from relllm.cli import app
-from relllm.data.loading import load_rows
+from relllm.data.loading import load_corpus
 from relllm.data.writing import Journal, journal_path, report_path
 from relllm.training.target_writers import Sampling, Written
 from relllm.training.targets import TargetSettings, write_targets
@@ -188,5 +188,5 @@ def test_killed_and_resumed_the_command_writes_what_an_uninterrupted_one_writes(
     assert result.exit_code == 0, result.output
     assert out.read_bytes() == whole.read_bytes() and out.stat().st_size > 0
     assert report_path(out).read_bytes() == report_path(whole).read_bytes()
-    rows = load_rows(str(out))
+    rows = load_corpus(str(out))
     assert set(rows["id"]) <= {f"r{i}" for i in range(24)} and all(rows["response"])

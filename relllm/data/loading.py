@@ -23,7 +23,7 @@ SHARDS = 64  # of a streamed table: enough for the workers of a training run
 AUDIO_KEYS = ("audio", "path", "url")  # of an audio part in `messages`
 
 
-def load_rows(data: str, split: str | None = None, *, streaming: bool = False) -> Dataset | IterableDataset:
+def load_corpus(data: str, split: str | None = None, *, streaming: bool = False) -> Dataset | IterableDataset:
     """Rows as [`relllm.data.rows.Row`] has them, or with TRL's `messages`; further columns are kept.
 
     Args:
@@ -202,4 +202,4 @@ def _leave_encoded(dataset: Dataset | IterableDataset) -> Dataset | IterableData
     return dataset
 
 
-__all__ = ["load_rows"]
+__all__ = ["load_corpus"]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import Wav2Vec2FeatureExtractor
 
 from relllm.audio import AudioSource
-from relllm.data.loading import load_rows
+from relllm.data.loading import load_corpus
 from relllm.data.rows import LABEL_SOURCE, PSEUDO_SOURCE
 from relllm.data.writing import (
     Journal,
@@ -172,7 +172,7 @@ def run_annotate(
     Returns:
         `dict`: The report of [`annotate_rows`].
     """
-    rows = load_rows(data, split)
+    rows = load_corpus(data, split)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ReLLMEmotionModel.from_pretrained(settings.emotion_model, revision=settings.revision)

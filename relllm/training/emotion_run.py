@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from relllm.data.loading import load_rows
+from relllm.data.loading import load_corpus
 from relllm.labels import DIMENSIONS
 from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
@@ -56,7 +56,7 @@ class EmotionScriptArguments:
             12 of 24.
         train_feature_encoder (`bool`, *optional*, defaults to `False`): Also train the convolutions.
         final_dropout (`float`, *optional*, defaults to 0.1): In a fresh head.
-        data (`str`): Where the rows are, as [`~relllm.data.loading.load_rows`] takes it.
+        data (`str`): Where the rows are, as [`~relllm.data.loading.load_corpus`] takes it.
         train_split, eval_split (`str`, *optional*): Default to `"train"` and `"validation"`; an empty `eval_split`
             keeps the last checkpoint instead of the best.
         resume (`str`, *optional*, defaults to `"auto"`): As for `relllm train`.
@@ -151,8 +151,10 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     checkpoint = args.resume_from_checkpoint or checkpoint_to_resume(Path(args.output_dir), script.resume)
     set_seed(args.seed)  # what is drawn for the head
     assert script.data is not None and script.model_name_or_path is not None
-    train_rows = _labelled(load_rows(script.data, script.train_split or None), script.train_split)
-    eval_rows = _labelled(load_rows(script.data, script.eval_split), script.eval_split) if script.eval_split else None
+    train_rows = _labelled(load_corpus(script.data, script.train_split or None), script.train_split)
+    eval_rows = (
+        _labelled(load_corpus(script.data, script.eval_split), script.eval_split) if script.eval_split else None
+    )
     if eval_rows is None:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     model = build_emotion_tower(

@@ -14,7 +14,7 @@ from typing import Literal
 from datasets import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from relllm.data.loading import load_rows
+from relllm.data.loading import load_corpus
 
 from .building import build_model
 from .config import ReLLMSFTConfig
@@ -63,7 +63,7 @@ class ReLLMScriptArguments:
             bitsandbytes.
         full_window (`bool`, *optional*, defaults to `True`): See [`ReLLMFeatureExtractor`]. Of a new model only.
         max_duration_s (`float`, *optional*, defaults to 600): Longest clip accepted, in seconds. Of a new model only.
-        data (`str`): Where the rows are, as [`~relllm.data.loading.load_rows`] takes it.
+        data (`str`): Where the rows are, as [`~relllm.data.loading.load_corpus`] takes it.
         train_split (`str`, *optional*, defaults to `"train"`): Split to train on; empty for all rows.
         eval_split (`str`, *optional*): Split to evaluate on, at the end and as `eval_strategy` says.
         eval_data (`str`, *optional*): Where that split is, if not in `data`.
@@ -270,10 +270,10 @@ def _load_data(
             f"eval_strategy={args.eval_strategy.value!r} needs an eval_split (and eval_data if elsewhere)."
         )
     assert script.data is not None
-    train_rows = load_rows(script.data, script.train_split or None, streaming=script.streaming)
+    train_rows = load_corpus(script.data, script.train_split or None, streaming=script.streaming)
     if script.streaming:
         train_rows = train_rows.shuffle(seed=args.seed, buffer_size=1000)
-    eval_rows = load_rows(script.eval_data or script.data, script.eval_split) if script.eval_split else None
+    eval_rows = load_corpus(script.eval_data or script.data, script.eval_split) if script.eval_split else None
     return train_rows, eval_rows
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from relllm.data.loading import load_rows
+from relllm.data.loading import load_corpus
 from relllm.data.writing import (
     Journal,
     check_out,
@@ -164,7 +164,7 @@ def run_write_targets(
     Returns:
         `dict`: The report of [`write_targets`].
     """
-    rows = load_rows(data, split)
+    rows = load_corpus(data, split)
     drawn = Sampling(**sampling)
     settings = TargetSettings(text_model, revision=revision, sampling=drawn, extra_body=extra_body, **prompts)
     writer: Writer

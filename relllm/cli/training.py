@@ -1,4 +1,4 @@
-"""The `relllm` command. Heavy imports are inside the commands, so that `--help` answers at once."""
+"""Training: `relllm train`, `train-emotion`, `write-targets`, `annotate`, `plan`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,86 +6,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-app = typer.Typer(
-    name="relllm",
-    help="RE-LLM: a speech LLM that hears how something is said.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-prepare = typer.Typer(help="Write corpora in the form that training reads.", no_args_is_help=True)
-app.add_typer(prepare, name="prepare")
+app = typer.Typer()
 console = Console()
 # Every setting of TRL is a flag of these commands, and they have a help page of their own.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-
-
-@app.callback()
-def _commands() -> None:
-    """RE-LLM: a speech LLM that hears how something is said."""
-
-
-@app.command()
-def reply(
-    model: Annotated[str, typer.Argument(help="A checkpoint: a directory or a Hub id.")],
-    audio: Annotated[list[str], typer.Argument(help="WAV, FLAC, OGG or MP3 files, or URLs.")],
-    instruction: Annotated[str | None, typer.Option(help="Text before the audio.")] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="System turn; empty for none.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 128,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")] = "auto",
-    revision: Annotated[str, typer.Option(help="Branch, tag or commit on the Hub.")] = "main",
-) -> None:
-    """Answer spoken turns: the reply as it is written, the emotion heard, arousal, dominance and valence.
-
-    A file that cannot be read is named, the others are answered, and the exit status is 1.
-
-    Example: relllm reply runs/demo/re-llm question.wav
-    """
-    import torch
-    from transformers import AutoModel, AutoProcessor, TextStreamer
-
-    from relllm.inference import reply as answer
-    from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(model, revision=revision)
-    loaded = AutoModel.from_pretrained(model, revision=revision).to(device).eval()
-    if not isinstance(loaded, ReLLMForConditionalGeneration):
-        raise typer.BadParameter(f"{model} holds a {type(loaded).__name__}, not a ReLLM.", param_hint="MODEL")
-    given = {"instruction": instruction, "system_prompt": system_prompt}
-    request = {name: value for name, value in given.items() if value is not None}
-    failed = 0
-    for source in audio:
-        console.print(f"[bold]{source}[/bold]")
-        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        try:
-            heard = answer(
-                loaded, processor, source, streamer=streamer, max_new_tokens=max_new_tokens, **request
-            ).hearing
-        except (OSError, ValueError) as error:
-            failed += 1
-            console.print(f"[red]not answered:[/red] {error}")
-            continue
-        dimensions = "  ".join(f"{name} {value:.2f}" for name, value in heard.dimensions.items())
-        console.print(f"[dim]{heard.emotion} {heard.probabilities[heard.emotion]:.0%}  {dimensions}[/dim]")
-    if failed:
-        raise typer.Exit(1)
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Where corpus, models, plots and results go.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Of the corpus and of every weight.")] = 0,
-) -> None:
-    """Train, evaluate and talk to a small RE-LLM on synthetic speech: minutes on two cores, nothing downloaded.
-
-    Interrupted, it goes on with the step it was in. The speech is rule-made prosody (eSpeak NG), not human emotion.
-    """
-    from relllm.demo import DemoSettings, run_demo
-
-    if not run_demo(DemoSettings(out=out, seed=seed), console):
-        raise typer.Exit(1)
 
 
 @app.command("write-targets")
@@ -193,61 +117,6 @@ def train_emotion(context: typer.Context) -> None:
         console.print(f"The tower is in [bold]{trainer.args.output_dir}[/bold].")
 
 
-@prepare.command()
-def synthetic(
-    out: Annotated[Path, typer.Option(help="Folder of the corpus.")] = Path("data/synthetic"),
-    train_clips: Annotated[int, typer.Option(min=1, help="Of each of the five emotions.")] = 180,
-    validation_clips: Annotated[int, typer.Option(min=1, help="Of each of the five emotions.")] = 30,
-    test_clips: Annotated[int, typer.Option(min=1, help="Of each of the five emotions.")] = 40,
-    seed: Annotated[int, typer.Option(help="The same settings give the same bytes.")] = 0,
-) -> None:
-    """Synthesise speech in five emotions with replies and all labels: rule-made prosody, not human emotion."""
-    from relllm.data.synthetic import synthesize_corpus
-
-    corpus = synthesize_corpus(
-        out,
-        train_clips_per_emotion=train_clips,
-        validation_clips_per_emotion=validation_clips,
-        test_clips_per_emotion=test_clips,
-        seed=seed,
-    )
-    counts = ", ".join(f"{len(rows)} {split}" for split, rows in corpus.items())
-    console.print(f"{counts} clips in [bold]{out}[/bold]")
-
-
-@prepare.command("tiny-towers")
-def tiny_towers(
-    out: Annotated[Path, typer.Option(help="Folder of the three towers.")] = Path("data/tiny-towers"),
-    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
-) -> None:
-    """Write three tiny towers with random weights, for recipes/smoke.yaml."""
-    from relllm.training.tiny_towers import make_tiny_towers
-
-    make_tiny_towers(out, seed=seed)
-    console.print(f"speech, emotion and llm in [bold]{out}[/bold]")
-
-
-@app.command()
-def merge(
-    light: Annotated[str, typer.Argument(help="A light checkpoint: a directory or a Hub id.")],
-    out: Annotated[Path, typer.Option(help="Where the full checkpoint goes.")],
-    revision: Annotated[str, typer.Option(help="Branch, tag or commit on the Hub.")] = "main",
-    audio_tower: Annotated[str | None, typer.Option(help="Where the speech tower is, if it moved.")] = None,
-    emotion_tower: Annotated[str | None, typer.Option(help="Where the emotion tower is, if it moved.")] = None,
-    text_model: Annotated[str | None, typer.Option(help="Where the LLM is, if it moved.")] = None,
-) -> None:
-    """Write the full checkpoint of a light one: with its towers in it, and the processor's files.
-
-    Example: relllm merge runs/stage2/checkpoint-900 --out re-llm
-    """
-    from relllm.checkpoints import merge_checkpoint
-
-    moved = {"audio_tower": audio_tower, "emotion_tower": emotion_tower, "text_model": text_model}
-    towers = {name: place for name, place in moved.items() if place is not None}
-    merge_checkpoint(light, out, towers=towers, revision=revision)
-    console.print(f"Full checkpoint: [bold]{out}[/bold]")
-
-
 @app.command(context_settings=PASSED_ON)
 def plan(context: typer.Context) -> None:
     """Say what a run takes before a GPU is rented: memory, largest batch, speed; `relllm plan --help` lists the flags.
@@ -261,12 +130,3 @@ def plan(context: typer.Context) -> None:
 
     if not run_plan(*parse_plan(context.args), console):
         raise typer.Exit(1)
-
-
-def main() -> None:
-    """Entry point of the `relllm` command."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,28 @@
+"""The `relllm` command, one file for each group of commands.
+
+Heavy imports are inside the commands, so that `--help` answers at once.
+"""
+
+import typer
+
+from . import data, hub, talk, training
+
+app = typer.Typer(
+    name="relllm",
+    help="RE-LLM: a speech LLM that hears how something is said.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for group in (talk, data, training, hub):
+    app.add_typer(group.app)
+
+
+@app.callback()
+def _commands() -> None:
+    """RE-LLM: a speech LLM that hears how something is said."""
+
+
+def main() -> None:
+    """Entry point of the `relllm` command."""
+    app()

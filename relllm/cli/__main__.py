@@ -1,0 +1,5 @@
+"""`python -m relllm.cli`, which `accelerate launch -m` needs."""
+
+from . import main
+
+main()
