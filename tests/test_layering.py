@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "relllm"
 HUB_ROOMS = ("modeling", "processing")
 # A room is a folder of the package or a module beside it; it may import the rooms listed here, and itself.
 BASE = {"audio", "labels", "processing", "modeling"}
-BELOW_DEMO = BASE | {"data", "training", "evaluation", "inference", "conversion", "checkpoints"}
+BELOW_DEMO = BASE | {"data", "training", "evaluation", "inference", "conversion", "checkpoints", "hub"}
 MAY_IMPORT = {
     "labels": set(),
     "processing": set(),
@@ -24,9 +24,10 @@ MAY_IMPORT = {
     "audio": {"processing"},
     "data": {"audio", "labels"},
     "training": BASE | {"data"},
-    "evaluation": BASE | {"data"},
+    "evaluation": BASE | {"data", "inference"},
     "conversion": BASE,
     "checkpoints": BASE,
+    "hub": BASE | {"checkpoints", "data", "evaluation"},
     "inference": BASE,
     "demo": BELOW_DEMO,
     "cli": BELOW_DEMO | {"demo"},

@@ -1,13 +1,15 @@
 """The row: what every corpus is turned into, and all that training and evaluation know of a corpus.
 
-What lives here: the columns with their types, and the check of a row. What does not: reading a corpus (one file each).
+What lives here: the columns with their types, the check of a row, and what the parser of a corpus returns. What does
+not: reading a corpus (one file each).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TypedDict
+from dataclasses import dataclass
+from typing import Literal, TypedDict
 
 from relllm.audio import AudioSource
 from relllm.labels import DIMENSIONS, EMOTIONS, FURTHER_EMOTIONS
@@ -46,6 +48,68 @@ class Row(TypedDict):
 COLUMNS = tuple(Row.__annotations__)
 LABEL_SOURCE = "label"
 PSEUDO_SOURCE = "pseudo:"  # and the model that gave them
+
+LabelSet = Literal["4", "5", "all"]
+LABEL_SETS: dict[str, tuple[str, ...]] = {
+    "4": EMOTIONS[:4],  # the usual task on IEMOCAP
+    "5": EMOTIONS,  # the original's, and ESD's
+    "all": EMOTIONS + FURTHER_EMOTIONS,
+}
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """One utterance that is not in the data set.
+
+    Attributes:
+        id (`str`): As the corpus names it.
+        reason (`str`): A category: the same words for the same reason.
+        detail (`str`): The value, the file, the line.
+    """
+
+    id: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What the data card says of a corpus.
+
+    Attributes:
+        name (`str`): Short, as on the command line.
+        title (`str`): In full.
+        language (`str`): BCP-47, for example `"en"`.
+        licence (`str`): Hugging Face's id of the licence, mostly `"other"`.
+        terms (`str`): Under which terms people have it, and what may be published.
+        homepage (`str`): Where it is obtained.
+        citation (`str`): BibTeX.
+    """
+
+    name: str
+    title: str
+    language: str
+    licence: str
+    terms: str
+    homepage: str
+    citation: str
+
+
+@dataclass
+class Corpus:
+    """What the parser of a corpus returns; nothing is decoded yet.
+
+    Attributes:
+        facts (`CorpusFacts`): Of the corpus.
+        rows (`list[Row]`): All columns; `audio` is an absolute path.
+        dropped (`list[Dropped]`): What the labels or the tree rule out.
+        notes (`list[str]`): What a person should know, for example a split folder that contradicts the number.
+    """
+
+    facts: CorpusFacts
+    rows: list[Row]
+    dropped: list[Dropped]
+    notes: list[str]
 
 
 def validate_row(row: Mapping[str, object]) -> None:
