@@ -1,46 +1,47 @@
 """RE-LLM for Transformers: a speech LLM that hears how something is said (arXiv 2602.10716).
 
 Importing this package registers its classes with the Auto classes of Transformers; `AutoModel`,
-`AutoModelForMultimodalLM` and `AutoModelForSpeechSeq2Seq` all give [`ReLLMForConditionalGeneration`]. What needs TRL
-is imported when it is first used.
+`AutoModelForMultimodalLM` and `AutoModelForSpeechSeq2Seq` all give [`ReLLMForConditionalGeneration`]. It loads nothing
+by itself: every name below is imported when it is first used.
 """
 
 import importlib
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoModel,
-    AutoModelForMultimodalLM,
-    AutoModelForSpeechSeq2Seq,
-    AutoProcessor,
-)
-
-from .audio import load_audio
 from .labels import DIMENSIONS, EMOTIONS
-from .modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
-from .modeling.emotion_tower_relllm import ReLLMEmotionModel
-from .modeling.modeling_relllm import AUTO_CLASSES, ReLLMForConditionalGeneration, ReLLMModel
-from .processing.feature_extraction_relllm import ReLLMFeatureExtractor
-from .processing.processing_relllm import ReLLMProcessor
+from .registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from .audio import load_audio
+    from .conversion import convert_original_checkpoint
+    from .data.loading import load_corpus
+    from .modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
+    from .modeling.emotion_tower_relllm import ReLLMEmotionModel
+    from .modeling.modeling_relllm import ReLLMForConditionalGeneration, ReLLMModel
+    from .processing.feature_extraction_relllm import ReLLMFeatureExtractor
+    from .processing.processing_relllm import ReLLMProcessor
+    from .training.config import ReLLMSFTConfig
+    from .training.trainer import ReLLMSFTTrainer
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "ReLLMConfig": ".modeling.configuration_relllm",
+    "ReLLMEmotionConfig": ".modeling.configuration_relllm",
+    "ReLLMEmotionModel": ".modeling.emotion_tower_relllm",
+    "ReLLMFeatureExtractor": ".processing.feature_extraction_relllm",
+    "ReLLMForConditionalGeneration": ".modeling.modeling_relllm",
+    "ReLLMModel": ".modeling.modeling_relllm",
+    "ReLLMProcessor": ".processing.processing_relllm",
     "ReLLMSFTConfig": ".training.config",
     "ReLLMSFTTrainer": ".training.trainer",
     "convert_original_checkpoint": ".conversion",
+    "load_audio": ".audio",
+    "load_corpus": ".data.loading",
 }
 
-AutoConfig.register("relllm", ReLLMConfig, exist_ok=True)
-AutoConfig.register("relllm_emotion", ReLLMEmotionConfig, exist_ok=True)
-AutoModel.register(ReLLMConfig, ReLLMForConditionalGeneration, exist_ok=True)
-AutoModel.register(ReLLMEmotionConfig, ReLLMEmotionModel, exist_ok=True)
-AutoModelForMultimodalLM.register(ReLLMConfig, ReLLMForConditionalGeneration, exist_ok=True)
-AutoModelForSpeechSeq2Seq.register(ReLLMConfig, ReLLMForConditionalGeneration, exist_ok=True)
-AutoFeatureExtractor.register(ReLLMConfig, ReLLMFeatureExtractor, exist_ok=True)
-AutoProcessor.register(ReLLMConfig, ReLLMProcessor, exist_ok=True)
+register_with_transformers(sys.modules[__name__])
 
 
 def register_for_auto_class(enabled: bool = True) -> None:
@@ -51,6 +52,11 @@ def register_for_auto_class(enabled: bool = True) -> None:
     Args:
         enabled (`bool`, *optional*, defaults to `True`): `False` switches it off again.
     """
+    from .modeling.configuration_relllm import ReLLMConfig
+    from .modeling.modeling_relllm import AUTO_CLASSES, ReLLMForConditionalGeneration
+    from .processing.feature_extraction_relllm import ReLLMFeatureExtractor
+    from .processing.processing_relllm import ReLLMProcessor
+
     auto_classes: dict[Any, str] = {
         ReLLMConfig: "AutoConfig",
         ReLLMForConditionalGeneration: AUTO_CLASSES[0],
@@ -85,5 +91,6 @@ __all__ = [
     "ReLLMSFTTrainer",
     "convert_original_checkpoint",
     "load_audio",
+    "load_corpus",
     "register_for_auto_class",
 ]

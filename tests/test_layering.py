@@ -24,19 +24,20 @@ MAY_IMPORT = {
     "audio": {"processing"},
     "data": {"audio", "labels"},
     "training": BASE | {"data"},
-    "evaluation": BASE | {"data", "inference"},
+    "evaluation": BASE | {"checkpoints", "data", "inference"},
     "conversion": BASE,
     "checkpoints": BASE,
     "hub": BASE | {"checkpoints", "data", "evaluation"},
     "inference": BASE,
     "demo": BELOW_DEMO,
     "cli": BELOW_DEMO | {"demo"},
-    "__init__": BELOW_DEMO,
+    "registration": BASE,
+    "__init__": BELOW_DEMO | {"registration"},
     "__main__": {"cli"},
 }
 # Loaded only where they are used: some are extras, and each costs start-up time.
 HEAVY = {"datasets", "matplotlib", "peft", "trl"}
-LIGHT_ROOMS = (*HUB_ROOMS, "__init__", "cli")
+LIGHT_ROOMS = (*HUB_ROOMS, "__init__", "registration", "cli")
 # As in `transformers.dynamic_module_utils.get_relative_imports`: docstrings and comments count.
 HUB_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)")
 
