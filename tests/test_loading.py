@@ -9,8 +9,11 @@ import soundfile
 from datasets import Audio, Dataset, DatasetDict, IterableDataset, disable_progress_bars
 from tiny_models import clip
 
+import relllm
 from relllm.audio import load_audio
 from relllm.data.loading import load_corpus
+from relllm.data.preparing import prepare_corpus
+from relllm.data.rows import COLUMNS, Corpus, CorpusFacts, Row
 
 disable_progress_bars()
 ROWS = [
@@ -144,6 +147,102 @@ def test_other_bad_sources_are_refused(tmp_path: Path, corpus: Path) -> None:
     write_csv(tmp_path / "rows.csv", [{"id": "a", "arousal": "high"}])
     with pytest.raises(ValueError, match=r"line 2: arousal is 'high'"):
         load_corpus(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.csv").write_text("id,text\na,yes, please\n")
+    with pytest.raises(ValueError, match="line 2 has more fields than the header"):
+        load_corpus(str(tmp_path / "rows.csv"))
     found = places(corpus)
     with pytest.raises(ValueError, match="has no rows of the split 'dev'"):
         load_corpus(str(found["a saved data set"]), "dev")
+
+
+# --- a prepared data set ---------------------------------------------------------------------------------------------
+
+SESSIONS = ("Ses01", "Ses01", "Ses02", "Ses03", "Ses03", None)
+SPLIT_OF = ("train", "train", "train", "validation", "test2", "test2")
+
+
+@pytest.fixture
+def prepared(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Six rows in three splits, one of which has a name that `datasets` does not know; two shards of train."""
+    monkeypatch.setattr("relllm.data.preparing.SHARD_ROWS", 2)
+    monkeypatch.setattr("relllm.data.plots.plot_report", lambda *args, **options: [])
+    audio = str(corpus / "audio/a.wav")
+    rows = [
+        Row(**(dict.fromkeys(COLUMNS) | {"id": f"r{index}", "audio": audio, "session": session, "split": split}))
+        for index, (session, split) in enumerate(zip(SESSIONS, SPLIT_OF, strict=True))
+    ]
+    facts = CorpusFacts("own", "Own", "en", "other", "", "", "")
+    prepare_corpus(Corpus(facts, rows, [], []), tmp_path / "own", options={}, num_proc=1, progress=False)
+    return tmp_path / "own"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_splits_of_a_prepared_data_set_are_those_of_its_rows(prepared: Path, streaming: bool) -> None:
+    for split, expected in (("train", ["r0", "r1", "r2"]), ("validation", ["r3"]), ("test2", ["r4", "r5"])):
+        rows = load_corpus(prepared, split, streaming=streaming)
+        assert [row["id"] for row in rows] == expected
+    assert relllm.load_corpus is load_corpus
+    with pytest.raises(ValueError, match=r"has the splits \['test2', 'train', 'validation'\], and 'dev'"):
+        load_corpus(prepared, "dev", streaming=streaming)
+
+
+def test_streaming_reads_one_row_group_at_a_time_and_can_be_split_between_workers(prepared: Path) -> None:
+    rows = load_corpus(prepared, "train", streaming=True)
+    assert rows.num_shards == 2
+    assert [row["id"] for row in rows.shard(2, 1)] == ["r2"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "held_out, expected",
+    [
+        ("session=Ses01", {"test": ["r0", "r1"], "train": ["r2", "r3", "r4"]}),
+        ("session=Ses01,Ses02", {"test": ["r0", "r1", "r2"], "train": ["r3", "r4"]}),
+        (
+            "session=Ses03; validation:session=Ses02",
+            {"test": ["r3", "r4"], "validation": ["r2"], "train": ["r0", "r1"]},
+        ),
+    ],
+)
+def test_holding_out_makes_splits_that_share_no_row(
+    prepared: Path, held_out: str, expected: dict[str, list[str]], streaming: bool
+) -> None:
+    """The row without a session is in none: it may belong to the one that is held out."""
+    for split, ids in expected.items():
+        rows = list(load_corpus(prepared, split, held_out=held_out, streaming=streaming))
+        assert sorted(row["id"] for row in rows) == ids and {row["split"] for row in rows} == {split}
+
+
+def test_holding_out_works_wherever_rows_lie(corpus: Path) -> None:
+    for place, path in places(corpus).items():
+        assert list(load_corpus(path, "train", held_out="id=b")["id"]) in (["a", "c"], ["c", "a"]), place
+        assert list(load_corpus(path, "test", held_out="id=b")["id"]) == ["b"], place
+
+
+def test_left_out_rows_are_counted_aloud(prepared: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_corpus(prepared, "train", held_out="session=Ses01")
+    assert "1 rows of" in caplog.text and "have no session" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "split, held_out, message",
+    [
+        (None, "session=Ses01", "makes the splits train, test; got split=None"),
+        ("validation", "session=Ses01", "got split='validation'"),
+        ("test", "Ses01", "held_out is 'Ses01', expected column=value"),
+        ("test", "session=", "expected column=value"),
+        ("test", "session=Ses01;session=Ses02", "expected column=value"),
+        ("train", "validation:session=Ses01", "holds nothing out for test"),
+        ("test", "sesion=Ses01", "no column 'sesion' to hold out by"),
+        (
+            "test",
+            "session=Ses09",
+            r"no rows with session \['Ses09'\]; there are \['None', 'Ses01', 'Ses02', 'Ses03'\]",
+        ),
+        ("train", "session=Ses01,Ses02,Ses03", "no row left for 'train'"),
+        ("train", "session=Ses01;validation:session=Ses01", "both in test and in validation"),
+    ],
+)
+def test_what_cannot_be_held_out_is_named(prepared: Path, split: str | None, held_out: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_corpus(prepared, split, held_out=held_out)

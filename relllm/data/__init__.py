@@ -1,1 +1,1 @@
-"""Corpora as rows: `rows.py` is the row, `synthetic.py` the corpus of the demo (spoken by `espeak.py`)."""
+"""Corpora as rows: `rows.py` is the row, one file reads each corpus, `preparing.py` writes what `loading.py` reads."""

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,23 +22,36 @@ from relllm.labels import DIMENSIONS
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+logger = logging.getLogger(__name__)
+
 METADATA = "metadata.jsonl"
 SHARDS = 64  # of a streamed table: enough for the workers of a training run
 AUDIO_KEYS = ("audio", "path", "url")  # of an audio part in `messages`
+HELD_OUT_FORM = "column=value[,value…][;validation:column=value[,value…]], for example session=Ses05"
+
+_TOO_MANY = "\0"  # no name of a column
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # of a prepared data set, in `data/`
 
 
-def load_corpus(data: str, split: str | None = None, *, streaming: bool = False) -> Dataset | IterableDataset:
+def load_corpus(
+    data: str | Path, split: str | None = None, *, held_out: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
     """Rows as [`relllm.data.rows.Row`] has them, or with TRL's `messages`; further columns are kept.
 
     Args:
-        data (`str`): One of
-            - a directory with `metadata.jsonl`, as the preparers write it (audio paths are relative to it),
+        data (`str` or `Path`): One of
+            - a directory that `relllm prepare` wrote, or one with `metadata.jsonl` (audio paths are relative to it),
             - a directory that `datasets.save_to_disk` wrote, or one of Parquet files,
             - a `.jsonl`, `.csv` or `.parquet` file (audio paths are relative to its folder),
             - the id of a data set on the Hub.
         split (`str`, *optional*): Name of a split of the data set, or else a value of the rows' column `split`.
             Not needed where there is only one.
-        streaming (`bool`, *optional*, defaults to `False`): Whether to read rows when they are asked for.
+        held_out (`str`, *optional*): Makes the splits anew from all rows: `"session=Ses05"` or
+            `"speaker=0019,0020"` are the rows of `"test"`, all others are `"train"`. With
+            `"session=Ses05;validation:session=Ses04"` there is a `"validation"` too. Rows without a value in such a
+            column are in none: nobody knows whether they are held out.
+        streaming (`bool`, *optional*, defaults to `False`): Whether to read rows when they are asked for. Values in
+            `held_out` that no row has cannot be noticed then.
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` with `streaming=True`: Audio is not decoded.
@@ -42,19 +59,39 @@ def load_corpus(data: str, split: str | None = None, *, streaming: bool = False)
     Raises:
         FileNotFoundError: `data` looks like a path, and nothing is there.
         ValueError: The split is unknown or empty, several splits are there and none is named, a line is not a JSON
-            object, or the kind of file is unknown. The message names what is there.
+            object, the kind of file is unknown, or `held_out` has another form, names a column or a value that is not
+            there, or holds a row out twice. The message names what is there.
     """
+    if held_out is None:
+        return _load(str(data), split, streaming, everything=False)
+    wanted = _parse_held_out(held_out)
+    if split not in ("train", *wanted):
+        raise ValueError(f"held_out={held_out!r} makes the splits train, {', '.join(wanted)}; got split={split!r}.")
+    return _hold_out(_load(str(data), None, streaming, everything=True), split, wanted, str(data))
+
+
+def read_table(path: Path) -> Iterator[tuple[int, dict]]:
+    """Number of the line and fields of each row of a `.jsonl` or `.csv` file.
+
+    Raises:
+        ValueError: A line is no row; the message names it.
+    """
+    return _read_jsonl(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)
+
+
+def _load(data: str, split: str | None, streaming: bool, *, everything: bool) -> Dataset | IterableDataset:
+    """One split, or with `everything` the rows of all of them."""
     path = Path(data).expanduser()
     if not path.exists():
         if _looks_like_a_path(data):
             raise FileNotFoundError(f"No data at {data}. Give an existing path, or the id of a data set on the Hub.")
-        return _leave_encoded(_load_hub(data, split, streaming))
+        return _leave_encoded(_load_hub(data, split, streaming, everything))
     if path.is_dir() and (path / METADATA).is_file():
         path = path / METADATA
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
-        return _leave_encoded(_load_saved(path, split, streaming))
+        return _leave_encoded(_load_saved(path, split, streaming, everything))
     if path.is_dir() or path.suffix == ".parquet":
-        return _leave_encoded(_load_parquet(path, split, streaming))
+        return _leave_encoded(_load_parquet(path, split, streaming, everything))
     if path.suffix in (".jsonl", ".csv"):
         return _load_table(path, split, streaming)
     raise ValueError(f"{data} is a {path.suffix or 'nameless kind of'} file; expected .jsonl, .csv or .parquet.")
@@ -64,21 +101,22 @@ def _looks_like_a_path(data: str) -> bool:
     return data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith((".jsonl", ".csv", ".parquet"))
 
 
-def _load_hub(name: str, split: str | None, streaming: bool) -> Dataset | IterableDataset:
+def _load_hub(name: str, split: str | None, streaming: bool, everything: bool) -> Dataset | IterableDataset:
     from datasets import load_dataset
 
     loaded = load_dataset(name, streaming=streaming)
-    return _choose(loaded, split, name)
+    return _join(loaded) if everything else _choose(loaded, split, name)
 
 
-def _load_saved(path: Path, split: str | None, streaming: bool) -> Dataset | IterableDataset:
+def _load_saved(path: Path, split: str | None, streaming: bool, everything: bool) -> Dataset | IterableDataset:
     from datasets import load_from_disk
 
-    dataset = _choose(load_from_disk(str(path)), split, str(path))
+    loaded = load_from_disk(str(path))
+    dataset = _join(loaded) if everything else _choose(loaded, split, str(path))
     return dataset.to_iterable_dataset(num_shards=min(SHARDS, len(dataset))) if streaming else dataset
 
 
-def _load_parquet(path: Path, split: str | None, streaming: bool) -> Dataset | IterableDataset:
+def _load_parquet(path: Path, split: str | None, streaming: bool, everything: bool) -> Dataset | IterableDataset:
     from datasets import Value, load_dataset
 
     folder = path if path.is_dir() else path.parent
@@ -87,20 +125,124 @@ def _load_parquet(path: Path, split: str | None, streaming: bool) -> Dataset | I
             f"{path} is a directory without {METADATA}, without Parquet files, and not of `save_to_disk`. "
             f"It holds {sorted(entry.name for entry in path.iterdir())[:8]}."
         )
-    if path.is_dir():
+    if path.is_dir() and (shards := _list_shards(path)):
+        files = shards if not everything else {"all": [file for of_split in shards.values() for file in of_split]}
+        if split in files:
+            files = {split: files[split]}  # the others are not read, and not copied into the cache
+        # `datasets` keeps some names of splits for itself, so each is loaded as its only one.
+        loaded = {
+            name: load_dataset("parquet", data_files=of, split="train", streaming=streaming)
+            for name, of in files.items()
+        }
+    elif path.is_dir():
         loaded = load_dataset("parquet", data_dir=str(path), streaming=streaming)
     else:  # which `datasets` calls "train", whatever is in it
         loaded = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
-    dataset = _choose(loaded, split, str(path))
+    dataset = _join(loaded) if everything else _choose(loaded, split, str(path))
     if isinstance((dataset.features or {}).get("audio"), Value):
-        dataset = dataset.map(lambda row: {"audio": _located(row["audio"], folder)})
+        dataset = dataset.map(
+            lambda audio: {"audio": [value if value is None else _located(value, folder) for value in audio]},
+            input_columns="audio",
+            batched=True,
+            features=dataset.features,
+        )
     return dataset
+
+
+def _list_shards(directory: Path) -> dict[str, list[str]]:
+    """Files by split, of a directory that `relllm prepare` wrote."""
+    shards: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(directory.glob("data/*.parquet")):
+        if named := _SHARD.fullmatch(path.name):
+            shards[named[1]].append(str(path))
+    return dict(shards)
+
+
+def _join(loaded: dict | Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The rows of all splits, one split after the other."""
+    from datasets import Value, concatenate_datasets
+
+    if not isinstance(loaded, dict):
+        return loaded
+    parts = list(loaded.values())
+    for index, part in enumerate(parts):
+        for name in DIMENSIONS:  # whole numbers in one split, fractions in the next
+            if name in (part.features or {}):
+                part = part.cast_column(name, Value("float64"))
+        parts[index] = part
+    return concatenate_datasets(parts)
+
+
+@dataclass(frozen=True)
+class _Held:
+    column: str
+    values: tuple[str, ...]
+
+
+def _parse_held_out(held_out: str) -> dict[str, _Held]:
+    """`"session=Ses05;validation:session=Ses04"` -> what is `"test"` and what is `"validation"`."""
+    wanted: dict[str, _Held] = {}
+    for part in held_out.split(";"):
+        named = re.fullmatch(r"(?:(test|validation):)?(\w+)=(.+)", part.strip())
+        values = tuple(value.strip() for value in named[3].split(",")) if named else ()
+        if named is None or not all(values) or (named[1] or "test") in wanted:
+            raise ValueError(f"held_out is {held_out!r}, expected {HELD_OUT_FORM}.")
+        wanted[named[1] or "test"] = _Held(named[2], values)
+    if "test" not in wanted:
+        raise ValueError(f"held_out is {held_out!r} and holds nothing out for test; expected {HELD_OUT_FORM}.")
+    return wanted
+
+
+def _hold_out(
+    dataset: Dataset | IterableDataset, split: str, wanted: dict[str, _Held], source: str
+) -> Dataset | IterableDataset:
+    """The rows of a split that is made from columns, with the column `split` saying so."""
+    names = list(dataset.features or {})
+    if absent := [held.column for held in wanted.values() if held.column not in names]:
+        raise ValueError(f"{source} has no column {absent[0]!r} to hold out by; its columns are {names}.")
+    columns = [held.column for held in wanted.values()]
+
+    def assign(*values: Sequence[str | None]) -> list[str | None]:
+        return [_assign(row, wanted) for row in zip(*values, strict=True)]
+
+    if _is_streamed(dataset):
+        dataset = dataset.filter(
+            lambda *values: [name == split for name in assign(*values)], input_columns=columns, batched=True
+        )
+    else:
+        for held in wanted.values():
+            if missing := sorted({*held.values} - {*dataset.unique(held.column)}):
+                found = sorted(str(value) for value in dataset.unique(held.column))
+                raise ValueError(f"{source} has no rows with {held.column} {missing}; there are {found[:40]}.")
+        assigned = assign(*(dataset[column] for column in columns))
+        if unknown := assigned.count(None):
+            logger.warning("%d rows of %s have no %s: they are in no split.", unknown, source, " or ".join(columns))
+        dataset = dataset.select([index for index, name in enumerate(assigned) if name == split])
+        if len(dataset) == 0:
+            raise ValueError(f"{source} has no row left for {split!r} beside what is held out.")
+    if "split" not in names:
+        return dataset
+    return dataset.map(
+        lambda old: {"split": [split] * len(old)}, input_columns="split", batched=True, features=dataset.features
+    )
+
+
+def _assign(values: Sequence[str | None], wanted: dict[str, _Held]) -> str | None:
+    """The split of a row, by its values in the columns of `wanted`; `None` where one is missing."""
+    if None in values:
+        return None
+    found = [name for value, (name, held) in zip(values, wanted.items(), strict=True) if value in held.values]
+    if len(found) > 1:
+        raise ValueError(
+            f"held_out has rows with {list(values)} both in {' and in '.join(found)}. Hold them out once."
+        )
+    return found[0] if found else "train"
 
 
 def _load_table(path: Path, split: str | None, streaming: bool) -> Dataset | IterableDataset:
     from datasets import Dataset, Features, Value
 
-    rows = list(_read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path))
+    rows = [row for _, row in read_table(path)]
     if not rows:
         raise ValueError(f"{path} holds no rows.")
     folder = path.absolute().parent
@@ -115,8 +257,8 @@ def _load_table(path: Path, split: str | None, streaming: bool) -> Dataset | Ite
     return dataset.to_iterable_dataset(num_shards=min(SHARDS, len(dataset))) if streaming else dataset
 
 
-def _read_jsonl(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8") as file:
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -126,13 +268,16 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
                 raise ValueError(f"{path}, line {number} is not JSON ({error}): {line.strip():.80}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} is {type(row).__name__}, expected one object for a row.")
-            yield row
+            yield number, row
 
 
-def _read_csv(path: Path) -> Iterator[dict]:
+def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
     """An empty field is a missing value; the dimensions are numbers, everything else is text."""
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, fields in enumerate(csv.DictReader(file), start=2):
+    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
+        reader = csv.DictReader(file, restkey=_TOO_MANY)
+        for fields in reader:
+            if _TOO_MANY in fields:
+                raise ValueError(f"{path}, line {reader.line_num} has more fields than the header. Quote its commas.")
             row: dict[str, str | float | None] = {name: value or None for name, value in fields.items()}
             for name in DIMENSIONS:
                 if (value := row.get(name)) is None:
@@ -140,8 +285,10 @@ def _read_csv(path: Path) -> Iterator[dict]:
                 try:
                     row[name] = float(value)
                 except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: {name} is {value!r}, expected a number.") from error
-            yield row
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: {name} is {value!r}, expected a number."
+                    ) from error
+            yield reader.line_num, row
 
 
 def _rows_of_split(rows: list[dict], split: str | None, source: str) -> list[dict]:
@@ -202,4 +349,4 @@ def _leave_encoded(dataset: Dataset | IterableDataset) -> Dataset | IterableData
     return dataset
 
 
-__all__ = ["load_corpus"]
+__all__ = ["load_corpus", "read_table"]

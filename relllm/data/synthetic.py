@@ -1,7 +1,7 @@
 """A small corpus of synthetic speech in five emotions, for the demo and for tests.
 
-What lives here: the plan (who says what, how, and what the reply is), the writing of it, and the reader. What does
-not: the sentences and replies (`synthetic_text.py`), the synthesiser (`espeak.py`).
+What lives here: the plan (who says what, how, and what the reply is), making its audio, and the reader. What does not:
+the sentences and replies (`synthetic_text.py`), the synthesiser (`espeak.py`), writing the data set (`preparing.py`).
 
 This is rule-made prosody, not human emotion: a model that learns it shows that the pipeline learns from how something
 is said. Results on it say nothing about people, and everything built on it should say so.
@@ -16,12 +16,10 @@ Design:
 
 from __future__ import annotations
 
+import functools
 import itertools
-import json
-import shutil
-import tempfile
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,15 +28,30 @@ import numpy as np
 
 from relllm.audio import SAMPLING_RATE, resample
 from relllm.data.espeak import Utterance, speak
-from relllm.data.rows import COLUMNS, LABEL_SOURCE, Row, validate_row
-from relllm.data.synthetic_text import REPLIES, SENTENCES
-from relllm.labels import DIMENSIONS, EMOTIONS
+from relllm.data.loading import load_corpus
+from relllm.data.preparing import prepare_corpus
+from relllm.data.rows import COLUMNS, LABEL_SOURCE, Corpus, CorpusFacts, Row
+from relllm.data.synthetic_text import REPLIES, SENTENCES, Sentence
+from relllm.labels import EMOTIONS
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 
 SPLITS = ("train", "validation", "test")
+
+FACTS = CorpusFacts(
+    name="synthetic",
+    title="Synthetic emotional speech",
+    language="en",
+    licence="apache-2.0",
+    terms=(
+        "Made by relllm with eSpeak NG: rule-made prosody, not human emotion. Results on it say nothing about people. "
+        "It may be published."
+    ),
+    homepage="",
+    citation="",
+)
 
 # Variants of eSpeak NG that sound clean. The test variants (m7, f3) are heard nowhere else; validation has an accent
 # of its own.
@@ -105,16 +118,18 @@ def synthesize_corpus(
     validation_clips_per_emotion: int = 30,
     test_clips_per_emotion: int = 40,
     seed: int = 0,
+    num_proc: int | None = None,
     progress: bool = True,
 ) -> DatasetDict:
-    """Writes the corpus (16 kHz, 16-bit mono WAV and `metadata.jsonl`), or reuses the one that is there already.
+    """Writes the corpus (16 kHz, 16-bit mono WAV), or reuses the one that is there already.
 
     Args:
-        directory (`str` or `Path`): Where it goes. It appears when it is complete: an interrupted run leaves nothing
-        there. train_clips_per_emotion (`int`, *optional*, defaults to 180): Clips of each of the five emotions.
+        directory (`str` or `Path`): Where it goes. It appears when it is complete; interrupted, the same call goes on.
+        train_clips_per_emotion (`int`, *optional*, defaults to 180): Clips of each of the five emotions.
         validation_clips_per_emotion (`int`, *optional*, defaults to 30): The same for validation.
         test_clips_per_emotion (`int`, *optional*, defaults to 40): The same for test.
         seed (`int`, *optional*, defaults to 0): Two runs with the same settings give the same bytes.
+        num_proc (`int`, *optional*): Processes; by default as many as there are cores.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Returns:
@@ -122,22 +137,38 @@ def synthesize_corpus(
 
     Raises:
         FileExistsError: `directory` holds something else, or a corpus with other settings.
-        ValueError: A number of clips below 1.
+        ValueError: A number of clips below 1, or a half-made corpus of other settings.
         ImportError: eSpeak NG is missing (`pip install relllm[demo]`).
     """
     from datasets import DatasetDict
 
-    directory = Path(directory)
-    clips_per_emotion = {
+    counts = {
         "train": train_clips_per_emotion,
         "validation": validation_clips_per_emotion,
         "test": test_clips_per_emotion,
     }
-    plan = [clip for split in SPLITS for clip in plan_split(split, clips_per_emotion[split], seed=seed)]
-    settings = {"version": VERSION, "seed": seed, "clips_per_emotion": clips_per_emotion}
-    if not _is_complete(directory, settings):
-        _write_corpus(directory, plan, settings, progress=progress)
+    prepare_synthetic(directory, counts, seed=seed, num_proc=num_proc, progress=progress)
     return DatasetDict({split: load_synthetic_corpus(directory, split) for split in SPLITS})
+
+
+def prepare_synthetic(
+    directory: str | Path,
+    clips_per_emotion: Mapping[str, int],
+    *,
+    seed: int = 0,
+    num_proc: int | None = None,
+    progress: bool = True,
+) -> dict:
+    """What [`synthesize_corpus`] does, and the report in place of the rows; `clips_per_emotion` by split."""
+    rows = [clip.row for split in SPLITS for clip in plan_split(split, clips_per_emotion[split], seed=seed)]
+    return prepare_corpus(
+        Corpus(FACTS, rows, dropped=[], notes=[]),
+        directory,
+        options={"plan": VERSION, "seed": seed, "clips_per_emotion": dict(clips_per_emotion)},
+        make_audio=functools.partial(speak_rows, seed=seed),
+        num_proc=num_proc,
+        progress=progress,
+    )
 
 
 def load_synthetic_corpus(directory: str | Path, split: str) -> Dataset:
@@ -154,22 +185,14 @@ def load_synthetic_corpus(directory: str | Path, split: str) -> Dataset:
         FileNotFoundError: No complete corpus there.
         ValueError: No such split.
     """
-    from datasets import Dataset, Features, Value
-
     if split not in SPLITS:
         raise ValueError(f"Expected a split of {', '.join(SPLITS)}, got {split!r}.")
     directory = Path(directory).absolute()
-    metadata = directory / "metadata.jsonl"
-    if not metadata.is_file():
+    if not (directory / "report.json").is_file():
         raise FileNotFoundError(
             f"No synthetic corpus in {directory}. Write it with `synthesize_corpus({directory!s})`."
         )
-    rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines()]
-    # `get`: a corpus of an earlier version lacks the columns that came later.
-    rows = [{name: row.get(name) for name in COLUMNS} for row in rows if row["split"] == split]
-    rows = [row | {"audio": str(directory / row["audio"])} for row in rows]
-    types = {column: Value("float64" if column in DIMENSIONS else "string") for column in COLUMNS}
-    return Dataset.from_list(rows, features=Features(types))
+    return load_corpus(directory, split).select_columns(list(COLUMNS))
 
 
 def plan_split(split: str, clips_per_emotion: int, *, seed: int = 0) -> Iterator[Clip]:
@@ -188,31 +211,44 @@ def plan_split(split: str, clips_per_emotion: int, *, seed: int = 0) -> Iterator
     """
     if clips_per_emotion < 1:
         raise ValueError(f"Expected at least 1 {split} clip for each emotion, got {clips_per_emotion}.")
+    for number in range(clips_per_emotion * len(EMOTIONS)):
+        yield plan_clip(split, number, seed=seed)
+
+
+def plan_clip(split: str, number: int, *, seed: int = 0) -> Clip:
+    """One clip of [`plan_split`], by its place."""
+    pairs = _ordered_pairs(split, seed)
+    turn, index = divmod(number, len(EMOTIONS))
+    voice, sentence = pairs[turn % len(pairs)]
+    emotion = EMOTIONS[index]
+    rng = np.random.default_rng([seed, SPLITS.index(split), turn, index])
+    prosody = draw_prosody(emotion, rng)
+    clip_id = f"{split}-{number:05d}"
+    dimensions = dimensions_of(emotion, prosody)
+    row = Row(
+        id=clip_id,
+        audio=f"audio/{clip_id}.wav",
+        text=sentence.text,
+        response=REPLIES[emotion][rng.integers(len(REPLIES[emotion]))].format(topic=sentence.topic),
+        emotion=emotion,
+        arousal=dimensions["arousal"],
+        dominance=dimensions["dominance"],
+        valence=dimensions["valence"],
+        dimension_source=LABEL_SOURCE,
+        speaker=voice,
+        session=None,
+        split=split,
+        language="en",
+    )
+    return Clip(row, prosody)
+
+
+@functools.cache
+def _ordered_pairs(split: str, seed: int) -> list[tuple[str, Sentence]]:
+    """Voices and sentences of a split in the order of their turns."""
     pairs = list(itertools.product(VOICES[split], SENTENCES[split]))
     order = np.random.default_rng([seed, SPLITS.index(split)]).permutation(len(pairs))
-    for turn in range(clips_per_emotion):
-        voice, sentence = pairs[order[turn % len(pairs)]]
-        for index, emotion in enumerate(EMOTIONS):
-            rng = np.random.default_rng([seed, SPLITS.index(split), turn, index])
-            prosody = draw_prosody(emotion, rng)
-            clip_id = f"{split}-{turn * len(EMOTIONS) + index:05d}"
-            dimensions = dimensions_of(emotion, prosody)
-            row = Row(
-                id=clip_id,
-                audio=f"audio/{clip_id}.wav",
-                text=sentence.text,
-                response=REPLIES[emotion][rng.integers(len(REPLIES[emotion]))].format(topic=sentence.topic),
-                emotion=emotion,
-                arousal=dimensions["arousal"],
-                dominance=dimensions["dominance"],
-                valence=dimensions["valence"],
-                dimension_source=LABEL_SOURCE,
-                speaker=voice,
-                session=None,
-                split=split,
-                language="en",
-            )
-            yield Clip(row, prosody)
+    return [pairs[place] for place in order]
 
 
 def draw_prosody(emotion: str, rng: np.random.Generator) -> Prosody:
@@ -258,40 +294,21 @@ def dimensions_of(emotion: str, prosody: Prosody) -> dict[str, float]:
     }
 
 
-def _is_complete(directory: Path, settings: dict[str, object]) -> bool:
-    """Whether the corpus with these settings is there; raises if anything else is."""
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return False
-    marker = directory / "settings.json"
-    found = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else "no synthetic corpus"
-    if found != settings:
-        raise FileExistsError(
-            f"{directory} holds {found}, expected {settings} or nothing. Choose another directory, or delete this one."
-        )
-    return True
+def speak_rows(rows: Sequence[Row], directory: Path, *, seed: int) -> None:
+    """Makes the audio of planned rows, as files in `directory`.
 
+    Args:
+        rows (`Sequence[Row]`): Of [`plan_split`].
+        directory (`Path`): What their paths are relative to.
+        seed (`int`): Of the plan.
 
-def _write_corpus(directory: Path, plan: list[Clip], settings: dict[str, object], *, progress: bool) -> None:
-    """Writes beside the directory and renames at the end, so that a corpus is either complete or not there."""
-    from tqdm import tqdm
-
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        (partial / "audio").mkdir()
-        utterances = (_utterance(clip) for clip in plan)
-        with tqdm(total=len(plan), desc="Synthesising speech", unit="clip", disable=not progress) as bar:
-            for clip, (samples, rate) in zip(plan, speak(utterances), strict=True):
-                validate_row(clip.row)
-                _write_wav(partial / str(clip.row["audio"]), samples, rate, clip.prosody.gain)
-                bar.update()
-        lines = [json.dumps(clip.row) + "\n" for clip in plan]
-        (partial / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-        (partial / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    Raises:
+        ImportError: eSpeak NG is missing (`pip install relllm[demo]`).
+    """
+    (directory / "audio").mkdir(parents=True, exist_ok=True)
+    clips = [plan_clip(str(row["split"]), int(row["id"].rpartition("-")[2]), seed=seed) for row in rows]
+    for clip, (samples, rate) in zip(clips, speak(map(_utterance, clips)), strict=True):
+        _write_wav(directory / str(clip.row["audio"]), samples, rate, clip.prosody.gain)
 
 
 def _utterance(clip: Clip) -> Utterance:

@@ -83,7 +83,7 @@ class Journal:
         found = lines[0].get("settings")
         if found != settings:
             raise ValueError(
-                f"{self.path} belongs to a run with other settings ({_differences(found, settings)}), and one file "
+                f"{self.path} belongs to a run with other settings ({name_differences(found, settings)}), and one file "
                 "must not mix them. Use the same settings, choose another --out, or delete the journal."
             )
         self.done = {str(line["id"]): line for line in lines[1:]}
@@ -116,7 +116,7 @@ def write_rows(rows: Dataset, path: Path) -> None:
             for row in rows:
                 audio = _audio_path(row["audio"], path.parent.absolute())
                 file.write(json.dumps({**row, "audio": audio}, ensure_ascii=False) + "\n")
-    _publish(partial, path)
+    publish(partial, path)
 
 
 def write_json(content: Mapping[str, object], path: Path) -> None:
@@ -124,7 +124,7 @@ def write_json(content: Mapping[str, object], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _publish(partial, path)
+    publish(partial, path)
 
 
 def check_out(rows: Dataset, path: Path) -> None:
@@ -182,7 +182,7 @@ def find_complete(out: Path, settings: Mapping[str, object]) -> dict | None:
     wanted = json.loads(json.dumps(settings))
     if found.get("settings") != wanted:
         raise FileExistsError(
-            f"{out} is there already, from a run with other settings ({_differences(found.get('settings'), wanted)}). "
+            f"{out} is there already, from a run with other settings ({name_differences(found.get('settings'), wanted)}). "
             "Choose another --out, or delete it."
         )
     return found
@@ -214,14 +214,14 @@ def _parse(line: bytes, path: Path, number: int) -> dict:
     return entry
 
 
-def _differences(found: object, wanted: Mapping[str, object]) -> str:
+def name_differences(found: object, wanted: Mapping[str, object]) -> str:
     if not isinstance(found, Mapping):
         return "none are known"
     names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
     return "; ".join(f"{name}: {found.get(name)!r:.80}, now {wanted.get(name)!r:.80}" for name in names)
 
 
-def _publish(partial: Path, path: Path) -> None:
+def publish(partial: Path, path: Path) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)

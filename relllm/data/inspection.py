@@ -1,0 +1,377 @@
+"""Looking at a data set before a model does: what is in it, and what is wrong with it.
+
+What lives here: reading every row and every clip of whatever `load_corpus` reads, the checks, and the report. What
+does not: showing it (`relllm inspect`), drawing (`plots.py`), and mending anything. Findings are about rows by id;
+they are warnings, because some are as the corpus's owners meant them (ESD has every speaker in every split).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from relllm.audio import SAMPLING_RATE, AudioSource, load_audio
+from relllm.data.clips import CLIPPED_LEVEL, CLIPPED_SAMPLES, SILENT_PEAK
+from relllm.data.loading import load_corpus
+from relllm.data.preparing import UNSPLIT, available_cores
+from relllm.data.writing import write_json
+from relllm.labels import DIMENSIONS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MAX_DURATION_S = 30.0  # Whisper's window: longer clips are cut into several
+LOW, HIGH = 0.35, 0.65
+# Emotion, dimension, and the side of LOW or HIGH where the two do not go together.
+CONTRADICTIONS = (
+    ("happy", "valence", "below"),
+    ("angry", "valence", "above"),
+    ("sad", "valence", "above"),
+    ("angry", "arousal", "below"),
+)
+
+_NO_SPLIT = "no split"
+_FIRST_SPLITS = ("train", "validation", "test")  # others follow by name
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
+_CHUNK = 32  # clips that a process reads before it reports
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to look at.
+
+    Attributes:
+        check (`str`): A category: the same words for the same check.
+        ids (`list[str]`): The rows it is about; all of them.
+        detail (`str`): The value, the speaker, the splits.
+    """
+
+    check: str
+    ids: list[str]
+    detail: str
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """What was measured of a clip, mono and at its own rate.
+
+    Attributes:
+        error (`str` or `None`): Why it could not be read; then nothing else is known.
+        duration_s (`float` or `None`): In seconds.
+        digest (`str` or `None`): Of rate and samples: a FLAC and a WAV file of the same samples have the same.
+        peak (`float` or `None`): Largest magnitude; 1 is full scale.
+        full_scale_run (`int` or `None`): Most samples in a row at full scale.
+    """
+
+    error: str | None = None
+    duration_s: float | None = None
+    digest: str | None = None
+    peak: float | None = None
+    full_scale_run: int | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A data set's rows without their audio, and what was found.
+
+    Attributes:
+        data (`str`): As it was named.
+        rows (`list[dict]`): Columns of the data set but `audio`; with `id`, `split` and, where known, `duration_s`.
+        audio_was_read (`bool`): Whether the checks of the audio were made.
+        findings (`list[Finding]`): In the order of the checks.
+    """
+
+    data: str
+    rows: list[dict]
+    audio_was_read: bool
+    findings: list[Finding]
+
+
+def inspect_corpus(
+    data: str,
+    *,
+    read_audio: bool = True,
+    num_proc: int | None = None,
+    max_duration_s: float = MAX_DURATION_S,
+    progress: bool = True,
+) -> Inspection:
+    """Reads a data set and checks it.
+
+    Args:
+        data (`str`): Whatever [`load_corpus`] reads; all its splits are read.
+        read_audio (`bool`, *optional*, defaults to `True`): Whether to decode every clip.
+        num_proc (`int`, *optional*): Processes that decode; by default as many as this process may use cores. With
+            more than one a script needs `if __name__ == "__main__":`.
+        max_duration_s (`float`, *optional*, defaults to 30.0): Longer clips are a finding.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+
+    Returns:
+        `Inspection`: Nothing is written.
+
+    Raises:
+        FileNotFoundError: Nothing is at `data`.
+        ValueError: `data` is no data set, or has no column `audio` and the audio is to be read.
+    """
+    tables = {split: _with_ids(load_corpus(data, split)) for split in _name_splits(data)}
+    rows = [row for split, table in tables.items() for row in _read_rows(table, split)]
+    findings = check_table(rows)
+    if read_audio:
+        if lacking := [split for split, table in tables.items() if "audio" not in table.column_names]:
+            raise ValueError(f"{data} has no column `audio` (splits: {lacking}). Look at the table alone: --no-audio.")
+        facts = list(_measure(list(tables.values()), num_proc or available_cores(), progress))
+        for row, measured in zip(rows, facts, strict=True):
+            if measured.duration_s is not None:
+                row["duration_s"] = measured.duration_s
+        findings += check_audio(rows, facts)
+    findings += check_durations(rows, max_duration_s)
+    return Inspection(data=data, rows=rows, audio_was_read=read_audio, findings=findings)
+
+
+def check_table(rows: Sequence[Mapping]) -> list[Finding]:
+    """Ids that are not unique, speakers in several splits, and emotions that contradict their dimensions.
+
+    Args:
+        rows (`Sequence[Mapping]`): With `id` and `split`; other columns may be missing.
+
+    Returns:
+        `list[Finding]`: Nothing for what is unknown: a speaker or a split that is `None` leaks nowhere.
+    """
+    findings = [
+        Finding("id used more than once", [row_id], f"{count} rows")
+        for row_id, count in Counter(row["id"] for row in rows).items()
+        if count > 1
+    ]
+    by_speaker: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row.get("speaker") is not None and row["split"] is not None:
+            by_speaker[row["speaker"]][row["split"]].append(row["id"])
+    for speaker, splits in sorted(by_speaker.items()):
+        if len(splits) > 1:
+            counts = ", ".join(f"{len(ids)} in {split}" for split, ids in splits.items())
+            findings.append(Finding("speaker in several splits", sum(splits.values(), []), f"{speaker}: {counts}"))
+    for row in rows:
+        for emotion, dimension, side in CONTRADICTIONS:
+            value = row.get(dimension) if row.get("emotion") == emotion else None
+            if value is not None and (value < LOW if side == "below" else value > HIGH):
+                limit = LOW if side == "below" else HIGH
+                detail = f"{emotion}, {dimension} {value:.2f} is {side} {limit}"
+                findings.append(Finding("emotion contradicts a dimension", [row["id"]], detail))
+    return findings
+
+
+def check_audio(rows: Sequence[Mapping], facts: Sequence[ClipFacts]) -> list[Finding]:
+    """Clips that cannot be read, are the same as another, clipped or silent.
+
+    Args:
+        rows (`Sequence[Mapping]`): With `id` and `split`.
+        facts (`Sequence[ClipFacts]`): Of each row.
+
+    Returns:
+        `list[Finding]`: Clips with the same samples are one finding.
+    """
+    findings = []
+    by_digest: dict[str, list[Mapping]] = defaultdict(list)
+    for row, measured in zip(rows, facts, strict=True):
+        if measured.error is not None:
+            findings.append(Finding("audio cannot be read", [row["id"]], measured.error))
+        if measured.digest is not None:
+            by_digest[measured.digest].append(row)
+        if measured.full_scale_run is not None and measured.full_scale_run >= CLIPPED_SAMPLES:
+            findings.append(
+                Finding("clipped", [row["id"]], f"{measured.full_scale_run} samples in a row at full scale")
+            )
+        if measured.peak is not None and measured.peak < SILENT_PEAK:
+            findings.append(Finding("silent", [row["id"]], f"peak {measured.peak:.1e} of full scale"))
+    for same in by_digest.values():
+        if len(same) > 1:
+            splits = sorted({row["split"] or _NO_SPLIT for row in same})
+            check = "same audio in several splits" if len(splits) > 1 else "same audio"
+            findings.append(Finding(check, [row["id"] for row in same], ", ".join(splits)))
+    return findings
+
+
+def check_durations(rows: Iterable[Mapping], max_duration_s: float) -> list[Finding]:
+    """Clips longer than `max_duration_s` seconds, where the duration is known."""
+    return [
+        Finding("long", [row["id"]], f"{row['duration_s']:.1f} s")
+        for row in rows
+        if row.get("duration_s") is not None and row["duration_s"] > max_duration_s
+    ]
+
+
+def measure_clip(audio: AudioSource) -> ClipFacts:
+    """Decodes a clip and measures it; one that cannot be read is described, not raised."""
+    try:
+        rate = _read_rate(audio)
+        waveform = load_audio(audio, sampling_rate=rate, max_duration_s=math.inf)
+    except (OSError, TypeError, ValueError) as error:
+        return ClipFacts(error=str(error))
+    magnitude = np.abs(waveform)
+    # Where loud samples begin and end, in turns.
+    edges = np.flatnonzero(np.diff(magnitude >= CLIPPED_LEVEL, prepend=False, append=False))
+    digest = hashlib.blake2b(waveform.tobytes(), digest_size=16, salt=rate.to_bytes(8, "little"))
+    return ClipFacts(
+        duration_s=len(waveform) / rate,
+        digest=digest.hexdigest(),
+        peak=float(magnitude.max()),
+        full_scale_run=int((edges[1::2] - edges[::2]).max(initial=0)),
+    )
+
+
+def summarize(inspection: Inspection) -> dict[str, dict]:
+    """Counts and durations of each split.
+
+    Returns:
+        `dict[str, dict]`: For each split `num_clips`, `num_speakers`, `num_with_text`, `num_with_dimensions`, `hours`
+        and `duration_s` (`min`, `median`, `max`; `None` where no duration is known) and `emotions`, the clips of each.
+    """
+    by_split: dict[str, list[dict]] = defaultdict(list)
+    for row in inspection.rows:
+        by_split[row["split"] or _NO_SPLIT].append(row)
+    summary = {}
+    for split, rows in by_split.items():
+        durations = [row["duration_s"] for row in rows if row.get("duration_s") is not None]
+        emotions = Counter(row.get("emotion") or "none" for row in rows)
+        summary[split] = {
+            "num_clips": len(rows),
+            "num_speakers": len({row["speaker"] for row in rows if row.get("speaker") is not None}),
+            "num_with_text": sum(bool(row.get("text")) for row in rows),
+            "num_with_dimensions": sum(all(row.get(name) is not None for name in DIMENSIONS) for row in rows),
+            "hours": sum(durations) / 3600 if durations else None,
+            "duration_s": {"min": min(durations), "median": float(np.median(durations)), "max": max(durations)}
+            if durations
+            else None,
+            "emotions": dict(emotions.most_common()),
+        }
+    return summary
+
+
+def write_report(inspection: Inspection, out: Path) -> list[Path]:
+    """Writes `report.json`, the summary of each split and every finding with all its ids, and the plot of the labels.
+
+    Returns:
+        `list[Path]`: The report and, where some rows have valence and arousal, `valence_arousal.png`.
+
+    Raises:
+        ImportError: If there is something to plot and matplotlib is missing (`pip install relllm[data]`).
+    """
+    from relllm.data.plots import plot_valence_arousal_labels
+
+    content = {
+        "data": inspection.data,
+        "audio_was_read": inspection.audio_was_read,
+        "splits": summarize(inspection),
+        "num_findings": dict(Counter(finding.check for finding in inspection.findings)),
+        "findings": [asdict(finding) for finding in inspection.findings],
+    }
+    written = [out / "report.json"]
+    write_json(content, written[0])
+    rated = [row for row in inspection.rows if row.get("valence") is not None and row.get("arousal") is not None]
+    if rated:
+        valence, arousal = [row["valence"] for row in rated], [row["arousal"] for row in rated]
+        emotions = [row.get("emotion") or "none" for row in rated]
+        title = f"{Path(inspection.data).name}: {len(rated):,} clips"
+        written.append(
+            plot_valence_arousal_labels(valence, arousal, emotions, out / "valence_arousal.png", title=title)
+        )
+    return written
+
+
+def _name_splits(data: str) -> list[str | None]:
+    """The splits that have to be named to read everything; `[None]` where one table has it all."""
+    path = Path(data).expanduser()
+    saved = path / "dataset_dict.json"
+    if saved.is_file():
+        return list(json.loads(saved.read_text(encoding="utf-8"))["splits"])
+    if path.is_dir():
+        names = {match[1] for file in path.rglob("*.parquet") if (match := _SHARD.fullmatch(file.name))}
+        return [*sorted(names, key=_split_order)] if len(names) > 1 else [None]
+    if not path.exists() and "/" in data and not data.startswith((".", "/", "~")):
+        from datasets import get_dataset_split_names
+
+        return list(get_dataset_split_names(data))
+    return [None]
+
+
+def _split_order(name: str) -> tuple[int, str]:
+    return (_FIRST_SPLITS.index(name) if name in _FIRST_SPLITS else len(_FIRST_SPLITS), name)
+
+
+def _with_ids(table: Dataset) -> Dataset:
+    if "id" in table.column_names:
+        return table
+    return table.add_column("id", [f"row {number}" for number in range(len(table))])
+
+
+def _read_rows(table: Dataset, split: str | None) -> Iterator[dict]:
+    for row in table.remove_columns([name for name in ("audio", "messages") if name in table.column_names]):
+        yield {**row, "id": str(row["id"]), "split": row.get("split") or (None if split == UNSPLIT else split)}
+
+
+def _read_rate(audio: AudioSource) -> int:
+    """Of the file, so that nothing is resampled for a look; what is no file is read at the package's rate."""
+    import soundfile
+
+    if isinstance(audio, Mapping):
+        content, path = audio.get("bytes"), audio.get("path")
+        audio = content if isinstance(content, bytes) else str(path)
+    source = io.BytesIO(audio) if isinstance(audio, bytes) else audio
+    try:
+        return int(soundfile.info(source).samplerate)
+    except (soundfile.LibsndfileError, TypeError):  # `load_audio` says what is wrong
+        return SAMPLING_RATE
+
+
+def _measure(tables: list[Dataset], num_proc: int, progress: bool) -> Iterator[ClipFacts]:
+    """Facts of every clip in the order of the rows."""
+    chunks = [
+        (table, start, min(start + _CHUNK, len(tables[table])))
+        for table in range(len(tables))
+        for start in range(0, len(tables[table]), _CHUNK)
+    ]
+    with tqdm(total=sum(map(len, tables)), desc="Reading audio", unit="clip", disable=not progress) as bar:
+        for facts in _run(tables, chunks, min(num_proc, len(chunks))):
+            yield from facts
+            bar.update(len(facts))
+
+
+def _run(tables: list[Dataset], chunks: list[tuple[int, int, int]], num_proc: int) -> Iterator[list[ClipFacts]]:
+    if num_proc <= 1:
+        yield from (_measure_chunk(tables, chunk) for chunk in chunks)
+        return
+    context = multiprocessing.get_context("forkserver")  # a fork of a process with torch's threads may hang
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(num_proc, mp_context=context, initializer=_open, initargs=(tables,)) as pool:
+        yield from pool.map(_measure_opened, chunks)
+
+
+_opened: list[Dataset] = []  # of a process that reads: sent once, not with every chunk
+
+
+def _open(tables: list[Dataset]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    _opened[:] = tables
+
+
+def _measure_opened(chunk: tuple[int, int, int]) -> list[ClipFacts]:
+    return _measure_chunk(_opened, chunk)
+
+
+def _measure_chunk(tables: Sequence[Dataset], chunk: tuple[int, int, int]) -> list[ClipFacts]:
+    table, start, stop = chunk
+    return [measure_clip(tables[table][index]["audio"]) for index in range(start, stop)]
