@@ -1,7 +1,7 @@
 """Registration with the Auto classes of Transformers, by name, at the moment when Transformers loads them.
 
-`import relllm` must make `AutoModel.from_pretrained` know a ReLLM, and must cost nothing: the Auto classes import torch,
-and so do our models. So each Auto module that is loaded later gets names of classes then, as it has them for
+`import relllm` must make `AutoModel.from_pretrained` know a ReLLM, and must cost nothing: the Auto classes import
+torch, and so do our models. So each Auto module that is loaded later gets names of classes then, as it has them for
 Transformers' own models, and imports a class when it is asked for. (Importing our classes at that moment would fail:
 Transformers loads its Auto modules in the middle of others.) Auto modules that are loaded already get the classes.
 """

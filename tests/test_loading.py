@@ -11,7 +11,7 @@ from tiny_models import clip
 
 import relllm
 from relllm.audio import load_audio
-from relllm.data.loading import load_corpus
+from relllm.data.loading import column_values, load_corpus
 from relllm.data.preparing import prepare_corpus
 from relllm.data.rows import COLUMNS, Corpus, CorpusFacts, Row
 
@@ -246,3 +246,9 @@ def test_left_out_rows_are_counted_aloud(prepared: Path, caplog: pytest.LogCaptu
 def test_what_cannot_be_held_out_is_named(prepared: Path, split: str | None, held_out: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_corpus(prepared, split, held_out=held_out)
+
+
+def test_the_values_of_a_column_are_those_of_all_splits(corpus: Path) -> None:
+    assert column_values(corpus, "split") == ["test", "train"]
+    with pytest.raises(ValueError, match="no column 'session'.*id"):
+        column_values(corpus / "metadata.jsonl", "session")

@@ -80,22 +80,28 @@ def test_gradient_is_that_of_the_losses_written_out(tmp_path: Path, kind: str, s
         torch.testing.assert_close(step[name], gradient, rtol=1e-4, atol=3e-6, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["conv", "cformer"])
-def test_gradients_agree_however_the_batch_is_accumulated(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind, tolerance", [("conv", 1e-12), ("cformer", 1e-6), ("cformer, large", 1e-6)])
+def test_gradients_agree_however_the_batch_is_accumulated(tmp_path: Path, kind: str, tolerance: float) -> None:
+    """In float64, but that CFormer computes its firing weights in float32; each gradient against its own norm."""
     rows = make_rows(tmp_path)
+    kind, _, size = kind.partition(", ")
     steps, logs = {}, {}
     for batch, accumulation in ((8, 1), (4, 2), (2, 4), (1, 8)):
         model, processor, settings = build(kind)
+        if size:
+            with torch.no_grad():
+                model.model.multi_modal_projector.out_proj.weight.div_(0.05)  # as it was drawn: gradients of 1,000
         settings = settings | {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-        trainer = make_trainer(rows, tmp_path / f"{batch}", processor, model, **settings)
+        trainer = make_trainer(rows, tmp_path / f"{batch}", processor, model.double(), **settings)
         steps[batch], logs[batch] = step_of(trainer), trainer.state.log_history[0]
     names = [name.removesuffix("_weight") for name in KINDS[kind][1]]
     assert {"response_loss", "emotion_loss", "dimension_loss", *names} <= logs[8].keys()
+    assert not size or max(gradient.abs().max() for gradient in steps[8].values()) > 1000
     for batch in (4, 2, 1):
         for name, gradient in steps[8].items():
-            torch.testing.assert_close(steps[batch][name], gradient, rtol=1e-4, atol=3e-6)
+            assert (steps[batch][name] - gradient).norm() <= tolerance * gradient.norm(), name
         for name in ("response_loss", "emotion_loss", "dimension_loss", *names):
-            assert logs[batch][name] == pytest.approx(logs[8][name], rel=1e-4), name
+            assert logs[batch][name] == pytest.approx(logs[8][name], rel=1e-5), name
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
@@ -140,9 +146,37 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
         for name, gradient in expected.items():
             torch.testing.assert_close(step[name.removeprefix("module.")], gradient, rtol=1e-4, atol=3e-6)
         losses = [name for name in log if name.endswith(("_loss", "_kl"))]
-        assert len(losses) == {"conv": 4, "cformer": 6}[kind] - (2 if more else 0)
+        assert len(losses) == {"conv": 4, "cformer": 6}[kind] - (3 if more else 0)
         for name in losses:
             assert log[name] == pytest.approx(alone.state.log_history[0][name], rel=1e-4), name
+
+
+def test_without_a_weight_the_reply_adds_nothing_and_the_head_is_not_run(tmp_path: Path) -> None:
+    rows = make_rows(tmp_path)
+    steps, names = {}, {}
+    for weight in (0.0, 1.0, 2.0):
+        model, processor, settings = build("conv")
+        settings = settings | {"response_loss_weight": weight, "per_device_train_batch_size": 4}
+        trainer = make_trainer(rows, tmp_path / "run", processor, model.double(), **settings)
+        steps[weight], names[weight] = step_of(trainer), trainer.state.log_history[0].keys()
+    for name, gradient in steps[0.0].items():  # a weighted sum is linear in its weight
+        expected = 2 * steps[1.0][name] - steps[2.0][name]
+        assert (gradient - expected).norm() <= 1e-6 * steps[1.0][name].norm(), name  # TRL's head computes in float32
+    of_the_reply = {"response_loss", "entropy", "mean_token_accuracy"}
+    assert of_the_reply <= names[1.0] and not of_the_reply & names[0.0] and "response_kl" in names[0.0]
+
+
+def test_without_a_weight_and_a_teacher_a_head_that_is_not_finite_does_no_harm(tmp_path: Path) -> None:
+    model, processor, _ = build("conv")
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    rows = make_rows(tmp_path)
+    trainer = make_trainer(rows, tmp_path / "run", processor, model, response_loss_weight=0.0)
+    step = step_of(trainer)
+    assert all(gradient.isfinite().all() for gradient in step.values())
+    assert all(gradient.abs().max() == 0 for name, gradient in step.items() if "lora_" in name)
+    assert step["model.emotion_head.weight"].abs().max() > 0
+    metrics = trainer.evaluate(trainer.train_dataset)
+    assert "eval_response_loss" not in metrics and metrics["eval_loss"] > 0
 
 
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from relllm.evaluation.recognition import recognition_metrics
 from relllm.labels import DIMENSIONS
 from relllm.training.collator import ReLLMCollator
 from relllm.training.metrics import RunningMeans, concordances, recognition
+from relllm.training.objective import keep_labels
 
 NAMES = ("ua", "wa", "macro_f1", "ccc_arousal", "ccc_dominance", "ccc_valence")
 
@@ -72,7 +73,7 @@ def test_mean_losses_of_an_evaluation_do_not_depend_on_its_batches(tmp_path: Pat
     for batch_size in (8, 3):
         trainer = make_trainer(rows, tmp_path / "run", processor, per_device_eval_batch_size=batch_size)
         results.append(trainer.evaluate(Dataset.from_list(rows)))
-    for name in ("response_loss", "emotion_loss", "dimension_loss", "emotion_accuracy"):
+    for name in ("loss", "response_loss", "emotion_loss", "dimension_loss", "emotion_accuracy"):
         assert results[0][f"eval_{name}"] == pytest.approx(results[1][f"eval_{name}"], rel=1e-5), name
 
 
@@ -134,9 +135,64 @@ def test_early_stopping_on_ua(tmp_path: Path, processor) -> None:
     assert [entry["eval_ua"] for entry in trainer.state.log_history if "eval_ua" in entry]
 
 
-def test_two_processes_measure_what_one_does(tmp_path: Path, processor) -> None:
+WEIGHTS = {"response_loss": 1.0, "emotion_loss": 0.5, "dimension_loss": 2.0}
+
+
+def expected_losses(rows: list[dict], processor) -> dict[str, float]:
+    """The model's own loss and the losses of PyTorch, from one forward pass over all rows at once."""
+    model = tiny_model(lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.0})
+    batch = ReLLMCollator(processor, EMOTIONS)(rows)
+    emotions, dimensions = batch.pop("emotion_labels"), batch.pop("dimension_labels")
+    del batch["clips_per_row"]
+    with torch.no_grad():
+        outputs = model(**batch)
+    known, labelled = emotions != -100, dimensions.isfinite()
+    losses = {
+        "response_loss": outputs.loss.item(),
+        "emotion_loss": torch.nn.functional.cross_entropy(outputs.emotion_logits[known], emotions[known]).item(),
+        "dimension_loss": (outputs.dimensions - dimensions)[labelled].square().mean().item(),
+    }
+    return losses | {"loss": sum(weight * losses[name] for name, weight in WEIGHTS.items())}
+
+
+@pytest.mark.parametrize("batch_size", [7, 2])
+def test_the_loss_of_an_evaluation_is_the_weighted_sum_over_all_items(tmp_path: Path, processor, batch_size) -> None:
+    rows = make_rows(tmp_path, 7)
+    weights = {f"{name}_weight": weight for name, weight in WEIGHTS.items()}
+    trainer = make_trainer(rows, tmp_path / "run", processor, per_device_eval_batch_size=batch_size, **weights)
+    metrics = trainer.evaluate(Dataset.from_list(rows))
+    for name, value in expected_losses(rows, processor).items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
+
+
+def test_a_concordance_loss_of_an_evaluation_is_that_of_the_whole_set(tmp_path: Path, processor) -> None:
+    rows = make_rows(tmp_path)
+    settings = {"dimension_loss": "ccc", "per_device_eval_batch_size": 3}
+    metrics = make_trainer(rows, tmp_path / "run", processor, **settings).evaluate(Dataset.from_list(rows))
+    expected = expected_metrics(rows, processor)
+    mean = np.mean([expected[f"ccc_{name}"] for name in DIMENSIONS])
+    assert metrics["eval_dimension_loss"] == pytest.approx(1 - mean, abs=1e-5)
+
+
+def test_rows_without_labels_count_nowhere() -> None:
+    batch = {
+        "labels": torch.tensor([[-100, 5], [-100, 6]]),
+        "emotion_labels": torch.tensor([0, 1, 2]),
+        "dimension_labels": torch.full((3, 3), 0.5),
+        "clips_per_row": torch.tensor([2, 1]),
+        "heard_words": torch.tensor([[True], [True]]),
+    }
+    kept = keep_labels(batch, 1)
+    assert kept["labels"].tolist() == [[-100, 5], [-100, -100]] and kept["heard_words"].tolist() == [[True], [False]]
+    assert kept["emotion_labels"].tolist() == [0, 1, -100]
+    assert kept["dimension_labels"].isnan().all(1).tolist() == [False, False, True]
+    assert batch["emotion_labels"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("count", [7, 5])  # the last batch of two processes repeats one row, or three
+def test_two_processes_measure_what_one_does(tmp_path: Path, processor, count: int) -> None:
     (tmp_path / "clips").mkdir()
-    rows = make_rows(tmp_path / "clips", 7)  # the last batch is padded with rows seen before
+    rows = make_rows(tmp_path / "clips", count)
     script = tmp_path / "evaluate.py"
     script.write_text(
         textwrap.dedent("""
@@ -146,10 +202,12 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, processor) -> None:
         torch.set_num_threads(1)
         from datasets import Dataset
         from test_trainer import make_rows, make_trainer
+        from test_trainer_evaluation import WEIGHTS
         from tiny_models import tiny_processor
-        folder = Path(sys.argv[1])
-        rows = make_rows(folder / "clips", 7)
-        trainer = make_trainer(rows, folder / "two", tiny_processor(), per_device_eval_batch_size=2)
+        folder, count = Path(sys.argv[1]), int(sys.argv[2])
+        rows = make_rows(folder / "clips", count)
+        weights = {f"{name}_weight": weight for name, weight in WEIGHTS.items()}
+        trainer = make_trainer(rows, folder / "two", tiny_processor(), per_device_eval_batch_size=2, **weights)
         metrics = trainer.evaluate(Dataset.from_list(rows))
         if trainer.is_world_process_zero():
             (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -161,11 +219,16 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, processor) -> None:
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200
+        [*command, str(script), str(tmp_path), str(count)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    for name, value in expected_metrics(rows, processor).items():
+    expected = expected_metrics(rows, processor) | expected_losses(rows, processor)
+    for name, value in expected.items():
         assert metrics[f"eval_{name}"] == pytest.approx(value, abs=1e-5), name
 
 

@@ -70,6 +70,19 @@ def load_corpus(
     return _hold_out(_load(str(data), None, streaming, everything=True), split, wanted, str(data))
 
 
+def column_values(data: str | Path, column: str) -> list[str]:
+    """The values that the rows of all splits have in a column, sorted; missing ones are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: As [`load_corpus`]; or there is no such column.
+    """
+    dataset = _load(str(data), None, True, everything=True)
+    names = list(dataset.features or {})
+    if column not in names:
+        raise ValueError(f"{data} has no column {column!r}; its columns are {names}.")
+    return sorted({str(row[column]) for row in dataset.select_columns([column]) if row[column] is not None})
+
+
 def read_table(path: Path) -> Iterator[tuple[int, dict]]:
     """Number of the line and fields of each row of a `.jsonl` or `.csv` file.
 
@@ -349,4 +362,4 @@ def _leave_encoded(dataset: Dataset | IterableDataset) -> Dataset | IterableData
     return dataset
 
 
-__all__ = ["load_corpus", "read_table"]
+__all__ = ["column_values", "load_corpus", "read_table"]

@@ -83,8 +83,8 @@ class Journal:
         found = lines[0].get("settings")
         if found != settings:
             raise ValueError(
-                f"{self.path} belongs to a run with other settings ({name_differences(found, settings)}), and one file "
-                "must not mix them. Use the same settings, choose another --out, or delete the journal."
+                f"{self.path} belongs to a run with other settings ({name_differences(found, settings)}), and one "
+                "file must not mix them. Use the same settings, choose another --out, or delete the journal."
             )
         self.done = {str(line["id"]): line for line in lines[1:]}
 
@@ -182,8 +182,8 @@ def find_complete(out: Path, settings: Mapping[str, object]) -> dict | None:
     wanted = json.loads(json.dumps(settings))
     if found.get("settings") != wanted:
         raise FileExistsError(
-            f"{out} is there already, from a run with other settings ({name_differences(found.get('settings'), wanted)}). "
-            "Choose another --out, or delete it."
+            f"{out} is there already, from a run with other settings "
+            f"({name_differences(found.get('settings'), wanted)}). Choose another --out, or delete it."
         )
     return found
 
@@ -215,6 +215,7 @@ def _parse(line: bytes, path: Path, number: int) -> dict:
 
 
 def name_differences(found: object, wanted: Mapping[str, object]) -> str:
+    """Settings that differ, each with both values, for an error."""
     if not isinstance(found, Mapping):
         return "none are known"
     names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
@@ -222,6 +223,7 @@ def name_differences(found: object, wanted: Mapping[str, object]) -> str:
 
 
 def publish(partial: Path, path: Path) -> None:
+    """Gives a finished file its name, once its bytes are on the disk."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
@@ -232,6 +234,8 @@ __all__ = [
     "check_out",
     "find_complete",
     "journal_path",
+    "name_differences",
+    "publish",
     "report_path",
     "rows_fingerprint",
     "write_json",

@@ -96,13 +96,11 @@ def _encode_short_mel(
 def _encode_waveform(
     tower: PreTrainedModel, waveforms: Tensor, mask: Tensor, lengths: Tensor, **kwargs: object
 ) -> BaseModelOutput:
-    ragged = bool((mask.sum(-1) != mask.shape[-1]).any())
-    if not ragged:
-        return tower(waveforms, **kwargs)
     if tower.config.feat_extract_norm == "layer":
         return tower(waveforms, attention_mask=mask, **kwargs)
     # A group norm takes its statistics over time, padding included: such encoders see ragged clips one by one.
-    clips = [
-        tower(row[None, :length]).last_hidden_state[0] for row, length in zip(waveforms, mask.sum(-1), strict=True)
-    ]
+    samples = mask.sum(-1).tolist()
+    if min(samples) == waveforms.shape[-1]:
+        return tower(waveforms, **kwargs)
+    clips = [tower(row[None, :length]).last_hidden_state[0] for row, length in zip(waveforms, samples, strict=True)]
     return BaseModelOutput(last_hidden_state=nn.utils.rnn.pad_sequence(clips, batch_first=True))

@@ -15,6 +15,7 @@ from relllm.labels import DIMENSIONS
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 
+from .augmentation import Augmentation
 from .losses import IGNORE_INDEX
 from .transcripts import TOKENS_PER_S, group_clips, split_count, teacher_inputs
 
@@ -33,6 +34,8 @@ class ReLLMCollator:
         instruction, system_prompt (`str`): Of rows without `messages`.
         teacher (`bool`, *optional*, defaults to `False`): Make the teacher's input from the column `text` (for the KL
             losses): the transcript, one of each clip; a row that lacks one has no teacher labels.
+        augmentation ([`Augmentation`], *optional*): Of every clip, once it is read and before anything is counted;
+            for training rows only.
     """
 
     processor: ReLLMProcessor
@@ -40,6 +43,7 @@ class ReLLMCollator:
     instruction: str = SPEECH_PROMPT
     system_prompt: str = SYSTEM_PROMPT
     teacher: bool = False
+    augmentation: Augmentation | None = None
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
         """
@@ -58,8 +62,11 @@ class ReLLMCollator:
         transcripts = [self._transcripts(row, count) for row, count in zip(rows, clips, strict=True)]
         audio_kwargs: dict[str, list[int]] = {}
         windows: list[list[int]] = []  # positions of each window of each clip, with CFormer
-        if self._counts_words:
+        if self._counts_words or self.augmentation is not None:
             conversations = cast("list[list[dict]]", self.processor.read_audio(conversations))
+        if self.augmentation is not None:
+            self._augment(rows, conversations, self.augmentation)
+        if self._counts_words:
             windows = self._window_counts(conversations, [clip for row in transcripts for clip in row])
             audio_kwargs["audio_token_counts"] = [count for clip in windows for count in clip]
         features = self.processor.apply_chat_template(
@@ -89,6 +96,14 @@ class ReLLMCollator:
     def _counts_words(self) -> bool:
         """Whether the projector is a CFormer, which makes as many positions as the transcript has tokens."""
         return self.processor.feature_extractor.num_projector_convs is None
+
+    def _augment(self, rows: Sequence[Mapping], conversations: list[list[dict]], augmentation: Augmentation) -> None:
+        """In place: `read_audio` has made copies. The teacher's transcripts stay as they are."""
+        for row, turns in zip(rows, conversations, strict=True):
+            contents = [message["content"] for message in turns if not isinstance(message["content"], str)]
+            parts = [part for content in contents for part in content if part["type"] == "audio"]
+            for index, part in enumerate(parts):
+                part["audio"] = augmentation(part["audio"], row_id=row.get("id"), clip=index)
 
     def _transcripts(self, row: Mapping, num_clips: int) -> list[list[int] | None]:
         """Tokens of each clip's transcript, `None` for none; read only where something needs them."""

@@ -8,6 +8,8 @@ from trl import SFTConfig
 
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 
+from .augmentation import AugmentationSettings
+
 TOWERS = ("audio_tower", "emotion_tower", "text_model")
 LOSS_WEIGHTS = (
     "response_loss_weight",
@@ -20,8 +22,10 @@ LOSS_WEIGHTS = (
 
 
 @dataclass
-class ReLLMSFTConfig(SFTConfig):
+class ReLLMSFTConfig(AugmentationSettings, SFTConfig):
     """`trl.SFTConfig` with RE-LLM's losses; the defaults that differ from TRL's are the paper's recipe.
+
+    The settings of augmentation are those of [`~relllm.training.augmentation.AugmentationSettings`]; all are off.
 
     Args:
         emotion_loss_weight (`float`, *optional*, defaults to 1.0): Of the emotion cross-entropy. As with every weight
@@ -96,6 +100,7 @@ class ReLLMSFTConfig(SFTConfig):
                 raise ValueError(f"{name}=True would join rows, and audio belongs to its row. Leave it off.")
         if self.max_length is not None:
             raise ValueError(f"max_length={self.max_length} would cut through audio. Leave it unset; shorten clips.")
+        self.check_augmentation()
         # Our collator makes the labels from the chat template's `{% generation %}` marks.
         self.remove_unused_columns = False
         dataset_kwargs: dict | None = self.dataset_kwargs  # type: ignore[has-type]

@@ -27,6 +27,7 @@ from relllm.labels import DIMENSIONS
 from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 
+from .augmentation import AugmentationSettings
 from .emotion_tower import EmotionTowerTrainer
 from .losses import ccc_loss
 from .run import checkpoint_to_resume
@@ -59,6 +60,8 @@ class EmotionScriptArguments:
         data (`str`): Where the rows are, as [`~relllm.data.loading.load_corpus`] takes it.
         train_split, eval_split (`str`, *optional*): Default to `"train"` and `"validation"`; an empty `eval_split`
             keeps the last checkpoint instead of the best.
+        held_out (`str`, *optional*): Makes the splits from columns, as [`~relllm.data.loading.load_corpus`] does:
+            `"session=Ses05;validation:session=Ses04"`.
         resume (`str`, *optional*, defaults to `"auto"`): As for `relllm train`.
 
     Raises:
@@ -74,6 +77,9 @@ class EmotionScriptArguments:
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on; empty for all rows."})
     eval_split: str = field(default="validation", metadata={"help": "Development split; empty for none."})
+    held_out: str | None = field(
+        default=None, metadata={"help": "Splits from columns: session=Ses05;validation:session=Ses04."}
+    )
     resume: str = field(
         default="auto", metadata={"help": "auto: from the last complete checkpoint if any; true: demand one; false."}
     )
@@ -91,8 +97,8 @@ class EmotionScriptArguments:
 
 
 @dataclass
-class EmotionTrainingConfig(TrainingArguments):
-    """`transformers.TrainingArguments` with audEERING's recipe as the defaults."""
+class EmotionTrainingConfig(AugmentationSettings, TrainingArguments):
+    """`transformers.TrainingArguments` with audEERING's recipe as the defaults, and augmentation, which is off."""
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Fixed (audEERING: 1e-4)."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "audEERING: a fixed learning rate."})
@@ -109,6 +115,10 @@ class EmotionTrainingConfig(TrainingArguments):
     greater_is_better: bool | None = field(default=True, metadata={"help": "A CCC is better when it is greater."})
     report_to: str = field(default="none", metadata={"help": "trackio, tensorboard, wandb, …"})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_augmentation()
+
     def __getstate__(self) -> dict[str, object]:
         """Without the token: the trainer pickles its settings to `training_args.bin`, which a push sends along."""
         return {**self.__dict__, "hub_token": None}
@@ -123,6 +133,7 @@ def parse_emotion_arguments(arguments: Sequence[str]) -> tuple[EmotionScriptArgu
     sections = {
         "model and data": [setting.name for setting in fields(EmotionScriptArguments)],
         "where audEERING's recipe differs from Transformers' defaults": list(EmotionTrainingConfig.__annotations__),
+        "augmentation of the training clips (off by default)": list(AugmentationSettings.__annotations__),
     }
     parser = SettingsParser(
         (EmotionScriptArguments, EmotionTrainingConfig),
@@ -151,10 +162,12 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     checkpoint = args.resume_from_checkpoint or checkpoint_to_resume(Path(args.output_dir), script.resume)
     set_seed(args.seed)  # what is drawn for the head
     assert script.data is not None and script.model_name_or_path is not None
-    train_rows = _labelled(load_corpus(script.data, script.train_split or None), script.train_split)
-    eval_rows = (
-        _labelled(load_corpus(script.data, script.eval_split), script.eval_split) if script.eval_split else None
-    )
+    train_rows = load_corpus(script.data, script.train_split or None, held_out=script.held_out)
+    train_rows = _labelled(train_rows, script.train_split)
+    eval_rows = None
+    if script.eval_split:
+        eval_rows = load_corpus(script.data, script.eval_split, held_out=script.held_out)
+        eval_rows = _labelled(eval_rows, script.eval_split)
     if eval_rows is None:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     model = build_emotion_tower(

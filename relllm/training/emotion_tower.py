@@ -15,6 +15,7 @@ from relllm.audio import load_audio
 from relllm.labels import DIMENSIONS
 from relllm.modeling.emotion_tower_relllm import EmotionTowerOutput, ReLLMEmotionModel
 
+from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
 from .losses import ccc_loss
 
 
@@ -24,9 +25,11 @@ class EmotionCollator:
 
     Args:
         feature_extractor (`Wav2Vec2FeatureExtractor`): With `return_attention_mask=True`.
+        augmentation ([`Augmentation`], *optional*): Of every clip; for training rows only.
     """
 
     feature_extractor: Wav2Vec2FeatureExtractor
+    augmentation: Augmentation | None = None
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
         """
@@ -35,6 +38,11 @@ class EmotionCollator:
         """
         rate = self.feature_extractor.sampling_rate
         waveforms = [load_audio(row["audio"], sampling_rate=rate) for row in rows]
+        if self.augmentation is not None:
+            waveforms = [
+                self.augmentation(waveform, row_id=row.get("id"))
+                for row, waveform in zip(rows, waveforms, strict=True)
+            ]
         batch = self.feature_extractor(waveforms, sampling_rate=rate, padding=True, return_tensors="pt")
         targets = [[float("nan") if row[name] is None else float(row[name]) for name in DIMENSIONS] for row in rows]
         return {
@@ -44,7 +52,7 @@ class EmotionCollator:
         }
 
 
-class EmotionTowerTrainer(Trainer):
+class EmotionTowerTrainer(AugmentationMixin, Trainer):
     """Trains a [`ReLLMEmotionModel`] with 1 - CCC, averaged over the dimensions.
 
     A CCC is a statistic of a batch: use a batch that holds a spread of emotions (16 clips or more), rather than
@@ -52,7 +60,8 @@ class EmotionTowerTrainer(Trainer):
 
     Args:
         model ([`ReLLMEmotionModel`]): The tower.
-        args (`TrainingArguments`): Of Transformers; `remove_unused_columns` is switched off.
+        args (`TrainingArguments`): Of Transformers, perhaps with [`AugmentationSettings`]; `remove_unused_columns` is
+            switched off.
         train_dataset, eval_dataset (`datasets.Dataset`): Rows with `audio`, `arousal`, `dominance`, `valence`.
         feature_extractor (`Wav2Vec2FeatureExtractor`, *optional*): Saved with the tower.
         kwargs: As in `transformers.Trainer`.
@@ -79,6 +88,8 @@ class EmotionTowerTrainer(Trainer):
             processing_class=feature_extractor,
             **kwargs,
         )
+        if isinstance(args, AugmentationSettings) and args.augments:
+            self.augment(Augmentation(args, seed=self.args.seed, sampling_rate=feature_extractor.sampling_rate))
         self.model_accepts_loss_kwargs = False  # a CCC is averaged over accumulated steps, not divided by a count
 
     def compute_loss(

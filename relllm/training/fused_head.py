@@ -2,7 +2,8 @@
 
 Since 1.16 TRL trains by a forward pass of its own, which runs the base model and returns fields of its own. Before (on
 Python 3.10) it trains by the model's forward, whose output has the heads' in it already. Either way the teacher runs
-inside `forward`, where DDP, FSDP and DeepSpeed expect every use of a weight.
+inside `forward`, where DDP, FSDP and DeepSpeed expect every use of a weight. Where the reply's cross-entropy has no
+weight, a training pass ends before the LLM's head.
 """
 
 import functools
@@ -48,6 +49,8 @@ if FusedCausalLMOutput is not None:
 class ReLLMAlignedOutput(ReLLMCausalLMOutput):
     """The model's output and the alignment losses; for passes that are not fused.
 
+    Of a pass without the head, `loss` is a zero with a gradient, and there are no logits.
+
     Args:
         response_kl, input_kl (`torch.Tensor` of shape `()`, *optional*): Sums over positions.
     """
@@ -68,25 +71,28 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
     def forward(self: PreTrainedModel, *args: Tensor, **kwargs: Tensor) -> ModelOutput:
         fused = bool(kwargs.get("fused_lm_head", False))
+        headless = bool(kwargs.pop("without_lm_head", False))
         teacher_inputs = {name: kwargs.pop(name) for name in TEACHER_INPUTS if name in kwargs}
         reading = alignment if teacher_inputs and "labels" in kwargs else None
-        if not fused and reading is None:  # not a training pass
+        if not fused and not headless and reading is None:  # not a training pass
             return inner_forward(*args, **kwargs)
         taught = teach(self.base_model, teacher_inputs, reading) if reading is not None else {}
         heard: dict[str, Tensor] = {}
         handle = self.base_model.register_forward_hook(lambda module, inputs, output: heard.update(output))
+        labels = kwargs.pop("labels") if headless else kwargs.get("labels")
         try:
-            output = inner_forward(*args, **kwargs)
+            output = (self.base_model if headless else inner_forward)(*args, **kwargs)
         finally:
             handle.remove()
         sums: dict[str, Tensor] = {}
-        if reading is not None:
-            states, labels = heard["last_hidden_state"], kwargs["labels"]
-            sums = compare(self.base_model, states, labels, teacher_inputs, taught, reading, are_logits=not fused)
-        if not fused:
-            return ReLLMAlignedOutput(**output, **sums)
+        states = heard["last_hidden_state"]
+        if reading is not None and labels is not None:
+            are_logits = not fused and not headless
+            sums = compare(self.base_model, states, labels, teacher_inputs, taught, reading, are_logits=are_logits)
         heads = {name: heard.get(name) for name in ("emotion_logits", "dimensions", "alphas_sum")}
-        return ReLLMFusedOutput(**output, **heads, **sums)
+        if headless:  # a sum over nothing: what trains has a gradient, of zero, which DDP waits for
+            return ReLLMAlignedOutput(loss=states[:0].sum(), **heads, **sums)
+        return ReLLMFusedOutput(**output, **heads, **sums) if fused else ReLLMAlignedOutput(**output, **sums)
 
     model.forward = types.MethodType(forward, model)
 

@@ -19,6 +19,13 @@ from .config import ReLLMSFTConfig
 from .losses import IGNORE_INDEX, ccc_loss, cif_loss, dimension_loss, emotion_loss
 
 TARGETS = ("emotion_labels", "dimension_labels", "transcript_token_counts", "clips_per_row")
+NO_LABEL_OF_A_ROW = {
+    "labels": IGNORE_INDEX,
+    "teacher_labels": IGNORE_INDEX,
+    "teacher_words": False,
+    "heard_words": False,
+}
+NO_LABEL_OF_A_CLIP = {"emotion_labels": IGNORE_INDEX, "dimension_labels": float("nan"), "transcript_token_counts": 0}
 
 
 @dataclass
@@ -164,6 +171,22 @@ class Objective:
         return self.class_weights.to(labels.device)[labelled]
 
 
+def keep_labels(batch: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]:
+    """A batch in which only the first rows are labelled: the others count in no loss and in no metric.
+
+    Args:
+        batch (`dict`): Of [`~relllm.training.collator.ReLLMCollator`]; unchanged.
+        num_rows (`int`): Rows that keep their labels.
+    """
+    num_clips = int(batch["clips_per_row"][:num_rows].sum()) if "clips_per_row" in batch else num_rows
+    kept = dict(batch)
+    for nothing, start in ((NO_LABEL_OF_A_ROW, num_rows), (NO_LABEL_OF_A_CLIP, num_clips)):
+        for name in nothing.keys() & batch.keys():
+            kept[name] = batch[name].clone()
+            kept[name][start:] = nothing[name]
+    return kept
+
+
 def _cif_loss(alphas_sum: Tensor, windows: Tensor | None, batch: Mapping[str, Tensor], num_items: Tensor) -> Tensor:
     """Of clips: the predicted counts of a clip's windows add up."""
     num_tokens = batch["transcript_token_counts"]
@@ -174,4 +197,4 @@ def _cif_loss(alphas_sum: Tensor, windows: Tensor | None, batch: Mapping[str, Te
     return cif_loss(alphas_sum[known], num_tokens[known], num_items.to(alphas_sum.device))
 
 
-__all__ = ["TARGETS", "Objective", "Term"]
+__all__ = ["TARGETS", "Objective", "Term", "keep_labels"]

@@ -15,9 +15,12 @@ from datasets import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from relllm.data.loading import load_corpus
+from relllm.data.writing import write_json
 
+from .augmentation import AugmentationSettings
 from .building import build_model
 from .config import ReLLMSFTConfig
+from .record import RECORD_NAME, training_record
 from .settings import SettingsParser
 from .trainer import ReLLMSFTTrainer
 
@@ -67,6 +70,8 @@ class ReLLMScriptArguments:
         train_split (`str`, *optional*, defaults to `"train"`): Split to train on; empty for all rows.
         eval_split (`str`, *optional*): Split to evaluate on, at the end and as `eval_strategy` says.
         eval_data (`str`, *optional*): Where that split is, if not in `data`.
+        held_out (`str`, *optional*): Makes the splits of `data` from columns, as
+            [`~relllm.data.loading.load_corpus`] does: `"session=Ses05;validation:session=Ses04"`.
         streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed; `max_steps` must be set.
         early_stopping_patience (`int`, *optional*): Stop after so many evaluations without a better
             `metric_for_best_model`.
@@ -113,6 +118,9 @@ class ReLLMScriptArguments:
     train_split: str = field(default="train", metadata={"help": "Split to train on; empty for all rows."})
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; never the test split."})
     eval_data: str | None = field(default=None, metadata={"help": "Where eval_split is, if not in data."})
+    held_out: str | None = field(
+        default=None, metadata={"help": "Splits from columns: session=Ses05;validation:session=Ses04."}
+    )
     streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed; needs max_steps."})
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
@@ -172,6 +180,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ReLLMScriptArguments, ReL
     sections = {
         "model and data": [setting.name for setting in fields(ReLLMScriptArguments)],
         "losses, and where the paper's recipe differs from TRL": list(ReLLMSFTConfig.__annotations__),
+        "augmentation of the training clips (off by default)": list(AugmentationSettings.__annotations__),
     }
     parser = SettingsParser(
         (ReLLMScriptArguments, ReLLMSFTConfig), command="relllm train", description=DESCRIPTION, sections=sections
@@ -213,6 +222,8 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_metrics("train", metrics)
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_json(training_record(script, args, trainer.state), Path(args.output_dir) / RECORD_NAME)
     if eval_rows is not None:
         trainer.save_metrics("eval", trainer.evaluate())
     if script.load_in_4bit:  # Transformers loads such a checkpoint as it is stored, so let it be stored in one dtype
@@ -270,10 +281,15 @@ def _load_data(
             f"eval_strategy={args.eval_strategy.value!r} needs an eval_split (and eval_data if elsewhere)."
         )
     assert script.data is not None
-    train_rows = load_corpus(script.data, script.train_split or None, streaming=script.streaming)
+    train_rows = load_corpus(
+        script.data, script.train_split or None, held_out=script.held_out, streaming=script.streaming
+    )
     if script.streaming:
         train_rows = train_rows.shuffle(seed=args.seed, buffer_size=1000)
-    eval_rows = load_corpus(script.eval_data or script.data, script.eval_split) if script.eval_split else None
+    eval_rows = None
+    if script.eval_split:
+        held_out = None if script.eval_data else script.held_out  # which is of `data`
+        eval_rows = load_corpus(script.eval_data or script.data, script.eval_split, held_out=held_out)
     return train_rows, eval_rows
 
 

@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import ModelOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.utils import ModelOutput, logging
 from trl import SFTTrainer
 
 from relllm.labels import DIMENSIONS
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
 
+from .augmentation import Augmentation, AugmentationMixin
 from .checkpoints import CheckpointMixin
 from .collator import ReLLMCollator
 from .config import ReLLMSFTConfig
@@ -30,10 +31,12 @@ from .fused_head import return_heads
 from .lengths import row_lengths
 from .losses import IGNORE_INDEX
 from .metrics import RunningMeans, concordances, recognition
-from .objective import TARGETS, Objective
+from .objective import TARGETS, Objective, keep_labels
+
+logger = logging.get_logger(__name__)
 
 
-class ReLLMSFTTrainer(CheckpointMixin, SFTTrainer):
+class ReLLMSFTTrainer(AugmentationMixin, CheckpointMixin, SFTTrainer):
     """Trains the projector, the heads and the LoRA of a [`ReLLMForConditionalGeneration`].
 
     An evaluation also measures the heads, on the outputs that gave the loss: `eval_ua`, `eval_wa`, `eval_macro_f1`,
@@ -50,7 +53,7 @@ class ReLLMSFTTrainer(CheckpointMixin, SFTTrainer):
     Raises:
         TypeError: If `model` is not an instance, or `processing_class` not a `ReLLMProcessor`.
         ValueError: If `peft_config` is given: the model carries its LoRA, and a second one would deactivate it. Or if
-            a loss asks for what the model lacks.
+            a loss asks for what the model lacks. Or if clips are to be augmented, and `data_collator` is another one.
     """
 
     _tag_names = ["relllm", "trl", "sft"]
@@ -96,6 +99,15 @@ class ReLLMSFTTrainer(CheckpointMixin, SFTTrainer):
             prepare_trainable(model, args.unfreeze, self.objective.unused_heads)
         return_heads(self.model, self.objective.alignment)
         self.add_callback(TrainableTableCallback)
+        if args.augments:
+            if not isinstance(self.data_collator, ReLLMCollator):
+                raise ValueError(
+                    f"data_collator is a {type(self.data_collator).__name__}, and the settings augment clips, which "
+                    "only a ReLLMCollator does. Leave data_collator out, or the augment_… settings."
+                )
+            extractor = processing_class.feature_extractor
+            rate, longest = extractor.sampling_rate, extractor.max_duration_s
+            self.augment(Augmentation(args, seed=args.seed, sampling_rate=rate, max_duration_s=longest))
         self.add_callback(_ShortStreamCallback)
         self._num_items = torch.zeros(len(self.objective.weights))
         self._means = RunningMeans(["response_loss", "emotion_accuracy", *self.objective.active], self.args.device)
@@ -122,12 +134,17 @@ class ReLLMSFTTrainer(CheckpointMixin, SFTTrainer):
         """TRL's loss of the response, and the other losses on the outputs of the same forward pass."""
         local_counts = self.objective.count(inputs)
         targets = {name: inputs.pop(name) for name in TARGETS if name in inputs}
-        recorder = _Recorder(model)
-        result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = result if return_outputs else (result, None)
-        output = recorder.outputs[0]  # the training pass's; TRL may run another for metrics
-        self._log_response(loss, inputs["labels"], num_items_in_batch)
-        loss = loss * self.args.response_loss_weight
+        outputs = None
+        if self.args.response_loss_weight == 0 and not return_outputs:
+            output = model(**inputs, without_lm_head=True)
+            loss = output.loss
+        else:
+            recorder = _Recorder(model)
+            result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
+            loss, outputs = result if return_outputs else (result, None)
+            output = recorder.outputs[0]  # the training pass's; TRL may run another for metrics
+            self._log_response(loss, inputs["labels"], num_items_in_batch)
+            loss = loss * self.args.response_loss_weight
         training = self.model.training and num_items_in_batch is not None
         num_items = self._num_items if training else local_counts
         mode = "train" if self.model.training else "eval"
@@ -144,6 +161,21 @@ class ReLLMSFTTrainer(CheckpointMixin, SFTTrainer):
             self._remember(output, targets, mode)
         return (loss, outputs) if return_outputs else loss
 
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As in TRL, without the labels of rows that Accelerate repeats to give every process a last batch."""
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:
+            size = len(inputs["labels"])
+            own = state.remainder - self.accelerator.process_index * size  # the first ones of all are the new ones
+            inputs = keep_labels(inputs, min(max(own, 0), size))
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -152,13 +184,26 @@ class ReLLMSFTTrainer(CheckpointMixin, SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in Transformers, with the means of the losses and the metrics of the heads."""
+        """As in Transformers, with the means of the losses and the metrics of the heads.
+
+        The loss is the objective over the whole set: each mean with its weight, not the mean over batches.
+        """
         self._heard.clear()
+        if self.accelerator.num_processes > 1 and not has_length(dataloader):
+            logger.warning(
+                "The evaluation reads a stream on several processes, and Accelerate repeats rows of a stream without "
+                "saying which: these count twice. Load the evaluation's rows without streaming."
+            )
         result = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         metrics = self._means.means(self.accelerator.reduce(self._means.take("eval"), reduction="sum"))
         metrics |= self._heads_metrics()
+        if self.objective.dimension_loss == "ccc" and "dimension_loss" in metrics:
+            concordance = [value for name, value in metrics.items() if name.startswith("ccc_")]
+            metrics["dimension_loss"] = 1 - sum(concordance) / len(concordance) if concordance else 0.0
+        weights = {"response_loss": self.args.response_loss_weight, **self.objective.weights}
+        metrics["loss"] = sum(weight * metrics.get(name, 0.0) for name, weight in weights.items())
         result.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return result
 
@@ -186,34 +231,26 @@ class ReLLMSFTTrainer(CheckpointMixin, SFTTrainer):
         if num_items_in_batch is not None:
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             divisor = torch.as_tensor(num_items_in_batch, device=loss.device) / processes
-        self._means.add("train" if self.model.training else "eval", "response_loss", loss.detach() * divisor, tokens)
+        total = torch.where(tokens > 0, loss.detach() * divisor, 0.0)  # label smoothing divides zero by no tokens
+        self._means.add("train" if self.model.training else "eval", "response_loss", total, tokens)
 
     @torch.no_grad()
     def _remember(self, output: ModelOutput, targets: dict[str, Tensor], mode: str) -> None:
-        """Counts the emotions that are right; in evaluation keeps what the heads said of each clip.
-
-        Kept by row, `(rows, clips of a row, 2 + 6)` and NaN where a row has fewer clips, because the last batch holds
-        rows twice where the processes share it out, and Accelerate drops these by row.
-        """
+        """Counts the emotions that are right; in evaluation keeps what the heads said, `(clips, 2 + 6)`."""
         labels, predictions = targets["emotion_labels"], output.emotion_logits.argmax(-1)
         if "emotion_loss" in self.objective.active:
             known = labels != IGNORE_INDEX
             self._means.add(mode, "emotion_accuracy", (labels == predictions).sum(), known.sum())
-        if mode == "train":
-            return
-        classes = torch.stack([labels, predictions], dim=1).float()
-        clips = torch.cat([classes, output.dimensions.float(), targets["dimension_labels"]], dim=1)
-        counts = targets.get("clips_per_row")
-        rows = clips.split(counts.tolist() if counts is not None else 1)
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float("nan"))
-        padded = self.accelerator.pad_across_processes(padded, dim=1, pad_index=float("nan"))
-        self._heard.append(self.accelerator.gather_for_metrics(padded).flatten(0, 1).cpu())
+        if mode == "eval":
+            classes = torch.stack([labels, predictions], dim=1).float()
+            self._heard.append(torch.cat([classes, output.dimensions.float(), targets["dimension_labels"]], dim=1))
 
     def _heads_metrics(self) -> dict[str, float]:
         """UA, WA, macro-F1 and CCC over the clips of the evaluation, of the heads that have a loss."""
-        if not self._heard:
-            return {}
-        clips = torch.cat(self._heard)
+        none = torch.full((1, 2 + 2 * len(DIMENSIONS)), float("nan"), device=self.args.device)
+        clips = torch.cat([none, *self._heard])  # a process may have heard nothing
+        clips = self.accelerator.pad_across_processes(clips, dim=0, pad_index=float("nan"))
+        clips = self.accelerator.gather(clips).cpu()
         clips = clips[~clips[:, 0].isnan()]
         size = len(DIMENSIONS)
         labels, predictions, dimensions, targets = clips.split([1, 1, size, size], dim=1)
