@@ -1,8 +1,9 @@
-"""The whole of RE-LLM in minutes on a CPU: corpus, towers, training, evaluation, a reply in a fresh process.
+"""The whole of RE-LLM in minutes on a CPU: corpus, towers, training, evaluation, model card, a reply.
 
 Everything is small and made here, so every step is real and nothing is pretrained: the tokenizer and the LLM learn
 the corpus's own replies as text, the emotion tower learns the dimensions, then RE-LLM and its speech-only baseline
-learn to hear. One folder for each step; a step that is done is not done again.
+learn to hear. Corpus, evaluation, comparison, card and the check before a push are those of the `relllm` commands,
+which are shown as they come. One folder for each step; a step that is done is not done again.
 """
 
 import json
@@ -29,11 +30,17 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from relllm.data.synthetic import synthesize_corpus
-from relllm.evaluation.dimensions import dimension_metrics
-from relllm.evaluation.plots import plot_confusion_matrix, plot_valence_arousal
-from relllm.evaluation.recognition import recognition_metrics
-from relllm.inference import hear, reply
-from relllm.labels import DIMENSIONS, EMOTIONS
+from relllm.evaluation.comparison import compare_runs
+from relllm.evaluation.comparison_tables import comparison_tables, write_comparison
+from relllm.evaluation.planning import EvaluationSettings
+from relllm.evaluation.report import report_run
+from relllm.evaluation.run import evaluate
+from relllm.evaluation.runs import read_run
+from relllm.evaluation.tables import to_rich
+from relllm.hub.cards import write_card
+from relllm.hub.transfer import push_checkpoint
+from relllm.inference import reply
+from relllm.labels import EMOTIONS
 from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
@@ -44,6 +51,8 @@ from relllm.training.emotion_tower import EmotionTowerTrainer
 from relllm.training.trainer import ReLLMSFTTrainer
 
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}  # the paper's
+REPO_ID = "org/re-llm-demo"  # in the card; nothing is sent
+SYSTEMS = {"text-only": "llm", "speech-only": "speech-only", "re-llm": "re-llm"}  # and their folders
 NEAR_CHANCE = 0.10  # above 1 / classes: what a run that learned nothing stays below
 
 
@@ -100,15 +109,16 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
     ]
     for name, what, make in steps:
         _once(out / name, what, make, console)
-    results = {name: _evaluate(corpus["test"], out / name, out / "plots" / name) for name in ("re-llm", "speech-only")}
-    results["settings"] = {**asdict(settings), "out": None}
-    _write_json(out / "results.json", results)
-    _report(results, corpus["test"], out, console)
+    metrics = {system: _evaluate(out, system, folder, console) for system, folder in SYSTEMS.items()}
+    _compare(out, console)
+    _share(out, console)
+    _reply(corpus["test"], out, console)
     console.print(f"Everything lies in [bold]{out}[/bold]; {time.monotonic() - started:.0f} s in this run.")
-    learned = results["re-llm"]["ua"] > 1 / len(EMOTIONS) + NEAR_CHANCE
+    accuracy = metrics["re-llm"]["recognition"]["head"]["ua"]
+    learned = accuracy > 1 / len(EMOTIONS) + NEAR_CHANCE
     if not learned:
         console.print(
-            f"[red]This run has learned nothing: UA {results['re-llm']['ua']:.2f} on unseen voices is near chance "
+            f"[red]This run has learned nothing: UA {accuracy:.2f} on unseen voices is near chance "
             f"({1 / len(EMOTIONS):.2f}).[/red]"
         )
     return learned
@@ -293,55 +303,51 @@ def _arguments(settings: DemoSettings, path: Path, *, epochs: float, learning_ra
     }
 
 
-def _evaluate(rows: Dataset, checkpoint: Path, plots: Path) -> dict:
-    """Recognition and dimensions on unseen voices and sentences, plots, and some replies."""
-    model = AutoModel.from_pretrained(checkpoint).eval()
-    processor = ReLLMProcessor.from_pretrained(checkpoint)
-    heard = list(hear(model, processor, rows["audio"]))
-    metrics = recognition_metrics(rows["emotion"], [clip.emotion for clip in heard], EMOTIONS)
-    predicted = {name: [clip.dimensions[name] for clip in heard] for name in DIMENSIONS}
-    dimensions = dimension_metrics({name: rows[name] for name in DIMENSIONS}, predicted)
-    title = f"{checkpoint.name}: unseen voices and sentences"
-    plot_confusion_matrix(metrics["confusion_matrix"], EMOTIONS, plots / "confusion_matrix.png", title=title)
-    plot_valence_arousal(
-        rows["valence"],
-        rows["arousal"],
-        predicted["valence"],
-        predicted["arousal"],
-        rows["emotion"],
-        plots / "valence_arousal.png",
-        title=title,
+def _evaluate(out: Path, system: str, folder: str, console: Console) -> dict:
+    """Unseen voices and unseen sentences."""
+    model, data, run = out / folder, out / "corpus", out / "runs" / system
+    console.rule(f"$ relllm evaluate {model} {data} --system {system} --out {run}")
+    metrics = evaluate(
+        EvaluationSettings(str(model), str(data), run, system=system, device="cpu")  # type: ignore[arg-type]
     )
-    replies = [
-        {
-            "id": row["id"],
-            "text": row["text"],
-            "emotion": row["emotion"],
-            "reply": reply(model, processor, row["audio"], max_new_tokens=40).text,
-        }
-        for row in rows.select(range(len(EMOTIONS)))
-    ]
-    return {**metrics, "dimensions": dimensions, "replies": replies}
+    report_run(metrics, run, console)
+    return metrics
 
 
-def _report(results: dict, rows: Dataset, out: Path, console: Console) -> None:
-    console.rule("Unseen voices and unseen sentences")
-    table = Table("", "UA", "WA", *(f"CCC {name}" for name in DIMENSIONS))
-    for name, label in (("re-llm", "RE-LLM"), ("speech-only", "no emotion tower")):
-        result = results[name]
-        concordance = [f"{result['dimensions'][dimension]['ccc']:.3f}" for dimension in DIMENSIONS]
-        table.add_row(label, f"{result['ua']:.3f}", f"{result['wa']:.3f}", *concordance)
-    console.print(table)
-    console.print(f"{len(rows)} clips, chance UA {1 / len(EMOTIONS):.2f}. Rule-made prosody, not human emotion.")
+def _compare(out: Path, console: Console) -> None:
+    runs = [out / "runs" / system for system in SYSTEMS]
+    console.rule(f"$ relllm compare {' '.join(map(str, runs))} --baseline speech-only --out {out / 'comparison'}")
+    comparison = compare_runs([read_run(run) for run in runs], ["speech-only"])
+    write_comparison(comparison, out / "comparison")
+    for table in comparison_tables(comparison):
+        console.print(to_rich(table))
+    console.print(f"Chance UA {1 / len(EMOTIONS):.2f}. Rule-made prosody, not human emotion.")
+
+
+def _share(out: Path, console: Console) -> None:
+    """The card, and everything that a push checks, without the push."""
+    model, run = out / "re-llm", out / "runs" / "re-llm"
+    console.rule(f"$ relllm card {run} --model {model} --repo-id {REPO_ID}")
+    card = write_card(model, [run], repo_id=REPO_ID, overwrite=True)
+    console.print(f"Card: [bold]{card}[/bold]")
+    console.rule(f"$ relllm push {model} {REPO_ID} --dry-run")
+    checked = push_checkpoint(model, REPO_ID, dry_run=True)
+    console.print(f"{len(checked.files)} files of {sum(checked.files.values()):,} bytes would go.", highlight=False)
+
+
+def _reply(rows: Dataset, out: Path, console: Console) -> None:
+    console.rule("What it replies")
+    model = AutoModel.from_pretrained(out / "re-llm").eval()
+    processor = ReLLMProcessor.from_pretrained(out / "re-llm")
     replies = Table("said", "in emotion", "RE-LLM replies")
-    for entry in results["re-llm"]["replies"]:
-        replies.add_row(entry["text"], entry["emotion"], entry["reply"])
+    for row in rows.select(range(len(EMOTIONS))):
+        replies.add_row(row["text"], row["emotion"], reply(model, processor, row["audio"], max_new_tokens=40).text)
     console.print(replies)
     console.rule("A fresh process loads the checkpoint and answers a file")
     console.print(f"$ relllm reply {out / 're-llm'} {rows[0]['audio']}")
     command = [sys.executable, "-m", "relllm.cli", "reply", str(out / "re-llm"), rows[0]["audio"], "--device", "cpu"]
     subprocess.run([*command, "--max-new-tokens", "40"], check=True)
-    for plot in sorted((out / "plots").rglob("*.png")):
+    for plot in sorted([*(out / "runs").rglob("*.png"), *(out / "comparison").glob("*.png")]):
         console.print(f"plot: {plot}")
 
 

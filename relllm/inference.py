@@ -1,15 +1,30 @@
-"""Using a trained model: replies to spoken turns, and emotions of many clips."""
+"""Using a trained model: replies to spoken turns, emotions of many clips, and how likely given answers are.
 
-from collections.abc import Iterator, Sequence
+`generate_answers` and `score_answers` take any causal LM as well, so that a text-only system is asked alike.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .audio import AudioSource
 from .labels import DIMENSIONS
 from .modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditionalGeneration
 from .processing.processing_relllm import ReLLMProcessor
+
+# Whatever sampling or penalty a checkpoint's generation settings have: a measured answer is the most probable one.
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
 
 
 @dataclass
@@ -96,6 +111,94 @@ def hear(
         yield from _hearings(model, model.get_audio_features(**inputs.to(model.device), return_dict=True))
 
 
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    *,
+    audio: ReLLMAudioOutput | None = None,
+    max_new_tokens: int = 128,
+    **options: object,
+) -> Tensor:
+    """Greedy answers to a batch of prompts, without any penalty of the checkpoint's generation settings.
+
+    Args:
+        model (`PreTrainedModel`): A [`ReLLMForConditionalGeneration`] or any causal LM.
+        inputs (`Mapping`): `input_ids` and `attention_mask` of shape `(batch, sequence)`, padded on the left.
+        audio ([`ReLLMAudioOutput`], *optional*): What fills the placeholders, encoded before.
+        max_new_tokens (`int`, *optional*, defaults to 128): Longest answer.
+        options: Of `generate`, such as `pad_token_id`.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, tokens)`: The answers alone.
+    """
+    heard = {"mm_encoder_outputs": {"audio": audio}} if audio is not None else {}
+    output = model.generate(**inputs, **heard, max_new_tokens=max_new_tokens, **{**GREEDY, **options})
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+@torch.no_grad()
+def score_answers(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    answers: Sequence[Sequence[int]],
+    *,
+    audio: ReLLMAudioOutput | None = None,
+) -> Tensor:
+    """Log-probability of each of some answers to each prompt: the sum over the answer's tokens.
+
+    The prompt runs once; all answers go on from its key-value cache in one batch.
+
+    Args:
+        model (`PreTrainedModel`): A [`ReLLMForConditionalGeneration`] or any causal LM.
+        inputs (`Mapping`): `input_ids` and `attention_mask` of shape `(batch, sequence)`, padded on the left.
+        answers (`Sequence[Sequence[int]]`): Token ids of each answer. End each with the end of the turn: a sum over
+            "sad" alone would count what begins with it ("sadness") as well.
+        audio ([`ReLLMAudioOutput`], *optional*): What fills the placeholders, encoded before.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, answers)`: In nats.
+
+    Raises:
+        ValueError: If an answer is empty.
+    """
+    if not all(answers):
+        raise ValueError(f"Expected at least one token in every answer, got {[list(answer) for answer in answers]}.")
+    heard = {"mm_encoder_outputs": {"audio": audio}} if audio is not None else {}
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    prompt = model(
+        input_ids=inputs["input_ids"],
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=1,
+        **heard,
+    )
+    batch, device = mask.shape[0], mask.device
+    lengths = torch.tensor([len(answer) for answer in answers], device=device)
+    longest = int(lengths.max())
+    padded = torch.tensor([[*answer, *[answer[-1]] * (longest - len(answer))] for answer in answers], device=device)
+    tokens = padded.repeat(batch, 1)  # (batch * answers, longest): all answers of the first prompt, then the next
+    valid = (torch.arange(longest, device=device) < lengths[:, None]).repeat(batch, 1)
+    logits = prompt.logits[:, -1:].repeat_interleave(len(answers), dim=0)
+    if longest > 1:
+        cache = prompt.past_key_values
+        cache.batch_repeat_interleave(len(answers))
+        seen = mask.repeat_interleave(len(answers), dim=0)
+        offsets = torch.arange(longest - 1, device=device)
+        rest = model(
+            input_ids=tokens[:, :-1],
+            attention_mask=torch.cat([seen, valid[:, :-1].to(seen.dtype)], dim=1),
+            position_ids=seen.sum(-1, keepdim=True) + offsets,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = torch.cat([logits, rest.logits], dim=1)
+    scores = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (batch * answers, longest)
+    return (scores * valid).sum(-1).reshape(batch, len(answers))
+
+
 def _hearings(model: ReLLMForConditionalGeneration, heard: ReLLMAudioOutput) -> list[Hearing]:
     assert heard.emotion_logits is not None and heard.dimensions is not None  # the heads always run
     labels = model.config.emotion_labels
@@ -106,4 +209,4 @@ def _hearings(model: ReLLMForConditionalGeneration, heard: ReLLMAudioOutput) -> 
     ]
 
 
-__all__ = ["Hearing", "Reply", "hear", "reply"]
+__all__ = ["GREEDY", "Hearing", "Reply", "generate_answers", "hear", "reply", "score_answers"]

@@ -29,17 +29,22 @@ def test_every_step_leaves_what_it_made(run):
     folder, _, report = run
     for name in ("corpus", "llm", "emotion-tower", "re-llm", "speech-only"):
         assert (folder / name).is_dir(), name
-    assert len(list((folder / "plots").rglob("*.png"))) == 4
     assert not list(folder.glob("*.partial"))
-    results = json.loads((folder / "results.json").read_text())
-    assert results["re-llm"]["num_clips"] == 5 and len(results["re-llm"]["replies"]) == 5
-    assert f"{results['re-llm']['ua']:.3f}" in report and "not human emotion" in report
+    for system in ("text-only", "speech-only", "re-llm"):
+        metrics = json.loads((folder / "runs" / system / "metrics.json").read_text())
+        assert metrics["system"] == system and metrics["data"]["num_clips"] == 5
+        assert list((folder / "runs" / system / "plots").glob("*.png"))
+    assert f"{metrics['recognition']['head']['ua']:.3f}" in report and "not human emotion" in report
+    assert (folder / "comparison" / "comparison.md").is_file()
+    card = (folder / "re-llm" / "README.md").read_text()
+    assert "synthetic" in card and str(folder) not in card
 
 
 @pytest.mark.slow
 def test_the_verdict_follows_from_the_measured_accuracy(run):
     folder, learned, report = run
-    accuracy = json.loads((folder / "results.json").read_text())["re-llm"]["ua"]
+    metrics = json.loads((folder / "runs" / "re-llm" / "metrics.json").read_text())
+    accuracy = metrics["recognition"]["head"]["ua"]
     assert learned == (accuracy > 0.3)
     assert ("learned nothing" in report) == (not learned)
 
@@ -48,10 +53,9 @@ def test_the_verdict_follows_from_the_measured_accuracy(run):
 def test_a_second_run_makes_nothing_anew_and_finds_the_same(run):
     folder, learned, _ = run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    results = json.loads((folder / "results.json").read_text())
+    before |= {path: path.stat().st_mtime_ns for path in folder.rglob("predictions.jsonl")}
     assert run_demo(tiny_settings(folder), Console(file=io.StringIO())) == learned
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
-    assert json.loads((folder / "results.json").read_text()) == results
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 @pytest.mark.slow

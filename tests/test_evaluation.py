@@ -1,12 +1,25 @@
-"""Metrics against naive formulas, their degenerate cases, and plots that are written."""
+"""Metrics against naive formulas and other libraries, their degenerate cases, and plots that are written."""
 
+import math
+import warnings
 from pathlib import Path
 
+import audmetric
 import numpy as np
 import pytest
+from scipy.stats import pearsonr
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, root_mean_squared_error
 
+from relllm.evaluation.calibration import calibration_metrics
 from relllm.evaluation.dimensions import dimension_metrics
-from relllm.evaluation.plots import plot_confusion_matrix, plot_valence_arousal
+from relllm.evaluation.plots import (
+    ForestLine,
+    plot_confusion_matrix,
+    plot_forest,
+    plot_levels,
+    plot_reliability,
+    plot_valence_arousal,
+)
 from relllm.evaluation.recognition import recognition_metrics
 from relllm.labels import EMOTIONS
 
@@ -132,3 +145,134 @@ def test_the_valence_arousal_plane_is_drawn(tmp_path: Path) -> None:
         plot_valence_arousal([], [], [], [], [], path)
     with pytest.raises(ValueError, match="same number of values"):
         plot_valence_arousal([0.1], [0.1, 0.2], [0.1], [0.1], ["sad"], path)
+
+
+RNG = np.random.default_rng(2)
+RECOGNITION_CASES = {
+    "random": (RNG.integers(0, 5, 200), RNG.integers(0, 5, 200)),
+    "one class absent from the labels": (RNG.integers(0, 4, 100), RNG.integers(0, 5, 100)),
+    "one class never predicted": (RNG.integers(0, 5, 100), RNG.integers(0, 4, 100)),
+    "constant predictions": (RNG.integers(0, 5, 100), np.full(100, 3)),
+    "constant labels": (np.full(50, 2), RNG.integers(0, 5, 50)),
+    "one clip, right": (np.array([4]), np.array([4])),
+    "one clip, wrong": (np.array([4]), np.array([0])),
+}
+
+
+@pytest.mark.parametrize("case", RECOGNITION_CASES)
+def test_recognition_agrees_with_scikit_learn_and_audmetric(case: str) -> None:
+    labels, predictions = RECOGNITION_CASES[case]
+    metrics = recognition_metrics(labels.tolist(), predictions.tolist(), EMOTIONS)
+    present = np.unique(labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of predictions that are no label, which is the case here
+        ua = balanced_accuracy_score(labels, predictions)
+    assert metrics["ua"] == pytest.approx(ua, abs=1e-12)
+    named = [[EMOTIONS[index] for index in values] for values in (labels, predictions)]
+    recall = audmetric.recall_per_class(*named, labels=list(EMOTIONS), zero_division=0.0)
+    assert {name: metrics["recall"][name] or 0.0 for name in recall} == pytest.approx(recall, abs=1e-12)
+    assert metrics["wa"] == pytest.approx(accuracy_score(labels, predictions), abs=1e-12)
+    f1 = f1_score(labels, predictions, average=None, labels=range(5), zero_division=0)[present].mean()
+    assert metrics["macro_f1"] == pytest.approx(f1, abs=1e-12)
+
+
+def test_an_answer_without_an_emotion_is_a_wrong_one() -> None:
+    metrics = recognition_metrics(["sad", "sad", "happy", "happy"], ["sad", None, "happy", None], EMOTIONS)
+    assert (metrics["ua"], metrics["wa"], metrics["num_unparsed"], metrics["num_clips"]) == (0.5, 0.5, 2, 4)
+    assert metrics["macro_f1"] == pytest.approx(2 / 3)
+    assert sum(map(sum, metrics["confusion_matrix"])) == 2
+    nothing = recognition_metrics(["sad"], [None], EMOTIONS)
+    assert (nothing["ua"], nothing["macro_f1"], nothing["num_unparsed"]) == (0.0, 0.0, 1)
+
+
+@pytest.mark.parametrize("label", [None, float("nan"), True])
+def test_a_label_that_is_none_is_refused_and_not_counted(label: object) -> None:
+    with pytest.raises(ValueError, match="label at position 1"):
+        recognition_metrics(["sad", label], ["sad", "sad"], EMOTIONS)  # type: ignore[list-item]
+
+
+DIMENSION_CASES = {
+    "random": (RNG.random(100), RNG.random(100)),
+    "ties": (RNG.integers(0, 3, 60) / 2, RNG.integers(0, 3, 60) / 2),
+    "two clips": (np.array([0.2, 0.9]), np.array([0.7, 0.1])),
+    "far from zero": (1000 + RNG.random(50), 1000 + RNG.random(50)),
+}
+
+
+@pytest.mark.parametrize("case", DIMENSION_CASES)
+def test_dimensions_agree_with_scipy_scikit_learn_and_audmetric(case: str) -> None:
+    truth, predicted = DIMENSION_CASES[case]
+    metrics = dimension_metrics({"valence": truth.tolist()}, {"valence": predicted.tolist()})["valence"]
+    assert metrics["ccc"] == pytest.approx(audmetric.concordance_cc(truth, predicted), abs=1e-12)
+    assert metrics["pearson"] == pytest.approx(pearsonr(truth, predicted).statistic, abs=1e-10)
+    assert metrics["rmse"] == pytest.approx(root_mean_squared_error(truth, predicted), abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_values_that_floats_cannot_square_give_none_and_never_nan(scale: float) -> None:
+    values = [scale, 2 * scale, 4 * scale]
+    metrics = dimension_metrics({"valence": values}, {"valence": values[::-1]})["valence"]
+    assert metrics["ccc"] is None and metrics["pearson"] is None
+    assert metrics["rmse"] is None or math.isfinite(metrics["rmse"])
+
+
+def test_the_calibration_error_agrees_with_the_naive_formula() -> None:
+    rng = np.random.default_rng(3)
+    rows = rng.dirichlet(np.full(5, 0.5), 300)
+    labels = rng.integers(0, 5, 300)
+    names = [EMOTIONS[index] for index in labels]
+    metrics = calibration_metrics(names, [dict(zip(EMOTIONS, row.tolist(), strict=True)) for row in rows], EMOTIONS)
+    confidence, right = rows.max(axis=1), rows.argmax(axis=1) == labels
+    expected = 0.0
+    for index in range(15):
+        members = (confidence > index / 15) & (confidence <= (index + 1) / 15)
+        assert metrics["bins"][index]["num_clips"] == members.sum()
+        if members.any():
+            assert metrics["bins"][index]["accuracy"] == pytest.approx(right[members].mean(), abs=1e-12)
+            expected += members.mean() * abs(right[members].mean() - confidence[members].mean())
+    assert metrics["ece"] == pytest.approx(expected, abs=1e-12)
+    assert metrics["num_clips"] == sum(one["num_clips"] for one in metrics["bins"]) == 300
+
+
+def test_calibration_of_one_clip_ties_and_certainty() -> None:
+    names = ["sad", "happy"]
+    assert calibration_metrics(["sad"], [{"sad": 1.0, "happy": 0.0}], names)["ece"] == 0.0
+    assert calibration_metrics(["happy"], [{"sad": 1.0, "happy": 0.0}], names)["ece"] == 1.0
+    tie = calibration_metrics(["sad"], [{"sad": 0.5, "happy": 0.5}], names, num_bins=2)
+    assert tie["ece"] == 0.5  # the first of the equals, and the edge belongs to the lower bin
+    assert [one["num_clips"] for one in tie["bins"]] == [1, 0]
+    assert (tie["bins"][1]["confidence"], tie["bins"][1]["accuracy"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("labels", "row", "message"),
+    [
+        ([], None, "no clips"),
+        (["sad"], {"sad": float("nan"), "happy": 0.5}, "output is broken"),
+        (["sad"], {"sad": 0.5, "happy": 0.1}, "sum to 1"),
+        (["sad"], {"sad": 1.5, "happy": -0.5}, "sum to 1"),
+        (["sad"], {"sad": 1.0}, "has probabilities for"),
+        (["bored"], {"sad": 0.5, "happy": 0.5}, "label at position 0 is 'bored'"),
+        (["sad", "sad"], {"sad": 0.5, "happy": 0.5}, "2 labels and 1 rows"),
+    ],
+)
+def test_calibration_refuses_what_it_cannot_count(labels: list[str], row: dict | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        calibration_metrics(labels, [] if row is None else [row], ["sad", "happy"])
+
+
+def test_reliability_levels_and_forest_are_drawn(tmp_path: Path) -> None:
+    bins = calibration_metrics(["sad"], [{"sad": 0.7, "happy": 0.3}], ["sad", "happy"])["bins"]
+    assert is_png(plot_reliability(bins, tmp_path / "reliability.png", title="ECE"))
+    levels = {"RE-LLM": {"ER": [1, 2, 3]}, "none": {"ER": [3, 2, 1]}}
+    assert is_png(plot_levels(levels, tmp_path / "levels.png"))
+    line = ForestLine("RE-LLM", None, None, published=None)
+    assert is_png(plot_forest({("ER", "esd"): [line]}, tmp_path / "forest.png"))
+    with pytest.raises(ValueError, match="no reliability curve"):
+        plot_reliability([{**one, "num_clips": 0} for one in bins], tmp_path / "x.png")  # type: ignore[typeddict-item]
+    with pytest.raises(ValueError, match="same mechanisms and levels"):
+        plot_levels({**levels, "other": {"EX": [1, 1, 1]}}, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="no replies with a level of ER"):
+        plot_levels({"RE-LLM": {"ER": [0, 0, 0]}}, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="no gain to draw"):
+        plot_forest({}, tmp_path / "x.png")

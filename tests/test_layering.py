@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "audio": {"processing"},
     "data": {"audio", "labels"},
     "training": BASE | {"data"},
-    "evaluation": BASE | {"checkpoints", "data", "inference"},
+    "evaluation": BASE | {"data", "inference"},
     "conversion": BASE,
     "checkpoints": BASE,
     "hub": BASE | {"checkpoints", "data", "evaluation"},

@@ -5,7 +5,7 @@ What lives here: numbers from named dimensions. What does not: an order of three
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -81,8 +81,21 @@ def _metrics(name: str, labels: Sequence[float | None], predictions: Sequence[fl
     varies = len(truth) > 1 and np.ptp(truth) > 0, len(truth) > 1 and np.ptp(predicted) > 0
     has_ccc = len(truth) > 1 and (any(varies) or truth[0] != predicted[0])
     return DimensionMetrics(
-        ccc=audmetric.concordance_cc(truth, predicted) if has_ccc else None,
-        pearson=audmetric.pearson_cc(truth, predicted) if all(varies) else None,
-        rmse=float(np.sqrt(np.mean((truth - predicted) ** 2))) if len(truth) else None,
+        ccc=_finite(audmetric.concordance_cc, truth, predicted) if has_ccc else None,
+        pearson=_finite(audmetric.pearson_cc, truth, predicted) if all(varies) else None,
+        rmse=_finite(_root_mean_square, truth, predicted) if len(truth) else None,
         num_clips=len(truth),
     )
+
+
+def _root_mean_square(truth: np.ndarray, predicted: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((truth - predicted) ** 2)))
+
+
+def _finite(
+    measure: Callable[[np.ndarray, np.ndarray], float], truth: np.ndarray, predicted: np.ndarray
+) -> float | None:
+    """`None` where the values differ by so little (or so much) that float arithmetic has no answer."""
+    with np.errstate(all="ignore"):
+        value = float(measure(truth, predicted))
+    return value if np.isfinite(value) else None

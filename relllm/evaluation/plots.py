@@ -1,4 +1,5 @@
-"""Pictures of a run: the confusion matrix and the valence-arousal plane, as PNG files.
+"""Pictures of a run (confusion matrix, valence-arousal plane, reliability curve, levels of empathy) and of several
+runs (forest plot), as PNG files.
 
 What lives here: drawing. What does not: metrics. matplotlib is imported on use, without pyplot: no display, no global
 state.
@@ -6,11 +7,14 @@ state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .calibration import CalibrationBin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,6 +124,173 @@ def plot_valence_arousal(
     if title:
         figure.suptitle(title)
     return _save(figure, path)
+
+
+def plot_reliability(bins: Sequence[CalibrationBin], path: str | Path, *, title: str = "") -> Path:
+    """Draws a reliability curve: the accuracy of each bin of confidence, and below how many clips it has.
+
+    Args:
+        bins (`Sequence[CalibrationBin]`): `CalibrationMetrics["bins"]`.
+        path (`str` or `Path`): The PNG file to write; its folder is made.
+        title (`str`, *optional*): Drawn above.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        ValueError: No bin has a clip.
+        ImportError: matplotlib is missing (`pip install relllm[eval]`).
+    """
+    filled = [one for one in bins if one["num_clips"]]
+    if not filled:
+        raise ValueError("No bin has a clip: there is no reliability curve to draw.")
+    centres = [(one["lower"] + one["upper"]) / 2 for one in filled]
+    widths = [(one["upper"] - one["lower"]) * 0.92 for one in filled]
+    confidences, accuracies = [one["confidence"] for one in filled], [one["accuracy"] for one in filled]
+    figure = _new_figure(5.4, 6.2)
+    curve, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    curve.plot([0, 1], [0, 1], color="#999999", linestyle="--", linewidth=1, label="perfectly calibrated")
+    curve.bar(centres, accuracies, widths, color="#0072B2", alpha=0.35, linewidth=0, label="accuracy of the bin")
+    curve.plot(confidences, accuracies, "o-", color="#0072B2", markersize=5, label="at its mean confidence")
+    curve.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy", title=title)
+    curve.legend(loc="upper left", frameon=False)
+    counts.bar(centres, [one["num_clips"] for one in filled], widths, color="#666666", linewidth=0)
+    counts.set(xlabel="confidence (highest probability)", ylabel="clips")
+    for axes in (curve, counts):
+        axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
+def plot_levels(levels: Mapping[str, Mapping[str, Sequence[int]]], path: str | Path, *, title: str = "") -> Path:
+    """Draws how many replies have each level of empathy: a panel for each mechanism, a bar for each system.
+
+    Args:
+        levels (`Mapping[str, Mapping[str, Sequence[int]]]`): For each system, for each mechanism (`"ER"`, `"IP"`,
+            `"EX"`), how many replies have level 0, 1, 2, …; the same mechanisms for all.
+        path (`str` or `Path`): The PNG file to write; its folder is made.
+        title (`str`, *optional*): Drawn above.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        ValueError: No system, other mechanisms or levels in one than in another, or no replies.
+        ImportError: matplotlib is missing (`pip install relllm[eval]`).
+    """
+    shapes = {tuple((name, len(counts)) for name, counts in of_system.items()) for of_system in levels.values()}
+    if len(shapes) != 1 or shapes == {()}:
+        raise ValueError(f"Expected the same mechanisms and levels for every system, got {dict(levels)}.")
+    for system, of_system in levels.items():
+        for mechanism, counts in of_system.items():
+            if not sum(counts):
+                raise ValueError(f"{system} has no replies with a level of {mechanism}.")
+    mechanisms = list(next(iter(levels.values())))
+    figure = _new_figure(1.2 + (1.7 + 0.45 * len(levels)) * len(mechanisms), 4.0)
+    panels = figure.subplots(1, len(mechanisms), sharey=True, squeeze=False)[0]
+    width = 0.84 / len(levels)
+    for axes, mechanism in zip(panels, mechanisms, strict=True):
+        for index, (system, of_system) in enumerate(levels.items()):
+            counts = of_system[mechanism]
+            shares, offset = np.array(counts) / sum(counts), (index - (len(levels) - 1) / 2) * width
+            bars = axes.bar(
+                np.arange(len(counts)) + offset,
+                shares,
+                width * 0.94,
+                color=_COLOURS[(index + 3) % len(_COLOURS)],
+                label=system,
+            )
+            axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=2, fontsize=7.5)
+        axes.set_xticks(range(len(counts)))
+        mean = "" if len(levels) > 1 else f", mean {np.average(range(len(counts)), weights=counts):.2f}"
+        axes.set(xlabel="level", title=mechanism + mean)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylim=(0, 1.08), ylabel="share of the replies")
+    panels[0].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    if len(levels) > 1:
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(len(levels), 4), frameon=False)
+    if title:
+        figure.suptitle(title)
+    return _save(figure, path)
+
+
+@dataclass(frozen=True)
+class ForestLine:
+    """One line of a forest plot.
+
+    Attributes:
+        label (`str`): What is compared. value (`float` or `None`): The gain; `None` where it is not defined.
+        interval (`tuple[float, float]` or `None`): Its interval. published (`float` or `None`): A published gain.
+    """
+
+    label: str
+    value: float | None
+    interval: tuple[float, float] | None
+    published: float | None
+
+
+def plot_forest(panels: Mapping[tuple[str, str], Sequence[ForestLine]], path: str | Path, *, title: str = "") -> Path:
+    """Draws gains with their intervals: a row of panels for each metric, a column for each data set.
+
+    Args:
+        panels (`Mapping[tuple[str, str], Sequence[ForestLine]]`): By metric and data set.
+        path (`str` or `Path`): The PNG file to write; its folder is made.
+        title (`str`, *optional*): Drawn above; says what the axes are.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        ValueError: No panels.
+        ImportError: matplotlib is missing (`pip install relllm[eval]`).
+    """
+    if not panels:
+        raise ValueError("There is no gain to draw.")
+    metrics, corpora = (list(dict.fromkeys(key[index] for key in panels)) for index in (0, 1))
+    labels = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
+    figure = _new_figure(3.0 + 2.9 * len(corpora), 1.3 + len(metrics) * (0.55 + 0.48 * len(labels)))
+    grid = figure.subplots(len(metrics), len(corpora), sharex="row", sharey=True, squeeze=False)
+    for row, metric in enumerate(metrics):
+        for column, corpus in enumerate(corpora):
+            axes = grid[row, column]
+            _draw_forest(axes, panels.get((metric, corpus), ()), labels)
+            axes.set_title(f"{metric}, {corpus}", fontsize=10, loc="left")
+    grid[0, 0].set_yticks(range(len(labels)), labels)
+    grid[0, 0].set_ylim(len(labels) - 0.4, -0.6)
+    if any(line.published is not None for lines in panels.values() for line in lines):
+        _add_forest_legend(figure)
+    if title:
+        figure.suptitle(title)
+    return _save(figure, path)
+
+
+def _draw_forest(axes: Axes, lines: Sequence[ForestLine], labels: Sequence[str]) -> None:
+    axes.axvline(0, color="#999999", linewidth=1, zorder=0)
+    for line in lines:
+        at = labels.index(line.label)
+        if line.interval is not None:
+            axes.plot(line.interval, [at, at], color="#0072B2", linewidth=2.2, solid_capstyle="butt")
+        if line.value is not None:
+            axes.plot(line.value, at, "s", color="#0072B2", markersize=6)
+        else:
+            axes.text(0, at, " not defined", va="center", fontsize=8, color="#666666")
+        if line.published is not None:
+            axes.plot(line.published, at, "D", markerfacecolor="white", markeredgecolor="#D55E00", markersize=6)
+    if not lines:
+        axes.text(0.5, 0.5, "no runs", transform=axes.transAxes, ha="center", va="center", color="#666666")
+    axes.grid(axis="x", color="#EEEEEE", zorder=-1)
+    axes.tick_params(axis="y", length=0, labelsize=8.5)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _add_forest_legend(figure: Figure) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color="#0072B2", marker="s", linewidth=2.2, label="measured, with its 95 % interval"),
+        Line2D([], [], linestyle="", marker="D", color="white", markeredgecolor="#D55E00", label="published, RE-LLM"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
 
 
 def _draw_plane(

@@ -20,8 +20,9 @@ class RecognitionMetrics(TypedDict):
         macro_f1 (`float`): Mean F1 over the classes that occur in the labels; F1 is 0 for one that is never predicted.
         recall (`dict[str, float | None]`): Recall of each class; `None` for a class that does not occur in the labels.
         confusion_matrix (`list[list[int]]`): Clips, true class by row, predicted class by column, in the order of
-        `class_names`. class_names (`list[str]`): The classes.
+        `class_names`; clips without a prediction are in no column. class_names (`list[str]`): The classes.
         num_clips (`int`): How many clips were counted.
+        num_unparsed (`int`): How many of them have no prediction, which is a wrong one.
     """
 
     ua: float
@@ -31,10 +32,13 @@ class RecognitionMetrics(TypedDict):
     confusion_matrix: list[list[int]]
     class_names: list[str]
     num_clips: int
+    num_unparsed: int
 
 
 def recognition_metrics(
-    labels: Sequence[str] | Sequence[int], predictions: Sequence[str] | Sequence[int], class_names: Sequence[str]
+    labels: Sequence[str] | Sequence[int],
+    predictions: Sequence[str | None] | Sequence[int | None],
+    class_names: Sequence[str],
 ) -> RecognitionMetrics:
     """UA, WA, macro-F1, recall of each class and the confusion matrix.
 
@@ -43,7 +47,8 @@ def recognition_metrics(
 
     Args:
         labels (`Sequence[str]` or `Sequence[int]`): True class of each clip, as name or index.
-        predictions (`Sequence[str]` or `Sequence[int]`): Predicted class of each clip, as name or index.
+        predictions (`Sequence[str | None]` or `Sequence[int | None]`): Predicted class of each clip, as name or index;
+            `None` where an answer names no class, which counts as wrong.
         class_names (`Sequence[str]`): All classes, in the order of the indices.
 
     Returns:
@@ -64,9 +69,16 @@ def recognition_metrics(
         )
     if len(labels) == 0:
         raise ValueError("There are no clips to measure. Check the split, and that its rows have an emotion.")
-    true, predicted = _indices(labels, class_names, "label"), _indices(predictions, class_names, "prediction")
-    matrix = confusion_matrix(true, predicted, labels=range(len(class_names)))
-    support = matrix.sum(axis=1)
+    true = np.array([_index(value, class_names, "label", position) for position, value in enumerate(labels)])
+    unparsed = len(class_names)  # one index further: the class of no prediction
+    predicted = np.array(
+        [
+            unparsed if value is None else _index(value, class_names, "prediction", position)
+            for position, value in enumerate(predictions)
+        ]
+    )
+    matrix = confusion_matrix(true, predicted, labels=range(len(class_names)))  # leaves out the unparsed
+    support = np.bincount(true, minlength=len(class_names))
     recall = {
         name: float(matrix[index, index] / support[index]) if support[index] else None
         for index, name in enumerate(class_names)
@@ -80,20 +92,17 @@ def recognition_metrics(
         confusion_matrix=matrix.tolist(),
         class_names=list(class_names),
         num_clips=len(true),
+        num_unparsed=int(np.sum(predicted == unparsed)),
     )
 
 
-def _indices(values: Sequence[str] | Sequence[int], class_names: Sequence[str], what: str) -> np.ndarray:
+def _index(value: object, class_names: Sequence[str], what: str, position: int) -> int:
     names = list(class_names)
-    indices = []
-    for position, value in enumerate(values):
-        if isinstance(value, str) and value in names:
-            indices.append(names.index(value))
-        elif isinstance(value, (int, np.integer)) and 0 <= value < len(names):
-            indices.append(int(value))
-        else:
-            raise ValueError(
-                f"The {what} at position {position} is {value!r}, expected one of {names} or an index into them. "
-                "Leave out clips without a label."
-            )
-    return np.array(indices)
+    if isinstance(value, str) and value in names:
+        return names.index(value)
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= value < len(names):
+        return int(value)
+    raise ValueError(
+        f"The {what} at position {position} is {value!r}, expected one of {names} or an index into them. "
+        "Leave out clips without a label."
+    )

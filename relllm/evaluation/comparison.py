@@ -1,0 +1,325 @@
+"""Runs side by side: each system's numbers on the clips that all have, gains over baselines, tests and intervals.
+
+What lives here: which values are paired, what one family of tests is. What does not: a metric
+of one system (`measures.py`), reading runs (`runs.py`), statistics of arrays (`statistics.py`), tables
+(`comparison_tables.py`).
+
+Design: everything is counted anew from the clips, so that values, gains and intervals are of the same clips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from relllm.labels import DIMENSIONS
+
+from .measures import Measured, Metric, measure_part
+from .runs import SYSTEMS, Run, group_by_corpus
+from .statistics import PairedTest, Resampler, holm, percentile_interval, wilcoxon_test
+from .summary import MECHANISMS, WAYS
+
+MAX_MISSING = 0.01  # of the clips of a data set; with more, the runs are not of one evaluation
+RESAMPLE = ("auto", "clips", "speakers")
+MIN_SPEAKERS = 10  # fewer make no interval that holds
+SYSTEM_TITLES = {
+    "text-only": "Text-only LLM on transcripts",
+    "speech-only": "Speech-LLM without the emotion module",
+    "re-llm": "RE-LLM",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A system's number on a corpus: `value` in the metric's own unit (shares are not per cent), `None` where it is
+    not defined; `num_clips` counted; `fold_mean` where there are folds."""
+
+    corpus: str
+    system: str
+    metric: Metric
+    value: float | None
+    num_clips: int
+    fold_mean: float | None
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much better a system is than a baseline, on the same clips.
+
+    Attributes:
+        difference (`float` or `None`): In the metric's own unit. relative (`float` or `None`): In per cent of the
+        baseline's value; `None` where that is not positive, and for CCC. Both with a 95 % interval, `None` where a
+        resample does not define them.
+        test (`PairedTest` or `None`): `None` where the metric is no mean over clips. p_holm (`float` or `None`):
+        Corrected over the table's family of tests.
+    """
+
+    corpus: str
+    system: str
+    baseline: str
+    metric: Metric
+    num_clips: int
+    difference: float | None
+    difference_interval: tuple[float, float] | None
+    relative: float | None
+    relative_interval: tuple[float, float] | None
+    test: PairedTest | None
+    p_holm: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What [`compare_runs`] found: systems in the order of the tables, cells, gains, and sentences to print below."""
+
+    systems: list[str]
+    kinds: dict[str, str]
+    runs: dict[str, list[Run]]
+    cells: list[Cell]
+    gains: list[Gain]
+    notes: list[str]
+    settings: dict[str, object]
+
+
+def compare_runs(
+    runs: Sequence[Run],
+    baselines: Sequence[str],
+    *,
+    resample: str = "auto",
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Sets runs side by side, as the paper does: systems x corpora, gains over the baselines.
+
+    Rows are the systems (text-only, speech-only, re-llm); where a corpus has two runs of one, rows are the runs'
+    names. Only clips count that every run of a corpus with that task has.
+
+    Args:
+        runs (`Sequence[Run]`): At least two.
+        baselines (`Sequence[str]`): Each a system, a run's name, or its folder.
+        resample (`str`, *optional*, defaults to `"auto"`): What the bootstrap draws: `"clips"`, `"speakers"`, or
+            `"auto"`, speakers where a corpus has 10 of them.
+        num_resamples (`int`, *optional*, defaults to 2000): Of the bootstrap.
+        seed (`int`, *optional*, defaults to 0): Of the resamples.
+
+    Raises:
+        ValueError: If the runs do not belong together, a baseline is not among them, or a run lacks more than 1 % of
+            the clips.
+        ImportError: If an extra is missing.
+    """
+    if resample not in RESAMPLE:
+        raise ValueError(f"--resample {resample}: expected one of {', '.join(RESAMPLE)}.")
+    groups = group_by_corpus(runs)
+    labels, kinds = _row_labels(groups)
+    chosen = [_find_baseline(name, runs, labels) for name in baselines]
+    systems = list(kinds)
+    notes: list[str] = []
+    cells: list[Cell] = []
+    gains: list[Gain] = []
+    for corpus, members in groups.items():
+        by_label = {labels[run.path]: run for run in sorted(members, key=lambda run: systems.index(labels[run.path]))}
+        pairs = _pairs(list(by_label), chosen)
+        notes += [f"{corpus}: no run of the baseline {name}." for name in chosen if name not in by_label]
+        for measured, units, ids in _measure(corpus, by_label, resample, notes):
+            resampler = Resampler(units, num_resamples=num_resamples, seed=seed) if len(set(units)) > 1 else None
+            for metric, of_system in measured.items():
+                cells += [
+                    Cell(corpus, label, metric, one.value, len(ids), _fold_mean(by_label[label], metric))
+                    for label, one in of_system.items()
+                ]
+                gains += [
+                    _gain(corpus, pair, metric, (of_system[pair[0]], of_system[pair[1]]), resampler)
+                    for pair in pairs
+                    if pair[0] in of_system and pair[1] in of_system
+                ]
+    if not gains:
+        raise ValueError(
+            f"Nothing to compare: no corpus has both a baseline ({', '.join(baselines)}) and another run."
+        )
+    settings = {"baselines": chosen, "resample": resample, "num_resamples": num_resamples, "seed": seed}
+    return Comparison(systems, kinds, groups, cells, _correct(gains), list(dict.fromkeys(notes)), settings)
+
+
+def _row_labels(groups: Mapping[str, Sequence[Run]]) -> tuple[dict[Path, str], dict[str, str]]:
+    """What row each run is in, and the system of each row, in the order of the rows."""
+    by_system = all(len({run.system for run in members}) == len(members) for members in groups.values())
+    everyone = sorted(
+        (run for members in groups.values() for run in members), key=lambda run: SYSTEMS.index(run.system)
+    )
+    labels = {run.path: SYSTEM_TITLES[run.system] if by_system else run.name for run in everyone}
+    for corpus, members in groups.items():
+        names = [labels[run.path] for run in members]
+        for run, name in zip(members, names, strict=True):
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"Two runs on {corpus} are called {name!r}, one of them {run.path}. Leave one out, or evaluate it "
+                    "with another --name."
+                )
+    kinds: dict[str, str] = {}
+    for run in everyone:
+        if kinds.setdefault(labels[run.path], run.system) != run.system:
+            raise ValueError(
+                f"The name {run.name!r} stands for a {kinds[run.name]} and for a {run.system} ({run.path}). Give each "
+                "system a name of its own with `relllm evaluate --name`."
+            )
+    return labels, kinds
+
+
+def _find_baseline(name: str, runs: Sequence[Run], labels: Mapping[Path, str]) -> str:
+    rows = {labels[run.path] for run in runs if name in (run.system, run.name, labels[run.path], str(run.path))}
+    rows |= {labels[run.path] for run in runs if run.path.absolute() == Path(name).absolute()}
+    if len(rows) != 1:
+        known = ", ".join(sorted({run.system for run in runs} | {run.name for run in runs}))
+        found = f"could be {' or '.join(sorted(rows))}" if rows else "is none of the runs"
+        raise ValueError(f"--baseline {name} {found}; name one of {known}, or a run's folder.")
+    return rows.pop()
+
+
+def _pairs(present: Sequence[str], baselines: Sequence[str]) -> list[tuple[str, str]]:
+    """Each system over each baseline, but no pair twice, the other way round."""
+    pairs: list[tuple[str, str]] = []
+    for baseline in baselines:
+        if baseline in present:
+            pairs += [(one, baseline) for one in present if one != baseline and (baseline, one) not in pairs]
+    return list(dict.fromkeys(pairs))
+
+
+def _measure(
+    corpus: str, by_label: Mapping[str, Run], resample: str, notes: list[str]
+) -> Iterator[tuple[dict[Metric, dict[str, Measured]], list[str], list[str]]]:
+    """For each part of each table: its metrics by system, what the bootstrap draws, and the clips."""
+    for table, part in _parts():
+        having = {label: _ids_with(run, table, part) for label, run in by_label.items()}
+        having = {label: ids for label, ids in having.items() if ids}
+        if not having:
+            continue
+        ids = _common(corpus, having, by_label, notes)
+        clips = {label: [by_label[label].clips[clip_id] for clip_id in ids] for label in having}
+        first = next(iter(having))
+        labelled = _labelled(clips[first], table, part, by_label[first].class_names)
+        if not any(labelled):
+            continue
+        ids = [clip_id for clip_id, keep in zip(ids, labelled, strict=True) if keep]
+        sources = {str(by_label[first].clips[clip_id].get("dimension_source") or "label") for clip_id in ids} - {
+            "label"
+        }
+        if table == "dimensions" and sources:
+            notes.append(f"{corpus}: dimensions are partly or wholly no labels, but readings of {sorted(sources)}.")
+        kept = {
+            label: [row for row, keep in zip(rows, labelled, strict=True) if keep] for label, rows in clips.items()
+        }
+        measured: dict[Metric, dict[str, Measured]] = {}
+        for label, rows in kept.items():
+            for metric, one in measure_part(rows, table, part, by_label[label].class_names):
+                measured.setdefault(metric, {})[label] = one
+        yield measured, _units(corpus, ids, kept[first], resample, notes), ids
+
+
+def _parts() -> list[tuple[str, str]]:
+    recognition = [("recognition", way) for way in WAYS]
+    return [*(("empathy", name) for name in MECHANISMS), *recognition, *(("dimensions", name) for name in DIMENSIONS)]
+
+
+def _ids_with(run: Run, table: str, part: str) -> set[str]:
+    return {clip_id for clip_id, clip in run.clips.items() if part in (clip.get(table) or {})}
+
+
+def _common(corpus: str, having: Mapping[str, set[str]], by_label: Mapping[str, Run], notes: list[str]) -> list[str]:
+    """The clips that all runs with this part have, in the order of the first one's file."""
+    everything = set().union(*having.values())
+    shared = set.intersection(*having.values())
+    for label, ids in having.items():
+        lacking = sorted(everything - ids)
+        if not lacking:
+            continue
+        run = by_label[label]
+        named = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+        if len(lacking) > MAX_MISSING * len(everything):
+            raise ValueError(
+                f"{run.path} lacks {len(lacking)} of the {len(everything)} clips that other runs on {corpus} have "
+                f"({named}), more than {MAX_MISSING:.0%}. Find out why, and evaluate them."
+            )
+        notes.append(f"{corpus}: {label} lacks {len(lacking)} of {len(everything)} clips, left out of all: {named}.")
+    first = by_label[next(iter(having))]
+    return [clip_id for clip_id in first.clips if clip_id in shared]
+
+
+def _labelled(clips: Sequence[dict], table: str, part: str, class_names: Mapping[str, Sequence[str]]) -> list[bool]:
+    if table == "recognition":
+        return [clip.get("emotion") in class_names.get(part, ()) for clip in clips]
+    if table == "dimensions":
+        return [clip.get(part) is not None for clip in clips]
+    return [True] * len(clips)
+
+
+def _units(corpus: str, ids: Sequence[str], clips: Sequence[dict], resample: str, notes: list[str]) -> list[str]:
+    """What the bootstrap draws, for each clip; one without a speaker is drawn alone."""
+    num_speakers = len({clip.get("speaker") for clip in clips} - {None})
+    if resample == "speakers" and num_speakers < 2:
+        raise ValueError(f"--resample speakers: {corpus} has {num_speakers} known speakers. Use --resample clips.")
+    if resample == "clips" or (resample == "auto" and num_speakers < MIN_SPEAKERS):
+        reason = f" (only {num_speakers} known speakers: they say nothing of further speakers)" * (resample == "auto")
+        notes.append(f"{corpus}: the intervals resample clips{reason}.")
+        return list(ids)
+    notes.append(f"{corpus}: the intervals resample {num_speakers} speakers with all their clips.")
+    return [
+        f"clip {clip_id}" if clip.get("speaker") is None else f"speaker {clip['speaker']}"
+        for clip_id, clip in zip(ids, clips, strict=True)
+    ]
+
+
+def _gain(
+    corpus: str,
+    pair: tuple[str, str],
+    metric: Metric,
+    measured: tuple[Measured, Measured],
+    resampler: Resampler | None,
+) -> Gain:
+    one, other = measured
+    difference = None if one.value is None or other.value is None else one.value - other.value
+    has_relative = metric.name != "ccc" and difference is not None and other.value is not None and other.value > 0
+    intervals: list[tuple[float, float] | None] = [None, None]
+    if resampler is not None and difference is not None:
+        ours, theirs = (each.statistic(resampler.sums(each.summands)) for each in measured)
+        with np.errstate(all="ignore"):
+            relative = np.where(theirs > 0, 100 * (ours / theirs - 1), np.nan)
+        intervals[0] = percentile_interval(ours - theirs, resampler.num_units)
+        intervals[1] = percentile_interval(relative, resampler.num_units) if has_relative else None
+    test = None if one.paired is None or other.paired is None else wilcoxon_test(one.paired - other.paired)
+    return Gain(
+        corpus=corpus,
+        system=pair[0],
+        baseline=pair[1],
+        metric=metric,
+        num_clips=len(one.summands),
+        difference=difference,
+        difference_interval=intervals[0],
+        relative=100 * (one.value / other.value - 1)
+        if has_relative and one.value is not None and other.value
+        else None,
+        relative_interval=intervals[1],
+        test=test,
+        p_holm=None,
+    )
+
+
+def _correct(gains: Sequence[Gain]) -> list[Gain]:
+    """Holm's correction; the family is all tests of one table: its metrics, corpora and pairs of systems."""
+    corrected = list(gains)
+    for table in ("empathy", "recognition"):
+        tests = {
+            at: gain.test for at, gain in enumerate(gains) if gain.metric.table == table and gain.test is not None
+        }
+        adjusted = holm([test.p_value for test in tests.values()])
+        for at, p_value in zip(tests, adjusted, strict=True):
+            corrected[at] = replace(corrected[at], p_holm=p_value)
+    return corrected
+
+
+def _fold_mean(run: Run, metric: Metric) -> float | None:
+    return run.fold_means.get(metric.table, {}).get(metric.part, {}).get(metric.name)
+
+
+__all__ = ["SYSTEM_TITLES", "Cell", "Comparison", "Gain", "compare_runs"]

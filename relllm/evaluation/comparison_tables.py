@@ -1,0 +1,282 @@
+"""A comparison as tables, JSON and forest plots, with the paper's published numbers beside it.
+
+What lives here: what stands in which cell, and the files. What does not: numbers (`comparison.py`), layout
+(`tables.py`), drawing (`plots.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from relllm.data.writing import write_json
+
+from .comparison import SYSTEM_TITLES, Cell, Comparison, Gain
+from .measures import Metric
+from .plots import ForestLine, plot_forest, plot_levels
+from .published import PUBLISHED_GAINS, PUBLISHED_VALUES, SOURCE
+from .summary import LEVELS, MECHANISMS
+from .tables import Table, to_latex, to_markdown
+
+FORMAT = "relllm-comparison-1"
+DASH = "–"
+PUBLISHED = "RE-LLM, published"
+TITLES = {
+    "empathy": "Empathy: mean level of the replies, 0 to 2",
+    "recognition": "Speech emotion recognition, per cent",
+    "dimensions": "Emotion dimensions, CCC",
+}
+GAIN_TITLES = {
+    "empathy": "Empathy: relative gain, per cent",
+    "recognition": "Speech emotion recognition: gain in percentage points",
+    "dimensions": "Emotion dimensions: difference in CCC",
+}
+METRIC_TITLES = {"ua": "UA", "wa": "WA", "macro_f1": "macro-F1", "ccc": "CCC"}
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Of each task that was measured, a table of values and one of gains."""
+    tables = []
+    for name in TITLES:
+        if any(cell.metric.table == name for cell in comparison.cells):
+            tables.append(_value_table(comparison, name))
+        if any(gain.metric.table == name for gain in comparison.gains):
+            tables.append(_gain_table(comparison, name))
+    return tables
+
+
+def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
+    """Writes comparison.md, .tex and .json, forest_*.png and levels_*.png.
+
+    Returns:
+        `list[Path]`: The files.
+    """
+    tables = comparison_tables(comparison)
+    out.mkdir(parents=True, exist_ok=True)
+    written = [out / "comparison.md", out / "comparison.tex", out / "comparison.json"]
+    _write("# Comparison\n\n" + "\n".join(to_markdown(table) for table in tables), written[0])
+    _write("\n".join(to_latex(table) for table in tables), written[1])
+    write_json(comparison_json(comparison), written[2])
+    for name in GAIN_TITLES:
+        panels = _forest_panels(comparison, name)
+        if panels:
+            written.append(plot_forest(panels, out / f"forest_{name}.png", title=GAIN_TITLES[name]))
+    for corpus in comparison.runs:
+        if levels := _levels(comparison, corpus):
+            written.append(plot_levels(levels, out / f"levels_{corpus}.png", title=corpus))
+    return written
+
+
+def comparison_json(comparison: Comparison) -> dict[str, object]:
+    """Every number with its n; `None` where it is not defined."""
+    return {
+        "format": FORMAT,
+        "settings": comparison.settings,
+        "runs": {
+            corpus: [{"path": str(run.path), "name": run.name, "system": run.system, "data": run.data} for run in runs]
+            for corpus, runs in comparison.runs.items()
+        },
+        "values": [asdict(cell) for cell in comparison.cells],
+        "gains": [asdict(gain) for gain in comparison.gains],
+        "published": {
+            "source": SOURCE,
+            "values": [asdict(value) for value in PUBLISHED_VALUES if value.corpus in comparison.runs],
+            "gains": [asdict(gain) for gain in PUBLISHED_GAINS if gain.corpus in comparison.runs],
+        },
+        "notes": comparison.notes,
+    }
+
+
+def _write(text: str, path: Path) -> None:
+    """The file is complete or the one before."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _value_table(comparison: Comparison, name: str) -> Table:
+    cells = {(cell.corpus, cell.system, cell.metric): cell for cell in comparison.cells if cell.metric.table == name}
+    columns = list(dict.fromkeys((corpus, _column(metric)) for corpus, _, metric in cells))
+    header = [("", "system"), *([("", "by")] if name == "recognition" else [])]
+    num_stubs = len(header)
+    header += [(_group(corpus, cells), title) for corpus, title in columns]
+    rows = []
+    for system in comparison.systems:
+        for by in dict.fromkeys(_row(metric) for _, label, metric in cells if label == system):
+            of_row = {
+                (key[0], _column(key[2])): cell
+                for key, cell in cells.items()
+                if (key[1], _row(key[2])) == (system, by)
+            }
+            stubs = [system, by][:num_stubs]
+            rows.append([*stubs, *(_show_value(of_row.get(column)) for column in columns)])
+            if any(cell.fold_mean is not None for cell in of_row.values()):
+                rows[-1][0] = f"{system}, folds pooled"
+                means = [_show_fold_mean(of_row.get(column)) for column in columns]
+                rows.append([f"{system}, mean over folds", *stubs[1:], *means])
+    published = {(value.corpus, _published_column(value.metric)): value for value in PUBLISHED_VALUES}
+    known = [f"{published[column].value:.4g}" if column in published else DASH for column in columns]
+    notes = []
+    if name != "dimensions" and any(text != DASH for text in known):
+        rows.append([PUBLISHED, *[DASH] * (num_stubs - 1), *known])
+        notes.append(
+            f"{PUBLISHED}: printed in {SOURCE}, not measured here; its splits, replies and scorers are its own."
+        )
+    return Table(name, TITLES[name], header, num_stubs, rows, notes + _count_notes(cells))
+
+
+def _gain_table(comparison: Comparison, name: str) -> Table:
+    gains = [gain for gain in comparison.gains if gain.metric.table == name]
+    header = ["data", "metric", "system", "over", "gain", "95 % interval", "p", "p (Holm)", "n", "differ"]
+    rows = []
+    for gain in gains:
+        value, interval = _shown_gain(gain)
+        test = gain.test
+        rows.append(
+            [
+                gain.corpus,
+                _metric_title(gain.metric),
+                gain.system,
+                gain.baseline,
+                _signed(value, name),
+                DASH if interval is None else f"[{_signed(interval[0], name)}, {_signed(interval[1], name)}]",
+                DASH if test is None else _show_p(test.p_value),
+                DASH if gain.p_holm is None else _show_p(gain.p_holm),
+                str(gain.num_clips),
+                DASH if test is None else str(test.num_different),
+            ]
+        )
+    rows += _published_gains(comparison, name)
+    tests = sum(gain.test is not None for gain in gains)
+    notes = [f"Intervals: paired bootstrap, {comparison.settings['num_resamples']} resamples, expanded percentiles."]
+    if tests:
+        notes.append(
+            f"p: Wilcoxon's signed-rank test of the paired clips; Holm over the {tests} tests of this table. differ: "
+            "clips on which the two differ."
+        )
+    if name == "recognition":
+        notes.append("Macro-F1 is no mean over clips: it has an interval and no test.")
+    if len(rows) > len(gains):
+        notes.append(f"Rows marked published: printed in {SOURCE}, not measured here.")
+    columns = [("", title) for title in header]
+    return Table(f"{name}-gains", GAIN_TITLES[name], columns, 4, rows, notes + comparison.notes)
+
+
+def _published_gains(comparison: Comparison, name: str) -> list[list[str]]:
+    rows = []
+    for gain in PUBLISHED_GAINS:
+        table = "recognition" if gain.unit == "points" else "empathy"
+        if table == name and gain.corpus in comparison.runs:
+            over = "its baseline" if gain.baseline is None else SYSTEM_TITLES[gain.baseline]
+            title = METRIC_TITLES.get(gain.metric, gain.metric)
+            rows.append([gain.corpus, title, PUBLISHED, over, f"{gain.gain:+g}".replace("-", "−"), *[DASH] * 5])
+    return rows
+
+
+def _forest_panels(comparison: Comparison, name: str) -> dict[tuple[str, str], list[ForestLine]]:
+    """For each metric and corpus one line a pair of systems; and the published gain over the same system."""
+    panels: dict[tuple[str, str], list[ForestLine]] = {}
+    for gain in comparison.gains:
+        if gain.metric.table != name or gain.metric.name in ("wa", "macro_f1"):
+            continue
+        value, interval = _shown_gain(gain)
+        scale = 100 if name == "recognition" else 1
+        panels.setdefault((_metric_title(gain.metric), gain.corpus), []).append(
+            ForestLine(
+                label=f"{gain.system}\nover {gain.baseline}",
+                value=None if value is None else scale * value,
+                interval=None if interval is None else (scale * interval[0], scale * interval[1]),
+                published=_published_beside(comparison, gain),
+            )
+        )
+    return panels
+
+
+def _published_beside(comparison: Comparison, gain: Gain) -> float | None:
+    if comparison.kinds[gain.system] != "re-llm" or gain.metric.table != "empathy":
+        return None
+    for published in PUBLISHED_GAINS:
+        wanted = (gain.corpus, gain.metric.part, comparison.kinds[gain.baseline])
+        if (published.corpus, published.metric, published.baseline) == wanted:
+            return published.gain
+    return None
+
+
+def _levels(comparison: Comparison, corpus: str) -> dict[str, dict[str, list[int]]]:
+    """How many replies of each system have each level, of all its clips."""
+    titles = {run.path: _title_of(comparison, corpus, index) for index, run in enumerate(comparison.runs[corpus])}
+    found: dict[str, dict[str, list[int]]] = {}
+    for run in comparison.runs[corpus]:
+        scored = [clip["empathy"] for clip in run.clips.values() if "empathy" in clip]
+        if scored and all(name in one for one in scored for name in MECHANISMS):
+            levels = {name: [one[name]["level"] for one in scored] for name in MECHANISMS}
+            found[titles[run.path]] = {
+                name: [values.count(level) for level in range(LEVELS)] for name, values in levels.items()
+            }
+    return {name: found[name] for name in comparison.systems if name in found}
+
+
+def _title_of(comparison: Comparison, corpus: str, index: int) -> str:
+    run = comparison.runs[corpus][index]
+    return SYSTEM_TITLES[run.system] if SYSTEM_TITLES[run.system] in comparison.systems else run.name
+
+
+def _shown_gain(gain: Gain) -> tuple[float | None, tuple[float, float] | None]:
+    if gain.metric.table == "empathy":
+        return gain.relative, gain.relative_interval
+    return gain.difference, gain.difference_interval
+
+
+def _column(metric: Metric) -> str:
+    return METRIC_TITLES[metric.name] if metric.table == "recognition" else metric.part
+
+
+def _row(metric: Metric) -> str:
+    return metric.part if metric.table == "recognition" else ""
+
+
+def _metric_title(metric: Metric) -> str:
+    return f"{METRIC_TITLES[metric.name]}, {metric.part}" if metric.table == "recognition" else metric.part
+
+
+def _published_column(metric: str) -> str:
+    return METRIC_TITLES.get(metric, metric)
+
+
+def _group(corpus: str, cells: Mapping[tuple[str, str, Metric], Cell]) -> str:
+    counts = {cell.num_clips for (of, _, _), cell in cells.items() if of == corpus}
+    low, high = min(counts), max(counts)
+    return f"{corpus} (n = {low})" if low == high else f"{corpus} (n = {low} to {high})"
+
+
+def _count_notes(cells: Mapping[tuple[str, str, Metric], Cell]) -> list[str]:
+    folds = sorted({corpus for (corpus, _, _), cell in cells.items() if cell.fold_mean is not None})
+    return [f"{corpus}: 'folds pooled' counts the clips of all folds at once." for corpus in folds]
+
+
+def _show_value(cell: Cell | None) -> str:
+    return DASH if cell is None or cell.value is None else _show(cell.value, cell.metric)
+
+
+def _show_fold_mean(cell: Cell | None) -> str:
+    return DASH if cell is None or cell.fold_mean is None else _show(cell.fold_mean, cell.metric)
+
+
+def _show(value: float, metric: Metric) -> str:
+    text = f"{100 * value:.1f}" if metric.table == "recognition" else f"{value:.3f}"
+    return text.replace("-", "−")
+
+
+def _signed(value: float | None, table: str) -> str:
+    if value is None:
+        return DASH
+    text = {"empathy": f"{value:+.2f}", "recognition": f"{100 * value:+.1f}", "dimensions": f"{value:+.3f}"}[table]
+    return text.replace("-", "−")
+
+
+def _show_p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+__all__ = ["comparison_json", "comparison_tables", "write_comparison"]

@@ -1,0 +1,110 @@
+"""Fingerprints: two runs with the same ones measured the same weights on the same rows.
+
+What lives here: digests of bytes. What does not: paths, names and dates, which change when a file is copied.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from relllm.labels import DIMENSIONS
+
+CHUNK = 1 << 20  # bytes
+ROWS_AT_ONCE = 64
+# Of a configuration: the same weights with another of these are another model.
+BEHAVIOUR = ("model_type", "emotion_fusion", "emotion_labels", "lora_config", "lora_scope", "projector_type")
+COVERED = ("id", "text", "emotion", *DIMENSIONS)  # of a row, beside its audio
+
+
+def data_fingerprint(rows: Iterable[Mapping]) -> str:
+    """SHA-256 over each row's id, transcript, emotion, dimensions and the bytes of its audio file, in order.
+
+    A copy of the data elsewhere has the same fingerprint; one denoised file, one label or another order gives
+    another. A file that is not there counts as such, audio behind a URL by its address.
+
+    Args:
+        rows (`Iterable[Mapping]`): With `id` and `audio`, undecoded.
+    """
+    digest, remaining = hashlib.sha256(), iter(rows)
+    with ThreadPoolExecutor() as pool:  # hashing leaves other threads the interpreter
+        while chunk := list(itertools.islice(remaining, ROWS_AT_ONCE)):  # whose audio may be bytes in memory
+            for line in pool.map(_row_line, chunk):
+                digest.update(line)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def model_fingerprint(model: str, *, revision: str = "main") -> str:
+    """SHA-256 over the bytes of a checkpoint's safetensors files and what its configuration makes of them (see
+    `BEHAVIOUR`); for a light one also over the fingerprints of the tower weights that it leaves out, which it records.
+
+    Args:
+        model (`str`): A directory or a Hub id.
+        revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit on the Hub.
+
+    Raises:
+        OSError: If the checkpoint has no safetensors.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+    with ThreadPoolExecutor() as pool:
+        parts = sorted(pool.map(_file_digest, weight_files(model, revision=revision)))
+    parts.append(json.dumps({name: config.get(name) for name in BEHAVIOUR}, sort_keys=True))
+    if config.get("light_checkpoint"):
+        parts += [f"{kind} {config['towers'][kind].get('fingerprint')}" for kind in sorted(config["towers"])]
+    return f"sha256:{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
+
+
+def folder_fingerprint(path: str) -> str:
+    """SHA-256 over every safetensors file beneath a folder, with its place there.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    folder = Path(path)
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"No safetensors in {path}. Give the folder that `relllm empathy train` wrote.")
+    parts = [f"{file.relative_to(folder).as_posix()} {_file_digest(file)}" for file in files]
+    return f"sha256:{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
+
+
+def weight_files(model: str, *, revision: str = "main") -> list[Path]:
+    """The safetensors files of a checkpoint, downloaded if they are on the Hub."""
+    index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    names = [SAFE_WEIGHTS_NAME]
+    if index is not None:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [Path(str(cached_file(model, name, revision=revision))) for name in names]
+
+
+def _row_line(row: Mapping) -> bytes:
+    values = [row.get(name) for name in COVERED]
+    return json.dumps([*values, _audio_digest(row["audio"])]).encode() + b"\n"
+
+
+def _audio_digest(audio: object) -> str:
+    if isinstance(audio, Mapping):
+        audio = audio["bytes"] if audio.get("bytes") is not None else audio.get("path")
+    if isinstance(audio, bytes):
+        return hashlib.sha256(audio).hexdigest()
+    source = str(audio).removeprefix("file://")
+    if "://" in source:
+        return source
+    return _file_digest(Path(source)) if Path(source).is_file() else "missing"
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+__all__ = ["data_fingerprint", "folder_fingerprint", "model_fingerprint", "weight_files"]

@@ -1,0 +1,151 @@
+"""Leave-one-out evaluation: one run for each fold with the model that did not train on it, and the pooled numbers.
+
+What lives here: which folds there are, pooling, the mean over folds. What does not: a run (`run.py`).
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import PartialState
+
+from relllm.data.loading import column_values
+from relllm.data.writing import write_json
+
+from .planning import EvaluationSettings
+from .run import METRICS, PATIENCE, PLOTS, Score, evaluate, read_predictions, write_predictions
+from .summary import count_clips, draw_plots, mean_over_folds, summarize
+
+PLACE = "{fold}"
+POOLED = "the numbers above are pooled over all folds"
+MEAN = "the unweighted mean over folds"
+
+
+def evaluate_folds(
+    settings: EvaluationSettings, folds: str, *, score: Score | None = None, progress: bool = True
+) -> dict:
+    """Measures every fold and pools them: the predictions of all folds make the main numbers, beside the mean.
+
+    Each fold is a run of its own in `out/folds/<value>`, so a killed evaluation goes on in the fold it was in.
+
+    Args:
+        settings ([`EvaluationSettings`]): With `{fold}` in `model`, in the place of the column's value; a text-only
+            system may be the same for all folds. `held_out` is made from the folds.
+        folds (`str`): A column, `"session"`, for all of its values; or `"session=Ses01,Ses02"`.
+        score (`Callable`, *optional*): See [`~relllm.evaluation.run.evaluate`].
+        progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+
+    Returns:
+        `dict`: The content of `metrics.json`, in every process.
+
+    Raises:
+        ValueError: If the model is the same for all folds, the column has no values, or a fold cannot be measured.
+    """
+    if settings.held_out is not None:
+        raise ValueError(f"--folds {folds} makes the held-out rows itself; leave --held-out {settings.held_out} out.")
+    if PLACE not in settings.model and settings.system != "text-only":
+        raise ValueError(
+            f"--folds needs {PLACE} in the model's path, because each fold needs the model that did not train on it; "
+            f"got {settings.model!r}. Write it like runs/iemocap-{PLACE}, or leave --folds out for one model."
+        )
+    column, values = fold_values(settings.data, folds)
+    name = settings.name or settings.out.name
+    by_fold = {}
+    for value in values:
+        fold = replace(
+            settings,
+            model=settings.model.replace(PLACE, value),
+            held_out=f"{column}={value}",
+            out=settings.out / "folds" / value.replace("/", "_"),
+            name=f"{name}, {value}",
+        )
+        by_fold[value] = evaluate(fold, score=score, progress=progress), fold.out
+    state = PartialState(cpu=settings.device == "cpu", timeout=PATIENCE)
+    metrics = _pool(settings, name, column, by_fold)
+    if state.is_main_process:
+        _write(settings.out, metrics, [out for _, out in by_fold.values()])
+    state.wait_for_everyone()
+    return metrics
+
+
+def fold_values(data: str, folds: str) -> tuple[str, list[str]]:
+    """Column and values of `--folds`, in sorted order where the data give them.
+
+    Raises:
+        ValueError: If there are fewer than two values, or no such column.
+    """
+    column, named, given = folds.partition("=")
+    listed = [value.strip() for value in given.split(",") if value.strip()]
+    values = listed if named else column_values(data, column)
+    if len(values) < 2 or len(set(values)) < len(values):
+        raise ValueError(f"--folds {folds}: expected at least two different values of {column!r}, got {values}.")
+    return column, values
+
+
+def _pool(settings: EvaluationSettings, name: str, column: str, by_fold: Mapping[str, tuple[dict, Path]]) -> dict:
+    runs = [metrics for metrics, _ in by_fold.values()]
+    first = runs[0]
+    for key in ("system", "label_set", "prompts"):
+        if any(run[key] != first[key] for run in runs):
+            raise ValueError(f"The folds differ in {key!r}, so they cannot be pooled: {[run[key] for run in runs]}.")
+    lines = _pooled_lines([out for _, out in by_fold.values()])
+    parts = [{task: run[task] for task in ("recognition", "dimensions", "empathy") if task in run} for run in runs]
+    summary = summarize(lines, first["label_set"])
+    if "empathy" in first:
+        summary["empathy"]["scorers"] = first["empathy"]["scorers"]
+    shared_towers = {
+        kind: place
+        for kind, place in first["model"]["towers"].items()
+        if all(run["model"]["towers"].get(kind) == place for run in runs)
+    }
+    return {
+        **first,
+        "name": name,
+        "model": {
+            **first["model"],
+            "id": settings.model,
+            "revision": None,
+            "fingerprint": _combine([run["model"]["fingerprint"] for run in runs]),
+            "towers": shared_towers,
+        },
+        "data": {
+            **first["data"],
+            "held_out": column,
+            "fingerprint": _combine([run["data"]["fingerprint"] for run in runs]),
+            **count_clips(lines, first["label_set"]),
+        },
+        **summary,
+        "folds": {
+            "column": column,
+            "values": list(by_fold),
+            "by_fold": dict(zip(by_fold, parts, strict=True)),
+            "mean": mean_over_folds(parts),
+            "mean_is": MEAN,
+            "pooled": POOLED,
+        },
+    }
+
+
+def _write(out: Path, metrics: Mapping, folds: Sequence[Path]) -> None:
+    lines = _pooled_lines(folds)
+    identity = {"task": "evaluate-folds", "folds": [read_predictions(fold)[0] for fold in folds]}
+    write_predictions(out, identity, lines)
+    draw_plots(lines, metrics, out / PLOTS, title=metrics["name"])
+    write_json(metrics, out / METRICS)
+
+
+def _pooled_lines(folds: Sequence[Path]) -> list[dict]:
+    lines = [line for fold in folds for line in read_predictions(fold)[1]]
+    ids = [line["id"] for line in lines]
+    if len(set(ids)) < len(ids):
+        again = next(row_id for row_id in ids if ids.count(row_id) > 1)
+        raise ValueError(f"The clip {again!r} is in two folds, so the folds cannot be pooled. Make its id unique.")
+    return lines
+
+
+def _combine(fingerprints: Sequence[str]) -> str:
+    return f"sha256:{hashlib.sha256(chr(10).join(fingerprints).encode()).hexdigest()}"
+
+
+__all__ = ["evaluate_folds", "fold_values"]

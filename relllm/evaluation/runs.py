@@ -1,0 +1,155 @@
+"""Folders that `relllm evaluate` wrote, read back to be compared.
+
+What lives here: one run with its clips, and the checks that runs on a data set belong together. What does not: numbers
+(`comparison.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+FORMAT = "relllm-run-1"
+SYSTEMS = ("text-only", "speech-only", "re-llm")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One system on one data set.
+
+    Attributes:
+        path (`Path`): The folder. name (`str`): What the system was called. system (`str`): One of `SYSTEMS`.
+        data (`dict`): The part `data` of metrics.json: `corpus`, `split`, `held_out`, `fingerprint`, ….
+        clips (`dict[str, dict]`): What was read of each clip, by id; clips that failed are left out.
+        failed (`tuple[str, ...]`): Ids of the clips that could not be read.
+        class_names (`dict[str, list[str]]`): The classes of each way of recognition.
+        scorers (`str` or `None`): Fingerprint of what scored the replies.
+        fold_column (`str` or `None`): What the folds are, where the predictions of several folds are pooled.
+        fold_means (`dict`): The means over the folds, as in metrics.json; empty without folds.
+    """
+
+    path: Path
+    name: str
+    system: str
+    data: dict
+    clips: dict[str, dict]
+    failed: tuple[str, ...]
+    class_names: dict[str, list[str]]
+    scorers: str | None
+    fold_column: str | None
+    fold_means: dict
+
+
+def read_run(path: Path) -> Run:
+    """Reads metrics.json and predictions.jsonl of a run.
+
+    Raises:
+        FileNotFoundError: If one of them is not there: the run is not complete.
+        ValueError: On another format, an unknown system, or a line that is no clip.
+    """
+    for name in ("metrics.json", "predictions.jsonl"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(
+                f"{path} has no {name}: it is no complete run. `relllm evaluate … --out {path}` writes one, and goes "
+                "on where it was interrupted."
+            )
+    metrics = _parse((path / "metrics.json").read_text(encoding="utf-8"), f"{path / 'metrics.json'}")
+    if metrics.get("format") != FORMAT or not isinstance(metrics.get("data"), dict):
+        raise ValueError(
+            f"{path / 'metrics.json'} has the format {metrics.get('format')!r}, expected {FORMAT!r}. Evaluate again."
+        )
+    if metrics.get("system") not in SYSTEMS:
+        raise ValueError(f"{path}: the system is {metrics.get('system')!r}, expected one of {', '.join(SYSTEMS)}.")
+    clips = _read_clips(path / "predictions.jsonl")
+    return Run(
+        path=path,
+        name=str(metrics.get("name") or path.name),
+        system=metrics["system"],
+        data=metrics["data"],
+        clips={clip_id: clip for clip_id, clip in clips.items() if "error" not in clip},
+        failed=tuple(clip_id for clip_id, clip in clips.items() if "error" in clip),
+        class_names={way: numbers["class_names"] for way, numbers in metrics.get("recognition", {}).items()},
+        scorers=(metrics.get("empathy", {}).get("scorers") or {}).get("fingerprint"),
+        fold_column=(metrics.get("folds") or {}).get("column"),
+        fold_means=(metrics.get("folds") or {}).get("mean", {}),
+    )
+
+
+def group_by_corpus(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each corpus, which must be on the same clips and scored alike.
+
+    Raises:
+        ValueError: If two runs of a corpus are on other splits or data, have other classes, scorers or folds, or a
+            label differs; it names both.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(str(run.data.get("corpus") or run.data.get("id")), []).append(run)
+    for corpus, members in groups.items():
+        for first, other in combinations(members, 2):
+            _check_same_data(corpus, first, other)
+            _check_same_labels(first, other)
+    return groups
+
+
+def _check_same_data(corpus: str, first: Run, other: Run) -> None:
+    pairs: list[tuple[str, object, object]] = [
+        (name, first.data.get(name), other.data.get(name)) for name in ("split", "held_out", "fingerprint")
+    ]
+    pairs.append(("folds", first.fold_column, other.fold_column))
+    if first.scorers is not None and other.scorers is not None:
+        pairs.append(("empathy scorers", first.scorers, other.scorers))
+    for way in first.class_names.keys() & other.class_names.keys():
+        pairs.append((f"classes ({way})", first.class_names[way], other.class_names[way]))
+    for what, one, two in pairs:
+        if one != two:
+            raise ValueError(
+                f"{first.path} and {other.path} are both on {corpus}, but their {what} differ: {one!r} and {two!r}. "
+                "Only runs on the same clips, measured alike, can be compared; evaluate one of them again."
+            )
+
+
+def _check_same_labels(first: Run, other: Run) -> None:
+    for clip_id in first.clips.keys() & other.clips.keys():
+        for label in ("emotion", "arousal", "dominance", "valence"):
+            one, two = first.clips[clip_id].get(label), other.clips[clip_id].get(label)
+            if one != two:
+                raise ValueError(
+                    f"Clip {clip_id!r}: {label} is {one!r} in {first.path} and {two!r} in {other.path}. The runs are "
+                    "on different labels; evaluate one of them again."
+                )
+
+
+def _read_clips(path: Path) -> dict[str, dict]:
+    clips: dict[str, dict] = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        clip = _parse(line, f"{path}:{number}")
+        if "settings" in clip and "id" not in clip:
+            continue
+        if not isinstance(clip.get("id"), str):
+            raise ValueError(f"{path}:{number} is no clip: it has no `id`. Evaluate again.")
+        clips[clip["id"]] = clip
+    if not clips:
+        raise ValueError(f"{path} has no clips. Evaluate again.")
+    return clips
+
+
+def _parse(text: str, where: str) -> dict:
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON ({error}). Evaluate again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} is no JSON object. Evaluate again.")
+    return content
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"it holds {name}, which is no number")
+
+
+__all__ = ["FORMAT", "SYSTEMS", "Run", "group_by_corpus", "read_run"]

@@ -1,0 +1,157 @@
+"""Whether two systems differ, and by how much: a paired test, Holm's correction, the bootstrap.
+
+What lives here: statistics of plain arrays. What does not: which values are paired, and what is one family of tests
+(`comparison.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_RESAMPLES_AT_ONCE = 100  # of 30,000 clips: 24 MB
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """A two-sided test of paired values.
+
+    Attributes:
+        p_value (`float`): 1 where no pair differs.
+        method (`str`): `"sign test"`, `"exact"` or `"normal approximation"`: how the p-value was computed.
+        num_pairs (`int`): All pairs. num_different (`int`): Those that differ, which are the ones ranked.
+    """
+
+    p_value: float
+    method: str
+    num_pairs: int
+    num_different: int
+
+
+def wilcoxon_test(differences: Sequence[float] | np.ndarray) -> PairedTest:
+    """Wilcoxon's signed-rank test of the paired differences, two-sided.
+
+    Pairs that do not differ are left out, as Wilcoxon did, and not ranked (Pratt): levels tie in most pairs, and ranks
+    that start above all those ties would hardly tell a step of two levels from a step of one.
+
+    Where all steps have one size (right or wrong answers: +1, -1), the signed-rank test is the sign test, which is
+    McNemar's; its p-value is the exact binomial one. Otherwise it is exact up to 50 differing pairs (13 if sizes tie),
+    and the normal approximation, corrected for ties, beyond.
+
+    Args:
+        differences (`Sequence[float]`): One value a pair, finite.
+
+    Raises:
+        ValueError: No pairs, or a difference that is not finite.
+        ImportError: scipy is missing (`pip install relllm[eval]`).
+    """
+    try:
+        from scipy.stats import binomtest, wilcoxon
+    except ImportError as error:
+        raise ImportError("Comparing runs needs scipy: `pip install relllm[eval]`.") from error
+
+    values = np.asarray(differences, dtype=float)
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"Expected at least one pair, and finite differences; got {values}.")
+    different = values[values != 0]
+    num_sizes, count = len(np.unique(np.abs(different))), len(different)
+    if num_sizes <= 1:
+        p_value = float(binomtest(int(np.sum(different > 0)), count).pvalue) if count else 1.0
+        method = "sign test"
+    else:
+        p_value = float(wilcoxon(different).pvalue)
+        method = "exact" if count <= (50 if num_sizes == count else 13) else "normal approximation"
+    return PairedTest(p_value, method, len(values), count)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: the chance of any false finding in the family stays below the level.
+
+    Args:
+        p_values (`Sequence[float]`): The family, in any order, each in [0, 1].
+
+    Returns:
+        `list[float]`: Adjusted, in the same order; compare them with the level itself.
+
+    Raises:
+        ValueError: A value outside [0, 1].
+    """
+    values = np.asarray(p_values, dtype=float)
+    if not ((values >= 0) & (values <= 1)).all():  # false for NaN too
+        raise ValueError(f"Expected p-values in [0, 1], got {list(p_values)}.")
+    order = np.argsort(values, kind="stable")
+    factors = np.arange(len(values), 0, -1)
+    adjusted = np.empty(len(values))
+    adjusted[order] = np.minimum(np.maximum.accumulate(values[order] * factors), 1)
+    return adjusted.tolist()
+
+
+class Resampler:
+    """Bootstrap resamples of a data set's clips, drawn once, so that all systems and metrics share them.
+
+    Every metric here is a function of sums over clips, so a resample is how often each unit was drawn, times the
+    units' sums.
+
+    Args:
+        units (`Sequence[str]`): What is drawn with replacement, for each clip: its own id, or its speaker, whose clips
+            then come and go together.
+        num_resamples (`int`): How many.
+        seed (`int`): The same seed gives the same resamples.
+
+    Raises:
+        ValueError: Fewer than two units.
+    """
+
+    def __init__(self, units: Sequence[str], *, num_resamples: int, seed: int) -> None:
+        names, self._unit_of = np.unique(np.asarray(units, dtype=str), return_inverse=True)
+        self.num_units = len(names)
+        if self.num_units < 2:
+            raise ValueError(f"Cannot resample {self.num_units} unit: an interval needs at least two.")
+        rng = np.random.default_rng(seed)
+        self._counts = np.empty((num_resamples, self.num_units), dtype=np.uint16)
+        for row in self._counts:
+            row[:] = np.bincount(rng.integers(self.num_units, size=self.num_units), minlength=self.num_units)
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sums over the clips of each resample.
+
+        Args:
+            values (`np.ndarray` of shape `(clips, values)`): In the order of the units.
+
+        Returns:
+            `np.ndarray` of shape `(num_resamples, values)`.
+        """
+        of_unit = np.zeros((self.num_units, values.shape[1]))
+        np.add.at(of_unit, self._unit_of, values)
+        starts = range(0, len(self._counts), _RESAMPLES_AT_ONCE)
+        return np.concatenate([self._counts[at : at + _RESAMPLES_AT_ONCE].astype(float) @ of_unit for at in starts])
+
+
+def percentile_interval(values: np.ndarray, num_units: int, *, confidence: float = 0.95) -> tuple[float, float] | None:
+    """The expanded percentile interval: the middle part of a statistic's bootstrap values, widened for few units.
+
+    The plain one is too narrow for few units by about sqrt(n / (n - 1)) and by the normal quantile in place of
+    Student's; moving the two quantiles makes up for both (`ExpandProbs` of R's `resample`, after Hesterberg, arXiv
+    1411.5279). With 100 units that is hardly seen, with 10 it is the difference between 89 % and 94 % coverage.
+
+    Args:
+        values (`np.ndarray` of shape `(num_resamples,)`): Not finite where a resample does not define the statistic.
+        num_units (`int`): How many units were resampled, at least 2.
+        confidence (`float`, *optional*, defaults to 0.95): The share inside.
+
+    Returns:
+        `tuple[float, float]` or `None`: Ends; `None` if any resample does not define the statistic, for its end could
+        then be anything.
+    """
+    from scipy.stats import norm, t
+
+    if not np.isfinite(values).all():
+        return None
+    expanded = np.sqrt(num_units / (num_units - 1)) * t.ppf((1 + confidence) / 2, num_units - 1)
+    low, high = np.quantile(values, [norm.cdf(-expanded), norm.cdf(expanded)])
+    return float(low), float(high)
+
+
+__all__ = ["PairedTest", "Resampler", "holm", "percentile_interval", "wilcoxon_test"]

@@ -1,0 +1,116 @@
+"""A table of text, as Markdown, LaTeX (booktabs) or in the terminal.
+
+What lives here: layout and escaping. What does not: what stands in the cells (`comparison_tables.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{mark: "\\" + mark for mark in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "–": "--",
+    "−": "$-$",
+    "≥": r"$\geq$",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text under one or two lines of header.
+
+    Attributes:
+        name (`str`): For file names and labels. title (`str`): A sentence.
+        header (`list[tuple[str, str]]`): For each column its group (a data set; empty for none) and its name.
+        num_stubs (`int`): How many columns at the left are words; the others are numbers.
+        rows (`list[list[str]]`): As many cells as columns.
+        notes (`list[str]`): Sentences below.
+    """
+
+    name: str
+    title: str
+    header: list[tuple[str, str]]
+    num_stubs: int
+    rows: list[list[str]]
+    notes: list[str]
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.header):
+                raise ValueError(f"{self.name}: the row {row} has {len(row)} cells, expected {len(self.header)}.")
+
+
+def to_markdown(table: Table) -> str:
+    """The table with its title and notes; a column's group stands before its name."""
+    names = [_mark_down(f"{group} {name}".strip()) for group, name in table.header]
+    rules = [":--" if index < table.num_stubs else "--:" for index in range(len(names))]
+    rows = [names, rules, *([_mark_down(cell) for cell in row] for row in table.rows)]
+    lines = [f"## {table.title}", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
+    return "\n".join([*lines, *(f"- {note}" for note in table.notes), ""])
+
+
+def to_latex(table: Table) -> str:
+    r"""A `table*` that needs `\usepackage{booktabs}` only; groups span their columns."""
+    columns = "l" * table.num_stubs + "r" * (len(table.header) - table.num_stubs)
+    lines = [r"\begin{table*}", r"\centering", r"\small", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    groups = [(group, len(list(members))) for group, members in groupby(group for group, _ in table.header)]
+    if any(group for group, _ in groups):
+        lines.append(_latex_row(_spans(groups)))
+        lines.append(_rules_below(groups))
+    lines += [_latex_row(_escape(name) for _, name in table.header), r"\midrule"]
+    lines += [_latex_row(_escape(cell) for cell in row) for row in table.rows]
+    caption = " ".join(_escape(sentence) for sentence in (table.title + ".", *table.notes))
+    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption}}}", rf"\label{{tab:{table.name}}}"]
+    return "\n".join([*lines, r"\end{table*}", ""])
+
+
+def to_rich(table: Table) -> RichTable:
+    """The table for `rich.console.Console.print`; without its notes."""
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    rich_table = RichTable(title=escape(table.title), title_justify="left")
+    for index, (group, name) in enumerate(table.header):
+        justify = "left" if index < table.num_stubs else "right"
+        rich_table.add_column(escape(f"{group}\n{name}" if group else name), justify=justify)  # type: ignore[arg-type]
+    for row in table.rows:
+        rich_table.add_row(*(escape(cell) for cell in row))
+    return rich_table
+
+
+def _mark_down(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
+
+
+def _escape(text: str) -> str:
+    return "".join(_LATEX.get(mark, mark) for mark in text)
+
+
+def _latex_row(cells: Iterator[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _spans(groups: list[tuple[str, int]]) -> Iterator[str]:
+    for group, width in groups:
+        yield rf"\multicolumn{{{width}}}{{c}}{{{_escape(group)}}}" if group else " & ".join([""] * width)
+
+
+def _rules_below(groups: list[tuple[str, int]]) -> str:
+    rules, at = [], 1
+    for group, width in groups:
+        if group:
+            rules.append(rf"\cmidrule(lr){{{at}-{at + width - 1}}}")
+        at += width
+    return " ".join(rules)
+
+
+__all__ = ["Table", "to_latex", "to_markdown", "to_rich"]

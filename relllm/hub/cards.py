@@ -1,0 +1,211 @@
+"""`relllm card`: the `README.md` of a checkpoint, written from its files and from runs that measured it.
+
+What lives here: the card's content and its check before a push. What does not: which licence (`licences.py`), which
+numbers (`evidence.py`), the words (`template.md`, with a link to it in `model_cards/`). A number comes into a card
+only from a run on the same weights, and a push goes over that again.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from relllm.data.writing import write_json
+from relllm.evaluation.fingerprints import model_fingerprint
+
+from .evidence import EVIDENCE_FORMAT, EVIDENCE_NAME, eval_results, read_evidence, read_run
+from .licences import MSP_TOWER, UNKNOWN, Tower, model_licence, read_towers
+from .results import describe_run
+
+TEMPLATE = Path(__file__).parent / "template.md"
+SETTINGS_NAME = "training_settings.json"
+LORA_SCOPES = {"audio": "at audio positions only", "text": "at text positions only", "global": "everywhere"}
+IMAGE = re.compile(r"!\[[^]]*\]\((?!https?://)([^)]+)\)")
+
+
+def write_card(
+    model: Path,
+    runs: Sequence[Path] = (),
+    *,
+    repo_id: str | None = None,
+    licence: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes `README.md`, and where there are runs `evaluation.json` and `plots/`, into a checkpoint's folder.
+
+    Args:
+        model (`Path`): The checkpoint.
+        runs (`Sequence[Path]`, *optional*): Folders of finished `relllm evaluate`s of this checkpoint. Without one the
+            card says that the model is not evaluated.
+        repo_id (`str`, *optional*): Where it will be on the Hub, for the title and the code; by default `org/` and the
+            folder's name.
+        licence (`str`, *optional*): An id of the Hub; see [`relllm.hub.licences.model_licence`].
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a `README.md` that is there.
+
+    Returns:
+        `Path`: The card.
+
+    Raises:
+        FileNotFoundError: If `model` has no `config.json`, or a run is not finished.
+        FileExistsError: If there is a `README.md`, and `overwrite` is not set.
+        ValueError: If a run measured another model, or `licence` is weaker than a tower's.
+    """
+    card_path = model / "README.md"
+    if not (model / "config.json").is_file():
+        raise FileNotFoundError(f"{model} has no config.json. --model takes the folder of a checkpoint.")
+    if card_path.exists() and not overwrite:
+        raise FileExistsError(f"{card_path} is there already. Replace it with --overwrite, or edit it.")
+    fingerprint = model_fingerprint(str(model))
+    public = [read_run(run, fingerprint) for run in runs]
+    plots = _plot_names(runs)
+    card = make_card(model, public, fingerprint, repo_id=repo_id, licence=licence, plots=plots)
+    shutil.rmtree(model / "plots", ignore_errors=True)
+    for name, plot in plots.items():
+        (model / "plots").mkdir(exist_ok=True)
+        shutil.copyfile(plot, model / name)
+    (model / EVIDENCE_NAME).unlink(missing_ok=True)
+    if public:
+        evidence = {"format": EVIDENCE_FORMAT, "fingerprint": fingerprint, "runs": public}
+        write_json(evidence, model / EVIDENCE_NAME)
+    partial = card_path.with_name("README.md.partial")
+    partial.write_text(re.sub(r"\n{3,}", "\n\n", str(card)), encoding="utf-8")  # of conditions that were not met
+    partial.replace(card_path)
+    return card_path
+
+
+def make_card(
+    model: Path,
+    runs: Sequence[Mapping],
+    fingerprint: str,
+    *,
+    repo_id: str | None = None,
+    licence: str | None = None,
+    plots: Mapping[str, Path] | None = None,
+) -> ModelCard:
+    """The card of a checkpoint.
+
+    Args:
+        model (`Path`): The checkpoint's folder.
+        runs (`Sequence[Mapping]`): From [`relllm.hub.evidence.read_run`].
+        fingerprint (`str`): Of the checkpoint.
+        repo_id (`str`, *optional*): See [`write_card`].
+        licence (`str`, *optional*): See [`write_card`].
+        plots (`Mapping` of `str` to `Path`, *optional*): Figures by their names in the repository.
+    """
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    repo_id = repo_id or f"org/{model.resolve().name}"
+    towers = read_towers(config)
+    results = eval_results(runs)
+    whole = model_licence(towers, licence)
+    data = ModelCardData(
+        license=whole,
+        library_name="transformers",
+        pipeline_tag="audio-text-to-text",
+        base_model=[tower.hub_id for tower in towers if tower.hub_id] or None,
+        tags=["relllm", "speech", "speech-emotion-recognition", "empathy", "arxiv:2602.10716"],
+        model_name=repo_id.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+    )
+    lora = config.get("lora_config") and LORA_SCOPES.get(config.get("lora_scope", "audio"))
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=repo_id.rpartition("/")[2],
+        repo_id=repo_id,
+        has_emotion_tower=any(tower.part == "emotion_tower" for tower in towers),
+        lora_scope=lora,
+        licence=whole,
+        licence_source=_licence_source(towers, whole),
+        towers=towers,
+        unclear=[f"the {tower.part}" for tower in towers if tower.licence in (UNKNOWN, "other")],
+        msp_tower=any(tower.hub_id == MSP_TOWER for tower in towers),
+        training=_training_settings(model),
+        runs=[describe_run(run, towers) for run in runs],
+        fingerprint=fingerprint,
+        evidence_name=EVIDENCE_NAME,
+        plots=[{"path": name, "title": Path(name).stem.replace("_", " ")} for name in plots or {}],
+    )
+
+
+def check_card(folder: Path) -> ModelCard:
+    """Holds a checkpoint's card against the checkpoint, before it goes to the Hub.
+
+    Args:
+        folder (`Path`): With `README.md`.
+
+    Returns:
+        `ModelCard`: The card.
+
+    Raises:
+        FileNotFoundError: If there is no card, or a figure in it is not there.
+        ValueError: If its front matter is invalid, its licence weaker than a tower's, or it has a metric that no run
+            on these weights measured.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no README.md. Write one with `relllm card RUN --model {folder}`.")
+    try:
+        card = ModelCard.load(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: its front matter is invalid ({error}). Mend it, or write the card anew.") from error
+    if not isinstance(card.data.license, str):
+        raise ValueError(f"{path} names no licence. Set `license:` in its front matter, or write the card anew.")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model_licence(read_towers(config), card.data.license)
+    _check_metrics(card, folder)
+    for image in IMAGE.findall(card.text):
+        if not (folder / image).is_file():
+            raise FileNotFoundError(f"{path} shows {image}, which is not there. Write the card anew.")
+    return card
+
+
+def _check_metrics(card: ModelCard, folder: Path) -> None:
+    claimed: list[EvalResult] = card.data.get("eval_results") or []
+    evidence = read_evidence(folder)
+    if evidence is None and not claimed:
+        return
+    measured = {_key(result) for result in eval_results(evidence["runs"])} if evidence else set()
+    for result in claimed:
+        if _key(result) not in measured:
+            raise ValueError(
+                f"{folder / 'README.md'} has {result.metric_name or result.metric_type} = {result.metric_value} on "
+                f"{result.dataset_name}, and no run in {EVIDENCE_NAME} measured that. Take it out, or write the card "
+                "from the run: `relllm card RUN --model …`."
+            )
+    if evidence and (found := model_fingerprint(str(folder))) != evidence["fingerprint"]:
+        raise ValueError(
+            f"{folder / EVIDENCE_NAME} is of another model: of {evidence['fingerprint'][:23]}…, and this one is "
+            f"{found[:23]}…. Evaluate this one and write its card anew."
+        )
+
+
+def _key(result: EvalResult) -> tuple[object, ...]:
+    return (result.task_type, result.dataset_type, result.dataset_split, result.metric_name, result.metric_value)
+
+
+def _licence_source(towers: Sequence[Tower], licence: str) -> str | None:
+    """The tower whose licence the whole carries; `None` for a licence that is no tower's."""
+    names = [tower.hub_id or f"the {tower.part}" for tower in towers if tower.licence == licence != UNKNOWN]
+    return names[0] if names else None
+
+
+def _plot_names(runs: Sequence[Path]) -> dict[str, Path]:
+    """The figures of runs by their names in the repository."""
+    several = len(runs) > 1
+    return {
+        f"plots/{f'run{number}_' if several else ''}{plot.name}": plot
+        for number, run in enumerate(runs, start=1)
+        for plot in sorted((run / "plots").glob("*.png"))
+    }
+
+
+def _training_settings(model: Path) -> dict[str, object]:
+    path = model / SETTINGS_NAME
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: " ".join(str(value).replace("|", "\\|").split()) for name, value in settings.items()}
+
+
+__all__ = ["SETTINGS_NAME", "TEMPLATE", "check_card", "make_card", "write_card"]

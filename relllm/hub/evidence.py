@@ -1,0 +1,189 @@
+"""The evidence of a card: what runs of `relllm evaluate` measured on one checkpoint, without anything of the corpora.
+
+What lives here: reading runs, `evaluation.json` beside the card, and the metrics of the card's front matter made from
+it. What does not: the text of the card (`cards.py`). `predictions.jsonl`, which has a corpus's ids and words, is never
+opened.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult
+
+RUN_FORMAT = "relllm-run-1"
+EVIDENCE_FORMAT = "relllm-evaluation-1"
+EVIDENCE_NAME = "evaluation.json"
+# Of a run's metrics.json, what may be published. Not its `data.id` and `name`, which are paths as a rule, nor what a
+# protocol holds out by name: speakers and sessions are a corpus's own ids.
+PUBLIC_KEYS = (
+    "system",
+    "generation",
+    "prompts",
+    "label_set",
+    "seed",
+    "versions",
+    "hardware",
+    "recognition",
+    "dimensions",
+    "empathy",
+)
+PUBLIC_DATA_KEYS = ("split", "limit", "fingerprint", "num_clips", "num_failed", "num_speakers")
+READINGS = {
+    "generated": "in the model's own words",
+    "likelihood": "by the likelihood of each label",
+    "head": "by the emotion head",
+}
+CORPUS_NAME = re.compile(r"[\w.-]+")
+METRIC_TYPES = {"ua": "recall", "wa": "accuracy", "macro_f1": "f1"}
+METRIC_NAMES = {"ua": "UA", "wa": "WA", "macro_f1": "macro-F1"}
+
+
+def read_run(folder: Path, fingerprint: str) -> dict[str, object]:
+    """What may be published of one run.
+
+    Args:
+        folder (`Path`): Of a finished `relllm evaluate`.
+        fingerprint (`str`): Of the card's model, see [`relllm.evaluation.fingerprints.model_fingerprint`].
+
+    Returns:
+        `dict`: The keys of `PUBLIC_KEYS` that the run has, `data`, and `folds` where it has them.
+
+    Raises:
+        FileNotFoundError: If the run is not finished.
+        ValueError: If the run measured another model, or its file is not of this format.
+    """
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: that run is not finished. Go on with `relllm evaluate` first.")
+    metrics = _load_json(path)
+    if metrics.get("format") != RUN_FORMAT:
+        raise ValueError(f"{path} has the format {metrics.get('format')!r}, expected {RUN_FORMAT!r}.")
+    found = metrics["model"].get("fingerprint")
+    if found != fingerprint:
+        raise ValueError(
+            f"{folder} measured another model: its fingerprint is {str(found)[:23]}…, and this one's is "
+            f"{fingerprint[:23]}…. A card has metrics of its own model only (a run over folds is of several). "
+            "Evaluate this one with `relllm evaluate`."
+        )
+    data = metrics["data"]
+    public: dict[str, object] = {
+        key: _without_paths(metrics[key]) for key in PUBLIC_KEYS if metrics.get(key) is not None
+    }
+    corpus = data.get("corpus")
+    public["data"] = {
+        "corpus": corpus if isinstance(corpus, str) and CORPUS_NAME.fullmatch(corpus) else "private",
+        "held_out_by": str(data["held_out"]).partition("=")[0] if data.get("held_out") else None,
+        **{key: _without_paths(data.get(key)) for key in PUBLIC_DATA_KEYS},
+        # labelled by people or by a model, which may be a folder
+        "dimension_sources": {str(_without_paths(s)): n for s, n in data.get("dimension_sources", {}).items()},
+    }
+    if folds := metrics.get("folds"):
+        public["folds"] = {"column": folds["column"], "num_folds": len(folds["values"]), "mean": folds.get("mean")}
+    return public
+
+
+def read_evidence(folder: Path) -> dict | None:
+    """The `evaluation.json` of a checkpoint's folder; `None` if there is none.
+
+    Raises:
+        ValueError: If it is not of this format.
+    """
+    path = folder / EVIDENCE_NAME
+    if not path.is_file():
+        return None
+    evidence = _load_json(path)
+    if evidence.get("format") != EVIDENCE_FORMAT:
+        raise ValueError(f"{path} has the format {evidence.get('format')!r}, expected {EVIDENCE_FORMAT!r}.")
+    return evidence
+
+
+def eval_results(runs: Sequence[Mapping]) -> list[EvalResult]:
+    """Every number of some runs as the front matter of a card has it; undefined ones are left out."""
+    return [result for run in runs for result in _results_of_run(run) if result.metric_value is not None]
+
+
+def is_msp(run: Mapping) -> bool:
+    """Whether a run measured on MSP-Podcast."""
+    return "msp" in run["data"]["corpus"].lower()
+
+
+def describe_data(run: Mapping) -> str:
+    """The corpus and split of a run, with how it was held out, in a few words."""
+    data = run["data"]
+    split = f"{data['corpus']} {data['split'] or ''}".strip()
+    if folds := run.get("folds"):
+        return f"{split}, {folds['num_folds']} folds by {folds['column']}"
+    return f"{split}, held out by {data['held_out_by']}" if data["held_out_by"] else split
+
+
+def _results_of_run(run: Mapping) -> Iterator[EvalResult]:
+    def result(task: str, task_name: str, metric: str, name: str, value: object) -> EvalResult:
+        return EvalResult(
+            task_type=task,
+            task_name=task_name,
+            dataset_type=run["data"]["corpus"],
+            dataset_name=describe_data(run),
+            dataset_split=run["data"]["split"],
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round_number(value),
+        )
+
+    for reading, scores in run.get("recognition", {}).items():
+        for key, metric in METRIC_TYPES.items():
+            name = f"{METRIC_NAMES[key]}, {READINGS.get(reading, reading)}"
+            yield result("audio-classification", "Speech emotion recognition", metric, name, scores.get(key))
+    for dimension, scores in run.get("dimensions", {}).items():
+        if isinstance(scores, Mapping):
+            name = f"CCC of {dimension}"
+            yield result("tabular-regression", "Emotion dimensions", "ccc", name, scores.get("ccc"))
+    for mechanism in ("ER", "IP", "EX"):
+        scores = run.get("empathy", {}).get(mechanism, {})
+        name = f"Mean level of {mechanism} (0 to 2)"
+        yield result("text-generation", "Empathy of the replies", "empathy", name, scores.get("mean_level"))
+
+
+def round_number(value: object) -> float | None:
+    """Four digits; `None` for what is undefined."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return round(float(value), 4)
+    return None
+
+
+def _load_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object.")
+    return content
+
+
+def _without_paths(value: object) -> object:
+    """The same with the paths of a machine left out."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(inner) for inner in value]
+    if isinstance(value, str) and (
+        value.startswith(("/", "./", "../", "~")) or ("/" in value and os.path.exists(value))
+    ):
+        return "a local path"
+    return value
+
+
+__all__ = [
+    "EVIDENCE_FORMAT",
+    "EVIDENCE_NAME",
+    "describe_data",
+    "eval_results",
+    "is_msp",
+    "read_evidence",
+    "read_run",
+    "round_number",
+]

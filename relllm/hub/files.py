@@ -1,0 +1,114 @@
+"""What of a folder belongs to a checkpoint on the Hub, what stays behind, and what stops a push.
+
+A list of what goes, not of what does not: a file that nobody thought of stays here, and is named. Secrets and a
+corpus's recordings or rows stop the push, although they would not go: whoever finds them there should know.
+"""
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent
+CODE_FILES = frozenset(
+    path.name
+    for room in ("modeling", "processing")
+    for path in (PACKAGE / room).glob("*.py")
+    if path.stem != "__init__"
+)
+CHECKPOINT_FILES = (
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "evaluation.json",
+    "training_settings.json",
+    "plots/*.png",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+SECRET_FILES = (".env", ".env.*", ".netrc", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "id_ecdsa*", "credentials*")
+CORPUS_FILES = (
+    *("*.wav", "*.flac", "*.mp3", "*.ogg", "*.opus", "*.m4a", "*.aac", "*.sph", "*.webm", "*.mp4"),
+    *("*.parquet", "*.arrow", "*.jsonl", "*.csv", "*.tsv"),
+)
+# Whole folders of a run or of a tool, which are not looked into.
+SKIPPED_FOLDERS = ("checkpoint-*", "_unfinished", "runs", ".cache", ".git", "__pycache__")
+SECRET_TEXT = re.compile(rb"hf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+TEXT_SUFFIXES = (".json", ".md", ".py", ".txt", ".jinja", ".yaml", ".yml", ".toml", ".cfg", ".sh", "")
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The files of a folder, by what happens to them; paths are relative to it, with `/`."""
+
+    upload: list[str]
+    left_out: list[str]  # files and, ending in `/`, whole folders
+
+
+def take_inventory(folder: Path) -> Inventory:
+    """Sorts the files of a checkpoint's folder.
+
+    Args:
+        folder (`Path`): A checkpoint, or a folder in which a run ended.
+
+    Raises:
+        NotADirectoryError: If it is no folder.
+        ValueError: If it holds secrets or a corpus's files; the message names every one of them.
+    """
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is no folder. Give a checkpoint's folder.")
+    upload: list[str] = []
+    left_out: list[str] = []
+    problems: list[str] = []
+    for name in _walk(folder):
+        if not name.endswith("/"):
+            problems += _problems_of(folder, name)
+        belongs = name in CODE_FILES or any(fnmatch.fnmatchcase(name, pattern) for pattern in CHECKPOINT_FILES)
+        (upload if belongs else left_out).append(name)
+    if problems:
+        raise ValueError(
+            f"{folder} holds what must not go to the Hub:\n"
+            + "\n".join(f"- {problem}" for problem in problems)
+            + "\nMove it elsewhere; if a token was in a file, revoke it."
+        )
+    return Inventory(upload, left_out)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Files, sorted by their path, and skipped folders."""
+    for root, folders, files in os.walk(folder):
+        where = Path(root).relative_to(folder)
+        skipped = [name for name in folders if any(fnmatch.fnmatchcase(name, pattern) for pattern in SKIPPED_FOLDERS)]
+        folders[:] = sorted(set(folders) - set(skipped))
+        yield from (f"{(where / name).as_posix()}/" for name in sorted(skipped))
+        yield from ((where / name).as_posix() for name in sorted(files))
+
+
+def _problems_of(folder: Path, name: str) -> Iterator[str]:
+    path = folder / name
+    if any(fnmatch.fnmatchcase(path.name.lower(), pattern) for pattern in SECRET_FILES):
+        yield f"{name}: a file of secrets"
+    elif any(fnmatch.fnmatchcase(path.name.lower(), pattern) for pattern in CORPUS_FILES):
+        yield f"{name}: recordings or rows of a corpus"
+    elif path.suffix.lower() in TEXT_SUFFIXES and path.is_file() and SECRET_TEXT.search(path.read_bytes()):
+        yield f"{name}: holds a token or a private key"
+
+
+__all__ = ["CODE_FILES", "Inventory", "take_inventory"]

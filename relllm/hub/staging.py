@@ -1,0 +1,151 @@
+"""A folder with exactly what goes to the Hub, made of links to a checkpoint's files and of those that change.
+
+What changes: a light checkpoint into a full one or back, the code files and the lines that point at them, and the
+towers' places where they are folders of this machine. What does not live here: which files belong (`files.py`).
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from transformers import AutoModel, AutoProcessor
+from transformers.dynamic_module_utils import custom_object_save
+
+from relllm.checkpoints import merge_checkpoint
+from relllm.data.writing import write_json
+from relllm.evaluation.fingerprints import model_fingerprint
+from relllm.modeling.modeling_relllm import AUTO_CLASSES, ReLLMForConditionalGeneration
+from relllm.processing.processing_relllm import ReLLMProcessor
+
+from .evidence import EVIDENCE_NAME, read_evidence
+from .files import take_inventory
+from .licences import is_local
+
+Form = Literal["light", "full"]
+CARD_FILES = ("README.md", "LICENSE", "NOTICE", EVIDENCE_NAME, "training_settings.json", "plots/")
+PROCESSOR_CODE = "processing_relllm.ReLLMProcessor"
+
+
+@contextlib.contextmanager
+def stage(folder: Path, *, form: Form | None = None, with_code: bool = False) -> Iterator[Path]:
+    """The files to upload, for the length of a `with` block.
+
+    Args:
+        folder (`Path`): A checkpoint.
+        form (`str`, *optional*): `"light"` or `"full"`; by default what it is. A conversion loads the model and needs
+            room for its weights where `TMPDIR` points.
+        with_code (`bool`, *optional*, defaults to `False`): Add the code files, for `trust_remote_code=True`.
+
+    Raises:
+        ValueError: If a light checkpoint would go whose towers only this machine has, or the folder holds what must
+            not go; see [`take_inventory`].
+    """
+    inventory = take_inventory(folder)
+    with tempfile.TemporaryDirectory(prefix="relllm-push-") as place:
+        staged = Path(place) / "checkpoint"
+        staged.mkdir()
+        light = bool(_read(folder / "config.json").get("light_checkpoint"))
+        converts = form is not None and (form == "light") != light
+        if converts:
+            _convert(folder, staged, light=form == "light")
+        for name in inventory.upload:
+            if not converts or name.startswith(CARD_FILES):
+                (staged / name).parent.mkdir(exist_ok=True)
+                (staged / name).symlink_to((folder / name).resolve())
+        _name_public_towers(staged)
+        if with_code:
+            add_code(staged)
+        evidence = read_evidence(staged)
+        if converts and evidence is not None:
+            moved = {"fingerprint": model_fingerprint(str(staged)), "converted_from": evidence["fingerprint"]}
+            _rewrite(staged / EVIDENCE_NAME, {**evidence, **moved})
+        yield staged
+
+
+def add_code(folder: Path) -> None:
+    """Puts the code files beside a checkpoint and points its files at them, as `save_pretrained` does.
+
+    Args:
+        folder (`Path`): The checkpoint, weights or links to them; nothing of it is loaded.
+    """
+    for name in {path.name for path in folder.glob("*_relllm.py")}:
+        (folder / name).unlink()  # of an earlier release; a link must not be written through
+    for cls in (ReLLMForConditionalGeneration, ReLLMProcessor):
+        custom_object_save(cls, folder)
+    config = _read(folder / "config.json")
+    modeling = dict.fromkeys(AUTO_CLASSES, "modeling_relllm.ReLLMForConditionalGeneration")
+    config["auto_map"] = {"AutoConfig": "configuration_relllm.ReLLMConfig", **modeling}
+    _rewrite(folder / "config.json", config)
+    processor = _read(folder / "processor_config.json")
+    processor["auto_map"] = {"AutoProcessor": PROCESSOR_CODE}
+    processor["feature_extractor"]["auto_map"] = {
+        "AutoFeatureExtractor": "feature_extraction_relllm.ReLLMFeatureExtractor",
+        "AutoProcessor": PROCESSOR_CODE,
+    }
+    _rewrite(folder / "processor_config.json", processor)
+    tokenizer = _read(folder / "tokenizer_config.json")
+    _rewrite(folder / "tokenizer_config.json", {**tokenizer, "auto_map": {"AutoProcessor": PROCESSOR_CODE}})
+
+
+def _convert(folder: Path, out: Path, *, light: bool) -> None:
+    if not light:
+        merge_checkpoint(folder, out)
+        return
+    towers = _read(folder / "config.json").get("towers") or {}
+    if own := sorted(part for part, source in towers.items() if is_local(source["name"])) or not towers:
+        names = ", ".join(own) if isinstance(own, list) else "every tower"
+        raise ValueError(
+            f"--light: {folder} cannot be sent light, because it is not known where on the Hub {names} is. "
+            "Leave --light out, which sends it in full."
+        )
+    AutoModel.from_pretrained(folder).save_pretrained(out, light=True)
+    AutoProcessor.from_pretrained(folder).save_pretrained(out)
+
+
+def _name_public_towers(staged: Path) -> None:
+    """Takes folders of this machine out of `config.json`."""
+    config = _read(staged / "config.json")
+    towers: dict[str, dict] = config.get("towers") or {}
+    own = {part: source for part, source in towers.items() if is_local(source["name"])}
+    if config.get("light_checkpoint") and (needed := sorted(part for part in own if "fingerprint" in own[part])):
+        raise ValueError(
+            f"It is a light checkpoint, and its {', '.join(needed)} is a folder of this machine "
+            f"({own[needed[0]]['name']}): nobody else could load it. Push it with --full, or make a full one with "
+            "`relllm merge`, or train from towers that are on the Hub."
+        )
+    public = _without_places(config)
+    assert isinstance(public, dict)
+    if own:
+        public["towers"] = {part: source for part, source in towers.items() if part not in own}
+    if public != config:
+        _rewrite(staged / "config.json", public)
+
+
+def _without_places(value: object) -> object:
+    """A configuration without the folders that its parts were loaded from."""
+    if isinstance(value, dict):
+        return {
+            key: _without_places(inner)
+            for key, inner in value.items()
+            if not (key == "_name_or_path" and isinstance(inner, str) and is_local(inner))
+        }
+    return value
+
+
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is missing: expected a whole checkpoint, with its processor's files.")
+    content: dict = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _rewrite(path: Path, content: dict) -> None:
+    """As a file of its own: what a link points at stays as it is."""
+    path.unlink()
+    write_json(content, path)
+
+
+__all__ = ["Form", "add_code", "stage"]

@@ -1,0 +1,368 @@
+"""`relllm push` and `relllm pull` against a Hub on this machine: what goes, what stops it, and broken connections."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers.utils.hub as transformers_hub
+from fake_hub import Failure, FakeHub, serve_hub
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from safetensors.torch import save_file
+from test_light_checkpoints import build, save_towers
+from tiny_models import tiny_model, tiny_processor
+from transformers import AutoModel, AutoProcessor
+from typer.testing import CliRunner
+
+import relllm
+from relllm.cli import app
+from relllm.hub import staging, transfer
+from relllm.hub.cards import write_card
+from relllm.hub.files import take_inventory
+from relllm.hub.staging import stage
+from relllm.hub.transfer import file_sizes, pull_checkpoint, send_files
+
+# huggingface_hub's uploads pass a file to httpx in a way that the newest release deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+TOKEN = "hf_" + "x" * 34
+PART = 40_000  # bytes
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """With LFS and without Xet, as `HF_ENDPOINT` and `HF_HUB_DISABLE_XET` say to a fresh process."""
+    with serve_hub(tmp_path / "served", lfs=True) as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(transfer, "WAITS_S", (0.0, 0.0))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        disable_progress_bars()
+        yield server
+        enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("full")
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    write_card(folder, repo_id="org/m")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(full: Path, tmp_path: Path) -> Path:
+    """A copy of its own, of links."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in full.iterdir():
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two files for LFS and two others; no checkpoint, which the transfer does not ask for."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in (1, 2):
+        save_file(
+            {"weight": torch.full((25_000,), float(number))}, folder / f"model-0000{number}-of-00002.safetensors"
+        )
+    (folder / "config.json").write_text("{}")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    return folder
+
+
+def served(hub: FakeHub, name: str = "org/m") -> dict[str, bytes]:
+    """The files of the newest commit."""
+    repository = hub.repositories[name]
+    return repository.commits[repository.resolve("main")]
+
+
+def on_disk(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in file_sizes(folder) if not name.startswith(".cache/")}
+
+
+# --- the whole way ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_push_with_code_sends_a_checkpoint_that_loads_at_its_revision(
+    hub: FakeHub, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = CliRunner().invoke(app, ["push", str(checkpoint), "org/m", "--with-code"])
+    assert done.exit_code == 0 and f"{hub.url}/org/m" in done.output, done.output
+    assert {"README.md", "modeling_relllm.py", "model.safetensors"} <= served(hub).keys()
+    HfApi().create_tag("org/m", tag="v1")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    send_files(tmp_path / "broken", "org/m")  # main is of no use now, and the tag is
+    monkeypatch.setattr(transformers_hub, "_hf_api", HfApi(endpoint=hub.url))
+    options = {"revision": "v1", "cache_dir": tmp_path / "cache"}
+    model = AutoModel.from_pretrained("org/m", **options)
+    expected = tiny_model().state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+    assert AutoProcessor.from_pretrained("org/m", **options).audio_token == "<|audio|>"
+
+
+def test_a_dry_run_checks_and_lists_and_sends_nothing(
+    hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks: list[bool] = []
+    monkeypatch.setattr(transfer, "check_loads", lambda folder, *, without_package: checks.append(without_package))
+    (checkpoint / "optimizer.pt").write_bytes(b"pickle")
+    done = CliRunner().invoke(app, ["push", str(checkpoint), "org/m", "--with-code", "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert checks == [False, True] and not hub.requests
+    assert "Nothing was sent" in done.output and "Stays here: optimizer.pt" in done.output
+    listed = dict(reversed(line.split()) for line in done.output.splitlines() if len(line.split()) == 2)
+    with stage(checkpoint, with_code=True) as staged:
+        assert {name: int(size.replace(",", "")) for name, size in listed.items()} == file_sizes(staged)
+
+
+def test_the_code_that_is_added_is_what_save_pretrained_writes(full: Path, tmp_path: Path) -> None:
+    relllm.register_for_auto_class()
+    try:
+        tiny_model().save_pretrained(tmp_path)
+        tiny_processor().save_pretrained(tmp_path)
+    finally:
+        relllm.register_for_auto_class(False)
+    expected = on_disk(tmp_path)
+    with stage(full, with_code=True) as staged:
+        found = on_disk(staged)
+    del found["README.md"]
+    assert found.keys() == expected.keys()
+    for name in found:
+        if name.endswith(".json"):
+            assert json.loads(found[name]) == json.loads(expected[name]), name
+        else:
+            assert found[name] == expected[name], name
+
+
+def test_a_checkpoint_that_does_not_load_is_not_sent(hub: FakeHub, checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    save_file({"model.lost": torch.zeros(1)}, checkpoint / "model.safetensors")
+    done = CliRunner().invoke(app, ["push", str(checkpoint), "org/m"])
+    assert done.exit_code == 1 and not hub.requests
+    assert "does not load in a fresh process" in done.output.replace("\n", " ")
+
+
+# --- what goes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        (".env", "A=1", "a file of secrets"),
+        ("deep/id_ed25519", "key", "a file of secrets"),
+        ("server.pem", "key", "a file of secrets"),
+        ("notes.md", f"my token is {TOKEN}", "holds a token or a private key"),
+        ("key.txt", "-----BEGIN OPENSSH PRIVATE KEY-----", "holds a token or a private key"),
+        ("clips/a.WAV", "RIFF", "recordings or rows of a corpus"),
+        ("predictions.jsonl", "{}", "recordings or rows of a corpus"),
+        ("rows/train.parquet", "PAR1", "recordings or rows of a corpus"),
+    ],
+)
+def test_secrets_and_corpora_stop_a_push(name: str, content: str, reason: str, checkpoint: Path) -> None:
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).write_text(content)
+    with pytest.raises(ValueError, match=f"- {name}: {reason}"):
+        take_inventory(checkpoint)
+
+
+def test_what_is_not_of_a_checkpoint_stays_and_is_named(checkpoint: Path) -> None:
+    before = take_inventory(checkpoint)
+    assert "model.safetensors" in before.upload and before.left_out == []
+    stray = [
+        "checkpoint-7/optimizer.pt",
+        "notes.txt",
+        "optimizer.pt",
+        "plots/a.png",
+        "trainer_state.json",
+        "training_args.bin",
+    ]
+    for name in stray:
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_bytes(b"x")
+    after = take_inventory(checkpoint)
+    assert set(after.upload) - set(before.upload) == {"plots/a.png"}
+    assert after.left_out == ["checkpoint-7/", "notes.txt", "optimizer.pt", "trainer_state.json", "training_args.bin"]
+
+
+def test_a_light_checkpoint_of_local_towers_goes_in_full_only_and_names_no_folder(tmp_path: Path) -> None:
+    towers = save_towers(tmp_path / "towers")
+    model = build(towers)
+    model.save_pretrained(tmp_path / "light", light=True)
+    tiny_processor(model.config).save_pretrained(tmp_path / "light")
+    words = "audio_tower, emotion_tower, text_model is a folder .*relllm merge"
+    with pytest.raises(ValueError, match=words), stage(tmp_path / "light"):
+        pass
+    with stage(tmp_path / "light", form="full") as staged:
+        config = json.loads((staged / "config.json").read_text())
+        assert config["light_checkpoint"] is False and config["towers"] == {}
+        assert str(tmp_path) not in "".join(path.read_text() for path in staged.glob("*.json"))
+        from_light = relllm.ReLLMForConditionalGeneration.from_pretrained(staged)
+    expected = model.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in from_light.state_dict().items())
+    model.save_pretrained(tmp_path / "full")
+    tiny_processor(model.config).save_pretrained(tmp_path / "full")
+    with pytest.raises(ValueError, match="--light: .*audio_tower"), stage(tmp_path / "full", form="light"):
+        pass
+
+
+def test_a_light_checkpoint_whose_towers_are_on_the_hub_goes_as_it_is(tmp_path: Path) -> None:
+    model = build(save_towers(tmp_path / "towers"))
+    model.save_pretrained(tmp_path / "light", light=True)
+    tiny_processor(model.config).save_pretrained(tmp_path / "light")
+    config = json.loads((tmp_path / "light" / "config.json").read_text())
+    for source in config["towers"].values():
+        source["name"] = "org/tower"
+    (tmp_path / "light" / "config.json").write_text(json.dumps(config))
+    with stage(tmp_path / "light") as staged:
+        assert file_sizes(staged).keys() == file_sizes(tmp_path / "light").keys()
+        assert json.loads((staged / "config.json").read_text())["towers"] == config["towers"]
+        assert str(tmp_path) not in (staged / "config.json").read_text()
+    assert staging.is_local(str(tmp_path)) and not staging.is_local("openai/whisper-tiny")
+
+
+# --- the transfer ----------------------------------------------------------------------------------------------------
+
+
+def test_a_pull_gives_what_a_push_sent_at_the_revision_asked_for(hub: FakeHub, shards: Path, tmp_path: Path) -> None:
+    url = send_files(shards, "org/m", private=True)
+    assert url == f"{hub.url}/org/m" and hub.repositories["org/m"].private
+    HfApi().create_tag("org/m", tag="v1")
+    first = on_disk(shards)
+    (shards / "config.json").write_text('{"changed": true}')
+    send_files(shards, "org/m")
+    assert list(hub.commits[1]) == ["config.json"]  # what is there already is not sent again
+    for revision, expected in (("v1", first), ("main", on_disk(shards))):
+        out = tmp_path / revision
+        done = CliRunner().invoke(app, ["pull", "org/m", "--revision", revision, "--out", str(out)])
+        assert done.exit_code == 0, done.output
+        assert on_disk(out) == expected
+
+
+def test_large_files_go_in_parts(hub: FakeHub, shards: Path) -> None:
+    hub.part_bytes = PART
+    send_files(shards, "org/m")
+    assert served(hub) == on_disk(shards)
+    assert len(hub.parts) == 2 * 3  # 100 kB each
+
+
+def test_an_upload_whose_connection_breaks_goes_on_by_itself(hub: FakeHub, shards: Path) -> None:
+    hub.part_bytes = PART
+    hub.failures = [Failure(r"PUT /lfs/\w+/2", after_bytes=10_000)]
+    send_files(shards, "org/m")
+    assert served(hub) == on_disk(shards)
+    size = sum(len(content) for name, content in on_disk(shards).items() if name.endswith(".safetensors"))
+    assert sum(hub.received.values()) == size + 10_000  # the broken part again, and nothing else
+
+
+def test_a_push_that_failed_halfway_sends_only_the_rest(hub: FakeHub, shards: Path) -> None:
+    second = (shards / "model-00002-of-00002.safetensors").read_bytes()
+    hub.failures = [Failure(f"PUT /lfs/{hashlib.sha256(second).hexdigest()}", status=400)]
+    with pytest.raises(OSError, match=r"The Hub refused \(400\)"):
+        send_files(shards, "org/m")
+    assert len(hub.objects) == 1 and not hub.commits
+    before = hub.received.total()
+    send_files(shards, "org/m")
+    assert hub.received.total() - before == len(second)
+    assert served(hub) == on_disk(shards)
+
+
+def test_a_download_whose_connection_breaks_goes_on_where_it_was(
+    hub: FakeHub, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send_files(shards, "org/m")
+    name = "model-00001-of-00002.safetensors"
+    hub.failures = [Failure(f"GET .*{name}", after_bytes=60_000)]
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 20_000)  # from 10 MB: what is kept are whole ones
+    pull_checkpoint("org/m", tmp_path / "out")
+    assert on_disk(tmp_path / "out") == on_disk(shards)
+    assert hub.sent[name] == (shards / name).stat().st_size
+    assert hub.requests.count(f"GET /org/m/resolve/{hub.repositories['org/m'].resolve('main')}/{name}") == 2
+
+
+def test_a_pull_that_failed_halfway_fetches_only_the_rest(hub: FakeHub, shards: Path, tmp_path: Path) -> None:
+    send_files(shards, "org/m")
+    name = "model-00002-of-00002.safetensors"
+    hub.failures = [Failure(f"GET .*{name}", status=403, times=100)]
+    with pytest.raises(PermissionError, match="403"):
+        pull_checkpoint("org/m", tmp_path / "out")
+    hub.failures = []
+    before = hub.sent.total()
+    pull_checkpoint("org/m", tmp_path / "out")
+    assert on_disk(tmp_path / "out") == on_disk(shards)
+    assert hub.sent.total() - before <= sum(file_sizes(shards).values()) - (shards / name).stat().st_size
+    assert hub.sent[name] == (shards / name).stat().st_size
+
+
+def test_a_folder_that_did_not_arrive_whole_is_no_success(hub: FakeHub, shards: Path, tmp_path: Path) -> None:
+    send_files(shards, "org/m")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stale.txt").write_text("from before")
+    hub.failures = [
+        Failure("GET .*/tree/", status=404, skip=1, times=100)
+    ]  # huggingface_hub then leaves it at a warning
+    with pytest.raises(OSError, match="did not arrive whole"):
+        pull_checkpoint("org/m", tmp_path / "out")
+
+
+@pytest.mark.parametrize("pattern", ["POST /api/repos/create", "POST .*/preupload/", "POST .*/commit/"])
+def test_a_server_that_fails_twice_is_asked_again(pattern: str, hub: FakeHub, shards: Path, monkeypatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.failures = [Failure(pattern, status=503, times=2)]
+    send_files(shards, "org/m")
+    assert len(hub.commits) == 1 and served(hub) == on_disk(shards)
+
+
+def test_a_server_that_keeps_failing_is_named(hub: FakeHub, shards: Path) -> None:
+    hub.failures = [Failure("POST /api/repos/create", status=503, times=100)]
+    with pytest.raises(ConnectionError, match=r"The Hub failed \(503\), also after several attempts"):
+        send_files(shards, "org/m")
+    assert hub.requests.count("POST /api/repos/create") == 3
+
+
+@pytest.mark.parametrize(
+    ("role", "error", "words"),
+    [
+        (None, PermissionError, r"\(401\).*hf auth login.*HF_TOKEN"),
+        ("read", PermissionError, r"\(403\).*write access"),
+    ],
+)
+def test_a_refused_push_says_what_to_do(
+    role: str | None, error: type[OSError], words: str, hub: FakeHub, shards: Path
+) -> None:
+    hub.roles = {TOKEN: role} if role else {}
+    with pytest.raises(error, match=words):
+        send_files(shards, "org/m")
+    assert not hub.commits
+
+
+def test_a_refused_pull_says_what_to_do(hub: FakeHub, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no org/gone at the revision 'main' \(404\)"):
+        pull_checkpoint("org/gone", tmp_path / "out")
+    send_files(shards, "org/m")
+    done = CliRunner().invoke(app, ["pull", "org/m", "--revision", "v9", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1 and "at the revision 'v9' (404)" in done.output.replace("\n", " ")
+    hub.roles = {}
+    with pytest.raises(PermissionError, match=r"\(401\)"):
+        pull_checkpoint("org/m", tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_private_demands_a_private_repository(hub: FakeHub, shards: Path) -> None:
+    send_files(shards, "org/m")
+    with pytest.raises(ValueError, match="it is public"):
+        send_files(shards, "org/m", private=True)
+    assert len(hub.commits) == 1
