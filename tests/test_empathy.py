@@ -32,7 +32,6 @@ from relllm.evaluation.empathy_data import (
 )
 from relllm.evaluation.empathy_model import IGNORED, EmpathyScorer, EmpathyScorerConfig
 from relllm.evaluation.empathy_rationales import find_spans, rationale_metrics
-from relllm.evaluation.fingerprints import folder_fingerprint
 
 WORDS = "i feel sad and lost today so sorry what happened that is hard tell me more ok fine , . ?"
 SIZES = {
@@ -57,11 +56,13 @@ def tokenizer_of(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def save_encoder(folder: Path, kind: str = "bert") -> str:
+def save_encoder(folder: Path, kind: str = "bert", **changes: object) -> str:
     """A tiny encoder with its tokenizer, in a folder."""
     tokenizer = tokenizer_of(WORDS)
     torch.manual_seed(1)
-    config = KINDS[kind](vocab_size=len(tokenizer), max_position_embeddings=40, pad_token_id=0, **SIZES[kind])
+    config = KINDS[kind](
+        vocab_size=len(tokenizer), max_position_embeddings=40, pad_token_id=0, **{**SIZES[kind], **changes}
+    )
     AutoModel.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -70,6 +71,7 @@ def save_encoder(folder: Path, kind: str = "bert") -> str:
 def scorer_of(folder: Path, kind: str = "bert", **settings: object) -> EmpathyScorer:
     settings = {"mechanism": "ER", "max_length": 12, **settings}
     model = EmpathyScorer.from_encoder(save_encoder(folder, kind), **settings)
+    torch.manual_seed(ord(model.config.mechanism[-1]))
     for name, parameter in model.named_parameters():  # wide, so that a mistake shows
         if "encoder" not in name:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -393,10 +395,3 @@ def test_attention_leaves_out_the_padding_of_the_seekers_post(tmp_path: Path) ->
     assert not torch.allclose(attention(response, seeker, torch.ones_like(mask)), short)
     scores = attention.query(response) @ attention.key(seeker[:, :3]).mT / 4
     torch.testing.assert_close(short, attention.output(F.softmax(scores, -1) @ attention.value(seeker[:, :3])))
-
-
-def test_the_fingerprint_of_a_folder_of_scorers_is_that_of_its_weights(tmp_path: Path) -> None:
-    scorer_of(tmp_path / "encoder").save_pretrained(tmp_path / "scorers" / "ER")
-    before = folder_fingerprint(str(tmp_path / "scorers"))
-    scorer_of(tmp_path / "encoder", mechanism="IP").save_pretrained(tmp_path / "scorers" / "IP")
-    assert folder_fingerprint(str(tmp_path / "scorers")) != before

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from test_empathy import scorer_of
 from tiny_models import RATE, clip, tiny_llm, tiny_model, tiny_processor, tiny_tokenizer
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from relllm.cli import app
 from relllm.data.loading import load_corpus
 from relllm.evaluation import run
+from relllm.evaluation.empathy_scoring import load_scorers, score_pairs
 from relllm.evaluation.fingerprints import data_fingerprint, model_fingerprint
 from relllm.evaluation.folds import evaluate_folds, fold_values
 from relllm.evaluation.planning import EvaluationSettings
@@ -323,3 +326,20 @@ def test_the_command_measures_names_bad_clips_and_fails_if_all_are_bad(model, co
     command = ["evaluate", str(model), str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "bad"), *options]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1 and "No such audio file" in result.output.replace("\n", " ")
+
+
+def test_trained_scorers_read_transcript_and_reply(model, corpus, tmp_path: Path):
+    for mechanism in ("ER", "IP", "EX"):
+        scorer = scorer_of(tmp_path / "encoder", mechanism=mechanism)
+        scorer.save_pretrained(tmp_path / "scorers" / mechanism)
+        AutoTokenizer.from_pretrained(tmp_path / "encoder").save_pretrained(tmp_path / "scorers" / mechanism)
+    out, folder = tmp_path / "run", str(tmp_path / "scorers")
+    metrics = evaluate(settings(model, corpus, out, tasks=("empathy",), empathy_scorers=folder), progress=False)
+    asked = [line for line in read_predictions(out)[1] if "reply" in line]
+    texts = {row["id"]: row["text"] for row in load_corpus(str(corpus))}
+    alone = score_pairs(load_scorers(folder), [(texts[line["id"]], line["reply"]) for line in asked], batch_size=1)
+    for mechanism in ("ER", "IP", "EX"):
+        levels = [scores[mechanism]["level"] for scores in alone]
+        assert [line["empathy"][mechanism]["level"] for line in asked] == levels
+        assert metrics["empathy"][mechanism]["mean_level"] == pytest.approx(sum(levels) / len(levels), abs=1e-6)
+    assert metrics["empathy"]["scorers"]["fingerprint"].startswith("sha256:")

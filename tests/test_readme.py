@@ -57,12 +57,16 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert Path("runs/re-llm/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/paper.md", "docs/training.md"])
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_that_the_documents_name_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:modeling|processing|training|evaluation|data)/[a-z_]+\.py)`", text))
+    named = set(re.findall(r"`((?:modeling|processing|training|evaluation|data|hub|cli)/[a-z_]+\.py)`", text))
     named |= {target for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text)}
-    missing = [name for name in named if not ((ROOT / "relllm" / name).exists() or (ROOT / name).exists())]
+    places = (ROOT, ROOT / "relllm", (ROOT / document).parent)
+    missing = [name for name in named if not any((place / name).exists() for place in places)]
     assert not missing
 
 

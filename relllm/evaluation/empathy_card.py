@@ -17,8 +17,9 @@ TEXT = """\
 
 # Empathy scorer: {name} ({mechanism})
 
-Gives a response to a seeker's post a level of {name}, 0 (none), 1 (weak) or 2 (strong), and marks the words that carry
-it. The bi-encoder of EPITOME (Sharma et al. 2020, [arXiv 2009.08441](https://arxiv.org/abs/2009.08441)), trained with
+Gives a response to a seeker's post a level of {name}, 0 (none), 1 (weak) or 2 (strong), and marks the
+words that carry it. The bi-encoder of EPITOME (Sharma et al. 2020,
+[arXiv 2009.08441](https://arxiv.org/abs/2009.08441)), trained with
 `relllm empathy train`.
 
 ```python
@@ -64,9 +65,9 @@ use; whoever trains or publishes a scorer is bound by the terms they got the dat
 ## What it is for, and what not
 
 For comparing the replies of systems over many pairs: the mean level with its histogram, for all three mechanisms. It
-reads text only, not a voice; it saw short posts in one language from one forum. A high level is no proof of an
-empathic or helpful reply, and one pair's level says little. It is no measure of a person, it does not diagnose, and it
-must not decide how somebody in need is treated.
+reads text only, not a voice, and knows only the language and the kind of posts it was trained on. A high level is no
+proof of an empathic or helpful reply, and one pair's level says little. It is no measure of a person, it
+does not diagnose, and it must not decide how somebody in need is treated.
 """
 
 
@@ -120,8 +121,8 @@ def _front_matter(metrics: Mapping, encoder: str | None, licence: str) -> str:
     results = [
         EvalResult(
             task_type="text-classification",
-            dataset_type="epitome",
-            dataset_name=f"EPITOME {metrics['mechanism']}, test split by seeker post",
+            dataset_type="csv",
+            dataset_name=f"{metrics['data']['file']}, test split by seeker post",
             metric_type=kind,
             metric_name=name,
             metric_value=round(metrics["test"]["level"][name], 4),

@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file
 
 from relllm.labels import DIMENSIONS
 
+UNFINISHED = ".unfinished/"  # in the path of a training that was killed, beside the scorers that are complete
 CHUNK = 1 << 20  # bytes
 ROWS_AT_ONCE = 64
 # Of a configuration: the same weights with another of these are another model.
@@ -67,7 +68,7 @@ def folder_fingerprint(path: str) -> str:
         FileNotFoundError: If there is none.
     """
     folder = Path(path)
-    files = sorted(folder.rglob("*.safetensors"))
+    files = sorted(file for file in folder.rglob("*.safetensors") if UNFINISHED not in file.as_posix())
     if not files:
         raise FileNotFoundError(f"No safetensors in {path}. Give the folder that `relllm empathy train` wrote.")
     parts = [f"{file.relative_to(folder).as_posix()} {_file_digest(file)}" for file in files]

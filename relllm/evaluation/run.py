@@ -223,6 +223,7 @@ def _predict(
 def _load_score(settings: EvaluationSettings, device: str) -> Score:
     from .empathy_scoring import load_scorers, score_pairs
 
+    assert settings.empathy_scorers is not None  # else the task is left out
     scorers = load_scorers(settings.empathy_scorers)
     return lambda pairs: score_pairs(scorers, pairs, batch_size=settings.batch_size, device=device)
 
