@@ -1,6 +1,6 @@
 """Reading audio, for use from Python: `from relllm.audio import load_audio`.
 
-The code lives in `relllm/processing/audio_relllm.py` and its two siblings, because it travels to the Hub with the
+The code lives in `relllm/processing/audio_relllm.py` and its siblings, because it travels to the Hub with the
 processor: a checkpoint loaded with `trust_remote_code=True`, in a process without this package, must decode and check
 audio in the same way.
 """

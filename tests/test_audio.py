@@ -198,12 +198,12 @@ def test_silence_is_audio() -> None:
 
 def test_soundfile_and_torchaudio_are_imported_on_use_only() -> None:
     files = sorted(Path(audio_relllm.__file__).parent.glob("audio*_relllm.py"))
-    assert len(files) == 3
+    assert len(files) == 4
     for file in files:
         imports = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {alias.name for node in imports for alias in node.names}
         names |= {str(node.module) for node in imports if isinstance(node, ast.ImportFrom)}
-        assert not {"soundfile", "torchaudio", "relllm"} & {name.partition(".")[0] for name in names}
+        assert not {"av", "soundfile", "torchaudio", "relllm"} & {name.partition(".")[0] for name in names}
 
 
 def test_without_soundfile_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,8 +316,47 @@ def test_a_git_lfs_pointer_is_recognised(tmp_path: Path) -> None:
         load_audio(path)
 
 
-def test_mp4_names_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"clip\.m4a: MP4/M4A .*ffmpeg.*torchcodec"):
+def test_mp4_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match=r"clip\.m4a: MP4/M4A .*relllm\[containers\].*ffmpeg"):
+        load_audio(struct.pack(">I4s4s", 24, b"ftyp", b"M4A ") + bytes(1_000), name="clip.m4a")
+
+
+CONTAINERS = {"M4A": ("mp4", "aac", 44_100), "WebM": ("webm", "libopus", 48_000)}
+
+
+def encode(waveform: np.ndarray, container: str, codec: str, rate: int) -> bytes:
+    av = pytest.importorskip("av", reason="containers need `pip install relllm[containers]`")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as output:
+        track = output.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray((waveform * 32767).astype(np.int16)[None], format="s16", layout="mono")
+        frame.sample_rate = rate
+        fitting = av.AudioResampler(format=track.codec_context.format, frame_size=track.codec_context.frame_size)
+        for part in [*fitting.resample(frame), *fitting.resample(None)]:
+            output.mux(track.encode(part))
+        output.mux(track.encode(None))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_what_phones_and_browsers_record_is_read_where_pyav_is(kind: str) -> None:
+    container, codec, rate = CONTAINERS[kind]
+    tone = (0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)).astype(np.float32)
+    read = load_audio(encode(tone, container, codec, rate), name=kind)
+    assert read.dtype == np.float32 and abs(len(read) / 16_000 - 1) < 0.1
+    spectrum = np.abs(np.fft.rfft(read[4000:12_000]))
+    assert abs(np.argmax(spectrum) * 2 - 440) <= 2  # 8,000 samples at 16 kHz: bins of 2 Hz
+    assert np.sqrt(np.mean(read[4000:12_000] ** 2)) == pytest.approx(0.5 / np.sqrt(2), rel=0.05)
+
+
+def test_a_cut_container_and_one_that_is_too_long_are_named() -> None:
+    whole = encode(np.zeros(4 * 48_000, np.float32), "webm", "libopus", 48_000)
+    with pytest.raises(ValueError, match="clip.webm: the audio lasts 4.0 s, the limit is 3.0 s"):
+        load_audio(whole, name="clip.webm", max_duration_s=3.0)
+    with pytest.raises(ValueError, match="clip.webm: the file is truncated: .* of 4.0"):
+        load_audio(whole[: len(whole) // 2], name="clip.webm")
+    with pytest.raises(ValueError, match="clip.m4a: neither soundfile nor FFmpeg"):
         load_audio(struct.pack(">I4s4s", 24, b"ftyp", b"M4A ") + bytes(1_000), name="clip.m4a")
 
 

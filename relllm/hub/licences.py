@@ -1,7 +1,7 @@
 """Licences of the towers, and the one that the whole model carries.
 
-A licence here is an id as the front matter of a card on the Hub has it. Only towers whose licence is stated on their
-own page are listed; any other tower counts as unknown, and the card says so.
+A licence here is an id as the front matter of a card on the Hub has it. Towers that people often use are listed, as
+we know their pages; look at the page before you publish. Any other tower counts as unknown, and the card says so.
 """
 
 import os

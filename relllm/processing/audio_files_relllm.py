@@ -4,8 +4,9 @@ What lives here: opening (with one clear error for each way it fails), decoding 
 files, which libsndfile reads without a word in most formats. What does not: arrays, channels, rates
 (`audio_relllm.py`).
 
-Non-goals: repairing files, and formats that libsndfile does not know (MP4, WebM); the error says how to convert them.
-An MP3 without a Xing header states no length, so there a missing end cannot be seen.
+Non-goals: repairing files. Formats that libsndfile does not know (MP4, WebM) are for `audio_containers_relllm.py`,
+where PyAV is installed; without it the error says so. An MP3 without a Xing header states no length, so there a
+missing end cannot be seen.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import BinaryIO, Protocol, runtime_checkable
 import numpy as np
 
 from .audio_checks_relllm import check_duration, check_rate
+from .audio_containers_relllm import container_kind, decode_container, has_pyav
 
 MAX_DOWNLOAD_BYTES = 512 * 1024**2
 URL_TIMEOUT_S = 20.0
@@ -168,6 +170,9 @@ def decode_audio(stream: BinaryIO, name: str, max_duration_s: float) -> tuple[np
             check_duration(num_frames, rate, name, max_duration_s)
             frames = file.read(num_frames, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
+        if container_kind(head) is not None and has_pyav():
+            stream.seek(0)
+            return decode_container(stream, name, max_duration_s)
         raise _not_audio(name, head, error.error_string) from error
     if len(frames) < num_frames:
         raise _truncated(name, f"{len(frames)} of {num_frames} samples could be decoded")
@@ -189,11 +194,10 @@ def _truncated(name: str, missing: str) -> ValueError:
 
 
 def _not_audio(name: str, head: bytes, reason: str) -> ValueError:
-    if head[4:8] == b"ftyp" or head[:4] == b"\x1a\x45\xdf\xa3":
-        kind = "MP4/M4A" if head[4:8] == b"ftyp" else "Matroska/WebM"
+    if (kind := container_kind(head)) is not None:
         return ValueError(
-            f"{name}: {kind} is a container that soundfile cannot read; {_CONVERT}, or install torchcodec, decode it "
-            "yourself and pass the array with `source_rate`."
+            f"{name}: {kind} is a container that soundfile cannot read; install PyAV, which can (`pip install "
+            f"relllm[containers]`), or {_CONVERT}."
         )
     if head.startswith(b"version https://git-lfs"):
         return ValueError(f"{name}: this is a Git LFS pointer, not audio. Fetch the file itself with `git lfs pull`.")

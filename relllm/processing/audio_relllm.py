@@ -2,7 +2,7 @@
 
 What lives here: `load_audio` and `resample`, with arrays and channels. Beside it: `audio_files_relllm.py` (opening and
 decoding files) and `audio_checks_relllm.py` (limits and checks). What does not: features, windows and placeholders
-(feature extraction, processor). The three files travel to the Hub beside the processor, so they need nothing else of
+(feature extraction, processor). The files travel to the Hub beside the processor, so they need nothing else of
 the package.
 
 Design:
