@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,10 @@ def test_what_is_no_speech_is_an_error(speech: Path, tmp_path: Path) -> None:
         parse_folder(speech)
 
 
-def test_the_command_writes_a_data_set_and_says_what_it_left_out(speech: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_data_set_and_says_what_it_left_out(
+    speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)  # without PyAV
     (speech / "d.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(40))
     arguments = ["prepare", "folder", str(speech), "--out", str(tmp_path / "out"), "--split", "train", "--embed-audio"]
     done = CliRunner().invoke(app, arguments)

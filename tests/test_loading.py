@@ -252,3 +252,10 @@ def test_the_values_of_a_column_are_those_of_all_splits(corpus: Path) -> None:
     assert column_values(corpus, "split") == ["test", "train"]
     with pytest.raises(ValueError, match="no column 'session'.*id"):
         column_values(corpus / "metadata.jsonl", "session")
+
+
+def test_all_is_the_rows_of_every_split(prepared: Path, corpus: Path) -> None:
+    by_split = [row["id"] for split in ("train", "validation", "test2") for row in load_corpus(prepared, split)]
+    assert sorted(load_corpus(prepared, "all")["id"]) == sorted(by_split) and len(by_split) == len(set(by_split)) > 2
+    assert {row["id"] for row in load_corpus(prepared, "all", streaming=True)} == set(by_split)
+    assert load_corpus(corpus, "all")["id"] == ["a", "b", "c"]

@@ -65,7 +65,7 @@ def evaluate(
         tasks=tuple(task.strip() for task in tasks.split(",")) if tasks is not None else None,  # type: ignore[misc]
         system=system,  # type: ignore[arg-type]
         label_set=label_set,  # type: ignore[arg-type]
-        split=split or None,
+        split=split or "all",
         held_out=held_out,
         empathy_scorers=empathy_scorers,
         revision=revision,

@@ -29,6 +29,7 @@ SHARDS = 64  # of a streamed table: enough for the workers of a training run
 AUDIO_KEYS = ("audio", "path", "url")  # of an audio part in `messages`
 HELD_OUT_FORM = "column=value[,value…][;validation:column=value[,value…]], for example session=Ses05"
 
+ALL = "all"  # every split, as `datasets` names it
 _TOO_MANY = "\0"  # no name of a column
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # of a prepared data set, in `data/`
 
@@ -45,7 +46,7 @@ def load_corpus(
             - a `.jsonl`, `.csv` or `.parquet` file (audio paths are relative to its folder),
             - the id of a data set on the Hub.
         split (`str`, *optional*): Name of a split of the data set, or else a value of the rows' column `split`.
-            Not needed where there is only one.
+            Not needed where there is only one; `"all"` for the rows of every split.
         held_out (`str`, *optional*): Makes the splits anew from all rows: `"session=Ses05"` or
             `"speaker=0019,0020"` are the rows of `"test"`, all others are `"train"`. With
             `"session=Ses05;validation:session=Ses04"` there is a `"validation"` too. Rows without a value in such a
@@ -63,7 +64,8 @@ def load_corpus(
             there, or holds a row out twice. The message names what is there.
     """
     if held_out is None:
-        return _load(str(data), split, streaming, everything=False)
+        everything = split == ALL
+        return _load(str(data), None if everything else split, streaming, everything=everything)
     wanted = _parse_held_out(held_out)
     if split not in ("train", *wanted):
         raise ValueError(f"held_out={held_out!r} makes the splits train, {', '.join(wanted)}; got split={split!r}.")

@@ -32,7 +32,7 @@ class EvaluationSettings:
             system, data and scorers allow.
         system (`str`, *optional*): `"re-llm"`, `"speech-only"` or `"text-only"`; by default what the checkpoint is.
         label_set (`str`, *optional*): `"4"`, `"5"` or `"all"`; by default the checkpoint's own emotions.
-        split (`str`, *optional*, defaults to `"test"`): Of the data; `None` for all rows.
+        split (`str`, *optional*, defaults to `"test"`): Of the data; `"all"` for every row.
         held_out (`str`, *optional*): `"column=value"`: the rows of the split `"test"`, made at reading.
         empathy_scorers (`str`, *optional*): Folder of trained scorers.
         revision (`str`, *optional*, defaults to `"main"`): Of the model on the Hub.
@@ -55,7 +55,7 @@ class EvaluationSettings:
     tasks: tuple[Task, ...] | None = None
     system: System | None = None
     label_set: LabelSet | None = None
-    split: str | None = "test"
+    split: str = "test"
     held_out: str | None = None
     empathy_scorers: str | None = None
     revision: str = "main"

@@ -172,7 +172,7 @@ def run_annotate(
     Returns:
         `dict`: The report of [`annotate_rows`].
     """
-    rows = load_corpus(data, split)
+    rows = load_corpus(data, split or "all")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ReLLMEmotionModel.from_pretrained(settings.emotion_model, revision=settings.revision)

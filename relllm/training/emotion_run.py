@@ -162,7 +162,7 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     checkpoint = args.resume_from_checkpoint or checkpoint_to_resume(Path(args.output_dir), script.resume)
     set_seed(args.seed)  # what is drawn for the head
     assert script.data is not None and script.model_name_or_path is not None
-    train_rows = load_corpus(script.data, script.train_split or None, held_out=script.held_out)
+    train_rows = load_corpus(script.data, script.train_split or "all", held_out=script.held_out)
     train_rows = _labelled(train_rows, script.train_split)
     eval_rows = None
     if script.eval_split:

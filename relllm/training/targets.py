@@ -164,7 +164,7 @@ def run_write_targets(
     Returns:
         `dict`: The report of [`write_targets`].
     """
-    rows = load_corpus(data, split)
+    rows = load_corpus(data, split or "all")
     drawn = Sampling(**sampling)
     settings = TargetSettings(text_model, revision=revision, sampling=drawn, extra_body=extra_body, **prompts)
     writer: Writer
