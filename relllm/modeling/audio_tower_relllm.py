@@ -4,6 +4,8 @@ Whisper (log-mel) and wav2vec2, HuBERT, WavLM (waveform). Padding never reaches 
 the same frames alone and in a batch.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
@@ -12,6 +14,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
+
+# 32 MiB in float32, up to where glibc keeps freed memory. More it takes from the system each time: with 8 clips of 5 s
+# in wav2vec2 a third of the time goes into that, and a batch is slower than its clips one by one.
+MAX_CPU_VALUES = 2**23
 
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
@@ -97,10 +103,39 @@ def _encode_waveform(
     tower: PreTrainedModel, waveforms: Tensor, mask: Tensor, lengths: Tensor, **kwargs: object
 ) -> BaseModelOutput:
     if tower.config.feat_extract_norm == "layer":
-        return tower(waveforms, attention_mask=mask, **kwargs)
+        rows = _rows_at_once(tower, waveforms)
+        if rows >= len(waveforms) or _wants_states(tower, kwargs):
+            return tower(waveforms, attention_mask=mask, **kwargs)
+        return _encode_parts(tower, waveforms.split(rows), mask.split(rows), int(lengths.max()))
     # A group norm takes its statistics over time, padding included: such encoders see ragged clips one by one.
     samples = mask.sum(-1).tolist()
     if min(samples) == waveforms.shape[-1]:
         return tower(waveforms, **kwargs)
     clips = [tower(row[None, :length]).last_hidden_state[0] for row, length in zip(waveforms, samples, strict=True)]
     return BaseModelOutput(last_hidden_state=nn.utils.rnn.pad_sequence(clips, batch_first=True))
+
+
+def _encode_parts(
+    tower: PreTrainedModel, waveforms: tuple[Tensor, ...], masks: tuple[Tensor, ...], num_frames: int
+) -> BaseModelOutput:
+    """Parts of a batch in turn, each as long as its own longest clip."""
+    parts = []
+    for part, mask in zip(waveforms, masks, strict=True):
+        longest = int(mask.sum(-1).max())
+        hidden = tower(part[:, :longest], attention_mask=mask[:, :longest]).last_hidden_state
+        parts.append(nn.functional.pad(hidden, (0, 0, 0, num_frames - hidden.shape[1])))
+    return BaseModelOutput(last_hidden_state=torch.cat(parts))
+
+
+def _wants_states(tower: PreTrainedModel, kwargs: Mapping[str, object]) -> bool:
+    config = tower.config
+    hidden_states = kwargs.get("output_hidden_states", config.output_hidden_states)
+    return bool(hidden_states or kwargs.get("output_attentions", config.output_attentions))
+
+
+def _rows_at_once(tower: PreTrainedModel, waveforms: Tensor) -> int:
+    """Clips to run together: all on an accelerator; on a CPU as many as keep the first convolution's output small."""
+    if waveforms.device.type != "cpu":
+        return len(waveforms)
+    values = tower.config.conv_dim[0] * (waveforms.shape[-1] // tower.config.conv_stride[0])
+    return max(1, MAX_CPU_VALUES // values)

@@ -7,7 +7,6 @@ Top to bottom: outputs, the pretrained base, [`ReLLMModel`] (towers, fusion, pro
 import copy
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +27,13 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .assembly_relllm import find_audio_token, load_parts, load_tower, name_tower_weights, tower_source
-from .audio_tower_relllm import build_tower, encode_audio, frame_mask
+from .audio_tower_relllm import build_tower, frame_mask
 from .configuration_relllm import DIMENSIONS, ReLLMConfig
-from .emotion_tower_relllm import EmotionTowerOutput, ReLLMEmotionModel
+from .emotion_tower_relllm import ReLLMEmotionModel
 from .light_checkpoint_relllm import config_fields, finish_light, light_state, load_light, read_light_record
 from .lora_scope_relllm import LoraScope, inject_scoped_lora, is_lora_parameter, plain_lora_config
 from .projector_relllm import CFormer, ConvProjector, ProjectorOutput
+from .towers_relllm import TowerOutputs, clip_average, is_trained, run_towers
 
 AUDIO_INPUTS = (
     "input_features",
@@ -42,6 +42,7 @@ AUDIO_INPUTS = (
     "input_values_mask",
     "audio_num_windows",
     "audio_token_counts",
+    "tower_outputs",
 )
 AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForSpeechSeq2Seq")
 
@@ -251,7 +252,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
         """As in PyTorch, but a frozen tower stays in eval: no dropout or SpecAugment in what cannot adapt."""
         super().train(mode)
         for tower in (self.audio_tower, self.emotion_tower):
-            if tower is not None and not _is_trained(tower):
+            if tower is not None and not is_trained(tower):
                 tower.eval()
         return self
 
@@ -267,18 +268,19 @@ class ReLLMModel(ReLLMPreTrainedModel):
     @can_return_tuple
     def get_audio_features(
         self,
-        input_features: Tensor,
+        input_features: Tensor | None = None,
         input_features_mask: Tensor | None = None,
         input_values: Tensor | None = None,
         input_values_mask: Tensor | None = None,
         audio_num_windows: Tensor | None = None,
         audio_token_counts: Tensor | None = None,
+        tower_outputs: TowerOutputs | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ReLLMAudioOutput:
         """Encode, fuse, project and read the emotion.
 
         Args:
-            input_features (`torch.Tensor`):
+            input_features (`torch.Tensor`, *optional*):
                 Log-mel `(windows, mels, frames)`, or waveforms `(windows, samples)` for a tower that reads those.
             input_features_mask (`torch.Tensor` of shape `(windows, frames or samples)`, *optional*): 1 on the clip.
             input_values (`torch.Tensor` of shape `(windows, samples)`, *optional*): Waveforms for the emotion tower.
@@ -287,55 +289,60 @@ class ReLLMModel(ReLLMPreTrainedModel):
                 Windows that each clip was cut into; one each by default.
             audio_token_counts (`torch.LongTensor` of shape `(windows,)`, *optional*):
                 For CFormer: positions to make, instead of those it predicts.
+            tower_outputs ([`TowerOutputs`], *optional*):
+                Of [`~ReLLMModel.run_towers`], in the place of features and waveforms: no tower runs.
             kwargs: `output_hidden_states` and `output_attentions`, for the speech tower.
 
         Raises:
-            ValueError: If the emotion tower is there and `input_values` is not.
+            ValueError: If the emotion tower is there and `input_values` is not, or if not exactly one of
+                `input_features` and `tower_outputs` is given.
         """
-        with _frozen(self.audio_tower):
-            encoded, lengths = encode_audio(self.audio_tower, input_features, input_features_mask, **kwargs)
-        emotion = None
-        if self.emotion_tower is not None:
-            if input_values is None:
-                raise ValueError("input_features came without input_values, which the emotion tower reads. Pass both.")
-            with _frozen(self.emotion_tower):
-                emotion = self.emotion_tower(input_values.to(self.emotion_tower.dtype), input_values_mask)
-        projected = self._project(encoded.last_hidden_state, lengths, emotion, audio_token_counts)
+        if input_features is not None and tower_outputs is None:
+            towers = self.run_towers(input_features, input_features_mask, input_values, input_values_mask, **kwargs)
+        elif input_features is None and tower_outputs is not None:
+            towers = tower_outputs
+        else:
+            raise ValueError("Pass exactly one of input_features and tower_outputs.")
+        projected = self._project(towers, audio_token_counts)
         valid = frame_mask(projected.lengths, projected.hidden_states.shape[1])
         pooled = (projected.hidden_states * valid.unsqueeze(-1)).sum(1) / projected.lengths[:, None]
         if audio_num_windows is None:
             audio_num_windows = torch.ones_like(projected.lengths)
-        by_tokens = _clip_average(audio_num_windows, projected.lengths)
-        by_frames = _clip_average(audio_num_windows, lengths)
+        by_tokens = clip_average(audio_num_windows, projected.lengths)
+        by_frames = clip_average(audio_num_windows, towers.lengths)
         pooled = (by_tokens.to(pooled) @ pooled).to(self.emotion_head.weight.dtype)
         return ReLLMAudioOutput(
             last_hidden_state=projected.hidden_states,
             pooler_output=projected.hidden_states[valid],
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
+            hidden_states=towers.hidden_states,
+            attentions=towers.attentions,
             emotion_logits=self.emotion_head(pooled),
             dimensions=self.dimension_head(pooled),
-            emotion_embedding=by_frames.to(emotion.embedding) @ emotion.embedding if emotion else None,
-            tower_dimensions=by_frames.to(emotion.dimensions) @ emotion.dimensions if emotion else None,
+            emotion_embedding=_averaged(by_frames, towers.emotion_embedding),
+            tower_dimensions=_averaged(by_frames, towers.dimensions),
             token_logits=projected.token_logits,
             alphas=projected.alphas,
             alphas_sum=projected.alphas_sum,
         )
 
-    def _project(
-        self, frames: Tensor, lengths: Tensor, emotion: EmotionTowerOutput | None, num_tokens: Tensor | None
-    ) -> ProjectorOutput:
+    def run_towers(
+        self, input_features: Tensor, *args: Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> TowerOutputs:
+        """What the towers make of the audio; arguments as of [`~ReLLMModel.get_audio_features`]."""
+        return run_towers(self.audio_tower, self.emotion_tower, input_features, *args, **kwargs)
+
+    def _project(self, towers: TowerOutputs, num_tokens: Tensor | None) -> ProjectorOutput:
         """Fuse the emotion embedding with the frames (or put it before them) and project: `(windows, L, d)`."""
         dtype = self.emotion_head.weight.dtype  # what trains may be float32 under a bfloat16 LLM
-        frames = frames.to(dtype)
+        frames = towers.frames.to(dtype)
         if self.config.emotion_fusion == "concat":
-            repeated = emotion.embedding.to(dtype)[:, None].expand(-1, frames.shape[1], -1)
+            repeated = towers.emotion_embedding.to(dtype)[:, None].expand(-1, frames.shape[1], -1)
             frames = torch.cat([frames, repeated], dim=-1)
         if self.config.emotion_fusion == "token" and num_tokens is not None:
             num_tokens = num_tokens - 1
-        projected = self.multi_modal_projector(frames, lengths, num_tokens)
+        projected = self.multi_modal_projector(frames, towers.lengths, num_tokens)
         if self.config.emotion_fusion == "token":
-            token = self.emotion_projector(emotion.embedding.to(dtype))[:, None]
+            token = self.emotion_projector(towers.emotion_embedding.to(dtype))[:, None]
             projected.hidden_states = torch.cat([token, projected.hidden_states], dim=1)
             projected.lengths = projected.lengths + 1
         return projected
@@ -420,6 +427,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         audio_mask: Tensor | None = None,
+        tower_outputs: TowerOutputs | None = None,
         mm_encoder_outputs: dict[str, ReLLMAudioOutput] | None = None,
         language_modeling: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -429,7 +437,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
                 With `config.audio_token_id` at each position that a projected frame takes.
             input_features, input_features_mask, input_values, input_values_mask, audio_num_windows,
-            audio_token_counts: The audio; see [`~ReLLMModel.get_audio_features`].
+            audio_token_counts, tower_outputs: The audio; see [`~ReLLMModel.get_audio_features`].
             audio_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): Where the audio is; by default
                 where the placeholders are, or their embedding in `inputs_embeds` that come with audio.
             mm_encoder_outputs (`dict`, *optional*): `{"audio": ReLLMAudioOutput}`, encoded before.
@@ -440,7 +448,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         audio = (mm_encoder_outputs or {}).get("audio")
-        if audio is None and input_features is not None:
+        if audio is None and (input_features is not None or tower_outputs is not None):
             audio = self.get_audio_features(
                 input_features,
                 input_features_mask,
@@ -448,6 +456,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
                 input_values_mask,
                 audio_num_windows,
                 audio_token_counts,
+                tower_outputs,
                 return_dict=True,
             )
         inputs_embeds, lora_mask = self.place_audio(input_ids, inputs_embeds, audio_mask, audio, past_key_values)
@@ -576,6 +585,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         audio_mask: Tensor | None = None,
+        tower_outputs: TowerOutputs | None = None,
         mm_encoder_outputs: dict[str, ReLLMAudioOutput] | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -604,6 +614,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             audio_mask=audio_mask,
+            tower_outputs=tower_outputs,
             mm_encoder_outputs=mm_encoder_outputs,
             language_modeling=True,
             logits_to_keep=logits_to_keep,
@@ -629,7 +640,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in ("audio_num_windows", "audio_token_counts", "audio_mask"):
+            for name in ("audio_num_windows", "audio_token_counts", "audio_mask", "tower_outputs"):
                 inputs.pop(name, None)
         return inputs
 
@@ -642,7 +653,8 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         repeated with the row of the batch that they belong to.
         """
         audio = (kwargs.pop("mm_encoder_outputs", None) or {}).get("audio")
-        if expand_size > 1 and (audio is not None or kwargs.get("input_features") is not None):
+        given = any(kwargs.get(name) is not None for name in ("input_features", "tower_outputs"))
+        if expand_size > 1 and (audio is not None or given):
             inputs = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
             if audio is None:
                 audio = self.get_audio_features(**inputs, return_dict=True)
@@ -657,22 +669,8 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         return input_ids, kwargs
 
 
-def _is_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _frozen(tower: nn.Module) -> AbstractContextManager:
-    """No graph through a tower that does not train, also where embeddings were hooked to require gradients."""
-    return nullcontext() if _is_trained(tower) else torch.no_grad()
-
-
-def _clip_average(num_windows: Tensor, weights: Tensor) -> Tensor:
-    """`(clips, windows)`: row i averages the windows of clip i, each by its weight."""
-    clip_end = num_windows.cumsum(0)[:, None]
-    window = torch.arange(len(weights), device=weights.device)[None]
-    belongs = (window < clip_end) & (window >= clip_end - num_windows[:, None])
-    share = belongs * weights.float()
-    return share / share.sum(-1, keepdim=True)
+def _averaged(by_frames: Tensor, values: Tensor | None) -> Tensor | None:
+    return None if values is None else by_frames.to(values) @ values
 
 
 def _check_counts(audio_mask: Tensor, features: Tensor) -> None:

@@ -118,6 +118,7 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         sampling_rate: int | None = None,
         return_tensors: str | None = "pt",
         audio_token_counts: Sequence[int] | None = None,
+        only_counted: Sequence[bool] | None = None,
         **kwargs: object,
     ) -> BatchFeature:
         """
@@ -126,6 +127,8 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
             sampling_rate (`int`, *optional*): Rate of arrays, in Hz; by default the extractor's.
             return_tensors (`str`, *optional*, defaults to `"pt"`): Or `"np"`.
             audio_token_counts (`list[int]`, *optional*): With CFormer, positions of each window.
+            only_counted (`list[bool]`, *optional*): Clips whose tower outputs are there already: they have windows and
+                positions, and no features.
 
         Returns:
             [`BatchFeature`]: `input_features` `(windows, mels, frames)` or `(windows, samples)` and its mask,
@@ -139,9 +142,12 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         clips = fetched if isinstance(fetched, list) else [fetched]
         cut = [self.cut_windows(clip) for clip in clips]
         windows = [window for clip_windows in cut for window in clip_windows]
-        outputs: dict[str, torch.Tensor | list[int]] = {**self._speech_inputs(windows)}
-        if self.emotion_values:
-            outputs["input_values"], outputs["input_values_mask"] = _pad([_normalize(window) for window in windows])
+        outputs: dict[str, torch.Tensor | list[int]] = {}
+        known = [False] * len(cut) if only_counted is None else only_counted
+        if heard := [window for parts, skip in zip(cut, known, strict=True) if not skip for window in parts]:
+            outputs |= self._speech_inputs(heard)
+            if self.emotion_values:
+                outputs["input_values"], outputs["input_values_mask"] = _pad([_normalize(window) for window in heard])
         num_windows = [len(clip_windows) for clip_windows in cut]
         outputs["audio_num_windows"] = torch.tensor(num_windows)
         counts = self._token_counts(windows, audio_token_counts)

@@ -21,9 +21,11 @@ class ReLLMAudioKwargs(AudioKwargs, total=False):  # type: ignore[call-arg]
     """
     Attributes:
         audio_token_counts (`list[int]`, *optional*): With CFormer, positions of each window.
+        only_counted (`list[bool]`, *optional*): Clips that get no features; see [`ReLLMFeatureExtractor`].
     """
 
     audio_token_counts: list[int] | None
+    only_counted: list[bool] | None
 
 
 class ReLLMProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -175,7 +177,8 @@ class ReLLMProcessor(ProcessorMixin):
 
     def _process_audio(self, audio: list[np.ndarray], **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         # `prepare_inputs_layout` has brought every clip to the extractor's rate
-        features = self.feature_extractor(audio, audio_token_counts=kwargs.get("audio_token_counts"))
+        given = {name: kwargs.get(name) for name in ("audio_token_counts", "only_counted")}
+        features = self.feature_extractor(audio, **given)
         return features, [self.replace_audio_token(features, audio_idx=index) for index in range(len(audio))]
 
     def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs: object) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature
@@ -17,6 +18,7 @@ from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 
 from .augmentation import Augmentation
 from .losses import IGNORE_INDEX
+from .tower_cache import TowerCache
 from .transcripts import TOKENS_PER_S, group_clips, split_count, teacher_inputs
 
 
@@ -36,6 +38,7 @@ class ReLLMCollator:
             losses): the transcript, one of each clip; a row that lacks one has no teacher labels.
         augmentation ([`Augmentation`], *optional*): Of every clip, once it is read and before anything is counted;
             for training rows only.
+        tower_cache ([`TowerCache`], *optional*): Clips that it has come as tower outputs, and have no features.
     """
 
     processor: ReLLMProcessor
@@ -44,6 +47,7 @@ class ReLLMCollator:
     system_prompt: str = SYSTEM_PROMPT
     teacher: bool = False
     augmentation: Augmentation | None = None
+    tower_cache: TowerCache | None = None
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
         """
@@ -52,7 +56,8 @@ class ReLLMCollator:
             -100 where unlabelled; `dimension_labels` `(clips, 3)`, NaN where unlabelled; `clips_per_row` `(batch,)`.
             With CFormer `audio_token_counts` `(windows,)` and `transcript_token_counts` `(clips,)`, 0 for none. With
             `teacher` those of [`~relllm.training.transcripts.teacher_inputs`] and `heard_words` `(batch, sequence)`,
-            True at the audio position of each of the `teacher_words`.
+            True at the audio position of each of the `teacher_words`. With a `tower_cache` those of
+            [`~relllm.training.tower_cache.TowerCache.look_up`].
 
         Raises:
             ValueError: On a row without a reply, an unknown emotion or a target outside [0, 1]; it names the row.
@@ -60,12 +65,15 @@ class ReLLMCollator:
         conversations = [self._conversation(row) for row in rows]
         clips = [_count_clips(conversation) for conversation in conversations]
         transcripts = [self._transcripts(row, count) for row, count in zip(rows, clips, strict=True)]
-        audio_kwargs: dict[str, list[int]] = {}
+        audio_kwargs: dict[str, list[int] | list[bool]] = {}
+        of_towers: dict[str, Tensor] = {}
         windows: list[list[int]] = []  # positions of each window of each clip, with CFormer
-        if self._counts_words or self.augmentation is not None:
+        if self._counts_words or self.augmentation is not None or self.tower_cache is not None:
             conversations = cast("list[list[dict]]", self.processor.read_audio(conversations))
         if self.augmentation is not None:
             self._augment(rows, conversations, self.augmentation)
+        if self.tower_cache is not None and any(clips):
+            audio_kwargs["only_counted"], of_towers = self.tower_cache.look_up(_waveforms(conversations))
         if self._counts_words:
             windows = self._window_counts(conversations, [clip for row in transcripts for clip in row])
             audio_kwargs["audio_token_counts"] = [count for clip in windows for count in clip]
@@ -76,7 +84,7 @@ class ReLLMCollator:
             return_assistant_tokens_mask=True,
             processor_kwargs={"text_kwargs": {"padding_side": "right"}, "audio_kwargs": audio_kwargs},
         )
-        batch = dict(cast(BatchFeature, features))
+        batch = dict(cast(BatchFeature, features)) | of_towers
         is_reply = torch.as_tensor(batch.pop("assistant_masks")).bool()
         batch["labels"] = batch["input_ids"].masked_fill(~is_reply, IGNORE_INDEX)
         emotions = [self._emotions(row, count) for row, count in zip(rows, clips, strict=True)]
@@ -116,10 +124,8 @@ class ReLLMCollator:
     def _window_counts(self, conversations: list[list[dict]], transcripts: list[list[int] | None]) -> list[list[int]]:
         """Positions of each window of each clip: its share of the transcript, or a guess from its duration."""
         extractor = self.processor.feature_extractor
-        contents = [m["content"] for turns in conversations for m in turns if not isinstance(m["content"], str)]
-        clips = [part["audio"] for content in contents for part in content if part["type"] == "audio"]
         counts = []
-        for clip, transcript in zip(clips, transcripts, strict=True):
+        for clip, transcript in zip(_waveforms(conversations), transcripts, strict=True):
             guess = round(len(clip) / extractor.sampling_rate * TOKENS_PER_S)
             shares = split_count(guess if transcript is None else len(transcript), len(extractor.cut_windows(clip)))
             counts.append([share + extractor.num_extra_tokens for share in shares])
@@ -214,6 +220,12 @@ def _per_clip(row: Mapping, name: str, num_clips: int) -> list:
 def _count_clips(conversation: list[dict]) -> int:
     contents = [message["content"] for message in conversation if not isinstance(message["content"], str)]
     return sum(part["type"] == "audio" for content in contents for part in content)
+
+
+def _waveforms(conversations: list[list[dict]]) -> list[np.ndarray]:
+    """Of all clips, once they are read."""
+    contents = [m["content"] for turns in conversations for m in turns if not isinstance(m["content"], str)]
+    return [part["audio"] for content in contents for part in content if part["type"] == "audio"]
 
 
 def _name(row: Mapping) -> str:

@@ -9,6 +9,7 @@ from trl import SFTConfig
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 
 from .augmentation import AugmentationSettings
+from .tower_cache import TowerCacheSettings
 
 TOWERS = ("audio_tower", "emotion_tower", "text_model")
 LOSS_WEIGHTS = (
@@ -22,10 +23,11 @@ LOSS_WEIGHTS = (
 
 
 @dataclass
-class ReLLMSFTConfig(AugmentationSettings, SFTConfig):
+class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
     """`trl.SFTConfig` with RE-LLM's losses; the defaults that differ from TRL's are the paper's recipe.
 
-    The settings of augmentation are those of [`~relllm.training.augmentation.AugmentationSettings`]; all are off.
+    The settings of augmentation are those of [`~relllm.training.augmentation.AugmentationSettings`], and those of the
+    cache of tower outputs those of [`~relllm.training.tower_cache.TowerCacheSettings`]; all are off.
 
     Args:
         emotion_loss_weight (`float`, *optional*, defaults to 1.0): Of the emotion cross-entropy. As with every weight
@@ -50,8 +52,8 @@ class ReLLMSFTConfig(AugmentationSettings, SFTConfig):
             `"audio_tower"`, `"emotion_tower"`, `"text_model"`.
 
     Raises:
-        ValueError: On a negative weight, a temperature of 0 or less, an unknown tower, or a TRL option that would cut
-            through audio.
+        ValueError: On a negative weight, a temperature of 0 or less, an unknown tower, a TRL option that would cut
+            through audio, or a setting with which the towers' outputs change from step to step, and a cache of them.
     """
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate (paper: 2e-5)."})
@@ -101,10 +103,33 @@ class ReLLMSFTConfig(AugmentationSettings, SFTConfig):
         if self.max_length is not None:
             raise ValueError(f"max_length={self.max_length} would cut through audio. Leave it unset; shorten clips.")
         self.check_augmentation()
+        if self.tower_cache_dir is not None:
+            self._check_tower_cache()
         # Our collator makes the labels from the chat template's `{% generation %}` marks.
         self.remove_unused_columns = False
         dataset_kwargs: dict | None = self.dataset_kwargs  # type: ignore[has-type]
         self.dataset_kwargs = {**(dataset_kwargs or {}), "skip_prepare_dataset": True}
+
+    def _check_tower_cache(self) -> None:
+        if self.tower_cache_gb <= 0:
+            raise ValueError(
+                f"tower_cache_gb must be > 0, got {self.tower_cache_gb}. Leave tower_cache_dir out instead."
+            )
+        if towers := sorted(set(self.unfreeze) & {"audio_tower", "emotion_tower"}):
+            raise ValueError(
+                f"tower_cache_dir is for frozen towers, and unfreeze has {towers}. Leave out one of the two."
+            )
+        if self.augments:
+            raise ValueError(
+                "tower_cache_dir is set, and augmented clips are never heard twice. Leave it out, or the augment_… "
+                "settings."
+            )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"tower_cache_dir is set, and {name} gives the towers another precision in evaluation. Leave out "
+                    "one of the two."
+                )
 
     def __getstate__(self) -> dict[str, object]:
         """Without the token: the trainer pickles its settings to `training_args.bin`, which a push sends along."""

@@ -22,6 +22,7 @@ from .building import build_model
 from .config import ReLLMSFTConfig
 from .record import RECORD_NAME, training_record
 from .settings import SettingsParser
+from .tower_cache import TowerCacheSettings
 from .trainer import ReLLMSFTTrainer
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ReLLMScriptArguments, ReL
         "model and data": [setting.name for setting in fields(ReLLMScriptArguments)],
         "losses, and where the paper's recipe differs from TRL": list(ReLLMSFTConfig.__annotations__),
         "augmentation of the training clips (off by default)": list(AugmentationSettings.__annotations__),
+        "cache of the frozen towers' outputs (off by default)": list(TowerCacheSettings.__annotations__),
     }
     parser = SettingsParser(
         (ReLLMScriptArguments, ReLLMSFTConfig), command="relllm train", description=DESCRIPTION, sections=sections
@@ -282,7 +284,7 @@ def _load_data(
         )
     assert script.data is not None
     train_rows = load_corpus(
-        script.data, script.train_split or None, held_out=script.held_out, streaming=script.streaming
+        script.data, script.train_split or "all", held_out=script.held_out, streaming=script.streaming
     )
     if script.streaming:
         train_rows = train_rows.shuffle(seed=args.seed, buffer_size=1000)

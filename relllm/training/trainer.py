@@ -5,6 +5,7 @@ gradients, unlabelled rows included. What lives elsewhere: the losses and how th
 (`freezing.py`), the collator, the settings.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -32,11 +33,12 @@ from .lengths import row_lengths
 from .losses import IGNORE_INDEX
 from .metrics import RunningMeans, concordances, recognition
 from .objective import TARGETS, Objective, keep_labels
+from .tower_cache import TowerCacheMixin
 
 logger = logging.get_logger(__name__)
 
 
-class ReLLMSFTTrainer(AugmentationMixin, CheckpointMixin, SFTTrainer):
+class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTrainer):
     """Trains the projector, the heads and the LoRA of a [`ReLLMForConditionalGeneration`].
 
     An evaluation also measures the heads, on the outputs that gave the loss: `eval_ua`, `eval_wa`, `eval_macro_f1`,
@@ -53,7 +55,8 @@ class ReLLMSFTTrainer(AugmentationMixin, CheckpointMixin, SFTTrainer):
     Raises:
         TypeError: If `model` is not an instance, or `processing_class` not a `ReLLMProcessor`.
         ValueError: If `peft_config` is given: the model carries its LoRA, and a second one would deactivate it. Or if
-            a loss asks for what the model lacks. Or if clips are to be augmented, and `data_collator` is another one.
+            a loss asks for what the model lacks. Or if clips are to be augmented or towers cached, and `data_collator`
+            is another one. Or if this run cannot have a cache of tower outputs.
     """
 
     _tag_names = ["relllm", "trl", "sft"]
@@ -108,9 +111,19 @@ class ReLLMSFTTrainer(AugmentationMixin, CheckpointMixin, SFTTrainer):
             extractor = processing_class.feature_extractor
             rate, longest = extractor.sampling_rate, extractor.max_duration_s
             self.augment(Augmentation(args, seed=args.seed, sampling_rate=rate, max_duration_s=longest))
+        if args.tower_cache_dir is not None:
+            if not isinstance(self.data_collator, ReLLMCollator):
+                raise ValueError(
+                    f"data_collator is a {type(self.data_collator).__name__}, and only a ReLLMCollator looks clips up "
+                    "in the cache of tower outputs. Leave data_collator out, or tower_cache_dir."
+                )
+            cache = self.open_tower_cache(model, processing_class.feature_extractor)
+            self.data_collator = dataclasses.replace(self.data_collator, tower_cache=cache)
         self.add_callback(_ShortStreamCallback)
         self._num_items = torch.zeros(len(self.objective.weights))
-        self._means = RunningMeans(["response_loss", "emotion_accuracy", *self.objective.active], self.args.device)
+        self._means = RunningMeans(
+            ["response_loss", "emotion_accuracy", "tower_cache_hits", *self.objective.active], self.args.device
+        )
         self._heard: list[Tensor] = []  # of the running evaluation; see `_remember`
 
     def get_batch_samples(
@@ -134,6 +147,10 @@ class ReLLMSFTTrainer(AugmentationMixin, CheckpointMixin, SFTTrainer):
         """TRL's loss of the response, and the other losses on the outputs of the same forward pass."""
         local_counts = self.objective.count(inputs)
         targets = {name: inputs.pop(name) for name in TARGETS if name in inputs}
+        mode = "train" if self.model.training else "eval"
+        if (known := inputs.get("tower_known")) is not None:
+            self._means.add(mode, "tower_cache_hits", known.sum(), torch.tensor(len(known)))
+            self.put_towers(inputs)
         outputs = None
         if self.args.response_loss_weight == 0 and not return_outputs:
             output = model(**inputs, without_lm_head=True)
@@ -147,7 +164,6 @@ class ReLLMSFTTrainer(AugmentationMixin, CheckpointMixin, SFTTrainer):
             loss = loss * self.args.response_loss_weight
         training = self.model.training and num_items_in_batch is not None
         num_items = self._num_items if training else local_counts
-        mode = "train" if self.model.training else "eval"
         windows = inputs.get("audio_num_windows")
         for term in self.objective.terms(output, targets, windows, local_counts, num_items):
             self._means.add(mode, term.name, term.total, term.count)
