@@ -37,7 +37,7 @@ from relllm.evaluation.report import report_run
 from relllm.evaluation.run import evaluate
 from relllm.evaluation.runs import read_run
 from relllm.evaluation.tables import to_rich
-from relllm.hub.cards import write_card
+from relllm.hub.cards import SETTINGS_NAME, write_card
 from relllm.hub.transfer import push_checkpoint
 from relllm.inference import reply
 from relllm.labels import EMOTIONS
@@ -52,6 +52,13 @@ from relllm.training.trainer import ReLLMSFTTrainer
 
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}  # the paper's
 REPO_ID = "org/re-llm-demo"  # in the card; nothing is sent
+SPEECH_TRAINING = {  # what the card says of it
+    "data": "synthetic speech (eSpeak NG): rule-made prosody, not human emotion",
+    "towers": "trained for the demo, in minutes, on the same synthetic corpus; nothing is pretrained",
+    "learning_rate": 2e-3,
+    "per_device_train_batch_size": 16,
+    "lora": "r 16, alpha 16, dropout 0.05, at audio positions",
+}
 SYSTEMS = {"text-only": "llm", "speech-only": "speech-only", "re-llm": "re-llm"}  # and their folders
 NEAR_CHANCE = 0.10  # above 1 / classes: what a run that learned nothing stays below
 
@@ -327,8 +334,9 @@ def _compare(out: Path, console: Console) -> None:
 def _share(out: Path, console: Console) -> None:
     """The card, and everything that a push checks, without the push."""
     model, run = out / "re-llm", out / "runs" / "re-llm"
-    console.rule(f"$ relllm card {run} --model {model} --repo-id {REPO_ID}")
-    card = write_card(model, [run], repo_id=REPO_ID, overwrite=True)
+    console.rule(f"$ relllm card {run} --model {model} --repo-id {REPO_ID} --license apache-2.0")
+    _write_json(model / SETTINGS_NAME, SPEECH_TRAINING)
+    card = write_card(model, [run], repo_id=REPO_ID, licence="apache-2.0", overwrite=True)
     console.print(f"Card: [bold]{card}[/bold]")
     console.rule(f"$ relllm push {model} {REPO_ID} --dry-run")
     checked = push_checkpoint(model, REPO_ID, dry_run=True)

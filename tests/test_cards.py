@@ -1,6 +1,7 @@
 """Model cards: numbers only from runs on the same weights, licences carried over, nothing of a corpus."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -225,3 +226,12 @@ def test_a_name_that_is_no_path_is_published_as_it_is(tmp_path: Path, monkeypatc
 def test_the_template_in_model_cards_is_the_package_s() -> None:
     linked = Path(__file__).parent.parent / "model_cards" / "template.md"
     assert linked.resolve() == TEMPLATE.resolve()
+
+
+def test_the_example_is_a_valid_card_and_says_what_it_was_trained_on():
+    folder = Path(__file__).parent.parent / "model_cards"
+    card = ModelCard.load(folder / "demo.md")
+    assert card.data.license == "apache-2.0" and card.data.eval_results
+    assert "rule-made prosody, not human emotion" in card.text
+    images = re.findall(r"!\[[^]]*\]\(([^)]+)\)", card.text)
+    assert images and all((folder / image).is_file() for image in images)

@@ -280,6 +280,7 @@ def _draw_forest(axes: Axes, lines: Sequence[ForestLine], labels: Sequence[str])
         axes.text(0.5, 0.5, "no runs", transform=axes.transAxes, ha="center", va="center", color="#666666")
     axes.grid(axis="x", color="#EEEEEE", zorder=-1)
     axes.tick_params(axis="y", length=0, labelsize=8.5)
+    axes.locator_params(axis="x", nbins=4)  # more would touch each other where values have three decimals
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerState
 
+from .augmentation import AugmentationSettings
 from .config import ReLLMSFTConfig
 
 if TYPE_CHECKING:
@@ -39,14 +40,14 @@ def training_record(script: "ReLLMScriptArguments", args: ReLLMSFTConfig, state:
     Returns:
         `dict`: Values that JSON can hold. A setting that is a folder of this machine is `"a local folder"`.
     """
-    own = set(ReLLMSFTConfig.__annotations__)
+    own = {*ReLLMSFTConfig.__annotations__, *(AugmentationSettings.__annotations__ if args.augments else ())}
     names = [field.name for field in fields(args) if field.name in own or field.name in TRAINER_SETTINGS]
     record: dict[str, object] = {name: getattr(script, name) for name in MODEL_SETTINGS} | {
         name: getattr(args, name) for name in names
     }
     record["world_size"] = args.world_size
-    for name in PLACES:
-        place = record[name]
+    for name in (*PLACES, "augment_noise_dir"):
+        place = record.get(name)
         if isinstance(place, str) and (os.path.isabs(place) or os.path.exists(place)):
             record[name] = "a local folder"
     public = {name: _plain(value) for name, value in record.items() if value not in (None, [])}
