@@ -232,9 +232,7 @@ def test_a_recording_becomes_its_turns(
     corpus: Corpus, tmp_path: Path, no_plots: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spans = {1600: [], 1760: [(0.0, 0.05), (0.06, 0.11)]}  # by the number of samples
-    monkeypatch.setattr(
-        "relllm.data.segmentation.cut_into_turns", lambda waveform, max_turn_s: spans[len(waveform)]
-    )
+    monkeypatch.setattr("relllm.data.segmentation.cut_into_turns", lambda waveform, max_turn_s: spans[len(waveform)])
     corpus.rows = corpus.rows[:2]
     report = prepare(corpus, tmp_path / "out", clips=ClipSettings(vad=True))
     rows = load_corpus(tmp_path / "out", "train").to_list()
