@@ -5,6 +5,7 @@
 # PyTorch's index of CPU builds.
 PYTHON ?= python3
 ARGS ?=
+BENCH_THREADS ?= 1
 DEMO_OUT ?= runs/demo
 SUITE := .cache/transformers-tests
 BIN := .venv/bin
@@ -14,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-transformers check format demo clean distclean
+.PHONY: help setup test test-transformers check format demo bench clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -54,6 +55,11 @@ format: .venv/.ready  ## Format the code and mend what ruff can mend
 
 demo: .venv/.ready  ## Train, evaluate and talk to a small RE-LLM on synthetic speech
 	$(BIN)/relllm demo --out $(DEMO_OUT)
+
+# One thread by default: then the clock is processor time, which a busy machine does not falsify.
+bench: .venv/.ready  ## Measure speed and memory against docs/performance.md (ARGS="towers reply" for some)
+	OMP_NUM_THREADS=$(BENCH_THREADS) MKL_NUM_THREADS=$(BENCH_THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(BIN)/python benchmarks/run_all.py $(ARGS)
 
 clean:  ## Remove caches and build products, keep .venv and runs/
 	rm -rf build dist .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis relllm.egg-info

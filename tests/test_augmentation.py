@@ -349,7 +349,7 @@ def test_only_training_knows_of_augmentation() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom) and "augmentation" in (node.module or "")
     }
-    files = ("augmentation", "collator", "config", "emotion_run", "emotion_tower", "run", "trainer")
+    files = ("augmentation", "collator", "config", "emotion_run", "emotion_tower", "record", "run", "trainer")
     assert users == {f"training/{name}.py" for name in files}
 
 

@@ -1,0 +1,101 @@
+"""The benchmarks run at tiny sizes and write what they say they write. What they measure is not judged here."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+import harness  # noqa: E402
+import run_all  # noqa: E402
+
+IN_PROCESS = (
+    "decoding",
+    "features",
+    "growth",
+    "padding",
+    "prefill",
+    "reply",
+    "tower_cache",
+    "towers",
+    "training",
+)
+OWN_PROCESSES = ("imports", "memory")  # these start fresh interpreters
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run_all, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+def run_quickly(name: str, results: Path) -> dict:
+    importlib.import_module(name).main(quick=True)
+    return json.loads((results / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", IN_PROCESS)
+def test_a_benchmark_runs_and_says_what_was_to_reach(name, results):
+    content = run_quickly(name, results)
+    goals = [row for row in content["rows"] if row["to reach"]]
+    assert goals and all(isinstance(row["reached"], float) for row in content["rows"])
+    assert content["environment"]["versions"]["torch"] and content["environment"]["load_average"] >= 0
+    if name == "growth":
+        assert (results / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OWN_PROCESSES)
+def test_a_benchmark_with_processes_of_its_own_runs(name, results):
+    assert all(isinstance(row["reached"], float) for row in run_quickly(name, results)["rows"])
+
+
+def test_every_benchmark_runs_here_but_the_one_that_runs_for_minutes():
+    assert set(run_all.names()) == {*IN_PROCESS, *OWN_PROCESSES, "prepare"}
+
+
+def test_variants_take_turns_and_warm_ups_are_not_timed(monkeypatch):
+    order: list[str] = []
+    ticks = iter(range(100))
+    monkeypatch.setattr(harness, "read_clock", lambda: float(next(ticks)))
+    found = harness.interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmups=1)
+    assert order == ["a", "b"] * 4
+    assert found == {"a": 1.0, "b": 1.0}
+
+
+def test_a_goal_is_met_on_its_own_side_only():
+    assert harness.figure("x", 0.2, "<= 0.22")["met"] == "yes"
+    assert harness.figure("x", 0.23, "<= 0.22")["met"] == "no"
+    assert harness.figure("x", 4.0, ">= 4")["met"] == "yes"
+    assert harness.figure("x", 3.9, ">= 4")["met"] == "no"
+    assert harness.figure("x", 3.9)["met"] == ""
+
+
+def test_the_peak_of_memory_is_that_since_the_reset():
+    harness.reset_peak()
+    before = harness.resident_mib(peak=True)
+    block = b"x" * (64 * 1024**2)
+    assert harness.resident_mib(peak=True) - before == pytest.approx(64, abs=16)
+    del block
+
+
+def test_a_failing_benchmark_is_named_and_the_others_are_summed_up(results, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    (folder / "good.py").write_text("print('measured')")
+    (folder / "bad.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(run_all, "FOLDER", folder)
+    harness.report("good", [harness.figure("speed of light", 3.0, ">= 2")], about="a test")
+    assert run_all.main([]) == 1
+    out, err = capfd.readouterr()
+    assert "measured" in out and "speed of light" in out and "bad failed" in err
+
+
+def test_a_benchmark_that_is_not_there_is_an_error_with_the_names(capsys):
+    assert run_all.main(["speed"]) == 2
+    assert "speed" in capsys.readouterr().err
