@@ -52,12 +52,13 @@ from relllm.training.trainer import ReLLMSFTTrainer
 
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}  # the paper's
 REPO_ID = "org/re-llm-demo"  # in the card; nothing is sent
+LEARNING_RATE, BATCH_SIZE = 2e-3, 16  # of all three trainings
 SPEECH_TRAINING = {  # what the card says of it
     "data": "synthetic speech (eSpeak NG): rule-made prosody, not human emotion",
     "towers": "trained for the demo, in minutes, on the same synthetic corpus; nothing is pretrained",
-    "learning_rate": 2e-3,
-    "per_device_train_batch_size": 16,
-    "lora": "r 16, alpha 16, dropout 0.05, at audio positions",
+    "learning_rate": LEARNING_RATE,
+    "per_device_train_batch_size": BATCH_SIZE,
+    **LORA,
 }
 SYSTEMS = {"text-only": "llm", "speech-only": "speech-only", "re-llm": "re-llm"}  # and their folders
 NEAR_CHANCE = 0.10  # above 1 / classes: what a run that learned nothing stays below
@@ -189,7 +190,7 @@ def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
     ]
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_config(config),
-        args=SFTConfig(**_arguments(settings, path, epochs=settings.text_epochs, learning_rate=2e-3)),
+        args=SFTConfig(**_arguments(settings, path, epochs=settings.text_epochs)),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
@@ -238,7 +239,7 @@ def _train_tower(corpus: DatasetDict, settings: DemoSettings, path: Path) -> Non
     )
     trainer = EmotionTowerTrainer(
         model=ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder, final_dropout=0.0)),
-        args=TrainingArguments(**_arguments(settings, path, epochs=settings.emotion_epochs, learning_rate=2e-3)),
+        args=TrainingArguments(**_arguments(settings, path, epochs=settings.emotion_epochs)),
         train_dataset=corpus["train"],
     )
     trainer.train()
@@ -277,7 +278,7 @@ def _train_speech(corpus: DatasetDict, settings: DemoSettings, path: Path, fusio
     trainer = ReLLMSFTTrainer(
         model=model,
         args=ReLLMSFTConfig(
-            **_arguments(settings, path, epochs=settings.speech_epochs, learning_rate=2e-3),
+            **_arguments(settings, path, epochs=settings.speech_epochs),
             unfreeze=["audio_tower"],
             light_checkpoints=False,  # this folder is to be moved and shared
         ),
@@ -288,16 +289,16 @@ def _train_speech(corpus: DatasetDict, settings: DemoSettings, path: Path, fusio
     trainer.save_model(str(path))
 
 
-def _arguments(settings: DemoSettings, path: Path, *, epochs: float, learning_rate: float) -> dict:
+def _arguments(settings: DemoSettings, path: Path, *, epochs: float) -> dict:
     """What all three trainings share."""
     return {
         "output_dir": str(path),
         "num_train_epochs": epochs,
-        "learning_rate": learning_rate,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "weight_decay": 0.01,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": BATCH_SIZE,
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": False,
         "bf16": False,

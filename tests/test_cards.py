@@ -215,6 +215,11 @@ def test_what_a_run_records_of_itself_has_no_path_and_no_token(tmp_path: Path) -
     assert str(tmp_path) not in text and "hf_secret" not in text
     assert record["audio_tower"] == "openai/whisper-tiny" and record["text_model"] == "a local folder"
     assert (record["learning_rate"], record["lora_r"], record["steps_done"]) == (1e-4, 16, 7)
+    assert not any(name.startswith(("augment_", "tower_cache_")) for name in record)
+    noise = {"augment_noise_dir": str(tmp_path), "augment_noise_snr_db": [5.0, 30.0]}
+    augmented = ReLLMSFTConfig(output_dir=str(tmp_path), report_to="none", **noise)
+    record = training_record(script, augmented, TrainerState(global_step=7, epoch=1.5))
+    assert record["augment_noise_snr_db"] == [5.0, 30.0] and record["augment_noise_dir"] == "a local folder"
 
 
 def test_a_name_that_is_no_path_is_published_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,7 @@ CHECKPOINT_FILES = (
 SECRET_FILES = (".env", ".env.*", ".netrc", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "id_ecdsa*", "credentials*")
 CORPUS_FILES = (
     *("*.wav", "*.flac", "*.mp3", "*.ogg", "*.opus", "*.m4a", "*.aac", "*.sph", "*.webm", "*.mp4"),
+    *("*.amr", "*.wma", "*.mkv", "*.aif", "*.aiff", "*.au", "*.w64"),
     *("*.parquet", "*.arrow", "*.jsonl", "*.csv", "*.tsv"),
 )
 # Whole folders of a run or of a tool, which are not looked into.
