@@ -138,11 +138,14 @@ def inject_scoped_lora(text_model: nn.Module, lora_config: dict, scope_name: str
         ImportError: If PEFT is not installed.
         ValueError: If a kind of LoRA is asked for that has its own forward pass (DoRA and the like).
     """
-    try:
+    from .lora_layer_relllm import ScopedLinear  # imports PEFT, or says what to install
+
+    try:  # what Transformers finds outside of a `try` it makes a requirement of every checkpoint
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora.layer import Linear as PeftLinear
         from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
-    except ImportError as error:
-        raise ImportError('This model carries a LoRA. Install PEFT with `pip install "peft>=0.21,<0.22"`.') from error
+    except ImportError:
+        raise
     transposed = any(isinstance(module, Conv1D) for module in text_model.modules())  # the linear layer of GPT-2
     peft_config = LoraConfig(**{"target_modules": "all-linear", "fan_in_fan_out": transposed, **lora_config})
     inject_adapter_in_model(peft_config, text_model, ADAPTER_NAME)
@@ -154,6 +157,9 @@ def inject_scoped_lora(text_model: nn.Module, lora_config: dict, scope_name: str
                     f"lora_config asks for {module.lora_variant[ADAPTER_NAME]} at {name}; only plain LoRA."
                 )
             module.lora_variant[ADAPTER_NAME] = variant
+            if type(module) is PeftLinear:
+                module.__class__ = ScopedLinear
+                module.lora_scope = scope
     return {**lora_config, "target_modules": sorted(_target_names(text_model, PeftLoraLayer))}
 
 
