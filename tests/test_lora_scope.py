@@ -4,6 +4,7 @@ The reference is the same LLM without PEFT, whose linear layers add the low-rank
 """
 
 import copy
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from tiny_models import LLM_FAMILIES, audio_inputs, clip, conversation_inputs, tiny_model, tiny_processor, user_turn
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from relllm import ReLLMForConditionalGeneration
+from relllm.modeling.lora_layer_relllm import ScopedLinear
 from relllm.modeling.lora_scope_relllm import ADAPTER_NAME, LoraScope, ScopedLora, inject_scoped_lora
 
 SCOPES = ("audio", "text", "global")
@@ -235,6 +238,66 @@ def test_a_text_only_batch_keeps_the_lora_in_the_graph_with_zero_gradients() -> 
     model(input_ids=TEXT_IDS, labels=TEXT_IDS).loss.backward()
     lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     assert lora and all(parameter.grad is not None and not parameter.grad.any() for parameter in lora)
+
+
+# --- the shortest way where the LoRA acts nowhere --------------------------------------------------------------------
+
+
+def decode_step(model: ReLLMForConditionalGeneration, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits of one more token."""
+    cache = model(**inputs, use_cache=True).past_key_values
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    return model(input_ids=torch.full((len(mask), 1), 7), attention_mask=mask, past_key_values=cache).logits
+
+
+@torch.no_grad()
+def test_a_decode_step_goes_past_pefts_forward(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    expected = decode_step(model, inputs)
+    for layer in lora_layers(model):  # the way it would be without: PEFT's own layer
+        layer.__class__ = PeftLinear
+    assert torch.equal(decode_step(model, inputs), expected)
+    for layer in lora_layers(model):
+        layer.__class__ = ScopedLinear
+    cache = model(**inputs, use_cache=True).past_key_values
+    monkeypatch.setattr(PeftLinear, "forward", None)
+    model(input_ids=torch.tensor([[7], [7]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_another_adapter_and_hooks_of_the_base_layer_act_in_a_decode_step(inputs: dict[str, Tensor]) -> None:
+    model = tiny_model()
+    expected = decode_step(model, inputs)
+    seen: list[nn.Module] = []
+    hooks = [
+        layer.base_layer.register_forward_hook(lambda module, *_: seen.append(module)) for layer in lora_layers(model)
+    ]
+    assert torch.equal(decode_step(model, inputs), expected) and len(seen) == 2 * len(hooks)
+    for hook in hooks:
+        hook.remove()
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), model, "more"
+    )
+    for layer in lora_layers(model):
+        layer.set_adapter([ADAPTER_NAME, "more"] if "more" in layer.lora_A else [ADAPTER_NAME])
+    assert not torch.allclose(decode_step(model, inputs), expected, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_model_with_a_lora_can_be_pickled(inputs: dict[str, Tensor]) -> None:
+    layer = lora_layers(tiny_model())[0]
+    twin = pickle.loads(pickle.dumps(layer))
+    x = torch.randn(1, 3, layer.in_features)
+    assert type(twin) is ScopedLinear and torch.equal(twin(x), layer(x))
+
+
+@torch.no_grad()
+def test_a_layer_that_packs_positions_is_refused_by_its_shape(inputs: dict[str, Tensor]) -> None:
+    model = tiny_model()
+    layer = lora_layers(model)[0]
+    mask = torch.tensor([[True, False, True]])
+    with model.model.lora_scope.use(mask), pytest.raises(ValueError, match=r"\(3, .*some positions of \(1, 3\)"):
+        layer(torch.randn(3, layer.in_features))
 
 
 # --- copies, threads, saving -----------------------------------------------------------------------------------------

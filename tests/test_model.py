@@ -22,6 +22,7 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, StaticCache
+from transformers.utils import ModelOutput
 
 from relllm import ReLLMConfig, ReLLMEmotionConfig, ReLLMForConditionalGeneration, ReLLMModel
 
@@ -41,6 +42,11 @@ def inputs() -> dict[str, Tensor]:
     return dict(conversation_inputs(tiny_processor(), list(CONVERSATIONS)))
 
 
+def valid_positions(output: ModelOutput) -> list[Tensor]:
+    """The projected positions of each window, without the padding."""
+    return [window[:length] for window, length in zip(output.audio_hidden_states, output.audio_lengths, strict=True)]
+
+
 # --- outputs ---------------------------------------------------------------------------------------------------------
 
 
@@ -56,9 +62,12 @@ def test_a_row_gives_the_same_numbers_alone_and_in_a_padded_batch(fusion: str, p
     for index, row in enumerate(rows):
         logits = together.logits[index, -row.logits.shape[1] :]
         torch.testing.assert_close(logits, row.logits[0], rtol=1e-4, atol=5e-5)
-    for name in ("emotion_logits", "dimensions", "emotion_embedding", "tower_dimensions", "audio_hidden_states"):
+    for name in ("emotion_logits", "dimensions", "emotion_embedding", "tower_dimensions", "audio_lengths"):
         if expected := [row[name] for row in rows if name in row]:
             torch.testing.assert_close(together[name], torch.cat(expected), rtol=1e-4, atol=5e-5)
+    expected = [window for row in rows for window in valid_positions(row)]
+    for window, alone in zip(valid_positions(together), expected, strict=True):
+        torch.testing.assert_close(window, alone, rtol=1e-4, atol=5e-5)
     assert together.emotion_logits.shape == (3, 5) and together.dimensions.shape == (3, 3)
     assert (together.emotion_embedding is None) == (fusion == "none")
 
@@ -67,7 +76,7 @@ def test_a_row_gives_the_same_numbers_alone_and_in_a_padded_batch(fusion: str, p
 def test_every_output_follows_from_its_parts_written_out(model, inputs) -> None:
     body = model.model
     features = model.get_audio_features(**audio_inputs(inputs))
-    assert torch.equal(model(**inputs).audio_hidden_states, features.pooler_output)
+    assert torch.equal(torch.cat(valid_positions(model(**inputs))), features.pooler_output)
     assert (inputs["input_ids"] == model.config.audio_token_id).sum() == len(features.pooler_output)
     lone = conversation_inputs(tiny_processor(), [user_turn(clip(2.7, seed=1))])
     output = model.get_audio_features(**audio_inputs(lone))
@@ -233,6 +242,29 @@ def test_a_decode_step_with_a_static_cache_compiles_as_one_graph(model) -> None:
         }
         logits.append(run(input_ids=torch.tensor([[40]]), past_key_values=cache, **step).logits)
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("projector", ["conv", "conv-layers"])
+def test_projecting_placing_and_the_llm_compile_as_one_graph(projector: str) -> None:
+    config = tiny_config(projector_layers=int(projector == "conv-layers"), projector_ffn_dim=20)
+    config.text_config.num_hidden_layers = 1
+    model = tiny_model(config)
+    batch = conversation_inputs(tiny_processor(config), list(CONVERSATIONS))
+    heard = {name: batch.pop(name) for name in audio_inputs(batch) if name != "audio_num_windows"}
+    with torch.no_grad():
+        given = {**batch, "tower_outputs": model.model.run_towers(**heard)}
+    torch.compiler.reset()
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    results = []
+    for run in (model.forward, compiled):
+        model.zero_grad()
+        output = run(**given, labels=batch["input_ids"])
+        (output.loss + output.emotion_logits.square().mean()).backward()
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        results.append({"logits": output.logits[batch["attention_mask"].bool()], **gradients})
+    assert results[0].keys() == results[1].keys() and len(results[0]) > 20
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 
 @pytest.mark.slow

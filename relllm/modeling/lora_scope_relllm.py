@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -29,15 +30,20 @@ class LoraScope:
     def mask(self) -> Tensor | bool | None:
         return getattr(self._local, "mask", None)
 
+    @property
+    def positions(self) -> Tensor | None:
+        """The mask's True positions in `batch * sequence`; only on a CPU, because finding them waits for a device."""
+        return getattr(self._local, "positions", None)
+
     @contextlib.contextmanager
     def use(self, mask: Tensor | bool | None) -> Iterator[None]:
         """Set the mask for the length of a `with` block."""
-        before = self.mask
-        self._local.mask = mask
+        before = self.mask, self.positions
+        self._local.mask, self._local.positions = mask, _find_positions(mask)
         try:
             yield
         finally:
-            self._local.mask = before
+            self._local.mask, self._local.positions = before
 
     def wrap_checkpoint(self, checkpoint: Callable) -> Callable:
         """A gradient-checkpointing function that runs again under the mask of the first run.
@@ -94,9 +100,18 @@ class ScopedLora:
         mask = self.scope.mask
         if mask is None:  # a decode step of audio scope: the bare LLM
             return result
+        if isinstance(mask, Tensor) and mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"A layer with a LoRA got an input of shape {tuple(x.shape)}, and the LoRA acts at some positions of "
+                f"{tuple(mask.shape)}. Leave out of lora_config's target_modules what packs or routes positions."
+            )
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        delta = lora_b(lora_a(module.lora_dropout[active_adapter](x.to(lora_a.weight.dtype))))
-        delta = delta * module.scaling[active_adapter]
+        dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
+        if (positions := self.scope.positions) is not None:  # the others are left alone, and cost nothing
+            rows = x.flatten(0, -2).index_select(0, positions).to(lora_a.weight.dtype)
+            delta = (lora_b(lora_a(dropout(rows))) * scaling).to(result.dtype)
+            return result.flatten(0, -2).index_add(0, positions, delta).view_as(result)
+        delta = lora_b(lora_a(dropout(x.to(lora_a.weight.dtype)))) * scaling
         if isinstance(mask, Tensor):
             delta = delta * mask.unsqueeze(-1).to(delta.device, delta.dtype)
         return result + delta.to(result.dtype)
@@ -175,6 +190,11 @@ def plain_lora_config(lora: "dict | PeftConfig | None") -> dict | None:  # type:
     defaults = type(lora)().to_dict()
     changed = {name: value for name, value in lora.to_dict().items() if value != defaults[name]}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
+
+
+def _find_positions(mask: Tensor | bool | None) -> Tensor | None:
+    on_cpu = isinstance(mask, Tensor) and mask.device.type == "cpu"
+    return mask.flatten().nonzero().squeeze(1) if on_cpu and not torch.compiler.is_compiling() else None
 
 
 def _target_names(text_model: nn.Module, lora_layer: type) -> set[str]:

@@ -1,13 +1,12 @@
 """RE-LLM: a speech tower and an emotion tower, fused and projected into a causal LLM with a scoped LoRA.
 
-Top to bottom: outputs, the pretrained base, [`ReLLMModel`] (towers, fusion, projector, heads, LLM body) and
+Top to bottom: the pretrained base, [`ReLLMModel`] (towers, fusion, projector, heads, LLM body) and
 [`ReLLMForConditionalGeneration`] (logits, loss, generation, building from pretrained towers).
 """
 
 import copy
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +21,8 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .assembly_relllm import find_audio_token, load_parts, load_tower, name_tower_weights, tower_source
 from .audio_tower_relllm import build_tower, frame_mask
@@ -32,6 +30,8 @@ from .configuration_relllm import DIMENSIONS, ReLLMConfig
 from .emotion_tower_relllm import ReLLMEmotionModel
 from .light_checkpoint_relllm import config_fields, finish_light, light_state, load_light, read_light_record
 from .lora_scope_relllm import LoraScope, inject_scoped_lora, is_lora_parameter, plain_lora_config
+from .outputs_relllm import ReLLMAudioOutput, ReLLMCausalLMOutput, ReLLMModelOutput
+from .placement_relllm import check_counts, count_message, place_positions
 from .projector_relllm import CFormer, ConvProjector, ProjectorOutput
 from .towers_relllm import TowerOutputs, clip_average, is_trained, run_towers
 
@@ -45,67 +45,6 @@ AUDIO_INPUTS = (
     "tower_outputs",
 )
 AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForSpeechSeq2Seq")
-
-
-@dataclass
-class ReLLMAudioOutput(BaseModelOutputWithPooling):
-    """What the model hears, before the LLM.
-
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(windows, L, d)`): Projected positions, padded on the right.
-        pooler_output (`torch.Tensor` of shape `(tokens, d)`): The valid ones in one row, clip after clip.
-        hidden_states, attentions (`tuple` of `torch.Tensor`, *optional*): Of the speech tower, layer by layer.
-        emotion_logits (`torch.Tensor` of shape `(clips, classes)`): Of `config.emotion_labels`.
-        dimensions (`torch.Tensor` of shape `(clips, 3)`): Arousal, dominance, valence from the projected positions.
-        emotion_embedding (`torch.Tensor` of shape `(clips, d_e)`, *optional*): The utterance embedding.
-        tower_dimensions (`torch.Tensor` of shape `(clips, 3)`, *optional*): The emotion tower's own reading.
-        token_logits, alphas, alphas_sum (`torch.Tensor`, *optional*): CFormer's; see [`ProjectorOutput`].
-    """
-
-    emotion_logits: Tensor | None = None
-    dimensions: Tensor | None = None
-    emotion_embedding: Tensor | None = None
-    tower_dimensions: Tensor | None = None
-    token_logits: Tensor | None = None
-    alphas: Tensor | None = None
-    alphas_sum: Tensor | None = None
-
-
-@dataclass
-class ReLLMModelOutput(BaseModelOutputWithPast):
-    """Of [`ReLLMModel`].
-
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch, sequence, d)`): The LLM's last hidden states.
-        audio_hidden_states (`torch.Tensor` of shape `(tokens, d)`, *optional*): Projected audio positions.
-        emotion_logits, dimensions, emotion_embedding, tower_dimensions, alphas_sum: See [`ReLLMAudioOutput`].
-    """
-
-    audio_hidden_states: Tensor | None = None
-    emotion_logits: Tensor | None = None
-    dimensions: Tensor | None = None
-    emotion_embedding: Tensor | None = None
-    tower_dimensions: Tensor | None = None
-    alphas_sum: Tensor | None = None
-
-
-@dataclass
-class ReLLMCausalLMOutput(CausalLMOutputWithPast):
-    """Of [`ReLLMForConditionalGeneration`].
-
-    Args:
-        loss (`torch.Tensor` of shape `()`, *optional*): Next-token cross-entropy, where `labels` are given.
-        logits (`torch.Tensor` of shape `(batch, sequence, vocabulary)`): Next-token scores.
-        audio_hidden_states (`torch.Tensor` of shape `(tokens, d)`, *optional*): Projected audio positions.
-        emotion_logits, dimensions, emotion_embedding, tower_dimensions, alphas_sum: See [`ReLLMAudioOutput`].
-    """
-
-    audio_hidden_states: Tensor | None = None
-    emotion_logits: Tensor | None = None
-    dimensions: Tensor | None = None
-    emotion_embedding: Tensor | None = None
-    tower_dimensions: Tensor | None = None
-    alphas_sum: Tensor | None = None
 
 
 class ReLLMPreTrainedModel(PreTrainedModel):
@@ -297,6 +236,33 @@ class ReLLMModel(ReLLMPreTrainedModel):
             ValueError: If the emotion tower is there and `input_values` is not, or if not exactly one of
                 `input_features` and `tower_outputs` is given.
         """
+        audio = self._hear(
+            input_features,
+            input_features_mask,
+            input_values,
+            input_values_mask,
+            audio_num_windows,
+            audio_token_counts,
+            tower_outputs,
+            **kwargs,
+        )
+        # An index of a length that only the device knows: `forward` does without it.
+        assert audio.last_hidden_state is not None and audio.lengths is not None
+        audio.pooler_output = audio.last_hidden_state[frame_mask(audio.lengths, audio.last_hidden_state.shape[1])]
+        return audio
+
+    def _hear(
+        self,
+        input_features: Tensor | None,
+        input_features_mask: Tensor | None,
+        input_values: Tensor | None,
+        input_values_mask: Tensor | None,
+        audio_num_windows: Tensor | None,
+        audio_token_counts: Tensor | None,
+        tower_outputs: TowerOutputs | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ReLLMAudioOutput:
+        """[`~ReLLMModel.get_audio_features`] without `pooler_output`."""
         if input_features is not None and tower_outputs is None:
             towers = self.run_towers(input_features, input_features_mask, input_values, input_values_mask, **kwargs)
         elif input_features is None and tower_outputs is not None:
@@ -313,7 +279,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
         pooled = (by_tokens.to(pooled) @ pooled).to(self.emotion_head.weight.dtype)
         return ReLLMAudioOutput(
             last_hidden_state=projected.hidden_states,
-            pooler_output=projected.hidden_states[valid],
+            lengths=projected.lengths,
             hidden_states=towers.hidden_states,
             attentions=towers.attentions,
             emotion_logits=self.emotion_head(pooled),
@@ -386,11 +352,14 @@ class ReLLMModel(ReLLMPreTrainedModel):
         if audio_mask is None:  # no audio position: of audio scope, a decode step is the bare LLM's
             return inputs_embeds, None if scope == "audio" else True
         if audio is not None:
-            features = audio.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-            _check_counts(audio_mask, features)
-            inputs_embeds = inputs_embeds.masked_scatter(audio_mask.unsqueeze(-1).expand_as(inputs_embeds), features)
+            if audio.pooler_output is not None:
+                inputs_embeds = place_positions(inputs_embeds, audio_mask, audio.pooler_output)
+            else:
+                inputs_embeds = place_positions(inputs_embeds, audio_mask, audio.last_hidden_state, audio.lengths)
         elif input_ids is not None:
-            _check_counts(audio_mask, inputs_embeds.new_zeros(0, 1))
+            check_counts(audio_mask, torch.zeros((), dtype=torch.long, device=audio_mask.device))
+            if scope == "audio" and not torch.is_grad_enabled():  # in training the LoRA stays in the graph
+                return inputs_embeds, None
         if scope == "global":
             return inputs_embeds, True
         return inputs_embeds, ~audio_mask if scope == "text" else audio_mask
@@ -449,7 +418,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         audio = (mm_encoder_outputs or {}).get("audio")
         if audio is None and (input_features is not None or tower_outputs is not None):
-            audio = self.get_audio_features(
+            audio = self._hear(
                 input_features,
                 input_features_mask,
                 input_values,
@@ -457,7 +426,6 @@ class ReLLMModel(ReLLMPreTrainedModel):
                 audio_num_windows,
                 audio_token_counts,
                 tower_outputs,
-                return_dict=True,
             )
         inputs_embeds, lora_mask = self.place_audio(input_ids, inputs_embeds, audio_mask, audio, past_key_values)
         with self.lora_scope.use(lora_mask):
@@ -475,7 +443,8 @@ class ReLLMModel(ReLLMPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            audio_hidden_states=audio.pooler_output if audio is not None else None,
+            audio_hidden_states=audio.last_hidden_state if audio is not None else None,
+            audio_lengths=audio.lengths if audio is not None else None,
             emotion_logits=audio.emotion_logits if audio is not None else None,
             dimensions=audio.dimensions if audio is not None else None,
             emotion_embedding=audio.emotion_embedding if audio is not None else None,
@@ -660,7 +629,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
                 audio = self.get_audio_features(**inputs, return_dict=True)
             counts = (input_ids == self.config.audio_token_id).sum(-1).tolist()
             if sum(counts) != len(audio.pooler_output):
-                raise ValueError(_count_message(sum(counts), len(audio.pooler_output)))
+                raise ValueError(count_message(sum(counts), len(audio.pooler_output)))
             rows = audio.pooler_output.split(counts)
             audio = ReLLMAudioOutput(pooler_output=torch.cat([row for row in rows for _ in range(expand_size)]))
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
@@ -671,20 +640,6 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
 
 def _averaged(by_frames: Tensor, values: Tensor | None) -> Tensor | None:
     return None if values is None else by_frames.to(values) @ values
-
-
-def _check_counts(audio_mask: Tensor, features: Tensor) -> None:
-    placeholders = audio_mask.sum()
-    torch_compilable_check(
-        placeholders == features.shape[0], lambda: _count_message(int(placeholders), features.shape[0])
-    )
-
-
-def _count_message(placeholders: int, positions: int) -> str:
-    return (
-        f"The text has {placeholders} audio placeholder tokens and the audio makes {positions} positions. "
-        "Let ReLLMProcessor make both, and do not truncate its output."
-    )
 
 
 __all__ = [
