@@ -604,7 +604,12 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: object,
     ) -> dict:
-        """Transformers drops the audio tensors it knows after the first step; these are ours to drop."""
+        """Transformers drops the audio tensors it knows after the first step; these are ours to drop.
+
+        It takes no step of an assistant (in assisted decoding) for the first; one before which nothing was read is.
+        """
+        cache = kwargs.get("past_key_values")
+        is_first_iteration = is_first_iteration or (isinstance(cache, Cache) and cache.get_seq_length() == 0)
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -636,6 +641,13 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         if audio is not None:
             kwargs["mm_encoder_outputs"] = {"audio": audio}
         return input_ids, kwargs
+
+    def _get_candidate_generator(self, *, model_kwargs: dict, assistant_model: Any = None, **kwargs: Any) -> Any:
+        """Of assisted decoding: an assistant that only reads gets no audio, and sees the placeholders alone."""
+        if assistant_model is not None and assistant_model.config.model_type != self.config.model_type:
+            unread = {*AUDIO_INPUTS, "audio_mask", "mm_encoder_outputs"}
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in unread}
+        return super()._get_candidate_generator(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
 
 
 def _averaged(by_frames: Tensor, values: Tensor | None) -> Tensor | None:

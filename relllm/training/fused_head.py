@@ -3,20 +3,23 @@
 Since 1.16 TRL trains by a forward pass of its own, which runs the base model and returns fields of its own. Before (on
 Python 3.10) it trains by the model's forward, whose output has the heads' in it already. Either way the teacher runs
 inside `forward`, where DDP, FSDP and DeepSpeed expect every use of a weight. Where the reply's cross-entropy has no
-weight, a training pass ends before the LLM's head.
+weight, a training pass ends before the LLM's head. On a GPU TRL runs that head at the reply's positions only; on a CPU
+it would run it at all, so there the base model hands on the reply's alone.
 """
 
+import dataclasses
 import functools
 import types
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from relllm.modeling.modeling_relllm import ReLLMCausalLMOutput
 
 from .alignment import TEACHER_INPUTS, Alignment, compare, teach
+from .losses import IGNORE_INDEX
 
 try:
     from trl.trainer.utils import FusedCausalLMOutput
@@ -78,8 +81,20 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
             return inner_forward(*args, **kwargs)
         taught = teach(self.base_model, teacher_inputs, reading) if reading is not None else {}
         heard: dict[str, Tensor] = {}
-        handle = self.base_model.register_forward_hook(lambda module, inputs, output: heard.update(output))
         labels = kwargs.pop("labels") if headless else kwargs.get("labels")
+        scored = None
+        if fused and labels is not None and labels.device.type == "cpu":
+            scored = labels[:, 1:] != IGNORE_INDEX
+            kwargs["shift_labels"] = kwargs.pop("labels")[:, 1:][scored][None]
+
+        def hear(module: nn.Module, inputs: tuple, output: ModelOutput) -> ModelOutput:
+            heard.update(output)
+            if scored is None:
+                return output
+            reply = output.last_hidden_state[:, :-1][scored][None]
+            return dataclasses.replace(output, last_hidden_state=reply)
+
+        handle = self.base_model.register_forward_hook(hear)
         try:
             output = (self.base_model if headless else inner_forward)(*args, **kwargs)
         finally:
