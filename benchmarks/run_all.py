@@ -17,11 +17,12 @@ from rich.table import Table
 
 FOLDER = Path(__file__).parent
 SHARED = ("harness", "reference", "run_all")
+ON_REQUEST = ("profiles",)  # no comparison, or weights needed: see their docstrings
 
 
 def names() -> list[str]:
-    """The benchmarks: every file here that is not shared by them."""
-    return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
+    """The benchmarks: every file here that is not shared by them, nor run on request only."""
+    return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED + ON_REQUEST)
 
 
 def main(chosen: list[str]) -> int:

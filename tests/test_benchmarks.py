@@ -25,6 +25,7 @@ IN_PROCESS = (
     "training",
 )
 OWN_PROCESSES = ("imports", "memory")  # these start fresh interpreters
+NO_GOALS = ("generation",)
 
 
 @pytest.fixture
@@ -49,6 +50,21 @@ def test_a_benchmark_runs_and_says_what_was_to_reach(name, results):
         assert (results / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", NO_GOALS)
+def test_a_benchmark_without_goals_runs(name, results):
+    assert all(isinstance(row["reached"], float) for row in run_quickly(name, results)["rows"])
+
+
+def test_profiles_are_drawn_and_traced(results, tmp_path, monkeypatch):
+    profiles = importlib.import_module("profiles")
+    monkeypatch.setattr(profiles, "RESULTS", results)
+    profiles.main(suffix="_now", traces=tmp_path / "traces", quick=True)
+    for name in ("training", "reply"):
+        assert (results / f"profile_{name}_now.png").read_bytes().startswith(b"\x89PNG")
+        events = json.loads((tmp_path / "traces" / f"{name}_now.json").read_text())["traceEvents"]
+        assert {"speech tower", "emotion tower", "projector", "LLM"} <= {event.get("name") for event in events}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OWN_PROCESSES)
 def test_a_benchmark_with_processes_of_its_own_runs(name, results):
@@ -56,7 +72,7 @@ def test_a_benchmark_with_processes_of_its_own_runs(name, results):
 
 
 def test_every_benchmark_runs_here_but_the_one_that_runs_for_minutes():
-    assert set(run_all.names()) == {*IN_PROCESS, *OWN_PROCESSES, "prepare"}
+    assert set(run_all.names()) == {*IN_PROCESS, *OWN_PROCESSES, *NO_GOALS, "prepare"}
 
 
 def test_variants_take_turns_and_warm_ups_are_not_timed(monkeypatch):
