@@ -43,7 +43,7 @@ from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 1  # of a file, and of what our own code feeds a tower and takes from it: raise it when either changes
+FORMAT = 2  # of a file, and of what our own code feeds a tower and takes from it: raise it when either changes
 FEATURES = ("input_features", "input_features_mask", "input_values", "input_values_mask")
 OUTPUTS = ("frames", "lengths", "emotion_embedding", "dimensions")
 # Of the feature extractor: what a window is, and how it becomes a tower's input.
