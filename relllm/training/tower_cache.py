@@ -69,7 +69,8 @@ class TowerCacheSettings:
     """
 
     tower_cache_dir: str | None = field(
-        default=None, metadata={"help": "Keep the frozen towers' outputs here; off by default."}
+        default=None,
+        metadata={"help": "Keep the frozen towers' outputs here (also --cache-dir).", "aliases": ["--cache-dir"]},
     )
     tower_cache_gb: float = field(default=100.0, metadata={"help": "Largest size of that folder in GB."})
 
