@@ -12,7 +12,13 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import AutoConfig, BatchFeature, PreTrainedTokenizerFast
 
-from relllm import ReLLMConfig, ReLLMEmotionConfig, ReLLMForConditionalGeneration, ReLLMProcessor
+from relllm import (
+    ReLLMConfig,
+    ReLLMEmotionConfig,
+    ReLLMEmotionModel,
+    ReLLMForConditionalGeneration,
+    ReLLMProcessor,
+)
 from relllm.modeling.towers_relllm import TowerOutputs
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 
@@ -111,6 +117,17 @@ def audio_only(inputs: BatchFeature) -> dict[str, Tensor]:
     return {name: value for name, value in inputs.items() if name.startswith(("input_f", "input_v", "audio_"))}
 
 
+def original_emotion(tower: ReLLMEmotionModel, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Embedding and dimensions by Transformers' own modules with the tower's weights, as the original code runs them.
+
+    Args:
+        tower ([`ReLLMEmotionModel`]): Of whose code nothing runs but the head's.
+        values (`torch.Tensor` of shape `(clips, samples)`): Of one length.
+    """
+    embedding = tower.encoder(values).last_hidden_state.mean(1)
+    return embedding, tower.classifier(embedding)
+
+
 @torch.no_grad()
 def original_towers(
     model: ReLLMForConditionalGeneration, inputs: BatchFeature, waveforms: list[np.ndarray]
@@ -121,8 +138,8 @@ def original_towers(
     embeddings, dimensions = [], []
     for waveform in waveforms:
         values = torch.from_numpy(waveform)[None]
-        embeddings.append(core.emotion_tower(values).embedding)
-        dimensions.append(core.emotion_tower(values).dimensions)
+        embeddings.append(original_emotion(core.emotion_tower, values)[0])
+        dimensions.append(original_emotion(core.emotion_tower, values)[1])
     lengths = (inputs["input_features_mask"].sum(-1) - 1) // 2 + 1
     return TowerOutputs(frames[:, : int(lengths.max())], lengths, torch.cat(embeddings), torch.cat(dimensions))
 
@@ -136,6 +153,7 @@ __all__ = [
     "build_processor",
     "clips",
     "conversations",
+    "original_emotion",
     "original_towers",
     "text_only",
 ]

@@ -88,6 +88,14 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path,
         assert args.unfreeze == ["audio_tower"]
 
 
+@pytest.mark.parametrize("flag", ["--cache-dir", "--tower_cache_dir", "--tower-cache-dir"])
+def test_the_cache_of_tower_outputs_is_off_until_a_flag_names_its_folder(flag, tmp_path: Path, towers) -> None:
+    given = ["--data", "corpus", "--output_dir", str(tmp_path)]
+    given += [part for name, path in towers.items() for part in (f"--{name}", path)]
+    assert parse_arguments(given)[1].tower_cache_dir is None
+    assert parse_arguments([*given, flag, "kept"])[1].tower_cache_dir == "kept"
+
+
 def test_the_help_page_puts_what_matters_first(capsys: pytest.CaptureFixture[str]) -> None:
     result = CliRunner().invoke(app, ["train", "--help"])
     page = result.stdout

@@ -1,23 +1,35 @@
 """Audio encoders of any supported kind behind one function: features and mask in, frames and their counts out.
 
 Whisper (log-mel) and wav2vec2, HuBERT, WavLM (waveform). Padding never reaches a clip's own frames: a clip encodes to
-the same frames alone and in a batch.
+the same frames alone and in a batch. Clips of a ragged batch run in groups of like length, so little is computed for
+padding, whatever the batch's order.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
+from .convolution_relllm import can_convolve, convolve
+
 # 32 MiB in float32, up to where glibc keeps freed memory. More it takes from the system each time: with 8 clips of 5 s
 # in wav2vec2 a third of the time goes into that, and a batch is slower than its clips one by one.
 MAX_CPU_VALUES = 2**23
+# How much shorter than the longest of its group a clip may be, as a share of it. A CPU runs small groups as fast as
+# large ones; an accelerator does not, so there a batch is split only where more than this share of it is padding.
+CPU_SLACK = 0.1
+ACCELERATOR_SLACK, ACCELERATOR_PADDING = 0.5, 0.25
+
+Lengths = TypeVar("Lengths", int, Tensor)
 
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
@@ -26,12 +38,12 @@ def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     return tower.get_encoder() if config.is_encoder_decoder else tower
 
 
-def count_frames(config: PreTrainedConfig, lengths: Tensor) -> Tensor:
+def count_frames(config: PreTrainedConfig, lengths: Lengths) -> Lengths:
     """Frames that a tower makes of inputs of these lengths.
 
     Args:
         config (`PreTrainedConfig`): The tower's.
-        lengths (`torch.LongTensor` of any shape): Mel frames for Whisper, samples for the waveform encoders.
+        lengths (`int` or `torch.LongTensor` of any shape): Mel frames for Whisper, samples for the waveform encoders.
     """
     if config.model_type == "whisper":
         return (lengths - 1) // 2 + 1
@@ -49,17 +61,54 @@ def encode_audio(
         tower (`PreTrainedModel`): From [`build_tower`].
         inputs (`torch.Tensor`): Log-mel `(clips, mels, frames)` for Whisper, else waveforms `(clips, samples)`.
         mask (`torch.Tensor` of shape `(clips, frames or samples)`, *optional*): 1 on what belongs to the clip.
-        kwargs: `output_hidden_states` and `output_attentions`, as of any model.
+        kwargs: `output_hidden_states` and `output_attentions`, as of any model. With them the batch runs as a whole;
+            encoders with a group norm give none for a ragged one.
 
     Returns:
         `tuple`: The tower's output, with frames `(clips, T, width)` in `last_hidden_state` and T the longest clip's,
-        and each clip's own frame count `(clips,)`. Encoders that see clips one by one give no hidden states.
+        and each clip's own frame count `(clips,)`.
     """
     if mask is None:
         mask = torch.ones(inputs.shape[0], inputs.shape[-1], dtype=torch.long, device=inputs.device)
     lengths = count_frames(tower.config, mask.sum(-1))
-    encode = _encode_mel if tower.config.model_type == "whisper" else _encode_waveform
-    return encode(tower, inputs.to(tower.dtype), mask, lengths, return_dict=True, **kwargs), lengths
+    sizes = mask.sum(-1).tolist()  # the only wait for the device in a call
+    inputs = inputs.to(tower.dtype)
+    longest = max(sizes)
+    encode = _encode_waveforms
+    if tower.config.model_type == "whisper":
+        window = tower.max_source_positions * tower.conv1.stride[0] * tower.conv2.stride[0]
+        if longest > window:
+            raise ValueError(f"The speech tower takes at most {window} mel frames, got {longest}.")
+        if inputs.shape[-1] == window:  # as it was trained, with attention over silence: the original recipe
+            output = tower(inputs, return_dict=True, **kwargs)
+            output.last_hidden_state = output.last_hidden_state[:, : count_frames(tower.config, longest)]
+            return output, lengths
+        encode = _encode_mel
+    groups = group_by_length(sizes, *_limits(tower, sizes, inputs.device, kwargs))
+    if len(groups) == 1:
+        return encode(tower, inputs[..., :longest], mask[:, :longest], return_dict=True, **kwargs), lengths
+    return BaseModelOutput(last_hidden_state=_encode_groups(encode, tower, inputs, mask, sizes, groups)), lengths
+
+
+def group_by_length(sizes: Sequence[int], slack: float, most: float) -> list[list[int]]:
+    """Clips in groups of like length, so that a group has little padding.
+
+    Args:
+        sizes (`Sequence[int]`): Of each clip.
+        slack (`float`): How much shorter than the longest of its group a clip may be, as a share of it.
+        most (`float`): Values in a group's rectangle of clips x longest size; a group has one clip at least.
+
+    Returns:
+        `list[list[int]]`: Places in `sizes`, the longest clip first.
+    """
+    groups: list[list[int]] = []
+    for place in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        longest = sizes[groups[-1][0]] if groups else 0
+        if groups and sizes[place] >= (1 - slack) * longest and (len(groups[-1]) + 1) * longest <= most:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
 
 
 def frame_mask(lengths: Tensor, width: int) -> Tensor:
@@ -67,30 +116,59 @@ def frame_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device)[None] < lengths[:, None]
 
 
-def _encode_mel(
-    tower: PreTrainedModel, features: Tensor, mask: Tensor, lengths: Tensor, **kwargs: object
-) -> BaseModelOutput:
-    """Whisper's encoder over its full window as it was trained, or over as many positions as the batch needs."""
-    window = tower.max_source_positions * tower.conv1.stride[0] * tower.conv2.stride[0]
-    if features.shape[-1] < window:
-        return _encode_short_mel(tower, features, mask, lengths, **kwargs)
-    if features.shape[-1] > window:
-        raise ValueError(f"The speech tower takes at most {window} mel frames, got {features.shape[-1]}.")
-    output = tower(features, **kwargs)  # attention over the whole window, silence included: the original recipe
-    output.last_hidden_state = output.last_hidden_state[:, : int(lengths.max())]
-    return output
+def _limits(
+    tower: PreTrainedModel, sizes: Sequence[int], device: torch.device, kwargs: Mapping[str, object]
+) -> tuple[float, float]:
+    """`slack` and `most` of [`group_by_length`], for this batch."""
+    whole = _wants_states(tower, kwargs) or _is_sharded(tower)
+    on_cpu = device.type == "cpu"
+    most = MAX_CPU_VALUES / _widest(tower.config) if on_cpu and not whole else math.inf
+    if tower.config.model_type != "whisper" and tower.config.feat_extract_norm == "group":
+        return 0.0, most  # such a norm takes its statistics over time, padding included: none may be there
+    padding = 1 - sum(sizes) / (len(sizes) * max(sizes))
+    if whole or not (on_cpu or padding > ACCELERATOR_PADDING):
+        return 1.0, most
+    return CPU_SLACK if on_cpu else ACCELERATOR_SLACK, most
+
+
+def _widest(config: PreTrainedConfig) -> float:
+    """Values that the largest activation has for each mel frame or sample."""
+    if config.model_type == "whisper":
+        return config.encoder_ffn_dim / 2
+    return config.conv_dim[0] / config.conv_stride[0]
+
+
+def _encode_groups(
+    encode: Callable[..., BaseModelOutput],
+    tower: PreTrainedModel,
+    inputs: Tensor,
+    mask: Tensor,
+    sizes: Sequence[int],
+    groups: Sequence[Sequence[int]],
+) -> Tensor:
+    """Groups in turn, each as long as its own longest clip; `(clips, T, width)` in the batch's order."""
+    places = [torch.tensor(group, device=inputs.device) for group in groups]
+    parts = []
+    for own, group in zip(places, groups, strict=True):
+        longest = sizes[group[0]]
+        output = encode(tower, inputs[own, ..., :longest], mask[own, :longest], return_dict=True)
+        parts.append(output.last_hidden_state)
+    frames = parts[0].new_zeros(len(sizes), parts[0].shape[1], parts[0].shape[2])  # the first has the longest clip
+    for own, part in zip(places, parts, strict=True):
+        frames[own, : part.shape[1]] = part
+    return frames
 
 
 @capture_outputs  # on Whisper's own layers: the tower is what Transformers takes for `self`
-def _encode_short_mel(
-    tower: PreTrainedModel, features: Tensor, mask: Tensor, lengths: Tensor, **kwargs: object
-) -> BaseModelOutput:
-    longest = (features.shape[-1] - 1) // 2 + 1
+def _encode_mel(tower: PreTrainedModel, features: Tensor, mask: Tensor, **kwargs: object) -> BaseModelOutput:
+    """Whisper's encoder over as many positions as the batch needs."""
+    longest = count_frames(tower.config, features.shape[-1])
     # Padding is set to zero before each convolution, where a lone clip would have the convolution's own zeros.
     hidden = nn.functional.gelu(tower.conv1(features * mask[:, None].to(features.dtype)))
     hidden = nn.functional.gelu(tower.conv2(hidden * mask[:, None].to(hidden.dtype)))
     hidden = hidden.transpose(1, 2) + tower.embed_positions.weight[:longest]
     hidden = nn.functional.dropout(hidden, p=tower.dropout, training=tower.training)
+    lengths = count_frames(tower.config, mask.sum(-1))
     attention_mask = create_bidirectional_mask(
         config=tower.config, inputs_embeds=hidden, attention_mask=frame_mask(lengths, longest)
     )
@@ -99,32 +177,19 @@ def _encode_short_mel(
     return BaseModelOutput(last_hidden_state=tower.layer_norm(hidden))
 
 
-def _encode_waveform(
-    tower: PreTrainedModel, waveforms: Tensor, mask: Tensor, lengths: Tensor, **kwargs: object
-) -> BaseModelOutput:
-    if tower.config.feat_extract_norm == "layer":
-        rows = _rows_at_once(tower, waveforms)
-        if rows >= len(waveforms) or _wants_states(tower, kwargs):
-            return tower(waveforms, attention_mask=mask, **kwargs)
-        return _encode_parts(tower, waveforms.split(rows), mask.split(rows), int(lengths.max()))
-    # A group norm takes its statistics over time, padding included: such encoders see ragged clips one by one.
-    samples = mask.sum(-1).tolist()
-    if min(samples) == waveforms.shape[-1]:
-        return tower(waveforms, **kwargs)
-    clips = [tower(row[None, :length]).last_hidden_state[0] for row, length in zip(waveforms, samples, strict=True)]
-    return BaseModelOutput(last_hidden_state=nn.utils.rnn.pad_sequence(clips, batch_first=True))
-
-
-def _encode_parts(
-    tower: PreTrainedModel, waveforms: tuple[Tensor, ...], masks: tuple[Tensor, ...], num_frames: int
-) -> BaseModelOutput:
-    """Parts of a batch in turn, each as long as its own longest clip."""
-    parts = []
-    for part, mask in zip(waveforms, masks, strict=True):
-        longest = int(mask.sum(-1).max())
-        hidden = tower(part[:, :longest], attention_mask=mask[:, :longest]).last_hidden_state
-        parts.append(nn.functional.pad(hidden, (0, 0, 0, num_frames - hidden.shape[1])))
-    return BaseModelOutput(last_hidden_state=torch.cat(parts))
+def _encode_waveforms(tower: PreTrainedModel, waveforms: Tensor, mask: Tensor, **kwargs: object) -> BaseModelOutput:
+    if tower.config.feat_extract_norm == "group":
+        return tower(waveforms, **kwargs)  # clips of one length
+    layers = tower.feature_extractor.conv_layers
+    if tower.training or _wants_states(tower, kwargs) or _is_sharded(tower) or not can_convolve(layers, waveforms):
+        return tower(waveforms, attention_mask=mask, **kwargs)
+    # As the tower's own forward does in eval mode, after convolutions that cost less.
+    clips = [row[:size] for row, size in zip(waveforms, mask.sum(-1).tolist(), strict=True)]
+    features = nn.utils.rnn.pad_sequence(convolve(layers, clips), batch_first=True)
+    hidden = tower.feature_projection(features)
+    hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # HuBERT's gives nothing beside it
+    own = frame_mask(count_frames(tower.config, mask.sum(-1)), features.shape[1])
+    return tower.encoder(hidden, attention_mask=own)
 
 
 def _wants_states(tower: PreTrainedModel, kwargs: Mapping[str, object]) -> bool:
@@ -133,9 +198,11 @@ def _wants_states(tower: PreTrainedModel, kwargs: Mapping[str, object]) -> bool:
     return bool(hidden_states or kwargs.get("output_attentions", config.output_attentions))
 
 
-def _rows_at_once(tower: PreTrainedModel, waveforms: Tensor) -> int:
-    """Clips to run together: all on an accelerator; on a CPU as many as keep the first convolution's output small."""
-    if waveforms.device.type != "cpu":
-        return len(waveforms)
-    values = tower.config.conv_dim[0] * (waveforms.shape[-1] // tower.config.conv_stride[0])
-    return max(1, MAX_CPU_VALUES // values)
+def _is_sharded(tower: PreTrainedModel) -> bool:
+    """Whether processes gather the weights layer by layer: then all must run the tower equally often, so once each."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    sharded = (FSDPModule, FullyShardedDataParallel)
+    return is_deepspeed_zero3_enabled() or any(isinstance(module, sharded) for module in tower.modules())

@@ -200,6 +200,8 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
             return {"input_features": features, "input_features_mask": mask}
         frames = [-(-len(window) // self.hop_length) for window in windows]
         longest = self.nb_max_frames if self.full_window else max(frames)
+        if not self.full_window and longest == self.nb_max_frames:
+            longest += 1  # a batch as wide as the window is one in which every clip attends to the whole of it
         # n_fft zeros more, so that the last frame of the longest clip sees zeros after it, as in a full window
         samples = longest * self.hop_length + (0 if self.full_window else self.n_fft)
         padded = np.zeros((len(windows), samples), dtype=np.float32)

@@ -43,7 +43,7 @@ from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 1  # of a file, and of what our own code feeds a tower and takes from it: raise it when either changes
+FORMAT = 2  # of a file, and of what our own code feeds a tower and takes from it: raise it when either changes
 FEATURES = ("input_features", "input_features_mask", "input_values", "input_values_mask")
 OUTPUTS = ("frames", "lengths", "emotion_embedding", "dimensions")
 # Of the feature extractor: what a window is, and how it becomes a tower's input.
@@ -69,7 +69,8 @@ class TowerCacheSettings:
     """
 
     tower_cache_dir: str | None = field(
-        default=None, metadata={"help": "Keep the frozen towers' outputs here; off by default."}
+        default=None,
+        metadata={"help": "Keep the frozen towers' outputs here (also --cache-dir).", "aliases": ["--cache-dir"]},
     )
     tower_cache_gb: float = field(default=100.0, metadata={"help": "Largest size of that folder in GB."})
 
