@@ -71,7 +71,7 @@ def train(rows: list[dict], folder: Path, *, model=None, processor=None, **setti
 
 
 def assert_same_run(found: ReLLMSFTTrainer, expected: ReLLMSFTTrainer) -> None:
-    """Each loss, each gradient's norm and each weight at the end, to 1e-5: groups of another length round differently."""
+    """Each loss, each gradient's norm and each weight at the end, to 1e-5: other groups round differently."""
     pairs = list(zip(found.state.log_history, expected.state.log_history, strict=True))
     for entry, wanted in pairs:
         for name in LOGGED & wanted.keys():
