@@ -69,32 +69,35 @@ def serve(
         sock = bind(host, port)
     except OSError as error:
         raise typer.BadParameter(f"Cannot listen on {host}, port {port}: {error.strerror or error}.") from error
-    processor = AutoProcessor.from_pretrained(model, revision=revision)
-    loaded = AutoModel.from_pretrained(model, revision=revision, dtype=dtype).to(device).eval()
-    if not isinstance(loaded, ReLLMForConditionalGeneration):
-        raise typer.BadParameter(f"{model} holds a {type(loaded).__name__}, not a ReLLM.", param_hint="MODEL")
-    limits = Limits(
-        max_body_bytes=round(max_body_mib * 1024**2),
-        max_audio_seconds=max_audio_seconds,
-        max_clips=max_clips,
-        min_sampling_rate=min_sampling_rate,
-        max_sampling_rate=max_sampling_rate,
-        max_tokens=max_tokens,
-        context_length=max_context,
-    )
-    settings = EngineSettings(max_batch_size, max_batch_windows, batch_wait_ms / 1000, max_queue)
-    shown = name or (Path(model).resolve().name if Path(model).is_dir() else model)
-    service = build_service(loaded, processor, name=shown, api_key=api_key or None, settings=settings, limits=limits)
-    place = f"[{host}]" if ":" in host else host
-    address = f"http://{place}:{sock.getsockname()[1]}"
-    if api_key is None and not _is_loopback(host):
-        console.print("[yellow]No --api-key: whoever reaches this address can use the model.[/yellow]")
+    with sock:
+        processor = AutoProcessor.from_pretrained(model, revision=revision)
+        loaded = AutoModel.from_pretrained(model, revision=revision, dtype=dtype).to(device).eval()
+        if not isinstance(loaded, ReLLMForConditionalGeneration):
+            raise typer.BadParameter(f"{model} holds a {type(loaded).__name__}, not a ReLLM.", param_hint="MODEL")
+        limits = Limits(
+            max_body_bytes=round(max_body_mib * 1024**2),
+            max_audio_seconds=max_audio_seconds,
+            max_clips=max_clips,
+            min_sampling_rate=min_sampling_rate,
+            max_sampling_rate=max_sampling_rate,
+            max_tokens=max_tokens,
+            context_length=max_context,
+        )
+        settings = EngineSettings(max_batch_size, max_batch_windows, batch_wait_ms / 1000, max_queue)
+        shown = name or (Path(model).resolve().name if Path(model).is_dir() else model)
+        service = build_service(
+            loaded, processor, name=shown, api_key=api_key or None, settings=settings, limits=limits
+        )
+        place = f"[{host}]" if ":" in host else host
+        address = f"http://{place}:{sock.getsockname()[1]}"
+        if api_key is None and not _is_loopback(host):
+            console.print("[yellow]No --api-key: whoever reaches this address can use the model.[/yellow]")
 
-    def announce() -> None:
-        console.print(f"Serving [bold]{shown}[/bold] at {address}/v1 (Ctrl-C or SIGTERM stops it)", soft_wrap=True)
+        def announce() -> None:
+            console.print(f"Serving [bold]{shown}[/bold] at {address}/v1 (Ctrl-C or SIGTERM stops it)", soft_wrap=True)
 
-    run(Server(service, grace_s=grace_period, announce=announce), sock)
-    console.print("Stopped.")
+        run(Server(service, grace_s=grace_period, announce=announce), sock)
+        console.print("Stopped.")
 
 
 def _is_loopback(host: str) -> bool:

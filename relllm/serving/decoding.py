@@ -80,10 +80,11 @@ class TextWriter:
 
     def _release(self, new: str, *, last: bool) -> str:
         text, self._held = self._held + new, ""
-        found = [place for place in map(text.find, self._stop) if place >= 0]
+        found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._stop if stop in text]
         if found:
             self.stopped = True
-            return text[: min(found)]
+            _, start = min(found)  # the one that was complete first
+            return text[:start]
         held = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
         split = len(text) - held
         self._held = text[split:]

@@ -296,11 +296,10 @@ class Engine:
             self._changed.wait_for(lambda: self._queue or (self._draining and not self._reserved))
             if not self._queue:
                 return None
-            full = self._settings.max_batch_size
-            self._changed.wait_for(lambda: len(self._queue) >= full or self._draining, self._settings.batch_wait_s)
+            self._changed.wait_for(lambda: self._is_full() or self._draining, self._settings.batch_wait_s)
             batch: list[Job] = []
             windows = 0
-            while self._queue and len(batch) < full:
+            while self._queue and len(batch) < self._settings.max_batch_size:
                 job = self._queue[0]
                 windows += job.prompt.num_windows
                 if batch and windows > self._settings.max_batch_windows:
@@ -313,6 +312,11 @@ class Engine:
                     job.end(None, 0)
             self._running = batch
             return batch
+
+    def _is_full(self) -> bool:
+        """Whether more requests would not get into the next batch."""
+        windows = sum(job.prompt.num_windows for job in self._queue)
+        return len(self._queue) >= self._settings.max_batch_size or windows >= self._settings.max_batch_windows
 
     @torch.no_grad()
     def _answer(self, batch: list[Job]) -> None:

@@ -81,23 +81,20 @@ class PromptReader:
         clips: list[tuple[str, AudioData]] = []
         for index, message in enumerate(request.messages):
             role = "system" if message.role == "developer" else message.role
-            name = f"messages.{index}.content"
-            if isinstance(message.content, str):
-                conversation.append({"role": role, "content": self._checked_text(message.content, name)})
-                continue
             parts: list[dict] = []
             for position, part in enumerate(message.content):
+                name = f"messages.{index}.content.{position}"
                 if isinstance(part, TextPart):
-                    parts.append({"type": "text", "text": self._checked_text(part.text, f"{name}.{position}")})
+                    parts.append({"type": "text", "text": self._checked_text(part.text, name)})
                 else:
-                    clips.append((f"{name}.{position}", part.input_audio))
+                    clips.append((name, part.input_audio))
                     parts.append({"type": "audio"})
             conversation.append({"role": role, "content": parts})
         prompt = self._read_clips(clips)
         prompt.clip_messages = [int(name.split(".")[1]) for name, _ in clips]
         waveforms = iter(prompt.waveforms)
         for turn in conversation:
-            for part in turn["content"] if not isinstance(turn["content"], str) else []:
+            for part in turn["content"]:
                 if part["type"] == "audio":
                     part["audio"] = next(waveforms)
         prompt.token_ids = self._tokenize(conversation, len(prompt.waveforms))

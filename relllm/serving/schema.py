@@ -54,21 +54,28 @@ class TextPart(_Strict):
 Part: TypeAlias = Annotated[TextPart | AudioPart, Field(discriminator="type")]
 
 
-class SystemMessage(BaseModel):
+class _Turn(BaseModel):
+    @field_validator("content", mode="before", check_fields=False)
+    @classmethod
+    def _as_parts(cls, content: object) -> object:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+class SystemMessage(_Turn):
     role: Literal["system", "developer"]
-    content: str | list[TextPart]
+    content: list[TextPart]
 
 
-class UserMessage(BaseModel):
+class UserMessage(_Turn):
     role: Literal["user"]
-    content: str | list[Part]
+    content: list[Part]
 
 
-class AssistantMessage(BaseModel):
+class AssistantMessage(_Turn):
     """A turn of the model; further fields of an answer that is sent back are ignored where they are empty."""
 
     role: Literal["assistant"]
-    content: str | list[TextPart]
+    content: list[TextPart]
 
     @model_validator(mode="before")
     @classmethod
@@ -149,9 +156,11 @@ def parse_body(kind: type[ChatRequest] | type[EmotionRequest], body: bytes) -> C
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(step) for step in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        if "input_audio" not in message and "audio" in message and first["type"] == "union_tag_invalid":
+        place = [str(step) for step in first["loc"]]
+        if place[:1] == ["messages"]:
+            del place[2:3]  # pydantic's own: which kind of message it took it for
+        where, message = ".".join(place), first["msg"].removeprefix("Value error, ")
+        if first["type"] == "union_tag_invalid" and "content" in place:
             message += ". Audio is sent in base64 as 'input_audio'; addresses and paths are never read."
         raise bad_request(f"{where}: {message}" if where else message, param=where or None) from None
 
