@@ -92,6 +92,8 @@ REFUSED = {
     "the placeholder in a text": ([user("<|audio|>")], {}, "stands for a clip", "invalid_request"),
     "context": ([user("word " * 1000)], {}, "context is 1024", "context_length_exceeded"),
     "max_tokens": (GOOD, {"max_tokens": 21}, "writes up to 20", "max_tokens_too_large"),
+    "a text far longer than the context": ([user("word " * 5000)], {}, "25000 characters", "context_length_exceeded"),
+    "many wrong parts": ([{"role": "user", "content": [1] * 100_000}], {}, "content.0: ", "invalid_request"),
     "no messages": ([], {}, "messages: List should have at least 1 item", "invalid_request"),
     "no user's turn": ([{"role": "assistant", "content": "I"}], {}, "has to be the user's", "invalid_request"),
     "a tool's turn": ([{"role": "tool", "content": "I"}], {}, "messages.0", "invalid_request"),
@@ -211,6 +213,29 @@ def test_a_body_that_never_arrives_is_given_up_and_others_are_answered_meanwhile
         assert ask(client).choices[0].message.content
         answer = slow.recv(65536)
     assert answer.startswith(b"HTTP/1.1 408")
+
+
+def test_too_much_at_once_is_refused_and_given_back(server, client, monkeypatch) -> None:
+    monkeypatch.setattr("relllm.serving.bodies.BODIES_AT_ONCE", 1)
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "Content-Length: 399000\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as large:
+        large.sendall(head.encode() + b" " * 398_000)
+        time.sleep(0.3)
+        with pytest.raises(openai.RateLimitError, match="Too many large requests") as refused:
+            ask(client)
+        assert refused.value.response.headers["retry-after"]
+    time.sleep(0.1)
+    assert ask(client).choices[0].message.content
+
+
+def test_a_connection_that_asks_nothing_is_closed(server, monkeypatch) -> None:
+    monkeypatch.setattr("relllm.serving.server.FIRST_REQUEST_S", 0.2)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as silent:
+        silent.sendall(b"POST /v1")
+        assert silent.recv(1) == b""
 
 
 def test_clients_that_vanish_at_any_point_stop_nothing(server, client) -> None:

@@ -1,7 +1,7 @@
-"""The routes: bodies read up to their limit, requests handed to the engine, answers and errors in OpenAI's form.
+"""The routes: requests handed to the engine, answers and errors in OpenAI's form.
 
-What does not live here: what a request means (`schema.py`, `prompts.py`), batching (`engine.py`), sockets and signals
-(`server.py`).
+What does not live here: reading a request (`bodies.py`, `schema.py`, `prompts.py`), batching (`engine.py`), sockets
+and signals (`server.py`).
 """
 
 import asyncio
@@ -19,10 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .answers import SSE_END, Completion, emotions, sse
+from .bodies import BodyReader, ClientGone
 from .engine import Ended, Engine, Event, Failed, Heard, Job, Prompt, Text
 from .errors import ApiError
 from .metrics import Metrics
-from .prompts import Limits, PromptReader
+from .prompts import PromptReader
 from .schema import ChatRequest, EmotionRequest, parse_body
 
 CLIENT_GONE = 499  # nginx's; nobody reads it but the metrics
@@ -49,8 +50,12 @@ class Service:
     api_key: str | None = None
 
 
-class ClientGone(Exception):
-    """The client closed the connection before its answer."""
+@dataclass(frozen=True)
+class _Form:
+    """How a chat is to be answered. The request itself, with its base64, is not kept until then."""
+
+    stream: bool
+    include_usage: bool
 
 
 def create_app(service: Service) -> FastAPI:
@@ -94,33 +99,34 @@ class _Handlers:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._bodies = BodyReader(service.reader.limits)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="relllm-read")
 
     async def chat(self, request: Request) -> Response:
-        def read(body: bytes) -> tuple[ChatRequest, Prompt]:
+        def read(body: bytearray) -> tuple[_Form, Prompt]:
             parsed = cast(ChatRequest, parse_body(ChatRequest, body))
             self.check_model(parsed.model)
-            return parsed, self._service.reader.read_chat(parsed)
+            include_usage = parsed.stream_options is not None and parsed.stream_options.include_usage
+            return _Form(bool(parsed.stream), include_usage), self._service.reader.read_chat(parsed)
 
-        parsed, job, events = await self._submit(request, read)
+        form, job, events = await self._submit(request, read)
         completion = Completion(self._service.name, job.prompt, self._service.audio_token_id)
-        if not parsed.stream:
+        if not form.stream:
             hearings, text, ended = await self._collect(request, job, events)
             return JSONResponse(completion.whole(text, hearings, ended.reason, ended.num_tokens))
         try:  # the status is sent with the first event, so that a failure before it still has one of its own
-            first = await unless_gone(request, _next_event(events))
+            first = await _unless_gone(request, _next_event(events))
         except BaseException:
             self._service.engine.cancel(job)
             raise
-        include_usage = parsed.stream_options is not None and parsed.stream_options.include_usage
-        stream = _stream(cast(Heard, first), events, completion, include_usage)
+        stream = _stream(cast(Heard, first), events, completion, form.include_usage)
         return _EventStream(stream, at_end=lambda: self._service.engine.cancel(job))
 
     async def emotion(self, request: Request) -> Response:
-        def read(body: bytes) -> tuple[EmotionRequest, Prompt]:
+        def read(body: bytearray) -> tuple[None, Prompt]:
             parsed = cast(EmotionRequest, parse_body(EmotionRequest, body))
             self.check_model(parsed.model)
-            return parsed, self._service.reader.read_emotion(parsed)
+            return None, self._service.reader.read_emotion(parsed)
 
         _, job, events = await self._submit(request, read)
         hearings, _, _ = await self._collect(request, job, events)
@@ -134,19 +140,19 @@ class _Handlers:
             raise ApiError(404, message, "model_not_found", param="model")
 
     async def _submit(
-        self, request: Request, read: Callable[[bytes], tuple[Result, Prompt]]
+        self, request: Request, read: Callable[[bytearray], tuple[Result, Prompt]]
     ) -> tuple[Result, Job, asyncio.Queue[Event]]:
         """Reads the body, then holds a place in the queue while a thread makes a prompt of it."""
         engine = self._service.engine
         engine.check_room()  # before the body is read
-        body = await read_body(request, self._service.reader.limits)
-        engine.reserve()
         loop = asyncio.get_running_loop()
-        try:
-            parsed, prompt = await loop.run_in_executor(self._readers, read, body)
-        except BaseException:
-            engine.release()
-            raise
+        async with self._bodies.read(request) as body:
+            engine.reserve()
+            try:
+                parsed, prompt = await loop.run_in_executor(self._readers, read, body)
+            except BaseException:
+                engine.release()
+                raise
         events: asyncio.Queue[Event] = asyncio.Queue()
         job = engine.submit(prompt, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
         return parsed, job, events
@@ -162,7 +168,7 @@ class _Handlers:
             return heard.hearings, "".join(pieces), cast(Ended, event)
 
         try:
-            return await unless_gone(request, collect())
+            return await _unless_gone(request, collect())
         except BaseException:
             self._service.engine.cancel(job)
             raise
@@ -205,7 +211,7 @@ async def _next_event(events: asyncio.Queue[Event]) -> Event:
     return event
 
 
-async def unless_gone(request: Request, work: Coroutine[None, None, Result]) -> Result:
+async def _unless_gone(request: Request, work: Coroutine[None, None, Result]) -> Result:
     """Awaits `work`, unless the client closes the connection first.
 
     Raises:
@@ -225,42 +231,6 @@ async def unless_gone(request: Request, work: Coroutine[None, None, Result]) -> 
     finally:
         working.cancel()
         going.cancel()
-
-
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body of a request, read no further than the limit.
-
-    Raises:
-        ApiError: 413 if it is larger, 415 if it is not JSON, 408 if it does not arrive in time.
-        ClientGone: If it never arrives.
-    """
-    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        message = "Send the request as JSON, with the header 'Content-Type: application/json'."
-        raise ApiError(415, message, "unsupported_media_type", headers={"Connection": "close"})
-    stated = request.headers.get("content-length", "0")
-    if stated.isdecimal() and int(stated) > limits.max_body_bytes:
-        raise _too_large(limits)
-    body = bytearray()
-    deadline = time.monotonic() + limits.body_timeout_s
-    more = True
-    while more:
-        try:
-            message_ = await asyncio.wait_for(request.receive(), max(0.0, deadline - time.monotonic()))
-        except (TimeoutError, asyncio.TimeoutError):  # two classes in Python 3.10
-            message = f"The body did not arrive within {limits.body_timeout_s:g} s."
-            raise ApiError(408, message, "request_timeout", headers={"Connection": "close"}) from None
-        if message_["type"] == "http.disconnect":
-            raise ClientGone
-        body += message_.get("body", b"")
-        more = message_.get("more_body", False)
-        if len(body) > limits.max_body_bytes:
-            raise _too_large(limits)
-    return bytes(body)
-
-
-def _too_large(limits: Limits) -> ApiError:
-    message = f"The body is larger than {limits.max_body_bytes} bytes. Send shorter or compressed clips (FLAC, Ogg)."
-    return ApiError(413, message, "request_too_large", headers={"Connection": "close"})
 
 
 class Gate:
@@ -293,6 +263,9 @@ class Gate:
                 await answer(scope, receive, send_counted)
             else:
                 await self._app(scope, receive, send_counted)
+        except Exception:
+            status = 500  # answered outside of this, after it has been counted
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "other")  # a path of the client's own would be a label each
             self._service.metrics.requests.labels(route, str(status)).inc()
@@ -324,4 +297,4 @@ def _body_schema(kind: type[ChatRequest] | type[EmotionRequest]) -> dict[str, ob
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
 
 
-__all__ = ["ClientGone", "Gate", "Service", "create_app", "read_body", "unless_gone"]
+__all__ = ["Gate", "Service", "create_app"]

@@ -19,6 +19,7 @@ from transformers.generation.logits_process import (
 )
 
 FinishReason: TypeAlias = Literal["stop", "length"]
+NEARLY_GREEDY = 1e-5  # lower temperatures would overflow the scores
 _HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -131,7 +132,7 @@ class Row:
         self._end_tokens = end_tokens
         self._write, self._finish, self._is_wanted = write, finish, is_wanted
         self._generator: torch.Generator | None = None
-        if sampling.temperature > 0:
+        if sampling.temperature > NEARLY_GREEDY:
             seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
             self._generator = torch.Generator(device).manual_seed(seed)
             self._warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])

@@ -23,6 +23,7 @@ from .errors import ApiError, bad_request
 from .schema import AudioData, ChatRequest, EmotionRequest, TextPart
 
 MAX_CHANNELS = 8  # a FLAC file's most; a few bytes of silence could hold a thousand
+CHARACTERS_A_TOKEN = 16  # more than any language has on average
 _UNKNOWN_FRAMES = 2**48  # libsndfile reports about 2**63 where a header leaves the length open
 
 
@@ -90,6 +91,7 @@ class PromptReader:
                     clips.append((name, part.input_audio))
                     parts.append({"type": "audio"})
             conversation.append({"role": role, "content": parts})
+        self._check_length(conversation)
         prompt = self._read_clips(clips)
         prompt.clip_messages = [int(name.split(".")[1]) for name, _ in clips]
         waveforms = iter(prompt.waveforms)
@@ -117,6 +119,17 @@ class PromptReader:
                 param=name,
             )
         return text
+
+    def _check_length(self, conversation: list[dict]) -> None:
+        """Refuses texts that no tokenizer needs to be asked about: it would keep the others waiting."""
+        context = self.limits.context_length
+        length = sum(len(part.get("text", "")) for turn in conversation for part in turn["content"])
+        if context is not None and length > CHARACTERS_A_TOKEN * context:
+            raise bad_request(
+                f"The texts have {length} characters; the model's context is {context} tokens. Send fewer turns.",
+                "context_length_exceeded",
+                param="messages",
+            )
 
     def _read_clips(self, clips: list[tuple[str, AudioData]]) -> Prompt:
         if len(clips) > self.limits.max_clips:

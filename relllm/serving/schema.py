@@ -6,11 +6,12 @@ decoding and checking the clips (`prompts.py`).
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from .errors import bad_request
 
 MAX_STOP_STRINGS = 4  # OpenAI's limit
+MAX_ITEMS = 1024  # messages of a conversation, parts of a message
 # Fields of OpenAI's that are accepted where they ask for nothing: each with the values that do.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (1,),
@@ -54,6 +55,11 @@ class TextPart(_Strict):
 Part: TypeAlias = Annotated[TextPart | AudioPart, Field(discriminator="type")]
 
 
+# One error is enough: a hostile body could make millions.
+TextParts: TypeAlias = Annotated[list[TextPart], Field(max_length=MAX_ITEMS), FailFast()]
+Parts: TypeAlias = Annotated[list[Part], Field(max_length=MAX_ITEMS), FailFast()]
+
+
 class _Turn(BaseModel):
     @field_validator("content", mode="before", check_fields=False)
     @classmethod
@@ -63,19 +69,19 @@ class _Turn(BaseModel):
 
 class SystemMessage(_Turn):
     role: Literal["system", "developer"]
-    content: list[TextPart]
+    content: TextParts
 
 
 class UserMessage(_Turn):
     role: Literal["user"]
-    content: list[Part]
+    content: Parts
 
 
 class AssistantMessage(_Turn):
     """A turn of the model; further fields of an answer that is sent back are ignored where they are empty."""
 
     role: Literal["assistant"]
-    content: list[TextPart]
+    content: TextParts
 
     @model_validator(mode="before")
     @classmethod
@@ -98,7 +104,7 @@ class ChatRequest(_Strict):
     """The body of `/v1/chat/completions`."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS), FailFast()]
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -143,10 +149,12 @@ class EmotionRequest(_Strict):
     """The body of `/v1/emotion`: clips, each as in a chat."""
 
     model: str
-    input: list[AudioPart] = Field(min_length=1)
+    input: Annotated[list[AudioPart], Field(min_length=1, max_length=MAX_ITEMS), FailFast()]
 
 
-def parse_body(kind: type[ChatRequest] | type[EmotionRequest], body: bytes) -> ChatRequest | EmotionRequest:
+def parse_body(
+    kind: type[ChatRequest] | type[EmotionRequest], body: bytes | bytearray
+) -> ChatRequest | EmotionRequest:
     """Reads a request.
 
     Raises:

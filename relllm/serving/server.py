@@ -12,6 +12,7 @@ from typing import cast
 import uvicorn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
@@ -22,7 +23,20 @@ from .metrics import Metrics
 from .prompts import Limits, PromptReader
 
 logger = logging.get_logger(__name__)
+FIRST_REQUEST_S = 20.0  # for the head of a connection's first request to arrive
 LAST_ANSWERS_S = 2.0  # after the grace period, for the errors that end what is still running to be sent
+
+
+class _Protocol(H11Protocol):
+    """HTTP, but a connection that asks nothing is closed: enough of those would keep others from connecting."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(FIRST_REQUEST_S, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -38,7 +52,7 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, *, grace_s: float = 30.0, announce: Callable[[], None] | None = None) -> None:
         config = uvicorn.Config(
             create_app(service),
-            http="h11",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             log_level="warning",
