@@ -1,6 +1,7 @@
 """`relllm.serving.engine`: requests worked on together, against each alone; what goes wrong stays with its request."""
 
 import re
+import socket
 import threading
 import time
 import urllib.request
@@ -302,3 +303,15 @@ def test_what_is_unfinished_at_the_end_of_the_grace_period_is_told_so(model, pro
             assert ended.value.status_code == 503
     finally:
         slow.remove()
+
+
+def test_stopping_waits_for_no_body(model, processor) -> None:
+    head = b"POST /v1/emotion HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+    with serving(model, processor, grace_s=20) as running:
+        with socket.create_connection(("127.0.0.1", running.port), timeout=10) as slow:
+            slow.sendall(head)
+            time.sleep(0.2)
+            running.server.should_exit = True
+            assert slow.recv(65536).startswith(b"HTTP/1.1 503")
+        running.thread.join(5)
+        assert not running.thread.is_alive()

@@ -99,7 +99,7 @@ class _Handlers:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._bodies = BodyReader(service.reader.limits)
+        self._bodies = BodyReader(service.reader.limits, lambda: service.engine.is_ready)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="relllm-read")
 
     async def chat(self, request: Request) -> Response:

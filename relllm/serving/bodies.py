@@ -3,14 +3,15 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from fastapi import Request
 
-from .errors import ApiError
+from .errors import ApiError, stopping
 from .prompts import Limits
 
 BODIES_AT_ONCE = 8  # of the largest size; of smaller ones more
+LOOK_UP_S = 0.5  # how often a slow body is left to see whether the server is stopping
 CLOSE = {"Connection": "close"}  # or the rest of the body would be read, to be thrown away
 
 
@@ -23,10 +24,11 @@ class BodyReader:
 
     Args:
         limits ([`Limits`]): Bytes and seconds of a body.
+        is_open (`Callable[[], bool]`): Whether requests are still accepted. If not, no body is waited for.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, is_open: Callable[[], bool]) -> None:
+        self._limits, self._is_open = limits, is_open
         self._held = 0
 
     @contextlib.asynccontextmanager
@@ -35,7 +37,7 @@ class BodyReader:
 
         Raises:
             ApiError: 413 if it is larger than the limit, 415 if it is not JSON, 408 if it does not arrive in time, 429
-                if too much is being read at once.
+                if too much is being read at once, 503 if the server is stopping.
             ClientGone: If the client closes the connection.
         """
         self._check_head(request)
@@ -66,11 +68,15 @@ class BodyReader:
         deadline = time.monotonic() + limit_s
         more = True
         while more:
+            if not self._is_open():
+                raise stopping()
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise ApiError(408, f"The body did not arrive within {limit_s:g} s.", "request_timeout", headers=CLOSE)
             try:
-                message = await asyncio.wait_for(request.receive(), max(0.0, deadline - time.monotonic()))
+                message = await asyncio.wait_for(request.receive(), min(left_s, LOOK_UP_S))
             except asyncio.TimeoutError:
-                reason = f"The body did not arrive within {limit_s:g} s."
-                raise ApiError(408, reason, "request_timeout", headers=CLOSE) from None
+                continue
             if message["type"] == "http.disconnect":
                 raise ClientGone
             yield message.get("body", b"")

@@ -24,7 +24,7 @@ from relllm.modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditiona
 from relllm.processing.processing_relllm import ReLLMProcessor
 
 from .decoding import FinishReason, Row, RowChoices, RowEnds, Sampling
-from .errors import ApiError
+from .errors import ApiError, stopping
 from .metrics import Metrics
 
 logger = logging.get_logger(__name__)
@@ -210,7 +210,7 @@ class Engine:
             ApiError: 429 if the queue is full, 503 if the server is stopping.
         """
         if not self.is_ready:
-            raise _stopping()
+            raise stopping()
         if self.num_waiting >= self._settings.max_queue:
             raise ApiError(
                 429,
@@ -243,7 +243,7 @@ class Engine:
         with self._changed:
             self._reserved -= 1
             if self._aborted:
-                job.failure = _stopping()
+                job.failure = stopping()
             self._queue.append(job)
             self._changed.notify_all()
         return job
@@ -268,7 +268,7 @@ class Engine:
         with self._changed:
             self._aborted = True
             for job in (*self._queue, *self._running):
-                job.failure = job.failure or _stopping()
+                job.failure = job.failure or stopping()
 
     def join(self, timeout_s: float) -> bool:
         """Waits for the thread to end, after [`~Engine.drain`]; `False` if it has not in time."""
@@ -388,10 +388,6 @@ class Engine:
             finish=job.end,
             is_wanted=lambda: job.is_wanted,
         )
-
-
-def _stopping() -> ApiError:
-    return ApiError(503, "The server is stopping. Send the request to another one.", "server_stopping")
 
 
 __all__ = ["Ended", "Engine", "EngineSettings", "Event", "Failed", "Heard", "Job", "Prompt", "Text"]

@@ -41,4 +41,10 @@ def bad_request(message: str, code: str = "invalid_request", *, param: str | Non
     return ApiError(400, message, code, param=param)
 
 
-__all__ = ["ApiError", "bad_request"]
+def stopping() -> ApiError:
+    """A 503."""
+    message = "The server is stopping. Send the request to another one."
+    return ApiError(503, message, "server_stopping", headers={"Connection": "close"})
+
+
+__all__ = ["ApiError", "bad_request", "stopping"]
