@@ -1,5 +1,8 @@
 """`/v1/chat/completions` and `/v1/emotion` through OpenAI's own client, against the model run by itself."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -182,3 +185,18 @@ def test_an_answer_can_be_sent_back_as_a_turn(client) -> None:
 def test_the_models_are_listed(client) -> None:
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).id == NAME
+
+
+def test_the_python_of_the_documentation_runs(server, tmp_path, monkeypatch, capsys) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    stand_ins = {"http://127.0.0.1:8000": server.url, '"re-llm"': f'"{NAME}"', "max_tokens=128": "max_tokens=8"}
+    for written, stand_in in stand_ins.items():
+        assert written in block
+        block = block.replace(written, stand_in)
+    monkeypatch.chdir(tmp_path)
+    Path("question.wav").write_bytes(audio_file(CLIPS[0]))
+    names: dict = {}
+    exec(compile(block, "serving.md", "exec"), names)
+    names["client"].close()
+    assert "probabilities" in capsys.readouterr().out

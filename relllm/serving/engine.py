@@ -284,9 +284,9 @@ class Engine:
                 self._answer(batch)
             except Exception:  # whatever the model or the device throws: these requests fail, the server goes on
                 logger.exception("A batch of %d requests failed.", len(batch))
-            message = "The model failed on this batch of requests; the server's log says why."
-            for job in batch:
-                job.fail(ApiError(500, message, "model_failed"))  # does nothing to those that have ended
+                message = "The model failed on this batch of requests; the server's log says why."
+                for job in batch:
+                    job.fail(ApiError(500, message, "model_failed"))  # does nothing to those that have ended
             with self._changed:
                 self._running = []
 
