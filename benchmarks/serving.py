@@ -83,7 +83,7 @@ def main(*, quick: bool = False) -> None:
         f"{load.tokens} tokens, clips of 1 to 5 s, batches of up to {load.max_batch_size}, "
         f"{'tiny' if quick else 'reference'} sizes, float32, wall time"
     )
-    report("serving", rows, about=about)
+    report("serving", rows, about=about, clock="wall")
 
 
 def _write_text_only(model: ReLLMForConditionalGeneration, processor: ReLLMProcessor) -> None:

@@ -23,6 +23,7 @@ from .errors import ApiError, bad_request
 from .schema import AudioData, ChatRequest, EmotionRequest, TextPart
 
 MAX_CHANNELS = 8  # a FLAC file's most; a few bytes of silence could hold a thousand
+ROUNDING_S = 1e-3  # of sums of lengths, and of resampling
 CHARACTERS_A_TOKEN = 16  # more than any language has on average
 _UNKNOWN_FRAMES = 2**48  # libsndfile reports about 2**63 where a header leaves the length open
 
@@ -158,7 +159,7 @@ class PromptReader:
                 param=name,
             ) from None
         seconds = self._check_header(data, name)
-        if seconds is not None and seconds > seconds_left:
+        if seconds is not None and seconds > seconds_left + ROUNDING_S:
             raise self._too_long(name, f"lasts {seconds:.1f} s")
         extractor = self._processor.feature_extractor
         longest_s = min(max(seconds_left, 0.0) + 0.1, extractor.max_duration_s)
@@ -166,7 +167,7 @@ class PromptReader:
             waveform = load_audio(data, sampling_rate=extractor.sampling_rate, max_duration_s=longest_s, name=name)
         except ValueError as error:
             raise bad_request(str(error), "invalid_audio", param=name) from None
-        if len(waveform) > round(seconds_left * extractor.sampling_rate) + 1:
+        if len(waveform) / extractor.sampling_rate > seconds_left + ROUNDING_S:
             raise self._too_long(name, f"lasts {len(waveform) / extractor.sampling_rate:.1f} s")
         return waveform
 
