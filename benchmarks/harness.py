@@ -100,20 +100,21 @@ def environment() -> dict[str, object]:
     }
 
 
-def report(name: str, rows: list[dict[str, object]], *, about: str) -> None:
+def report(name: str, rows: list[dict[str, object]], *, about: str, clock: str | None = None) -> None:
     """Prints the rows as a table and writes `results/NAME.json`.
 
     Args:
         name (`str`): Of the benchmark.
         rows (`list[dict]`): One dictionary a figure, of [`figure`] or its like, all with the same keys.
         about (`str`): One sentence: what was measured, at which sizes.
+        clock (`str`, *optional*): What the seconds are, where they are not of [`read_clock`].
     """
     table = Table(*rows[0], title=f"{name}: {about}")
     for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    content = {"about": about, "environment": environment(), "rows": rows}
+    content = {"about": about, "environment": environment() | ({"clock": clock} if clock else {}), "rows": rows}
     partial = RESULTS / f"{name}.json.partial"
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(RESULTS / f"{name}.json")

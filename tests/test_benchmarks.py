@@ -24,7 +24,7 @@ IN_PROCESS = (
     "towers",
     "training",
 )
-OWN_PROCESSES = ("imports", "memory")  # these start fresh interpreters
+OWN_PROCESSES = ("imports", "memory", "serving")  # these start fresh interpreters
 NO_GOALS = ("generation",)
 
 

@@ -29,14 +29,15 @@ MAY_IMPORT = {
     "checkpoints": BASE,
     "hub": BASE | {"checkpoints", "data", "evaluation"},
     "inference": BASE,
+    "serving": {"audio", "inference", "modeling", "processing"},
     "demo": BELOW_DEMO,
-    "cli": BELOW_DEMO | {"demo"},
+    "cli": BELOW_DEMO | {"demo", "serving"},
     "registration": BASE,
     "__init__": BELOW_DEMO | {"registration"},
     "__main__": {"cli"},
 }
 # Loaded only where they are used: some are extras, and each costs start-up time.
-HEAVY = {"datasets", "matplotlib", "peft", "trl"}
+HEAVY = {"datasets", "fastapi", "matplotlib", "peft", "prometheus_client", "trl", "uvicorn"}
 LIGHT_ROOMS = (*HUB_ROOMS, "__init__", "registration", "cli")
 # As in `transformers.dynamic_module_utils.get_relative_imports`: docstrings and comments count.
 HUB_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)")

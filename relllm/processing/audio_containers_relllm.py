@@ -61,7 +61,7 @@ def decode_container(stream: BinaryIO, name: str, max_duration_s: float) -> tupl
             stated_s = 0.0 if container.duration is None else container.duration / av.time_base
             if stated_s:  # before anything is decoded
                 check_duration(round(stated_s * rate), rate, name, max_duration_s)
-            frames = _decode(av.AudioResampler(format="fltp"), container, track)
+            frames = _decode(av.AudioResampler(format="fltp"), container, track, (rate, name, max_duration_s))
     except av.FFmpegError as error:
         raise ValueError(
             f"{name}: neither soundfile nor FFmpeg can read this as audio ({error.strerror}). Fetch it again."
@@ -74,13 +74,18 @@ def decode_container(stream: BinaryIO, name: str, max_duration_s: float) -> tupl
     return frames, rate
 
 
-def _decode(resampler: object, container: object, track: object) -> np.ndarray:
-    """Floats `(samples, channels)`; the resampler changes the sample format only."""
-    blocks = [
-        part.to_ndarray()
-        for frame in container.decode(track)  # type: ignore[attr-defined]
-        for part in resampler.resample(frame)  # type: ignore[attr-defined]
-    ]
+def _decode(resampler: object, container: object, track: object, limit: tuple[int, str, float]) -> np.ndarray:
+    """Floats `(samples, channels)`; the resampler changes the sample format only.
+
+    `limit` is what `check_duration` takes: a recording that does not state its length, or less than it has, ends here.
+    """
+    blocks, samples = [], 0
+    for frame in container.decode(track):  # type: ignore[attr-defined]
+        for part in resampler.resample(frame):  # type: ignore[attr-defined]
+            blocks.append(part.to_ndarray())
+            samples += part.samples
+            if samples > limit[0] * limit[2]:
+                check_duration(samples, *limit)
     if not blocks:
         return np.zeros((0, 1), np.float32)
     return np.ascontiguousarray(np.concatenate(blocks, axis=1).T, dtype=np.float32)

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: `relllm serve`. It needs the extra `relllm[serve]`."""

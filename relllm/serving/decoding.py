@@ -1,0 +1,222 @@
+"""One row of a batch while it is generated: its draws, its text, and when it ends.
+
+Every row has settings and random numbers of its own, so a batch mixes requests of any settings and a row writes what
+it would write alone. What does not live here: which rows share a batch (`engine.py`).
+"""
+
+import secrets
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteria
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+NEARLY_GREEDY = 1e-5  # lower temperatures would overflow the scores
+_HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a reply is written.
+
+    Args:
+        max_tokens (`int`): Longest reply.
+        temperature (`float`, *optional*, defaults to 0): 0 takes the most probable token.
+        top_p (`float`, *optional*, defaults to 1): Draw from the fewest tokens that have this probability together.
+        seed (`int`, *optional*): Of the draws; by default another one each time.
+        stop (`tuple[str, ...]`, *optional*): The reply ends before the first of these.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+class TextWriter:
+    """Tokens in, text out as soon as it is certain: no half characters, nothing that may begin a stop string.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Of the model.
+        stop (`Sequence[str]`, *optional*): Stop strings; none is written.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._tokens: list[int] = []
+        self._context, self._read = 0, 0  # tokens before `_read` are written; decoding starts at `_context`
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """The text that is certain after this token; often empty."""
+        self._tokens.append(token)
+        return self._release(self._decode_new(whole=False), last=False)
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._release(self._decode_new(whole=True), last=True)
+
+    def _decode_new(self, *, whole: bool) -> str:
+        """Decodes behind some written tokens: what a token reads as depends on the one before it."""
+        before = self._decode(self._tokens[self._context : self._read])
+        text = self._decode(self._tokens[self._context :])
+        if len(text) <= len(before) or (text.endswith(_HALF_A_CHARACTER) and not whole):
+            return ""
+        self._context, self._read = self._read, len(self._tokens)
+        return text[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _release(self, new: str, *, last: bool) -> str:
+        text, self._held = self._held + new, ""
+        found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._stop if stop in text]
+        if found:
+            self.stopped = True
+            _, start = min(found)  # the one that was complete first
+            return text[:start]
+        held = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
+        split = len(text) - held
+        self._held = text[split:]
+        return text[:split]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
+
+
+class Row:
+    """A reply that is being written.
+
+    Args:
+        sampling ([`Sampling`]): Its settings.
+        tokenizer (`PreTrainedTokenizerBase`): Of the model.
+        end_tokens (`Collection[int]`): Any of them ends the reply.
+        padding (`int`): Positions of padding before its prompt.
+        device (`torch.device`): Where the scores are.
+        write (`Callable[[str], None]`): Gets the text piece by piece.
+        finish (`Callable[[FinishReason | None, int], None]`): Told once why the reply ended, and its tokens.
+        is_wanted (`Callable[[], bool]`): Asked at each step; a row that is not ends, with no reason.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        end_tokens: Collection[int],
+        padding: int,
+        device: torch.device,
+        write: Callable[[str], None],
+        finish: Callable[[FinishReason | None, int], None],
+        is_wanted: Callable[[], bool],
+    ) -> None:
+        self.done = False
+        self.padding = padding
+        self._num_tokens = 0
+        self._max_tokens = sampling.max_tokens
+        self._writer = TextWriter(tokenizer, sampling.stop)
+        self._end_tokens = end_tokens
+        self._write, self._finish, self._is_wanted = write, finish, is_wanted
+        self._generator: torch.Generator | None = None
+        if sampling.temperature > NEARLY_GREEDY:
+            seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+            self._generator = torch.Generator(device).manual_seed(seed)
+            self._warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+            if sampling.top_p < 1:
+                self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def choose(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        """Scores `(1, vocabulary)` whose arg max is the token to take: drawn here, where there is a temperature."""
+        if self._generator is None:
+            return scores
+        probabilities = self._warpers(tokens, scores).softmax(-1)
+        drawn = torch.multinomial(probabilities, 1, generator=self._generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+    def take(self, token: int) -> None:
+        """Goes on by one token."""
+        if self.done:
+            return
+        if not self._is_wanted():
+            self._close(None)
+            return
+        self._num_tokens += 1
+        if token in self._end_tokens:
+            self.end("stop")
+            return
+        self._emit(self._writer.add(token))
+        if self._writer.stopped:
+            self._close("stop")
+        elif self._num_tokens >= self._max_tokens:
+            self.end("length")
+
+    def end(self, reason: FinishReason) -> None:
+        """Writes what was held back; a stop string in it is what ended the reply."""
+        if self.done:
+            return
+        self._emit(self._writer.finish())
+        self._close("stop" if self._writer.stopped else reason)
+
+    def _close(self, reason: FinishReason | None) -> None:
+        self.done = True
+        self._finish(reason, self._num_tokens)
+
+    def _emit(self, text: str) -> None:
+        if text:
+            self._write(text)
+
+
+class RowChoices(LogitsProcessor):
+    """Has `generate`, which takes the most probable token, take what each row chooses.
+
+    Args:
+        rows (`Sequence[Row]`): Of the batch.
+        repetition_penalty (`float`, *optional*, defaults to 1): The checkpoint's. Here, because `generate` itself
+            would apply it to the padding as well, and a padded row must not differ.
+    """
+
+    def __init__(self, rows: Sequence[Row], repetition_penalty: float = 1.0) -> None:
+        self._rows = rows
+        self._penalty = RepetitionPenaltyLogitsProcessor(repetition_penalty) if repetition_penalty != 1.0 else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = []
+        for index, row in enumerate(self._rows):
+            tokens, own = input_ids[index : index + 1, row.padding :], scores[index : index + 1]
+            if self._penalty is not None and not row.done:
+                own = self._penalty(tokens, own)
+            chosen.append(own if row.done else row.choose(tokens, own))
+        return torch.cat(chosen)
+
+
+class RowEnds(StoppingCriteria):
+    """Hands every row its new token and tells `generate` which rows have ended.
+
+    Args:
+        rows (`Sequence[Row]`): Of the batch.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            row.take(token)
+        return torch.tensor([row.done for row in self._rows], device=input_ids.device)
+
+
+__all__ = ["FinishReason", "Row", "RowChoices", "RowEnds", "Sampling", "TextWriter"]

@@ -1,0 +1,88 @@
+"""The real `relllm serve`, in a process of its own: started, asked, flooded with rubbish, stopped by a signal."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+from openai import OpenAI
+from served import clip, reply_alone, user, wait_until
+from tiny_models import tiny_emotion_tower, tiny_model, tiny_processor
+from typer.testing import CliRunner
+
+from relllm.cli import app
+
+MESSAGES, CLIPS = [user("Hear: ", clip(0.6))], [clip(0.6)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-re-llm"
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def start(checkpoint: Path, log: Path, *flags: str, **variables: str) -> tuple[subprocess.Popen, str]:
+    """The process and its address, once it says that it serves."""
+    command = [sys.executable, "-m", "relllm.cli", "serve", str(checkpoint), "--port", "0", "--device", "cpu", *flags]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "COLUMNS": "200", **variables}
+        )
+    wait_until(lambda: "Serving" in log.read_text() or process.poll() is not None, seconds=120)
+    found = re.search(r"at (http://127\.0\.0\.1:\d+/v1)", log.read_text())
+    assert found, log.read_text()
+    return process, found[1]
+
+
+def test_the_command_serves_and_a_signal_ends_it_gracefully(checkpoint, tmp_path) -> None:
+    process, url = start(checkpoint, tmp_path / "log", "--max-tokens", "900", RELLLM_API_KEY="secret")
+    try:
+        with pytest.raises(openai.AuthenticationError), OpenAI(base_url=url, api_key="x", max_retries=0) as stranger:
+            stranger.models.list()
+        with OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=60) as client:
+            assert [model.id for model in client.models.list()] == ["tiny-re-llm"]
+            answer = client.chat.completions.create(model="tiny-re-llm", messages=MESSAGES, max_tokens=8)
+            expected = reply_alone(tiny_model(), tiny_processor(), MESSAGES, CLIPS)
+            assert answer.choices[0].message.content == expected
+            stream = client.chat.completions.create(
+                model="tiny-re-llm", messages=MESSAGES, max_tokens=300, stream=True, seed=1, temperature=1.0
+            )
+            next(stream)
+            process.send_signal(signal.SIGTERM)
+            chunks = list(stream)  # what runs is finished
+        assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+        assert process.wait(30) == 0
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(re.search(r":(\d+)/", url)[1])), timeout=5)
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded(checkpoint) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(app, ["serve", str(checkpoint), "--port", str(port), "--device", "cpu"])
+    assert result.exit_code != 0 and f"port {port}" in " ".join(result.output.split())
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path) -> None:
+    tiny_emotion_tower().save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["serve", str(tmp_path), "--port", "0", "--device", "cpu"])
+    assert result.exit_code != 0 and "not a ReLLM" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_missing_package_is_named_with_what_to_install(checkpoint, monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("relllm.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = CliRunner().invoke(app, ["serve", str(checkpoint), "--port", "0"])
+    assert isinstance(result.exception, ImportError) and "pip install relllm[serve]" in str(result.exception)
