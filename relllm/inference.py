@@ -87,7 +87,7 @@ def reply(
     )
     prompt_length = text_inputs["input_ids"].shape[1]
     text = processor.tokenizer.decode(generated[0, prompt_length:], skip_special_tokens=True).strip()
-    return Reply(text, _hearings(model, heard)[0])
+    return Reply(text, read_hearings(model, heard)[0])
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def hear(
     for start in range(0, len(clips), batch_size):
         inputs = processor.feature_extractor(list(clips[start : start + batch_size]))
         inputs.pop("num_audio_tokens", None)
-        yield from _hearings(model, model.get_audio_features(**inputs.to(model.device), return_dict=True))
+        yield from read_hearings(model, model.get_audio_features(**inputs.to(model.device), return_dict=True))
 
 
 @torch.no_grad()
@@ -199,7 +199,13 @@ def score_answers(
     return (scores * valid).sum(-1).reshape(batch, len(answers))
 
 
-def _hearings(model: ReLLMForConditionalGeneration, heard: ReLLMAudioOutput) -> list[Hearing]:
+def read_hearings(model: ReLLMForConditionalGeneration, heard: ReLLMAudioOutput) -> list[Hearing]:
+    """Emotion and dimensions of each clip of an encoded batch, in order.
+
+    Args:
+        model ([`ReLLMForConditionalGeneration`]): Whose labels they are.
+        heard ([`ReLLMAudioOutput`]): Of its `get_audio_features`.
+    """
     assert heard.emotion_logits is not None and heard.dimensions is not None  # the heads always run
     labels = model.config.emotion_labels
     probabilities = heard.emotion_logits.float().softmax(-1).tolist()
@@ -209,4 +215,4 @@ def _hearings(model: ReLLMForConditionalGeneration, heard: ReLLMAudioOutput) -> 
     ]
 
 
-__all__ = ["GREEDY", "Hearing", "Reply", "generate_answers", "hear", "reply", "score_answers"]
+__all__ = ["GREEDY", "Hearing", "Reply", "generate_answers", "hear", "read_hearings", "reply", "score_answers"]

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "relllm"
 HUB_ROOMS = ("modeling", "processing")
 # A room is a folder of the package or a module beside it; it may import the rooms listed here, and itself.
 BASE = {"audio", "labels", "processing", "modeling"}
-BELOW_DEMO = BASE | {"data", "training", "evaluation", "inference", "conversion", "checkpoints", "hub"}
+BELOW_DEMO = BASE | {"data", "training", "evaluation", "inference", "conversation", "conversion", "checkpoints", "hub"}
 MAY_IMPORT = {
     "labels": set(),
     "processing": set(),
@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "checkpoints": BASE,
     "hub": BASE | {"checkpoints", "data", "evaluation"},
     "inference": BASE,
+    "conversation": BASE | {"inference"},
     "demo": BELOW_DEMO,
     "cli": BELOW_DEMO | {"demo"},
     "registration": BASE,
