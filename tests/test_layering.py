@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "relllm"
 HUB_ROOMS = ("modeling", "processing")
 # A room is a folder of the package or a module beside it; it may import the rooms listed here, and itself.
 BASE = {"audio", "labels", "processing", "modeling"}
-BELOW_DEMO = BASE | {"data", "training", "evaluation", "inference", "conversation", "conversion", "checkpoints", "hub"}
+TALKING = {"inference", "conversation", "text_conversation", "microphone"}
+BELOW_DEMO = BASE | TALKING | {"data", "training", "evaluation", "conversion", "checkpoints", "hub"}
 MAY_IMPORT = {
     "labels": set(),
     "processing": set(),
@@ -30,6 +31,8 @@ MAY_IMPORT = {
     "hub": BASE | {"checkpoints", "data", "evaluation"},
     "inference": BASE,
     "conversation": BASE | {"inference"},
+    "text_conversation": BASE | {"inference", "conversation"},
+    "microphone": set(),
     "demo": BELOW_DEMO,
     "cli": BELOW_DEMO | {"demo"},
     "registration": BASE,
