@@ -152,7 +152,7 @@ class TextConversation:
 
     def _transcribe(self, audio: AudioSource) -> str:
         if self.transcriber is None:
-            raise NoWordsError("The text-only LLM hears nothing and has no words to read. Give it a transcriber.")
+            raise NoWordsError("This LLM reads words, and has no words to read: give it a transcriber.")
         words = self.transcriber(audio)
         if not words:
             raise NoWordsError("The transcriber found no words in this clip.")

@@ -17,7 +17,7 @@ HUB_ROOMS = ("modeling", "processing")
 # A room is a folder of the package or a module beside it; it may import the rooms listed here, and itself.
 BASE = {"audio", "labels", "processing", "modeling"}
 TALKING = {"inference", "conversation", "text_conversation", "microphone"}
-BELOW_DEMO = BASE | TALKING | {"data", "training", "evaluation", "conversion", "checkpoints", "hub"}
+BELOW_DEMO = BASE | TALKING | {"web", "data", "training", "evaluation", "conversion", "checkpoints", "hub"}
 MAY_IMPORT = {
     "labels": set(),
     "processing": set(),
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "conversation": BASE | {"inference"},
     "text_conversation": BASE | {"inference", "conversation"},
     "microphone": set(),
+    "web": BASE | TALKING | {"data"},
     "demo": BELOW_DEMO,
     "cli": BELOW_DEMO | {"demo"},
     "registration": BASE,
@@ -40,8 +41,8 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 # Loaded only where they are used: some are extras, and each costs start-up time.
-HEAVY = {"datasets", "matplotlib", "peft", "trl"}
-LIGHT_ROOMS = (*HUB_ROOMS, "__init__", "registration", "cli")
+HEAVY = {"datasets", "gradio", "matplotlib", "peft", "sounddevice", "trl"}
+LIGHT_ROOMS = (*HUB_ROOMS, "__init__", "registration", "cli", "microphone", "web")
 # As in `transformers.dynamic_module_utils.get_relative_imports`: docstrings and comments count.
 HUB_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)")
 

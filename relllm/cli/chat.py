@@ -14,6 +14,8 @@ from rich.markup import escape
 from . import loading
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from relllm.audio import AudioSource
     from relllm.conversation import Conversation
     from relllm.inference import Hearing
@@ -38,7 +40,7 @@ class Chat:
     """The systems that answer each turn, by name; RE-LLM first."""
 
     systems: dict[str, System]
-    tokenizers: dict[str, object]
+    tokenizers: dict[str, PreTrainedTokenizerBase]
     max_new_tokens: int
 
     def handle(self, line: str) -> bool:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import typer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from relllm.conversation import Conversation
     from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
     from relllm.processing.processing_relllm import ReLLMProcessor
@@ -52,7 +54,7 @@ def load_systems(
     transcriber: str | None,
     device: str,
     revision: str,
-) -> tuple[dict[str, Start], dict[str, object]]:
+) -> tuple[dict[str, Start], dict[str, PreTrainedTokenizerBase]]:
     """What begins a conversation with each system, by name, RE-LLM first; and their tokenizers.
 
     Raises:
@@ -72,7 +74,7 @@ def load_systems(
     device = pick_device(device)
     loaded, processor = load_relllm(model, device=device, revision=revision)
     systems: dict[str, Start] = {"RE-LLM": partial(Conversation, loaded, processor)}
-    tokenizers: dict[str, object] = {"RE-LLM": processor.tokenizer}
+    tokenizers: dict[str, PreTrainedTokenizerBase] = {"RE-LLM": processor.tokenizer}
     if speech_only is not None:
         second, its_processor = load_relllm(speech_only, device=device)
         name = "speech only" if second.config.emotion_fusion == "none" else "second RE-LLM"
