@@ -124,9 +124,9 @@ def test_a_model_that_fails_is_an_error_and_the_conversation_stays(session, monk
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(session.conversations["RE-LLM"], "say", fail)
-    statuses = talk(session, None, "And you?")
+    talk(session, None, "And you?")
     monkeypatch.undo()
-    assert any(status.kind == "error" and "out of memory" in status.text for status in statuses)
+    assert session.status == Status("error", "RE-LLM did not answer: out of memory")
     assert len(session.shown["RE-LLM"]) == 2 and len(session.shown["speech only"]) == 4
     assert not session.lock.locked()
 
@@ -393,7 +393,7 @@ def test_on_a_phone_everything_fits_and_an_example_is_said_by_keyboard(visit) ->
     page.get_by_label("Type").focus()
     page.keyboard.press("Enter")
     visitor.sees("Turn 1:")
-    assert visitor.said("user") == ["(spoken, 1.5 s)"]
+    assert visitor.said("user") == ["(spoken, 1.5 s)"] and page.get_by_label("Or try a clip").input_value() == ""
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
 
 
@@ -405,6 +405,15 @@ def test_without_gradio_the_page_says_what_to_install(systems, monkeypatch) -> N
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match=r"relllm\[web\]"):
         Page(systems)
+
+
+def test_a_page_whose_conversation_is_gone_says_so(systems) -> None:
+    from relllm.web.page import Page
+
+    page = Page(systems)
+    for outputs in (next(page._talk(None, None, "Hello.")), page._reset(None)):
+        assert len(outputs) == len(systems) + 7
+        assert "Reload it" in outputs[len(systems)]
 
 
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # Gradio's probe of a port that is taken

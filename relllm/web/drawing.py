@@ -22,6 +22,7 @@ CSS = """
 .heard li { display: grid; grid-template-columns: 5.5em 1fr 3em; gap: 8px; align-items: center; margin: 4px 0; }
 .heard .track { height: 12px; border-radius: 6px; background: var(--border-color-primary); overflow: hidden; }
 .heard .bar { height: 100%; background: var(--color-accent); }
+.dark .heard .bar { background: var(--primary-400); }
 .heard .value { text-align: right; font-variant-numeric: tabular-nums; }
 .heard .first { font-weight: 700; }
 .heard-title { margin: 10px 0 2px; font-weight: 600; }

@@ -24,6 +24,8 @@ ABOUT = (
 )
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 LARGEST_UPLOAD = "64mb"
+MOST_SESSIONS = 32  # each keeps a key-value cache; beyond them the one that was idle longest is dropped
+GONE = Status("error", "This page has no conversation any more. Reload it to begin one.")
 
 
 class Page:
@@ -81,6 +83,7 @@ class Page:
             quiet=True,
             footer_links=[],
             max_file_size=LARGEST_UPLOAD,
+            state_session_capacity=MOST_SESSIONS,
             allowed_paths=list(self.examples.values()),
             theme=theme,
             css=CSS,
@@ -106,7 +109,7 @@ class Page:
                         label="Speak or upload", sources=["microphone", "upload"], type="filepath", editable=False
                     )
                     with gr.Row():
-                        self.send = gr.Button("Send", variant="primary", min_width=90)
+                        self.send = gr.Button("Send", variant="primary", min_width=90, interactive=False)
                         self.stop = gr.Button("Cancel", min_width=90, interactive=False)
                         self.reset = gr.Button("Reset", min_width=90)
                     self.pick = gr.Dropdown(
@@ -147,7 +150,7 @@ class Page:
         self.stop.click(_stop, session, None, **at_once)
         clears = [column.clear for column in self.columns]  # the bin in the corner of a column
         self.gradio.on([self.reset.click, *clears], self._reset, session, [*shown, self.audio, self.text], **at_once)
-        self.pick.input(self.examples.get, self.pick, self.audio, **quiet)
+        self.pick.input(lambda title: (self.examples[title], None), self.pick, [self.audio, self.pick], **quiet)
         for event, kind, words in (
             (self.audio.start_recording, "busy", "Recording. Stop it when you have finished."),
             (self.audio.stop_recording, "idle", "Recorded. Send it, or record again."),
@@ -160,8 +163,11 @@ class Page:
         session = Session(self.systems, self.lock, max_new_tokens=self.max_new_tokens)
         return [session, *self._show(session)]
 
-    def _talk(self, session: Session, path: str | None, text: str | None) -> Iterator[list]:
+    def _talk(self, session: Session | None, path: str | None, text: str | None) -> Iterator[list]:
         gr = self.gradio
+        if session is None:
+            yield self._gone()
+            return
         steps = session.talk(path, text)
         for number, _ in enumerate(steps):
             sent = number == 0 and session.status.kind == "busy"
@@ -170,7 +176,14 @@ class Page:
             yield [*self._show(session), audio, "" if sent else gr.skip()]
         yield [*self._show(session), gr.skip(), gr.skip()]
 
-    def _reset(self, session: Session) -> list:
+    def _gone(self) -> list:
+        skips = [self.gradio.skip()] * (len(self.systems) + 7)
+        skips[len(self.systems)] = draw_status(GONE)
+        return skips
+
+    def _reset(self, session: Session | None) -> list:
+        if session is None:
+            return self._gone()
         session.reset()
         return [*self._show(session), None, ""]
 
@@ -190,8 +203,9 @@ class Page:
         ]
 
 
-def _stop(session: Session) -> None:
-    session.stop()
+def _stop(session: Session | None) -> None:
+    if session is not None:
+        session.stop()
 
 
 __all__ = ["Page"]

@@ -120,12 +120,14 @@ class Session:
             audio = {"array": waveform, "sampling_rate": SAMPLING_RATE}
             label = f"{text}\n\n" * bool(text) + f"(spoken, {len(waveform) / SAMPLING_RATE:.1f} s)"
         stop = self._stop = threading.Event()
+        failures = []
         for name in self.systems:
             yield from self._ask(name, audio, text or None, label, stop)
             if stop.is_set():
                 return
-        if self.status.kind == "busy":
-            self.status = EMPTY
+            if self.status.kind == "error":
+                failures.append(self.status.text)
+        self.status = Status("error", " ".join(failures)) if failures else EMPTY
 
     def _ask(
         self, name: str, audio: dict | None, text: str | None, label: str, stop: threading.Event
