@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature, Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
 from .audio import AudioSource
@@ -33,11 +33,13 @@ RESERVED_OPTIONS = frozenset(
     {
         "attention_mask",
         "cache_implementation",
+        "generation_config",
         "input_ids",
         "mm_encoder_outputs",
         "num_return_sequences",
         "past_key_values",
         "return_dict_in_generate",
+        "use_cache",
     }
 )
 
@@ -126,8 +128,8 @@ class Conversation:
                 no clip twice).
 
         Raises:
-            ValueError: If there is neither audio nor text, on bad audio (the message names it), or on an option that
-                the conversation sets itself.
+            ValueError: If there is neither audio nor text, on bad audio (the message names it), on an option that the
+                conversation sets itself, or if the conversation is longer than the LLM reads.
         """
         if audio is None and not (text or "").strip():
             raise ValueError("A turn needs audio or text that is not blank, got neither.")
@@ -145,6 +147,7 @@ class Conversation:
             content.append({"type": "audio", "audio": clip.waveform})
         messages = [*self._messages, {"role": "user", "content": content}]
         ids = self._render(messages, clips)
+        self._check_length(ids.shape[1], max_new_tokens)
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, "streamer": streamer, **options}
         reply_ids = self._generate(ids, clips, options)
         reply = self.processor.tokenizer.decode(
@@ -183,6 +186,14 @@ class Conversation:
         )
         return cast(BatchFeature, inputs)["input_ids"]
 
+    def _check_length(self, length: int, max_new_tokens: int) -> None:
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        if limit is not None and length + max_new_tokens > limit:
+            raise ValueError(
+                f"The conversation has {length} positions and the reply may take {max_new_tokens} more; the LLM reads "
+                f"{limit}. Begin anew with `reset()`, or allow a shorter reply."
+            )
+
     def _generate(self, ids: Tensor, clips: list[_Clip], options: dict) -> Tensor:
         """The reply's token ids `(tokens,)`; the cache then holds everything but the last of them."""
         num_beams = options.get("num_beams", self.model.generation_config.num_beams) or 1
@@ -190,7 +201,8 @@ class Conversation:
         if num_beams > 1:  # a beam search leaves a cache of its beams, and not of the reply
             cache, start = None, 0
         else:
-            options["past_key_values"] = cache
+            # whatever a checkpoint's generation settings say of caches
+            options |= {"past_key_values": cache, "use_cache": True, "cache_implementation": None}
         is_audio = ids[0] == self.model.config.audio_token_id
         read = int(is_audio[:start].sum())  # positions of clips before the cut
         if clips and (behind := torch.cat([clip.positions for clip in clips])[read:]).shape[0]:
@@ -226,13 +238,17 @@ def _cut(ids: Tensor, cached: Tensor, audio_token_id: int) -> int:
 
 
 def _crop(cache: Cache, length: int) -> bool:
-    """Cut the cache to a length; `False` if it cannot be, because a layer has forgotten what came before."""
+    """Cut the cache to a length; `False` if it has to be made anew.
+
+    A layer with a sliding window has forgotten what a cut would bring back, but may go on where it is. Any other kind
+    (a recurrent state) is not trusted to go on with several positions at once.
+    """
     surplus = cache.get_seq_length() - length
-    if surplus == 0:
-        return True
-    if not all(type(layer) is DynamicLayer for layer in cache.layers):
+    kinds = {type(layer) for layer in cache.layers}
+    if not kinds <= ({DynamicLayer} if surplus else {DynamicLayer, DynamicSlidingWindowLayer}):
         return False
-    cache.crop(-surplus)
+    if surplus:
+        cache.crop(-surplus)
     return True
 
 

@@ -95,9 +95,8 @@ def test_every_llm_family_replies_over_turns_as_afresh(family: str, processor) -
     check_turns(model, processor, Conversation(model, processor))
 
 
-@pytest.mark.parametrize("scope", ["text", "global"])
-@pytest.mark.parametrize("fusion", ["token", "none"])
-def test_other_scopes_and_fusions_reply_over_turns_as_afresh(scope: str, fusion: str) -> None:
+@pytest.mark.parametrize(("fusion", "scope"), [("token", "text"), ("none", "global")])
+def test_other_scopes_and_fusions_reply_over_turns_as_afresh(fusion: str, scope: str) -> None:
     config = tiny_config(fusion=fusion, lora_scope=scope)
     model, processor = tiny_model(config), tiny_processor(config)
     check_turns(model, processor, Conversation(model, processor), TURNS[:4])
@@ -123,6 +122,17 @@ def test_a_model_with_a_sliding_window_replies_as_afresh_and_encodes_nothing_twi
     assert sum(counts["audio_tower"]) == 4
     for index, reply in enumerate(replies):
         assert reply == reply_afresh(model, processor, conversation.messages[: 2 + 2 * index])
+
+
+def test_a_sliding_window_goes_on_where_nothing_is_cut(processor) -> None:
+    model = tiny_model(sliding_config(24))
+    conversation = Conversation(model, processor)
+    for audio, text in TURNS[:3]:
+        conversation.say(audio, text, **says(processor, REPLY))
+    with counted(model) as counts:
+        check_turns(model, processor, conversation, TURNS[3:4])
+    afresh = counts["text_model"][5]  # of a first step; the five before it are the conversation's
+    assert counts["text_model"][0] < afresh / 3
 
 
 @pytest.mark.parametrize("fusion", ["concat", "token"])
@@ -255,6 +265,32 @@ def test_an_option_that_the_conversation_sets_is_an_error(model, processor) -> N
         Conversation(model, processor).say(text="hello", num_return_sequences=2)
 
 
+@pytest.mark.parametrize("setting", [{"cache_implementation": "static"}, {"use_cache": False}], ids=str)
+def test_a_checkpoints_own_cache_settings_do_not_matter(setting: dict, processor) -> None:
+    model = tiny_model()
+    model.generation_config.update(**setting)
+    check_turns(model, processor, Conversation(model, processor), TURNS[:3])
+
+
+def test_a_conversation_longer_than_the_llm_reads_is_an_error_and_stays(model, processor) -> None:
+    conversation = Conversation(model, processor)
+    check_turns(model, processor, conversation, TURNS[:1])
+    before = conversation.messages
+    with pytest.raises(ValueError, match=r"the LLM reads 1024\. Begin anew"):
+        conversation.say(text="a long story " * 100)
+    assert conversation.messages == before
+    check_turns(model, processor, conversation, TURNS[1:2])
+
+
+def test_a_recurrent_state_is_not_gone_on_with() -> None:
+    from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
+
+    from relllm.conversation import _crop
+
+    cache = Cache(layers=[DynamicLayer(), LinearAttentionLayer()])
+    assert not _crop(cache, cache.get_seq_length())
+
+
 def test_after_a_reset_the_reply_is_that_of_a_new_conversation(model, processor) -> None:
     conversation = Conversation(model, processor)
     check_turns(model, processor, conversation, TURNS[:3])
@@ -265,10 +301,10 @@ def test_after_a_reset_the_reply_is_that_of_a_new_conversation(model, processor)
 
 def test_conversations_that_share_a_model_do_not_mix(model, processor) -> None:
     first, second = (Conversation(model, processor) for _ in range(2))
-    for turn in TURNS:
+    for turn in TURNS[:3]:
         check_turns(model, processor, first, [turn])
         check_turns(model, processor, second, [(clip(0.4, seed=9), None)])
-    assert len(first.messages) == len(second.messages) == 11
+    assert len(first.messages) == len(second.messages) == 7
 
 
 def test_sampled_turns_are_those_of_a_fresh_sample(model, processor) -> None:
