@@ -200,7 +200,12 @@ def score_answers(
 
 
 def read_hearings(model: ReLLMForConditionalGeneration, heard: ReLLMAudioOutput) -> list[Hearing]:
-    """What is in the output of `model.get_audio_features`, clip by clip."""
+    """Emotion and dimensions of each clip of an encoded batch, in order.
+
+    Args:
+        model ([`ReLLMForConditionalGeneration`]): Whose labels they are.
+        heard ([`ReLLMAudioOutput`]): Of its `get_audio_features`.
+    """
     assert heard.emotion_logits is not None and heard.dimensions is not None  # the heads always run
     labels = model.config.emotion_labels
     probabilities = heard.emotion_logits.float().softmax(-1).tolist()

@@ -19,6 +19,7 @@ IN_PROCESS = (
     "growth",
     "padding",
     "prefill",
+    "prompt_cache",
     "reply",
     "tower_cache",
     "towers",

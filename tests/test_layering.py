@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "relllm"
 HUB_ROOMS = ("modeling", "processing")
 # A room is a folder of the package or a module beside it; it may import the rooms listed here, and itself.
 BASE = {"audio", "labels", "processing", "modeling"}
-BELOW_DEMO = BASE | {"data", "training", "evaluation", "inference", "conversion", "checkpoints", "hub"}
+TALKING = {"inference", "conversation", "text_conversation", "microphone"}
+BELOW_DEMO = BASE | TALKING | {"web", "data", "training", "evaluation", "conversion", "checkpoints", "hub"}
 MAY_IMPORT = {
     "labels": set(),
     "processing": set(),
@@ -30,6 +31,10 @@ MAY_IMPORT = {
     "hub": BASE | {"checkpoints", "data", "evaluation"},
     "inference": BASE,
     "serving": {"audio", "inference", "modeling", "processing"},
+    "conversation": BASE | {"inference"},
+    "text_conversation": BASE | {"inference", "conversation"},
+    "microphone": set(),
+    "web": BASE | TALKING | {"data"},
     "demo": BELOW_DEMO,
     "cli": BELOW_DEMO | {"demo", "serving"},
     "registration": BASE,
@@ -37,8 +42,8 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 # Loaded only where they are used: some are extras, and each costs start-up time.
-HEAVY = {"datasets", "fastapi", "matplotlib", "peft", "prometheus_client", "trl", "uvicorn"}
-LIGHT_ROOMS = (*HUB_ROOMS, "__init__", "registration", "cli")
+HEAVY = {"datasets", "fastapi", "gradio", "matplotlib", "peft", "prometheus_client", "sounddevice", "trl", "uvicorn"}
+LIGHT_ROOMS = (*HUB_ROOMS, "__init__", "registration", "cli", "microphone", "web")
 # As in `transformers.dynamic_module_utils.get_relative_imports`: docstrings and comments count.
 HUB_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)")
 

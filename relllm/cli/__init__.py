@@ -5,7 +5,7 @@ Heavy imports are inside the commands, so that `--help` answers at once.
 
 import typer
 
-from . import data, empathy, evaluation, hub, serving, talk, training
+from . import chat, data, empathy, evaluation, hub, serving, talk, training, web
 
 app = typer.Typer(
     name="relllm",
@@ -14,7 +14,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (talk, serving, data, training, evaluation, empathy, hub):
+for group in (talk, chat, web, serving, data, training, evaluation, empathy, hub):
     app.add_typer(group.app)
 
 

@@ -171,6 +171,22 @@ def synthetic(
         _show(prepare_synthetic(out, counts, seed=seed, num_proc=num_proc), out)
 
 
+@prepare.command()
+def examples(out: Annotated[Path, typer.Option(help="Folder of the clips.")] = Path("data/examples")) -> None:
+    """Synthesise eight short clips to talk with: one sentence in five emotions, and three others.
+
+    Rule-made prosody (eSpeak NG), not human emotion. `relllm web --examples` shows them; WAV files and an index.
+    """
+    from relllm.data.examples import write_examples
+
+    with _plain_errors():
+        table = Table("emotion", "words")
+        for example in write_examples(out):
+            table.add_row(example.emotion, example.text)
+    console.print(table)
+    console.print(f"in [bold]{escape(str(out))}[/bold]")
+
+
 @prepare.command("tiny-towers")
 def tiny_towers(
     out: Annotated[Path, typer.Option(help="Folder of the three towers.")] = Path("data/tiny-towers"),

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .loading import load_relllm, pick_device
+
 app = typer.Typer()
 console = Console()
 
@@ -26,18 +28,11 @@ def reply(
 
     Example: relllm reply runs/demo/re-llm question.wav
     """
-    import torch
-    from transformers import AutoModel, AutoProcessor, TextStreamer
+    from transformers import TextStreamer
 
     from relllm.inference import reply as answer
-    from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(model, revision=revision)
-    loaded = AutoModel.from_pretrained(model, revision=revision).to(device).eval()
-    if not isinstance(loaded, ReLLMForConditionalGeneration):
-        raise typer.BadParameter(f"{model} holds a {type(loaded).__name__}, not a ReLLM.", param_hint="MODEL")
+    loaded, processor = load_relllm(model, device=pick_device(device), revision=revision)
     given = {"instruction": instruction, "system_prompt": system_prompt}
     request = {name: value for name, value in given.items() if value is not None}
     failed = 0

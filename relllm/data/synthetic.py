@@ -308,7 +308,7 @@ def speak_rows(rows: Sequence[Row], directory: Path, *, seed: int) -> None:
     (directory / "audio").mkdir(parents=True, exist_ok=True)
     clips = [plan_clip(str(row["split"]), int(row["id"].rpartition("-")[2]), seed=seed) for row in rows]
     for clip, (samples, rate) in zip(clips, speak(map(_utterance, clips)), strict=True):
-        _write_wav(directory / str(clip.row["audio"]), samples, rate, clip.prosody.gain)
+        write_wav(directory / str(clip.row["audio"]), samples, rate, clip.prosody.gain)
 
 
 def _utterance(clip: Clip) -> Utterance:
@@ -318,7 +318,14 @@ def _utterance(clip: Clip) -> Utterance:
     return Utterance(str(clip.row["text"]), str(clip.row["speaker"]), pitch, pitch_range, rate)
 
 
-def _write_wav(path: Path, samples: bytes, rate: int, gain: float) -> None:
+def write_wav(path: Path, samples: bytes, rate: int, gain: float) -> None:
+    """Write what [`speak`] gave as 16-bit mono WAV at 16 kHz.
+
+    Args:
+        path (`Path`): Of the file.
+        samples (`bytes`), rate (`int`): 16-bit little-endian mono samples and their rate in Hz.
+        gain (`float`): Factor on the samples, at most 1.
+    """
     waveform = gain * np.frombuffer(samples, "<i2").astype(np.float32) / 32768
     waveform = resample(waveform, rate, SAMPLING_RATE)
     # The resampling filter may overshoot full scale by a little.

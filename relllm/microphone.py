@@ -1,0 +1,50 @@
+"""Recording from this machine's microphone, with the optional `sounddevice`.
+
+Not here: a browser's microphone (`web/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def record(until: Callable[[], object]) -> dict[str, object]:
+    """Record, mono, at the device's own rate, for as long as `until` runs.
+
+    Args:
+        until (`Callable`): Returns when the recording is to end, for example `input`.
+
+    Returns:
+        `dict`: `{"array": np.ndarray of shape (samples,), "sampling_rate": int}`, which every reader of audio takes.
+
+    Raises:
+        ImportError: If `sounddevice` or PortAudio, which it calls, is missing; the message says what to install.
+        OSError: If there is no microphone, or it does not open.
+    """
+    try:
+        import sounddevice
+    except (ImportError, OSError) as error:  # OSError: the package is there, and the PortAudio library is not
+        raise ImportError(
+            f"Recording needs sounddevice and PortAudio ({error}). Install `pip install relllm[mic]`, and on Linux "
+            "PortAudio: `apt install libportaudio2`."
+        ) from error
+    blocks: list[np.ndarray] = []
+    try:
+        rate = int(sounddevice.query_devices(kind="input")["default_samplerate"])
+        with sounddevice.InputStream(
+            samplerate=rate,
+            channels=1,
+            dtype="float32",
+            callback=lambda block, *_: blocks.append(block[:, 0].copy()),
+        ):
+            until()
+    except (sounddevice.PortAudioError, ValueError) as error:  # ValueError: no such device
+        raise OSError(
+            f"The microphone does not open: {error}. Is one connected, and may this program use it?"
+        ) from error
+    return {"array": np.concatenate(blocks or [np.zeros(0, np.float32)]), "sampling_rate": rate}
+
+
+__all__ = ["record"]
