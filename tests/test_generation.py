@@ -200,11 +200,12 @@ def test_inputs_embeds_with_an_audio_mask_give_the_same_reply(model, alone) -> N
 
 
 def test_the_towers_run_once_for_a_reply(model, inputs) -> None:
-    calls = {"audio_tower": 0, "emotion_tower": 0}
+    """Each window once; a tower may take the windows of a batch in groups."""
+    windows = {"audio_tower": 0, "emotion_tower": 0}
 
     def count(name: str):
-        def hook(*_) -> None:
-            calls[name] += 1
+        def hook(module, arguments, output) -> None:
+            windows[name] += len(arguments[0])
 
         return hook
 
@@ -212,10 +213,11 @@ def test_the_towers_run_once_for_a_reply(model, inputs) -> None:
         model.model.audio_tower.layer_norm.register_forward_hook(count("audio_tower")),
         model.model.emotion_tower.register_forward_hook(count("emotion_tower")),
     ]
+    number = len(inputs["input_features"])
     for options in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
         replies(model, inputs, **options)
-        assert calls == {"audio_tower": 1, "emotion_tower": 1}
-        calls.update(audio_tower=0, emotion_tower=0)
+        assert windows == {"audio_tower": number, "emotion_tower": number}
+        windows.update(audio_tower=0, emotion_tower=0)
     for hook in hooks:
         hook.remove()
 

@@ -54,7 +54,7 @@ def test_an_assistant_that_hears_as_well_saves_passes_and_changes_nothing(model,
     expected = model.generate(**inputs, **GREEDY)
     twin = tiny_model()  # the same weights: all that it proposes is right
     twin.generation_config.num_assistant_tokens = 3
-    with CountingCalls(model.model) as whole, CountingCalls(model.model.audio_tower.layer_norm) as tower:
+    with CountingCalls(model.model) as whole, CountingCalls(model.model.emotion_tower) as tower:
         assisted = model.generate(**inputs, **GREEDY, assistant_model=twin)
     assert torch.equal(assisted, expected)
     assert whole.calls < 8 and tower.calls == 1
