@@ -156,6 +156,30 @@ def test_unknown_routes_and_methods_are_errors_in_the_same_form(server) -> None:
         refused.value.close()
 
 
+def test_a_conversation_that_the_models_template_refuses_is_a_400(server) -> None:
+    processor = tiny_processor(chat_template="{{ raise_exception('only one turn, please') }}")
+    with (
+        serving(tiny_model(), processor) as running,
+        running.client() as client,
+        pytest.raises(openai.BadRequestError, match="only one turn, please"),
+    ):
+        ask(client)
+
+
+def test_a_fault_of_the_server_is_a_500_without_its_inside(server, client, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("secret")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(PromptReader, "read_chat", fail)
+        with pytest.raises(openai.InternalServerError) as failed:
+            ask(client)
+    assert failed.value.code == "internal_error" and "secret" not in str(failed.value)
+    text = urllib.request.urlopen(f"{server.url}/metrics", timeout=10).read().decode()
+    assert 'relllm_requests_total{route="/v1/chat/completions",status="500"} 1.0' in text
+    assert ask(client).choices[0].message.content
+
+
 def test_the_same_limits_hold_for_emotions(client) -> None:
     for parts, reason in (([clip_part(b"no audio")], "input.0"), ([], "input"), ([clip_part(clip(3.5))], "3 s")):
         with pytest.raises(openai.BadRequestError, match=reason):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import BatchFeature
 
 from relllm.audio import load_audio
@@ -215,14 +216,19 @@ class PromptReader:
 
     def _tokenize(self, conversation: list[dict], num_clips: int) -> list[int]:
         """The prompt as `generate` gets it alone; the clips are only counted here."""
-        with self._tokenizing:
-            inputs = self._processor.apply_chat_template(
-                [conversation],
-                tokenize=True,
-                return_dict=True,
-                add_generation_prompt=True,
-                processor_kwargs={"audio_kwargs": {"only_counted": [True] * num_clips}} if num_clips else None,
-            )
+        options = {"audio_kwargs": {"only_counted": [True] * num_clips}} if num_clips else None
+        try:
+            with self._tokenizing:
+                inputs = self._processor.apply_chat_template(
+                    [conversation],
+                    tokenize=True,
+                    return_dict=True,
+                    add_generation_prompt=True,
+                    processor_kwargs=options,
+                )
+        except TemplateError as error:  # some want turns to alternate, or no system turn
+            message = f"The model's chat template refuses the conversation: {error}"
+            raise bad_request(message, param="messages") from None
         return cast(BatchFeature, inputs)["input_ids"][0].tolist()
 
     def _read_sampling(self, request: ChatRequest, prompt_tokens: int) -> Sampling:
