@@ -352,3 +352,18 @@ def test_the_audio_is_kept_and_not_its_file(model, processor, tmp_path) -> None:
     check_turns(model, processor, conversation, TURNS[1:3])
     kept = conversation.messages[1]["content"][1]["audio"]
     np.testing.assert_allclose(kept, clip(0.5), atol=1e-4)
+
+
+def test_the_python_of_the_documentation_runs(model, processor, tmp_path, monkeypatch) -> None:
+    import re
+    from pathlib import Path
+
+    import soundfile
+
+    text = (Path(__file__).parent.parent / "docs" / "talk.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("question.wav", clip(0.5), 16_000)
+    names = {"model": model, "processor": processor}
+    exec(compile(block, "docs/talk.md", "exec"), names)
+    assert names["turn"].hearing.emotion in model.config.emotion_labels

@@ -159,7 +159,7 @@ def run(chat: Chat) -> None:
         import readline  # noqa: F401  # line editing and history for input()
     while True:
         try:
-            line = console.input("[bold]you:[/bold] ") if interactive else input()
+            line = input("you: ") if interactive else input()
         except EOFError:
             return
         except KeyboardInterrupt:

@@ -24,6 +24,7 @@ ABOUT = (
 )
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 LARGEST_UPLOAD = "64mb"
+DELETE_RECORDINGS_S = (600, 3600)  # looks every ten minutes for uploads and recordings that are an hour old
 MOST_SESSIONS = 32  # each keeps a key-value cache; beyond them the one that was idle longest is dropped
 GONE = Status("error", "This page has no conversation any more. Reload it to begin one.")
 
@@ -96,7 +97,7 @@ class Page:
 
     def _build(self) -> gradio.Blocks:
         gr = self.gradio
-        with gr.Blocks(title="RE-LLM", analytics_enabled=False) as blocks:
+        with gr.Blocks(title="RE-LLM", analytics_enabled=False, delete_cache=DELETE_RECORDINGS_S) as blocks:
             session = gr.State(None)
             gr.Markdown(f"# RE-LLM\n{ABOUT}")
             with gr.Row():
