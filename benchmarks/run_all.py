@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 FOLDER = Path(__file__).parent
-SHARED = ("harness", "reference", "run_all")
+SHARED = ("harness", "reference", "run_all", "real_models")  # the last needs models: run it by itself
 
 
 def names() -> list[str]:

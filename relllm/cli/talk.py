@@ -60,9 +60,7 @@ def reply(
 
 @app.command()
 def demo(
-    out: Annotated[
-        Path | None, typer.Option(help="Of the run; runs/demo or runs/demo-small.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Of the run; runs/demo or runs/demo-small.")] = None,
     seed: Annotated[int, typer.Option(help="Of the corpus and of every weight.")] = 0,
     backbone: Annotated[
         Literal["tiny", "small"], typer.Option(help="tiny: everything is trained here. small: Whisper and SmolLM2.")

@@ -61,7 +61,7 @@ class PretrainedSettings:
         clips_per_emotion (`tuple[int, int, int]`, *optional*): In train, validation and test.
         emotion_epochs, alignment_epochs, emotion_stage_epochs (`float`, *optional*): Over the training rows, of the
             emotion tower, stage 1 and stage 2.
-        understanding_clips (`int`, *optional*, defaults to 48): Test clips that are asked to be repeated.
+        understanding_clips (`int`, *optional*, defaults to 32): Test clips that are asked to be repeated.
         save_steps (`int`, *optional*, defaults to 50): Updates between two checkpoints.
     """
 
@@ -69,11 +69,11 @@ class PretrainedSettings:
     audio_model: str = AUDIO_MODEL
     text_model: str = TEXT_MODEL
     seed: int = 0
-    clips_per_emotion: tuple[int, int, int] = (320, 8, 24)
+    clips_per_emotion: tuple[int, int, int] = (400, 5, 16)
     emotion_epochs: float = 5.0
-    alignment_epochs: float = 2.0
-    emotion_stage_epochs: float = 1.0
-    understanding_clips: int = 48
+    alignment_epochs: float = 1.0
+    emotion_stage_epochs: float = 0.25
+    understanding_clips: int = 32
     save_steps: int = 50
 
 
@@ -212,7 +212,7 @@ def _reply_stage(settings: PretrainedSettings, start: str, path: Path) -> None:
         dtype="float32",
         **LORA,
     )
-    arguments = _arguments(settings, path, epochs=settings.emotion_stage_epochs, learning_rate=5e-4)
+    arguments = _arguments(settings, path, epochs=settings.emotion_stage_epochs, learning_rate=1e-3)
     trainer = run_training(script, ReLLMSFTConfig(**arguments, tower_cache_dir=str(settings.out / "tower-outputs")))
     _drop_checkpoints(path)
     if fusion == "concat":
