@@ -39,7 +39,7 @@ WHISPER, LLM = model_folder("whisper-tiny.en"), model_folder("SmolLM2-135M-Instr
 pytestmark = [
     pytest.mark.real,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         WHISPER is None or LLM is None,
         reason="RELLM_REAL_MODELS names no folder with whisper-tiny.en and SmolLM2-135M-Instruct",
@@ -133,13 +133,14 @@ def test_the_speech_tower_is_whispers_encoder(model, whisper):
 def test_recorded_speech_is_transcribed_through_our_tower_and_the_cheap_mode_costs_words(speech, whisper):
     """The whole window is Whisper as it was made. The two others are compared in `docs/real.md`."""
     for part in speech:
-        errors = {
-            mode: word_error_rate(part.texts, transcribe(*whisper, part.clips, mode)) for mode in (MODES[0], MODES[2])
-        }
-        nats = {mode: nats_per_token(*whisper, part, mode) for mode in MODES}
-        print(f"{part.name}: word error rate {errors}, nats a token {nats}")
-        assert errors[MODES[0]] < 0.35
-        assert nats[MODES[1]] < 5.0 and nats[MODES[2]] < 5.0
+        few = Speech(part.name, part.clips[:10], part.texts[:10])
+        heard = {mode: transcribe(*whisper, few.clips, mode) for mode in MODES}
+        errors = {mode: word_error_rate(few.texts, heard[mode], cut=True) for mode in MODES}
+        nats = {mode: nats_per_token(*whisper, few, mode) for mode in MODES}
+        print(f"{few.name}: word error rate {errors}, nats a token {nats}")
+        assert word_error_rate(few.texts, heard[MODES[0]]) < 0.25
+        assert all(errors[mode] < 0.5 for mode in MODES)
+        assert abs(nats[MODES[2]] - nats[MODES[1]]) < 0.5
 
 
 def test_our_tower_over_the_whole_window_is_what_whisper_itself_transcribes(speech, whisper):
