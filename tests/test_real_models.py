@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from real_models import (
     MODES,
+    Speech,
     encode,
     find_speech,
     load_whisper,

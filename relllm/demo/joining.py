@@ -74,7 +74,7 @@ def add_emotion_tower(stage1: Path, tower: Path, path: Path) -> None:
     """
     heard = ReLLMForConditionalGeneration.from_pretrained(stage1, dtype=torch.float32)
     processor = ReLLMProcessor.from_pretrained(stage1)
-    towers = heard.config.towers
+    towers: dict[str, dict] = heard.config.towers or {}
     model = ReLLMForConditionalGeneration.from_towers(
         audio=towers["audio_tower"]["name"],
         text=towers["text_model"]["name"],
@@ -109,6 +109,7 @@ def _widen(narrow: nn.Conv1d, wide: nn.Conv1d) -> None:
         to = slice(end - wide.out_channels // 2, end - wide.out_channels // 2 + half)
         wide.weight[to, :channels] = narrow.weight[start : start + half]
         wide.weight[to, channels:] = 0
+        assert wide.bias is not None and narrow.bias is not None
         wide.bias[to] = narrow.bias[start : start + half]
 
 

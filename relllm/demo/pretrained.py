@@ -8,11 +8,13 @@ interrupted goes on from its last checkpoint. What does not live here: the corpu
 (`joining.py`), how much of the words is understood (`understanding.py`), what both demos do alike (`steps.py`).
 """
 
+import functools
 import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import Dataset
@@ -34,7 +36,6 @@ from .steps import claim_folder, compare_systems, evaluate_system, has_learned, 
 from .understanding import REPEAT_PROMPT, Understanding, measure_understanding, whisper_word_errors
 
 AUDIO_MODEL, TEXT_MODEL = "openai/whisper-tiny.en", "HuggingFaceTB/SmolLM2-135M-Instruct"
-LORA = {"lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.05}  # the paper's
 REPO_ID = "org/re-llm-small"  # in the card; nothing is sent
 BATCH_SIZE = 8
 SYSTEMS = ("text-only", "speech-only", "re-llm")
@@ -126,9 +127,13 @@ def run_pretrained_demo(settings: PretrainedSettings, console: Console) -> bool:
     )
     for name, start in (("re-llm", "stage1-emotion"), ("speech-only", "stage1")):
         what = f"it learns to reply, from {start}"
-        once(out / name, what, lambda to, s=start: _reply_stage(settings, s, to), console, goes_on=True)
+        once(out / name, what, functools.partial(_reply_stage, settings, start), console, goes_on=True)
     rows = load_corpus(out / "corpus", "test")
-    folders = {"text-only": settings.text_model, "speech-only": out / "speech-only", "re-llm": out / "re-llm"}
+    folders: dict[str, str | Path] = {
+        "text-only": settings.text_model,
+        "speech-only": out / "speech-only",
+        "re-llm": out / "re-llm",
+    }
     metrics = {
         system: evaluate_system(
             folders[system], out / "corpus", out / "runs" / system, system, console, dtype="float32"
@@ -183,7 +188,6 @@ def _align(settings: PretrainedSettings, path: Path) -> None:
         data=str(settings.out / "repeat.jsonl"),
         train_split="",
         dtype="float32",
-        **LORA,
     )
     arguments = _arguments(settings, path, epochs=settings.alignment_epochs, learning_rate=1e-3)
     run_training(
@@ -204,13 +208,12 @@ def _align(settings: PretrainedSettings, path: Path) -> None:
 
 def _reply_stage(settings: PretrainedSettings, start: str, path: Path) -> None:
     """Stage 2 (recipes/stage2_emotion.yaml)."""
-    fusion = "concat" if start == "stage1-emotion" else "none"
+    fusion: Literal["concat", "none"] = "concat" if start == "stage1-emotion" else "none"
     script = ReLLMScriptArguments(
         model_name_or_path=str(settings.out / start),
         emotion_fusion=fusion,
         data=str(settings.out / "corpus"),
         dtype="float32",
-        **LORA,
     )
     arguments = _arguments(settings, path, epochs=settings.emotion_stage_epochs, learning_rate=1e-3)
     trainer = run_training(script, ReLLMSFTConfig(**arguments, tower_cache_dir=str(settings.out / "tower-outputs")))

@@ -6,12 +6,12 @@ the LLM's own answer to the transcript, given the speech, the transcript, nothin
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from datasets import Dataset
 from jiwer import wer
-from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from transformers import BatchFeature, WhisperForConditionalGeneration, WhisperProcessor
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from relllm.audio import load_audio
@@ -68,7 +68,7 @@ def measure_understanding(
         "other words": word_errors([texts[other] for other in others], heard),
     }
     answers = _answer(model, processor, [_turns(part, SPEECH_PROMPT, SYSTEM_PROMPT) for part in said], ANSWER_TOKENS)
-    given = {
+    given: dict[str, Sequence[dict | None]] = {
         "transcript": said,
         "speech": audio,
         "another clip's speech": [audio[other] for other in others],
@@ -126,9 +126,10 @@ def _answer(
     """Greedy answers."""
     answers: list[str] = []
     for start in range(0, len(conversations), BATCH_SIZE):
-        inputs = processor.apply_chat_template(
+        features = processor.apply_chat_template(
             conversations[start : start + BATCH_SIZE], tokenize=True, return_dict=True, add_generation_prompt=True
-        ).to(model.device)
+        )
+        inputs = cast(BatchFeature, features).to(model.device)
         length = inputs["input_ids"].shape[1]
         output = model.generate(**inputs, max_new_tokens=limit, **GREEDY)
         answers += [text.strip() for text in processor.batch_decode(output[:, length:], skip_special_tokens=True)]
