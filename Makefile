@@ -6,7 +6,10 @@
 PYTHON ?= python3
 ARGS ?=
 BENCH_THREADS ?= 1
-DEMO_OUT ?= runs/demo
+# The demo's towers: tiny ones trained for it, or (BACKBONE=small) Whisper tiny.en and SmolLM2, from the Hub or from REAL_MODELS=DIR
+BACKBONE ?= tiny
+REAL_MODELS ?=
+DEMO_OUT ?= runs/demo$(if $(filter-out tiny,$(BACKBONE)),-$(BACKBONE))
 SUITE := .cache/transformers-tests
 BIN := .venv/bin
 
@@ -15,7 +18,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-transformers check format demo bench clean distclean
+.PHONY: help setup test test-transformers test-real check format demo bench clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -43,6 +46,10 @@ $(SUITE)/.ready: .venv/.ready scripts/transformers_suite.py
 	$(BIN)/python scripts/transformers_suite.py $(SUITE)
 	@touch $@
 
+test-real: .venv/.ready  ## Run the tests on pretrained towers: REAL_MODELS=DIR has whisper-tiny.en and SmolLM2-135M-Instruct
+	@test -n "$(REAL_MODELS)" || { echo "Say where the two models are: make test-real REAL_MODELS=DIR" >&2; exit 2; }
+	RELLM_REAL_MODELS=$(abspath $(REAL_MODELS)) $(TEST_ENV) $(BIN)/python -m pytest -q -s -m real tests/test_real_models.py $(ARGS)
+
 check: .venv/.ready  ## Check style, types and layering
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,8 +60,8 @@ format: .venv/.ready  ## Format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-demo: .venv/.ready  ## Train, evaluate and talk to a small RE-LLM on synthetic speech
-	$(BIN)/relllm demo --out $(DEMO_OUT)
+demo: .venv/.ready  ## Train, evaluate and talk to a small RE-LLM on synthetic speech (BACKBONE=small: Whisper and SmolLM2)
+	$(BIN)/relllm demo --out $(DEMO_OUT) --backbone $(BACKBONE) $(if $(REAL_MODELS),--real-models $(REAL_MODELS)) $(ARGS)
 
 # One thread by default: then the clock is processor time, which a busy machine does not falsify.
 bench: .venv/.ready  ## Measure speed and memory against docs/performance.md (ARGS="towers reply" for some)

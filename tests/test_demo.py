@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from relllm.demo import DemoSettings, run_demo
+from relllm.demo.tiny import DemoSettings, run_demo
 
 pytest.importorskip("espeakng_loader", reason="the demo's speech needs `pip install relllm[demo]`")
 

@@ -397,3 +397,19 @@ def test_the_auto_classes_know_the_processor_and_its_parts(processor: ReLLMProce
     assert type(AutoConfig.from_pretrained(tmp_path)) is ReLLMConfig
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == processor.tokenizer.get_vocab()
     assert AutoModel._model_mapping[ReLLMConfig] is ReLLMForConditionalGeneration
+
+
+@pytest.mark.parametrize("how", ["used in training", "loaded so"])
+def test_prompts_are_padded_on_the_left_whatever_side_the_tokenizer_came_with(how, tmp_path):
+    processor = tiny_processor()
+    if how == "used in training":  # a saved tokenizer remembers the side of its last batch
+        processor.tokenizer(["a", "a longer text"], padding=True, padding_side="right")
+    else:
+        processor.tokenizer.padding_side = "right"
+        processor.tokenizer.init_kwargs["padding_side"] = "right"
+    processor.save_pretrained(tmp_path)
+    loaded = ReLLMProcessor.from_pretrained(tmp_path)
+    mask = loaded.apply_request([clip(0.3), clip(1.2)])["attention_mask"]
+    assert mask[0, 0] == 0 and mask[:, -1].tolist() == [1, 1]
+    from_scratch = ReLLMProcessor(loaded.feature_extractor, AutoTokenizer.from_pretrained(tmp_path))
+    assert from_scratch.apply_request([clip(0.3), clip(1.2)])["attention_mask"][:, -1].tolist() == [1, 1]

@@ -305,8 +305,22 @@ def speak_rows(rows: Sequence[Row], directory: Path, *, seed: int) -> None:
     Raises:
         ImportError: eSpeak NG is missing (`pip install relllm[demo]`).
     """
+    speak_clips(
+        [plan_clip(str(row["split"]), int(row["id"].rpartition("-")[2]), seed=seed) for row in rows], directory
+    )
+
+
+def speak_clips(clips: Sequence[Clip], directory: Path) -> None:
+    """Makes the audio of planned clips, as files in `directory`.
+
+    Args:
+        clips (`Sequence[Clip]`): Whatever planned them; `speaker` is the voice, and `text` is said.
+        directory (`Path`): What their paths are relative to.
+
+    Raises:
+        ImportError: eSpeak NG is missing (`pip install relllm[demo]`).
+    """
     (directory / "audio").mkdir(parents=True, exist_ok=True)
-    clips = [plan_clip(str(row["split"]), int(row["id"].rpartition("-")[2]), seed=seed) for row in rows]
     for clip, (samples, rate) in zip(clips, speak(map(_utterance, clips)), strict=True):
         write_wav(directory / str(clip.row["audio"]), samples, rate, clip.prosody.gain)
 

@@ -67,6 +67,9 @@ class ReLLMProcessor(ProcessorMixin):
         self.audio_token_id = vocabulary[audio_token]
         if chat_template is None:
             chat_template = build_chat_template(vocabulary, tokenizer.eos_token or "", audio_token)
+        # Transformers lets what a tokenizer was loaded with win over `_defaults`, and a saved tokenizer remembers the
+        # side of its last batch, in training the right one: prompts are padded on the left nevertheless.
+        tokenizer.init_kwargs.pop("padding_side", None)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     @classmethod

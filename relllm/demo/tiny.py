@@ -6,10 +6,6 @@ learn to hear. Corpus, evaluation, comparison, card and the check before a push 
 which are shown as they come. One folder for each step; a step that is done is not done again.
 """
 
-import json
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,7 +13,6 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 from rich.console import Console
-from rich.table import Table
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoConfig,
@@ -30,25 +25,15 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from relllm.data.synthetic import synthesize_corpus
-from relllm.evaluation.comparison import compare_runs
-from relllm.evaluation.comparison_tables import comparison_tables, write_comparison
-from relllm.evaluation.planning import EvaluationSettings
-from relllm.evaluation.report import report_run
-from relllm.evaluation.run import evaluate
-from relllm.evaluation.runs import read_run
-from relllm.evaluation.tables import to_rich
-from relllm.hub.cards import SETTINGS_NAME, write_card
-from relllm.hub.transfer import push_checkpoint
-from relllm.inference import reply
 from relllm.labels import EMOTIONS
-from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
-from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT, build_chat_template
 from relllm.training.config import ReLLMSFTConfig
-from relllm.training.emotion_tower import EmotionTowerTrainer
 from relllm.training.trainer import ReLLMSFTTrainer
+
+from .emotion_tower import train_emotion_tower
+from .steps import claim_folder, compare_systems, evaluate_system, has_learned, once, share, show_replies
 
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}  # the paper's
 REPO_ID = "org/re-llm-demo"  # in the card; nothing is sent
@@ -61,7 +46,6 @@ SPEECH_TRAINING = {  # what the card says of it
     **LORA,
 }
 SYSTEMS = {"text-only": "llm", "speech-only": "speech-only", "re-llm": "re-llm"}  # and their folders
-NEAR_CHANCE = 0.10  # above 1 / classes: what a run that learned nothing stays below
 
 
 @dataclass(frozen=True)
@@ -99,7 +83,7 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
     """
     started = time.monotonic()
     out = settings.out
-    _claim_folder(settings)
+    claim_folder(out, {**asdict(settings), "out": None})
     set_seed(settings.seed)
     train_clips, validation_clips, test_clips = settings.clips_per_emotion
     corpus = synthesize_corpus(
@@ -116,48 +100,16 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
         ("speech-only", "its baseline without the tower", lambda path: _train_speech(corpus, settings, path, "none")),
     ]
     for name, what, make in steps:
-        _once(out / name, what, make, console)
-    metrics = {system: _evaluate(out, system, folder, console) for system, folder in SYSTEMS.items()}
-    _compare(out, console)
-    _share(out, console)
-    _reply(corpus["test"], out, console)
+        once(out / name, what, make, console)
+    metrics = {
+        system: evaluate_system(out / folder, out / "corpus", out / "runs" / system, system, console, device="cpu")
+        for system, folder in SYSTEMS.items()
+    }
+    compare_systems(out, SYSTEMS, console)
+    share(out / "re-llm", out / "runs" / "re-llm", SPEECH_TRAINING, console, repo_id=REPO_ID)
+    show_replies(corpus["test"], out, console)
     console.print(f"Everything lies in [bold]{out}[/bold]; {time.monotonic() - started:.0f} s in this run.")
-    accuracy = metrics["re-llm"]["recognition"]["head"]["ua"]
-    learned = accuracy > 1 / len(EMOTIONS) + NEAR_CHANCE
-    if not learned:
-        console.print(
-            f"[red]This run has learned nothing: UA {accuracy:.2f} on unseen voices is near chance "
-            f"({1 / len(EMOTIONS):.2f}).[/red]"
-        )
-    return learned
-
-
-def _claim_folder(settings: DemoSettings) -> None:
-    """A folder belongs to one set of settings: a step done under others must not be reused."""
-    path = settings.out / "settings.json"
-    wanted = json.loads(json.dumps({**asdict(settings), "out": None}))
-    if path.exists() and (found := json.loads(path.read_text(encoding="utf-8"))) != wanted:
-        raise ValueError(f"{settings.out} holds a run with {found}, not {wanted}. Choose another --out, or delete it.")
-    _write_json(path, wanted)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def _once(path: Path, what: str, make: Callable[[Path], None], console: Console) -> None:
-    """Make a folder under another name and rename it when it is complete; leave one that is there."""
-    if path.exists():
-        console.print(f"[green]{path.name}[/green]: there already")
-        return
-    console.rule(f"{path.name}: {what}")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    make(partial)
-    partial.rename(path)
+    return has_learned(metrics["re-llm"], console)
 
 
 def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
@@ -217,33 +169,8 @@ def _train_tokenizer(rows: Dataset) -> PreTrainedTokenizerFast:
 def _train_tower(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
     """A small wav2vec2 with a head, on 1 - CCC."""
     set_seed(settings.seed)
-    encoder = AutoConfig.for_model(
-        "wav2vec2",
-        hidden_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=192,
-        conv_dim=(32, 64, 64, 96),
-        conv_kernel=(10, 8, 8, 4),
-        conv_stride=(5, 4, 4, 4),  # 320 samples a frame, as in the real ones
-        num_feat_extract_layers=4,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4,
-        feat_extract_norm="layer",
-        do_stable_layer_norm=True,
-        conv_bias=True,
-        mask_time_prob=0.0,
-        layerdrop=0.0,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-    )
-    trainer = EmotionTowerTrainer(
-        model=ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder, final_dropout=0.0)),
-        args=TrainingArguments(**_arguments(settings, path, epochs=settings.emotion_epochs)),
-        train_dataset=corpus["train"],
-    )
-    trainer.train()
-    trainer.save_model(str(path))
+    arguments = TrainingArguments(**_arguments(settings, path, epochs=settings.emotion_epochs))
+    train_emotion_tower(corpus["train"], arguments, path, width=96, layers=2)
 
 
 def _train_speech(corpus: DatasetDict, settings: DemoSettings, path: Path, fusion: str) -> None:
@@ -309,55 +236,6 @@ def _arguments(settings: DemoSettings, path: Path, *, epochs: float) -> dict:
         "use_cpu": True,
         "dataloader_pin_memory": False,
     }
-
-
-def _evaluate(out: Path, system: str, folder: str, console: Console) -> dict:
-    """Unseen voices and unseen sentences."""
-    model, data, run = out / folder, out / "corpus", out / "runs" / system
-    console.rule(f"$ relllm evaluate {model} {data} --system {system} --out {run}")
-    metrics = evaluate(
-        EvaluationSettings(str(model), str(data), run, system=system, device="cpu")  # type: ignore[arg-type]
-    )
-    report_run(metrics, run, console)
-    return metrics
-
-
-def _compare(out: Path, console: Console) -> None:
-    runs = [out / "runs" / system for system in SYSTEMS]
-    console.rule(f"$ relllm compare {' '.join(map(str, runs))} --baseline speech-only --out {out / 'comparison'}")
-    comparison = compare_runs([read_run(run) for run in runs], ["speech-only"])
-    write_comparison(comparison, out / "comparison")
-    for table in comparison_tables(comparison):
-        console.print(to_rich(table))
-    console.print(f"Chance UA {1 / len(EMOTIONS):.2f}. Rule-made prosody, not human emotion.")
-
-
-def _share(out: Path, console: Console) -> None:
-    """The card, and everything that a push checks, without the push."""
-    model, run = out / "re-llm", out / "runs" / "re-llm"
-    console.rule(f"$ relllm card {run} --model {model} --repo-id {REPO_ID} --license apache-2.0")
-    _write_json(model / SETTINGS_NAME, SPEECH_TRAINING)
-    card = write_card(model, [run], repo_id=REPO_ID, licence="apache-2.0", overwrite=True)
-    console.print(f"Card: [bold]{card}[/bold]")
-    console.rule(f"$ relllm push {model} {REPO_ID} --dry-run")
-    checked = push_checkpoint(model, REPO_ID, dry_run=True)
-    console.print(f"{len(checked.files)} files of {sum(checked.files.values()):,} bytes would go.", highlight=False)
-
-
-def _reply(rows: Dataset, out: Path, console: Console) -> None:
-    console.rule("What it replies")
-    model = AutoModel.from_pretrained(out / "re-llm").eval()
-    processor = ReLLMProcessor.from_pretrained(out / "re-llm")
-    replies = Table("said", "in emotion", "RE-LLM replies")
-    for row in rows.select(range(len(EMOTIONS))):
-        replies.add_row(row["text"], row["emotion"], reply(model, processor, row["audio"], max_new_tokens=40).text)
-    console.print(replies)
-    console.rule("A fresh process loads the checkpoint and answers a file")
-    console.print(f"$ relllm reply {out / 're-llm'} {rows[0]['audio']}")
-    command = [sys.executable, "-m", "relllm.cli", "reply", str(out / "re-llm"), rows[0]["audio"], "--device", "cpu"]
-    subprocess.run([*command, "--max-new-tokens", "40"], check=True)
-    for plot in sorted([*(out / "runs").rglob("*.png"), *(out / "comparison").glob("*.png")]):
-        console.print(f"plot: {plot}")
 
 
 __all__ = ["DemoSettings", "run_demo"]

@@ -1,0 +1,153 @@
+"""What both demos do alike: one folder a step, three systems measured and compared, the card, the dry run, replies."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModel
+
+from relllm.evaluation.comparison import compare_runs
+from relllm.evaluation.comparison_tables import comparison_tables, write_comparison
+from relllm.evaluation.planning import EvaluationSettings
+from relllm.evaluation.report import report_run
+from relllm.evaluation.run import evaluate
+from relllm.evaluation.runs import read_run
+from relllm.evaluation.tables import to_rich
+from relllm.hub.cards import SETTINGS_NAME, write_card
+from relllm.hub.staging import Form
+from relllm.hub.transfer import push_checkpoint
+from relllm.inference import reply
+from relllm.labels import EMOTIONS
+from relllm.processing.processing_relllm import ReLLMProcessor
+
+NEAR_CHANCE = 0.10  # above 1 / classes: what a run that learned nothing stays below
+
+
+def claim_folder(out: Path, settings: Mapping[str, object]) -> None:
+    """A folder belongs to one set of settings: a step done under others must not be reused.
+
+    Raises:
+        ValueError: If the folder holds a run with other settings.
+    """
+    path = out / "settings.json"
+    wanted = json.loads(json.dumps(settings))
+    if path.exists() and (found := json.loads(path.read_text(encoding="utf-8"))) != wanted:
+        raise ValueError(f"{out} holds a run with {found}, not {wanted}. Choose another --out, or delete it.")
+    write_json(path, wanted)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """The file is complete, or the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def once(path: Path, what: str, make: Callable[[Path], None], console: Console, *, goes_on: bool = False) -> None:
+    """Make a folder under another name and rename it when it is complete; leave one that is there.
+
+    Args:
+        path (`Path`): The folder.
+        what (`str`): Shown above the step.
+        make (`Callable`): Fills the folder that it is given.
+        console (`rich.console.Console`): Where the report goes.
+        goes_on (`bool`, *optional*, defaults to `False`): `make` goes on with what an interrupted one left.
+    """
+    if path.exists():
+        console.print(f"[green]{path.name}[/green]: there already")
+        return
+    console.rule(f"{path.name}: {what}")
+    partial = path.with_name(path.name + ".partial")
+    if not goes_on:
+        shutil.rmtree(partial, ignore_errors=True)
+    make(partial)
+    partial.rename(path)
+
+
+def evaluate_system(
+    model: str | Path, data: Path, run: Path, system: str, console: Console, **options: object
+) -> dict:
+    """`relllm evaluate` on unseen voices and unseen sentences, shown as the command.
+
+    Args:
+        model (`str` or `Path`): A checkpoint, or an LLM for `text-only`.
+        data (`Path`), run (`Path`): The corpus, and where the run goes.
+        system (`str`): `"re-llm"`, `"speech-only"` or `"text-only"`.
+        console (`rich.console.Console`): Where the report goes.
+        options: Of [`EvaluationSettings`].
+    """
+    console.rule(f"$ relllm evaluate {model} {data} --system {system} --out {run}")
+    settings = EvaluationSettings(str(model), str(data), run, system=system, **options)  # type: ignore[arg-type]
+    metrics = evaluate(settings)
+    report_run(metrics, run, console)
+    return metrics
+
+
+def compare_systems(out: Path, systems: Mapping[str, object], console: Console) -> None:
+    """`relllm compare` of the runs in `out`, by the systems' names."""
+    runs = [out / "runs" / system for system in systems]
+    console.rule(f"$ relllm compare {' '.join(map(str, runs))} --baseline speech-only --out {out / 'comparison'}")
+    comparison = compare_runs([read_run(run) for run in runs], ["speech-only"])
+    write_comparison(comparison, out / "comparison")
+    for table in comparison_tables(comparison):
+        console.print(to_rich(table))
+    console.print(f"Chance UA {1 / len(EMOTIONS):.2f}. Rule-made prosody, not human emotion.")
+
+
+def share(model: Path, run: Path, training: dict, console: Console, *, repo_id: str, form: Form | None = None) -> None:
+    """The card, and everything that a push checks, without the push."""
+    console.rule(f"$ relllm card {run} --model {model} --repo-id {repo_id} --license apache-2.0")
+    write_json(model / SETTINGS_NAME, training)
+    card = write_card(model, [run], repo_id=repo_id, licence="apache-2.0", overwrite=True)
+    console.print(f"Card: [bold]{card}[/bold]")
+    console.rule(f"$ relllm push {model} {repo_id} --dry-run{f' --{form}' if form else ''}")
+    checked = push_checkpoint(model, repo_id, dry_run=True, form=form)
+    console.print(f"{len(checked.files)} files of {sum(checked.files.values()):,} bytes would go.", highlight=False)
+
+
+def show_replies(rows: Dataset, out: Path, console: Console) -> None:
+    """Replies to a clip of each emotion, and by a fresh process to a file; then where the plots are."""
+    console.rule("What it replies")
+    model = AutoModel.from_pretrained(out / "re-llm").eval()
+    processor = ReLLMProcessor.from_pretrained(out / "re-llm")
+    replies = Table("said", "in emotion", "RE-LLM replies")
+    for row in rows.select(range(len(EMOTIONS))):
+        replies.add_row(row["text"], row["emotion"], reply(model, processor, row["audio"], max_new_tokens=40).text)
+    console.print(replies)
+    console.rule("A fresh process loads the checkpoint and answers a file")
+    console.print(f"$ relllm reply {out / 're-llm'} {rows[0]['audio']}")
+    command = [sys.executable, "-m", "relllm.cli", "reply", str(out / "re-llm"), rows[0]["audio"], "--device", "cpu"]
+    subprocess.run([*command, "--max-new-tokens", "40"], check=True)
+    for plot in sorted([*(out / "runs").rglob("*.png"), *(out / "comparison").glob("*.png")]):
+        console.print(f"plot: {plot}")
+
+
+def has_learned(metrics: Mapping, console: Console) -> bool:
+    """Whether the emotion head's UA on unseen voices is above chance by more than 0.10; says so if not."""
+    accuracy: float = metrics["recognition"]["head"]["ua"]
+    learned = accuracy > 1 / len(EMOTIONS) + NEAR_CHANCE
+    if not learned:
+        console.print(
+            f"[red]This run has learned nothing: UA {accuracy:.2f} on unseen voices is near chance "
+            f"({1 / len(EMOTIONS):.2f}).[/red]"
+        )
+    return learned
+
+
+__all__ = [
+    "claim_folder",
+    "compare_systems",
+    "evaluate_system",
+    "has_learned",
+    "once",
+    "share",
+    "show_replies",
+    "write_json",
+]
