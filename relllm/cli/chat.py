@@ -132,8 +132,9 @@ def chat(
 ) -> None:
     """Talk with a model over several turns, typed or spoken; each spoken turn shows the emotion that was heard.
 
-    Inside, /help lists the commands: /wav FILE, /record, /reset, /quit. Earlier turns are not computed again. Lines
-    from a pipe work as well: then each line is shown before its reply.
+    Inside, /help lists the commands: /wav FILE, /record, /reset, /quit.
+    Earlier turns are not computed again. Lines from a pipe work as well:
+    then each line is shown before its reply.
 
     Example: relllm chat runs/demo/re-llm --text-only own --transcriber openai/whisper-tiny.en
     """

@@ -37,9 +37,11 @@ def web(
 ) -> None:
     """Talk with a model in the browser: microphone, upload or text; what was heard, as bars and over the turns.
 
-    Every browser tab is a conversation of its own; they take turns at the model. Nothing is sent elsewhere, and
-    recordings are deleted. Browsers give the microphone to https pages and to localhost only: from another machine use
-    `ssh -L 7860:localhost:7860 HOST`. There is no password: do not serve it to a network that you do not trust.
+    Every browser tab is a conversation of its own; they take turns at the
+    model. Nothing is sent elsewhere, and recordings are deleted. Browsers
+    give the microphone to https pages and to localhost only: from another
+    machine use `ssh -L 7860:localhost:7860 HOST`. There is no password: do
+    not serve it to a network that you do not trust.
 
     Example: relllm web runs/demo/re-llm --baseline runs/demo/speech-only --examples data/examples
     """
