@@ -62,6 +62,7 @@ def test_every_speech_tower_keeps_its_weights_and_hears_a_clip(speech: str) -> N
     assert outputs.logits.isfinite().all() and outputs.emotion_logits.shape == (2, 5)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("emotion", WAVEFORM_TOWERS)
 def test_every_emotion_tower_keeps_its_weights_and_its_reading(emotion: str) -> None:
     model, _, _, tower = build(emotion=emotion)
