@@ -97,9 +97,9 @@ def main() -> None:
         statistic, p = friedman(table)
         rho, p_order = agreement(table, [expected[name] for name in NAMES])
         values[dimension] = table
-        verdicts[dimension] = f"names differ: p = {p:.4f}; as expected: rho = {rho:+.2f}, p = {p_order:.4f}"
+        verdicts[dimension] = f"names differ: p = {p:.4f}\nas expected: rho = {rho:+.2f}, p = {p_order:.2f}"
         means = ", ".join(f"{name} {mean:.2f}" for name, mean in zip(NAMES, table.mean(0), strict=True))
-        print(f"{dimension}: {means}\n  Friedman {statistic:.2f}; {verdicts[dimension]}")
+        print(f"{dimension}: {means}\n  Friedman {statistic:.2f}; {' '.join(verdicts[dimension].split(chr(10)))}")
         found[dimension] = {"values": table.tolist(), "friedman": statistic, "p": p, "rho": rho, "p_order": p_order}
     emotions = [one.emotion for one in heard]
     found["emotions"] = {name: emotions[place :: len(NAMES)] for place, name in enumerate(NAMES)}

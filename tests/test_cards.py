@@ -222,6 +222,14 @@ def test_what_a_run_records_of_itself_has_no_path_and_no_token(tmp_path: Path) -
     assert record["augment_noise_snr_db"] == [5.0, 30.0] and record["augment_noise_dir"] == "a local folder"
 
 
+def test_what_a_checkpoint_decided_is_not_recorded_as_a_setting_of_the_run(tmp_path: Path) -> None:
+    script = ReLLMScriptArguments(data="data", model_name_or_path="org/stage1")
+    args = ReLLMSFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    record = training_record(script, args, TrainerState(global_step=7, epoch=1.5))
+    assert record["model_name_or_path"] == "org/stage1"
+    assert not {"full_window", "max_duration_s"} & set(record)  # the defaults, which its processor need not have
+
+
 def test_a_name_that_is_no_path_is_published_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "re-llm").mkdir()  # a folder of the same name
@@ -233,10 +241,11 @@ def test_the_template_in_model_cards_is_the_package_s() -> None:
     assert linked.resolve() == TEMPLATE.resolve()
 
 
-def test_the_example_is_a_valid_card_and_says_what_it_was_trained_on():
+@pytest.mark.parametrize("name", ["demo.md", "real_small.md"])
+def test_the_examples_are_valid_cards_and_say_what_they_were_trained_on(name: str) -> None:
     folder = Path(__file__).parent.parent / "model_cards"
-    card = ModelCard.load(folder / "demo.md")
+    card = ModelCard.load(folder / name)
     assert card.data.license == "apache-2.0" and card.data.eval_results
     assert "rule-made prosody, not human emotion" in card.text
     images = re.findall(r"!\[[^]]*\]\(([^)]+)\)", card.text)
-    assert images and all((folder / image).is_file() for image in images)
+    assert bool(images) == (name == "demo.md") and all((folder / image).is_file() for image in images)

@@ -43,7 +43,7 @@ UNDERSTANDING = "understanding.json"
 TRAINING = {  # what the card says of it
     "data": "synthetic speech (eSpeak NG) in rule-made prosody, not human emotion: what it says of people's emotions "
     "means nothing until it is measured on them",
-    "audio_tower": "Whisper tiny.en, frozen",
+    "audio_tower": "Whisper tiny.en, frozen; it encodes the clip, not its window of 30 s (full_window: false)",
     "text_model": "SmolLM2-135M-Instruct, frozen but for the LoRA",
     "emotion_tower": "a small wav2vec2 trained for this demo, in minutes, on the same synthetic speech; it is in this "
     "checkpoint",
@@ -62,7 +62,7 @@ class PretrainedSettings:
         clips_per_emotion (`tuple[int, int, int]`, *optional*): In train, validation and test.
         emotion_epochs, alignment_epochs, emotion_stage_epochs (`float`, *optional*): Over the training rows, of the
             emotion tower, stage 1 and stage 2.
-        understanding_clips (`int`, *optional*, defaults to 32): Test clips that are asked to be repeated.
+        understanding_clips (`int`, *optional*, defaults to 16): Test clips that are asked to be repeated.
         save_steps (`int`, *optional*, defaults to 50): Updates between two checkpoints.
     """
 
@@ -70,11 +70,11 @@ class PretrainedSettings:
     audio_model: str = AUDIO_MODEL
     text_model: str = TEXT_MODEL
     seed: int = 0
-    clips_per_emotion: tuple[int, int, int] = (400, 5, 16)
-    emotion_epochs: float = 5.0
+    clips_per_emotion: tuple[int, int, int] = (200, 3, 10)
+    emotion_epochs: float = 3.0
     alignment_epochs: float = 1.0
-    emotion_stage_epochs: float = 0.25
-    understanding_clips: int = 32
+    emotion_stage_epochs: float = 0.2
+    understanding_clips: int = 16
     save_steps: int = 50
 
 

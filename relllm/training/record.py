@@ -23,6 +23,7 @@ MODEL_SETTINGS = (
     *("projector_type", "projector_inner_dim", "lora_r", "lora_alpha", "lora_dropout", "lora_scope"),
     *("dtype", "load_in_4bit", "full_window", "max_duration_s", "train_split"),
 )
+OF_A_NEW_MODEL = ("full_window", "max_duration_s")  # a checkpoint's processor has its own
 TRAINER_SETTINGS = (
     *("optim", "lr_scheduler_type", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("max_steps", "world_size", "bf16", "fp16", "gradient_checkpointing", "seed"),
@@ -41,8 +42,9 @@ def training_record(script: "ReLLMScriptArguments", args: ReLLMSFTConfig, state:
         `dict`: Values that JSON can hold. A setting that is a folder of this machine is `"a local folder"`.
     """
     own = {*ReLLMSFTConfig.__annotations__, *(AugmentationSettings.__annotations__ if args.augments else ())}
+    of_model = [name for name in MODEL_SETTINGS if script.model_name_or_path is None or name not in OF_A_NEW_MODEL]
     names = [field.name for field in fields(args) if field.name in own or field.name in TRAINER_SETTINGS]
-    record: dict[str, object] = {name: getattr(script, name) for name in MODEL_SETTINGS} | {
+    record: dict[str, object] = {name: getattr(script, name) for name in of_model} | {
         name: getattr(args, name) for name in names
     }
     record["world_size"] = args.world_size
