@@ -21,6 +21,7 @@ from tiny_models import (
 from transformers import AutoModel
 
 from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
+from relllm.modeling.assembly_relllm import find_commit
 
 # WavLM's own attention, on a padded batch
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
@@ -190,3 +191,22 @@ def test_loaded_towers_share_their_weights_with_the_model_and_keep_their_configs
     assert [part.config.to_dict() for part in (audio, text, emotion)] == configs
     mlp = model.model.text_model.model.layers[0].mlp.up_proj.base_layer.weight
     assert mlp.data_ptr() == text.model.layers[0].mlp.up_proj.weight.data_ptr()
+
+
+def test_towers_of_the_hub_are_recorded_with_their_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, tower in (("speech", tiny_speech_tower("whisper")), ("llm", tiny_llm())):
+        snapshot = tmp_path / f"models--org--{name}" / "snapshots" / commit
+        tower.save_pretrained(snapshot)
+        if name == "llm":
+            tiny_tokenizer().save_pretrained(snapshot)
+        (snapshot.parent.parent / "refs").mkdir()
+        (snapshot.parent.parent / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = ReLLMForConditionalGeneration.from_towers("org/speech", "org/llm", lora=LORA)
+    assert model.config.towers == {
+        "audio_tower": {"name": "org/speech", "revision": commit},
+        "text_model": {"name": "org/llm", "revision": commit},
+    }
+    assert find_commit("org/absent") is None and find_commit(tmp_path) is None and find_commit("/gone/a/b") is None

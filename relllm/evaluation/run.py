@@ -30,6 +30,7 @@ from relllm import __version__
 from relllm.data.writing import Journal, write_json
 from relllm.inference import GREEDY
 from relllm.labels import DIMENSIONS
+from relllm.modeling.assembly_relllm import find_commit
 
 from .asking import RECOGNITION_TOKENS, Questions
 from .fingerprints import data_fingerprint, folder_fingerprint, model_fingerprint
@@ -161,7 +162,7 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
         "name": name,
         "model": {
             "id": settings.model,
-            "revision": getattr(config, "_commit_hash", None),
+            "revision": find_commit(settings.model, settings.revision),
             "fingerprint": plan.identity["model_fingerprint"],
             "towers": {kind: _source(tower) for kind, tower in towers.items()},
             "dtype": settings.dtype,

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -61,8 +63,21 @@ def load_tower(
 def tower_source(source: str | os.PathLike | PreTrainedModel, tower: PreTrainedModel) -> dict[str, str | None] | None:
     """Where a tower came from, for `config.towers`: `None` for a model that was never loaded from anywhere."""
     name = tower.config.name_or_path if isinstance(source, PreTrainedModel) else source
-    commits = (getattr(config, "_commit_hash", None) for config in (tower.config, *_sub_configs(tower.config)))
-    return {"name": place_of(name), "revision": next(filter(None, commits), None)} if name else None
+    return {"name": place_of(name), "revision": find_commit(name)} if name else None
+
+
+def find_commit(name: str | os.PathLike, revision: str | None = None) -> str | None:
+    """The commit in this machine's Hub cache that a Hub id stands for; `None` for a directory, or if it is not there.
+
+    Transformers no longer tells of what it loaded which commit it was.
+    """
+    if os.path.isdir(name):
+        return None
+    try:
+        path = try_to_load_from_cache(str(name), "config.json", revision=revision)
+    except HFValidationError:  # no Hub id: a folder that is gone
+        return None
+    return os.path.basename(os.path.dirname(path)) if isinstance(path, str) else None
 
 
 def place_of(name: str | os.PathLike) -> str:
@@ -115,12 +130,9 @@ def find_audio_token(tokenizer: str | os.PathLike | PreTrainedTokenizerBase | Pr
     return tokenizer.get_vocab().get(AUDIO_TOKEN, len(tokenizer))
 
 
-def _sub_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    return (getattr(config, name) for name in config.sub_configs if getattr(config, name) is not None)
-
-
 __all__ = [
     "TOWERS",
+    "find_commit",
     "find_audio_token",
     "load_parts",
     "load_tower",
