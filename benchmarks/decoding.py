@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 @torch.no_grad()
 def main(*, quick: bool = False) -> None:
-    steps, rounds = (2, 1) if quick else (32, 5)
+    steps, rounds = (2, 1) if quick else (32, 15)
     rows = []
     for batch in (1, 2) if quick else (1, 8):
         seconds = _step_seconds(batch, steps=steps, rounds=rounds, quick=quick)
