@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, PreTrainedModel
 
 from relllm import ReLLMFeatureExtractor
-from relllm.data.synthetic import synthesize_corpus
+from relllm.demo.synthetic import synthesize_corpus
 from relllm.modeling.audio_tower_relllm import encode_audio
 
 MODES = {"window": True, "clip": False}

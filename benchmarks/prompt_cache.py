@@ -1,6 +1,6 @@
 """A turn of a conversation with the cache over turns, against the same turn read from the start.
 
-`relllm.conversation` keeps each clip's positions and the LLM's key-value cache. The turn without it is what `generate`
+A `Conversation` keeps each clip's positions and the LLM's key-value cache. The turn without it is what `generate`
 does with the whole conversation: every clip is encoded again and every position read again. Both write the same
 reply, whose tokens are given; timed are the first token and the whole turn.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
-from relllm.conversation import Conversation
+from relllm.inference.conversation import Conversation
 
 
 class Stopwatch(BaseStreamer):

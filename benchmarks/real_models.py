@@ -30,8 +30,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
-from relllm.audio import load_audio
 from relllm.modeling.audio_tower_relllm import encode_audio
+from relllm.processing.audio_relllm import load_audio
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 
 MODES = ("whole window", "window cut to the clip", "clip alone (cheap)")

@@ -18,8 +18,8 @@ import numpy as np
 from scipy.stats import friedmanchisquare, rankdata, spearmanr
 from transformers import AutoModel, AutoProcessor
 
-from relllm.audio import load_audio
-from relllm.inference import hear
+from relllm.inference.replies import hear
+from relllm.processing.audio_relllm import load_audio
 
 NAMES = ("Traitor", "Nooo", "Laugh", "Victory", "Boring")
 VOICES = "usr/share/games/hedgewars/Data/Sounds/voices"

@@ -13,12 +13,12 @@ from .labels import DIMENSIONS, EMOTIONS
 from .registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from .audio import load_audio
     from .conversion import convert_original_checkpoint
     from .data.loading import load_corpus
     from .modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
     from .modeling.emotion_tower_relllm import ReLLMEmotionModel
     from .modeling.modeling_relllm import ReLLMForConditionalGeneration, ReLLMModel
+    from .processing.audio_relllm import load_audio
     from .processing.feature_extraction_relllm import ReLLMFeatureExtractor
     from .processing.processing_relllm import ReLLMProcessor
     from .training.config import ReLLMSFTConfig
@@ -37,7 +37,7 @@ _LAZY = {
     "ReLLMSFTConfig": ".training.config",
     "ReLLMSFTTrainer": ".training.trainer",
     "convert_original_checkpoint": ".conversion",
-    "load_audio": ".audio",
+    "load_audio": ".processing.audio_relllm",
     "load_corpus": ".data.loading",
 }
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import Qwen2Config, Wav2Vec2Config, WhisperConfig
 from transformers.utils import logging
 
-from relllm.labels import EMOTIONS
-from relllm.modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
-from relllm.modeling.lora_scope_relllm import ADAPTER_NAME
-from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from .labels import EMOTIONS
+from .modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
+from .modeling.lora_scope_relllm import ADAPTER_NAME
+from .modeling.modeling_relllm import ReLLMForConditionalGeneration
 
 logger = logging.get_logger(__name__)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-TARGET = Path(__file__).parent.parent / "tests" / "data" / "golden"
+TARGET = Path(__file__).parent.parent / "tests" / "golden_tensors"
 MAX_BYTES = 2_000_000
 # File: beginnings of the names to leave out. Files that are not here are not copied.
 LEFT_OUT = {

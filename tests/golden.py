@@ -1,7 +1,7 @@
 """Tensors recorded from the original RE-LLM code, and the same computation by our classes.
 
 The folder is the one in the environment variable RELLM_GOLDEN_DIR, else a full set beside the repository, else the
-part of it in `tests/data/golden`. Every size, token id, kernel and step count comes from its `description.json`. A
+part of it in `tests/golden_tensors`. Every size, token id, kernel and step count comes from its `description.json`. A
 test that wants a tensor which the folder lacks is skipped, and says which.
 """
 
@@ -33,7 +33,7 @@ def _find_folder() -> Path:
     if "RELLM_GOLDEN_DIR" in os.environ:
         return Path(os.environ["RELLM_GOLDEN_DIR"])
     full_set = REPOSITORY.parent / "shared" / "golden" / "dev"
-    return full_set if full_set.exists() else REPOSITORY / "tests" / "data" / "golden"
+    return full_set if full_set.exists() else REPOSITORY / "tests" / "golden_tensors"
 
 
 FOLDER = _find_folder()

@@ -19,10 +19,10 @@ from openai import OpenAI
 from tiny_models import RATE, clip, conversation_inputs
 
 from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
-from relllm.serving.app import Service
-from relllm.serving.engine import EngineSettings
-from relllm.serving.prompts import Limits
-from relllm.serving.server import Server, bind, build_service
+from relllm.inference.server.app import Service
+from relllm.inference.server.engine import EngineSettings
+from relllm.inference.server.prompts import Limits
+from relllm.inference.server.server import Server, bind, build_service
 
 NAME = "tiny"
 

@@ -1,6 +1,6 @@
 """Who may import whom inside the package, read from the syntax tree without importing anything.
 
-Data flows one way: audio, labels → processing, modeling → data, training, evaluation, inference, conversion → demo →
+Data flows one way: labels → processing, modeling → data, training, evaluation, inference, conversion → demo →
 cli. The Hub rooms, `modeling/` and `processing/`, are copied as flat files beside a checkpoint: they import only
 siblings of their own folder, and Transformers finds those imports with a regular expression over the whole text.
 """
@@ -15,35 +15,27 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "relllm"
 HUB_ROOMS = ("modeling", "processing")
 # A room is a folder of the package or a module beside it; it may import the rooms listed here, and itself.
-BASE = {"audio", "labels", "processing", "modeling"}
-TALKING = {"inference", "conversation", "text_conversation", "microphone"}
-BELOW_DEMO = BASE | TALKING | {"web", "data", "training", "evaluation", "conversion", "checkpoints", "hub"}
+BASE = {"labels", "processing", "modeling"}
+BELOW_DEMO = BASE | {"data", "inference", "training", "evaluation", "conversion", "hub"}
 MAY_IMPORT = {
     "labels": set(),
     "processing": set(),
     "modeling": set(),
-    "audio": {"processing"},
-    "data": {"audio", "labels"},
+    "data": BASE,
     "training": BASE | {"data"},
+    "inference": BASE | {"demo"},
     "evaluation": BASE | {"data", "inference"},
     "conversion": BASE,
-    "checkpoints": BASE,
-    "hub": BASE | {"checkpoints", "data", "evaluation"},
-    "inference": BASE,
-    "serving": {"audio", "inference", "modeling", "processing"},
-    "conversation": BASE | {"inference"},
-    "text_conversation": BASE | {"inference", "conversation"},
-    "microphone": set(),
-    "web": BASE | TALKING | {"data"},
+    "hub": BASE | {"data", "evaluation"},
     "demo": BELOW_DEMO,
-    "cli": BELOW_DEMO | {"demo", "serving"},
+    "cli": BELOW_DEMO | {"demo"},
     "registration": BASE,
     "__init__": BELOW_DEMO | {"registration"},
     "__main__": {"cli"},
 }
 # Loaded only where they are used: some are extras, and each costs start-up time.
 HEAVY = {"datasets", "fastapi", "gradio", "matplotlib", "peft", "prometheus_client", "sounddevice", "trl", "uvicorn"}
-LIGHT_ROOMS = (*HUB_ROOMS, "__init__", "registration", "cli", "microphone", "web")
+LIGHT_ROOMS = (*HUB_ROOMS, "__init__", "registration", "cli")
 # As in `transformers.dynamic_module_utils.get_relative_imports`: docstrings and comments count.
 HUB_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)")
 
@@ -165,7 +157,6 @@ SOUND = {
     "labels.py": "",
     "processing/__init__.py": "",
     "processing/sound.py": "import numpy\n",
-    "audio.py": "from .processing.sound import load_audio\n",
     "modeling/__init__.py": "from .tower import Tower\n",
     "modeling/scope.py": '"""From .scope to .tower."""\ntry:\n    import peft\nexcept ImportError:\n    peft = None\n',
     "modeling/tower.py": "def build():\n    from .scope import (\n        LoraScope,\n    )\n\n    return LoraScope\n",

@@ -6,6 +6,7 @@ Heavy imports are inside the commands, so that `--help` answers at once.
 import typer
 
 from . import chat, data, empathy, evaluation, hub, serving, talk, training, web
+from .options import same_flag
 
 app = typer.Typer(
     name="relllm",
@@ -13,6 +14,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"token_normalize_func": same_flag},
 )
 for group in (talk, chat, web, serving, data, training, evaluation, empathy, hub):
     app.add_typer(group.app)

@@ -11,15 +11,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import loading
+from .systems import load_systems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from relllm.audio import AudioSource
-    from relllm.conversation import Conversation
-    from relllm.inference import Hearing
-    from relllm.text_conversation import TextConversation
+    from relllm.inference.conversation import Conversation
+    from relllm.inference.replies import Hearing
+    from relllm.inference.text_conversation import TextConversation
+    from relllm.processing.audio_relllm import AudioSource
 
     System: TypeAlias = Conversation | TextConversation
 
@@ -75,7 +75,7 @@ class Chat:
         self.say(path, text.strip() or None)
 
     def _say_recording(self, text: str) -> None:
-        from relllm.microphone import record
+        from relllm.inference.microphone import record
 
         console.print("[yellow]Recording.[/yellow] Enter ends it.")
         try:
@@ -140,7 +140,7 @@ def chat(
     """
     given = {"instruction": instruction, "system_prompt": system_prompt}
     request = {name: value for name, value in given.items() if value is not None}
-    systems, tokenizers = loading.load_systems(
+    systems, tokenizers = load_systems(
         model,
         text_only=text_only,
         speech_only=speech_only,

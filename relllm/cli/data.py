@@ -52,7 +52,7 @@ def iemocap(
     Example: relllm prepare iemocap corpora/IEMOCAP_full_release --out data/iemocap
     """
     from relllm.data.clips import ClipSettings
-    from relllm.data.iemocap import parse_iemocap
+    from relllm.data.corpora.iemocap import parse_iemocap
 
     options = {
         "label_set": label_set,
@@ -93,7 +93,7 @@ def esd(
     Example: relllm prepare esd "corpora/Emotion Speech Dataset" --leave-speakers-out 0019,0020
     """
     from relllm.data.clips import ClipSettings
-    from relllm.data.esd import parse_esd
+    from relllm.data.corpora.esd import parse_esd
 
     held_out = [name.strip() for name in leave_speakers_out.split(",")] if leave_speakers_out else []
     options = {"label_set": label_set, "language": language, "splits": splits, "leave_speakers_out": held_out}
@@ -117,7 +117,7 @@ def msp_podcast(
     Example: relllm prepare msp-podcast corpora/MSP-Podcast --out data/msp-podcast
     """
     from relllm.data.clips import ClipSettings
-    from relllm.data.msp_podcast import parse_msp_podcast
+    from relllm.data.corpora.msp_podcast import parse_msp_podcast
 
     with _plain_errors():
         corpus = parse_msp_podcast(root, label_set=label_set)
@@ -142,7 +142,7 @@ def folder(
     Example: relllm prepare folder recordings/labels.csv --out data/ours --split train
     """
     from relllm.data.clips import ClipSettings
-    from relllm.data.folder import parse_folder
+    from relllm.data.corpora.folder import parse_folder
 
     with _plain_errors():
         corpus = parse_folder(root, label_set=label_set, split=split, language=language)
@@ -164,7 +164,7 @@ def synthetic(
 
     Example: relllm prepare synthetic --train-clips 2000 --out data/synthetic
     """
-    from relllm.data.synthetic import prepare_synthetic
+    from relllm.demo.synthetic import prepare_synthetic
 
     counts = {"train": train_clips, "validation": validation_clips, "test": test_clips}
     with _plain_errors():
@@ -177,7 +177,7 @@ def examples(out: Annotated[Path, typer.Option(help="Folder of the clips.")] = P
 
     Rule-made prosody (eSpeak NG), not human emotion. `relllm web --examples` shows them; WAV files and an index.
     """
-    from relllm.data.examples import write_examples
+    from relllm.demo.examples import write_examples
 
     with _plain_errors():
         table = Table("emotion", "words")
@@ -193,7 +193,7 @@ def tiny_towers(
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
 ) -> None:
     """Write three tiny towers with random weights, for recipes/smoke.yaml."""
-    from relllm.training.tiny_towers import make_tiny_towers
+    from relllm.demo.tiny_towers import make_tiny_towers
 
     make_tiny_towers(out, seed=seed)
     console.print(f"speech, emotion and llm in [bold]{out}[/bold]")

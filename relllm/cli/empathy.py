@@ -47,7 +47,7 @@ def train(
 
     Example: relllm empathy train --data emotional-reactions-reddit.csv --mechanism ER --encoder roberta-base
     """
-    from relllm.evaluation.empathy_training import EmpathySettings, train_scorer
+    from relllm.evaluation.empathy.scorer_training import EmpathySettings, train_scorer
 
     with _plain_errors():
         settings = EmpathySettings(
@@ -85,7 +85,7 @@ def score(
     """
     import torch
 
-    from relllm.evaluation.empathy_scoring import load_scorers, score_table
+    from relllm.evaluation.empathy.scoring import load_scorers, score_table
 
     out = out or pairs.with_name(f"{pairs.stem}.scored{pairs.suffix}")
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

@@ -53,10 +53,10 @@ def evaluate(
 
     Example: relllm evaluate runs/iemocap data/iemocap --out runs/iemocap-test
     """
+    from relllm.evaluation.evaluating import evaluate as measure
     from relllm.evaluation.folds import evaluate_folds
     from relllm.evaluation.planning import EvaluationSettings
-    from relllm.evaluation.report import report_run
-    from relllm.evaluation.run import evaluate as measure
+    from relllm.evaluation.terminal import report_run
 
     settings = EvaluationSettings(
         model=model,

@@ -26,7 +26,7 @@ def merge(
 
     Example: relllm merge runs/stage2/checkpoint-900 --out re-llm
     """
-    from relllm.checkpoints import merge_checkpoint
+    from relllm.hub.merging import merge_checkpoint
 
     moved = {"audio_tower": audio_tower, "emotion_tower": emotion_tower, "text_model": text_model}
     towers = {name: place for name, place in moved.items() if place is not None}

@@ -57,9 +57,9 @@ def serve(
     from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 
     try:
-        from relllm.serving.engine import EngineSettings
-        from relllm.serving.prompts import Limits
-        from relllm.serving.server import Server, bind, build_service, run
+        from relllm.inference.server.engine import EngineSettings
+        from relllm.inference.server.prompts import Limits
+        from relllm.inference.server.server import Server, bind, build_service, run
     except ImportError as error:
         raise ImportError(f"Serving needs further packages ({error}): `pip install relllm[serve]`.") from error
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from .loading import load_relllm, pick_device
+from .systems import load_relllm, pick_device
 
 app = typer.Typer()
 console = Console()
@@ -30,7 +30,7 @@ def reply(
     """
     from transformers import TextStreamer
 
-    from relllm.inference import reply as answer
+    from relllm.inference.replies import reply as answer
 
     loaded, processor = load_relllm(model, device=pick_device(device), revision=revision)
     given = {"instruction": instruction, "system_prompt": system_prompt}

@@ -39,7 +39,7 @@ def write_targets(
 
     Example: relllm write-targets corpora/esd --text-model Qwen/Qwen2.5-7B-Instruct --out corpora/esd/targets.jsonl
     """
-    from relllm.training.targets import run_write_targets
+    from relllm.data.replies.targets import run_write_targets
 
     given = {"prompt": prompt, "system_prompt": system_prompt}
     try:
@@ -85,7 +85,7 @@ def annotate(
     Example: relllm annotate corpora/esd --emotion-model audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim
     --out corpora/esd/annotated.jsonl
     """
-    from relllm.training.annotate import AnnotationSettings, run_annotate
+    from relllm.data.annotate import AnnotationSettings, run_annotate
 
     settings = AnnotationSettings(emotion_model, revision, overwrite)
     run_annotate(data, out, settings, split=split, batch_size=batch_size, device=device, console=console)
@@ -126,7 +126,7 @@ def plan(context: typer.Context) -> None:
 
     Example: relllm plan --config recipes/stage2_emotion.yaml --gpu-memory 24GB
     """
-    from relllm.training.plan import parse_plan, run_plan
+    from relllm.training.planning.plan import parse_plan, run_plan
 
     if not run_plan(*parse_plan(context.args), console):
         raise typer.Exit(1)

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .loading import load_systems
+from .systems import load_systems
 
 app = typer.Typer()
 console = Console()
@@ -47,9 +47,9 @@ def web(
     """
     from functools import partial
 
-    from relllm.data.examples import read_examples
-    from relllm.web.page import Page
-    from relllm.web.session import System
+    from relllm.demo.examples import read_examples
+    from relllm.inference.web.page import Page
+    from relllm.inference.web.session import System
 
     given = {"instruction": instruction, "system_prompt": system_prompt}
     request = {name: value for name, value in given.items() if value is not None}

@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from relllm.data.report import UNLABELLED, order_emotions
-from relllm.data.rows import CorpusFacts
+from .report import UNLABELLED, order_emotions
+from .rows import CorpusFacts
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _PUBLIC_SETTINGS = (

@@ -21,9 +21,10 @@ from typing import Literal
 
 import numpy as np
 
-from relllm.audio import MAX_DURATION_S, MIN_DURATION_S, SAMPLING_RATE, load_audio, resample
-from relllm.data.parsing import NO_AUDIO
-from relllm.data.rows import Dropped, Row
+from relllm.processing.audio_relllm import MAX_DURATION_S, MIN_DURATION_S, SAMPLING_RATE, load_audio, resample
+
+from .parsing import NO_AUDIO
+from .rows import Dropped, Row
 
 SILENT_PEAK = 1e-3  # -60 dBFS: below it, a clip counts as silent
 CLIPPED_LEVEL = 0.999  # at or above it, so many samples in a row count as clipped
@@ -206,7 +207,7 @@ def _cut(
     row: Row, waveform: np.ndarray, settings: ClipSettings, directory: Path, turns: str
 ) -> Iterator[Clip | Dropped]:
     """The turns of a recording: `<id>-0001` and so on, as files in the data set or embedded."""
-    from relllm.data.segmentation import cut_into_turns
+    from .segmentation import cut_into_turns
 
     spans = cut_into_turns(waveform, max_turn_s=min(MAX_TURN_S, settings.max_duration_s))
     if not spans:

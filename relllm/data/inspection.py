@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from relllm.audio import SAMPLING_RATE, AudioSource, load_audio
-from relllm.data.clips import CLIPPED_LEVEL, CLIPPED_SAMPLES, SILENT_PEAK
-from relllm.data.loading import load_corpus
-from relllm.data.preparing import UNSPLIT, available_cores
-from relllm.data.writing import write_json
 from relllm.labels import DIMENSIONS
+from relllm.processing.audio_relllm import SAMPLING_RATE, AudioSource, load_audio
+
+from .clips import CLIPPED_LEVEL, CLIPPED_SAMPLES, SILENT_PEAK
+from .journal import write_json
+from .loading import load_corpus
+from .preparing import UNSPLIT, available_cores
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -268,7 +269,7 @@ def write_report(inspection: Inspection, out: Path) -> list[Path]:
     Raises:
         ImportError: If there is something to plot and matplotlib is missing (`pip install relllm[data]`).
     """
-    from relllm.data.plots import plot_valence_arousal_labels
+    from .pictures import plot_valence_arousal_labels
 
     content = {
         "data": inspection.data,

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relllm.data.rows import COLUMNS
 from relllm.labels import DIMENSIONS
+
+from .rows import COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

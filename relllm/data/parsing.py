@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from relllm.data.rows import LABEL_SETS
+from .rows import LABEL_SETS
 
 # Reasons of `Dropped`: the same words for the same reason.
 NO_AUDIO = "no audio file"

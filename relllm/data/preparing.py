@@ -28,11 +28,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relllm.data.clips import ClipSettings, read_row
-from relllm.data.report import FORMAT, UNSPLIT, build_report, summarise_shards
-from relllm.data.rows import COLUMNS, Corpus, Dropped, Row, validate_row
-from relllm.data.writing import Journal, name_differences, publish, write_json
 from relllm.labels import DIMENSIONS
+
+from .clips import ClipSettings, read_row
+from .journal import Journal, name_differences, publish, write_json
+from .report import FORMAT, UNSPLIT, build_report, summarise_shards
+from .rows import COLUMNS, Corpus, Dropped, Row, validate_row
 
 if TYPE_CHECKING:
     import pyarrow
@@ -91,13 +92,13 @@ def prepare_corpus(
         BlockingIOError: Another process is writing the data set.
         ImportError: `datasets` or matplotlib is missing (`pip install relllm[data]`), or silero-vad with `vad`.
     """
-    from relllm.data.card import write_card
-    from relllm.data.plots import check_matplotlib, plot_report
+    from .card import write_card
+    from .pictures import check_matplotlib, plot_report
 
     check_matplotlib()
     clips = clips or ClipSettings()
     if clips.vad:
-        from relllm.data.segmentation import load_detector
+        from .segmentation import load_detector
 
         load_detector()  # what is missing is named before the work
     directory = Path(directory).expanduser().absolute()
@@ -345,7 +346,7 @@ def _table_schema(embed_audio: bool) -> pyarrow.Schema:
     """The columns, with what `datasets` wants to know of them."""
     from datasets import Audio, Features, Value
 
-    from relllm.audio import SAMPLING_RATE
+    from relllm.processing.audio_relllm import SAMPLING_RATE
 
     types = {name: Value("float64" if name in DIMENSIONS else "string") for name in COLUMNS}
     types["audio"] = Audio(sampling_rate=SAMPLING_RATE) if embed_audio else Value("string")

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 import soundfile
 
-from relllm.data.rows import Corpus
 from relllm.labels import DIMENSIONS, EMOTIONS, FURTHER_EMOTIONS
 
+from .rows import Corpus
+
 if TYPE_CHECKING:
-    from relllm.data.preparing import Shard
+    from .preparing import Shard
 
 FORMAT = "relllm-data-1"  # raise it when the same rows would give other bytes
 UNSPLIT = "unsplit"  # the files with the rows that belong to no split

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from relllm.audio import AudioSource
 from relllm.labels import DIMENSIONS, EMOTIONS, FURTHER_EMOTIONS
+from relllm.processing.audio_relllm import AudioSource
 
 
 class Row(TypedDict):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relllm.audio import MIN_DURATION_S, SAMPLING_RATE, check_waveform, resample
+from relllm.processing.audio_relllm import MIN_DURATION_S, SAMPLING_RATE, check_waveform, resample
 
 PAUSE_S = 0.2  # the stretch whose quietness counts where a long turn is cut
 
@@ -51,7 +51,7 @@ def cut_into_turns(
 
     Raises:
         ImportError: silero-vad is missing.
-        ValueError: If the waveform is none (see [`~relllm.audio.check_waveform`]), or a setting is out of range.
+        ValueError: If the waveform is none (see [`~relllm.processing.audio_relllm.check_waveform`]), or a setting is out of range.
     """
     check_waveform(waveform, sampling_rate, max_duration_s=float("inf"))
     _check_settings(threshold, min_speech_s, max_turn_s, min_silence_s, padding_s)

@@ -29,10 +29,10 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.training.config import ReLLMSFTConfig
 from relllm.training.run import ReLLMScriptArguments, run_training
 
-from .emotion_tower import train_emotion_tower
 from .joining import add_emotion_tower, join_towers
 from .sentences import synthesize_sentences
 from .steps import claim_folder, compare_systems, evaluate_system, has_learned, once, share, show_replies, write_json
+from .tiny_emotion_tower import train_emotion_tower
 from .understanding import REPEAT_PROMPT, Understanding, measure_understanding, whisper_word_errors
 
 AUDIO_MODEL, TEXT_MODEL = "openai/whisper-tiny.en", "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -16,9 +16,10 @@ import numpy as np
 
 from relllm.data.preparing import prepare_corpus
 from relllm.data.rows import LABEL_SOURCE, Corpus, CorpusFacts, Row
-from relllm.data.synthetic import FACTS, SPLITS, VOICES, Clip, dimensions_of, draw_prosody, speak_clips
-from relllm.data.synthetic_text import REPLIES
 from relllm.labels import EMOTIONS
+
+from .synthetic import FACTS, SPLITS, VOICES, Clip, dimensions_of, draw_prosody, speak_clips
+from .synthetic_text import REPLIES
 
 WHO = (
     *("My sister", "My brother", "My mother", "My father", "My uncle", "My cousin", "My friend", "My neighbour"),

@@ -14,15 +14,15 @@ from transformers import AutoModel
 
 from relllm.evaluation.comparison import compare_runs
 from relllm.evaluation.comparison_tables import comparison_tables, write_comparison
+from relllm.evaluation.evaluating import evaluate
 from relllm.evaluation.planning import EvaluationSettings
-from relllm.evaluation.report import report_run
-from relllm.evaluation.run import evaluate
 from relllm.evaluation.runs import read_run
 from relllm.evaluation.tables import to_rich
+from relllm.evaluation.terminal import report_run
 from relllm.hub.cards import SETTINGS_NAME, write_card
 from relllm.hub.staging import Form
 from relllm.hub.transfer import push_checkpoint
-from relllm.inference import reply
+from relllm.inference.replies import reply
 from relllm.labels import EMOTIONS
 from relllm.processing.processing_relllm import ReLLMProcessor
 

@@ -24,7 +24,6 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from relllm.data.synthetic import synthesize_corpus
 from relllm.labels import EMOTIONS
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
@@ -32,8 +31,9 @@ from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT, build
 from relllm.training.config import ReLLMSFTConfig
 from relllm.training.trainer import ReLLMSFTTrainer
 
-from .emotion_tower import train_emotion_tower
 from .steps import claim_folder, compare_systems, evaluate_system, has_learned, once, share, show_replies
+from .synthetic import synthesize_corpus
+from .tiny_emotion_tower import train_emotion_tower
 
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}  # the paper's
 REPO_ID = "org/re-llm-demo"  # in the card; nothing is sent

@@ -14,9 +14,9 @@ from jiwer import wer
 from transformers import BatchFeature, WhisperForConditionalGeneration, WhisperProcessor
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
-from relllm.audio import load_audio
-from relllm.inference import GREEDY
+from relllm.inference.replies import GREEDY
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.processing.audio_relllm import load_audio
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from relllm.training.collator import ReLLMCollator

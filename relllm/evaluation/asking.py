@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from relllm.inference import generate_answers, score_answers
+from relllm.inference.replies import generate_answers, score_answers
 from relllm.modeling.modeling_relllm import ReLLMAudioOutput
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 

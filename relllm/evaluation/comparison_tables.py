@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from relllm.data.writing import write_json
+from relllm.data.journal import write_json
 
 from .comparison import SYSTEM_TITLES, Cell, Comparison, Gain
 from .measures import Metric

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from relllm.data.journal import write_json
 from relllm.data.loading import column_values
-from relllm.data.writing import write_json
 
+from .evaluating import METRICS, PATIENCE, PLOTS, Score, evaluate, read_predictions, write_predictions
 from .planning import EvaluationSettings
-from .run import METRICS, PATIENCE, PLOTS, Score, evaluate, read_predictions, write_predictions
 from .summary import count_clips, draw_plots, mean_over_folds, summarize
 
 PLACE = "{fold}"
@@ -33,7 +33,7 @@ def evaluate_folds(
         settings ([`EvaluationSettings`]): With `{fold}` in `model`, in the place of the column's value; a text-only
             system may be the same for all folds. `held_out` is made from the folds.
         folds (`str`): A column, `"session"`, for all of its values; or `"session=Ses01,Ses02"`.
-        score (`Callable`, *optional*): See [`~relllm.evaluation.run.evaluate`].
+        score (`Callable`, *optional*): See [`~relllm.evaluation.evaluating.evaluate`].
         progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
     Returns:

@@ -104,7 +104,7 @@ def plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     """Reads data and configuration and checks that every task can be measured.
 
     Raises:
-        ValueError: See [`~relllm.evaluation.run.evaluate`].
+        ValueError: See [`~relllm.evaluation.evaluating.evaluate`].
     """
     config = load_config(settings.model, settings.revision)
     system = resolve_system(config, settings.system, settings.model)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from relllm.data.writing import write_json
+from relllm.data.journal import write_json
 from relllm.evaluation.fingerprints import model_fingerprint
 
 from .evidence import EVIDENCE_FORMAT, EVIDENCE_NAME, eval_results, read_evidence, read_run

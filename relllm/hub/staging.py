@@ -14,8 +14,7 @@ from typing import Literal
 from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import custom_object_save
 
-from relllm.checkpoints import merge_checkpoint
-from relllm.data.writing import write_json
+from relllm.data.journal import write_json
 from relllm.evaluation.fingerprints import model_fingerprint
 from relllm.modeling.modeling_relllm import AUTO_CLASSES, ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
@@ -23,6 +22,7 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 from .evidence import EVIDENCE_NAME, read_evidence
 from .files import take_inventory
 from .licences import is_local
+from .merging import merge_checkpoint
 
 Form = Literal["light", "full"]
 CARD_FILES = ("README.md", "LICENSE", "NOTICE", EVIDENCE_NAME, "training_settings.json", "plots/")

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .cards import check_card
 from .files import take_inventory
-from .loading import check_loads
+from .load_check import check_loads
 from .staging import Form, stage
 
 logger = logging.get_logger(__name__)

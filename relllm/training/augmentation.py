@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from relllm.audio import MAX_DURATION_S, MIN_DURATION_S, SAMPLING_RATE, load_audio
+from relllm.processing.audio_relllm import MAX_DURATION_S, MIN_DURATION_S, SAMPLING_RATE, load_audio
 
 from .augmentation_effects import (
     CODECS,

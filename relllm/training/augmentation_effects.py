@@ -13,7 +13,7 @@ import io
 import numpy as np
 import soundfile
 
-from relllm.audio import SAMPLING_RATE, resample
+from relllm.processing.audio_relllm import SAMPLING_RATE, resample
 
 TELEPHONE_BAND_HZ = (300.0, 3400.0)
 _TELEPHONE_TAPS = 511  # at 16 kHz: the edges of the band are about 110 Hz wide

@@ -28,7 +28,7 @@ from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 
 from .augmentation import AugmentationSettings
-from .emotion_tower import EmotionTowerTrainer
+from .emotion_training import EmotionTowerTrainer
 from .losses import ccc_loss
 from .run import checkpoint_to_resume
 from .settings import SettingsParser

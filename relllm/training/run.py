@@ -14,8 +14,8 @@ from typing import Literal
 from datasets import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
+from relllm.data.journal import write_json
 from relllm.data.loading import load_corpus
-from relllm.data.writing import write_json
 
 from .augmentation import AugmentationSettings
 from .building import build_model

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from relllm.data.writing import write_json
+from relllm.data.journal import write_json
 from relllm.modeling.light_checkpoint_relllm import fingerprint
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration, ReLLMModel
 from relllm.modeling.towers_relllm import TowerOutputs

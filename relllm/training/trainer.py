@@ -31,8 +31,8 @@ from .freezing import TrainableTableCallback, lora_counts_as_adapter, prepare_tr
 from .fused_head import return_heads
 from .lengths import row_lengths
 from .losses import IGNORE_INDEX
-from .metrics import RunningMeans, concordances, recognition
 from .objective import TARGETS, Objective, keep_labels
+from .running_metrics import RunningMeans, concordances, recognition
 from .tower_cache import TowerCacheMixin
 
 logger = logging.get_logger(__name__)

@@ -1,0 +1,95 @@
+"""A command's flags from the dataclass of its settings, so that each is declared, and explained, once.
+
+A field is an option: its name is the flag, its default the flag's, `metadata` what Typer shows and checks:
+`{"help": "…"}`, and where it applies `"min"` and `"max"`, `"argument": True` (no flag in front) and `"flags"` (other
+spellings). A field that is a tuple is given with commas. `output_dir` may be written `--out`.
+
+The dataclasses live in their rooms, in files that import nothing heavy: `relllm --help` reads them all.
+"""
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+ALIASES = {"output_dir": ["--out"]}
+
+
+def from_settings(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a command: each of its parameters that is a dataclass becomes one option (or argument) a field.
+
+    @app.command()
+    @from_settings
+    def evaluate(settings: EvaluationSettings, folds: Annotated[str | None, typer.Option(help="…")] = None): ...
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    settings: dict[str, type] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        kind = hints[parameter.name]
+        if dataclasses.is_dataclass(kind):
+            settings[parameter.name] = typing.cast(type, kind)
+            own = typing.get_type_hints(kind, include_extras=True)
+            parameters += [_parameter(field, own[field.name]) for field in dataclasses.fields(kind) if field.init]
+        else:
+            parameters.append(parameter.replace(annotation=kind))
+
+    def command(**given: Any) -> None:
+        for name, kind in settings.items():
+            own = {
+                field.name: _split(given.pop(field.name), field) for field in dataclasses.fields(kind) if field.init
+            }
+            given[name] = kind(**own)
+        function(**given)
+
+    keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    command.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword}
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    return command
+
+
+def same_flag(name: str) -> str:
+    """`--output_dir` is `--output-dir`: Click asks this of every name that it defines and that it is given."""
+    return name.replace("_", "-")
+
+
+def _parameter(field: dataclasses.Field, kind: Any) -> inspect.Parameter:
+    """One option or argument, as Typer takes it from a signature."""
+    told: Mapping[str, Any] = field.metadata
+    limits = {name: told[name] for name in ("min", "max") if name in told}
+    default = field.default
+    if default is dataclasses.MISSING:
+        default = inspect.Parameter.empty
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+    if _is_tuple(kind):
+        kind = str if default is inspect.Parameter.empty else str | None
+        default = ",".join(default) if isinstance(default, tuple) else default
+    if told.get("argument"):
+        info: Any = typer.Argument(help=told["help"], **limits)
+    else:
+        flag = "--" + field.name.replace("_", "-")
+        if kind is bool:
+            flag = f"{flag}/--no{flag[1:]}" if default else flag
+        info = typer.Option(flag, *told.get("flags", ALIASES.get(field.name, [])), help=told["help"], **limits)
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+    )
+
+
+def _is_tuple(kind: Any) -> bool:
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    return any(typing.get_origin(one) is tuple for one in kinds)
+
+
+def _split(value: Any, field: dataclasses.Field) -> Any:
+    """A tuple from what was written with commas; anything else as it is."""
+    hint = field.type if isinstance(field.type, str) else str(field.type)
+    if isinstance(value, str) and "tuple[" in hint:
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value

@@ -1,0 +1,278 @@
+"""Arousal, dominance and valence where a corpus has none, read by an emotion tower (the paper's ESD).
+
+A model's reading is no label: every row says in `dimension_source` where its three numbers come from.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Features, Value
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import Wav2Vec2FeatureExtractor
+
+from relllm.labels import DIMENSIONS
+from relllm.modeling.audio_tower_relllm import count_frames
+from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
+from relllm.processing.audio_relllm import AudioSource
+from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
+
+from .journal import (
+    Journal,
+    check_out,
+    find_complete,
+    journal_path,
+    report_path,
+    rows_fingerprint,
+    write_json,
+    write_rows,
+)
+from .loading import load_corpus
+from .rows import LABEL_SOURCE, PSEUDO_SOURCE
+
+DIGITS = 6  # of a reading; more would differ between machines
+MARGIN = 0.5  # beyond [0, 1] by more than this is no reading of the scale
+
+
+@dataclass(frozen=True)
+class AnnotationSettings:
+    """What makes the readings of one file comparable; a resumed run must have the same.
+
+    Args:
+        emotion_model (`str`): Id or path of the tower.
+        revision (`str`, *optional*, defaults to `"main"`): Of the tower on the Hub.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether numbers that are there are replaced.
+    """
+
+    emotion_model: str
+    revision: str = "main"
+    overwrite: bool = False
+
+    @property
+    def source(self) -> str:
+        """What `dimension_source` says of a reading."""
+        revision = "" if self.revision == "main" else f"@{self.revision}"
+        return f"{PSEUDO_SOURCE}{self.emotion_model}{revision}"
+
+
+def annotate_rows(
+    rows: Dataset,
+    out: Path,
+    model: ReLLMEmotionModel,
+    settings: AnnotationSettings,
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> dict:
+    """Fills in arousal, dominance and valence of the rows that have none of the three, and says so in the data.
+
+    The output has every row of the input, in its order, with the three columns and `dimension_source`: `"label"` where
+    the corpus had numbers, `"pseudo:<model>"` where the tower read them, `None` where there are none. A row with one
+    or two of the three keeps what it has: a row names one source, so it is not filled up.
+
+    The tower's outputs are not bounded, and training takes [0, 1] only: a value beyond by up to 0.5 is clipped and
+    counted, with its row and the raw value in the report, because it means "at the end of the scale"; a row with a
+    value further off, or none at all, is left without and reported, because a tower of another scale would
+    otherwise turn into a file full of ones. So are rows whose audio cannot be read. Killed, it goes on where it was.
+
+    Args:
+        rows (`datasets.Dataset`): With `id` and `audio`, undecoded.
+        out (`Path`): `.jsonl` or `.parquet`.
+        model ([`ReLLMEmotionModel`]): On the device it is to run on.
+        settings ([`AnnotationSettings`]): Whose readings, and whether they replace what is there.
+        batch_size (`int`, *optional*, defaults to 16): Windows (of up to 30 s) read at once.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+
+    Returns:
+        `dict`: The report: `settings`, `rows`, `read`, `kept` (source -> count), `partly_labelled`, `clipped` and
+        `not_read` (with ids and values or reasons).
+
+    Raises:
+        ValueError: If the data lacks `id` or `audio`, or `out` belongs to a run with other settings.
+        FileExistsError: If `out` is there from another run.
+    """
+    if lacking := sorted({"id", "audio"} - set(rows.column_names)):
+        raise ValueError(f"The data lacks the columns {lacking}; it has {rows.column_names}.")
+    check_out(rows, out)
+    run = {"task": "annotate", **asdict(settings), "data": rows_fingerprint(rows, ("id", *DIMENSIONS))}
+    if (complete := find_complete(out, run)) is not None:
+        return complete
+    rows = _with_columns(rows)
+    labels = rows.remove_columns("audio").to_list()
+    todo = [index for index, row in enumerate(labels) if settings.overwrite or not _values(row)]
+    with Journal(journal_path(out), run) as journal:
+        bar = tqdm(
+            total=len(todo), initial=len(journal.done), desc="Reading emotion", unit="clip", disable=not progress
+        )
+        with bar:
+            for entries in _read(model, rows, todo, journal.done, batch_size):
+                journal.append(entries)
+                bar.update(len(entries))
+        found = dict(journal.done)
+    annotated = [_annotate(row, found.get(row["id"]), settings) for row in labels]
+    report = _report(run, labels, annotated, found)
+    write_json(report, report_path(out))
+    write_rows(_replace_columns(rows, annotated), out)
+    journal_path(out).unlink()
+    return report
+
+
+def read_dimensions(model: ReLLMEmotionModel, clips: Sequence[AudioSource]) -> list[list[float] | str]:
+    """Arousal, dominance and valence of each clip, or why it cannot be read.
+
+    A clip is normalised as in RE-LLM; one longer than 30 s is cut into windows, averaged by their frames.
+
+    Args:
+        model ([`ReLLMEmotionModel`]): The tower.
+        clips: Paths, URLs, bytes, arrays or tensors.
+    """
+    cutter = ReLLMFeatureExtractor()
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    results: list[list[float] | str] = []
+    windows, owners = [], []
+    for clip in clips:
+        try:
+            cut = cutter.cut_windows(cutter.read_clip(clip))
+        except (OSError, ValueError, TypeError) as error:
+            results.append(f"{error}")
+            continue
+        windows += cut
+        owners += [len(results)] * len(cut)
+        results.append([])
+    if not windows:
+        return results
+    batch = extractor(windows, sampling_rate=cutter.sampling_rate, padding=True, return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        dimensions = model(batch["input_values"].to(model.dtype), batch["attention_mask"]).dimensions
+    frames = count_frames(model.config.encoder_config, batch["attention_mask"].sum(-1)).double()
+    owner = torch.tensor(owners, device=model.device)
+    for index in sorted(set(owners)):
+        share = torch.where(owner == index, frames, 0)
+        values = (share / share.sum()) @ dimensions.double()
+        results[index] = [round(value, DIGITS) for value in values.tolist()]
+    return results
+
+
+def run_annotate(
+    data: str,
+    out: Path,
+    settings: AnnotationSettings,
+    *,
+    split: str | None,
+    batch_size: int,
+    device: str,
+    console: Console,
+) -> dict:
+    """The command `relllm annotate`; its options are described there.
+
+    Returns:
+        `dict`: The report of [`annotate_rows`].
+    """
+    rows = load_corpus(data, split or "all")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = ReLLMEmotionModel.from_pretrained(settings.emotion_model, revision=settings.revision)
+    assert isinstance(model, ReLLMEmotionModel)  # with `output_loading_info` it would be a pair
+    report = annotate_rows(rows, out, model.to(device).eval(), settings, batch_size=batch_size)
+    console.print(report_table(report))
+    console.print(f"Rows: [bold]{out}[/bold]; clipped and unread ones by id: {report_path(out)}")
+    return report
+
+
+def report_table(report: Mapping) -> Table:
+    """The counts of a report of [`annotate_rows`], for the terminal."""
+    settings = report["settings"]
+    table = Table("", "rows", title=f"Dimensions read by {settings['emotion_model']}", title_justify="left")
+    table.add_row("in the data", str(report["rows"]))
+    table.add_row("read", str(report["read"]))
+    for source, count in report["kept"].items():
+        table.add_row(f"kept: {source}", str(count))
+    table.add_row("left with one or two of the three", str(report["partly_labelled"]["count"]))
+    table.add_row("clipped to [0, 1]", str(report["clipped"]["count"]))
+    table.add_row("not read", str(report["not_read"]["count"]))
+    for row_id, reason in list(report["not_read"]["reasons"].items())[:3]:
+        table.add_row(f"  {row_id}", f"{reason:.100}")
+    return table
+
+
+def _read(
+    model: ReLLMEmotionModel, rows: Dataset, todo: Sequence[int], done: Mapping[str, dict], batch_size: int
+) -> Iterator[list[dict]]:
+    """Journal entries batch by batch. Batches are planned over all rows, so that a resumed run reads the same ones."""
+    for start in range(0, len(todo), batch_size):
+        batch = rows.select(todo[start : start + batch_size])
+        if all(row_id in done for row_id in batch["id"]):
+            continue
+        entries = []
+        for row_id, result in zip(batch["id"], read_dimensions(model, list(batch["audio"])), strict=True):
+            reason = result if isinstance(result, str) else _off_scale(result)
+            entries.append({"id": row_id, **({"reason": reason} if reason else {"values": result})})
+        yield [entry for entry in entries if entry["id"] not in done]
+
+
+def _off_scale(values: Sequence[float]) -> str | None:
+    if all(math.isfinite(value) and -MARGIN <= value <= 1 + MARGIN for value in values):
+        return None
+    return f"The tower gives {[float(f'{value:.3g}') for value in values]}, which is not on the scale [0, 1]."
+
+
+def _annotate(row: Mapping, entry: Mapping | None, settings: AnnotationSettings) -> dict:
+    """The three numbers and their source, of one row."""
+    if entry is not None and "values" in entry:
+        clipped = (min(max(value, 0.0), 1.0) for value in entry["values"])
+        return {**dict(zip(DIMENSIONS, clipped, strict=True)), "dimension_source": settings.source}
+    source = (row["dimension_source"] or LABEL_SOURCE) if _values(row) else None
+    return {**{name: row[name] for name in DIMENSIONS}, "dimension_source": source}
+
+
+def _values(row: Mapping) -> list[float]:
+    return [row[name] for name in DIMENSIONS if row[name] is not None]
+
+
+def _report(run: Mapping, labels: Sequence[Mapping], annotated: Sequence[Mapping], found: Mapping[str, dict]) -> dict:
+    kept: dict[str, int] = {}
+    partly = []
+    for row, result in zip(labels, annotated, strict=True):
+        if "values" in found.get(row["id"], {}) or not _values(row):
+            continue
+        kept[result["dimension_source"]] = kept.get(result["dimension_source"], 0) + 1
+        if len(_values(row)) < len(DIMENSIONS):
+            partly.append(row["id"])
+    readings = {row["id"]: found[row["id"]]["values"] for row in labels if "values" in found.get(row["id"], {})}
+    clipped = {row_id: values for row_id, values in readings.items() if min(values) < 0 or max(values) > 1}
+    reasons = {row["id"]: found[row["id"]]["reason"] for row in labels if "reason" in found.get(row["id"], {})}
+    return {
+        "settings": json.loads(json.dumps(run)),
+        "rows": len(labels),
+        "read": len(readings),
+        "kept": kept,
+        "partly_labelled": {"count": len(partly), "ids": partly},
+        "clipped": {"count": len(clipped), "raw_values": clipped},
+        "not_read": {"count": len(reasons), "reasons": reasons},
+    }
+
+
+def _with_columns(rows: Dataset) -> Dataset:
+    """With the three dimensions and their source, empty where the data lacks them."""
+    for name in (*DIMENSIONS, "dimension_source"):
+        if name not in rows.column_names:
+            dtype = "string" if name == "dimension_source" else "float64"
+            rows = rows.add_column(name, [None] * len(rows), feature=Value(dtype))
+    return rows
+
+
+def _replace_columns(rows: Dataset, annotated: Sequence[Mapping]) -> Dataset:
+    types = {name: Value("float64") for name in DIMENSIONS} | {"dimension_source": Value("string")}
+    order = list(Features({**rows.features, **types}))
+    rows = rows.remove_columns(list(types))
+    for name, dtype in types.items():
+        rows = rows.add_column(name, [row[name] for row in annotated], feature=dtype)
+    return rows.select_columns(order)
+
+
+__all__ = ["AnnotationSettings", "annotate_rows", "read_dimensions", "report_table", "run_annotate"]

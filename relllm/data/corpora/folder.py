@@ -1,0 +1,182 @@
+"""Your own speech as rows: a table with paths and any of the columns, or a bare folder of audio files.
+
+What lives here: reading the table, and finding the files. What does not: decoding audio (`clips.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+from relllm.labels import DIMENSIONS, canonical_emotion
+
+from ..loading import read_table
+from ..parsing import (
+    OUTSIDE_SCALE,
+    OUTSIDE_SET,
+    REPEATED,
+    UNKNOWN_EMOTION,
+    check_label_set,
+    is_outside,
+    list_folder,
+    name_some,
+)
+from ..rows import COLUMNS, LABEL_SOURCE, Corpus, CorpusFacts, Dropped, LabelSet, Row, validate_row
+
+TABLES = (".jsonl", ".csv")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".sph")
+OTHER_SUFFIXES = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".mkv", ".amr", ".3gp", ".mov")  # soundfile cannot
+PATH_COLUMNS = ("audio", "path", "file_name")  # the last is that of the audio folders of `datasets`
+
+# Reasons of `Dropped` that no other corpus has.
+BAD_ROW = "row does not validate"
+NO_PATH = "no path of a local file"
+
+_TERMS = (
+    "Your own recordings: nothing is known here of the consent of those who speak. Publish neither audio nor "
+    "transcripts unless they agreed to it."
+)
+
+
+def parse_folder(
+    root: Path, *, label_set: LabelSet = "all", split: str | None = None, language: str | None = None
+) -> Corpus:
+    """Reads a table of utterances, or lists the audio files of a folder.
+
+    Args:
+        root (`Path`): A `.csv` or `.jsonl` file, whose audio paths are relative to its folder; or a folder, with
+            `metadata.jsonl` or `metadata.csv` in it, or else audio files at any depth. Where no table gives an id, it
+            is the path without its suffix.
+        label_set (`LabelSet`, *optional*, defaults to `"all"`): Rows of other emotions are left out; rows without one
+            stay with `"all"` only.
+        split, language (`str`, *optional*): Of the rows that name none.
+
+    Returns:
+        `Corpus`: Its notes name the columns of the table that a row has no place for.
+
+    Raises:
+        FileNotFoundError: Nothing is at `root`.
+        ValueError: `root` is another kind of file, a folder without audio, a table without a column of paths, or a
+            line is no row.
+    """
+    check_label_set(label_set)
+    root = root.expanduser().absolute()
+    table = _find_table(root)
+    folder = root if table is None else table.parent
+    facts = CorpusFacts("folder", folder.name, language or "", "other", _TERMS, "", "")
+    corpus = Corpus(facts, [], [], [])
+    found = _list_audio_files(folder, corpus) if table is None else _read_fields(table, corpus)
+    seen: set[str] = set()
+    for place, fields in found:
+        made = _make_row(fields, place, folder, defaults={"split": split, "language": language})
+        if isinstance(made, Dropped):
+            corpus.dropped.append(made)
+        elif made["id"] in seen:
+            corpus.dropped.append(Dropped(made["id"], REPEATED, place))
+        elif is_outside(made["emotion"], label_set):
+            corpus.dropped.append(Dropped(made["id"], OUTSIDE_SET, str(made["emotion"])))
+        else:
+            seen.add(made["id"])
+            corpus.rows.append(made)
+    return corpus
+
+
+def _find_table(root: Path) -> Path | None:
+    """The table at `root`, or in it; `None` for a bare folder."""
+    if root.is_dir():
+        found = [root / f"metadata{suffix}" for suffix in TABLES if (root / f"metadata{suffix}").is_file()]
+        if len(found) > 1:
+            raise ValueError(f"{root} holds {name_some(path.name for path in found)}. Give the one to read.")
+        return found[0] if found else None
+    if not root.exists():
+        raise FileNotFoundError(f"Nothing is at {root}. Give a .csv or .jsonl table, or a folder of audio files.")
+    if root.suffix.lower() not in TABLES:
+        raise ValueError(f"{root} is a {root.suffix or 'nameless kind of'} file; expected .csv, .jsonl or a folder.")
+    return root
+
+
+def _list_audio_files(folder: Path, corpus: Corpus) -> list[tuple[str, dict[str, object]]]:
+    """Place and fields of each audio file, sorted by path."""
+    found: list[tuple[str, dict[str, object]]] = []
+    others = 0
+    for path in _walk(folder):
+        if path.suffix.lower() in AUDIO_SUFFIXES + OTHER_SUFFIXES:
+            found.append((str(path), {"audio": str(path.relative_to(folder))}))
+        else:
+            others += 1
+    if not found:
+        raise ValueError(
+            f"{folder} holds no audio files ({', '.join(AUDIO_SUFFIXES)}) and no metadata.jsonl or metadata.csv. "
+            "Give the table itself if it has another name."
+        )
+    if others:
+        corpus.notes.append(f"Files that are no audio, left out: {others:,}.")
+    return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    folders, files = list_folder(folder)
+    yield from (folder / name for name in files)
+    for name in folders:
+        yield from _walk(folder / name)
+
+
+def _read_fields(table: Path, corpus: Corpus) -> list[tuple[str, dict[str, object]]]:
+    """Place and known fields of each line; `audio` from whichever column has the paths."""
+    lines = [(f"{table.name}:{number}", fields) for number, fields in read_table(table)]
+    if not lines:
+        raise ValueError(f"{table} holds no rows.")
+    names = list(dict.fromkeys(name for _, fields in lines for name in fields))
+    column = next((name for name in PATH_COLUMNS if name in names), None)
+    if column is None:
+        raise ValueError(
+            f"{table} has the columns {names}, none of {', '.join(PATH_COLUMNS)}. Name the paths `audio`."
+        )
+    if strange := [name for name in names if name not in COLUMNS and name != column]:
+        corpus.notes.append(f"Columns that a row has no place for, left out: {name_some(strange)}.")
+    return [
+        (
+            place,
+            {name: fields.get(column if name == "audio" else name) for name in COLUMNS if name in {*fields, "audio"}},
+        )
+        for place, fields in lines
+    ]
+
+
+def _make_row(
+    fields: Mapping[str, object], place: str, folder: Path, *, defaults: Mapping[str, str | None]
+) -> Row | Dropped:
+    """A valid row, or why it is none."""
+    audio = fields["audio"]
+    if not isinstance(audio, str) or not audio or "://" in audio:
+        return Dropped(str(fields.get("id") or place), NO_PATH, f"{place}: {audio!r:.200}")
+    row: dict[str, object] = {name: _as_text(name, fields.get(name)) for name in COLUMNS}
+    row |= {name: value for name, value in defaults.items() if row[name] is None}
+    row["id"] = row["id"] or os.path.splitext(audio)[0]
+    row["audio"] = str(folder / audio)
+    known = [name for name in DIMENSIONS if row[name] is not None]
+    if known and row["dimension_source"] is None:
+        row["dimension_source"] = LABEL_SOURCE
+    for name in known:
+        value = row[name]
+        if isinstance(value, (int, float)) and not 0 <= value <= 1:
+            return Dropped(str(row["id"]), OUTSIDE_SCALE, f"{place}: {name} is {value}, expected [0, 1]")
+    try:
+        if isinstance(row["emotion"], str):
+            row["emotion"] = canonical_emotion(row["emotion"])
+    except ValueError as error:
+        return Dropped(str(row["id"]), UNKNOWN_EMOTION, f"{place}: {error}")
+    try:
+        validate_row(row)
+    except ValueError as error:
+        return Dropped(str(row["id"]), BAD_ROW, f"{place}: {error}")
+    return cast(Row, row)
+
+
+def _as_text(name: str, value: object) -> object:
+    """A number as a name: tables have speakers 1, 2, 3. An empty text is a missing value."""
+    if name not in DIMENSIONS and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return None if value == "" else value

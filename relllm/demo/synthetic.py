@@ -1,0 +1,352 @@
+"""A small corpus of synthetic speech in five emotions, for the demo and for tests.
+
+What lives here: the plan (who says what, how, and what the reply is), making its audio, and the reader. What does not:
+the sentences and replies (`synthetic_text.py`), the synthesiser (`espeak.py`), writing the data set (`preparing.py`).
+
+This is rule-made prosody, not human emotion: a model that learns it shows that the pipeline learns from how something
+is said. Results on it say nothing about people, and everything built on it should say so.
+
+Design:
+- An emotion is a distribution of rate, pitch, pitch range and loudness. The distributions overlap, so no rule gets all
+  right.
+- Every emotion is said by the same voices in the same sentences, so neither gives the emotion away.
+- Splits share no voice and no sentence. A clip depends on the seed and its own place only, never on the size of the
+  corpus.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import wave
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from relllm.data.loading import load_corpus
+from relllm.data.preparing import prepare_corpus
+from relllm.data.rows import COLUMNS, LABEL_SOURCE, Corpus, CorpusFacts, Row
+from relllm.labels import EMOTIONS
+from relllm.processing.audio_relllm import SAMPLING_RATE, resample
+
+from .espeak import Utterance, speak
+from .synthetic_text import REPLIES, SENTENCES, Sentence
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+
+SPLITS = ("train", "validation", "test")
+
+FACTS = CorpusFacts(
+    name="synthetic",
+    title="Synthetic emotional speech",
+    language="en",
+    licence="apache-2.0",
+    terms=(
+        "Made by relllm with eSpeak NG: rule-made prosody, not human emotion. Results on it say nothing about people. "
+        "It may be published."
+    ),
+    homepage="",
+    citation="",
+)
+
+# Variants of eSpeak NG that sound clean. The test variants (m7, f3) are heard nowhere else; validation has an accent
+# of its own.
+VOICES = {
+    "train": tuple(
+        accent + variant for variant in ("", "+m1", "+m3", "+f2", "+shelby") for accent in ("en-us", "en-gb-x-rp")
+    ),
+    "validation": ("en-gb-scotland", "en-gb-scotland+f2"),
+    "test": ("en-us+m7", "en-gb-x-rp+m7", "en-us+f3", "en-gb-x-rp+f3"),
+}
+
+VERSION = 1  # of the plan: raise it when the same settings would give other clips
+
+
+@dataclass(frozen=True)
+class Prosody:
+    """How a clip is said: pitch and pitch range (0 to 99), rate (words a minute), gain (factor on the samples)."""
+
+    pitch: float
+    pitch_range: float
+    rate: float
+    gain: float
+
+
+MEAN_PROSODY = {
+    "neutral": Prosody(50, 50, 175, 0.70),
+    "happy": Prosody(62, 90, 195, 0.85),
+    "angry": Prosody(46, 80, 225, 1.00),
+    "sad": Prosody(40, 12, 125, 0.40),
+    "surprise": Prosody(70, 99, 160, 0.85),
+}
+JITTER = Prosody(10, 16, 20, 0.15)  # standard deviations, the same for every emotion; draws beyond two are drawn again
+LIMITS = {"pitch": (0, 99), "pitch_range": (0, 99), "rate": (80, 320), "gain": (0.1, 1.0)}
+
+# dimension = mean of the emotion + sum of weight * (value - mean of the emotion) / jitter. Louder and faster is more
+# aroused, louder and lower more dominant, higher and livelier more positive. With at most two deviations all stay
+# inside [0, 1].
+MEAN_DIMENSIONS = {
+    "neutral": {"arousal": 0.40, "dominance": 0.50, "valence": 0.50},
+    "happy": {"arousal": 0.70, "dominance": 0.62, "valence": 0.86},
+    "angry": {"arousal": 0.84, "dominance": 0.84, "valence": 0.18},
+    "sad": {"arousal": 0.20, "dominance": 0.24, "valence": 0.26},
+    "surprise": {"arousal": 0.74, "dominance": 0.40, "valence": 0.66},
+}
+DIMENSION_WEIGHTS = {
+    "arousal": {"rate": 0.035, "gain": 0.025, "pitch_range": 0.015},
+    "dominance": {"gain": 0.040, "pitch": -0.025, "rate": 0.010},
+    "valence": {"pitch": 0.030, "pitch_range": 0.030},
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One planned clip: the row (with a path relative to the corpus) and how it is said."""
+
+    row: Row
+    prosody: Prosody
+
+
+def synthesize_corpus(
+    directory: str | Path,
+    *,
+    train_clips_per_emotion: int = 180,
+    validation_clips_per_emotion: int = 30,
+    test_clips_per_emotion: int = 40,
+    seed: int = 0,
+    num_proc: int | None = None,
+    progress: bool = True,
+) -> DatasetDict:
+    """Writes the corpus (16 kHz, 16-bit mono WAV), or reuses the one that is there already.
+
+    Args:
+        directory (`str` or `Path`): Where it goes. It appears when it is complete; interrupted, the same call goes on.
+        train_clips_per_emotion (`int`, *optional*, defaults to 180): Clips of each of the five emotions.
+        validation_clips_per_emotion (`int`, *optional*, defaults to 30): The same for validation.
+        test_clips_per_emotion (`int`, *optional*, defaults to 40): The same for test.
+        seed (`int`, *optional*, defaults to 0): Two runs with the same settings give the same bytes.
+        num_proc (`int`, *optional*): Processes; by default as many as there are cores.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+
+    Returns:
+        `datasets.DatasetDict`: `train`, `validation` and `test`, as `load_synthetic_corpus` reads them.
+
+    Raises:
+        FileExistsError: `directory` holds something else, or a corpus with other settings.
+        ValueError: A number of clips below 1, or a half-made corpus of other settings.
+        ImportError: eSpeak NG is missing (`pip install relllm[demo]`).
+    """
+    from datasets import DatasetDict
+
+    counts = {
+        "train": train_clips_per_emotion,
+        "validation": validation_clips_per_emotion,
+        "test": test_clips_per_emotion,
+    }
+    prepare_synthetic(directory, counts, seed=seed, num_proc=num_proc, progress=progress)
+    return DatasetDict({split: load_synthetic_corpus(directory, split) for split in SPLITS})
+
+
+def prepare_synthetic(
+    directory: str | Path,
+    clips_per_emotion: Mapping[str, int],
+    *,
+    seed: int = 0,
+    num_proc: int | None = None,
+    progress: bool = True,
+) -> dict:
+    """What [`synthesize_corpus`] does, and the report in place of the rows; `clips_per_emotion` by split."""
+    rows = [clip.row for split in SPLITS for clip in plan_split(split, clips_per_emotion[split], seed=seed)]
+    return prepare_corpus(
+        Corpus(FACTS, rows, dropped=[], notes=[]),
+        directory,
+        options={"plan": VERSION, "seed": seed, "clips_per_emotion": dict(clips_per_emotion)},
+        make_audio=functools.partial(speak_rows, seed=seed),
+        num_proc=num_proc,
+        progress=progress,
+    )
+
+
+def load_synthetic_corpus(directory: str | Path, split: str) -> Dataset:
+    """Reads one split of a corpus that `synthesize_corpus` wrote.
+
+    Args:
+        directory (`str` or `Path`): The corpus.
+        split (`str`): `"train"`, `"validation"` or `"test"`.
+
+    Returns:
+        `datasets.Dataset`: The columns of `relllm.data.rows.Row`; `audio` is an absolute path, not decoded.
+
+    Raises:
+        FileNotFoundError: No complete corpus there.
+        ValueError: No such split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"Expected a split of {', '.join(SPLITS)}, got {split!r}.")
+    directory = Path(directory).absolute()
+    if not (directory / "report.json").is_file():
+        raise FileNotFoundError(
+            f"No synthetic corpus in {directory}. Write it with `synthesize_corpus({directory!s})`."
+        )
+    return load_corpus(directory, split).select_columns(list(COLUMNS))
+
+
+def plan_split(split: str, clips_per_emotion: int, *, seed: int = 0) -> Iterator[Clip]:
+    """What a split will hold, without synthesising it.
+
+    Args:
+        split (`str`): `"train"`, `"validation"` or `"test"`.
+        clips_per_emotion (`int`): Clips of each emotion; beyond voices x sentences, pairs come again with another
+        prosody. seed (`int`, *optional*, defaults to 0): The seed.
+
+    Yields:
+        `Clip`: The emotions take turns; the five clips of a turn share voice and sentence.
+
+    Raises:
+        ValueError: `clips_per_emotion` is below 1.
+    """
+    if clips_per_emotion < 1:
+        raise ValueError(f"Expected at least 1 {split} clip for each emotion, got {clips_per_emotion}.")
+    for number in range(clips_per_emotion * len(EMOTIONS)):
+        yield plan_clip(split, number, seed=seed)
+
+
+def plan_clip(split: str, number: int, *, seed: int = 0) -> Clip:
+    """One clip of [`plan_split`], by its place."""
+    pairs = _ordered_pairs(split, seed)
+    turn, index = divmod(number, len(EMOTIONS))
+    voice, sentence = pairs[turn % len(pairs)]
+    emotion = EMOTIONS[index]
+    rng = np.random.default_rng([seed, SPLITS.index(split), turn, index])
+    prosody = draw_prosody(emotion, rng)
+    clip_id = f"{split}-{number:05d}"
+    dimensions = dimensions_of(emotion, prosody)
+    row = Row(
+        id=clip_id,
+        audio=f"audio/{clip_id}.wav",
+        text=sentence.text,
+        response=REPLIES[emotion][rng.integers(len(REPLIES[emotion]))].format(topic=sentence.topic),
+        emotion=emotion,
+        arousal=dimensions["arousal"],
+        dominance=dimensions["dominance"],
+        valence=dimensions["valence"],
+        dimension_source=LABEL_SOURCE,
+        speaker=voice,
+        session=None,
+        split=split,
+        language="en",
+    )
+    return Clip(row, prosody)
+
+
+@functools.cache
+def _ordered_pairs(split: str, seed: int) -> list[tuple[str, Sentence]]:
+    """Voices and sentences of a split in the order of their turns."""
+    pairs = list(itertools.product(VOICES[split], SENTENCES[split]))
+    order = np.random.default_rng([seed, SPLITS.index(split)]).permutation(len(pairs))
+    return [pairs[place] for place in order]
+
+
+def draw_prosody(emotion: str, rng: np.random.Generator) -> Prosody:
+    """Draws rate, pitch, pitch range and gain: normal around the means of the emotion, cut at two deviations and at
+    `LIMITS`.
+
+    Args:
+        emotion (`str`): One of `EMOTIONS`.
+        rng (`np.random.Generator`): The source of randomness.
+
+    Returns:
+        `Prosody`: Pitch, pitch range and rate are whole numbers, which is what eSpeak NG takes.
+    """
+    values = {}
+    for name, (lowest, highest) in LIMITS.items():
+        deviation = rng.normal()
+        while abs(deviation) > 2:
+            deviation = rng.normal()
+        value = getattr(MEAN_PROSODY[emotion], name) + deviation * getattr(JITTER, name)
+        value = min(max(value, lowest), highest)
+        values[name] = round(value, 3) if name == "gain" else float(round(value))
+    return Prosody(**values)
+
+
+def dimensions_of(emotion: str, prosody: Prosody) -> dict[str, float]:
+    """Arousal, dominance and valence of a clip: the emotion's means, moved by how this clip is said (see the
+    constants).
+
+    Args:
+        emotion (`str`): One of `EMOTIONS`.
+        prosody (`Prosody`): As drawn for that emotion.
+
+    Returns:
+        `dict[str, float]`: The three dimensions in [0, 1], by name.
+    """
+    mean, values = asdict(MEAN_PROSODY[emotion]), asdict(prosody)
+    deviation = {name: (values[name] - mean[name]) / jitter for name, jitter in asdict(JITTER).items()}
+    return {
+        dimension: round(
+            MEAN_DIMENSIONS[emotion][dimension] + sum(weight * deviation[name] for name, weight in weights.items()), 4
+        )
+        for dimension, weights in DIMENSION_WEIGHTS.items()
+    }
+
+
+def speak_rows(rows: Sequence[Row], directory: Path, *, seed: int) -> None:
+    """Makes the audio of planned rows, as files in `directory`.
+
+    Args:
+        rows (`Sequence[Row]`): Of [`plan_split`].
+        directory (`Path`): What their paths are relative to.
+        seed (`int`): Of the plan.
+
+    Raises:
+        ImportError: eSpeak NG is missing (`pip install relllm[demo]`).
+    """
+    speak_clips(
+        [plan_clip(str(row["split"]), int(row["id"].rpartition("-")[2]), seed=seed) for row in rows], directory
+    )
+
+
+def speak_clips(clips: Sequence[Clip], directory: Path) -> None:
+    """Makes the audio of planned clips, as files in `directory`.
+
+    Args:
+        clips (`Sequence[Clip]`): Whatever planned them; `speaker` is the voice, and `text` is said.
+        directory (`Path`): What their paths are relative to.
+
+    Raises:
+        ImportError: eSpeak NG is missing (`pip install relllm[demo]`).
+    """
+    (directory / "audio").mkdir(parents=True, exist_ok=True)
+    for clip, (samples, rate) in zip(clips, speak(map(_utterance, clips)), strict=True):
+        write_wav(directory / str(clip.row["audio"]), samples, rate, clip.prosody.gain)
+
+
+def _utterance(clip: Clip) -> Utterance:
+    pitch, pitch_range, rate = (
+        int(value) for value in (clip.prosody.pitch, clip.prosody.pitch_range, clip.prosody.rate)
+    )
+    return Utterance(str(clip.row["text"]), str(clip.row["speaker"]), pitch, pitch_range, rate)
+
+
+def write_wav(path: Path, samples: bytes, rate: int, gain: float) -> None:
+    """Write what [`speak`] gave as 16-bit mono WAV at 16 kHz.
+
+    Args:
+        path (`Path`): Of the file.
+        samples (`bytes`), rate (`int`): 16-bit little-endian mono samples and their rate in Hz.
+        gain (`float`): Factor on the samples, at most 1.
+    """
+    waveform = gain * np.frombuffer(samples, "<i2").astype(np.float32) / 32768
+    waveform = resample(waveform, rate, SAMPLING_RATE)
+    # The resampling filter may overshoot full scale by a little.
+    integers = np.clip(np.round(waveform * 32768), -32768, 32767).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLING_RATE)
+        file.writeframes(integers.tobytes())

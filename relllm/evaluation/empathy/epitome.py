@@ -1,0 +1,350 @@
+"""Pairs of a seeker's post and a response: reading EPITOME's CSV files, removing duplicates, splitting, tokens.
+
+What lives here: from the file to tensors. What does not: the model (`empathy_model.py`), training
+(`empathy_training.py`).
+
+Why the split is by seeker post: a post may have several responses, and a model that has seen the post in training has
+an easier time with its others. So all responses to a post are in one split, and duplicates are removed before.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..summary import LEVELS
+from .scorer import IGNORED
+
+TEXTS = ("seeker_post", "response_post")
+COLUMNS = (*TEXTS, "level", "rationales")
+SPLITS = ("train", "validation", "test")
+SHOWN = 20  # lines named in a report
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A labelled pair.
+
+    Attributes:
+        line (`int`): Of the file, the last one of its row.
+        seeker_post (`str`), response_post (`str`): Without white space around them.
+        level (`int`): 0, 1 or 2.
+        spans (`tuple[tuple[int, int], ...]` or `None`): Characters of the response that are a rationale, first and one
+            past the last; `None` where it is not known which are.
+    """
+
+    line: int
+    seeker_post: str
+    response_post: str
+    level: int
+    spans: tuple[tuple[int, int], ...] | None
+
+
+def read_pairs(path: Path) -> tuple[list[Pair], dict]:
+    """Reads labelled pairs, each once.
+
+    Of duplicates (the same post and the same response) the first is kept. Rows with an empty post or response are left
+    out. A pair whose rationale does not occur in its response, or whose level is above 0 without any, teaches its
+    level only. All of these are counted in the report.
+
+    Args:
+        path (`Path`): A CSV file with the columns `seeker_post`, `response_post`, `level` and `rationales`, which are
+            parts of the response, separated by `|`. Further columns (`sp_id`, `rp_id`) are not read.
+
+    Returns:
+        `tuple[list[Pair], dict]`: In the order of the file, and the report.
+
+    Raises:
+        ValueError: If a column is missing, a level is none of 0, 1, 2, or the file is no CSV; with the line.
+    """
+    pairs: list[Pair] = []
+    first: dict[tuple[str, str], Pair] = {}
+    dropped: dict[str, list[int]] = {f"empty {name}": [] for name in TEXTS}
+    duplicates: list[int] = []
+    contradicting: list[int] = []
+    notes: dict[str, list[int]] = {"rationale not in the response": [], "level without a rationale": []}
+    num_rows = 0
+    for line, row in read_csv(path, COLUMNS):
+        num_rows += 1
+        texts = (row["seeker_post"].strip(), row["response_post"].strip())
+        level = _read_level(row["level"], f"{path}:{line}")
+        if "" in texts:
+            dropped[f"empty {TEXTS[texts.index('')]}"].append(line)
+        elif texts in first:
+            duplicates.append(line)
+            if first[texts].level != level:
+                contradicting.append(line)
+        else:
+            rationales = [part.strip() for part in row["rationales"].split("|") if part.strip()]
+            spans = [find_rationale(part, texts[1]) for part in rationales]
+            known = tuple(span for span in spans if span is not None)
+            if len(known) < len(spans):
+                notes["rationale not in the response"].append(line)
+            elif level > 0 and not spans:
+                notes["level without a rationale"].append(line)
+            is_known = len(known) == len(spans) and (level == 0 or bool(spans))
+            first[texts] = Pair(line, *texts, level, known if is_known else None)
+            pairs.append(first[texts])
+    report = {
+        "num_rows": num_rows,
+        "num_pairs": len(pairs),
+        "duplicates_removed": _counted(duplicates),
+        "duplicates_with_another_level": _counted(contradicting),
+        "dropped": {reason: _counted(lines) for reason, lines in dropped.items()},
+        "rationale_not_known": {reason: _counted(lines) for reason, lines in notes.items()},
+    }
+    return pairs, report
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields line and row of a CSV file with a header.
+
+    Args:
+        path (`Path`): UTF-8, with or without a byte order mark.
+        columns (`Sequence[str]`): That it must have.
+
+    Raises:
+        ValueError: If one is missing, a row has another number of fields than the header, or it is not UTF-8.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            header = list(reader.fieldnames or [])
+            if lacking := [name for name in columns if name not in header]:
+                raise ValueError(
+                    f"{path} lacks the columns {lacking}; it has {header}. Rename them in its first line."
+                )
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{path}:{reader.line_num} has another number of fields than the header's {len(header)}. Put "
+                        "quotes around texts with commas."
+                    )
+                yield reader.line_num, row
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
+        except csv.Error as error:
+            raise ValueError(f"{path}: no CSV after line {reader.line_num} ({error}). Mend the quotes.") from error
+
+
+def find_rationale(rationale: str, response: str) -> tuple[int, int] | None:
+    """Where a rationale stands first in a response, whatever the case and the white space; `None` if nowhere."""
+    pattern = r"\s+".join(map(re.escape, rationale.split()))
+    found = re.search(pattern, response) or re.search(pattern, response, re.IGNORECASE)
+    return found.span() if found else None
+
+
+def split_pairs(
+    pairs: Sequence[Pair], *, seed: int, validation_share: float = 0.1, test_share: float = 0.2
+) -> dict[str, list[Pair]]:
+    """Splits by seeker post, so that no post is in two splits, and each level is in all where there are enough.
+
+    The posts are taken by their highest level, shuffled, and cut. The order of the pairs does not matter.
+
+    Args:
+        pairs (`Sequence[Pair]`): Each once.
+        seed (`int`): Of the shuffle.
+        validation_share (`float`, *optional*, defaults to 0.1), test_share (`float`, *optional*, defaults to 0.2): Of
+            the posts.
+
+    Returns:
+        `dict[str, list[Pair]]`: `train`, `validation` and `test`, each in the order of `pairs`.
+
+    Raises:
+        ValueError: If the shares leave nothing for training, or a split gets no pairs.
+    """
+    if validation_share <= 0 or test_share <= 0 or validation_share + test_share >= 1:
+        raise ValueError(
+            f"validation_share={validation_share} and test_share={test_share}: each must be above 0, the sum below 1."
+        )
+    highest: dict[str, int] = {}
+    for pair in pairs:
+        key = _post_key(pair)
+        highest[key] = max(highest.get(key, 0), pair.level)
+    split_of: dict[str, str] = {}
+    shuffler = random.Random(seed)
+    for level in range(LEVELS):
+        keys = sorted(key for key, value in highest.items() if value == level)
+        shuffler.shuffle(keys)
+        num_test, num_validation = round(test_share * len(keys)), round(validation_share * len(keys))
+        for index, key in enumerate(keys):
+            is_test, is_validation = index < num_test, index < num_test + num_validation
+            split_of[key] = "test" if is_test else "validation" if is_validation else "train"
+    splits = {name: [pair for pair in pairs if split_of[_post_key(pair)] == name] for name in SPLITS}
+    for name, members in splits.items():
+        if not members:
+            raise ValueError(
+                f"{len(highest)} seeker posts are too few: the {name} split gets none. Use more data or other shares."
+            )
+    return splits
+
+
+def describe_split(pairs: Sequence[Pair]) -> dict:
+    """Pairs, posts, pairs of each level, and pairs whose rationale is known."""
+    levels = Counter(pair.level for pair in pairs)
+    return {
+        "num_pairs": len(pairs),
+        "num_seeker_posts": len({_post_key(pair) for pair in pairs}),
+        "levels": [levels[level] for level in range(LEVELS)],
+        "num_with_known_rationale": sum(pair.spans is not None for pair in pairs),
+    }
+
+
+def encode_pairs(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict[str, list[int] | int]]:
+    """Tokens and labels of each pair, for [`PairCollator`].
+
+    A token is in a rationale if it shares a character with one.
+
+    Args:
+        pairs (`Sequence[Pair]`), tokenizer (`PreTrainedTokenizerBase`): A fast one, which knows a token's characters.
+        max_length (`int`): Tokens of a text; the rest is cut.
+
+    Raises:
+        ValueError: If the tokenizer is not a fast one.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not say which characters a token is of. Use an encoder with a fast "
+            "tokenizer (tokenizer.json)."
+        )
+    features = encode_texts([(pair.seeker_post, pair.response_post) for pair in pairs], tokenizer, max_length)
+    responses = tokenizer(
+        [pair.response_post for pair in pairs],
+        truncation=True,
+        max_length=max_length,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )
+    for index, (feature, pair) in enumerate(zip(features, pairs, strict=True)):
+        offsets, special = responses["offset_mapping"][index], responses["special_tokens_mask"][index]
+        feature["level_labels"] = pair.level
+        feature["rationale_labels"] = [
+            IGNORED if is_special or pair.spans is None else int(_overlaps(offset, pair.spans))
+            for offset, is_special in zip(offsets, special, strict=True)
+        ]
+    return features
+
+
+def encode_texts(
+    pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict[str, list[int] | int]]:
+    """Tokens of each `(seeker post, response)`, cut to `max_length`."""
+    cut = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
+    seekers, responses = (tokenizer([pair[side] for pair in pairs], **cut)["input_ids"] for side in (0, 1))
+    return [
+        {"seeker_input_ids": seeker, "response_input_ids": response}
+        for seeker, response in zip(seekers, responses, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Pads a batch of [`encode_pairs`] or [`encode_texts`] on the right.
+
+    Args:
+        pad_token_id (`int`): Of the tokenizer.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, features: Sequence[Mapping]) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = {}
+        for side in ("seeker", "response"):
+            rows = [feature[f"{side}_input_ids"] for feature in features]
+            batch[f"{side}_input_ids"] = _pad(rows, self.pad_token_id)
+            batch[f"{side}_attention_mask"] = _pad([[1] * len(row) for row in rows], 0)
+        if "level_labels" in features[0]:
+            batch["level_labels"] = torch.tensor([feature["level_labels"] for feature in features])
+            batch["rationale_labels"] = _pad([feature["rationale_labels"] for feature in features], IGNORED)
+        return batch
+
+
+def read_table(path: Path) -> list[dict]:
+    """Rows to be scored, with all their columns.
+
+    Args:
+        path (`Path`): `.csv` with a header, or `.jsonl`; with `seeker_post` and `response_post`.
+
+    Raises:
+        ValueError: On another suffix, a missing column or value, an empty seeker post, or no rows; with the line.
+    """
+    if path.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"{path}: expected a file that ends in .csv or .jsonl.")
+    rows = []
+    for line, row in read_csv(path, TEXTS) if path.suffix == ".csv" else _read_jsonl(path):
+        for name in TEXTS:
+            if not isinstance(row.get(name), str):
+                raise ValueError(f"{path}:{line}: {name} is {row.get(name)!r}, expected a text.")
+        if not row["seeker_post"].strip():
+            raise ValueError(f"{path}:{line}: seeker_post is empty: there is nothing to respond to. Take the row out.")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} has no rows.")
+    return rows
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number} is no JSON ({error}).") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number} is no JSON object.")
+            yield number, row
+
+
+def _read_level(value: str, where: str) -> int:
+    try:
+        level = float(value)  # tables written by other programs have 1.0
+    except ValueError:
+        level = -1.0
+    if level not in range(LEVELS):
+        raise ValueError(f"{where}: level is {value!r}, expected 0, 1 or 2.")
+    return int(level)
+
+
+def _post_key(pair: Pair) -> str:
+    """The same for posts that differ in case and white space only."""
+    return " ".join(pair.seeker_post.casefold().split())
+
+
+def _overlaps(offset: tuple[int, int], spans: Iterable[tuple[int, int]]) -> bool:
+    return any(offset[0] < end and start < offset[1] for start, end in spans)
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+def _counted(lines: Sequence[int]) -> dict:
+    return {"count": len(lines), "lines": list(lines[:SHOWN])}
+
+
+__all__ = [
+    "COLUMNS",
+    "Pair",
+    "PairCollator",
+    "describe_split",
+    "encode_pairs",
+    "encode_texts",
+    "find_rationale",
+    "read_csv",
+    "read_pairs",
+    "read_table",
+    "split_pairs",
+]

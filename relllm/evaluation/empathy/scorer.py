@@ -1,0 +1,306 @@
+"""The empathy scorer: a bi-encoder that reads a seeker's post and a response, and gives the response a level of one
+mechanism of empathy and marks the words that carry it (EPITOME, Sharma et al. 2020, arXiv 2009.08441).
+
+What lives here: configuration and model. What does not: the pairs (`empathy_data.py`), training
+(`empathy_training.py`), scoring with trained ones (`empathy_scoring.py`).
+
+The architecture is that of the authors' public code (github.com/behavioral-data/Empathy-Mental-Health): two encoders
+of one kind; one head of attention from the response over the seeker's post, added to the response; on its first
+token dropout, dense, ReLU, dropout, projection to the levels; on every token dropout and a projection to "in a
+rationale" or not. The seeker's encoder is not trained. Where this differs from that code:
+
+- The attention leaves out the padding of the seeker's post, which the code attends to: a pair's score does not depend
+  on the batch.
+- The rationale loss and its metrics leave out special tokens, whose label is known beforehand.
+- The frozen encoder runs without dropout.
+- Both encoders start from any encoder of Transformers. The authors' are RoBERTa, pretrained further on their forum.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import ModelOutput
+
+from ..summary import LEVELS, MECHANISMS
+
+IGNORED = -100  # label of a token that has none
+# Their first position follows the padding id: two positions of the table are never used.
+POSITIONS_AFTER_PADDING = ("camembert", "data2vec-text", "longformer", "mpnet", "roberta", "xlm-roberta")
+
+
+@strict
+class EmpathyScorerConfig(PreTrainedConfig):
+    """Configuration of [`EmpathyScorer`].
+
+    Args:
+        mechanism (`str`, *optional*, defaults to `"ER"`): `"ER"` emotional reactions, `"IP"` interpretations, `"EX"`
+            explorations.
+        encoder_config (`dict` or `PreTrainedConfig`, *optional*, defaults to RoBERTa): Of both encoders.
+        max_length (`int`, *optional*, defaults to 64): Tokens of a post or response, special ones included; what is
+            longer is cut.
+        dropout (`float`, *optional*, defaults to 0.1): In the attention and the heads, in [0, 1).
+        level_loss_weight (`float`, *optional*, defaults to 1.0): Of the cross-entropy over levels.
+        rationale_loss_weight (`float`, *optional*, defaults to 0.5): Of the cross-entropy over tokens.
+
+    Raises:
+        ValueError: On an unknown mechanism, a model that is no encoder, more tokens than it has positions, or a number
+            outside its range.
+    """
+
+    model_type = "relllm_empathy_scorer"
+    sub_configs = {"encoder_config": AutoConfig}
+    keys_to_ignore_at_inference = ["level_loss", "rationale_loss"]
+
+    mechanism: str = "ER"
+    encoder_config: dict | PreTrainedConfig | None = None
+    max_length: int = 64
+    dropout: float = 0.1
+    level_loss_weight: float = 1.0
+    rationale_loss_weight: float = 0.5
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: object) -> None:
+        if self.encoder_config is None:
+            self.encoder_config = CONFIG_MAPPING["roberta"]()
+        elif isinstance(self.encoder_config, dict):
+            self.encoder_config = CONFIG_MAPPING[self.encoder_config["model_type"]](**self.encoder_config)
+        kwargs.setdefault("num_labels", LEVELS)
+        super().__post_init__(**kwargs)
+        if self.mechanism not in MECHANISMS:
+            raise ValueError(f"mechanism must be one of {', '.join(MECHANISMS)}, got {self.mechanism!r}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
+        for name in ("level_loss_weight", "rationale_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        _check_encoder(self.encoder_config, self.max_length)
+
+
+@dataclass
+class EmpathyScorerOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*): The weighted sum of the two, of those whose labels were given.
+        level_loss (`torch.Tensor` of shape `()`, *optional*): Cross-entropy, mean over pairs.
+        rationale_loss (`torch.Tensor` of shape `()`, *optional*): Cross-entropy, mean over labelled tokens; zero, with
+            a gradient, if none is labelled.
+        level_logits (`torch.Tensor` of shape `(pairs, 3)`): Of levels 0, 1, 2.
+        rationale_logits (`torch.Tensor` of shape `(pairs, T, 2)`): Of each token of the response: outside a rationale,
+            inside one. Past a response's own tokens, padding.
+    """
+
+    loss: Tensor | None = None
+    level_loss: Tensor | None = None
+    rationale_loss: Tensor | None = None
+    level_logits: Tensor | None = None
+    rationale_logits: Tensor | None = None
+
+
+class SeekerAttention(nn.Module):
+    """One head of attention: each token of the response over the tokens of the seeker's post."""
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        self.dropout = dropout
+
+    def forward(self, response: Tensor, seeker: Tensor, seeker_mask: Tensor) -> Tensor:
+        """
+        Args:
+            response (`torch.Tensor` of shape `(pairs, T, width)`), seeker (`torch.Tensor` of shape `(pairs, S,
+                width)`): Of the encoders.
+            seeker_mask (`torch.Tensor` of shape `(pairs, S)`): True on the post's own tokens.
+        """
+        attended = F.scaled_dot_product_attention(
+            self.query(response),
+            self.key(seeker),
+            self.value(seeker),
+            attn_mask=seeker_mask[:, None, :],  # (pairs, 1, S)
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.output(attended)
+
+
+class LevelHead(nn.Module):
+    """Dropout, dense, ReLU, dropout, projection to the levels."""
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = nn.Linear(width, LEVELS)
+
+    def forward(self, first_token: Tensor) -> Tensor:
+        hidden = torch.relu(self.dense(self.dropout(first_token)))
+        return self.out_proj(self.dropout(hidden))
+
+
+class EmpathyScorer(PreTrainedModel):
+    """Level and rationale of one mechanism of empathy in a response to a seeker's post.
+
+    Args:
+        config ([`EmpathyScorerConfig`]): The encoders, the heads' dropout, the weights of the losses.
+    """
+
+    config: EmpathyScorerConfig
+    base_model_prefix = "scorer"
+    main_input_name = "response_input_ids"
+    input_modalities = ("text",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: EmpathyScorerConfig):
+        super().__init__(config)
+        width = config.encoder_config.hidden_size  # type: ignore[union-attr]
+        self.seeker_encoder = _without_pooler(AutoModel.from_config(config.encoder_config))
+        self.response_encoder = _without_pooler(AutoModel.from_config(config.encoder_config))
+        self.attention = SeekerAttention(width, config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+        self.level_head = LevelHead(width, config.dropout)
+        self.rationale_head = nn.Linear(width, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        seeker_input_ids: Tensor,
+        response_input_ids: Tensor,
+        seeker_attention_mask: Tensor | None = None,
+        response_attention_mask: Tensor | None = None,
+        level_labels: Tensor | None = None,
+        rationale_labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> EmpathyScorerOutput | tuple:
+        """
+        Args:
+            seeker_input_ids (`torch.Tensor` of shape `(pairs, S)`), response_input_ids (`torch.Tensor` of shape
+                `(pairs, T)`): Tokens, padded on the right.
+            seeker_attention_mask, response_attention_mask (`torch.Tensor` of the same shapes, *optional*): 1 on a
+                text's own tokens; without them every token counts.
+            level_labels (`torch.Tensor` of shape `(pairs,)`, *optional*): 0, 1 or 2.
+            rationale_labels (`torch.Tensor` of shape `(pairs, T)`, *optional*): 1 in a rationale, 0 outside, -100 on
+                special tokens, padding, and all over a response whose rationale is not known.
+        """
+        if seeker_attention_mask is None:
+            seeker_attention_mask = torch.ones_like(seeker_input_ids)
+        if response_attention_mask is None:
+            response_attention_mask = torch.ones_like(response_input_ids)
+        # No token types: a single text has type 0 in every encoder that knows them.
+        seeker = self.seeker_encoder(seeker_input_ids, attention_mask=seeker_attention_mask).last_hidden_state
+        response = self.response_encoder(response_input_ids, attention_mask=response_attention_mask).last_hidden_state
+        response = response + self.dropout(self.attention(response, seeker, seeker_attention_mask.bool()))
+        output = EmpathyScorerOutput(
+            level_logits=self.level_head(response[:, 0]), rationale_logits=self.rationale_head(self.dropout(response))
+        )
+        self._add_losses(output, level_labels, rationale_labels)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _add_losses(
+        self, output: EmpathyScorerOutput, level_labels: Tensor | None, rationale_labels: Tensor | None
+    ) -> None:
+        assert output.level_logits is not None and output.rationale_logits is not None
+        weighted = []
+        if level_labels is not None:
+            output.level_loss = F.cross_entropy(output.level_logits.float(), level_labels)
+            weighted.append(self.config.level_loss_weight * output.level_loss)
+        if rationale_labels is not None:
+            logits, labels = output.rationale_logits.float().flatten(0, 1), rationale_labels.flatten()  # (tokens, 2)
+            summed = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            output.rationale_loss = summed / (labels != IGNORED).sum().clamp(min=1)
+            weighted.append(self.config.rationale_loss_weight * output.rationale_loss)
+        if weighted:
+            output.loss = torch.stack(weighted).sum()
+
+    def freeze_seeker_encoder(self) -> None:
+        """Stops the training of the seeker's encoder; also its dropout, from the next `train()` on."""
+        self.seeker_encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "EmpathyScorer":
+        """As in PyTorch, but a frozen encoder stays in evaluation."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.seeker_encoder.parameters()):
+            self.seeker_encoder.eval()
+        return self
+
+    @classmethod
+    def from_encoder(
+        cls,
+        encoder: str,
+        *,
+        mechanism: str,
+        max_length: int = 64,
+        dropout: float = 0.1,
+        level_loss_weight: float = 1.0,
+        rationale_loss_weight: float = 0.5,
+        revision: str = "main",
+    ) -> "EmpathyScorer":
+        """A scorer to train: both encoders pretrained, attention and heads fresh.
+
+        Args:
+            encoder (`str`): An encoder of Transformers, such as `"roberta-base"`: a Hub id or a directory, safetensors
+                only.
+            mechanism, max_length, dropout, level_loss_weight, rationale_loss_weight: As in [`EmpathyScorerConfig`].
+            revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit on the Hub.
+
+        Raises:
+            ValueError: See [`EmpathyScorerConfig`]; before weights are read.
+            OSError: If there is no such encoder, or it has no safetensors.
+        """
+        config = EmpathyScorerConfig(
+            mechanism=mechanism,
+            encoder_config=AutoConfig.from_pretrained(encoder, revision=revision),
+            max_length=max_length,
+            dropout=dropout,
+            level_loss_weight=level_loss_weight,
+            rationale_loss_weight=rationale_loss_weight,
+        )
+        if os.path.isdir(encoder):
+            config.encoder_config.name_or_path = ""  # type: ignore[union-attr]  # a folder's place is nobody's business
+        pretrained = AutoModel.from_pretrained(encoder, revision=revision, use_safetensors=True, dtype=torch.float32)
+        weights = _without_pooler(pretrained).state_dict()
+        model = cls(config)
+        model.seeker_encoder.load_state_dict(weights)
+        model.response_encoder.load_state_dict(weights)
+        return model
+
+
+def _without_pooler(encoder: PreTrainedModel) -> PreTrainedModel:
+    """BERT's relatives have a pooler, which nothing here reads: some checkpoints lack it, and it would never train."""
+    if "pooler" in dict(encoder.named_children()):
+        encoder.pooler = None
+    return encoder
+
+
+def _check_encoder(config: PreTrainedConfig, max_length: int) -> None:
+    kind = config.model_type
+    reads_left_to_right = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if config.is_encoder_decoder or reads_left_to_right:
+        raise ValueError(
+            f"A {kind!r} model is no encoder, and its first token does not see the others. Use BERT, RoBERTa, "
+            "DistilBERT, MiniLM or another encoder."
+        )
+    settings = config.to_dict()
+    positions = settings.get("max_position_embeddings")  # absent where positions are relative
+    if positions is not None and kind in POSITIONS_AFTER_PADDING:
+        positions -= (settings.get("pad_token_id") or 0) + 1
+    if max_length < 3 or (positions is not None and max_length > positions):
+        raise ValueError(f"max_length must be between 3 and the encoder's {positions} positions, got {max_length}.")
+
+
+AutoConfig.register(EmpathyScorerConfig.model_type, EmpathyScorerConfig, exist_ok=True)
+AutoModel.register(EmpathyScorerConfig, EmpathyScorer, exist_ok=True)
+
+
+__all__ = ["IGNORED", "EmpathyScorer", "EmpathyScorerConfig", "EmpathyScorerOutput"]

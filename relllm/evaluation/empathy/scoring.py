@@ -1,0 +1,211 @@
+"""Scoring pairs of a seeker's post and a response with trained scorers.
+
+What lives here: loading scorers, levels and probabilities, `relllm empathy score`. What does not: training
+(`empathy_training.py`), the model (`empathy_model.py`).
+
+A run of `score_table` is not resumable: a pair is two short texts, and a table takes one pass of a small encoder each.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..summary import LEVELS, MECHANISMS
+from .epitome import PairCollator, encode_texts, read_table
+from .scorer import EmpathyScorer
+
+
+@dataclass(frozen=True)
+class LoadedScorer:
+    """A trained scorer, ready to score.
+
+    Attributes:
+        model ([`EmpathyScorer`]): In evaluation. tokenizer (`PreTrainedTokenizerBase`): Its own.
+    """
+
+    model: EmpathyScorer
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_scorers(path: str | Path) -> dict[str, LoadedScorer]:
+    """Loads trained scorers.
+
+    Args:
+        path (`str` or `Path`): A folder with `ER/`, `IP/`, `EX/` or some of them inside, or that of one scorer.
+
+    Returns:
+        `dict[str, LoadedScorer]`: By mechanism, in the order ER, IP, EX.
+
+    Raises:
+        FileNotFoundError: If there is no scorer.
+        ValueError: If a folder holds another model, a scorer of another mechanism than its name, or lacks weights.
+    """
+    root = Path(path)
+    if (root / "config.json").is_file():
+        scorer = _load_scorer(root)
+        return {scorer.model.config.mechanism: scorer}
+    scorers = {}
+    for mechanism in MECHANISMS:
+        if not (root / mechanism / "config.json").is_file():
+            continue
+        scorer = _load_scorer(root / mechanism)
+        if scorer.model.config.mechanism != mechanism:
+            raise ValueError(
+                f"{root / mechanism} holds a scorer of {scorer.model.config.mechanism}. Rename the folder to that."
+            )
+        scorers[mechanism] = scorer
+    if not scorers:
+        raise FileNotFoundError(
+            f"{root} has no empathy scorer: neither a config.json nor a folder {', '.join(MECHANISMS)}. "
+            "`relllm empathy train` makes them."
+        )
+    return scorers
+
+
+def score_pairs(
+    scorers: Mapping[str, LoadedScorer],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> list[dict[str, dict]]:
+    """Level and probabilities of each pair, for each scorer.
+
+    An empty response says nothing: it has level 0 with probability 1 by definition, no scorer reads it.
+
+    Args:
+        scorers (`Mapping[str, LoadedScorer]`): From [`load_scorers`]; they move to `device`.
+        pairs (`Sequence[tuple[str, str]]`): Seeker post and response.
+        batch_size (`int`, *optional*, defaults to 32): Pairs at once.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where it runs.
+        progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
+
+    Returns:
+        `list[dict[str, dict]]`: For each pair `{mechanism: {"level": 0 | 1 | 2, "probabilities": [p0, p1, p2]}}`.
+
+    Raises:
+        ValueError: If a seeker post is empty, with its position; or a scorer gives what is no number.
+    """
+    for position, (seeker, _) in enumerate(pairs):
+        if not seeker.strip():
+            raise ValueError(f"The seeker post at position {position} is empty: there is nothing to respond to.")
+    found: list[dict[str, dict]] = [{} for _ in pairs]
+    spoken = [index for index, (_, response) in enumerate(pairs) if response.strip()]
+    with tqdm(total=len(spoken) * len(scorers), desc="Scoring", unit="pair", disable=not progress) as bar:
+        for mechanism, scorer in scorers.items():
+            scorer.model.to(device)
+            for part in found:
+                part[mechanism] = {"level": 0, "probabilities": [1.0, *[0.0] * (LEVELS - 1)]}
+            for start in range(0, len(spoken), batch_size):
+                batch = spoken[start : start + batch_size]
+                for index, row in zip(batch, _probabilities(scorer, [pairs[one] for one in batch]), strict=True):
+                    found[index][mechanism] = {"level": max(range(LEVELS), key=row.__getitem__), "probabilities": row}
+                bar.update(len(batch))
+    return found
+
+
+def score_table(
+    path: Path,
+    scorers: Mapping[str, LoadedScorer],
+    out: Path,
+    *,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> dict[str, dict]:
+    """Scores a table and writes it with new columns; the file is complete or not there.
+
+    The columns are `ER_level`, `ER_p0`, `ER_p1`, `ER_p2`, and so on; the others stay as they are.
+
+    Args:
+        path (`Path`): As [`~relllm.evaluation.empathy.epitome.read_table`] takes it.
+        scorers (`Mapping[str, LoadedScorer]`): From [`load_scorers`].
+        out (`Path`): `.csv` or `.jsonl`.
+        batch_size, device, progress: As for [`score_pairs`].
+
+    Returns:
+        `dict[str, dict]`: For each mechanism `mean_level`, `levels` (how many responses have 0, 1, 2), `num_pairs` and
+        `num_empty` (empty responses, which count as level 0).
+
+    Raises:
+        ValueError: On another suffix of `out`, if the table has one of the new columns already, or is not readable.
+    """
+    if out.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"--out {out}: expected a file that ends in .csv or .jsonl.")
+    if out.resolve() == path.resolve():
+        raise ValueError(f"--out {out} is the table itself. Choose another file: the table stays as it is.")
+    rows = read_table(path)
+    pairs = [(row["seeker_post"], row["response_post"]) for row in rows]
+    new = [f"{name}_{what}" for name in scorers for what in ("level", *(f"p{level}" for level in range(LEVELS)))]
+    if taken := [name for name in new if any(name in row for row in rows)]:
+        raise ValueError(f"{path} has the columns {taken} already. Rename them, or score the table without them.")
+    scored = score_pairs(scorers, pairs, batch_size=batch_size, device=device, progress=progress)
+    written = []
+    for row, found in zip(rows, scored, strict=True):
+        values = [value for part in found.values() for value in (part["level"], *part["probabilities"])]
+        written.append({**row, **dict(zip(new, values, strict=True))})
+    _write_table(written, out)
+    num_empty = sum(not response.strip() for _, response in pairs)
+    return {name: _describe([part[name]["level"] for part in scored], num_empty) for name in scorers}
+
+
+def _load_scorer(folder: Path) -> LoadedScorer:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") != EmpathyScorer.config_class.model_type:
+        raise ValueError(
+            f"{folder} holds a {config.get('model_type')!r} model, expected one of `relllm empathy train`."
+        )
+    model, info = EmpathyScorer.from_pretrained(
+        folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{folder} lacks {len(missing)} weights of the scorer, such as {missing[0]}. Copy or train it again."
+        )
+    return LoadedScorer(model.eval(), AutoTokenizer.from_pretrained(folder))
+
+
+@torch.no_grad()
+def _probabilities(scorer: LoadedScorer, pairs: Sequence[tuple[str, str]]) -> list[list[float]]:
+    features = encode_texts(pairs, scorer.tokenizer, scorer.model.config.max_length)
+    batch = PairCollator(scorer.tokenizer.pad_token_id)(features)
+    output = scorer.model(**{name: tensor.to(scorer.model.device) for name, tensor in batch.items()})
+    probabilities = output.level_logits.double().softmax(-1)
+    if not probabilities.isfinite().all():
+        raise ValueError(f"The scorer of {scorer.model.config.mechanism} gives NaN. Train it again.")
+    return probabilities.tolist()
+
+
+def _describe(levels: Sequence[int], num_empty: int) -> dict:
+    return {
+        "mean_level": sum(levels) / len(levels),
+        "levels": [levels.count(level) for level in range(LEVELS)],
+        "num_pairs": len(levels),
+        "num_empty": num_empty,
+    }
+
+
+def _write_table(rows: Sequence[Mapping], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        if out.suffix == ".csv":
+            columns = list(dict.fromkeys(name for row in rows for name in row))
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    partial.replace(out)
+
+
+__all__ = ["LoadedScorer", "load_scorers", "score_pairs", "score_table"]

@@ -1,0 +1,256 @@
+"""A conversation of many turns with one model: no clip is encoded twice, and the LLM reads only what is new.
+
+What lives here: [`Conversation`] and its cache over turns. What does not: single replies and batches (`inference.py`),
+the terminal and the page that people talk through (`cli/chat.py`, `web/`).
+
+The rule: every turn renders the whole conversation and compares its token ids with those that the key-value cache
+holds. What agrees from the start is kept, the rest of the cache is cut off, and the LLM reads on from there. So a
+reply is the one that a fresh pass over the whole conversation gives, also where a chat template writes earlier turns
+in another way than before, or where a reply's text does not encode to the tokens that it was made of. The cut is
+never inside a clip; a clip behind it is read again from its stored positions, which are the projector's output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BatchFeature, Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.streamers import BaseStreamer
+
+from relllm.modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditionalGeneration
+from relllm.processing.audio_relllm import AudioSource
+from relllm.processing.processing_relllm import ReLLMProcessor
+from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
+
+from .replies import Hearing, read_hearings
+
+# Options of `generate` that the conversation sets itself, or whose output is more than one reply.
+RESERVED_OPTIONS = frozenset(
+    {
+        "attention_mask",
+        "cache_implementation",
+        "generation_config",
+        "input_ids",
+        "mm_encoder_outputs",
+        "num_return_sequences",
+        "past_key_values",
+        "return_dict_in_generate",
+        "use_cache",
+    }
+)
+
+
+@dataclass
+class Turn:
+    """One exchange of a conversation.
+
+    Args:
+        text (`str`): The reply.
+        hearing ([`Hearing`], *optional*): What the model heard in the turn's clip; `None` for a typed turn.
+    """
+
+    text: str
+    hearing: Hearing | None
+
+
+@dataclass
+class _Clip:
+    """A clip of the conversation: its samples, its positions `(tokens, d)`, and with CFormer the count a window."""
+
+    waveform: np.ndarray
+    positions: Tensor
+    token_counts: list[int]
+
+
+class Conversation:
+    """A conversation with one model that remembers its earlier turns and does not compute them again.
+
+    It is for one thread at a time, and so is its model: several conversations may share a model if their turns do not
+    overlap.
+
+    Args:
+        model ([`ReLLMForConditionalGeneration`]), processor ([`ReLLMProcessor`]): Of one checkpoint.
+        system_prompt (`str`, *optional*): The system turn; empty for none.
+        instruction (`str`, *optional*): The text before the clip of a spoken turn that comes without text of its own;
+            empty for none.
+    """
+
+    def __init__(
+        self,
+        model: ReLLMForConditionalGeneration,
+        processor: ReLLMProcessor,
+        *,
+        system_prompt: str = SYSTEM_PROMPT,
+        instruction: str = SPEECH_PROMPT,
+    ):
+        self.model = model
+        self.processor = processor
+        self.system_prompt = system_prompt
+        self.instruction = instruction
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew: no turn, and nothing in the cache."""
+        self._messages: list[dict] = []
+        if self.system_prompt:
+            self._messages.append({"role": "system", "content": self.system_prompt})
+        self._clips: list[_Clip] = []
+        self._cache: Cache | None = None
+        self._cached_ids = torch.zeros(0, dtype=torch.long)
+
+    @property
+    def messages(self) -> list[dict]:
+        """The turns so far, as [`~ReLLMProcessor.apply_chat_template`] takes them; audio parts hold waveforms."""
+        return list(self._messages)
+
+    @torch.no_grad()
+    def say(
+        self,
+        audio: AudioSource | None = None,
+        text: str | None = None,
+        *,
+        streamer: BaseStreamer | None = None,
+        max_new_tokens: int = 128,
+        **options: object,
+    ) -> Turn:
+        """Say something and get the reply. A turn that fails or is interrupted has not been said.
+
+        Args:
+            audio (*optional*): What was spoken: a path, URL, bytes, array or tensor.
+            text (`str`, *optional*): What was typed. Beside a clip it stands before it, in the instruction's place.
+            streamer (`BaseStreamer`, *optional*): Gets the reply token by token.
+            max_new_tokens (`int`, *optional*, defaults to 128): Longest reply.
+            options: Of `generate`; greedy by default. With beams every turn reads the whole conversation (and encodes
+                no clip twice).
+
+        Raises:
+            ValueError: If there is neither audio nor text, on bad audio (the message names it), on an option that the
+                conversation sets itself, or if the conversation is longer than the LLM reads.
+        """
+        if audio is None and not (text or "").strip():
+            raise ValueError("A turn needs audio or text that is not blank, got neither.")
+        if reserved := sorted(RESERVED_OPTIONS & options.keys()):
+            raise ValueError(f"A conversation sets {', '.join(reserved)} itself. Leave it out.")
+        clips, hearing = self._clips, None
+        content: list[dict[str, object]]
+        if audio is None:
+            content = [{"type": "text", "text": text}]
+        else:
+            clip, hearing = self._hear(audio)
+            clips = [*clips, clip]
+            before = text or self.instruction
+            content = [{"type": "text", "text": before}] if before else []
+            content.append({"type": "audio", "audio": clip.waveform})
+        messages = [*self._messages, {"role": "user", "content": content}]
+        ids = self._render(messages, clips)
+        self._check_length(ids.shape[1], max_new_tokens)
+        options = {"do_sample": False, "max_new_tokens": max_new_tokens, "streamer": streamer, **options}
+        reply_ids = self._generate(ids, clips, options)
+        reply = self.processor.tokenizer.decode(
+            reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        self._messages = [*messages, {"role": "assistant", "content": reply}]
+        self._clips = clips
+        return Turn(reply.strip(), hearing)
+
+    def _hear(self, audio: AudioSource) -> tuple[_Clip, Hearing]:
+        """Encode one clip: the only place where the towers run."""
+        extractor = self.processor.feature_extractor
+        waveform = extractor.read_clip(audio)
+        inputs = extractor(waveform)
+        inputs.pop("num_audio_tokens", None)
+        heard = self.model.get_audio_features(**inputs.to(self.model.device), return_dict=True)
+        counts: list[int] = []
+        if heard.alphas_sum is not None:  # a CFormer's own count of each window, before the emotion's position
+            extra = extractor.num_extra_tokens
+            counts = [int(count) + extra for count in torch.round(heard.alphas_sum).long().clamp(min=1)]
+        return _Clip(waveform, heard.pooler_output, counts), read_hearings(self.model, heard)[0]
+
+    def _render(self, messages: list[dict], clips: list[_Clip]) -> Tensor:
+        """Token ids `(1, sequence)` of the conversation with the assistant's header at the end; no features."""
+        counted: dict[str, object] = {}
+        if clips:
+            counted["only_counted"] = [True] * len(clips)
+            counted["audio_token_counts"] = [count for clip in clips for count in clip.token_counts] or None
+        inputs = self.processor.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,  # a typed <|audio|> is text
+            processor_kwargs=counted,
+        )
+        return cast(BatchFeature, inputs)["input_ids"]
+
+    def _check_length(self, length: int, max_new_tokens: int) -> None:
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        if limit is not None and length + max_new_tokens > limit:
+            raise ValueError(
+                f"The conversation has {length} positions and the reply may take {max_new_tokens} more; the LLM reads "
+                f"{limit}. Begin anew with `reset()`, or allow a shorter reply."
+            )
+
+    def _generate(self, ids: Tensor, clips: list[_Clip], options: dict) -> Tensor:
+        """The reply's token ids `(tokens,)`; the cache then holds everything but the last of them."""
+        num_beams = options.get("num_beams", self.model.generation_config.num_beams) or 1
+        cache, start = self._take_cache(ids)
+        if num_beams > 1:  # a beam search leaves a cache of its beams, and not of the reply
+            cache, start = None, 0
+        else:
+            # whatever a checkpoint's generation settings say of caches
+            options |= {"past_key_values": cache, "use_cache": True, "cache_implementation": None}
+        is_audio = ids[0] == self.model.config.audio_token_id
+        read = int(is_audio[:start].sum())  # positions of clips before the cut
+        if clips and (behind := torch.cat([clip.positions for clip in clips])[read:]).shape[0]:
+            options["mm_encoder_outputs"] = {"audio": ReLLMAudioOutput(pooler_output=behind)}
+        device_ids = ids.to(self.model.device)
+        said = self.model.generate(input_ids=device_ids, attention_mask=torch.ones_like(device_ids), **options)[0]
+        if cache is not None:
+            self._cache, self._cached_ids = cache, said[: cache.get_seq_length()].cpu()
+        return said[ids.shape[1] :].cpu()
+
+    def _take_cache(self, ids: Tensor) -> tuple[Cache, int]:
+        """A cache for these ids and the number of positions in it that are theirs.
+
+        It is taken out of the conversation, so that a turn that fails half-way leaves none behind.
+        """
+        cache, cached = self._cache, self._cached_ids
+        self._cache, self._cached_ids = None, cached[:0]
+        start = _cut(ids[0], cached, self.model.config.audio_token_id)
+        if cache is not None and start and _crop(cache, start):
+            return cache, start
+        return DynamicCache(config=self.model.config.get_text_config(decoder=True)), 0
+
+
+def _cut(ids: Tensor, cached: Tensor, audio_token_id: int) -> int:
+    """Where the new ids leave the cached ones; before the last position, which has to be read, and not in a clip."""
+    length = min(len(cached), len(ids) - 1)
+    differs = (ids[:length] != cached[:length]).nonzero()
+    start = int(differs[0]) if len(differs) else length
+    inside = any(start < len(row) and row[start] == audio_token_id for row in (ids, cached))
+    while inside and start > 0 and ids[start - 1] == audio_token_id:
+        start -= 1
+    return start
+
+
+def _crop(cache: Cache, length: int) -> bool:
+    """Cut the cache to a length; `False` if it has to be made anew.
+
+    A layer with a sliding window has forgotten what a cut would bring back, but may go on where it is. Any other kind
+    (a recurrent state) is not trusted to go on with several positions at once.
+    """
+    surplus = cache.get_seq_length() - length
+    kinds = {type(layer) for layer in cache.layers}
+    if not kinds <= ({DynamicLayer} if surplus else {DynamicLayer, DynamicSlidingWindowLayer}):
+        return False
+    if surplus:
+        cache.crop(-surplus)
+    return True
+
+
+__all__ = ["Conversation", "Turn"]

@@ -1,0 +1,218 @@
+"""Using a trained model: replies to spoken turns, emotions of many clips, and how likely given answers are.
+
+`generate_answers` and `score_answers` take any causal LM as well, so that a text-only system is asked alike.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from relllm.labels import DIMENSIONS
+from relllm.modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditionalGeneration
+from relllm.processing.audio_relllm import AudioSource
+from relllm.processing.processing_relllm import ReLLMProcessor
+
+# Whatever sampling or penalty a checkpoint's generation settings have: a measured answer is the most probable one.
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
+
+
+@dataclass
+class Hearing:
+    """What the model hears in one clip.
+
+    Args:
+        probabilities (`dict[str, float]`): Of each emotion, by the auxiliary head.
+        dimensions (`dict[str, float]`): Arousal, dominance, valence, about 0 to 1, by the auxiliary head.
+    """
+
+    probabilities: dict[str, float]
+    dimensions: dict[str, float]
+
+    @property
+    def emotion(self) -> str:
+        """The most probable one."""
+        return max(self.probabilities, key=self.probabilities.__getitem__)
+
+
+@dataclass
+class Reply:
+    """An answer to one spoken turn: its text, and what the model heard."""
+
+    text: str
+    hearing: Hearing
+
+
+@torch.no_grad()
+def reply(
+    model: ReLLMForConditionalGeneration,
+    processor: ReLLMProcessor,
+    audio: AudioSource,
+    *,
+    streamer: BaseStreamer | None = None,
+    max_new_tokens: int = 128,
+    **request: str,
+) -> Reply:
+    """Answer one spoken turn. The audio is encoded once, for the reply and for the emotion.
+
+    Args:
+        model ([`ReLLMForConditionalGeneration`]), processor ([`ReLLMProcessor`]): Of one checkpoint.
+        audio: A path, URL, bytes, array or tensor.
+        streamer (`BaseStreamer`, *optional*): Gets the reply token by token.
+        max_new_tokens (`int`, *optional*, defaults to 128): Longest reply.
+        request: `instruction` and `system_prompt`, as in [`~ReLLMProcessor.build_conversation`].
+
+    Raises:
+        ValueError: On bad audio; the message names it.
+    """
+    inputs = processor.apply_request(audio, **request).to(model.device)
+    text_inputs = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
+    heard = model.get_audio_features(**inputs, return_dict=True)
+    generated = model.generate(
+        **text_inputs,
+        mm_encoder_outputs={"audio": heard},
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        streamer=streamer,
+    )
+    prompt_length = text_inputs["input_ids"].shape[1]
+    text = processor.tokenizer.decode(generated[0, prompt_length:], skip_special_tokens=True).strip()
+    return Reply(text, read_hearings(model, heard)[0])
+
+
+@torch.no_grad()
+def hear(
+    model: ReLLMForConditionalGeneration,
+    processor: ReLLMProcessor,
+    clips: Sequence[AudioSource],
+    *,
+    batch_size: int = 16,
+) -> Iterator[Hearing]:
+    """Emotion and dimensions of many clips, in order. The LLM does not run.
+
+    Args:
+        model ([`ReLLMForConditionalGeneration`]), processor ([`ReLLMProcessor`]): Of one checkpoint.
+        clips: Paths, URLs, bytes, arrays or tensors.
+        batch_size (`int`, *optional*, defaults to 16): Clips encoded at once.
+    """
+    for start in range(0, len(clips), batch_size):
+        inputs = processor.feature_extractor(list(clips[start : start + batch_size]))
+        inputs.pop("num_audio_tokens", None)
+        yield from read_hearings(model, model.get_audio_features(**inputs.to(model.device), return_dict=True))
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    *,
+    audio: ReLLMAudioOutput | None = None,
+    max_new_tokens: int = 128,
+    **options: object,
+) -> Tensor:
+    """Greedy answers to a batch of prompts, without any penalty of the checkpoint's generation settings.
+
+    Args:
+        model (`PreTrainedModel`): A [`ReLLMForConditionalGeneration`] or any causal LM.
+        inputs (`Mapping`): `input_ids` and `attention_mask` of shape `(batch, sequence)`, padded on the left.
+        audio ([`ReLLMAudioOutput`], *optional*): What fills the placeholders, encoded before.
+        max_new_tokens (`int`, *optional*, defaults to 128): Longest answer.
+        options: Of `generate`, such as `pad_token_id`.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, tokens)`: The answers alone.
+    """
+    heard = {"mm_encoder_outputs": {"audio": audio}} if audio is not None else {}
+    output = model.generate(**inputs, **heard, max_new_tokens=max_new_tokens, **{**GREEDY, **options})
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+@torch.no_grad()
+def score_answers(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    answers: Sequence[Sequence[int]],
+    *,
+    audio: ReLLMAudioOutput | None = None,
+) -> Tensor:
+    """Log-probability of each of some answers to each prompt: the sum over the answer's tokens.
+
+    The prompt runs once; all answers go on from its key-value cache in one batch.
+
+    Args:
+        model (`PreTrainedModel`): A [`ReLLMForConditionalGeneration`] or any causal LM.
+        inputs (`Mapping`): `input_ids` and `attention_mask` of shape `(batch, sequence)`, padded on the left.
+        answers (`Sequence[Sequence[int]]`): Token ids of each answer. End each with the end of the turn: a sum over
+            "sad" alone would count what begins with it ("sadness") as well.
+        audio ([`ReLLMAudioOutput`], *optional*): What fills the placeholders, encoded before.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, answers)`: In nats.
+
+    Raises:
+        ValueError: If an answer is empty.
+    """
+    if not all(answers):
+        raise ValueError(f"Expected at least one token in every answer, got {[list(answer) for answer in answers]}.")
+    heard = {"mm_encoder_outputs": {"audio": audio}} if audio is not None else {}
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    prompt = model(
+        input_ids=inputs["input_ids"],
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=1,
+        **heard,
+    )
+    batch, device = mask.shape[0], mask.device
+    lengths = torch.tensor([len(answer) for answer in answers], device=device)
+    longest = int(lengths.max())
+    padded = torch.tensor([[*answer, *[answer[-1]] * (longest - len(answer))] for answer in answers], device=device)
+    tokens = padded.repeat(batch, 1)  # (batch * answers, longest): all answers of the first prompt, then the next
+    valid = (torch.arange(longest, device=device) < lengths[:, None]).repeat(batch, 1)
+    logits = prompt.logits[:, -1:].repeat_interleave(len(answers), dim=0)
+    if longest > 1:
+        cache = prompt.past_key_values
+        cache.batch_repeat_interleave(len(answers))
+        seen = mask.repeat_interleave(len(answers), dim=0)
+        offsets = torch.arange(longest - 1, device=device)
+        rest = model(
+            input_ids=tokens[:, :-1],
+            attention_mask=torch.cat([seen, valid[:, :-1].to(seen.dtype)], dim=1),
+            position_ids=seen.sum(-1, keepdim=True) + offsets,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = torch.cat([logits, rest.logits], dim=1)
+    scores = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (batch * answers, longest)
+    return (scores * valid).sum(-1).reshape(batch, len(answers))
+
+
+def read_hearings(model: ReLLMForConditionalGeneration, heard: ReLLMAudioOutput) -> list[Hearing]:
+    """Emotion and dimensions of each clip of an encoded batch, in order.
+
+    Args:
+        model ([`ReLLMForConditionalGeneration`]): Whose labels they are.
+        heard ([`ReLLMAudioOutput`]): Of its `get_audio_features`.
+    """
+    assert heard.emotion_logits is not None and heard.dimensions is not None  # the heads always run
+    labels = model.config.emotion_labels
+    probabilities = heard.emotion_logits.float().softmax(-1).tolist()
+    return [
+        Hearing(dict(zip(labels, row, strict=True)), dict(zip(DIMENSIONS, values, strict=True)))
+        for row, values in zip(probabilities, heard.dimensions.float().tolist(), strict=True)
+    ]
+
+
+__all__ = ["GREEDY", "Hearing", "Reply", "generate_answers", "hear", "read_hearings", "reply", "score_answers"]

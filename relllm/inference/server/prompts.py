@@ -1,0 +1,257 @@
+"""From a request to what the engine takes: clips decoded and checked against the limits, the conversation as tokens.
+
+Clips are bytes that the client sent. Nothing here opens a path or an address.
+"""
+
+import base64
+import binascii
+import io
+import threading
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import BatchFeature
+
+from relllm.processing.audio_containers_relllm import container_kind, has_pyav
+from relllm.processing.audio_relllm import load_audio
+from relllm.processing.processing_relllm import ReLLMProcessor
+
+from .decoding import Sampling
+from .engine import Prompt
+from .errors import ApiError, bad_request
+from .schema import AudioData, ChatRequest, EmotionRequest, TextPart
+
+MAX_CHANNELS = 8  # a FLAC file's most; a few bytes of silence could hold a thousand
+ROUNDING_S = 1e-3  # of sums of lengths, and of resampling
+CHARACTERS_A_TOKEN = 16  # more than any language has on average
+_UNKNOWN_FRAMES = 2**48  # libsndfile reports about 2**63 where a header leaves the length open
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may hold. Everything beyond is refused with a reason.
+
+    Args:
+        max_body_bytes (`int`, *optional*, defaults to 32 MiB): Of the body; a clip in base64 is a third larger.
+        max_audio_seconds (`float`, *optional*, defaults to 120): Of all clips together.
+        max_clips (`int`, *optional*, defaults to 16): In all turns.
+        min_sampling_rate, max_sampling_rate (`int`, *optional*, default to 8,000 and 96,000): Of a clip, in Hz.
+        max_tokens (`int`, *optional*, defaults to 512): Longest reply that may be asked for.
+        context_length (`int`, *optional*): Longest conversation with its reply, in tokens; `None` for no limit.
+        body_timeout_s (`float`, *optional*, defaults to 60): For the whole body to arrive, in seconds.
+    """
+
+    max_body_bytes: int = 32 * 1024**2
+    max_audio_seconds: float = 120.0
+    max_clips: int = 16
+    min_sampling_rate: int = 8_000
+    max_sampling_rate: int = 96_000
+    max_tokens: int = 512
+    context_length: int | None = None
+    body_timeout_s: float = 60.0
+
+
+class PromptReader:
+    """Reads requests; may be called from several threads.
+
+    Args:
+        processor ([`ReLLMProcessor`]): Of the model.
+        limits ([`Limits`]): What a request may hold.
+
+    Raises:
+        ValueError: If the projector is a CFormer, whose positions are not known before the model has heard the clip.
+    """
+
+    def __init__(self, processor: ReLLMProcessor, limits: Limits) -> None:
+        if processor.feature_extractor.num_projector_convs is None:
+            raise ValueError(
+                "This checkpoint has a CFormer projector, which decides from what it hears how many positions a clip "
+                "takes. Serving it is not supported; use `relllm.inference.replies` or `relllm evaluate`."
+            )
+        self.limits = limits
+        self._processor = processor
+        self._tokenizing = threading.Lock()  # a fast tokenizer's padding state is not for two threads
+
+    def read_chat(self, request: ChatRequest) -> Prompt:
+        """Clips, tokens and settings of a chat request.
+
+        Raises:
+            ApiError: 400 on bad audio, an exceeded limit or a conversation that is too long.
+        """
+        conversation: list[dict] = []
+        clips: list[tuple[str, AudioData]] = []
+        for index, message in enumerate(request.messages):
+            role = "system" if message.role == "developer" else message.role
+            parts: list[dict] = []
+            for position, part in enumerate(message.content):
+                name = f"messages.{index}.content.{position}"
+                if isinstance(part, TextPart):
+                    parts.append({"type": "text", "text": self._checked_text(part.text, name)})
+                else:
+                    clips.append((name, part.input_audio))
+                    parts.append({"type": "audio"})
+            conversation.append({"role": role, "content": parts})
+        self._check_length(conversation)
+        prompt = self._read_clips(clips)
+        prompt.clip_messages = [int(name.split(".")[1]) for name, _ in clips]
+        waveforms = iter(prompt.waveforms)
+        for turn in conversation:
+            for part in turn["content"]:
+                if part["type"] == "audio":
+                    part["audio"] = next(waveforms)
+        prompt.token_ids = self._tokenize(conversation, len(prompt.waveforms))
+        prompt.sampling = self._read_sampling(request, len(prompt.token_ids))
+        return prompt
+
+    def read_emotion(self, request: EmotionRequest) -> Prompt:
+        """Clips of a request to hear only.
+
+        Raises:
+            ApiError: 400 on bad audio or an exceeded limit.
+        """
+        return self._read_clips([(f"input.{index}", part.input_audio) for index, part in enumerate(request.input)])
+
+    def _checked_text(self, text: str, name: str) -> str:
+        if self._processor.audio_token in text:
+            raise bad_request(
+                f"{name}: {self._processor.audio_token!r} stands for a clip and cannot be in a text. Send the clip "
+                "as an 'input_audio' part.",
+                param=name,
+            )
+        return text
+
+    def _check_length(self, conversation: list[dict]) -> None:
+        """Refuses texts that no tokenizer needs to be asked about: it would keep the others waiting."""
+        context = self.limits.context_length
+        length = sum(len(part.get("text", "")) for turn in conversation for part in turn["content"])
+        if context is not None and length > CHARACTERS_A_TOKEN * context:
+            raise bad_request(
+                f"The texts have {length} characters; the model's context is {context} tokens. Send fewer turns.",
+                "context_length_exceeded",
+                param="messages",
+            )
+
+    def _read_clips(self, clips: list[tuple[str, AudioData]]) -> Prompt:
+        if len(clips) > self.limits.max_clips:
+            raise bad_request(
+                f"{len(clips)} clips were sent; this server takes up to {self.limits.max_clips} a request.",
+                "too_many_clips",
+            )
+        extractor = self._processor.feature_extractor
+        waveforms: list[np.ndarray] = []
+        seconds = 0.0
+        for name, clip in clips:
+            waveform = self._read_clip(clip, name, self.limits.max_audio_seconds - seconds)
+            seconds += len(waveform) / extractor.sampling_rate
+            waveforms.append(waveform)
+        windows = sum(len(extractor.cut_windows(waveform)) for waveform in waveforms)
+        return Prompt(waveforms, num_windows=windows, audio_seconds=seconds)
+
+    def _read_clip(self, clip: AudioData, name: str, seconds_left: float) -> np.ndarray:
+        try:
+            data = base64.b64decode(clip.data, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise bad_request(
+                f"{name}: 'data' is not base64 ({error}). Send the bytes of an audio file in base64; addresses, "
+                "paths and data: URLs are not read.",
+                "invalid_audio",
+                param=name,
+            ) from None
+        seconds = self._check_header(data, name)
+        if seconds is not None and seconds > seconds_left + ROUNDING_S:
+            raise self._too_long(name, f"lasts {seconds:.1f} s")
+        extractor = self._processor.feature_extractor
+        longest_s = min(max(seconds_left, 0.0) + 0.1, extractor.max_duration_s)
+        try:
+            waveform = load_audio(data, sampling_rate=extractor.sampling_rate, max_duration_s=longest_s, name=name)
+        except ValueError as error:
+            raise bad_request(str(error), "invalid_audio", param=name) from None
+        if len(waveform) / extractor.sampling_rate > seconds_left + ROUNDING_S:
+            raise self._too_long(name, f"lasts {len(waveform) / extractor.sampling_rate:.1f} s")
+        return waveform
+
+    def _check_header(self, data: bytes, name: str) -> float | None:
+        """Refuses rates and channels before anything is decoded; returns the stated length in seconds if there is one.
+
+        What no header can be read of is left to `load_audio`, whose error says what is wrong.
+        """
+        import soundfile
+
+        try:
+            header = soundfile.info(io.BytesIO(data))
+            rate, channels = header.samplerate, header.channels
+            seconds = header.frames / rate if 0 < header.frames < _UNKNOWN_FRAMES else None
+        except soundfile.LibsndfileError:
+            if container_kind(data[:64]) is None or not has_pyav():
+                return None
+            import av
+
+            try:
+                with av.open(io.BytesIO(data), mode="r") as container:
+                    if not container.streams.audio:
+                        return None
+                    track = container.streams.audio[0].codec_context
+                    rate, channels = track.sample_rate, track.channels
+                    seconds = None if container.duration is None else container.duration / av.time_base
+            except av.FFmpegError:
+                return None
+        low, high = self.limits.min_sampling_rate, self.limits.max_sampling_rate
+        if not low <= rate <= high:
+            message = f"{name}: the clip has {rate} Hz; this server takes {low} to {high} Hz. Resample it."
+            raise bad_request(message, "unsupported_sampling_rate", param=name)
+        if channels > MAX_CHANNELS:
+            message = f"{name}: the clip has {channels} channels; this server takes up to {MAX_CHANNELS}."
+            raise bad_request(message, "too_many_channels", param=name)
+        return seconds
+
+    def _too_long(self, name: str, found: str) -> ApiError:
+        return bad_request(
+            f"{name}: the clip {found}; all clips of a request may last {self.limits.max_audio_seconds:g} s together. "
+            "Send less.",
+            "audio_too_long",
+            param=name,
+        )
+
+    def _tokenize(self, conversation: list[dict], num_clips: int) -> list[int]:
+        """The prompt as `generate` gets it alone; the clips are only counted here."""
+        options = {"audio_kwargs": {"only_counted": [True] * num_clips}} if num_clips else None
+        try:
+            with self._tokenizing:
+                inputs = self._processor.apply_chat_template(
+                    [conversation],
+                    tokenize=True,
+                    return_dict=True,
+                    add_generation_prompt=True,
+                    processor_kwargs=options,
+                )
+        except TemplateError as error:  # some want turns to alternate, or no system turn
+            message = f"The model's chat template refuses the conversation: {error}"
+            raise bad_request(message, param="messages") from None
+        return cast(BatchFeature, inputs)["input_ids"][0].tolist()
+
+    def _read_sampling(self, request: ChatRequest, prompt_tokens: int) -> Sampling:
+        limit, context = self.limits.max_tokens, self.limits.context_length
+        room = limit if context is None else context - prompt_tokens
+        asked = request.max_completion_tokens or request.max_tokens
+        if asked is not None and asked > limit:
+            message = f"max_tokens is {asked}; this server writes up to {limit} tokens. Ask for fewer."
+            raise bad_request(message, "max_tokens_too_large", param="max_tokens")
+        if room < (asked or 1):
+            raise bad_request(
+                f"The conversation has {prompt_tokens} tokens and the reply may have {asked or 1}; the model's "
+                f"context is {context}. Send fewer turns or shorter clips, or ask for a shorter reply.",
+                "context_length_exceeded",
+                param="messages",
+            )
+        return Sampling(
+            max_tokens=min(limit, room) if asked is None else asked,
+            temperature=request.temperature or 0.0,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=request.seed,
+            stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
+        )
+
+
+__all__ = ["Limits", "PromptReader"]

@@ -1,0 +1,159 @@
+"""From a checkpoint to a listening server, and its end: sockets, signals, grace."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
+
+import uvicorn
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.processing.processing_relllm import ReLLMProcessor
+
+from .app import Service, create_app
+from .counters import Metrics
+from .engine import Engine, EngineSettings
+from .prompts import Limits, PromptReader
+
+logger = logging.get_logger(__name__)
+FIRST_REQUEST_S = 20.0  # for the head of a connection's first request to arrive
+LAST_ANSWERS_S = 2.0  # after the grace period, for the errors that end what is still running to be sent
+
+
+class _Protocol(H11Protocol):
+    """HTTP, but a connection that asks nothing is closed: enough of those would keep others from connecting."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(FIRST_REQUEST_S, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that stops its engine along with itself.
+
+    Args:
+        service ([`Service`]): What to serve; its engine is started here.
+        grace_s (`float`, *optional*, defaults to 30): For accepted requests to be finished after a signal to stop, in
+            seconds.
+        announce (`Callable[[], None]`, *optional*): Called once requests are accepted.
+    """
+
+    def __init__(self, service: Service, *, grace_s: float = 30.0, announce: Callable[[], None] | None = None) -> None:
+        config = uvicorn.Config(
+            create_app(service),
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=grace_s + LAST_ANSWERS_S,  # type: ignore[arg-type]  # a float waits as well
+        )
+        super().__init__(config)
+        self._engine, self._grace_s, self._announce = service.engine, grace_s, announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._engine.start()
+        await super().startup(sockets)
+        if self._announce is not None:
+            self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._engine.drain()
+        abort = asyncio.get_running_loop().call_later(self._grace_s, self._engine.abort)
+        await super().shutdown(sockets)
+        abort.cancel()
+        self._engine.abort()
+
+    def join_engine(self, timeout_s: float) -> bool:
+        """Whether the model's thread has ended, or does within `timeout_s` seconds."""
+        return self._engine.join(timeout_s)
+
+
+def build_service(
+    model: ReLLMForConditionalGeneration,
+    processor: ReLLMProcessor,
+    *,
+    name: str,
+    api_key: str | None = None,
+    settings: EngineSettings | None = None,
+    limits: Limits | None = None,
+) -> Service:
+    """Puts the parts together.
+
+    Args:
+        model ([`ReLLMForConditionalGeneration`]), processor ([`ReLLMProcessor`]): Of one checkpoint, in eval mode.
+        name (`str`): What clients call the model.
+        api_key (`str`, *optional*): See [`Service`].
+        settings ([`EngineSettings`], *optional*), limits ([`Limits`], *optional*): By default their defaults, and the
+            context length of the LLM.
+
+    Raises:
+        ValueError: If the model cannot be served; see [`PromptReader`].
+    """
+    limits = limits or Limits()
+    if limits.context_length is None:
+        text_config = cast(PreTrainedConfig, model.config.text_config).to_dict()
+        names = ("max_position_embeddings", "n_positions")  # neither where positions are relative
+        limits = replace(
+            limits, context_length=next((text_config[name] for name in names if name in text_config), None)
+        )
+    metrics = Metrics()
+    return Service(
+        name=name,
+        engine=Engine(model, processor, settings or EngineSettings(), metrics),
+        reader=PromptReader(processor, limits),
+        metrics=metrics,
+        audio_token_id=processor.audio_token_id,
+        api_key=api_key,
+    )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that is not listening yet: clients are refused until the model is loaded.
+
+    Args:
+        host (`str`): An address or name of this machine.
+        port (`int`): 0 for a free one.
+
+    Raises:
+        OSError: If the port is taken or the address is not of this machine.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def run(server: Server, sock: socket.socket) -> None:
+    """Serves until SIGTERM or Ctrl-C, finishes what it can within the grace period, and returns.
+
+    If the model is in the middle of a step that takes longer, the process exits here, with 0: its thread cannot be
+    interrupted, and the interpreter must not be torn down around it.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # uvicorn handles them while it runs, and raises them again at its end
+    server.run(sockets=[sock])
+    if not server.join_engine(LAST_ANSWERS_S):
+        logger.warning("The model was still in a step at the end of the grace period.")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+__all__ = ["Server", "bind", "build_service", "run"]

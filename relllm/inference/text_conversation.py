@@ -1,0 +1,163 @@
+"""A conversation with a bare LLM that reads words only: what RE-LLM's replies are set beside.
+
+What lives here: [`TextConversation`] and the [`Transcriber`] that finds words in its spoken turns. What does not: the
+conversation of a model that hears (`conversation.py`), measured comparisons (`evaluation/`).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.processing.audio_relllm import SAMPLING_RATE, AudioSource, load_audio
+from relllm.processing.processing_relllm import ReLLMProcessor
+from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT, build_chat_template
+
+from .conversation import Turn
+
+
+class NoWordsError(ValueError):
+    """A spoken turn for a system that reads words, and nobody to write them down."""
+
+
+class Transcriber:
+    """Writes down what is said, with any speech-recognition checkpoint of Transformers.
+
+    Args:
+        model (`str`): A directory or a Hub id: Whisper, or wav2vec2 and its like with a CTC head.
+        device (`str`, *optional*, defaults to `"cpu"`): Where it runs.
+    """
+
+    def __init__(self, model: str, *, device: str = "cpu"):
+        from transformers import pipeline
+
+        self.pipeline = pipeline("automatic-speech-recognition", model=model, device=device)
+        # Whisper writes down more than its window of 30 s only with timestamps.
+        self.options = {"return_timestamps": True} if self.pipeline.type == "seq2seq_whisper" else {}
+
+    def __call__(self, audio: AudioSource) -> str:
+        """The words of one clip.
+
+        Args:
+            audio: A path, URL, bytes, array or tensor.
+
+        Raises:
+            ValueError: On bad audio; the message names it.
+        """
+        clip = {"raw": load_audio(audio), "sampling_rate": SAMPLING_RATE}
+        return self.pipeline(clip, **self.options)["text"].strip()
+
+
+class TextConversation:
+    """A conversation with a causal LM. A spoken turn is its transcript, after the same instruction that RE-LLM gets.
+
+    Each turn reads the whole conversation: it is short, for it holds no audio.
+
+    Args:
+        llm (`PreTrainedModel`): Any causal LM.
+        tokenizer (`PreTrainedTokenizerBase`): Its own.
+        chat_template (`str`, *optional*): Jinja; by default the one that a ReLLM built on this LLM would have, so that
+            only the hearing differs.
+        transcriber ([`Transcriber`], *optional*): Without one a spoken turn is an error.
+        system_prompt, instruction (`str`, *optional*): As in [`Conversation`].
+        generation_options: Of `generate`.
+    """
+
+    def __init__(
+        self,
+        llm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: str | None = None,
+        transcriber: Transcriber | None = None,
+        system_prompt: str = SYSTEM_PROMPT,
+        instruction: str = SPEECH_PROMPT,
+        **generation_options: object,
+    ):
+        self.llm = llm
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template or build_chat_template(tokenizer.get_vocab(), tokenizer.eos_token or "")
+        self.transcriber = transcriber
+        self.system_prompt = system_prompt
+        self.instruction = instruction
+        self.generation_options = generation_options
+        self.reset()
+
+    @classmethod
+    def inside(
+        cls, model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, **options: object
+    ) -> TextConversation:
+        """With the LLM inside a ReLLM: no audio, and no LoRA, which is off outside the model.
+
+        Args:
+            model ([`ReLLMForConditionalGeneration`]), processor ([`ReLLMProcessor`]): Of one checkpoint.
+            options: Of [`TextConversation`].
+        """
+        given = model.generation_config  # of the whole model; the LLM inside has none of its own
+        own = {"eos_token_id": given.eos_token_id, "suppress_tokens": given.suppress_tokens}
+        return cls(
+            model.model.text_model,
+            processor.tokenizer,
+            chat_template=processor.chat_template,
+            **{**own, **options},
+        )
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.messages: list[dict] = []
+        if self.system_prompt:
+            self.messages.append({"role": "system", "content": self.system_prompt})
+
+    @torch.no_grad()
+    def say(
+        self,
+        audio: AudioSource | None = None,
+        text: str | None = None,
+        *,
+        streamer: BaseStreamer | None = None,
+        max_new_tokens: int = 128,
+        **options: object,
+    ) -> Turn:
+        """As [`Conversation.say`]; `hearing` is always `None`. A turn that fails has not been said.
+
+        Raises:
+            NoWordsError: If there is audio and no transcriber, or the transcriber finds no words.
+            ValueError: If there is neither audio nor text, or on bad audio.
+        """
+        if audio is None and not (text or "").strip():
+            raise ValueError("A turn needs audio or text that is not blank, got neither.")
+        content = text or ""
+        if audio is not None:
+            content = (text or self.instruction) + self._transcribe(audio)
+        messages = [*self.messages, {"role": "user", "content": content}]
+        inputs = self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,
+        )
+        inputs = cast(BatchFeature, inputs).to(self.llm.device)
+        options = {"do_sample": False, **self.generation_options, **options}
+        said = self.llm.generate(**inputs, streamer=streamer, max_new_tokens=max_new_tokens, **options)
+        reply_ids = said[0, inputs["input_ids"].shape[1] :]
+        reply = self.tokenizer.decode(reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.messages = [*messages, {"role": "assistant", "content": reply}]
+        return Turn(reply.strip(), None)
+
+    def _transcribe(self, audio: AudioSource) -> str:
+        if self.transcriber is None:
+            raise NoWordsError("This LLM reads words, and has no words to read: give it a transcriber.")
+        words = self.transcriber(audio)
+        if not words:
+            raise NoWordsError("The transcriber found no words in this clip.")
+        return words
+
+
+__all__ = ["NoWordsError", "TextConversation", "Transcriber"]

@@ -1,0 +1,291 @@
+"""`relllm plan`: memory, largest batch and speed of a run before a GPU is rented, from the same settings as
+`relllm train`.
+
+Only configurations and a tokenizer are read; no weights, no data. The formulas of the memory are in `plan_memory.py`,
+those of the speed here: estimates to choose hardware by, not measurements.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from relllm.modeling.configuration_relllm import ReLLMConfig
+from relllm.modeling.lora_scope_relllm import is_lora_parameter
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+
+from ..building import build_config
+from ..config import ReLLMSFTConfig
+from ..freezing import HEADS
+from ..run import ReLLMScriptArguments
+from ..settings import SettingsParser
+from .memory import (
+    FRAMES_A_SECOND,
+    MemoryPlan,
+    RowSize,
+    StepSettings,
+    largest_batch,
+    meta_model,
+    part_config,
+    plan_memory,
+)
+
+UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+DESCRIPTION = """\
+Say what a run takes before a GPU is rented: memory, the largest batch, an estimate of the speed.
+
+It takes every setting of `relllm train`, from the same YAML file, and those of the first section:
+  relllm plan --config recipes/stage2_emotion.yaml --gpu-memory 24GB --audio-seconds 6
+"""
+
+
+@dataclass
+class PlanArguments:
+    """What `relllm plan` assumes of the GPU and of a typical row.
+
+    Args:
+        gpu_memory (`str`, *optional*, defaults to `"80GB"`): Of one GPU; also in GiB and MB.
+        reserve (`float`, *optional*, defaults to 0.1): Share of it for CUDA itself, fragmentation and what the
+            formulas leave out.
+        peak_tflops (`float`, *optional*, defaults to 312): Of the GPU, dense bfloat16 (A100: 312, H100: 989).
+        utilisation (`float`, *optional*, defaults to 0.3): Share of the peak that is reached.
+        audio_seconds, prompt_tokens, reply_tokens (*optional*, default to 8, 70, 60): A typical row.
+
+    Raises:
+        ValueError: On a size that cannot be read, or a share outside (0, 1).
+    """
+
+    _argument_group_name = "the GPU and the rows"
+
+    gpu_memory: str = field(default="80GB", metadata={"help": "Of one GPU, such as 24GB or 80GiB."})
+    reserve: float = field(default=0.1, metadata={"help": "Share of it left for CUDA and fragmentation."})
+    peak_tflops: float = field(default=312.0, metadata={"help": "Dense bfloat16 peak (A100: 312, H100: 989)."})
+    utilisation: float = field(default=0.3, metadata={"help": "Share of the peak that is reached."})
+    audio_seconds: float = field(default=8.0, metadata={"help": "Audio of a typical row."})
+    prompt_tokens: int = field(default=70, metadata={"help": "System prompt, instruction and turn marks."})
+    reply_tokens: int = field(default=60, metadata={"help": "Reply of a typical row."})
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.gpu_memory)
+        if not (0 <= self.reserve < 1 and 0 < self.utilisation <= 1 and self.peak_tflops > 0):
+            raise ValueError(
+                f"Expected reserve in [0, 1), utilisation in (0, 1] and peak_tflops > 0, got {self.reserve}, "
+                f"{self.utilisation}, {self.peak_tflops}."
+            )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """An estimate of the speed of one device.
+
+    Args:
+        flops (`float`): Floating-point operations of a training step on one row.
+        rows, tokens (`float`): A second; tokens are positions of the LLM.
+    """
+
+    flops: float
+    rows: float
+    tokens: float
+
+
+def plan_speed(
+    config: ReLLMConfig,
+    settings: StepSettings,
+    row: RowSize,
+    model: ReLLMForConditionalGeneration,
+    *,
+    peak_tflops: float,
+    utilisation: float,
+) -> Speed:
+    """Operations of a row's training step, and rows and tokens a second at a stated share of a stated peak.
+
+    A weight costs 2 operations a position in the forward pass, 2 in the backward pass through it, and 2 more where it
+    trains; gradient checkpointing runs the forward pass of the LLM once more. Attention adds 4·q·S a layer and
+    position. The LoRA runs at every position and is masked behind. Frozen towers cost a forward pass.
+
+    Args:
+        config ([`ReLLMConfig`]), settings ([`StepSettings`]), row ([`RowSize`]): See [`plan_memory`].
+        model ([`ReLLMForConditionalGeneration`]): From [`meta_model`].
+        peak_tflops, utilisation (`float`): Of the device.
+    """
+    plan = plan_memory(config, settings, 1, row, model)
+    length, text = plan.sequence, part_config(config, "text_config")
+    passes = 3.0 if settings.gradient_checkpointing else 2.0
+    body = model.base_model.text_model.base_model
+    flops = 0.0
+    for name, parameter in body.named_parameters():
+        if parameter.ndim == 2 and ("embed" not in name or is_lora_parameter(name)):
+            flops += 2.0 * parameter.numel() * length * (passes + parameter.requires_grad)
+    heads = text.num_attention_heads * (
+        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    )
+    flops += 4.0 * heads * length * length * text.num_hidden_layers * (passes + 1)
+    flops += 2.0 * text.hidden_size * text.vocab_size * row.reply_tokens * 3  # once forward, twice backward
+    if settings.teacher:
+        flops += 2.0 * sum(p.numel() for p in body.parameters()) * (length - plan.audio_positions)
+    frames = FRAMES_A_SECOND * row.audio_s
+    for tower in ("audio_tower", "emotion_tower"):
+        module = getattr(model.base_model, tower)
+        if module is not None:
+            full = settings.full_window and module.config.model_type == "whisper"
+            run = module.config.max_source_positions if full else frames
+            flops += 2.0 * sum(p.numel() for p in module.parameters()) * run * (3 if tower in settings.unfreeze else 1)
+    for index, convolution in enumerate(getattr(model.base_model.multi_modal_projector, "conv_layers", [])):
+        flops += 6.0 * convolution.weight.numel() * frames / 2 ** (index + 1)
+    rows = peak_tflops * 1e12 * utilisation / flops
+    return Speed(flops, rows, rows * length)
+
+
+def parse_bytes(text: str) -> float:
+    """`"24GB"` -> 24e9, `"80GiB"` -> 80 * 2**30.
+
+    Raises:
+        ValueError: If it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text.upper())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"Expected a size such as 24GB or 80GiB, got {text!r}.")
+    return float(match[1]) * UNITS[match[2] or ""]
+
+
+def parse_plan(arguments: Sequence[str]) -> tuple[PlanArguments, ReLLMScriptArguments, ReLLMSFTConfig]:
+    """Settings from `--config file.yaml` and flags.
+
+    The machine that plans is not the one that trains: where neither names a precision, it is the GPU's bfloat16.
+
+    Args:
+        arguments (`Sequence[str]`): As on the command line, after `relllm plan`.
+
+    Raises:
+        SystemExit: After `--help` (0), or on a setting that is unknown or wrong (2), which is printed.
+    """
+    given = list(arguments)
+    if not {"bf16", "fp16"} & _named_settings(given):
+        given += ["--bf16", "true"]
+    if not torch.cuda.is_available():
+        given += ["--use_cpu", "true"]
+    sections = {
+        "the GPU and the rows": [setting.name for setting in fields(PlanArguments)],
+        "model and data": [setting.name for setting in fields(ReLLMScriptArguments)],
+        "losses, and where the paper's recipe differs from TRL": list(ReLLMSFTConfig.__annotations__),
+    }
+    parser = SettingsParser(
+        (PlanArguments, ReLLMScriptArguments, ReLLMSFTConfig),
+        command="relllm plan",
+        description=DESCRIPTION,
+        sections=sections,
+    )
+    plan, script, args = parser.parse_settings(given)
+    return plan, script, args
+
+
+def step_settings(script: ReLLMScriptArguments, args: ReLLMSFTConfig, config: ReLLMConfig) -> StepSettings:
+    """What of a run's settings decides its memory."""
+    own = getattr(config.text_config, "dtype", None) or torch.float32
+    dtype = getattr(torch, script.dtype) if script.dtype else own
+    weights = (args.emotion_loss_weight, args.dimension_loss_weight)
+    return StepSettings(
+        dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype),
+        bf16=bool(args.bf16 or args.fp16),
+        gradient_checkpointing=bool(args.gradient_checkpointing),
+        optimizer=str(getattr(args.optim, "value", args.optim)),
+        load_in_4bit=script.load_in_4bit,
+        full_window=script.full_window,
+        unfreeze=tuple(args.unfreeze),
+        unused=tuple(head for head, weight in zip(HEADS, weights, strict=True) if weight == 0),
+        teacher=args.response_kl_weight > 0 or args.input_kl_weight > 0,
+    )
+
+
+def run_plan(assumed: PlanArguments, script: ReLLMScriptArguments, args: ReLLMSFTConfig, console: Console) -> bool:
+    """The command `relllm plan`: prints the tables.
+
+    Returns:
+        `bool`: Whether the batch of the settings fits the GPU.
+    """
+    config = build_config(script)
+    settings = step_settings(script, args, config)
+    row = RowSize(assumed.audio_seconds, assumed.prompt_tokens, assumed.reply_tokens)
+    model = meta_model(config, settings)
+    batch_size = args.per_device_train_batch_size
+    memory = parse_bytes(assumed.gpu_memory) * (1 - assumed.reserve)
+    plan = plan_memory(config, settings, batch_size, row, model)
+    largest = largest_batch(config, settings, row, memory, model)
+    speed = plan_speed(config, settings, row, model, peak_tflops=assumed.peak_tflops, utilisation=assumed.utilisation)
+    console.print(_parts_table(plan))
+    console.print(_memory_table(plan, batch_size))
+    fits = plan.total <= memory
+    verdict = "[green]fits[/green]" if fits else "[red]does not fit[/red]"
+    console.print(
+        f"A batch of {batch_size} {verdict} a GPU of {assumed.gpu_memory} ({1 - assumed.reserve:.0%} of it used "
+        f"here); the largest batch is [bold]{largest}[/bold]."
+    )
+    update = batch_size * args.gradient_accumulation_steps
+    console.print(
+        f"Speed: about {speed.tokens:,.0f} tokens or {speed.rows:.1f} rows a second on one GPU, "
+        f"{update / speed.rows:.1f} s an update of {update} rows ({speed.flops / 1e12:.2f} TFLOP a row)."
+    )
+    console.print(_assumptions(assumed, settings, plan, row), style="dim", highlight=False)
+    return fits
+
+
+def _named_settings(arguments: Sequence[str]) -> set[str]:
+    """Names of the settings that flags and the YAML file give."""
+    names = {part[2:].split("=")[0].replace("-", "_") for part in arguments if part.startswith("--")}
+    for index, part in enumerate(arguments):
+        path = part.split("=", 1)[1] if part.startswith("--config=") else None
+        if part == "--config" and index + 1 < len(arguments):
+            path = arguments[index + 1]
+        if path is not None and Path(path).is_file():
+            names |= set(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+    return names
+
+
+def _parts_table(plan: MemoryPlan) -> Table:
+    table = Table("module", "parameters", "trainable", "dtype", title="What trains", title_justify="left")
+    for part in plan.parts:
+        table.add_row(
+            part.module, f"{part.parameters:,}", f"{part.trainable:,}" if part.trainable else "-", part.dtype
+        )
+    return table
+
+
+def _memory_table(plan: MemoryPlan, batch_size: int) -> Table:
+    unit, size_of_unit = ("GB", 1e9) if plan.total > 1e9 else ("MB", 1e6)
+    table = Table("", unit, title=f"Memory of a step with {batch_size} rows", title_justify="left")
+    for name, size in (
+        ("weights", plan.weights),
+        ("gradients", plan.gradients),
+        ("optimiser", plan.optimizer),
+        ("autocast copies of weights", plan.autocast),
+        ("activations kept for the backward pass", plan.activations),
+        ("workspace of the widest layer", plan.workspace),
+        ("(before these: the widest moment of a tower)", plan.towers),
+    ):
+        table.add_row(name, f"{size / size_of_unit:.2f}")
+    table.add_section()
+    table.add_row("[bold]peak[/bold]", f"[bold]{plan.total / size_of_unit:.2f}[/bold]")
+    return table
+
+
+def _assumptions(assumed: PlanArguments, settings: StepSettings, plan: MemoryPlan, row: RowSize) -> str:
+    dtype = str(settings.dtype).removeprefix("torch.")
+    autocast = "bfloat16" if settings.bf16 else "no"
+    checkpointing = "on" if settings.gradient_checkpointing else "off"
+    return (
+        f"Assumed: rows of {row.audio_s:g} s ({plan.audio_positions} audio positions), {row.prompt_tokens} prompt and "
+        f"{row.reply_tokens} reply tokens, {plan.sequence} positions in all; frozen weights in {dtype}, {autocast} "
+        f"autocast, gradient checkpointing {checkpointing}, optimiser {settings.optimizer}; attention in one fused "
+        f"kernel; {assumed.reserve:.0%} of the memory in reserve; {assumed.peak_tflops:g} TFLOP/s at "
+        f"{assumed.utilisation:.0%}. One process: under DDP each GPU takes this and the gradients once more; FSDP2 "
+        "and ZeRO divide what they shard. Longer rows of a batch pad the others: plan with a long row for the memory, "
+        "a typical one for the speed."
+    )
+
+
+__all__ = ["PlanArguments", "Speed", "parse_bytes", "parse_plan", "plan_speed", "run_plan", "step_settings"]

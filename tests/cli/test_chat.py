@@ -1,0 +1,237 @@
+"""`relllm chat`, driven by piped lines, and the systems that answer beside RE-LLM."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from tiny_models import (
+    RATE,
+    clip,
+    tiny_audio_config,
+    tiny_config,
+    tiny_llm,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+)
+from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Processor
+from typer.testing import CliRunner
+
+from relllm.cli import app
+from relllm.inference.conversation import Conversation
+from relllm.inference.text_conversation import NoWordsError, TextConversation, Transcriber
+from relllm.processing.prompts_relllm import SPEECH_PROMPT, build_chat_template
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, model, processor) -> str:
+    folder = tmp_path_factory.mktemp("re-llm")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def speech_only(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("speech-only")
+    config = tiny_config(fusion="none")
+    tiny_model(config).save_pretrained(folder)
+    tiny_processor(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def recogniser(tmp_path_factory) -> str:
+    """A CTC checkpoint that hears letters in noise."""
+    folder = tmp_path_factory.mktemp("recogniser")
+    letters = ["<pad>", "|", *"abcdefghijklmnopqrstuvwxyz", "<s>", "</s>", "<unk>", "'"]
+    vocabulary = {letter: index for index, letter in enumerate(letters)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    tokenizer = Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(return_attention_mask=True), tokenizer).save_pretrained(folder)
+    torch.manual_seed(3)
+    Wav2Vec2ForCTC(tiny_audio_config("wav2vec2")).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def wav(tmp_path) -> str:
+    path = tmp_path / "a question.wav"
+    soundfile.write(path, clip(0.6), RATE)
+    return str(path)
+
+
+def chat(checkpoint: str, *lines: str, options: tuple[str, ...] = ()) -> str:
+    command = ["chat", checkpoint, "--device", "cpu", "--max-new-tokens", "4", *options]
+    result = CliRunner().invoke(app, command, input="\n".join(lines) + "\n")
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def replies(model, processor, *turns: tuple) -> list[str]:
+    conversation = Conversation(model, processor)
+    return [conversation.say(audio, text, max_new_tokens=4).text for audio, text in turns]
+
+
+def test_typed_and_spoken_lines_are_one_conversation(checkpoint, model, processor, wav) -> None:
+    output = chat(checkpoint, "Hello.", f"/wav {wav}", "And you?", "/quit", "not read")
+    expected = replies(model, processor, (None, "Hello."), (wav, None), (None, "And you?"))
+    at = 0
+    for reply in expected:
+        at = output.index(reply, at) + len(reply)
+    assert output.count("arousal") == output.count("valence") == 1
+    assert "not read" not in output
+
+
+def test_the_end_of_the_input_ends_the_chat(checkpoint) -> None:
+    assert "you: Hello." in chat(checkpoint, "Hello.")
+
+
+def test_text_behind_a_file_is_said_with_it(checkpoint, model, processor, tmp_path) -> None:
+    soundfile.write(tmp_path / "x.wav", clip(0.6), RATE)
+    output = chat(checkpoint, f"/wav {tmp_path / 'x.wav'} What is it?")
+    assert replies(model, processor, (str(tmp_path / "x.wav"), "What is it?"))[0] in output
+
+
+def test_a_bad_file_is_named_and_the_conversation_goes_on(checkpoint, model, processor, tmp_path) -> None:
+    (tmp_path / "bad.wav").write_text("this is no audio")
+    output = chat(checkpoint, "Hello.", f"/wav {tmp_path / 'bad.wav'}", "/wav gone.wav", "/wav", "And you?")
+    assert output.count("not answered:") == 2
+    assert "bad.wav" in output and "gone.wav" in output and "/wav needs a file" in output
+    assert replies(model, processor, (None, "Hello."), (None, "And you?"))[1] in output
+
+
+def test_reset_begins_anew(checkpoint, model, processor) -> None:
+    output = chat(checkpoint, "Hello.", "/reset", "Hello.")
+    assert output.count(replies(model, processor, (None, "Hello."))[0]) == 2
+
+
+def test_help_lists_the_commands_and_an_unknown_one_is_named(checkpoint) -> None:
+    output = chat(checkpoint, "/help", "/sing")
+    assert all(command in output for command in ("/wav", "/record", "/reset", "/quit"))
+    assert "No such command: /sing" in output
+
+
+def test_ctrl_c_forgets_the_turn_and_the_chat_goes_on(checkpoint, model, processor, monkeypatch) -> None:
+    say = Conversation.say
+    calls = []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return say(self, *args, **kwargs)
+
+    monkeypatch.setattr(Conversation, "say", interrupted)
+    output = chat(checkpoint, "Hello.", "Never mind.", "And you?")
+    monkeypatch.undo()
+    assert "this turn is forgotten" in output
+    assert replies(model, processor, (None, "Hello."), (None, "And you?"))[1] in output
+
+
+def test_a_recording_is_said(checkpoint, model, processor, monkeypatch) -> None:
+    """A stand-in for sounddevice that records one clip in two blocks."""
+    waveform = clip(0.6)
+
+    class InputStream:
+        def __init__(self, callback, samplerate, **_: object):
+            assert samplerate == RATE
+            self.callback = callback
+
+        def __enter__(self) -> None:
+            for block in np.array_split(waveform, 2):
+                self.callback(block[:, None], len(block), None, None)
+
+        def __exit__(self, *_: object) -> None:
+            """Nothing is open."""
+
+    module = types.SimpleNamespace(
+        InputStream=InputStream,
+        PortAudioError=RuntimeError,
+        query_devices=lambda kind: {"default_samplerate": float(RATE)},
+    )
+    monkeypatch.setitem(sys.modules, "sounddevice", module)
+    output = chat(checkpoint, "/record", "", "/quit")
+    assert replies(model, processor, (waveform, None))[0] in output and "arousal" in output
+
+
+def test_without_sounddevice_or_a_microphone_the_chat_says_what_is_missing(checkpoint, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    assert "relllm[mic]" in chat(checkpoint, "/record", "Hello.")
+
+    def no_device(kind: str) -> dict:
+        raise RuntimeError("no such device")
+
+    module = types.SimpleNamespace(PortAudioError=RuntimeError, query_devices=no_device)
+    monkeypatch.setitem(sys.modules, "sounddevice", module)
+    assert "The microphone does not open" in chat(checkpoint, "/record", "Hello.")
+
+
+def test_the_baselines_answer_each_turn_too(checkpoint, speech_only, recogniser, model, processor, wav) -> None:
+    options = ("--speech-only", speech_only, "--text-only", "own", "--transcriber", recogniser)
+    output = chat(checkpoint, "Hello.", f"/wav {wav}", options=options)
+    for name in ("RE-LLM", "speech only", "text only"):
+        assert output.count(f"{name}\n") == 2
+    bare = TextConversation.inside(model, processor, transcriber=Transcriber(recogniser))
+    assert bare.say(None, "Hello.", max_new_tokens=4).text in output
+    assert bare.say(wav, None, max_new_tokens=4).text in output
+    assert "not answered" not in output
+
+
+def test_a_text_only_llm_without_a_transcriber_says_that_it_has_no_words(checkpoint, wav) -> None:
+    output = chat(checkpoint, f"/wav {wav}", "Hello.", options=("--text-only", "own"))
+    assert "has no words to read" in output and output.count("not answered:") == 1
+
+
+def test_a_transcriber_without_a_reader_is_an_error(checkpoint) -> None:
+    result = CliRunner().invoke(app, ["chat", checkpoint, "--transcriber", "x"])
+    assert result.exit_code == 2 and "--text-only" in result.output
+
+
+def test_the_llm_inside_replies_as_the_bare_llm_does(model, processor) -> None:
+    """Against a bare LLM that has the same weights and never had a LoRA."""
+    bare = tiny_llm()
+    inside = model.model.text_model.state_dict()
+    weights = {name.replace(".base_layer.", "."): value for name, value in inside.items() if "lora_" not in name}
+    bare.load_state_dict(weights)
+    given = model.generation_config
+    options = {"eos_token_id": given.eos_token_id, "suppress_tokens": given.suppress_tokens}
+    own = TextConversation.inside(model, processor)
+    other = TextConversation(bare, processor.tokenizer, **options)
+    for text in ("Hello.", "And you?"):
+        assert own.say(text=text, max_new_tokens=6).text == other.say(text=text, max_new_tokens=6).text
+    assert own.messages == other.messages and len(own.messages) == 5
+
+
+def test_a_spoken_turn_is_read_as_instruction_and_transcript(recogniser) -> None:
+    words = Transcriber(recogniser)(clip(0.6))
+    assert words
+    conversation = TextConversation(tiny_llm(), tiny_tokenizer(), transcriber=Transcriber(recogniser))
+    conversation.say(clip(0.6), max_new_tokens=2)
+    assert conversation.messages[1]["content"] == SPEECH_PROMPT + words
+    tokenizer = tiny_tokenizer()
+    assert conversation.chat_template == build_chat_template(tokenizer.get_vocab(), tokenizer.eos_token)
+
+
+def test_a_turn_that_fails_is_not_in_the_text_conversation() -> None:
+    conversation = TextConversation(tiny_llm(), tiny_tokenizer(), transcriber=lambda audio: "")
+    before = list(conversation.messages)
+    with pytest.raises(NoWordsError, match="found no words"):
+        conversation.say(clip(0.6))
+    with pytest.raises(ValueError, match="needs audio or text"):
+        conversation.say(text=" ")
+    assert conversation.messages == before

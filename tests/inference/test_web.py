@@ -1,0 +1,433 @@
+"""The web page: a visitor's session without a browser, then the page in headless Chromium with a WAV as microphone."""
+
+import gc
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import soundfile
+import torch
+from tiny_models import RATE, clip, tiny_config, tiny_model, tiny_processor
+
+from relllm.demo.examples import Example
+from relllm.inference.conversation import Conversation
+from relllm.inference.replies import Hearing
+from relllm.inference.text_conversation import TextConversation
+from relllm.inference.web.drawing import draw_hearing, draw_status, draw_trail
+from relllm.inference.web.session import EMPTY, Session, Status, System
+
+TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def systems(model, processor) -> dict[str, System]:
+    bare = tiny_config(fusion="none")
+    second, its_processor = tiny_model(bare), tiny_processor(bare)
+    return {
+        "RE-LLM": System(partial(Conversation, model, processor), processor.tokenizer),
+        "speech only": System(partial(Conversation, second, its_processor), its_processor.tokenizer),
+        "text only": System(partial(TextConversation.inside, model, processor), processor.tokenizer),
+    }
+
+
+@pytest.fixture
+def session(systems) -> Session:
+    return Session(systems, threading.Lock(), max_new_tokens=TOKENS)
+
+
+@pytest.fixture(scope="module")
+def wav(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("audio") / "question.wav"
+    soundfile.write(path, clip(1.5), RATE)
+    return str(path)
+
+
+def talk(session: Session, path: str | None = None, text: str | None = None) -> list[Status]:
+    return [session.status for _ in session.talk(path, text)]
+
+
+# --- a session -------------------------------------------------------------------------------------------------------
+
+
+def test_every_system_replies_as_it_does_alone(session, systems, wav) -> None:
+    alone = {name: system.start() for name, system in systems.items()}
+    for path, text in ((None, "Hello."), (wav, None), (wav, "What is it?"), (None, "And you?")):
+        talk(session, path, text)
+        for name in ("RE-LLM", "speech only"):
+            assert session.shown[name][-1]["content"] == alone[name].say(path, text, max_new_tokens=TOKENS).text
+    assert len(session.shown["RE-LLM"]) == 8 and len(session.heard) == 2
+    assert session.status == EMPTY
+
+
+def test_a_reply_is_shown_piece_by_piece(session, processor, monkeypatch) -> None:
+    conversation = session.conversations["RE-LLM"]
+    tokens = processor.tokenizer.encode("You sound upset today.") + [processor.tokenizer.eos_token_id]
+    prompt: list[int] = []
+
+    def allowed(_row: int, ids: torch.Tensor) -> list[int]:
+        prompt.append(len(ids))
+        return [tokens[len(ids) - prompt[0]]]
+
+    session.max_new_tokens = len(tokens)
+    monkeypatch.setattr(conversation, "say", partial(conversation.say, prefix_allowed_tokens_fn=allowed))
+    seen = []
+    for _ in session.talk(None, "Hello."):
+        if session.shown["speech only"] == []:
+            seen.append(session.shown["RE-LLM"][-1]["content"].strip())
+    assert seen == ["…", "You", "You sound", "You sound upset", "You sound upset today.", "You sound upset today."]
+
+
+def test_a_turn_is_thinking_then_replying_then_over(session, wav) -> None:
+    kinds = [status.kind for status in talk(session, wav)]
+    assert kinds[0] == "busy" and session.status.kind == "idle"
+
+
+def test_a_text_only_system_without_words_says_so_in_its_column(session, wav) -> None:
+    talk(session, wav)
+    assert "no words to read" in session.shown["text only"][-1]["content"]
+    assert session.status == EMPTY
+    talk(session, None, "Hello.")
+    assert len(session.conversations["text only"].messages) == 3  # system, the typed turn, its reply
+
+
+def test_bad_audio_is_an_error_and_the_conversation_stays(session, tmp_path) -> None:
+    talk(session, None, "Hello.")
+    before = {name: list(shown) for name, shown in session.shown.items()}
+    (tmp_path / "bad.wav").write_text("this is no audio")
+    for path in ("bad.wav", "gone.wav"):
+        talk(session, str(tmp_path / path))
+        assert session.status.kind == "error" and path in session.status.text
+    talk(session, None, "  ")
+    assert session.status.kind == "error" and "nothing to send" in session.status.text
+    assert session.shown == before
+    talk(session, None, "And you?")
+    assert session.status == EMPTY and len(session.shown["RE-LLM"]) == 4
+
+
+def test_a_model_that_fails_is_an_error_and_the_conversation_stays(session, monkeypatch) -> None:
+    talk(session, None, "Hello.")
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(session.conversations["RE-LLM"], "say", fail)
+    talk(session, None, "And you?")
+    monkeypatch.undo()
+    assert session.status == Status("error", "RE-LLM did not answer: out of memory")
+    assert len(session.shown["RE-LLM"]) == 2 and len(session.shown["speech only"]) == 4
+    assert not session.lock.locked()
+
+
+def test_a_stopped_reply_is_forgotten(session) -> None:
+    talk(session, None, "Hello.")
+    messages = session.conversations["RE-LLM"].messages
+    for number, _ in enumerate(session.talk(None, "And you?")):
+        if number == 0:
+            session.stop()
+    assert "forgotten" in session.status.text
+    assert len(session.shown["RE-LLM"]) == len(session.shown["speech only"]) == 2
+    assert session.conversations["RE-LLM"].messages == messages
+    talk(session, None, "And you?")
+    assert len(session.shown["RE-LLM"]) == 4
+
+
+def test_a_visitor_who_leaves_in_the_middle_locks_nothing(session) -> None:
+    steps = session.talk(None, "Hello.")
+    next(steps)
+    next(steps)
+    steps.close()
+    assert session.lock.acquire(timeout=30)
+    session.lock.release()
+
+
+def test_a_reset_in_the_middle_of_a_reply_empties_everything(session) -> None:
+    for number, _ in enumerate(session.talk(None, "Hello.")):
+        if number == 1:
+            session.reset()
+    assert session.shown == {name: [] for name in session.systems} and session.heard == []
+    assert all(len(conversation.messages) == 1 for conversation in session.conversations.values())
+
+
+def test_sessions_at_the_same_time_do_not_mix(systems, wav) -> None:
+    lock = threading.Lock()
+    sessions = [Session(systems, lock, max_new_tokens=TOKENS) for _ in range(3)]
+    said = [[(None, f"I am number {number}.")] * 2 + [(wav, None)] for number in range(3)]
+
+    def run(number: int) -> None:
+        for path, text in said[number]:
+            talk(sessions[number], path, text)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, session in enumerate(sessions):
+        alone = Session(systems, threading.Lock(), max_new_tokens=TOKENS)
+        for path, text in said[number]:
+            talk(alone, path, text)
+        assert session.shown == alone.shown and session.heard == alone.heard
+
+
+def test_one_who_has_to_wait_is_told(session) -> None:
+    session.lock.acquire()
+    steps = session.talk(None, "Hello.")
+    next(steps)
+    assert "Waiting" in session.status.text
+    session.lock.release()
+    assert [None for _ in steps] and session.status == EMPTY
+
+
+# --- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+def hearing(valence: float, arousal: float, **probabilities: float) -> Hearing:
+    return Hearing(
+        probabilities or {"sad": 0.7, "happy": 0.3}, {"arousal": arousal, "dominance": 0.5, "valence": valence}
+    )
+
+
+def test_bars_are_as_long_as_the_probabilities() -> None:
+    html = draw_hearing([hearing(0.2, 0.9, sad=0.1, angry=0.9), hearing(0.2, 0.4, sad=0.75, angry=0.25)])
+    assert "Turn 2: sad" in html
+    assert re.findall(r"width:([\d.]+)%", html) == ["75.0", "25.0", "40.0", "50.0", "20.0"]
+    assert "75%" in html and "0.40" in html
+
+
+def test_the_trail_goes_right_with_valence_and_up_with_arousal() -> None:
+    svg = draw_trail([hearing(0.0, 0.0), hearing(0.5, 0.5), hearing(2.0, 3.0)])
+    points = re.search(r'points="([^"]*)"', svg).group(1)
+    assert points == "30.0,270.0 150.0,150.0 270.0,30.0"  # bottom left, middle, and the edge for what lies outside
+    assert "turn 3: valence 2.00, arousal 3.00" in svg
+    assert draw_trail([]) == ""
+
+
+def test_nothing_of_what_is_shown_becomes_markup() -> None:
+    assert "<script>" not in draw_status(Status("error", "<script>alert(1)</script>"))
+    assert 'role="alert"' in draw_status(Status("error", "x")) and 'role="status"' in draw_status(EMPTY)
+    assert "<b>" not in draw_hearing([hearing(0.5, 0.5, **{"<b>": 1.0})])
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+gradio = pytest.importorskip("gradio", reason="the page needs Gradio (relllm[web])")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--use-fake-ui-for-media-stream",
+    "--use-fake-device-for-media-stream",
+)
+no_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: `apt-get install chromium`")
+
+
+@pytest.fixture(scope="module")
+def url(systems, wav) -> Iterator[str]:
+    from relllm.inference.web.page import Page
+
+    page = Page(systems, examples=[Example(wav, "My words.", "sad", "voice")], max_new_tokens=TOKENS)
+    yield page.launch(port=None, block=False)
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def browser(wav) -> Iterator:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(
+            executable_path=CHROMIUM, args=[*FLAGS, f"--use-file-for-fake-audio-capture={wav}"]
+        )
+        yield chromium
+        chromium.close()
+
+
+class Visitor:
+    """A page in a browser context of its own, with what it asked the network for."""
+
+    def __init__(self, browser, url: str, width: int):
+        self.context = browser.new_context(viewport={"width": width, "height": 800}, permissions=["microphone"])
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(60_000)
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(url)
+        self.sees(EMPTY.text)
+
+    def sees(self, text: str) -> None:
+        self.page.get_by_text(text).first.wait_for()
+
+    def press(self, name: str) -> None:
+        self.page.get_by_role("button", name=name, exact=True).first.click()
+
+    def type(self, text: str) -> None:
+        self.page.get_by_label("Type").fill(text)
+        self.page.keyboard.press("Enter")
+
+    def waits_for_reply(self, number: int) -> None:
+        """Of the last column: then all have replied."""
+        self.page.locator(".chat").last.get_by_test_id("bot").nth(number - 1).wait_for()
+        self.page.locator("button:text-is('Send'):not([disabled])").wait_for()
+        self.sees(EMPTY.text)
+
+    def said(self, by: str, column: int = 0) -> list[str]:
+        """What stands in a column, by `"user"` or `"bot"`."""
+        return self.page.locator(".chat").nth(column).get_by_test_id(by).all_inner_texts()
+
+
+@pytest.fixture
+def visit(browser, url) -> Iterator:
+    visitors: list[Visitor] = []
+
+    def open_page(width: int = 1280) -> Visitor:
+        visitors.append(Visitor(browser, url, width))
+        return visitors[-1]
+
+    yield open_page
+    for visitor in visitors:
+        elsewhere = [address for address in visitor.requests if not address.startswith((url, "data:", "blob:"))]
+        assert elsewhere == [] and visitor.errors == []
+        visitor.context.close()
+
+
+def squeezed(text: str) -> str:
+    """As a browser shows it, whatever white space and control characters a random model writes."""
+    return re.sub(r"[\s\x00-\x1f]+", "", text)
+
+
+@pytest.mark.browser
+@no_browser
+def test_typed_turns_are_answered_and_tabs_do_not_mix(visit, systems) -> None:
+    first, second = visit(), visit()
+    alone = {name: system.start() for name, system in systems.items()}
+    first.type("Hello <b>you</b>.")
+    second.type("Somebody else.")
+    first.waits_for_reply(1)
+    second.waits_for_reply(1)
+    first.type("And you?")
+    first.waits_for_reply(2)
+    assert first.said("user") == ["Hello <b>you</b>.", "And you?"] and second.said("user") == ["Somebody else."]
+    for column, conversation in enumerate(alone.values()):
+        expected = [conversation.say(text=text, max_new_tokens=TOKENS).text for text in first.said("user")]
+        assert [squeezed(text) for text in first.said("bot", column)] == [squeezed(text) for text in expected]
+    second.press("Reset")
+    second.sees("Nothing has been said yet.")
+    assert second.said("user") == [] and len(first.said("user")) == 2
+
+
+@pytest.mark.browser
+@no_browser
+def test_a_recording_is_heard_and_drawn(visit) -> None:
+    visitor = visit()
+    visitor.press("Record")
+    visitor.sees("Recording. Stop it")
+    visitor.page.wait_for_timeout(1500)
+    visitor.press("Stop")
+    visitor.sees("Recorded. Send it")
+    visitor.press("Send")
+    visitor.waits_for_reply(1)
+    visitor.sees("Turn 1:")
+    assert re.fullmatch(r"\(spoken, [\d.]+ s\)", visitor.said("user")[0])
+    assert "no words to read" in visitor.said("bot", 2)[0]
+    assert visitor.page.get_by_role("img", name="Valence and arousal").count() == 1
+    assert visitor.page.locator(".heard li").count() == 8  # five emotions and three dimensions
+
+
+@pytest.mark.browser
+@no_browser
+def test_bad_audio_shows_an_error_and_the_conversation_goes_on(visit, tmp_path) -> None:
+    visitor = visit()
+    visitor.type("Hello.")
+    visitor.waits_for_reply(1)
+    bad = tmp_path / "bad.wav"
+    bad.write_text("this is no audio")
+    visitor.press("Upload file")
+    visitor.page.locator("input[type=file]").first.set_input_files(str(bad))
+    visitor.sees("Uploaded. Send it.")
+    visitor.press("Send")
+    visitor.page.get_by_role("alert").get_by_text("bad.wav").wait_for()
+    assert visitor.said("user") == ["Hello."]
+    visitor.type("And you?")
+    visitor.waits_for_reply(2)
+    assert visitor.said("user") == ["Hello.", "And you?"]
+
+
+@pytest.mark.browser
+@no_browser
+def test_on_a_phone_everything_fits_and_an_example_is_said_by_keyboard(visit) -> None:
+    visitor = visit(width=375)
+    page = visitor.page
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    for button in page.get_by_role("button").all():
+        box = button.bounding_box()
+        assert box is None or (box["x"] >= 0 and box["x"] + box["width"] <= 375)
+    page.get_by_label("Type").focus()
+    names = []
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        names.append(page.evaluate("(e => e.getAttribute('aria-label') || e.innerText)(document.activeElement)"))
+    wanted = ["Record", "Upload file", "Record audio", "Send", "Reset", "Or try a clip (synthetic)"]
+    assert [name for name in names if name in wanted] == wanted
+    page.get_by_label("Or try a clip").focus()
+    page.keyboard.press("ArrowDown")
+    page.get_by_role("option", name="sad: My words.").wait_for()
+    page.keyboard.press("Enter")
+    page.get_by_label("Play", exact=True).wait_for()  # the clip is there
+    page.get_by_label("Type").focus()
+    page.keyboard.press("Enter")
+    visitor.sees("Turn 1:")
+    assert visitor.said("user") == ["(spoken, 1.5 s)"] and page.get_by_label("Or try a clip").input_value() == ""
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+
+
+def test_without_gradio_the_page_says_what_to_install(systems, monkeypatch) -> None:
+    import sys
+
+    from relllm.inference.web.page import Page
+
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ImportError, match=r"relllm\[web\]"):
+        Page(systems)
+
+
+def test_a_page_whose_conversation_is_gone_says_so(systems) -> None:
+    from relllm.inference.web.page import Page
+
+    page = Page(systems)
+    for outputs in (next(page._talk(None, None, "Hello.")), page._reset(None)):
+        assert len(outputs) == len(systems) + 7
+        assert "Reload it" in outputs[len(systems)]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # Gradio's probe of a port that is taken
+def test_the_command_says_why_it_cannot_serve(tmp_path, model, processor, url) -> None:
+    from typer.testing import CliRunner
+
+    from relllm.cli import app
+
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["web", str(tmp_path), "--examples", str(tmp_path)])
+    assert result.exit_code == 1 and "relllm prepare examples" in result.output
+    taken = url.rsplit(":", 1)[1].strip("/")
+    result = CliRunner().invoke(app, ["web", str(tmp_path), "--port", taken, "--device", "cpu"])
+    assert result.exit_code == 1 and taken in result.output
+    del result  # its traceback holds the socket
+    gc.collect()

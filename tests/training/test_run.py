@@ -1,0 +1,360 @@
+"""`relllm train`: settings from file and flags, the model they give, and what a run writes, resumes and refuses."""
+
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from datasets import disable_progress_bars
+from tiny_models import clip, tiny_emotion_tower, tiny_llm, tiny_model, tiny_speech_tower, tiny_tokenizer
+from transformers.integrations import deepspeed
+from typer.testing import CliRunner
+
+from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
+from relllm.cli import app
+from relllm.demo.tiny_towers import make_tiny_towers
+from relllm.training.building import NEVER_QUANTIZED, add_lora, build_config, build_model, four_bit_config
+from relllm.training.config import ReLLMSFTConfig
+from relllm.training.freezing import lora_counts_as_adapter
+from relllm.training.run import ReLLMScriptArguments, checkpoint_to_resume, parse_arguments, run_training
+
+disable_progress_bars()
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+REPLIES = ("I am so sorry to hear that.", "That is wonderful news!")
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Tiny towers on disk, by the names of the settings."""
+    folder = tmp_path_factory.mktemp("towers")
+    tiny_speech_tower("whisper").save_pretrained(folder / "speech")
+    tiny_emotion_tower().save_pretrained(folder / "emotion")
+    tiny_llm().save_pretrained(folder / "llm")
+    tiny_tokenizer(audio_token=False).save_pretrained(folder / "llm")
+    names = {"audio_tower": "speech", "emotion_tower": "emotion", "text_model": "llm"}
+    return {setting: str(folder / name) for setting, name in names.items()}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Eight labelled clips to train on, four to evaluate on."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = []
+    for index in range(12):
+        soundfile.write(folder / f"{index}.wav", clip(0.3 + 0.02 * index, seed=index), 16_000)
+        labels = {"emotion": ("sad", "happy", None)[index % 3], "arousal": 0.3, "dominance": None, "valence": 0.5}
+        split = "train" if index < 8 else "validation"
+        rows.append(
+            {"id": f"{index}", "audio": f"{index}.wav", "response": REPLIES[index % 2], "split": split} | labels
+        )
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def settings_of(towers: dict[str, str], corpus: str, **changes: object) -> ReLLMScriptArguments:
+    tiny = {"projector_inner_dim": 16, "lora_r": 4, "lora_alpha": 8, "full_window": False}
+    return ReLLMScriptArguments(**{**towers, "data": corpus, **tiny, **changes})
+
+
+def args_of(folder: Path, **changes: object) -> ReLLMSFTConfig:
+    quick = {
+        "max_steps": 2,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "gradient_checkpointing": False,
+        "save_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return ReLLMSFTConfig(output_dir=str(folder), **{**quick, **changes})
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path, towers: dict[str, str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    lines = [f"{name}: {path}" for name, path in towers.items()]
+    lines += ["data: corpus", "learning_rate: 3e-4", "lora_r: 8", "resume: true", "unfreeze: [audio_tower]"]
+    recipe.write_text("\n".join([*lines, "eval_strategy: 'no'", f"output_dir: {tmp_path}"]))
+    for flag in (["--config", str(recipe)], [f"--config={recipe}"]):
+        script, args = parse_arguments([*flag, "--lora_r", "2", "--emotion-fusion", "token"])
+        assert (script.lora_r, script.emotion_fusion, script.lora_alpha) == (2, "token", 16)
+        assert (script.resume, args.learning_rate, args.weight_decay) == ("true", 3e-4, 0.05)
+        assert args.unfreeze == ["audio_tower"]
+
+
+@pytest.mark.parametrize("flag", ["--cache-dir", "--tower_cache_dir", "--tower-cache-dir"])
+def test_the_cache_of_tower_outputs_is_off_until_a_flag_names_its_folder(flag, tmp_path: Path, towers) -> None:
+    given = ["--data", "corpus", "--output_dir", str(tmp_path)]
+    given += [part for name, path in towers.items() for part in (f"--{name}", path)]
+    assert parse_arguments(given)[1].tower_cache_dir is None
+    assert parse_arguments([*given, flag, "kept"])[1].tower_cache_dir == "kept"
+
+
+def test_the_help_page_puts_what_matters_first(capsys: pytest.CaptureFixture[str]) -> None:
+    result = CliRunner().invoke(app, ["train", "--help"])
+    page = result.stdout
+    assert result.exit_code == 0
+    order = [
+        "--config",
+        "model and data:",
+        "--emotion_fusion concat|token|none",
+        "--emotion_loss_weight",
+        "--adam_beta1",
+    ]
+    assert [page.index(part) for part in order] == sorted(page.index(part) for part in order)
+    for name in ReLLMScriptArguments.__dataclass_fields__:
+        assert page.count(f"  --{name} ") == 1, name
+    assert max(len(line) for line in page.splitlines()) <= 119
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--audio_tower", "a", "--text_model", "b"], "data is missing"),
+        (["--data", "d"], "Nothing to start from"),
+        (["--data", "d", "--audio_tower", "a", "--text_model", "b"], "needs an emotion_tower"),
+        (["--data", "d", "--model_name_or_path", "m", "--resume", "maybe"], "resume must be one of"),
+        (["--data", "d", "--model_name_or_path", "m", "--lora_scope", "all"], "lora_scope"),
+        (["--data", "d", "--model_name_or_path", "m", "--lora_dropout", "1"], r"lora_dropout in [0, 1)"),
+        (["--data", "d", "--model_name_or_path", "m", "--learnin_rate", "1"], "unknown: ['--learnin_rate', '1']"),
+        (["--data", "d", "--model_name_or_path", "m", "--emotion_loss_weight", "-1"], "emotion_loss_weight"),
+        (["--config", "gone.yaml"], "gone.yaml"),
+        (["--config"], "--config needs a file"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_two_lines(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse_arguments(arguments)
+    said = capsys.readouterr().err
+    assert raised.value.code == 2 and message in said and len(said.splitlines()) <= 4
+
+
+def test_an_unknown_line_of_a_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text("data: d\nmodel_name_or_path: m\nlearnin_rate: 1\n")
+    with pytest.raises(SystemExit):
+        parse_arguments(["--config", str(tmp_path / "recipe.yaml")])
+    assert "--learnin_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fusion", ["concat", "token", "none"])
+def test_the_configuration_is_that_of_the_model_which_is_built(
+    towers: dict[str, str], corpus: str, fusion: str
+) -> None:
+    script = settings_of(towers, corpus, emotion_fusion=fusion, lora_scope="text", lora_dropout=0.0)
+    model, processor = build_model(script)
+    foreseen = build_config(script)
+    meta = ReLLMForConditionalGeneration._from_config(foreseen) if fusion == "none" else None
+    assert {
+        k: v for k, v in foreseen.to_dict().items() if k in ("emotion_fusion", "lora_scope", "audio_token_id")
+    } == {
+        "emotion_fusion": fusion,
+        "lora_scope": "text",
+        "audio_token_id": processor.audio_token_id,
+    }
+    assert model.config.lora_config["r"] == 4 and model.config.lora_scope == "text"
+    assert (model.model.emotion_tower is None) == (fusion == "none")
+    if meta is not None:
+        shapes = {name: weight.shape for name, weight in model.state_dict().items() if "embed" not in name}
+        assert {name: weight.shape for name, weight in meta.state_dict().items() if "embed" not in name} == shapes
+
+
+def test_a_run_trains_evaluates_and_saves_what_loads(towers: dict[str, str], corpus: str, tmp_path: Path) -> None:
+    script = settings_of(towers, corpus, eval_split="validation")
+    trainer = run_training(script, args_of(tmp_path / "run", eval_strategy="steps", eval_steps=2))
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["train_loss"] > 0 and results["eval_response_loss"] > 0 and "eval_emotion_loss" in results
+    loaded = ReLLMForConditionalGeneration.from_pretrained(tmp_path / "run")
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    processor = ReLLMProcessor.from_pretrained(tmp_path / "run")
+    assert processor.apply_request(clip(0.3))["input_ids"].shape[0] == 1
+
+
+def test_the_same_command_again_goes_on_from_the_last_checkpoint(
+    towers: dict[str, str], corpus: str, tmp_path: Path
+) -> None:
+    whole = run_training(settings_of(towers, corpus), args_of(tmp_path / "whole", max_steps=3))
+    first = run_training(settings_of(towers, corpus), args_of(tmp_path / "run", max_steps=3, save_steps=2))
+    assert first.state.global_step == 3
+    for folder in (tmp_path / "run").glob("checkpoint-3"):  # as if it had been killed after step 2
+        (folder / "trainer_state.json").write_text('{"global_step":')
+    assert checkpoint_to_resume(tmp_path / "run", "auto") == str(tmp_path / "run" / "checkpoint-2")
+    again = run_training(settings_of(towers, corpus), args_of(tmp_path / "run", max_steps=3, save_steps=2))
+    assert len([entry for entry in again.state.log_history if "train_runtime" in entry]) == 1
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], weight), name
+
+
+def test_resume_demands_or_refuses_a_checkpoint(towers: dict[str, str], corpus: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        run_training(settings_of(towers, corpus, resume="true"), args_of(tmp_path))
+    (tmp_path / "checkpoint-7").mkdir()
+    assert checkpoint_to_resume(tmp_path, "auto") is None
+    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-best" / "trainer_state.json").write_text("{}")
+    assert checkpoint_to_resume(tmp_path, "true") == str(tmp_path / "checkpoint-10")
+    with pytest.raises(ValueError, match="holds checkpoint-10 of an earlier run"):
+        run_training(settings_of(towers, corpus, resume="false"), args_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "script, args, message",
+    [
+        ({"streaming": True}, {"max_steps": -1}, "streaming=True needs max_steps"),
+        ({}, {"eval_strategy": "steps"}, "needs an eval_split"),
+        ({"early_stopping_patience": 2}, {}, "needs load_best_model_at_end"),
+        ({"train_split": "dev"}, {}, "no rows of the split 'dev'"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    script: dict, args: dict, message: str, towers: dict[str, str], corpus: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_training(settings_of(towers, corpus, **script), args_of(tmp_path, **args))
+
+
+def test_early_stopping_and_streaming_run(towers: dict[str, str], corpus: str, tmp_path: Path) -> None:
+    stopping = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.0}
+    script = settings_of(towers, corpus, streaming=True, eval_split="validation", early_stopping_patience=1)
+    trainer = run_training(script, args_of(tmp_path, max_steps=6, metric_for_best_model="eval_loss", **stopping))
+    assert trainer.state.global_step == 2  # nothing learnt, so the second evaluation was no better
+
+
+def test_a_checkpoint_without_a_lora_is_given_one_that_changes_nothing(
+    towers: dict[str, str], corpus: str, tmp_path: Path
+) -> None:
+    first = run_training(settings_of(towers, corpus, lora_r=0), args_of(tmp_path / "first", max_steps=1))
+    script = settings_of(towers, corpus, model_name_or_path=str(tmp_path / "first"))
+    model, processor = build_model(script)
+    assert model.config.lora_config["r"] == 4 and build_config(script).lora_config["r"] == 4
+    inputs = processor.apply_request(clip(0.4))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**inputs).logits, first.model.eval()(**inputs).logits)
+    second = run_training(script, args_of(tmp_path / "second"))
+    trained = {name for name, weight in second.model.named_parameters() if weight.requires_grad}
+    assert any("lora_A" in name for name in trained)
+    assert any(weight.any() for name, weight in second.model.named_parameters() if "lora_B" in name)
+
+
+def test_under_zero3_models_and_sources_of_a_light_checkpoint_come_whole(
+    towers: dict[str, str], corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers would make them spread over the processes, for which it imports DeepSpeed."""
+    script = settings_of(towers, corpus)
+    running = types.SimpleNamespace(is_zero3=lambda: True, config={})
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: running)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    model, _ = build_model(script)
+    model.save_pretrained(tmp_path, light=True)
+    assert deepspeed.is_deepspeed_zero3_enabled()
+    with pytest.raises(ImportError):
+        ReLLMForConditionalGeneration.from_pretrained(tmp_path)
+    monkeypatch.undo()
+    found = ReLLMForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_a_grown_lora_keeps_every_weight(towers: dict[str, str]) -> None:
+    model = tiny_model(lora=None)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    grown = add_lora(model, {"r": 2}, "global")
+    after = {name.replace(".base_layer.", "."): weight for name, weight in grown.state_dict().items()}
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert grown.config.lora_scope == "global"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"emotion_fusion": "none"}, "has emotion_fusion: concat; the run asks for emotion_fusion: none"),
+        ({"lora_r": 8}, "has lora_r: 4; the run asks for lora_r: 8"),
+        ({"lora_r": 0}, "has lora_r: 4; the run asks for lora_r: 0"),
+        ({"lora_scope": "global"}, "has lora_scope: audio"),
+    ],
+)
+def test_an_architecture_that_the_checkpoint_has_not_is_refused(
+    change: dict, message: str, corpus: str, tmp_path: Path
+) -> None:
+    tiny_model(lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.05}).save_pretrained(tmp_path)
+    script = settings_of({}, corpus, model_name_or_path=str(tmp_path), **change)
+    with pytest.raises(ValueError, match=message):
+        build_model(script)
+
+
+def test_a_tower_is_not_taken_for_a_rellm(towers: dict[str, str], corpus: str) -> None:
+    with pytest.raises(ValueError, match="is a llama, not a ReLLM. Give towers"):
+        build_model(settings_of({}, corpus, model_name_or_path=towers["text_model"]))
+
+
+def test_four_bit_without_bitsandbytes_says_what_to_install(
+    towers: dict[str, str], corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        build_model(settings_of(towers, corpus, load_in_4bit=True))
+
+
+def test_four_bit_takes_the_linear_layers_of_the_llm_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    models = [tiny_model(fusion=fusion) for fusion in ("concat", "token")]  # before PEFT could meet the stand-in
+    stand_in = types.ModuleType("bitsandbytes")
+    stand_in.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: stand_in.__spec__)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.49.0")
+    config = four_bit_config()
+    assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype is torch.bfloat16
+    assert config.llm_int8_skip_modules == list(NEVER_QUANTIZED)
+    for model in models:
+        linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        taken = {name for name in linear if should_convert_module(name, config.llm_int8_skip_modules)}
+        body = {name for name in linear if name.startswith("model.text_model.model.") and "lora_" not in name}
+        assert taken == body and len(body) == 14
+
+
+def test_the_tiny_towers_make_a_model(tmp_path: Path, corpus: str) -> None:
+    make_tiny_towers(tmp_path)
+    names = {"audio_tower": "speech", "emotion_tower": "emotion", "text_model": "llm"}
+    towers = {setting: str(tmp_path / name) for setting, name in names.items()}
+    model, processor = build_model(settings_of(towers, corpus))
+    assert sum(parameter.numel() for parameter in model.parameters()) < 500_000
+    inputs = processor.apply_request(clip(0.5))
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
+def test_a_quantised_model_passes_for_one_with_an_adapter_only_while_the_trainer_is_made() -> None:
+    with_lora, without = tiny_model(), tiny_model(lora=None)
+    for model, expected in ((with_lora, True), (without, False)):
+        with lora_counts_as_adapter(model):
+            assert model._hf_peft_config_loaded is expected
+        assert model._hf_peft_config_loaded is False
+
+
+def test_a_run_in_four_bit_trains_in_float32_and_resumes(corpus: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    make_tiny_towers(tmp_path / "towers")  # whose widths fit bitsandbytes' blocks of 64
+    names = {"audio_tower": "speech", "emotion_tower": "emotion", "text_model": "llm"}
+    towers = {setting: str(tmp_path / "towers" / name) for setting, name in names.items()}
+    script = settings_of(towers, corpus, load_in_4bit=True, dtype="bfloat16")
+    settings = {"max_steps": 2, "light_checkpoints": False, "logging_steps": 1}
+    whole = run_training(script, args_of(tmp_path, **settings)).model.state_dict()
+    assert torch.load(tmp_path / "checkpoint-1" / "optimizer.pt")["state"][0]["exp_avg"].dtype is torch.float32
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    again = run_training(script, args_of(tmp_path, **settings)).model.state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+    loaded = ReLLMForConditionalGeneration.from_pretrained(tmp_path)
+    processor = ReLLMProcessor.from_pretrained(tmp_path)
+    assert loaded.generate(**processor.apply_request(clip(0.4)), max_new_tokens=2).shape[0] == 1
