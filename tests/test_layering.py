@@ -16,15 +16,17 @@ PACKAGE = Path(__file__).parent.parent / "relllm"
 HUB_ROOMS = ("modeling", "processing")
 # A room is a folder of the package or a module beside it; it may import the rooms listed here, and itself.
 BASE = {"labels", "processing", "modeling"}
-BELOW_DEMO = BASE | {"data", "inference", "training", "evaluation", "conversion", "hub"}
+BELOW_DEMO = BASE | {"data", "inference", "training", "evaluation", "conversion", "hub", "metrics", "plots"}
 MAY_IMPORT = {
     "labels": set(),
+    "metrics": {"labels"},
+    "plots": {"labels", "metrics"},
     "processing": set(),
     "modeling": set(),
-    "data": BASE,
-    "training": BASE | {"data"},
+    "data": BASE | {"plots"},
+    "training": BASE | {"data", "metrics"},
     "inference": BASE | {"demo"},
-    "evaluation": BASE | {"data", "inference"},
+    "evaluation": BASE | {"data", "inference", "metrics", "plots"},
     "conversion": BASE,
     "hub": BASE | {"data", "evaluation"},
     "demo": BELOW_DEMO,

@@ -2,7 +2,7 @@
 
 - A run of `relllm evaluate`: `planning.py` → `run.py` (asking: `asking.py`, `predicting.py`, `answers.py`) →
   `summary.py`, `folds.py`, `report.py`; `fingerprints.py` says what was measured.
-- Metrics: `recognition.py`, `dimensions.py`, `calibration.py`. Empathy scorers: `empathy_*.py`.
+- Empathy scorers: `empathy_*.py`.
 - Runs side by side: `runs.py` → `comparison.py` (`measures.py`, `statistics.py`, `published.py`) →
   `comparison_tables.py`, `tables.py`.
 - Pictures of all of it: `plots.py`.

@@ -1,7 +1,7 @@
 """A metric of one system, in the three forms that a comparison needs: the value, summands, and values to pair.
 
 What lives here: how each metric follows from sums over clips, which is what a bootstrap resample gives. What does not:
-two systems (`comparison.py`); the values themselves are those of `recognition.py` and `dimensions.py`.
+two systems (`comparison.py`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .dimensions import dimension_metrics
-from .recognition import recognition_metrics
+from relllm.metrics import dimension_metrics, recognition_metrics
+
 from .summary import LEVELS
 
 # From sums over clips, `(resamples, values)`, to the metric of each resample; not finite where it is not defined.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .calibration import CalibrationBin
+from relllm.metrics import CalibrationBin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,7 +1,6 @@
 """From the lines of `predictions.jsonl` to the numbers of `metrics.json`, and to its plots.
 
-What lives here: which clips count for which number. What does not: the metrics themselves (`recognition.py`,
-`calibration.py`, `dimensions.py`), the pictures (`plots.py`). Everything is computed from the lines alone.
+What lives here: which clips count for which number. Everything is computed from the lines alone.
 """
 
 from __future__ import annotations
@@ -11,11 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from relllm.labels import DIMENSIONS
+from relllm.metrics import calibration_metrics, dimension_metrics, recognition_metrics
 
-from .calibration import calibration_metrics
-from .dimensions import dimension_metrics
 from .plots import plot_confusion_matrix, plot_levels, plot_reliability, plot_valence_arousal
-from .recognition import recognition_metrics
 
 WAYS = ("generated", "likelihood", "head")  # of recognising an emotion
 MECHANISMS = ("ER", "IP", "EX")  # of empathy, after EPITOME

@@ -24,12 +24,12 @@ from transformers import (
 
 from relllm.data.loading import load_corpus
 from relllm.labels import DIMENSIONS
+from relllm.metrics import concordances
 from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 
 from .augmentation import AugmentationSettings
 from .emotion_training import EmotionTowerTrainer
-from .losses import ccc_loss
 from .run import checkpoint_to_resume
 from .settings import SettingsParser
 
@@ -231,11 +231,7 @@ def concordance_metrics(prediction: EvalPrediction) -> dict[str, float]:
     Returns:
         `dict[str, float]`: `ccc_arousal`, `ccc_dominance`, `ccc_valence`, `ccc`.
     """
-    predicted, target = (torch.as_tensor(values).double() for values in (prediction.predictions, prediction.label_ids))
-    metrics = {
-        f"ccc_{name}": 1 - ccc_loss(predicted[:, index, None], target[:, index, None]).item()
-        for index, name in enumerate(DIMENSIONS)
-    }
+    metrics = concordances(prediction.label_ids, prediction.predictions)
     return metrics | {"ccc": sum(metrics.values()) / len(metrics)}
 
 

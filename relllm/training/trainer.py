@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput, logging
 from trl import SFTTrainer
 
 from relllm.labels import DIMENSIONS
+from relllm.metrics import concordances, recognition_metrics
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
 
@@ -32,7 +33,7 @@ from .fused_head import return_heads
 from .lengths import row_lengths
 from .losses import IGNORE_INDEX
 from .objective import TARGETS, Objective, keep_labels
-from .running_metrics import RunningMeans, concordances, recognition
+from .running_metrics import RunningMeans
 from .tower_cache import TowerCacheMixin
 
 logger = logging.get_logger(__name__)
@@ -272,9 +273,13 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
         labels, predictions, dimensions, targets = clips.split([1, 1, size, size], dim=1)
         metrics: dict[str, float] = {}
         if "emotion_loss" in self.objective.active:
-            metrics |= recognition(labels.flatten().long(), predictions.flatten().long())
+            known = labels != IGNORE_INDEX
+            if known.any():
+                classes = self.model.config.emotion_labels
+                scores = recognition_metrics(labels[known].int().tolist(), predictions[known].int().tolist(), classes)
+                metrics |= {"ua": scores["ua"], "wa": scores["wa"], "macro_f1": scores["macro_f1"]}
         if "dimension_loss" in self.objective.active:
-            metrics |= concordances(dimensions, targets)
+            metrics |= concordances(targets.numpy(), dimensions.numpy())
         return metrics
 
 

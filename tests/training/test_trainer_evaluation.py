@@ -16,11 +16,11 @@ from tiny_models import clip, tiny_model, tiny_processor, user_turn
 from transformers import EarlyStoppingCallback
 
 from relllm import EMOTIONS
-from relllm.evaluation.recognition import recognition_metrics
 from relllm.labels import DIMENSIONS
+from relllm.metrics import recognition_metrics
 from relllm.training.collator import ReLLMCollator
 from relllm.training.objective import keep_labels
-from relllm.training.running_metrics import RunningMeans, concordances, recognition
+from relllm.training.running_metrics import RunningMeans
 
 NAMES = ("ua", "wa", "macro_f1", "ccc_arousal", "ccc_dominance", "ccc_valence")
 
@@ -233,21 +233,6 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, processor, count: i
 
 
 # The numbers themselves
-
-
-def test_metrics_agree_with_the_package_of_evaluation() -> None:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 4, (60,), generator=generator)  # the fifth class never occurs
-    predictions = torch.randint(0, 5, (60,), generator=generator)
-    ours = recognition(torch.cat([labels, torch.tensor([-100])]), torch.cat([predictions, torch.tensor([0])]))
-    reference = recognition_metrics(labels.tolist(), predictions.tolist(), EMOTIONS)
-    assert ours == pytest.approx({name: reference[name] for name in ours})
-    assert recognition(torch.tensor([-100]), torch.tensor([0])) == {}
-    target = torch.rand(60, 3, generator=generator)
-    predicted = target + 0.2 * torch.randn(60, 3, generator=generator)
-    target[:4, 0] = float("nan")
-    target[1:, 2] = float("nan")  # one clip has no concordance
-    assert set(concordances(predicted, target)) == {"ccc_arousal", "ccc_dominance"}
 
 
 def test_running_means_are_over_items_and_start_again() -> None:

@@ -10,8 +10,6 @@ import pytest
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, root_mean_squared_error
 
-from relllm.evaluation.calibration import calibration_metrics
-from relllm.evaluation.dimensions import dimension_metrics
 from relllm.evaluation.plots import (
     ForestLine,
     plot_confusion_matrix,
@@ -20,8 +18,8 @@ from relllm.evaluation.plots import (
     plot_reliability,
     plot_valence_arousal,
 )
-from relllm.evaluation.recognition import recognition_metrics
 from relllm.labels import EMOTIONS
+from relllm.metrics import calibration_metrics, concordances, dimension_metrics, recognition_metrics
 
 
 def is_png(path: Path) -> bool:
@@ -206,6 +204,24 @@ def test_dimensions_agree_with_scipy_scikit_learn_and_audmetric(case: str) -> No
     assert metrics["ccc"] == pytest.approx(audmetric.concordance_cc(truth, predicted), abs=1e-12)
     assert metrics["pearson"] == pytest.approx(pearsonr(truth, predicted).statistic, abs=1e-12)
     assert metrics["rmse"] == pytest.approx(root_mean_squared_error(truth, predicted), abs=1e-12)
+
+
+def test_concordances_are_those_of_labelled_clips_and_of_two_or_more() -> None:
+    rng = np.random.default_rng(4)
+    truth = rng.random((60, 3), dtype=np.float32)
+    predicted = (truth + rng.normal(0, 0.2, (60, 3))).astype(np.float32)
+    truth[:4, 0] = np.nan
+    truth[1:, 2] = np.nan  # one clip has no concordance
+    values = concordances(truth, predicted)
+    assert list(values) == ["ccc_arousal", "ccc_dominance"]
+    assert values["ccc_arousal"] == pytest.approx(audmetric.concordance_cc(truth[4:, 0], predicted[4:, 0]), abs=1e-6)
+    assert values["ccc_dominance"] == pytest.approx(audmetric.concordance_cc(truth[:, 1], predicted[:, 1]), abs=1e-6)
+
+
+def test_concordances_are_0_without_variance_and_nan_where_the_model_is_broken() -> None:
+    constant, broken = np.full((9, 3), 0.1), np.full((9, 3), np.nan)
+    assert set(concordances(constant, constant).values()) == {0.0}
+    assert all(math.isnan(value) for value in concordances(np.eye(9, 3), broken).values())
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e200])

@@ -1,0 +1,296 @@
+"""Metrics of speech emotion recognition (SER), as the field and the paper name them, on scikit-learn and audmetric.
+
+UA, WA, macro-F1 and the confusion matrix of emotions; CCC, Pearson's correlation and RMSE of dimensions; ECE and the
+reliability curve of probabilities. Training and evaluation take them from here. Nothing here makes predictions or
+pictures, and both libraries are imported on use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypedDict
+
+import numpy as np
+
+from .labels import DIMENSIONS
+
+NUM_BINS = 15
+_SUM_TOLERANCE = 1e-3  # half-precision softmaxes sum to one only about
+_NO_CLIPS = "There are no clips to measure. Check the split, and that its rows have an emotion."
+_INSTALL = "Metrics need scikit-learn and audmetric: `pip install relllm[eval]`, or `relllm[train]`."
+
+
+class RecognitionMetrics(TypedDict):
+    """What [`recognition_metrics`] gives: plain numbers, ready for JSON."""
+
+    ua: float  # unweighted accuracy (UAR): mean of the recalls of the classes that occur in the labels
+    wa: float  # weighted accuracy: the share of clips that are right
+    macro_f1: float  # mean F1 of the classes that occur in the labels; 0 for one that is never predicted
+    recall: dict[str, float | None]  # None for a class that does not occur in the labels
+    confusion_matrix: list[list[int]]  # clips, true class by row; clips without a prediction are in no column
+    class_names: list[str]  # the order of rows and columns
+    num_clips: int
+    num_unparsed: int  # clips without a prediction, which is a wrong one
+
+
+class DimensionMetrics(TypedDict):
+    """What [`dimension_metrics`] gives for one dimension; `None` where the data do not define a number."""
+
+    ccc: float | None  # concordance correlation (Lin, 1989) in [-1, 1]; needs two clips that are not all equal
+    pearson: float | None  # in [-1, 1]; needs labels and predictions that vary
+    rmse: float | None  # needs one clip
+    num_clips: int  # the labelled ones, which are those counted
+
+
+class CalibrationBin(TypedDict):
+    """The clips whose confidence lies in (lower, upper]; 0 belongs to the first bin."""
+
+    lower: float
+    upper: float
+    num_clips: int
+    confidence: float | None  # mean; None without clips
+    accuracy: float | None  # share that is right; None without clips
+
+
+class CalibrationMetrics(TypedDict):
+    """What [`calibration_metrics`] gives: plain numbers, ready for JSON."""
+
+    ece: float  # mean over the clips of |accuracy - confidence| of their bin, in [0, 1]; 0 is perfect
+    bins: list[CalibrationBin]  # the reliability curve, from confidence 0 to 1
+    num_clips: int
+
+
+def recognition_metrics(
+    labels: Sequence[str] | Sequence[int],
+    predictions: Sequence[str | None] | Sequence[int | None],
+    class_names: Sequence[str],
+) -> RecognitionMetrics:
+    """Return UA, WA, macro-F1, the recall of each class and the confusion matrix.
+
+    A class that does not occur in the labels has no recall and is left out of UA and macro-F1, as in scikit-learn's
+    balanced accuracy; predicting it is still wrong. Compare runs on the same labels only.
+
+    Args:
+        labels (`Sequence[str]` or `Sequence[int]`): True class of each clip, as name or index.
+        predictions (`Sequence[str | None]` or `Sequence[int | None]`): Predicted class of each clip, as name or index;
+            `None` where an answer names no class, which counts as wrong.
+        class_names (`Sequence[str]`): All classes, in the order of the indices.
+
+    Raises:
+        ValueError: No clips, different lengths, or a class that is not in `class_names`.
+        ImportError: scikit-learn is missing.
+    """
+    try:
+        from sklearn.metrics import confusion_matrix, f1_score
+    except ImportError as error:
+        raise ImportError(_INSTALL) from error
+
+    if len(labels) != len(predictions):
+        raise ValueError(
+            f"Got {len(labels)} labels and {len(predictions)} predictions; expected one of each for a clip."
+        )
+    if len(labels) == 0:
+        raise ValueError(_NO_CLIPS)
+    names = list(class_names)
+    true = np.array([_index(value, names, "label", position) for position, value in enumerate(labels)])
+    unparsed = len(names)  # one index further: the class of no prediction
+    predicted = np.array(
+        [
+            unparsed if value is None else _index(value, names, "prediction", position)
+            for position, value in enumerate(predictions)
+        ]
+    )
+    matrix = confusion_matrix(true, predicted, labels=range(len(names)))  # leaves out the unparsed
+    support = np.bincount(true, minlength=len(names))
+    present = np.flatnonzero(support)
+    recalls = np.diag(matrix) / np.maximum(support, 1)
+    return RecognitionMetrics(
+        ua=float(recalls[present].mean()),
+        wa=float(np.trace(matrix) / len(true)),
+        macro_f1=float(f1_score(true, predicted, labels=present, average="macro", zero_division=0.0)),
+        recall={name: float(recalls[at]) if support[at] else None for at, name in enumerate(names)},
+        confusion_matrix=matrix.tolist(),
+        class_names=names,
+        num_clips=len(true),
+        num_unparsed=int(np.sum(predicted == unparsed)),
+    )
+
+
+def dimension_metrics(
+    labels: Mapping[str, Sequence[float | None]], predictions: Mapping[str, Sequence[float]]
+) -> dict[str, DimensionMetrics]:
+    """Return CCC, Pearson's correlation and RMSE of each dimension, in the order of `DIMENSIONS`.
+
+    Args:
+        labels (`Mapping[str, Sequence[float | None]]`): For each dimension (of `DIMENSIONS`) one value a clip; `None`
+            or NaN where a clip is unlabelled, which leaves it out of that dimension.
+        predictions (`Mapping[str, Sequence[float]]`): The same dimensions and clips; every value finite.
+
+    Raises:
+        ValueError: Other dimensions in one than in the other, different lengths, or a prediction that is not finite.
+        ImportError: audmetric is missing.
+    """
+    if set(labels) != set(predictions) or not set(labels) <= set(DIMENSIONS) or not labels:
+        raise ValueError(
+            f"Got labels for {sorted(labels)} and predictions for {sorted(predictions)}; expected the same names, out "
+            f"of {', '.join(DIMENSIONS)}."
+        )
+    return {name: _dimension(name, labels[name], predictions[name]) for name in DIMENSIONS if name in labels}
+
+
+def concordances(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    """Return `ccc_arousal`, `ccc_dominance` and `ccc_valence`, of each dimension with two labelled clips or more.
+
+    Args:
+        labels, predictions (`np.ndarray` of shape `(clips, 3)`): In the order of `DIMENSIONS`; labels are NaN where
+            unlabelled. NaN among the predictions gives NaN, and two constants give 0, so that training goes on.
+
+    Raises:
+        ImportError: audmetric is missing.
+    """
+    concordance_cc, _ = _correlations()
+    values = {}
+    for name, truth, predicted in zip(DIMENSIONS, np.transpose(labels), np.transpose(predictions), strict=True):
+        labelled = ~np.isnan(truth)
+        truth, predicted = truth[labelled].astype(float), predicted[labelled].astype(float)
+        if len(truth) >= 2:
+            constant = np.ptp(truth) == 0 and np.ptp(predicted) == 0
+            values[f"ccc_{name}"] = 0.0 if constant else concordance_cc(truth, predicted)
+    return values
+
+
+def calibration_metrics(
+    labels: Sequence[str],
+    probabilities: Sequence[Mapping[str, float]],
+    class_names: Sequence[str],
+    *,
+    num_bins: int = NUM_BINS,
+) -> CalibrationMetrics:
+    """Return the expected calibration error, over bins of equal width, and the bins.
+
+    A clip's confidence is its highest probability; its prediction is the class that has it, the first one of
+    `class_names` among equals.
+
+    Args:
+        labels (`Sequence[str]`): True class of each clip, one of `class_names`.
+        probabilities (`Sequence[Mapping[str, float]]`): For each clip the probability of every class, sum 1.
+        class_names (`Sequence[str]`): All classes.
+        num_bins (`int`, *optional*, defaults to 15): At least 1.
+
+    Raises:
+        ValueError: No clips, different lengths, an unknown label, a class without probability, or probabilities that
+            are not finite, lie outside [0, 1] or do not sum to 1.
+    """
+    if num_bins < 1:
+        raise ValueError(f"Expected at least one bin, got {num_bins}.")
+    if len(labels) != len(probabilities):
+        raise ValueError(
+            f"Got {len(labels)} labels and {len(probabilities)} rows of probabilities; expected one of each for a "
+            "clip."
+        )
+    if not labels:
+        raise ValueError(_NO_CLIPS)
+    names = list(class_names)
+    table = np.array([_probabilities(position, row, names) for position, row in enumerate(probabilities)])
+    true = np.array([_index(label, names, "label", position) for position, label in enumerate(labels)])
+    confidence = table.max(axis=1).clip(max=1)  # a sum of 1.0004 may hold one
+    bins = _bins(confidence, table.argmax(axis=1) == true, num_bins)
+    gaps = [
+        one["num_clips"] * abs(one["accuracy"] - one["confidence"])
+        for one in bins
+        if one["accuracy"] is not None and one["confidence"] is not None
+    ]
+    return CalibrationMetrics(ece=float(sum(gaps) / len(labels)), bins=bins, num_clips=len(labels))
+
+
+def _index(value: object, names: list[str], what: str, position: int) -> int:
+    if isinstance(value, str) and value in names:
+        return names.index(value)
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= value < len(names):
+        return int(value)
+    raise ValueError(
+        f"The {what} at position {position} is {value!r}, expected one of {names} or an index into them. "
+        "Leave out clips without a label."
+    )
+
+
+def _correlations() -> tuple[Callable[..., float], Callable[..., float]]:
+    try:
+        from audmetric import concordance_cc, pearson_cc
+    except ImportError as error:
+        raise ImportError(_INSTALL) from error
+    return concordance_cc, pearson_cc
+
+
+def _dimension(name: str, labels: Sequence[float | None], predictions: Sequence[float]) -> DimensionMetrics:
+    concordance_cc, pearson_cc = _correlations()
+    if len(labels) != len(predictions):
+        raise ValueError(
+            f"{name}: got {len(labels)} labels and {len(predictions)} predictions; expected one for each clip."
+        )
+    truth = np.array([np.nan if value is None else value for value in labels], dtype=float)
+    predicted = np.array(predictions, dtype=float)
+    bad = np.flatnonzero(~np.isfinite(predicted))
+    if len(bad):
+        raise ValueError(
+            f"{name}: the prediction for clip {bad[0]} is {predicted[bad[0]]}; the model's output is broken."
+        )
+    if np.isinf(truth).any():
+        raise ValueError(
+            f"{name}: the label of clip {np.flatnonzero(np.isinf(truth))[0]} is infinite; use None or NaN."
+        )
+    labelled = ~np.isnan(truth)
+    truth, predicted = truth[labelled], predicted[labelled]
+    # Compared exactly: the mean of equal floats may differ from them by rounding.
+    varies = len(truth) > 1 and np.ptp(truth) > 0, len(truth) > 1 and np.ptp(predicted) > 0
+    has_ccc = len(truth) > 1 and (any(varies) or truth[0] != predicted[0])
+    return DimensionMetrics(
+        ccc=_finite(concordance_cc, truth, predicted) if has_ccc else None,
+        pearson=_finite(pearson_cc, truth, predicted) if all(varies) else None,
+        rmse=_finite(_root_mean_square, truth, predicted) if len(truth) else None,
+        num_clips=len(truth),
+    )
+
+
+def _root_mean_square(truth: np.ndarray, predicted: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((truth - predicted) ** 2)))
+
+
+def _finite(measure: Callable[..., float], truth: np.ndarray, predicted: np.ndarray) -> float | None:
+    """`None` where the values differ by so little (or so much) that float arithmetic has no answer."""
+    with np.errstate(all="ignore"):
+        value = float(measure(truth, predicted))
+    return value if np.isfinite(value) else None
+
+
+def _probabilities(position: int, row: Mapping[str, float], names: Sequence[str]) -> list[float]:
+    if set(row) != set(names):
+        raise ValueError(
+            f"Clip {position} has probabilities for {sorted(row)}, expected one for each of {sorted(names)}."
+        )
+    values = [float(row[name]) for name in names]
+    in_range = all(0 <= value <= 1 + _SUM_TOLERANCE for value in values)  # false for NaN too
+    if not in_range or abs(sum(values) - 1) > _SUM_TOLERANCE:
+        raise ValueError(
+            f"The probabilities of clip {position} are {dict(row)}; expected values in [0, 1] that sum to 1. The "
+            "model's output is broken."
+        )
+    return values
+
+
+def _bins(confidence: np.ndarray, right: np.ndarray, num_bins: int) -> list[CalibrationBin]:
+    edges = np.linspace(0, 1, num_bins + 1)
+    indices = np.searchsorted(edges[1:-1], confidence, side="left")  # (lower, upper]
+    counts = np.bincount(indices, minlength=num_bins)
+    confidences = np.bincount(indices, weights=confidence, minlength=num_bins)
+    rights = np.bincount(indices, weights=right, minlength=num_bins)
+    return [
+        CalibrationBin(
+            lower=float(edges[index]),
+            upper=float(edges[index + 1]),
+            num_clips=int(count),
+            confidence=float(confidences[index] / count) if count else None,
+            accuracy=float(rights[index] / count) if count else None,
+        )
+        for index, count in enumerate(counts)
+    ]
