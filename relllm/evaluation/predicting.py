@@ -238,12 +238,8 @@ def resolve_system(config: PreTrainedConfig, system: System | None, model: str) 
 def encode_clips(
     model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, clips: list
 ) -> tuple[ReLLMAudioOutput, list[int]]:
-    """What the model hears in each clip, and how many positions each takes; a CFormer is asked for those first."""
-    extractor = processor.feature_extractor
-    given = None
-    if extractor.num_projector_convs is None:
-        given = model.predict_token_counts(**extractor(clips).to(model.device)).tolist()
-    features = extractor(clips, audio_token_counts=given)
+    """What the model hears in each clip, and how many positions each takes."""
+    features = processor.feature_extractor.extract(clips)
     counts = [int(count) for count in features.pop("num_audio_tokens")]
     return model.get_audio_features(**features.to(model.device), return_dict=True), counts
 

@@ -145,7 +145,7 @@ class Conversation:
             clips = [*clips, clip]
             before = text or self.instruction
             content = [{"type": "text", "text": before}] if before else []
-            content.append({"type": "audio", "audio": clip.waveform})
+            content.append({"type": "audio", "waveform": clip.waveform})
         messages = [*self._messages, {"role": "user", "content": content}]
         ids = self._render(messages, clips)
         self._check_length(ids.shape[1], max_new_tokens)
@@ -162,7 +162,7 @@ class Conversation:
         """Encode one clip: the only place where the towers run."""
         extractor = self.processor.feature_extractor
         waveform = extractor.read_clip(audio)
-        inputs = extractor(waveform)
+        inputs = extractor.extract([waveform])
         inputs.pop("num_audio_tokens", None)
         heard = self.model.get_audio_features(**inputs.to(self.model.device), return_dict=True)
         counts: list[int] = []
@@ -176,7 +176,6 @@ class Conversation:
         counted: dict[str, object] = {}
         if clips:
             counted["only_counted"] = [True] * len(clips)
-            counted["audio_token_counts"] = [count for clip in clips for count in clip.token_counts] or None
         inputs = self.processor.apply_chat_template(
             messages,
             tokenize=True,

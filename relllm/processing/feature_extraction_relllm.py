@@ -1,7 +1,8 @@
 """Waveforms in, tensors of both towers out: log-mel (or waveform) for the speech tower, waveform for the other.
 
-Every clip is read once and resampled once. A clip longer than the tower's window is cut into windows of equal length.
-Also here: how many positions a clip takes in the LLM's sequence, the rule that processor and model share.
+`read_clip` is where a clip is read, resampled and checked; `extract` takes nothing but what it returned. A clip longer
+than the tower's window is cut into windows of equal length. Also here: how many positions a clip takes in the LLM's
+sequence, the rule that processor and model share.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         speech_do_normalize (`bool`, *optional*, defaults to `True`): Zero mean and unit variance for such a waveform.
         tower_kernels, tower_strides (`list[int]`, *optional*):
             Of the speech tower's convolutions without padding, for `"waveform"`.
-        num_projector_convs (`int`, *optional*, defaults to 3): Stride-2 convolutions of the projector; `None` for
-            CFormer, whose count is not known beforehand.
+        num_projector_convs (`int`, *optional*, defaults to 3): Stride-2 convolutions of the projector.
         num_extra_tokens (`int`, *optional*, defaults to 0): Positions before the speech (`emotion_fusion="token"`: 1).
         emotion_values (`bool`, *optional*, defaults to `True`): Whether there is an emotion tower to feed.
         full_window (`bool`, *optional*, defaults to `True`): Pad the log-mel to the whole window, as Whisper was
@@ -54,7 +54,7 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         speech_do_normalize: bool = True,
         tower_kernels: Sequence[int] | None = None,
         tower_strides: Sequence[int] | None = None,
-        num_projector_convs: int | None = 3,
+        num_projector_convs: int = 3,
         num_extra_tokens: int = 0,
         emotion_values: bool = True,
         full_window: bool = True,
@@ -85,23 +85,46 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         self.full_window = full_window
         self.max_duration_s = max_duration_s
 
-    def fetch_audio(
-        self, audio: AudioSource | Sequence[AudioSource], sampling_rate: int | None = None
-    ) -> np.ndarray | list[np.ndarray]:
-        """Read one clip or a list of them, mono, float32, at the extractor's rate.
+    def __call__(
+        self,
+        audio: AudioSource | Sequence[AudioSource],
+        sampling_rate: int | None = None,
+        return_tensors: str | None = "pt",
+        **kwargs: object,
+    ) -> BatchFeature:
+        """Read clips and prepare them for the model.
 
         Args:
-            audio: A path, URL, bytes, file object, array or tensor, `{"array", "sampling_rate"}`, or a list of these.
+            audio: One clip or a list of clips, each as [`~ReLLMFeatureExtractor.read_clip`] takes it.
             sampling_rate (`int`, *optional*): Rate of arrays, in Hz; by default the extractor's.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): Or `"np"`.
+
+        Returns:
+            [`BatchFeature`]: As of [`~ReLLMFeatureExtractor.extract`].
+
+        Raises:
+            ValueError: On bad audio; the message names the clip and the reason.
         """
-        if isinstance(audio, (list, tuple)) and not (audio and isinstance(audio[0], (int, float))):
+        return self.extract(self.read_clips(audio, sampling_rate), return_tensors=return_tensors)
+
+    def read_clips(
+        self, audio: AudioSource | Sequence[AudioSource], sampling_rate: int | None = None
+    ) -> list[np.ndarray]:
+        """Read one clip or a list of clips; see [`~ReLLMFeatureExtractor.read_clip`]."""
+        if isinstance(audio, (list, tuple)) and not _is_waveform(audio):
             return [self.read_clip(clip, sampling_rate, index=index) for index, clip in enumerate(_flatten(audio))]
-        return self.read_clip(cast(AudioSource, audio), sampling_rate)
+        return [self.read_clip(cast(AudioSource, audio), sampling_rate)]
 
     def read_clip(
         self, audio: AudioSource, sampling_rate: int | None = None, *, index: int | None = None
     ) -> np.ndarray:
-        """One clip of [`~ReLLMFeatureExtractor.fetch_audio`]; `index` is what an error calls an array by."""
+        """Read one clip: mono, float32, at the extractor's rate, checked.
+
+        Args:
+            audio: A path, URL, bytes, file object, array, tensor or row of `datasets`.
+            sampling_rate (`int`, *optional*): Rate of an array, in Hz; by default the extractor's.
+            index (`int`, *optional*): What an error calls an array by.
+        """
         if isinstance(audio, (list, tuple)):
             audio = np.asarray(audio, dtype=np.float32)
         name = rate = None
@@ -112,50 +135,41 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
             audio, sampling_rate=self.sampling_rate, source_rate=rate, max_duration_s=self.max_duration_s, name=name
         )
 
-    def __call__(
+    def extract(
         self,
-        audio: AudioSource | Sequence[AudioSource],
-        sampling_rate: int | None = None,
-        return_tensors: str | None = "pt",
-        audio_token_counts: Sequence[int] | None = None,
+        waveforms: Sequence[np.ndarray],
+        *,
         only_counted: Sequence[bool] | None = None,
-        **kwargs: object,
+        return_tensors: str | None = "pt",
     ) -> BatchFeature:
-        """
+        """Prepare clips that `read_clip` has read. Nothing is read, resampled or checked here.
+
         Args:
-            audio: One clip or a list of clips, each as [`~ReLLMFeatureExtractor.fetch_audio`] takes it.
-            sampling_rate (`int`, *optional*): Rate of arrays, in Hz; by default the extractor's.
-            return_tensors (`str`, *optional*, defaults to `"pt"`): Or `"np"`.
-            audio_token_counts (`list[int]`, *optional*): With CFormer, positions of each window.
+            waveforms (`list[np.ndarray]`): Each of shape `(samples,)`, float32, at the extractor's rate.
             only_counted (`list[bool]`, *optional*): Clips whose tower outputs are there already: they have windows and
                 positions, and no features.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): Or `"np"`.
 
         Returns:
             [`BatchFeature`]: `input_features` `(windows, mels, frames)` or `(windows, samples)` and its mask,
             `input_values` `(windows, samples)` and its mask, `audio_num_windows` `(clips,)`, and `num_audio_tokens`
             `(clips,)`, which is for the processor.
-
-        Raises:
-            ValueError: On bad audio; the message names the clip and the reason.
         """
-        fetched = self.fetch_audio(audio, sampling_rate)
-        clips = fetched if isinstance(fetched, list) else [fetched]
-        cut = [self.cut_windows(clip) for clip in clips]
-        windows = [window for clip_windows in cut for window in clip_windows]
+        for index, waveform in enumerate(waveforms):
+            if waveform.dtype != np.float32 or waveform.ndim != 1:
+                raise TypeError(
+                    f"Clip {index}: expected float32 of shape (samples,), got {waveform.dtype} of {waveform.shape}. "
+                    "Read it with `read_clip`."
+                )
+        cut = [self.cut_windows(waveform) for waveform in waveforms]
         outputs: dict[str, torch.Tensor | list[int]] = {}
         known = [False] * len(cut) if only_counted is None else only_counted
-        if heard := [window for parts, skip in zip(cut, known, strict=True) if not skip for window in parts]:
+        if heard := [window for windows, skip in zip(cut, known, strict=True) if not skip for window in windows]:
             outputs |= self._speech_inputs(heard)
             if self.emotion_values:
                 outputs["input_values"], outputs["input_values_mask"] = _pad([_normalize(window) for window in heard])
-        num_windows = [len(clip_windows) for clip_windows in cut]
-        outputs["audio_num_windows"] = torch.tensor(num_windows)
-        counts = self._token_counts(windows, audio_token_counts)
-        if audio_token_counts is not None:
-            outputs["audio_token_counts"] = torch.tensor(counts)
-        if counts is not None:
-            ends = np.cumsum([0, *num_windows])
-            outputs["num_audio_tokens"] = [sum(counts[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        outputs["audio_num_windows"] = torch.tensor([len(windows) for windows in cut])
+        outputs["num_audio_tokens"] = [sum(self.count_tokens(len(window)) for window in windows) for windows in cut]
         return BatchFeature(outputs, tensor_type=return_tensors)
 
     def cut_windows(self, waveform: np.ndarray) -> list[np.ndarray]:
@@ -167,12 +181,7 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         return [waveform[i * hops * self.hop_length : (i + 1) * hops * self.hop_length] for i in range(parts)]
 
     def count_tokens(self, num_samples: int) -> int:
-        """Positions in the LLM's sequence that one window of so many samples takes (the convolutional projector)."""
-        if self.num_projector_convs is None:
-            raise ValueError(
-                "A CFormer decides from what it hears how many positions a clip takes. Pass "
-                "audio_token_counts=model.predict_token_counts(**processor.feature_extractor(audio)) to the processor."
-            )
+        """Count the positions in the LLM's sequence that one window of so many samples takes."""
         if self.speech_input == "log_mel":
             frames = (-(-num_samples // self.hop_length) - 1) // 2 + 1
         else:
@@ -182,17 +191,6 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         for _ in range(self.num_projector_convs):
             frames = (frames - 1) // 2 + 1
         return frames + self.num_extra_tokens
-
-    def _token_counts(self, windows: list[np.ndarray], given: Sequence[int] | None) -> list[int] | None:
-        if given is None:
-            known = self.num_projector_convs is not None
-            return [self.count_tokens(len(window)) for window in windows] if known else None
-        counts = [int(count) for count in given]
-        if len(counts) != len(windows) or min(counts) < 1:
-            raise ValueError(f"audio_token_counts needs {len(windows)} counts, one a window, all >= 1; got {counts}.")
-        if self.num_projector_convs is not None:
-            raise ValueError("audio_token_counts is for CFormer; a convolutional projector's count is fixed.")
-        return counts
 
     def _speech_inputs(self, windows: list[np.ndarray]) -> dict[str, torch.Tensor]:
         if self.speech_input == "waveform":
@@ -212,14 +210,19 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         return {"input_features": features, "input_features_mask": mask.long()}
 
 
+def _is_waveform(values: Sequence) -> bool:
+    """Whether a list is one waveform and not a list of clips."""
+    return bool(values) and isinstance(values[0], (int, float))
+
+
 def _flatten(audio: Sequence) -> list:
-    """Clips of a batch that comes nested by row."""
-    nested = all(isinstance(row, (list, tuple)) and not (row and isinstance(row[0], (int, float))) for row in audio)
+    """Return the clips of a batch, which may come nested by row."""
+    nested = all(isinstance(row, (list, tuple)) and not _is_waveform(row) for row in audio)
     return [clip for row in audio for clip in row] if nested else list(audio)
 
 
 def _normalize(waveform: np.ndarray) -> np.ndarray:
-    """Zero mean and unit (population) variance, as wav2vec2 does it."""
+    """Scale to zero mean and unit (population) variance, as wav2vec2 does it."""
     return (waveform - waveform.mean()) / np.sqrt(waveform.var() + VARIANCE_FLOOR)
 
 
@@ -231,10 +234,10 @@ def _pad(waveforms: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def extractor_settings(config: PreTrainedConfig, speech_do_normalize: bool = True) -> dict[str, Any]:
-    """Arguments of [`ReLLMFeatureExtractor`] that follow from a model's configuration (`ReLLMConfig`)."""
+    """Return the arguments of [`ReLLMFeatureExtractor`] that follow from a model's configuration (`ReLLMConfig`)."""
     audio = config.audio_config
     settings: dict[str, Any] = {
-        "num_projector_convs": None if config.projector_type == "cformer" else len(config.projector_kernel_sizes),
+        "num_projector_convs": len(config.projector_kernel_sizes),
         "num_extra_tokens": int(config.emotion_fusion == "token"),
         "emotion_values": config.emotion_config is not None,
     }

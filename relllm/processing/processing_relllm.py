@@ -4,6 +4,7 @@ One `<|audio|>` in the text stands for one clip, and becomes as many of the same
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -14,18 +15,15 @@ from .audio_relllm import AudioSource
 from .feature_extraction_relllm import ReLLMFeatureExtractor, extractor_settings
 from .prompts_relllm import AUDIO_TOKEN, SPEECH_PROMPT, SYSTEM_PROMPT, build_chat_template
 
-AUDIO_KEYS = ("audio", "url", "path", "bytes")
+AUDIO_KEYS = ("audio", "url", "path", "bytes", "waveform")  # what an audio part may hold; `waveform` has been read
+
+
+class _Read(np.ndarray):
+    """A waveform that was read, on its way through Transformers' `apply_chat_template`, which passes arrays on."""
 
 
 class ReLLMAudioKwargs(AudioKwargs, total=False):  # type: ignore[call-arg]
-    """
-    Attributes:
-        audio_token_counts (`list[int]`, *optional*): With CFormer, positions of each window.
-        only_counted (`list[bool]`, *optional*): Clips that get no features; see [`ReLLMFeatureExtractor`].
-    """
-
-    audio_token_counts: list[int] | None
-    only_counted: list[bool] | None
+    only_counted: list[bool] | None  # clips that get no features; see `ReLLMFeatureExtractor.extract`
 
 
 class ReLLMProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -159,15 +157,15 @@ class ReLLMProcessor(ProcessorMixin):
         images: object = None,
         text: str | list[str] | None = None,
         videos: object = None,
-        audio: "AudioSource | None" = None,
+        audio: "AudioSource | list[AudioSource] | None" = None,
         **kwargs: Any,
     ) -> tuple[object, list[str] | None, object, list[np.ndarray] | None]:
-        """Audio of any source becomes a flat list of waveforms, each read and resampled once."""
+        """Read the audio, unless `apply_chat_template` has: from here on it is a flat list of waveforms."""
         clips: list[np.ndarray] | None = None
-        if audio is not None:
-            rate = kwargs.get("sampling_rate") or kwargs.get("audio_kwargs", {}).get("sampling_rate")
-            fetched = self.feature_extractor.fetch_audio(audio, sampling_rate=rate)
-            clips = fetched if isinstance(fetched, list) else [fetched]
+        if isinstance(audio, list) and all(isinstance(clip, _Read) for clip in audio):
+            clips = [clip.view(np.ndarray) for clip in cast("list[_Read]", audio)]
+        elif audio is not None:
+            clips = self.feature_extractor.read_clips(audio, _rate_of_arrays(kwargs))
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
             placeholders, count = sum(row.count(self.audio_token) for row in text), len(clips or [])
@@ -179,15 +177,11 @@ class ReLLMProcessor(ProcessorMixin):
         return images, text, videos, clips
 
     def _process_audio(self, audio: list[np.ndarray], **kwargs: Any) -> tuple[BatchFeature, list[str]]:
-        # `prepare_inputs_layout` has brought every clip to the extractor's rate
-        given = {name: kwargs.get(name) for name in ("audio_token_counts", "only_counted")}
-        features = self.feature_extractor(audio, **given)
+        features = self.feature_extractor.extract(audio, only_counted=kwargs.get("only_counted"))
         return features, [self.replace_audio_token(features, audio_idx=index) for index in range(len(audio))]
 
     def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs: object) -> str:
-        """The placeholders of clip `audio_idx`."""
-        if "num_audio_tokens" not in audio_inputs:
-            self.feature_extractor.count_tokens(0)  # says how a CFormer's counts are found
+        """Return the placeholders of clip `audio_idx`."""
         return self.audio_token * int(audio_inputs["num_audio_tokens"][audio_idx])
 
     def apply_chat_template(
@@ -197,55 +191,79 @@ class ReLLMProcessor(ProcessorMixin):
         tokenize: bool = False,
         **kwargs: Any,
     ) -> "str | list[str] | BatchFeature":
-        """As in Transformers; with `tokenize=True` the audio parts are read from whatever they hold.
+        """Render a conversation as in Transformers; with `tokenize=True` its audio parts are read, each once.
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`): Messages, or a batch of conversations. An audio part has
-                one of `"audio"` (array, path, bytes, `datasets` dictionary), `"path"`, `"url"` and `"bytes"`, and with
-                an array its `"sampling_rate"` if that is not 16 kHz.
+                one of `"audio"` (array, path, bytes, `datasets` dictionary), `"path"`, `"url"`, `"bytes"` and
+                `"waveform"` (what [`~ReLLMFeatureExtractor.read_clip`] returned: it is taken as it is), and beside an
+                array its `"sampling_rate"` if that is not 16 kHz.
+            kwargs: `sampling_rate` is the rate of arrays that come without one, in Hz.
         """
         if tokenize:
-            conversation = self.read_audio(conversation)
+            rate = _rate_of_arrays(kwargs) or _rate_of_arrays(kwargs.get("processor_kwargs") or {})
+            kwargs.pop("sampling_rate", None)
+            conversation = self.read_audio(conversation, rate)
+            for part in audio_parts(conversation):  # of the copy
+                part["audio"] = part.pop("waveform").view(_Read)
         return super().apply_chat_template(conversation, chat_template=chat_template, tokenize=tokenize, **kwargs)
 
-    def read_audio(self, conversation: list[dict] | list[list[dict]]) -> list[dict] | list[list[dict]]:
-        """A copy in which every audio part holds its waveform; Transformers would read fewer kinds, and twice."""
-        count = 0
-        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        conversations = []
-        for messages in cast("list[list[dict]]", conversation if batched else [conversation]):
-            read: list[dict] = []
-            for message in messages:
-                if not isinstance(content := message.get("content"), str):
-                    parts = list(content or [])
-                    for position, part in enumerate(parts):
-                        if part["type"] == "audio":
-                            parts[position] = {"type": "audio", "audio": self._read_part(part, count)}
-                            count += 1
-                    message = {**message, "content": parts}
-                read.append(message)
-            conversations.append(read)
-        return conversations if batched else conversations[0]
+    def read_audio(
+        self, conversation: list[dict] | list[list[dict]], sampling_rate: int | None = None
+    ) -> list[dict] | list[list[dict]]:
+        """Return a copy in which every audio part is `{"type": "audio", "waveform": samples}`, read if it was not.
 
-    def _read_part(self, part: dict, index: int) -> np.ndarray:
-        given = [part[key] for key in AUDIO_KEYS if part.get(key) is not None]  # Arrow structs have keys with None
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`): As in [`~ReLLMProcessor.apply_chat_template`].
+            sampling_rate (`int`, *optional*): Rate of arrays that come without one, in Hz; by default the extractor's.
+        """
+        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        copies: list[list[dict]] = []
+        for messages in cast("list[list[dict]]", conversation if batched else [conversation]):
+            copies.append([])
+            for message in messages:
+                content = message.get("content")
+                if not isinstance(content, str):
+                    content = [dict(part) for part in content or []]
+                copies[-1].append({**message, "content": content})
+        for index, part in enumerate(audio_parts(copies)):
+            waveform = self._read_part(part, sampling_rate, index)
+            part.clear()
+            part.update(type="audio", waveform=waveform)
+        return copies if batched else copies[0]
+
+    def _read_part(self, part: dict, sampling_rate: int | None, index: int) -> np.ndarray:
+        given = [key for key in AUDIO_KEYS if part.get(key) is not None]  # Arrow structs have keys with None
         if len(given) != 1:
             raise ValueError(f"An audio part needs exactly one of the keys {AUDIO_KEYS}, got {sorted(part)}.")
-        return self.feature_extractor.read_clip(given[0], part.get("sampling_rate"), index=index)
+        if given == ["waveform"]:
+            return part["waveform"]
+        rate = part.get("sampling_rate") or sampling_rate
+        return self.feature_extractor.read_clip(part[given[0]], rate, index=index)
 
     @property
     def model_input_names(self) -> list[str]:
-        """Everything that the model's `forward` takes from here."""
-        extractor = self.feature_extractor
-        names = [*self.tokenizer.model_input_names, *extractor.model_input_names, "audio_num_windows"]
-        if extractor.num_projector_convs is None:  # a CFormer's counts are given, not computed
-            names.append("audio_token_counts")
+        """Return everything that the model's `forward` takes from here."""
+        names = [*self.tokenizer.model_input_names, *self.feature_extractor.model_input_names, "audio_num_windows"]
         return list(dict.fromkeys(names))
 
     @property
     def unused_input_names(self) -> list[str]:
-        """Made on the way, and not for the model."""
+        """Return what is made on the way, and is not for the model."""
         return ["num_audio_tokens"]
 
 
-__all__ = ["ReLLMProcessor"]
+def audio_parts(conversation: Sequence) -> list[dict]:
+    """Return the audio parts of a conversation, or of a batch of conversations, in order."""
+    if conversation and isinstance(conversation[0], (list, tuple)):
+        return [part for messages in conversation for part in audio_parts(messages)]
+    contents = [content for message in conversation if not isinstance(content := message.get("content"), str)]
+    return [part for content in contents for part in content or [] if part["type"] == "audio"]
+
+
+def _rate_of_arrays(kwargs: Mapping[str, Any]) -> int | None:
+    """Return the sampling rate among the keywords of a call, which Transformers takes in two places."""
+    return kwargs.get("sampling_rate") or (kwargs.get("audio_kwargs") or {}).get("sampling_rate")
+
+
+__all__ = ["ReLLMProcessor", "audio_parts"]

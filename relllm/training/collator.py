@@ -111,7 +111,7 @@ class ReLLMCollator:
             contents = [message["content"] for message in turns if not isinstance(message["content"], str)]
             parts = [part for content in contents for part in content if part["type"] == "audio"]
             for index, part in enumerate(parts):
-                part["audio"] = augmentation(part["audio"], row_id=row.get("id"), clip=index)
+                part["waveform"] = augmentation(part["waveform"], row_id=row.get("id"), clip=index)
 
     def _transcripts(self, row: Mapping, num_clips: int) -> list[list[int] | None]:
         """Tokens of each clip's transcript, `None` for none; read only where something needs them."""
@@ -225,7 +225,7 @@ def _count_clips(conversation: list[dict]) -> int:
 def _waveforms(conversations: list[list[dict]]) -> list[np.ndarray]:
     """Of all clips, once they are read."""
     contents = [m["content"] for turns in conversations for m in turns if not isinstance(m["content"], str)]
-    return [part["audio"] for content in contents for part in content if part["type"] == "audio"]
+    return [part["waveform"] for content in contents for part in content if part["type"] == "audio"]
 
 
 def _name(row: Mapping) -> str:

@@ -350,7 +350,7 @@ def test_the_audio_is_kept_and_not_its_file(model, processor, tmp_path) -> None:
     conversation.say(path, max_new_tokens=2)
     path.unlink()
     check_turns(model, processor, conversation, TURNS[1:3])
-    kept = conversation.messages[1]["content"][1]["audio"]
+    kept = conversation.messages[1]["content"][1]["waveform"]
     np.testing.assert_allclose(kept, clip(0.5), atol=1e-4)
 
 

@@ -4,6 +4,7 @@ import functools
 import http.server
 import io
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from relllm import ReLLMConfig, ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.modeling.audio_tower_relllm import count_frames
 from relllm.modeling.projector_relllm import count_projected
+from relllm.processing import audio_relllm, feature_extraction_relllm
 from relllm.processing.prompts_relllm import build_chat_template
 
 # WavLM's own attention, on a padded batch
@@ -154,6 +156,85 @@ def test_apply_request_is_a_system_turn_an_instruction_and_the_audio(processor: 
     assert same(found, conversation_inputs(processor, conversations))
     bare = processor.apply_request(clip(0.5), instruction="", system_prompt="")
     assert same(bare, conversation_inputs(processor, [user_turn(clip(0.5))]))
+
+
+# --- one reader ------------------------------------------------------------------------------------------------------
+
+WAYS = ("call", "call, keyword", "request", "chat template", "chat template, keyword", "chat template, audio_kwargs")
+SOURCES = ("path", "bytes", "array", "tensor")
+
+
+def second_of_audio(processor: ReLLMProcessor, way: str, source: str, rate: int, folder: Path) -> dict:
+    """Inputs of one second at `rate`; an array's rate is said beside it, where this way has a keyword for it."""
+    samples = clip(1.0, rate=rate)
+    content = wav_bytes(samples, rate)
+    path = folder / f"{rate}.wav"
+    path.write_bytes(content)
+    audio = {"path": path, "bytes": content, "array": samples, "tensor": torch.from_numpy(samples)}[source]
+    said = {"sampling_rate": rate}
+    if way in ("call", "request") and source in ("array", "tensor"):
+        audio = {"array": audio, **said}
+    if way == "request":
+        return processor.apply_request(audio, instruction="", system_prompt="")
+    if way in ("call", "call, keyword"):
+        text = processor.apply_chat_template([user_turn(clip(1.0))], add_generation_prompt=True)
+        return processor(text=text, audio=audio, **(said if way == "call, keyword" else {}))
+    if way == "chat template":
+        return conversation_inputs(processor, [user_turn(audio_part(audio, **said))])
+    keyword = said if way == "chat template, keyword" else {"processor_kwargs": {"audio_kwargs": said}}
+    return conversation_inputs(processor, [user_turn(audio_part(audio))], **keyword)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000])
+def test_a_second_takes_as_many_positions_whatever_its_rate_and_the_way_it_comes(
+    rate: int, processor: ReLLMProcessor, tmp_path: Path
+) -> None:
+    expected = processor.feature_extractor.count_tokens(RATE)
+    reference = processor(text=AUDIO, audio=clip(1.0, rate=rate), sampling_rate=rate)
+    for way in WAYS:
+        for source in SOURCES:
+            found = second_of_audio(processor, way, source, rate, tmp_path)
+            assert int((found["input_ids"] == processor.audio_token_id).sum()) == expected, (way, source)
+            assert int(found["input_values_mask"].sum()) == RATE, (way, source)
+            torch.testing.assert_close(found["input_values"], reference["input_values"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_clip_is_decoded_resampled_and_checked_once(
+    way: str, source: str, processor: ReLLMProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        function = getattr(audio_relllm, name)
+
+        def counted(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(audio_relllm, name, counted)
+
+    for name in ("load_audio", "decode_audio", "resample", "check_frames"):
+        count(name)
+    monkeypatch.setattr(feature_extraction_relllm, "load_audio", audio_relllm.load_audio)
+    second_of_audio(processor, way, source, 48_000, tmp_path)
+    decoded = int(source in ("path", "bytes"))
+    assert calls == Counter(load_audio=1, decode_audio=decoded, resample=1, check_frames=1)
+
+
+def test_what_was_read_is_taken_as_it_is_and_nothing_else_passes_for_it(processor: ReLLMProcessor) -> None:
+    waveform = processor.feature_extractor.read_clip(clip(0.5))
+    expected = conversation_inputs(processor, [user_turn(clip(0.5))])
+    part = {"type": "audio", "waveform": waveform}
+    assert same(conversation_inputs(processor, [user_turn(part)], sampling_rate=44_100), expected)
+    assert part == {"type": "audio", "waveform": waveform}  # the caller's own is untouched
+    read = processor.read_audio([user_turn(clip(0.5))])
+    assert read[0]["content"][0].keys() == {"type", "waveform"}
+    assert same(conversation_inputs(processor, read), expected)
+    for wrong in (waveform.astype(np.float64), waveform[None]):
+        with pytest.raises(TypeError, match="Clip 0: expected float32 of shape .samples,."):
+            conversation_inputs(processor, [user_turn({"type": "audio", "waveform": wrong})])
 
 
 # --- turns, batches, masks -------------------------------------------------------------------------------------------
@@ -363,14 +444,6 @@ def test_a_tokenizer_with_another_audio_token_id_is_refused() -> None:
     tokenizer = tiny_tokenizer(audio_token=False)
     with pytest.raises(ValueError, match="does not know '<|audio|>'"):
         ReLLMProcessor(tiny_processor().feature_extractor, tokenizer)
-
-
-def test_cformer_says_how_its_counts_are_found() -> None:
-    processor = tiny_processor(tiny_config(projector_type="cformer"))
-    with pytest.raises(ValueError, match="predict_token_counts"):
-        conversation_inputs(processor, [user_turn(clip(0.5))])
-    with pytest.raises(ValueError, match="needs 1 counts"):
-        processor(text=AUDIO, audio=clip(0.5), audio_token_counts=[2, 3])
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------

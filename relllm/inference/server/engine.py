@@ -339,7 +339,7 @@ class Engine:
         clips: list[Tensor] = []
         hearings: list[Hearing] = []
         if waveforms:
-            features = self._extractor(waveforms)
+            features = self._extractor.extract(waveforms)
             counts = [int(count) for count in features.pop("num_audio_tokens")]
             heard = self._model.get_audio_features(**features.to(self._model.device), return_dict=True)
             clips, hearings = list(heard.pooler_output.split(counts)), read_hearings(self._model, heard)

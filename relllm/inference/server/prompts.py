@@ -100,7 +100,7 @@ class PromptReader:
         for turn in conversation:
             for part in turn["content"]:
                 if part["type"] == "audio":
-                    part["audio"] = next(waveforms)
+                    part["waveform"] = next(waveforms)
         prompt.token_ids = self._tokenize(conversation, len(prompt.waveforms))
         prompt.sampling = self._read_sampling(request, len(prompt.token_ids))
         return prompt
