@@ -90,7 +90,6 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         audio: AudioSource | Sequence[AudioSource],
         sampling_rate: int | None = None,
         return_tensors: str | None = "pt",
-        **kwargs: object,
     ) -> BatchFeature:
         """Read clips and prepare them for the model.
 

@@ -206,7 +206,7 @@ def test_the_model_takes_tower_outputs_for_features() -> None:
 def test_a_clip_that_is_only_counted_has_its_windows_and_positions_and_no_features() -> None:
     extractor = tiny_processor().feature_extractor
     clips = [clip(0.5), clip(3.3, seed=1), clip(0.2, seed=2)]
-    whole, counted = extractor(clips), extractor(clips, only_counted=[False, True, False])
+    whole, counted = extractor.extract(clips), extractor.extract(clips, only_counted=[False, True, False])
     assert torch.equal(counted["num_audio_tokens"], whole["num_audio_tokens"])
     assert counted["audio_num_windows"].tolist() == whole["audio_num_windows"].tolist() == [1, 2, 1]
     short = extractor([clips[0], clips[2]])
