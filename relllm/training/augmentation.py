@@ -1,19 +1,20 @@
-"""Augmentation of training clips: its settings, what each clip draws, and how the trainer brings it to its loader.
+"""Augmentation of training clips: the settings, the effects, which of them a clip gets, and the trainer's part.
 
-What lives here: which effect a clip gets, and how strong. What does not: the effects (`augmentation_effects.py`) and
-where a waveform is read (the collators).
+Only the loader of training rows augments. What a clip draws follows from the seed, the epoch, the row's id (without
+one: its samples) and the clip's place in the row, and from nothing else: not from the batch, the worker, the process,
+or what was drawn before. So a resumed run draws what an uninterrupted one would have, and two processes draw what one
+would. The epoch reaches the loader's workers in shared memory, because persistent ones keep their copy of the
+collator; it is set before the epoch's first row is asked for, when no worker is at work.
 
-Design:
-- Only the loader of training rows augments; evaluation and prediction have a collator without it.
-- What a clip draws follows from the seed, the epoch, the row's id (without one: its samples) and the clip's place in
-  the row, and from nothing else: not from the batch, the worker, the process, or what was drawn before. So a resumed
-  run draws what an uninterrupted one would have, and two processes draw what one would.
-- The epoch reaches the loader's workers in shared memory, because persistent ones keep their copy of the collator. It
-  is set before the epoch's first row is asked for, when no worker is at work.
+Effects take waveforms `(samples,)`, float32, in [-1, 1], and give the same output for the same input. One whose result
+would exceed full scale scales the whole clip down to it, because clipping would add a distortion that nobody asked
+for. Every effect but speed keeps the length.
 """
 
 import dataclasses
+import functools
 import hashlib
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,18 +26,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from relllm.processing.audio_relllm import MAX_DURATION_S, MIN_DURATION_S, SAMPLING_RATE, load_audio
-
-from .augmentation_effects import (
-    CODECS,
-    add_noise,
-    add_reverberation,
-    change_gain,
-    change_speed,
-    draw_noise,
-    pass_codec,
-    pass_telephone,
-)
+from relllm.processing.audio_relllm import MAX_DURATION_S, MIN_DURATION_S, SAMPLING_RATE, load_audio, resample
 
 # Smallest and largest value that a range may hold; outside, it was meant in another unit.
 RANGES = {
@@ -46,6 +36,10 @@ RANGES = {
     "augment_gain_db": (-60.0, 40.0),
 }
 NOISE_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+TELEPHONE_BAND_HZ = (300.0, 3400.0)
+_TELEPHONE_TAPS = 511  # at 16 kHz: the edges of the band are about 110 Hz wide
+_KAISER_BETA = 6.0  # some 60 dB down outside the band
+CODECS = {"mp3": ("MP3", "MPEG_LAYER_III"), "opus": ("OGG", "OPUS"), "ulaw": ("WAV", "ULAW")}  # libsndfile's names
 _COMPRESSION = (0.5, 0.99)  # of MP3 about 50 to 27 kbit/s of mono speech, of Opus about 130 to 11
 
 
@@ -54,17 +48,6 @@ class AugmentationSettings:
     """The settings that a trainer's configuration inherits; all effects are off by default.
 
     They act in the order in which they stand here, each on its own share of the clips.
-
-    Args:
-        augment_speed (`list[float]`, *optional*): Slowest and fastest, for example `[0.9, 1.1]`. Changes pitch and
-            duration together, and with them what emotion rides on.
-        augment_reverb (`list[float]`, *optional*): Shortest and longest reverberation time (RT60) in seconds.
-        augment_noise_snr_db (`list[float]`, *optional*): Lowest and highest signal-to-noise ratio in dB.
-        augment_noise_dir (`str`, *optional*): Folder of noise recordings; by default white and pink noise.
-        augment_gain_db (`list[float]`, *optional*): Lowest and highest gain in dB; never beyond full scale.
-        augment_telephone (`bool`, *optional*, defaults to `False`): 300 to 3400 Hz.
-        augment_codec (`list[str]`, *optional*): Any of `"mp3"`, `"opus"`, `"ulaw"`; a clip passes one of them.
-        augment_probability (`float`, *optional*, defaults to 0.5): Of each effect, for each clip.
     """
 
     augment_speed: list[float] | None = field(
@@ -87,11 +70,7 @@ class AugmentationSettings:
     augment_probability: float = field(default=0.5, metadata={"help": "Of each effect, for each clip and epoch."})
 
     def check_augmentation(self) -> None:
-        """
-        Raises:
-            ValueError: On a range that is none or holds impossible values, an unknown codec, a probability outside
-                (0, 1], or a folder of noise without a signal-to-noise ratio.
-        """
+        """Raise `ValueError` on a setting that cannot be, naming it; called when the configuration is made."""
         for name, (smallest, largest) in RANGES.items():
             given = getattr(self, name)
             if given is None:
@@ -122,12 +101,7 @@ class AugmentationSettings:
 class Augmentation:
     """Gives each clip the effects that its row and the epoch draw.
 
-    Args:
-        settings ([`AugmentationSettings`]): Which effects, and their ranges.
-        seed (`int`): The run's.
-        sampling_rate (`int`, *optional*, defaults to 16000): Of every clip, in Hz.
-        max_duration_s (`float`, *optional*, defaults to 600): A clip that slowing down would make longer keeps its
-            speed; so does one that would become shorter than 25 ms.
+    A clip that another speed would make longer than `max_duration_s`, or shorter than 25 ms, keeps its speed.
 
     Raises:
         FileNotFoundError: If the folder of noise is not there, or holds no audio.
@@ -161,37 +135,36 @@ class Augmentation:
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes on to another epoch, in the workers as well."""
+        """Go on to another epoch, in the workers as well."""
         self._epoch.fill_(epoch)
 
     def __call__(self, waveform: np.ndarray, *, row_id: object = None, clip: int = 0) -> np.ndarray:
-        """
+        """Return the clip, `(samples,)` in float32, with what it draws; the one that is given stays as it is.
+
         Args:
-            waveform (`np.ndarray` of shape `(samples,)`): float32 at `sampling_rate`; it stays as it is.
+            waveform (`np.ndarray` of shape `(samples,)`): float32 at `sampling_rate`.
             row_id (*optional*): The row's `id`. Rows that share one draw alike; without one the samples say.
             clip (`int`, *optional*, defaults to 0): The clip's place among those of the row.
-
-        Returns:
-            `np.ndarray` of another shape `(samples,)` where the speed changed: float32, finite, and in [-1, 1] if any
-            effect was drawn.
         """
         row = f"id {row_id}" if row_id is not None else hashlib.blake2b(waveform.tobytes()).hexdigest()
         settings, rate = self.settings, self.sampling_rate
 
         if settings.augment_speed and (rng := self._draw(row, clip, "speed")):
-            waveform = self._at_speed(waveform, round(_uniform(rng, settings.augment_speed), 2))
+            speed = round(rng.uniform(*settings.augment_speed), 2)
+            if MIN_DURATION_S <= math.ceil(len(waveform) / speed) / rate <= self.max_duration_s:
+                waveform = change_speed(waveform, speed)
         if settings.augment_reverb and (rng := self._draw(row, clip, "reverb")):
-            waveform = add_reverberation(waveform, rng, _uniform(rng, settings.augment_reverb), rate)
+            waveform = add_reverberation(waveform, rng, rng.uniform(*settings.augment_reverb), rate)
         if settings.augment_noise_snr_db and (rng := self._draw(row, clip, "noise")):
-            snr_db = _uniform(rng, settings.augment_noise_snr_db)
+            snr_db = rng.uniform(*settings.augment_noise_snr_db)
             waveform = add_noise(waveform, self._noise(rng, len(waveform)), snr_db)
         if settings.augment_gain_db and (rng := self._draw(row, clip, "gain")):
-            waveform = change_gain(waveform, _uniform(rng, settings.augment_gain_db))
+            waveform = change_gain(waveform, rng.uniform(*settings.augment_gain_db))
         if settings.augment_telephone and self._draw(row, clip, "telephone"):
             waveform = pass_telephone(waveform, rate)
         if settings.augment_codec and (rng := self._draw(row, clip, "codec")):
             codec = settings.augment_codec[int(rng.integers(len(settings.augment_codec)))]
-            waveform = pass_codec(waveform, codec, _uniform(rng, _COMPRESSION), rate)
+            waveform = pass_codec(waveform, codec, rng.uniform(*_COMPRESSION), rate)
         return waveform
 
     def _draw(self, row: str, clip: int, effect: str) -> np.random.Generator | None:
@@ -202,10 +175,6 @@ class Augmentation:
         key = repr((self.seed, self.epoch, row, clip, effect))
         rng = np.random.default_rng(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "big"))
         return rng if rng.random() < self.settings.augment_probability else None
-
-    def _at_speed(self, waveform: np.ndarray, speed: float) -> np.ndarray:
-        duration_s = math.ceil(len(waveform) / speed) / self.sampling_rate
-        return change_speed(waveform, speed) if MIN_DURATION_S <= duration_s <= self.max_duration_s else waveform
 
     def _noise(self, rng: np.random.Generator, num_samples: int) -> np.ndarray:
         """Made noise, or a stretch of a recording, which begins again where it is too short."""
@@ -226,18 +195,121 @@ class Augmentation:
         return np.resize(noise, num_samples)
 
 
+def change_speed(waveform: np.ndarray, speed: float) -> np.ndarray:
+    """Play a clip faster or slower, like a tape: its duration is divided by `speed`, every frequency multiplied by it.
+
+    `speed` counts to 0.01; 1.1 is some 1.65 semitones higher. The result has `ceil(samples / speed)` samples.
+    """
+    percent = round(100 * speed)  # a whole number keeps the resampling filter small
+    return within_full_scale(resample(waveform, percent * SAMPLING_RATE // 100, SAMPLING_RATE))
+
+
+def add_reverberation(waveform: np.ndarray, rng: np.random.Generator, rt60_s: float, sampling_rate: int) -> np.ndarray:
+    """Put a clip into a room whose echo is noise that decays by 60 dB in `rt60_s`, as strong as the direct sound.
+
+    A model of the late reverberation alone: no early reflections, and all frequencies decay alike. The clip is as loud
+    (RMS) as before; the echo after its end is cut off.
+    """
+    num_samples = max(round(rt60_s * sampling_rate), 2)
+    tail = rng.standard_normal(num_samples) * 10 ** (-3 * np.arange(num_samples) / num_samples)
+    tail[0] = 0
+    response = tail / np.linalg.norm(tail)
+    response[0] = 1
+    wet = _convolve(waveform, response)[: len(waveform)]
+    power = np.mean(wet**2)
+    if power > 0:
+        wet *= np.sqrt(np.mean(waveform.astype(np.float64) ** 2) / power)
+    return within_full_scale(wet.astype(np.float32))
+
+
+def draw_noise(rng: np.random.Generator, num_samples: int) -> np.ndarray:
+    """Draw Gaussian noise of variance about 1: white, or half of the time pink (power falls with 1 / frequency)."""
+    is_pink = rng.random() < 0.5
+    noise = rng.standard_normal(num_samples)
+    if is_pink:
+        spectrum = np.fft.rfft(noise)
+        spectrum[0] = 0
+        spectrum[1:] /= np.sqrt(np.arange(1, len(spectrum)))
+        noise = np.fft.irfft(spectrum, num_samples)
+        noise /= noise.std()
+    return noise.astype(np.float32)
+
+
+def add_noise(waveform: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
+    """Add noise of equal length at a ratio of the mean powers; return the clip itself where one of them is silent."""
+    signal_power, noise_power = (np.mean(values.astype(np.float64) ** 2) for values in (waveform, noise))
+    if signal_power == 0 or noise_power == 0:
+        return waveform
+    scale = np.sqrt(signal_power / noise_power) * 10 ** (-snr_db / 20)
+    return within_full_scale((waveform + scale * noise).astype(np.float32))
+
+
+def change_gain(waveform: np.ndarray, gain_db: float) -> np.ndarray:
+    """Make a clip louder or quieter by dB of amplitude; no louder than full scale."""
+    return within_full_scale((waveform * 10 ** (gain_db / 20)).astype(np.float32))
+
+
+def pass_telephone(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
+    """Keep what a telephone line leaves, 300 to 3400 Hz, without delay."""
+    delay = _TELEPHONE_TAPS // 2
+    narrow = _convolve(waveform, _telephone_filter(sampling_rate))[delay : delay + len(waveform)]
+    return within_full_scale(narrow.astype(np.float32))
+
+
+def pass_codec(waveform: np.ndarray, codec: str, compression: float, sampling_rate: int) -> np.ndarray:
+    """Encode and decode a clip in memory with libsndfile.
+
+    Args:
+        waveform (`np.ndarray` of shape `(samples,)`): In [-1, 1].
+        codec (`str`): One of `CODECS`; `"ulaw"` is the 8 bit of digital telephony, at `sampling_rate`.
+        compression (`float`): From 0 (best quality) to 0.99, for MP3 and Opus.
+        sampling_rate (`int`): In Hz; Opus takes 8, 12, 16, 24 and 48 kHz.
+    """
+    container, encoding = CODECS[codec]
+    buffer = io.BytesIO()
+    options = {} if codec == "ulaw" else {"compression_level": compression}
+    soundfile.write(buffer, within_full_scale(waveform), sampling_rate, format=container, subtype=encoding, **options)
+    buffer.seek(0)
+    decoded, _ = soundfile.read(buffer, dtype="float32")
+    fitted = np.pad(decoded[: len(waveform)], (0, max(len(waveform) - len(decoded), 0)))  # codecs work in blocks
+    return within_full_scale(fitted)
+
+
+def within_full_scale(waveform: np.ndarray) -> np.ndarray:
+    """Return the clip, scaled down as a whole where it exceeds [-1, 1]."""
+    peak = float(np.abs(waveform).max())
+    # Divided in float64 and rounded to float32, the peak is 1 exactly.
+    return waveform if peak <= 1 else (waveform.astype(np.float64) / peak).astype(np.float32)
+
+
+@functools.cache
+def _telephone_filter(sampling_rate: int) -> np.ndarray:
+    """A band pass of linear phase: the difference of two windowed sinc low passes."""
+    time = np.arange(_TELEPHONE_TAPS) - _TELEPHONE_TAPS // 2
+    low, high = (2 * edge / sampling_rate for edge in TELEPHONE_BAND_HZ)
+    band = high * np.sinc(high * time) - low * np.sinc(low * time)
+    return band * np.kaiser(_TELEPHONE_TAPS, _KAISER_BETA)
+
+
+def _convolve(waveform: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """The full convolution, by FFT, `(samples + taps - 1,)` in float64."""
+    num_samples = len(waveform) + len(kernel) - 1
+    size = 1 << (num_samples - 1).bit_length()
+    return np.fft.irfft(np.fft.rfft(waveform, size) * np.fft.rfft(kernel, size), size)[:num_samples]
+
+
 class AugmentationMixin(Trainer):
     """For a trainer whose collator is a dataclass with a field `augmentation`, which is `None`."""
 
     _augmentation: Augmentation | None = None
 
     def augment(self, augmentation: Augmentation) -> None:
-        """From now on the training loader augments, and no other does."""
+        """Have the training loader augment from now on, and no other."""
         self._augmentation = augmentation
         self.add_callback(_EpochCallback(augmentation))
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in Transformers, with a collator that augments where [`augment`] was called."""
+        """Do as Transformers, with a collator that augments where [`augment`] was called."""
         if self._augmentation is None:
             return super().get_train_dataloader()
         plain = self.data_collator  # type: ignore[has-type]
@@ -267,11 +339,6 @@ class _EpochCallback(TrainerCallback):
         self.next_epoch += 1
 
 
-def _uniform(rng: np.random.Generator, bounds: Sequence[float]) -> float:
-    low, high = bounds
-    return float(rng.uniform(low, high))
-
-
 def _find_noise(directory: str) -> Sequence[Path]:
     """The folder's audio files in the order of their names, so that every machine draws the same."""
     root = Path(directory)
@@ -288,6 +355,3 @@ def _find_noise(directory: str) -> Sequence[Path]:
         if duration_s < MIN_DURATION_S:
             raise ValueError(f"augment_noise_dir: {path} lasts {duration_s:.3f} s, too short. Remove it.")
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
-
-
-__all__ = ["Augmentation", "AugmentationMixin", "AugmentationSettings"]

@@ -111,10 +111,6 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
         self.dataset_kwargs = {**(dataset_kwargs or {}), "skip_prepare_dataset": True}
 
     def _check_tower_cache(self) -> None:
-        if self.tower_cache_gb <= 0:
-            raise ValueError(
-                f"tower_cache_gb must be > 0, got {self.tower_cache_gb}. Leave tower_cache_dir out instead."
-            )
         if towers := sorted(set(self.unfreeze) & {"audio_tower", "emotion_tower"}):
             raise ValueError(
                 f"tower_cache_dir is for frozen towers, and unfreeze has {towers}. Leave out one of the two."

@@ -1,25 +1,21 @@
 """Cache of the frozen towers' outputs: computed in the first epoch, read from the disk in the later ones.
 
-What lives here: which file a clip has, reading and writing it, and the trainer's part. What does not: where a batch is
-made (`collator.py`), how the model takes tower outputs instead of features (`towers_relllm.py`).
-
-Design:
 - A file is named by the SHA-256 of its clip's samples, decoded and resampled; its folder by all else that the outputs
   follow from: the towers' weights and configurations, the features' settings, the precision, the release of
   Transformers. So another tower never reads what this one wrote.
 - The loader's workers read. The process that trains runs the towers over the clips that are missing, and writes them.
 - A file is written under a name of its own and renamed: processes may write the same clip at once, and a kill leaves
-  none that is half written. One that does not read, or whose checksum is another, counts as missing and is replaced.
-- Nothing is evicted. A full cache goes on being read, and the clips that are not in it are computed.
+  none that is half written. One that does not read counts as missing and is replaced.
+- Nothing is evicted. A full disk ends the writing; what is there goes on being read, the rest is computed.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
-import os
+import shutil
 import time
 import uuid
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,14 +24,13 @@ import numpy as np
 import torch
 import transformers
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from relllm.data.journal import write_json
 from relllm.modeling.light_checkpoint_relllm import fingerprint
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration, ReLLMModel
 from relllm.modeling.towers_relllm import TowerOutputs
@@ -52,27 +47,17 @@ FEATURE_SETTINGS = (
     *("speech_input", "speech_do_normalize", "full_window"),
 )
 NO_ARCHITECTURE = ("_name_or_path", "architectures", "dtype", "transformers_version")  # of a configuration
-GB = 1e9
-RECOUNT = 0.02  # of the limit: how much a process writes before it counts again what others have written
 LEFTOVER_S = 24 * 3600  # a temporary file as old as this is of a killed process
 
 
 @dataclass
 class TowerCacheSettings:
-    """The settings that the trainer's configuration inherits; the cache is off by default.
-
-    Args:
-        tower_cache_dir (`str`, *optional*): Folder in which the outputs of the frozen towers are kept from one epoch
-            to the next, and from one run to another; by default none are.
-        tower_cache_gb (`float`, *optional*, defaults to 100.0): Largest size of that folder in GB (1e9 bytes), of all
-            towers together. Once it is reached, nothing more is written.
-    """
+    """The setting that the trainer's configuration inherits; the cache is off by default."""
 
     tower_cache_dir: str | None = field(
         default=None,
         metadata={"help": "Keep the frozen towers' outputs here (also --cache-dir).", "aliases": ["--cache-dir"]},
     )
-    tower_cache_gb: float = field(default=100.0, metadata={"help": "Largest size of that folder in GB."})
 
 
 class TowerCache:
@@ -81,66 +66,55 @@ class TowerCache:
     Args:
         root (`Path`): Folder of all towers.
         settings (`Mapping`): Of [`cache_settings`]; they name the folder of these.
-        limit_bytes (`float`): Largest size of `root`. Exceeded by at most 2 % for each process that writes.
     """
 
-    def __init__(self, root: Path, settings: Mapping[str, object], *, limit_bytes: float) -> None:
+    def __init__(self, root: Path, settings: Mapping[str, object]) -> None:
         text = json.dumps(settings, sort_keys=True, default=str)
         self.root = root
         self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.limit_bytes = limit_bytes
         self.is_full = False
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "settings.json").exists():  # for people: whose folder this is
-            write_json(json.loads(text), self.folder / "settings.json")
+            (self.folder / "settings.json").write_text(json.dumps(json.loads(text), indent=2), encoding="utf-8")
         for path in self.folder.glob("??/*.partial"):
-            _remove_leftover(path)
-        self._count()
+            with contextlib.suppress(FileNotFoundError):  # another process has renamed or removed it
+                if time.time() - path.stat().st_mtime > LEFTOVER_S:
+                    path.unlink()
 
     def get(self, key: str) -> TowerOutputs | None:
-        """A clip's outputs on the CPU, T that of its longest window; `None` if they are not there, or damaged."""
+        """Return a clip's outputs on the CPU, T that of its longest window; `None` if missing, or damaged."""
         path = self._path(key)
         try:
-            with safe_open(path, framework="pt") as file:
-                outputs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                checksum = (file.metadata() or {}).get("crc32")
+            return _outputs(load_file(path))
         except FileNotFoundError:
             return None
         except SafetensorError:
-            checksum, outputs = None, {}
-        if not outputs or checksum != _checksum(outputs):
             logger.warning(f"{path} is damaged; it will be written again.")
             return None
-        return _outputs(outputs)
 
     def put(self, key: str, outputs: TowerOutputs) -> None:
-        """Writes a clip's outputs, `(windows, …)`, unless the cache or the disk is full, which is logged once."""
+        """Write a clip's outputs, `(windows, …)`, unless the disk is full, which is logged once."""
         if self.is_full:
             return
         kept = {name: outputs[name].detach().cpu().contiguous() for name in OUTPUTS if outputs.get(name) is not None}
-        content = save(kept, {"crc32": _checksum(kept)})
-        if self.size_bytes + len(content) > self.limit_bytes or self._unseen > RECOUNT * self.limit_bytes:
-            self._count()
-        if self.size_bytes + len(content) > self.limit_bytes:
-            self._stop(f"it holds {self.size_bytes / GB:.3g} of {self.limit_bytes / GB:.3g} GB (tower_cache_gb)")
-            return
         path = self._path(key)
         partial = path.with_name(f"{key}.{uuid.uuid4().hex}.partial")
         try:
             path.parent.mkdir(exist_ok=True)
-            partial.write_bytes(content)
+            partial.write_bytes(save(kept))
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            self._stop(str(error))
-            return
-        self.size_bytes += len(content)
-        self._unseen += len(content)
+            self.is_full = True
+            logger.warning(
+                f"The disk of the tower outputs in {self.root} is full: {error}. What is in it is read, and the other "
+                "clips are computed. Delete folders of other towers; each says in settings.json whose it is."
+            )
 
     def look_up(self, waveforms: Sequence[np.ndarray]) -> tuple[list[bool], dict[str, Tensor]]:
-        """What a batch carries of the cache.
+        """Return what a batch carries of the cache.
 
         Args:
             waveforms (`Sequence[np.ndarray]`): The batch's clips, each `(samples,)` as the towers will hear it.
@@ -162,18 +136,6 @@ class TowerCache:
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def _count(self) -> None:
-        """Files come and go meanwhile, by other processes."""
-        self.size_bytes, self._unseen = sum(_sizes(self.root)), 0
-
-    def _stop(self, reason: str) -> None:
-        self.is_full = True
-        logger.warning(
-            f"The cache of tower outputs in {self.root} is full: {reason}. What is in it is read, and the other clips "
-            "are computed. Delete folders of other towers (each says in settings.json whose it is), or raise "
-            "tower_cache_gb."
-        )
-
 
 class TowerCacheMixin(Trainer):
     """For a trainer of a ReLLM whose collator has looked the clips up; its `args` are [`TowerCacheSettings`] too."""
@@ -181,7 +143,7 @@ class TowerCacheMixin(Trainer):
     _tower_cache: TowerCache | None = None
 
     def open_tower_cache(self, model: ReLLMForConditionalGeneration, extractor: ReLLMFeatureExtractor) -> TowerCache:
-        """The cache of this model's towers, which [`put_towers`] then writes to.
+        """Return the cache of this model's towers, which [`put_towers`] then writes to.
 
         Raises:
             ValueError: If the run cannot have one; the message names the setting.
@@ -198,16 +160,13 @@ class TowerCacheMixin(Trainer):
             )
         precision = {"mixed_precision": self.accelerator.mixed_precision, "tf32": self.args.tf32}
         precision["deepspeed"] = self.is_deepspeed_enabled  # which casts the towers' weights later
-        self._tower_cache = TowerCache(
-            Path(self.args.tower_cache_dir).expanduser(),
-            cache_settings(model.base_model, extractor) | precision,
-            limit_bytes=self.args.tower_cache_gb * GB,
-        )
+        settings = cache_settings(model.base_model, extractor) | precision
+        self._tower_cache = TowerCache(Path(self.args.tower_cache_dir).expanduser(), settings)
         self.add_callback(_SayWhereCallback(self._tower_cache))
         return self._tower_cache
 
     def put_towers(self, inputs: dict) -> None:
-        """Replaces a batch's features by the towers' outputs, of the cache or computed now and kept; in place.
+        """Replace a batch's features by the towers' outputs, of the cache or computed now and kept; in place.
 
         Args:
             inputs (`dict`): A batch with the entries of [`TowerCache.look_up`], which leave it too.
@@ -241,16 +200,14 @@ class _SayWhereCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
-            used, limit = self.cache.size_bytes / GB, self.cache.limit_bytes / GB
-            Console(stderr=True).print(f"Tower outputs are kept in {self.cache.folder}: {used:.3g} of {limit:.3g} GB.")
+            free = shutil.disk_usage(self.cache.folder).free / 1e9
+            Console(stderr=True).print(f"Tower outputs are kept in {self.cache.folder}: {free:.3g} GB are free there.")
 
 
 def cache_settings(model: ReLLMModel, extractor: ReLLMFeatureExtractor) -> dict[str, object]:
-    """What the towers' outputs follow from beside the clip and the precision; JSON can hold it.
+    """Return what the towers' outputs follow from beside the clip and the precision; JSON can hold it.
 
-    Args:
-        model ([`ReLLMModel`]): Its weights are hashed: a second or two for a GB.
-        extractor ([`ReLLMFeatureExtractor`]): Makes its features.
+    The weights of the model's towers are hashed: a second or two for a GB.
     """
     return {
         "format": FORMAT,
@@ -262,17 +219,12 @@ def cache_settings(model: ReLLMModel, extractor: ReLLMFeatureExtractor) -> dict[
 
 
 def clip_key(waveform: np.ndarray) -> str:
-    """SHA-256 of a clip's float32 samples."""
+    """Return the SHA-256 of a clip's float32 samples."""
     return hashlib.sha256(np.ascontiguousarray(waveform, dtype=np.float32).data).hexdigest()
 
 
 def split_clips(outputs: TowerOutputs, num_windows: Sequence[int]) -> Iterator[TowerOutputs]:
-    """Of each clip its own, T that of its longest window.
-
-    Args:
-        outputs ([`TowerOutputs`]): Of all windows.
-        num_windows (`Sequence[int]`): Of each clip.
-    """
+    """Yield the outputs of each clip, which has so many windows, T that of its longest window."""
     start = 0
     for count in num_windows:
         clip = {name: outputs[name][start : start + count] for name in OUTPUTS if outputs.get(name) is not None}
@@ -282,7 +234,7 @@ def split_clips(outputs: TowerOutputs, num_windows: Sequence[int]) -> Iterator[T
 
 
 def join_clips(clips: Sequence[TowerOutputs]) -> TowerOutputs:
-    """The inverse of [`split_clips`], with zeros as padding."""
+    """Undo [`split_clips`], with zeros as padding."""
     windows = [window for clip in clips for window in clip["frames"]]
     joined = {"frames": torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)}
     for name in OUTPUTS[1:]:
@@ -302,37 +254,9 @@ def _describe(tower: PreTrainedModel) -> dict[str, object]:
 
 
 def _architecture(fields: Mapping[str, object]) -> dict[str, object]:
-    """A configuration without what depends on where it was loaded from."""
+    """Return a configuration without what depends on where it was loaded from."""
     return {
         name: _architecture(value) if isinstance(value, Mapping) else value
         for name, value in fields.items()
         if name not in NO_ARCHITECTURE
     }
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    checksum = 0
-    for name in sorted(tensors):
-        checksum = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data, checksum)
-    return f"{checksum:08x}"
-
-
-def _sizes(root: Path) -> Iterator[int]:
-    for folder, _, names in os.walk(root):
-        for name in names:
-            if name.endswith((".safetensors", ".partial")):
-                try:
-                    yield os.stat(os.path.join(folder, name)).st_size
-                except FileNotFoundError:  # renamed since
-                    continue
-
-
-def _remove_leftover(partial: Path) -> None:
-    try:
-        if time.time() - partial.stat().st_mtime > LEFTOVER_S:
-            partial.unlink()
-    except FileNotFoundError:  # another process has renamed or removed it
-        return
-
-
-__all__ = ["TowerCache", "TowerCacheMixin", "TowerCacheSettings", "cache_settings", "clip_key"]

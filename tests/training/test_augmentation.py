@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader
 import relllm
 from relllm import EMOTIONS, ReLLMSFTConfig
 from relllm.processing.audio_relllm import load_audio
-from relllm.training.augmentation import Augmentation, AugmentationSettings
-from relllm.training.augmentation_effects import change_speed
+from relllm.training.augmentation import Augmentation, AugmentationSettings, change_speed
 from relllm.training.collator import ReLLMCollator
 from relllm.training.emotion_run import EmotionTrainingConfig
 from relllm.training.emotion_training import EmotionTowerTrainer

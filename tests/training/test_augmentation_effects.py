@@ -7,7 +7,7 @@ import pytest
 import scipy.signal
 import soundfile
 
-from relllm.training.augmentation_effects import (
+from relllm.training.augmentation import (
     CODECS,
     add_noise,
     add_reverberation,

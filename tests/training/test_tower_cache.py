@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def conversations() -> list[dict]:
 
 
 def train(rows: list[dict], folder: Path, *, model=None, processor=None, **settings) -> ReLLMSFTTrainer:
-    model = model if model is not None else tiny_model(lora=LORA)
+    model = (model if model is not None else tiny_model(lora=LORA)).double()
     processor = processor if processor is not None else tiny_processor(model.config)
     trainer = make_trainer(rows, folder, processor, model, **(RUN | settings))
     trainer.train()
@@ -71,7 +72,10 @@ def train(rows: list[dict], folder: Path, *, model=None, processor=None, **setti
 
 
 def assert_same_run(found: ReLLMSFTTrainer, expected: ReLLMSFTTrainer) -> None:
-    """Each loss, each gradient's norm and each weight at the end, to 1e-6."""
+    """Each loss, each gradient's norm and each weight at the end, to 1e-6.
+
+    Both are in float64 but for the losses, which are float32: what is left of the order of sums is below 1e-7.
+    """
     pairs = list(zip(found.state.log_history, expected.state.log_history, strict=True))
     for entry, wanted in pairs:
         for name in LOGGED & wanted.keys():
@@ -143,8 +147,9 @@ def test_an_evaluation_reads_and_fills_it_too(tmp_path: Path, rows) -> None:
 
 def test_with_all_clips_in_it_no_tower_runs_and_no_features_are_made(tmp_path: Path, rows, monkeypatch) -> None:
     cache = str(tmp_path / "cache")
-    train(rows, tmp_path / "first", tower_cache_dir=cache, max_steps=2)
-    trainer = make_trainer(rows, tmp_path / "run", tiny_processor(), tower_cache_dir=cache)
+    model = tiny_model(lora=LORA)
+    train(rows, tmp_path / "first", model=model, tower_cache_dir=cache, max_steps=2)
+    trainer = make_trainer(rows, tmp_path / "run", tiny_processor(), model, tower_cache_dir=cache)
 
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("a tower ran, or a feature was made")
@@ -217,7 +222,7 @@ def test_a_clip_that_is_only_counted_has_its_windows_and_positions_and_no_featur
 
 
 def test_what_is_put_comes_back_to_the_bit(tmp_path: Path) -> None:
-    cache = TowerCache(tmp_path, {"towers": 1}, limit_bytes=1e9)
+    cache = TowerCache(tmp_path, {"towers": 1})
     for dtype in (torch.float32, torch.bfloat16):
         outputs = outputs_of(3)
         outputs.frames = outputs.frames.to(dtype)
@@ -227,7 +232,7 @@ def test_what_is_put_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert cache.get("cd" * 32) is None
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "one bit", "not ours"])
+@pytest.mark.parametrize("damage", ["cut short", "empty", "not ours"])
 def test_a_damaged_file_is_missing_and_written_again(tmp_path: Path, rows, damage: str, monkeypatch) -> None:
     warned: list[str] = []
     monkeypatch.setattr(tower_cache.logger, "warning", warned.append)
@@ -236,9 +241,7 @@ def test_a_damaged_file_is_missing_and_written_again(tmp_path: Path, rows, damag
     expected = trainer.evaluate()
     first, second, *_ = files(tmp_path / "cache")
     sound = first.read_bytes()
-    flipped = bytearray(sound)
-    flipped[-9] ^= 4
-    content = {"cut short": sound[:-100], "empty": b"", "one bit": bytes(flipped), "not ours": b"RIFF" * 100}
+    content = {"cut short": sound[:-100], "empty": b"", "not ours": b"RIFF" * 100}
     first.write_bytes(content[damage])
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
@@ -246,32 +249,10 @@ def test_a_damaged_file_is_missing_and_written_again(tmp_path: Path, rows, damag
     assert trainer.evaluate()["eval_tower_cache_hits"] == 1
 
 
-def test_a_full_cache_stays_within_its_size_and_is_still_read(tmp_path: Path, rows, monkeypatch) -> None:
-    warned: list[str] = []
-    monkeypatch.setattr(tower_cache.logger, "warning", warned.append)
-    expected = train(rows, tmp_path / "run", max_steps=4)
-    limit = 40_000
-    folder = tmp_path / "cache"
-    found = train(rows, tmp_path / "run", max_steps=4, tower_cache_dir=str(folder), tower_cache_gb=limit / 1e9)
-    assert_same_run(found, expected)
-    assert 0 < sum(path.stat().st_size for path in files(folder)) <= limit
-    assert 0 < len(files(folder)) < len(rows) and 0 < sum(hits(found)[2:]) < 2
-    assert len(warned) == 1 and "4e-05 GB (tower_cache_gb)" in warned[0]
-
-
-def test_the_size_is_that_of_all_towers_and_of_all_processes(tmp_path: Path) -> None:
-    size = len(outputs_of(0).frames.flatten()) * 4
-    other, ours = (TowerCache(tmp_path, {"towers": name}, limit_bytes=20 * size) for name in ("other", "ours"))
-    for index in range(40):
-        (other, ours)[index % 2].put(f"{index:064x}", outputs_of(index))
-    assert other.is_full and ours.is_full
-    assert 15 * size < sum(path.stat().st_size for path in files(tmp_path)) <= 20 * size
-
-
 def test_a_full_disk_ends_the_writing_and_not_the_run(tmp_path: Path, monkeypatch) -> None:
     warned: list[str] = []
     monkeypatch.setattr(tower_cache.logger, "warning", warned.append)
-    cache = TowerCache(tmp_path, {}, limit_bytes=1e9)
+    cache = TowerCache(tmp_path, {})
 
     def no_space(self: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
@@ -284,7 +265,7 @@ def test_a_full_disk_ends_the_writing_and_not_the_run(tmp_path: Path, monkeypatc
 
 def hammer(root: Path, seed: int) -> None:
     torch.set_num_threads(1)
-    cache = TowerCache(root, {"towers": 1}, limit_bytes=1e9)
+    cache = TowerCache(root, {"towers": 1})
     for index in np.random.default_rng(seed).permutation(30).tolist() * 4:
         key = f"{index:064x}"
         found = cache.get(key)
@@ -301,19 +282,19 @@ def test_two_processes_write_the_same_clips_at_once(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    cache = TowerCache(tmp_path, {"towers": 1}, limit_bytes=1e9)
+    cache = TowerCache(tmp_path, {"towers": 1})
     assert all(torch.equal(cache.get(f"{i:064x}").frames, outputs_of(i).frames) for i in range(30))
     assert len(files(tmp_path)) == 30 and not list(tmp_path.rglob("*.partial"))
 
 
 def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path) -> None:
-    cache = TowerCache(tmp_path, {}, limit_bytes=1e9)
+    cache = TowerCache(tmp_path, {})
     cache.put("ab" * 32, outputs_of(0))
     old, new = (files(tmp_path)[0].with_name(f"{name}.partial") for name in ("old", "new"))
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
-    TowerCache(tmp_path, {}, limit_bytes=1e9)
+    TowerCache(tmp_path, {})
     assert not old.exists() and new.exists() and cache.get("ab" * 32) is not None
 
 
@@ -379,7 +360,6 @@ def test_a_clip_that_changed_under_its_name_is_another(tmp_path: Path, rows) -> 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"tower_cache_gb": 0.0}, "tower_cache_gb must be > 0, got 0.0"),
         ({"unfreeze": ["audio_tower"]}, r"for frozen towers, and unfreeze has \['audio_tower'\]"),
         ({"augment_telephone": True}, "augmented clips are never heard twice"),
         ({"bf16_full_eval": True}, "bf16_full_eval gives the towers another precision"),
@@ -406,8 +386,10 @@ def test_models_and_collators_that_would_give_wrong_numbers_are_refused(tmp_path
         )
 
 
-def test_a_run_says_where_the_cache_is_and_how_full(tmp_path: Path, rows, capfd: pytest.CaptureFixture) -> None:
+def test_a_run_says_where_the_cache_is_and_what_is_free(tmp_path: Path, rows, monkeypatch, capfd) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=12_300_000_000)
+    monkeypatch.setattr(tower_cache.shutil, "disk_usage", lambda folder: free)
     folder = tmp_path / "cache"
     trainer = train(rows, tmp_path / "run", tower_cache_dir=str(folder), max_steps=1, disable_tqdm=False)
     printed = "".join(capfd.readouterr().err.split())
-    assert f"Toweroutputsarekeptin{trainer._tower_cache.folder}:0of100GB." in printed
+    assert f"Toweroutputsarekeptin{trainer._tower_cache.folder}:12.3GBarefreethere." in printed
