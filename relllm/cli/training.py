@@ -110,7 +110,7 @@ def train_emotion(context: typer.Context) -> None:
 
     Example: relllm train-emotion --model_name_or_path microsoft/wavlm-large --data data/msp --output_dir runs/tower
     """
-    from relllm.training.emotion_run import parse_emotion_arguments, run_emotion_training
+    from relllm.training.emotion_training import parse_emotion_arguments, run_emotion_training
 
     trainer = run_emotion_training(*parse_emotion_arguments(context.args))
     if trainer.is_world_process_zero():

@@ -7,8 +7,8 @@ from transformers import AutoConfig, TrainingArguments
 
 from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
+from relllm.training.checkpoints import checkpoint_to_resume
 from relllm.training.emotion_training import EmotionTowerTrainer
-from relllm.training.run import checkpoint_to_resume
 
 
 def train_emotion_tower(rows: Dataset, arguments: TrainingArguments, path: Path, *, width: int, layers: int) -> None:

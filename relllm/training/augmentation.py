@@ -150,21 +150,21 @@ class Augmentation:
         settings, rate = self.settings, self.sampling_rate
 
         if settings.augment_speed and (rng := self._draw(row, clip, "speed")):
-            speed = round(rng.uniform(*settings.augment_speed), 2)
+            speed = round(_uniform(rng, settings.augment_speed), 2)
             if MIN_DURATION_S <= math.ceil(len(waveform) / speed) / rate <= self.max_duration_s:
                 waveform = change_speed(waveform, speed)
         if settings.augment_reverb and (rng := self._draw(row, clip, "reverb")):
-            waveform = add_reverberation(waveform, rng, rng.uniform(*settings.augment_reverb), rate)
+            waveform = add_reverberation(waveform, rng, _uniform(rng, settings.augment_reverb), rate)
         if settings.augment_noise_snr_db and (rng := self._draw(row, clip, "noise")):
-            snr_db = rng.uniform(*settings.augment_noise_snr_db)
+            snr_db = _uniform(rng, settings.augment_noise_snr_db)
             waveform = add_noise(waveform, self._noise(rng, len(waveform)), snr_db)
         if settings.augment_gain_db and (rng := self._draw(row, clip, "gain")):
-            waveform = change_gain(waveform, rng.uniform(*settings.augment_gain_db))
+            waveform = change_gain(waveform, _uniform(rng, settings.augment_gain_db))
         if settings.augment_telephone and self._draw(row, clip, "telephone"):
             waveform = pass_telephone(waveform, rate)
         if settings.augment_codec and (rng := self._draw(row, clip, "codec")):
             codec = settings.augment_codec[int(rng.integers(len(settings.augment_codec)))]
-            waveform = pass_codec(waveform, codec, rng.uniform(*_COMPRESSION), rate)
+            waveform = pass_codec(waveform, codec, _uniform(rng, _COMPRESSION), rate)
         return waveform
 
     def _draw(self, row: str, clip: int, effect: str) -> np.random.Generator | None:
@@ -337,6 +337,10 @@ class _EpochCallback(TrainerCallback):
     ) -> None:
         self.augmentation.set_epoch(self.next_epoch)
         self.next_epoch += 1
+
+
+def _uniform(rng: np.random.Generator, bounds: Sequence[float]) -> float:
+    return float(rng.uniform(bounds[0], bounds[1]))
 
 
 def _find_noise(directory: str) -> Sequence[Path]:

@@ -1,15 +1,15 @@
 """How a run is saved and taken up again: light checkpoints, and none that is half written.
 
 A checkpoint is written beside the finished ones and takes its name `checkpoint-N` when it is complete, by one rename:
-a kill while saving leaves the last one as it was. What a light checkpoint holds is `light_checkpoint_relllm`'s.
-
-What goes to the Hub is full where a light checkpoint would point at a folder of this machine.
+a kill while saving leaves the last one as it was. What goes to the Hub is full where a light checkpoint would point at
+a folder of this machine.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +26,35 @@ logger = logging.get_logger(__name__)
 UNFINISHED = "_unfinished"  # `Trainer` pushes no file or folder whose name starts with an underscore
 
 
-class LoadResult(Protocol):
-    """What `load_state_dict` returns."""
+def checkpoint_to_resume(output_dir: Path, resume: str) -> str | None:
+    """Return the last complete `checkpoint-…` of a run: one whose state, which is written last, reads.
 
-    missing_keys: list[str]
-    unexpected_keys: list[str]
+    Args:
+        output_dir (`Path`): Folder of the run.
+        resume (`str`): `"auto"` takes one if there is one, `"true"` demands one, `"false"` refuses one.
+
+    Raises:
+        FileNotFoundError: With `"true"`, if there is none.
+        ValueError: With `"false"`, if there is one: two runs would mix in one folder.
+    """
+    checkpoints = [path for path in output_dir.glob("checkpoint-*") if _is_complete(path)]
+    last = max(checkpoints, key=lambda path: int(path.name.split("-")[1]), default=None)
+    if resume == "true" and last is None:
+        raise FileNotFoundError(f"resume='true', and {output_dir} has no complete checkpoint. Use resume='auto'.")
+    if resume == "false" and last is not None:
+        raise ValueError(
+            f"resume='false', and {output_dir} holds {last.name} of an earlier run. Go on from it with resume='auto', "
+            "delete the folder, or choose another output_dir."
+        )
+    return None if last is None else str(last)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return checkpoint.name.split("-")[1].isdigit()
 
 
 class CheckpointMixin(Trainer):
@@ -40,7 +64,7 @@ class CheckpointMixin(Trainer):
     _pushing = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Light where the settings say so and the towers' sources are known, else full, with a warning why."""
+        """Save light where the settings say so and the towers' sources are known, else full, with a warning why."""
         if not self.args.should_save or not self.args.light_checkpoints or not self._can_be_light():
             super()._save(output_dir, state_dict)
             return
@@ -97,7 +121,7 @@ class CheckpointMixin(Trainer):
             )
 
     def push_to_hub(self, *args: object, **kwargs: object) -> object:
-        """As in Transformers; in full where a light checkpoint would point at a folder of this machine."""
+        """Do as Transformers; in full where a light checkpoint would point at a folder of this machine."""
         self._pushing = True
         try:
             return super().push_to_hub(*args, **kwargs)
@@ -119,8 +143,8 @@ class CheckpointMixin(Trainer):
         if not self.is_fsdp_enabled:  # whose own files have every weight
             check_left_out(self.model if model is None else model, resume_from_checkpoint)
 
-    def _issue_warnings_after_load(self, load_result: LoadResult) -> None:
-        """What a checkpoint lacks is as it was before, which must be so for nothing that trains."""
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that lacks what trains, which would stay as it was before."""
         trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
         lost = sorted(trained.intersection(load_result.missing_keys))
         known = self.model.state_dict().keys()
@@ -137,11 +161,7 @@ class CheckpointMixin(Trainer):
 
 
 def why_not_shared(model: PreTrainedModel) -> str | None:
-    """Why a light checkpoint is of no use on another machine, with the remedy; `None` if it is.
-
-    Args:
-        model ([`ReLLMForConditionalGeneration`]): With `config.towers`.
-    """
+    """Say why a light checkpoint is of no use on another machine, with the remedy; `None` if it is."""
     for kind in TOWERS:
         tower = getattr(model.base_model, kind)
         frozen = tower is not None and not all(weight.requires_grad for weight in tower.parameters())
@@ -160,6 +180,3 @@ def _put_in_place(staged: Path, final: Path) -> None:
         final.rename(staged.with_name(f"replaced-{final.name}"))
     staged.rename(final)
     shutil.rmtree(staged.parent, ignore_errors=True)
-
-
-__all__ = ["CheckpointMixin", "why_not_shared"]

@@ -1,41 +1,147 @@
-"""Training of the emotion tower on arousal, dominance and valence, with a CCC loss as audEERING trained theirs.
+"""Fine-tuning of an emotion tower to arousal, dominance and valence, and its command `relllm train-emotion`.
 
-The tower is a wav2vec2, HuBERT or WavLM encoder with a head; see `modeling/emotion_tower_relllm.py`.
+The defaults are audEERING's, of the tower that RE-LLM freezes (Wagner et al., "Dawn of the transformer era in speech
+emotion recognition", arXiv 2203.07378): Adam at a fixed 1e-4, batch 32, 5 epochs, a CCC loss, the convolutions frozen,
+the best checkpoint on the development split.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import Trainer, TrainingArguments, Wav2Vec2FeatureExtractor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    Wav2Vec2FeatureExtractor,
+    set_seed,
+)
 
+from relllm.data.loading import load_corpus
 from relllm.labels import DIMENSIONS
+from relllm.metrics import concordances
+from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import EmotionTowerOutput, ReLLMEmotionModel
 from relllm.processing.audio_relllm import load_audio
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
+from .checkpoints import checkpoint_to_resume
 from .losses import ccc_loss
+from .settings import SettingsParser
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = """\
+Fine-tune an emotion tower to arousal, dominance and valence, which `emotion=` and `--emotion_tower` then take.
+
+  relllm train-emotion --model_name_or_path microsoft/wavlm-large --data data/msp-podcast --output_dir runs/tower
+
+Starts from a wav2vec2, HuBERT or WavLM encoder (which gets a fresh head) or from a tower that has its head already.
+The checkpoint with the best mean CCC on the development split is the one that is kept. Interrupted, the same command
+goes on from the last complete checkpoint. Every setting may stand in a YAML file: --config FILE.
+"""
+
+
+@dataclass
+class EmotionScriptArguments:
+    """What `relllm train-emotion` takes beside [`EmotionTrainingConfig`]."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A wav2vec2, HuBERT or WavLM encoder, or a tower: directory or Hub id, safetensors only."},
+    )
+    num_layers: int | None = field(
+        default=None, metadata={"help": "Keep so many Transformer layers from the bottom (audEERING: 12 of 24)."}
+    )
+    train_feature_encoder: bool = field(default=False, metadata={"help": "Also train the convolutions."})
+    final_dropout: float = field(default=0.1, metadata={"help": "In a fresh head (audEERING: 0.1)."})
+    data: str | None = field(
+        default=None, metadata={"help": "Prepared corpus, .jsonl/.csv/.parquet, save_to_disk folder or Hub id."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on; empty for all rows."})
+    eval_split: str = field(
+        default="validation", metadata={"help": "Development split; empty for none, which keeps the last checkpoint."}
+    )
+    held_out: str | None = field(
+        default=None, metadata={"help": "Splits from columns: session=Ses05;validation:session=Ses04."}
+    )
+    resume: str = field(
+        default="auto", metadata={"help": "auto: from the last complete checkpoint if any; true: demand one; false."}
+    )
+
+    def __post_init__(self) -> None:
+        self.resume = str(self.resume).lower()  # YAML reads `true` as a bool
+        if self.resume not in ("auto", "true", "false"):
+            raise ValueError(f"resume must be 'auto', 'true' or 'false', got {self.resume!r}.")
+        if self.model_name_or_path is None or self.data is None:
+            raise ValueError("model_name_or_path and data are needed: what to fine-tune, and on which rows.")
+        if self.num_layers is not None and self.num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {self.num_layers}.")
+        if not 0 <= self.final_dropout < 1:
+            raise ValueError(f"final_dropout must be in [0, 1), got {self.final_dropout}.")
+
+
+@dataclass
+class EmotionTrainingConfig(AugmentationSettings, TrainingArguments):
+    """`transformers.TrainingArguments` with audEERING's recipe as the defaults, and augmentation, which is off."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Fixed (audEERING: 1e-4)."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "audEERING: a fixed learning rate."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs (audEERING: 5)."})
+    per_device_train_batch_size: int = field(
+        default=32, metadata={"help": "Clips a step (audEERING: 32). A CCC needs a batch, not accumulation."}
+    )
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Clips a step in evaluation."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch, best."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best of the development split."})
+    metric_for_best_model: str | None = field(default="ccc", metadata={"help": "Mean CCC of the three dimensions."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "A CCC is better when it is greater."})
+    report_to: str = field(default="none", metadata={"help": "trackio, tensorboard, wandb, …"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_augmentation()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the token: the trainer pickles its settings to `training_args.bin`, which a push sends along."""
+        return {**self.__dict__, "hub_token": None}
+
+
+def parse_emotion_arguments(arguments: Sequence[str]) -> tuple[EmotionScriptArguments, EmotionTrainingConfig]:
+    """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does."""
+    sections = {
+        "model and data": [setting.name for setting in fields(EmotionScriptArguments)],
+        "where audEERING's recipe differs from Transformers' defaults": list(EmotionTrainingConfig.__annotations__),
+        "augmentation of the training clips (off by default)": list(AugmentationSettings.__annotations__),
+    }
+    parser = SettingsParser(
+        (EmotionScriptArguments, EmotionTrainingConfig),
+        command="relllm train-emotion",
+        description=DESCRIPTION,
+        sections=sections,
+    )
+    script, args = parser.parse_settings(arguments)
+    return script, args
 
 
 @dataclass
 class EmotionCollator:
-    """Rows with `audio` and the three dimensions -> normalised, padded waveforms and targets.
-
-    Args:
-        feature_extractor (`Wav2Vec2FeatureExtractor`): With `return_attention_mask=True`.
-        augmentation ([`Augmentation`], *optional*): Of every clip; for training rows only.
-    """
+    """Rows with `audio` and the three dimensions -> normalised, padded waveforms and targets."""
 
     feature_extractor: Wav2Vec2FeatureExtractor
     augmentation: Augmentation | None = None
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
-        """
-        Returns:
-            `dict`: `input_values` and `input_values_mask` `(clips, samples)`; `labels` `(clips, 3)`, NaN for none.
-        """
+        """Return `input_values` and `input_values_mask` `(clips, samples)`; `labels` `(clips, 3)`, NaN for none."""
         rate = self.feature_extractor.sampling_rate
         waveforms = [load_audio(row["audio"], sampling_rate=rate) for row in rows]
         if self.augmentation is not None:
@@ -99,7 +205,7 @@ class EmotionTowerTrainer(AugmentationMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, EmotionTowerOutput]:
-        """One minus the concordance correlation coefficient."""
+        """Return one minus the concordance correlation coefficient."""
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         loss = ccc_loss(outputs.dimensions.float(), labels)
@@ -112,7 +218,7 @@ class EmotionTowerTrainer(AugmentationMixin, Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Loss, predicted dimensions and targets, both `(clips, 3)`."""
+        """Return the loss, and predicted dimensions and targets, both `(clips, 3)`."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
         with torch.no_grad():
@@ -120,4 +226,103 @@ class EmotionTowerTrainer(AugmentationMixin, Trainer):
         return loss, None if prediction_loss_only else outputs.dimensions, labels
 
 
-__all__ = ["EmotionCollator", "EmotionTowerTrainer"]
+def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingConfig) -> EmotionTowerTrainer:
+    """Build, train, evaluate and save, as the settings say; tower and feature extractor are in `args.output_dir`.
+
+    Raises:
+        ValueError: If too few rows of a split are labelled, or the model is of another kind.
+        FileNotFoundError: If the data or the checkpoint to resume from is not there.
+    """
+    checkpoint = args.resume_from_checkpoint or checkpoint_to_resume(Path(args.output_dir), script.resume)
+    set_seed(args.seed)  # what is drawn for the head
+    assert script.data is not None and script.model_name_or_path is not None
+    train_rows = load_corpus(script.data, script.train_split or "all", held_out=script.held_out)
+    train_rows = _labelled(train_rows, script.train_split)
+    eval_rows = None
+    if script.eval_split:
+        eval_rows = load_corpus(script.data, script.eval_split, held_out=script.held_out)
+        eval_rows = _labelled(eval_rows, script.eval_split)
+    if eval_rows is None:
+        args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
+    model = build_emotion_tower(
+        script.model_name_or_path, num_layers=script.num_layers, final_dropout=script.final_dropout
+    )
+    if not script.train_feature_encoder:
+        model.encoder.feature_extractor._freeze_parameters()
+    trainer = EmotionTowerTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        # Whatever the encoder was pretrained on: ReLLM normalises what its emotion tower reads.
+        feature_extractor=Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True),
+        compute_metrics=concordance_metrics,
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    if eval_rows is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return trainer
+
+
+def build_emotion_tower(name: str, *, num_layers: int | None = None, final_dropout: float = 0.1) -> ReLLMEmotionModel:
+    """Return an emotion tower to train: one that has its head, or an encoder with a fresh one.
+
+    Args:
+        name (`str`): A directory or Hub id. It counts as a tower if it is a [`ReLLMEmotionModel`] or labels its
+            outputs arousal, dominance and valence.
+        num_layers (`int`, *optional*): Transformer layers to keep, from the bottom.
+        final_dropout (`float`, *optional*, defaults to 0.1): In a fresh head.
+
+    Raises:
+        ValueError: If the encoder is of another kind, or has fewer layers than are to be kept.
+    """
+    config = AutoConfig.from_pretrained(name)
+    labels = set((config.to_dict().get("id2label") or {}).values())
+    if config.model_type == ReLLMEmotionConfig.model_type or labels == set(DIMENSIONS):
+        model = ReLLMEmotionModel.from_pretrained(name, dtype=torch.float32)
+        assert isinstance(model, ReLLMEmotionModel)  # without the loading report
+        _keep_layers(model.encoder, num_layers)
+        return model
+    ReLLMEmotionConfig(encoder_config=config)  # refuses what is no waveform encoder before its weights are read
+    encoder = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
+    _keep_layers(encoder, num_layers)
+    model = ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder.config, final_dropout=final_dropout))
+    model.encoder.load_state_dict(encoder.state_dict())
+    return model
+
+
+def concordance_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Return `ccc_arousal`, `ccc_dominance` and `ccc_valence` over a whole split, and their mean, `ccc`."""
+    metrics = concordances(prediction.label_ids, prediction.predictions)
+    return metrics | {"ccc": sum(metrics.values()) / len(metrics)}
+
+
+def _keep_layers(encoder: PreTrainedModel, num_layers: int | None) -> None:
+    if num_layers is None:
+        return
+    layers = encoder.encoder.layers
+    if num_layers > len(layers):
+        raise ValueError(f"num_layers={num_layers}, and the encoder has {len(layers)}.")
+    del layers[num_layers:]
+    encoder.config.num_hidden_layers = num_layers
+
+
+def _labelled(rows: Dataset, split: str) -> Dataset:
+    """Return the rows with at least one dimension; each dimension needs two of them."""
+    counts = {name: sum(value is not None for value in rows[name]) for name in DIMENSIONS if name in rows.column_names}
+    if few := [name for name in DIMENSIONS if counts.get(name, 0) < 2]:
+        raise ValueError(
+            f"The split {split!r} has fewer than two rows with {', '.join(few)}. Choose a corpus with these labels, "
+            "or write pseudo-labels with `relllm annotate`."
+        )
+    columns = [rows[name] for name in DIMENSIONS]
+    kept = [index for index, values in enumerate(zip(*columns, strict=True)) if any(v is not None for v in values)]
+    if len(kept) < len(rows):
+        logger.warning("%d of %d rows of %r have no dimension: left out.", len(rows) - len(kept), len(rows), split)
+        rows = rows.select(kept)
+    return rows

@@ -171,6 +171,35 @@ class Objective:
         return self.class_weights.to(labels.device)[labelled]
 
 
+class RunningMeans:
+    """Sums and counts by name, for training and evaluation apart; reduced over the processes only when read.
+
+    Args:
+        names (`list[str]`): All that may come: every process reduces the same ones.
+        device (`torch.device`): Where the sums are.
+    """
+
+    def __init__(self, names: list[str], device: torch.device) -> None:
+        self.names = names
+        self._sums = {mode: torch.zeros(2, len(names), device=device) for mode in ("train", "eval")}
+
+    def add(self, mode: str, name: str, total: Tensor, count: Tensor) -> None:
+        """`total` is the sum over `count` items of this process."""
+        pair = torch.stack([total.detach().float(), count.to(total.device).float()])
+        self._sums[mode][:, self.names.index(name)] += pair.to(self._sums[mode].device)
+
+    def take(self, mode: str) -> Tensor:
+        """`(2, names)`: the sums and the counts of this process; they start again from zero."""
+        sums = self._sums[mode]
+        self._sums[mode] = torch.zeros_like(sums)
+        return sums
+
+    def means(self, sums: Tensor) -> dict[str, float]:
+        """By name, of what was counted at least once."""
+        totals, counts = sums.tolist()
+        return {name: totals[i] / counts[i] for i, name in enumerate(self.names) if counts[i] > 0}
+
+
 def keep_labels(batch: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]:
     """A batch in which only the first rows are labelled: the others count in no loss and in no metric.
 
@@ -195,6 +224,3 @@ def _cif_loss(alphas_sum: Tensor, windows: Tensor | None, batch: Mapping[str, Te
         alphas_sum = alphas_sum.new_zeros(len(windows)).index_add(0, clip, alphas_sum)
     known = num_tokens > 0
     return cif_loss(alphas_sum[known], num_tokens[known], num_items.to(alphas_sum.device))
-
-
-__all__ = ["TARGETS", "Objective", "Term", "keep_labels"]

@@ -4,7 +4,6 @@ What lives here: the settings of a run that are not the trainer's, and the order
 the model (`building.py`), the trainer and its settings (`trainer.py`, `config.py`), reading rows (`data/loading.py`).
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -19,6 +18,7 @@ from relllm.data.loading import load_corpus
 
 from .augmentation import AugmentationSettings
 from .building import build_model
+from .checkpoints import checkpoint_to_resume
 from .config import ReLLMSFTConfig
 from .record import RECORD_NAME, training_record
 from .settings import SettingsParser
@@ -237,40 +237,6 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     else:
         trainer.save_model()  # and the processor
     return trainer
-
-
-def checkpoint_to_resume(output_dir: Path, resume: str) -> str | None:
-    """The checkpoint that a run goes on from.
-
-    Args:
-        output_dir (`Path`): Folder of the run.
-        resume (`str`): `"auto"`, `"true"` or `"false"`; see [`ReLLMScriptArguments`].
-
-    Returns:
-        `str` or `None`: The last complete `checkpoint-…`: one whose state, which is written last, reads.
-
-    Raises:
-        FileNotFoundError: With `"true"`, if there is none.
-        ValueError: With `"false"`, if there is one: two runs would mix in one folder.
-    """
-    checkpoints = [path for path in output_dir.glob("checkpoint-*") if _is_complete(path)]
-    last = max(checkpoints, key=lambda path: int(path.name.split("-")[1]), default=None)
-    if resume == "true" and last is None:
-        raise FileNotFoundError(f"resume='true', and {output_dir} has no complete checkpoint. Use resume='auto'.")
-    if resume == "false" and last is not None:
-        raise ValueError(
-            f"resume='false', and {output_dir} holds {last.name} of an earlier run. Go on from it with resume='auto', "
-            "delete the folder, or choose another output_dir."
-        )
-    return None if last is None else str(last)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return checkpoint.name.split("-")[1].isdigit()
 
 
 def _load_data(

@@ -1,7 +1,4 @@
-"""Settings of a run from a YAML file and flags, with a help page that puts what matters first.
-
-TRL's parser does the parsing; here are only the order of the help page and errors without a page of usage.
-"""
+"""Settings of a run from a YAML file and flags: TRL's parser, with a help page that puts what matters first."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -41,10 +38,7 @@ class SettingsParser(TrlParser):
         self.sections = sections
 
     def parse_settings(self, arguments: Sequence[str]) -> tuple[Any, ...]:
-        """One instance of each dataclass.
-
-        Args:
-            arguments (`Sequence[str]`): Flags, and `--config file.yaml`, whose lines are the flags' defaults.
+        """Read one instance of each dataclass from flags, and `--config file.yaml`, whose lines are their defaults.
 
         Raises:
             SystemExit: After `--help` (0), or on a setting that is unknown or wrong (2), which is printed.
@@ -62,12 +56,12 @@ class SettingsParser(TrlParser):
         self.error(message)
 
     def error(self, message: str) -> NoReturn:
-        """The message alone: the usage of some 200 settings would push it off the screen."""
+        """Print the message alone: the usage of some 200 settings would push it off the screen."""
         self.exit(2, f"{self.prog}: {message}\nSee `{self.prog} --help` for the settings.\n")
         raise AssertionError("argparse's exit returned")
 
     def format_help(self) -> str:
-        """Usage, description, and the settings section by section."""
+        """Return usage, description, and the settings section by section."""
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
@@ -95,6 +89,3 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, []) else super()._get_help_string(action)
-
-
-__all__ = ["SettingsParser"]

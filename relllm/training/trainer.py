@@ -32,8 +32,7 @@ from .freezing import TrainableTableCallback, lora_counts_as_adapter, prepare_tr
 from .fused_head import return_heads
 from .lengths import row_lengths
 from .losses import IGNORE_INDEX
-from .objective import TARGETS, Objective, keep_labels
-from .running_metrics import RunningMeans
+from .objective import TARGETS, Objective, RunningMeans, keep_labels
 from .tower_cache import TowerCacheMixin
 
 logger = logging.get_logger(__name__)

@@ -19,8 +19,7 @@ from relllm import EMOTIONS, ReLLMSFTConfig
 from relllm.processing.audio_relllm import load_audio
 from relllm.training.augmentation import Augmentation, AugmentationSettings, change_speed
 from relllm.training.collator import ReLLMCollator
-from relllm.training.emotion_run import EmotionTrainingConfig
-from relllm.training.emotion_training import EmotionTowerTrainer
+from relllm.training.emotion_training import EmotionTowerTrainer, EmotionTrainingConfig
 from relllm.training.run import parse_arguments
 
 ALL_EFFECTS = {
@@ -348,7 +347,7 @@ def test_only_training_knows_of_augmentation() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom) and "augmentation" in (node.module or "")
     }
-    files = ("augmentation", "collator", "config", "emotion_run", "emotion_tower", "record", "run", "trainer")
+    files = ("collator", "config", "emotion_training", "record", "run", "trainer")
     assert users == {f"training/{name}.py" for name in files}
 
 

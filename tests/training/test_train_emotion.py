@@ -13,7 +13,7 @@ from transformers import AutoModel, EvalPrediction, Wav2Vec2FeatureExtractor
 
 from relllm import ReLLMEmotionModel, ReLLMForConditionalGeneration
 from relllm.labels import DIMENSIONS
-from relllm.training.emotion_run import (
+from relllm.training.emotion_training import (
     EmotionScriptArguments,
     EmotionTrainingConfig,
     build_emotion_tower,

@@ -19,8 +19,7 @@ from relllm import EMOTIONS
 from relllm.labels import DIMENSIONS
 from relllm.metrics import recognition_metrics
 from relllm.training.collator import ReLLMCollator
-from relllm.training.objective import keep_labels
-from relllm.training.running_metrics import RunningMeans
+from relllm.training.objective import RunningMeans, keep_labels
 
 NAMES = ("ua", "wa", "macro_f1", "ccc_arousal", "ccc_dominance", "ccc_valence")
 
