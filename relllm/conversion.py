@@ -36,13 +36,6 @@ TOWERS_AND_HEAD = {
     "hidden2emotion.": "model.emotion_head.",
 }
 CONV_PROJECTOR = {"subsampler.": "", "hidden_layers.": "layers.", "speech_ln.": "layer_norm.", "fc": "fc"}
-CFORMER = {
-    "pre_cif_layers.": "pre_layers.",
-    "post_cif_layers.": "post_layers.",
-    "token_embed_proj.": "out_proj.",
-    "lm_head.": "token_head.",
-    "cif_proj.": "cif_proj.",
-}
 # The positional convolution of wav2vec2, as PyTorch 2.0 and as it names a weight norm since.
 WEIGHT_NORM = {
     "conv.weight_g": "parametrizations.weight.original0",
@@ -133,13 +126,15 @@ def convert_config(
 
     Args:
         original (`Mapping`): Its `config.json`: `whisper_config`, `qwen_config`, `conv_kernel_sizes` ("5,5,5"),
-            `adapter_inner_dim`, `adapter_hidden_layers`, `adapter_type`, `num_pre_cif_layers`, `num_post_cif_layers`,
-            `lora_config`, `lora_scope`, `num_emotions`.
+            `adapter_inner_dim`, `adapter_hidden_layers`, `adapter_type`, `lora_config`, `lora_scope`, `num_emotions`.
         audio_token_id, emotion_config, emotion_labels, projector_masking: See [`convert_original_checkpoint`].
 
     Raises:
-        ValueError: If the labels are not as many as the classes, or the LLM is none that Qwen2 can stand for.
+        ValueError: If the labels are not as many as the classes, the adapter is not the convolutional one, or the LLM
+            is none that Qwen2 can stand for.
     """
+    if (adapter := original.get("adapter_type", "subsampler")) != "subsampler":
+        raise ValueError(f"adapter_type is {adapter!r}; only checkpoints with a 'subsampler' can be converted.")
     num_emotions = original.get("num_emotions", len(EMOTIONS))
     if len(emotion_labels) != num_emotions:
         raise ValueError(f"The emotion head has {num_emotions} classes, emotion_labels names {list(emotion_labels)}.")
@@ -153,14 +148,11 @@ def convert_config(
         text_config=_convert_qwen_config(original["qwen_config"]),
         audio_token_id=audio_token_id,
         emotion_fusion="none" if emotion is None else "concat",
-        projector_type="cformer" if original.get("adapter_type", "subsampler") == "cformer" else "conv",
         projector_kernel_sizes=[int(size) for size in original.get("conv_kernel_sizes", "5,5,5").split(",")],
         projector_inner_dim=original.get("adapter_inner_dim", 512),
         projector_layers=original.get("adapter_hidden_layers", 0),
         projector_heads=PROJECTOR_HEADS,
         projector_ffn_dim=whisper.encoder_ffn_dim,
-        cformer_pre_layers=original.get("num_pre_cif_layers", 4),
-        cformer_post_layers=original.get("num_post_cif_layers", 4),
         projector_masking=projector_masking,
         emotion_labels=list(emotion_labels),
         lora_config=_convert_lora_config(original.get("lora_config") or {}),
@@ -206,8 +198,7 @@ def _convert_weight(name: str, weight: Tensor, config: ReLLMConfig) -> dict[str,
         return {"model.dimension_head.weight": weight[DIMENSION_ROWS]}
     adapter = _adapter_prefix(config)
     if name.startswith(adapter):
-        table = CFORMER if config.projector_type == "cformer" else CONV_PROJECTOR
-        return _rename(name.removeprefix(adapter), weight, table, "model.multi_modal_projector.")
+        return _rename(name.removeprefix(adapter), weight, CONV_PROJECTOR, "model.multi_modal_projector.")
     if name.startswith("w2v2.") and config.emotion_config is None:
         return {}
     for end, ours in WEIGHT_NORM.items():

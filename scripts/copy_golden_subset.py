@@ -19,7 +19,6 @@ MAX_BYTES = 2_000_000
 # File: beginnings of the names to leave out. Files that are not here are not copied.
 LEFT_OUT = {
     "weights": ("adapter.", "w2v2_adapter.", "w2v2_hidden2emotion."),
-    "weights_cformer": (),
     "inputs_b1": (),
     "inputs_b3": ("speech_values",),
     "forward_b1_lora": ("adapter.input", "w2v2."),
@@ -28,7 +27,6 @@ LEFT_OUT = {
     "qwen_text": (),
     "generate_b1_lora": (),
     "generate_b3_lora": ("prompt_all_logits", "lora_mask"),
-    "cformer_b3": ("eval.token_logits", "train_doublefire.token_logits"),
     "grads_b3_lora": ("w2v2cat_adapter.subsampler.",),
     "adamw_after5_b3_lora": (),
 }

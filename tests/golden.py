@@ -75,7 +75,6 @@ def original_config(**changes) -> dict:
         "whisper_config": CONFIG["whisper"],
         "qwen_config": CONFIG["qwen_v1"],
         **CONFIG["adapter"],
-        **CONFIG["cformer"],
         "lora_config": CONFIG["lora"],
         "lora_scope": CONFIG["lora_scope"],
         "num_emotions": CONFIG["num_emotions"],
@@ -125,18 +124,12 @@ def relllm_model(*, lora: bool = True, scope: str = "audio", masking: bool = Fal
 
 
 @functools.cache
-def blsp_emo_model(adapter: str) -> ReLLMForConditionalGeneration:
-    """BLSP-Emo with a "subsampler" or a "cformer": RE-LLM's weights without the emotion tower."""
+def blsp_emo_model() -> ReLLMForConditionalGeneration:
+    """BLSP-Emo: RE-LLM's weights without the emotion tower."""
     weights = {k: w for k, w in original_weights().items() if not k.startswith("w2v2")}
-    if adapter == "cformer":
-        if not recorded("weights_cformer"):
-            pytest.skip(f"{FOLDER} has no weights_cformer.safetensors.")
-        weights = {k: w for k, w in weights.items() if not k.startswith("adapter.")} | dict(
-            recorded("weights_cformer")
-        )
-    elif "adapter.fc1.weight" not in weights:
+    if "adapter.fc1.weight" not in weights:
         pytest.skip(f"weights.safetensors in {FOLDER} lacks BLSP-Emo's adapter.")
-    return convert(weights, emotion_tower=False, adapter_type=adapter)
+    return convert(weights, emotion_tower=False, adapter_type="subsampler")
 
 
 # Inputs and forward passes
@@ -161,19 +154,13 @@ def batch_size(batch: str) -> int:
     return len(recorded(f"inputs_{batch}")["start_ids"])
 
 
-def hear(
-    model: ReLLMForConditionalGeneration, batch: str, num_tokens: Tensor | None = None
-) -> tuple[ReLLMAudioOutput, Tensor]:
+def hear(model: ReLLMForConditionalGeneration, batch: str) -> tuple[ReLLMAudioOutput, Tensor]:
     """The audio output, and `(clips, L)`: which of its positions are the clip's own."""
     inputs = dict(audio_inputs(batch))
     if model.config.emotion_config is None:
         del inputs["input_values"], inputs["input_values_mask"]
-    projected = []
-    projector = model.model.multi_modal_projector
-    handle = projector.register_forward_hook(lambda module, args, output: projected.append(output))
-    audio = model.get_audio_features(**inputs, audio_token_counts=num_tokens, return_dict=True)
-    handle.remove()
-    return audio, torch.arange(audio.last_hidden_state.shape[1])[None] < projected[0].lengths[:, None]
+    audio = model.get_audio_features(**inputs, return_dict=True)
+    return audio, torch.arange(audio.last_hidden_state.shape[1])[None] < audio.lengths[:, None]
 
 
 @dataclass
@@ -184,7 +171,6 @@ class Branch:
     attention_mask: Tensor
     labels: Tensor
     audio_mask: Tensor
-    transcript_mask: Tensor
 
     @property
     def position_ids(self) -> Tensor:
@@ -209,8 +195,7 @@ def branch(model, batch: str, segments: Sequence[str], heard: tuple[ReLLMAudioOu
             embeds, mask = model.get_input_embeddings()(inputs[ids_name]), inputs[mask_name]
         labels = inputs["suffix_labels"] if name == "suffix" else torch.full_like(mask, -100)
         is_audio = torch.full_like(mask, name == "speech").bool()  # padding included, as in the original
-        transcript = mask.bool() & (name == "input")
-        parts.append((embeds, mask, labels, is_audio, transcript))
+        parts.append((embeds, mask, labels, is_audio))
     return Branch(*(torch.cat(column, dim=1) for column in zip(*parts, strict=True)))
 
 

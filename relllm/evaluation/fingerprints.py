@@ -20,7 +20,7 @@ UNFINISHED = ".unfinished/"  # in the path of a training that was killed, beside
 CHUNK = 1 << 20  # bytes
 ROWS_AT_ONCE = 64
 # Of a configuration: the same weights with another of these are another model.
-BEHAVIOUR = ("model_type", "emotion_fusion", "emotion_labels", "lora_config", "lora_scope", "projector_type")
+BEHAVIOUR = ("model_type", "emotion_fusion", "emotion_labels", "lora_config", "lora_scope")
 COVERED = ("id", "text", "emotion", *DIMENSIONS)  # of a row, beside its audio
 
 

@@ -60,11 +60,10 @@ class Turn:
 
 @dataclass
 class _Clip:
-    """A clip of the conversation: its samples, its positions `(tokens, d)`, and with CFormer the count a window."""
+    """A clip of the conversation: its samples and its positions `(tokens, d)`."""
 
     waveform: np.ndarray
     positions: Tensor
-    token_counts: list[int]
 
 
 class Conversation:
@@ -165,11 +164,7 @@ class Conversation:
         inputs = extractor.extract([waveform])
         inputs.pop("num_audio_tokens", None)
         heard = self.model.get_audio_features(**inputs.to(self.model.device), return_dict=True)
-        counts: list[int] = []
-        if heard.alphas_sum is not None:  # a CFormer's own count of each window, before the emotion's position
-            extra = extractor.num_extra_tokens
-            counts = [int(count) + extra for count in torch.round(heard.alphas_sum).long().clamp(min=1)]
-        return _Clip(waveform, heard.pooler_output, counts), read_hearings(self.model, heard)[0]
+        return _Clip(waveform, heard.pooler_output), read_hearings(self.model, heard)[0]
 
     def _render(self, messages: list[dict], clips: list[_Clip]) -> Tensor:
         """Token ids `(1, sequence)` of the conversation with the assistant's header at the end; no features."""

@@ -73,14 +73,12 @@ class ReLLMConfig(PreTrainedConfig):
         emotion_fusion (`str`, *optional*, defaults to `"concat"` with an emotion tower and `"none"` without):
             `"concat"`: the utterance embedding repeated along time beside the speech frames (the paper);
             `"token"`: one projected position before the speech; `"none"`: the speech-LLM baseline.
-        projector_type (`str`, *optional*, defaults to `"conv"`): `"conv"` (the paper) or `"cformer"` (BLSP-Emo, CIF).
         projector_kernel_sizes (`list[int]`, *optional*, defaults to `[5, 5, 5]`):
             One stride-2 convolution for each; odd, because the length rule floor((L - 1)/2 + 1) holds for odd only.
         projector_inner_dim (`int`, *optional*, defaults to 512): Width of the bottleneck after the convolutions.
         projector_layers (`int`, *optional*, defaults to 0): Transformer layers in the bottleneck instead of a GELU.
-        projector_heads (`int`, *optional*, defaults to 8): Attention heads of those layers and of CFormer's.
+        projector_heads (`int`, *optional*, defaults to 8): Attention heads of those layers.
         projector_ffn_dim (`int`, *optional*, defaults to 2048): Feed-forward width of those layers.
-        cformer_pre_layers / cformer_post_layers (`int`, *optional*, defaults to 1): CFormer's layers around the CIF.
         projector_masking (`bool`, *optional*, defaults to `True`):
             Keeps padding out of the projector, so that a clip's tokens do not depend on its batch. `False` reproduces
             the original code.
@@ -107,14 +105,11 @@ class ReLLMConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     audio_token_id: int = 0
     emotion_fusion: Literal["concat", "token", "none"] | None = None
-    projector_type: Literal["conv", "cformer"] = "conv"
     projector_kernel_sizes: list[int] | tuple[int, ...] = (5, 5, 5)
     projector_inner_dim: int = 512
     projector_layers: int = 0
     projector_heads: int = 8
     projector_ffn_dim: int = 2048
-    cformer_pre_layers: int = 1
-    cformer_post_layers: int = 1
     projector_masking: bool = True
     emotion_labels: list[str] | tuple[str, ...] = EMOTIONS
     lora_config: dict | None = None
@@ -130,6 +125,8 @@ class ReLLMConfig(PreTrainedConfig):
             self.emotion_config = ReLLMEmotionConfig(**self.emotion_config)
         if self.emotion_fusion is None:
             self.emotion_fusion = "none" if self.emotion_config is None else "concat"
+        if (projector := kwargs.pop("projector_type", "conv")) != "conv":  # older checkpoints name theirs
+            raise ValueError(f"projector_type must be 'conv', the only one there is, got {projector!r}.")
         super().__post_init__(**kwargs)
         self.emotion_labels = list(self.emotion_labels)
         self.projector_kernel_sizes = list(self.projector_kernel_sizes)
@@ -159,12 +156,11 @@ class ReLLMConfig(PreTrainedConfig):
                 f"projector_kernel_sizes must be odd and positive, got {self.projector_kernel_sizes}: the number of "
                 "audio tokens, floor((L - 1)/2 + 1) for each convolution, holds for odd kernels only."
             )
-        heads_on = {"projector_inner_dim": self.projector_inner_dim} if self.projector_layers else {}
-        if self.projector_type == "cformer":
-            heads_on = {"the projector's input width": self.projector_input_size}
-        for name, width in heads_on.items():
-            if width % self.projector_heads:
-                raise ValueError(f"{name} ({width}) must be a multiple of projector_heads ({self.projector_heads}).")
+        if self.projector_layers and self.projector_inner_dim % self.projector_heads:
+            raise ValueError(
+                f"projector_inner_dim ({self.projector_inner_dim}) must be a multiple of projector_heads "
+                f"({self.projector_heads})."
+            )
 
     @property
     def projector_input_size(self) -> int:

@@ -32,7 +32,7 @@ from .light_checkpoint_relllm import config_fields, finish_light, light_state, l
 from .lora_scope_relllm import LoraScope, inject_scoped_lora, is_lora_parameter, plain_lora_config
 from .outputs_relllm import ReLLMAudioOutput, ReLLMCausalLMOutput, ReLLMModelOutput
 from .placement_relllm import check_counts, count_message, place_positions
-from .projector_relllm import CFormer, ConvProjector, ProjectorOutput
+from .projector_relllm import ConvProjector, ProjectorOutput
 from .towers_relllm import TowerOutputs, clip_average, is_trained, run_towers
 
 AUDIO_INPUTS = (
@@ -41,7 +41,6 @@ AUDIO_INPUTS = (
     "input_values",
     "input_values_mask",
     "audio_num_windows",
-    "audio_token_counts",
     "tower_outputs",
 )
 AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForSpeechSeq2Seq")
@@ -55,7 +54,7 @@ class ReLLMPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules: set[str] | list[str] = ["ConvProjector", "CFormer"]
+    _no_split_modules: set[str] | list[str] = ["ConvProjector"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -164,7 +163,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
         self.audio_tower = build_tower(config.audio_config)
         emotion_config: PreTrainedConfig | None = config.emotion_config
         self.emotion_tower = ReLLMEmotionModel(emotion_config) if emotion_config is not None else None
-        self.multi_modal_projector = (CFormer if config.projector_type == "cformer" else ConvProjector)(config)
+        self.multi_modal_projector = ConvProjector(config)
         if config.emotion_fusion == "token":
             self.emotion_projector = nn.Linear(config.emotion_config.hidden_size, hidden_size)
         self.emotion_head = nn.Linear(hidden_size, len(config.emotion_labels), bias=False)
@@ -212,7 +211,6 @@ class ReLLMModel(ReLLMPreTrainedModel):
         input_values: Tensor | None = None,
         input_values_mask: Tensor | None = None,
         audio_num_windows: Tensor | None = None,
-        audio_token_counts: Tensor | None = None,
         tower_outputs: TowerOutputs | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ReLLMAudioOutput:
@@ -226,8 +224,6 @@ class ReLLMModel(ReLLMPreTrainedModel):
             input_values_mask (`torch.Tensor` of shape `(windows, samples)`, *optional*): 1 on the clip.
             audio_num_windows (`torch.LongTensor` of shape `(clips,)`, *optional*):
                 Windows that each clip was cut into; one each by default.
-            audio_token_counts (`torch.LongTensor` of shape `(windows,)`, *optional*):
-                For CFormer: positions to make, instead of those it predicts.
             tower_outputs ([`TowerOutputs`], *optional*):
                 Of [`~ReLLMModel.run_towers`], in the place of features and waveforms: no tower runs.
             kwargs: `output_hidden_states` and `output_attentions`, for the speech tower.
@@ -242,7 +238,6 @@ class ReLLMModel(ReLLMPreTrainedModel):
             input_values,
             input_values_mask,
             audio_num_windows,
-            audio_token_counts,
             tower_outputs,
             **kwargs,
         )
@@ -258,7 +253,6 @@ class ReLLMModel(ReLLMPreTrainedModel):
         input_values: Tensor | None,
         input_values_mask: Tensor | None,
         audio_num_windows: Tensor | None,
-        audio_token_counts: Tensor | None,
         tower_outputs: TowerOutputs | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ReLLMAudioOutput:
@@ -269,7 +263,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
             towers = tower_outputs
         else:
             raise ValueError("Pass exactly one of input_features and tower_outputs.")
-        projected = self._project(towers, audio_token_counts)
+        projected = self._project(towers)
         valid = frame_mask(projected.lengths, projected.hidden_states.shape[1])
         pooled = (projected.hidden_states * valid.unsqueeze(-1)).sum(1) / projected.lengths[:, None]
         if audio_num_windows is None:
@@ -286,9 +280,6 @@ class ReLLMModel(ReLLMPreTrainedModel):
             dimensions=self.dimension_head(pooled),
             emotion_embedding=_averaged(by_frames, towers.emotion_embedding),
             tower_dimensions=_averaged(by_frames, towers.dimensions),
-            token_logits=projected.token_logits,
-            alphas=projected.alphas,
-            alphas_sum=projected.alphas_sum,
         )
 
     def run_towers(
@@ -297,36 +288,19 @@ class ReLLMModel(ReLLMPreTrainedModel):
         """What the towers make of the audio; arguments as of [`~ReLLMModel.get_audio_features`]."""
         return run_towers(self.audio_tower, self.emotion_tower, input_features, *args, **kwargs)
 
-    def _project(self, towers: TowerOutputs, num_tokens: Tensor | None) -> ProjectorOutput:
+    def _project(self, towers: TowerOutputs) -> ProjectorOutput:
         """Fuse the emotion embedding with the frames (or put it before them) and project: `(windows, L, d)`."""
         dtype = self.emotion_head.weight.dtype  # what trains may be float32 under a bfloat16 LLM
         frames = towers.frames.to(dtype)
         if self.config.emotion_fusion == "concat":
             repeated = towers.emotion_embedding.to(dtype)[:, None].expand(-1, frames.shape[1], -1)
             frames = torch.cat([frames, repeated], dim=-1)
-        if self.config.emotion_fusion == "token" and num_tokens is not None:
-            num_tokens = num_tokens - 1
-        projected = self.multi_modal_projector(frames, towers.lengths, num_tokens)
+        projected = self.multi_modal_projector(frames, towers.lengths)
         if self.config.emotion_fusion == "token":
             token = self.emotion_projector(towers.emotion_embedding.to(dtype))[:, None]
             projected.hidden_states = torch.cat([token, projected.hidden_states], dim=1)
             projected.lengths = projected.lengths + 1
         return projected
-
-    @torch.no_grad()
-    def predict_token_counts(self, **audio_inputs: Tensor) -> Tensor:
-        """Positions that each window will take in the sequence: `(windows,)`, for a processor's `audio_token_counts`.
-
-        Needed with CFormer only, whose count depends on what it hears.
-        """
-        names = [name for name in AUDIO_INPUTS if audio_inputs.get(name) is not None]
-        audio = self.get_audio_features(**{name: audio_inputs[name] for name in names}, return_dict=True)
-        if audio.alphas_sum is None:
-            raise ValueError(
-                "The convolutional projector's token count follows from the clip's length: no need to ask."
-            )
-        counts = torch.round(audio.alphas_sum).long().clamp(min=1)
-        return counts + 1 if self.config.emotion_fusion == "token" else counts
 
     def place_audio(
         self,
@@ -389,7 +363,6 @@ class ReLLMModel(ReLLMPreTrainedModel):
         input_values: Tensor | None = None,
         input_values_mask: Tensor | None = None,
         audio_num_windows: Tensor | None = None,
-        audio_token_counts: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -406,7 +379,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
                 With `config.audio_token_id` at each position that a projected frame takes.
             input_features, input_features_mask, input_values, input_values_mask, audio_num_windows,
-            audio_token_counts, tower_outputs: The audio; see [`~ReLLMModel.get_audio_features`].
+            tower_outputs: The audio; see [`~ReLLMModel.get_audio_features`].
             audio_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): Where the audio is; by default
                 where the placeholders are, or their embedding in `inputs_embeds` that come with audio.
             mm_encoder_outputs (`dict`, *optional*): `{"audio": ReLLMAudioOutput}`, encoded before.
@@ -424,7 +397,6 @@ class ReLLMModel(ReLLMPreTrainedModel):
                 input_values,
                 input_values_mask,
                 audio_num_windows,
-                audio_token_counts,
                 tower_outputs,
             )
         inputs_embeds, lora_mask = self.place_audio(input_ids, inputs_embeds, audio_mask, audio, past_key_values)
@@ -449,7 +421,6 @@ class ReLLMModel(ReLLMPreTrainedModel):
             dimensions=audio.dimensions if audio is not None else None,
             emotion_embedding=audio.emotion_embedding if audio is not None else None,
             tower_dimensions=audio.tower_dimensions if audio is not None else None,
-            alphas_sum=audio.alphas_sum if audio is not None else None,
         )
 
 
@@ -533,10 +504,6 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         """See [`ReLLMModel.get_audio_features`]."""
         return self.model.get_audio_features(*args, **kwargs)
 
-    def predict_token_counts(self, **audio_inputs: Tensor) -> Tensor:
-        """See [`ReLLMModel.predict_token_counts`]."""
-        return self.model.predict_token_counts(**audio_inputs)
-
     @can_return_tuple
     def forward(
         self,
@@ -546,7 +513,6 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         input_values: Tensor | None = None,
         input_values_mask: Tensor | None = None,
         audio_num_windows: Tensor | None = None,
-        audio_token_counts: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -576,7 +542,6 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             input_values=input_values,
             input_values_mask=input_values_mask,
             audio_num_windows=audio_num_windows,
-            audio_token_counts=audio_token_counts,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -614,7 +579,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in ("audio_num_windows", "audio_token_counts", "audio_mask", "tower_outputs"):
+            for name in ("audio_num_windows", "audio_mask", "tower_outputs"):
                 inputs.pop(name, None)
         return inputs
 

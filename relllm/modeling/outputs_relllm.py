@@ -20,7 +20,6 @@ class ReLLMAudioOutput(BaseModelOutputWithPooling):
         dimensions (`torch.Tensor` of shape `(clips, 3)`): Arousal, dominance, valence from the projected positions.
         emotion_embedding (`torch.Tensor` of shape `(clips, d_e)`, *optional*): The utterance embedding.
         tower_dimensions (`torch.Tensor` of shape `(clips, 3)`, *optional*): The emotion tower's own reading.
-        token_logits, alphas, alphas_sum (`torch.Tensor`, *optional*): CFormer's; see [`ProjectorOutput`].
     """
 
     lengths: Tensor | None = None
@@ -28,9 +27,6 @@ class ReLLMAudioOutput(BaseModelOutputWithPooling):
     dimensions: Tensor | None = None
     emotion_embedding: Tensor | None = None
     tower_dimensions: Tensor | None = None
-    token_logits: Tensor | None = None
-    alphas: Tensor | None = None
-    alphas_sum: Tensor | None = None
 
 
 @dataclass
@@ -41,7 +37,7 @@ class ReLLMModelOutput(BaseModelOutputWithPast):
         last_hidden_state (`torch.Tensor` of shape `(batch, sequence, d)`): The LLM's last hidden states.
         audio_hidden_states (`torch.Tensor` of shape `(windows, L, d)`, *optional*): Projected, padded on the right.
         audio_lengths (`torch.LongTensor` of shape `(windows,)`, *optional*): Valid positions of each window.
-        emotion_logits, dimensions, emotion_embedding, tower_dimensions, alphas_sum: See [`ReLLMAudioOutput`].
+        emotion_logits, dimensions, emotion_embedding, tower_dimensions: See [`ReLLMAudioOutput`].
     """
 
     audio_hidden_states: Tensor | None = None
@@ -50,7 +46,6 @@ class ReLLMModelOutput(BaseModelOutputWithPast):
     dimensions: Tensor | None = None
     emotion_embedding: Tensor | None = None
     tower_dimensions: Tensor | None = None
-    alphas_sum: Tensor | None = None
 
 
 @dataclass
@@ -62,7 +57,7 @@ class ReLLMCausalLMOutput(CausalLMOutputWithPast):
         logits (`torch.Tensor` of shape `(batch, sequence, vocabulary)`): Next-token scores.
         audio_hidden_states (`torch.Tensor` of shape `(windows, L, d)`, *optional*): Projected, padded on the right.
         audio_lengths (`torch.LongTensor` of shape `(windows,)`, *optional*): Valid positions of each window.
-        emotion_logits, dimensions, emotion_embedding, tower_dimensions, alphas_sum: See [`ReLLMAudioOutput`].
+        emotion_logits, dimensions, emotion_embedding, tower_dimensions: See [`ReLLMAudioOutput`].
     """
 
     audio_hidden_states: Tensor | None = None
@@ -71,7 +66,6 @@ class ReLLMCausalLMOutput(CausalLMOutputWithPast):
     dimensions: Tensor | None = None
     emotion_embedding: Tensor | None = None
     tower_dimensions: Tensor | None = None
-    alphas_sum: Tensor | None = None
 
 
 __all__ = ["ReLLMAudioOutput", "ReLLMCausalLMOutput", "ReLLMModelOutput"]

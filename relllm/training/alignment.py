@@ -1,4 +1,4 @@
-"""Alignment of hearing with reading: the LLM as its own teacher (BLSP-Emo's KL losses).
+"""Alignment of hearing with reading: the LLM as its own teacher (BLSP-Emo's KL loss).
 
 The teacher is the same LLM with its LoRA off, so there is no second copy in memory. It reads the conversation with the
 transcript in the place of the audio, without a gradient and in eval mode. What does not live here: the divergence
@@ -18,27 +18,23 @@ from relllm.modeling.modeling_relllm import ReLLMModel
 
 from .losses import IGNORE_INDEX, kl_sum, reply_positions
 
-TEACHER_INPUTS = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels", "teacher_words", "heard_words")
+TEACHER_INPUTS = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels")
 
 
 @dataclass
 class Alignment:
-    """Which KL losses to compute, and how.
+    """How the KL over the reply is computed.
 
     Args:
-        response (`bool`): Over the reply.
-        words (`bool`): Over the transcript's tokens, each against the audio position that stands for it.
         temperature (`float`): Divides both logits.
         shifted (`bool`): See [`~relllm.training.losses.reply_positions`].
     """
 
-    response: bool
-    words: bool
     temperature: float
     shifted: bool
 
 
-def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) -> dict[str, Tensor]:
+def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) -> Tensor:
     """The teacher's logits where they are compared.
 
     Args:
@@ -46,7 +42,7 @@ def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) ->
         inputs (`dict`): The teacher inputs of [`~relllm.training.collator.ReLLMCollator`].
 
     Returns:
-        `dict`: `response_kl` and `input_kl`, those asked for; each `(positions, vocabulary)`, row after row.
+        `torch.Tensor` of shape `(positions, vocabulary)`: Row after row.
     """
     llm = model.text_model
     # no LoRA anywhere, whatever its scope; outside a forward pass of ours that holds already
@@ -57,8 +53,7 @@ def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) ->
             use_cache=False,
             return_dict=True,
         ).last_hidden_state
-        positions = _positions(inputs["teacher_labels"], inputs["teacher_words"], alignment)
-        return {name: head_logits(llm, hidden[where]) for name, where in positions.items()}
+        return head_logits(llm, hidden[reply_positions(inputs["teacher_labels"], alignment.shifted)])
 
 
 def compare(
@@ -66,12 +61,12 @@ def compare(
     states: Tensor,
     labels: Tensor,
     inputs: dict[str, Tensor],
-    taught: dict[str, Tensor],
+    taught: Tensor,
     alignment: Alignment,
     *,
     are_logits: bool = False,
-) -> dict[str, Tensor]:
-    """KL(text ‖ speech), summed over the positions of the batch.
+) -> Tensor:
+    """KL(text ‖ speech) over the reply, summed over the positions of the batch.
 
     Args:
         model ([`ReLLMModel`]): Its LLM heard.
@@ -79,19 +74,16 @@ def compare(
             hears, or with `are_logits` its logits.
         labels (`torch.LongTensor` of shape `(batch, sequence)`): -100 outside the reply.
         inputs (`dict`): The teacher inputs; a row without a transcript marks no position in them.
-        taught (`dict`): Of [`teach`].
+        taught (`torch.Tensor` of shape `(positions, vocabulary)`): Of [`teach`].
 
     Returns:
-        `dict`: A sum of shape `()` in nats, for each name in `taught`; a zero with a gradient where nothing is marked.
+        `torch.Tensor` of shape `()`: In nats; a zero with a gradient where nothing is marked.
     """
     has_transcript = (inputs["teacher_labels"] != IGNORE_INDEX).any(1, keepdim=True)
     labels = labels.masked_fill(~has_transcript, IGNORE_INDEX)
-    positions = _positions(labels, inputs["heard_words"], alignment)
-    sums = {}
-    for name, where in positions.items():
-        heard = states[where] if are_logits else head_logits(model.text_model, states[where])
-        sums[name] = kl_sum(heard, taught[name], alignment.temperature)
-    return sums
+    states = states[reply_positions(labels, alignment.shifted)]
+    heard = states if are_logits else head_logits(model.text_model, states)
+    return kl_sum(heard, taught, alignment.temperature)
 
 
 def head_logits(llm: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -120,18 +112,8 @@ def check_head(llm: PreTrainedModel) -> None:
     if not difference <= 1e-2 * max(own.abs().max().item(), 1.0):
         raise ValueError(
             f"{type(llm).__name__} changes its logits after the head in a way that is not known here (they differ by "
-            f"{difference:.3g}), so the KL losses would be wrong. Set response_kl_weight=0 and input_kl_weight=0, or "
-            "use another LLM."
+            f"{difference:.3g}), so the KL loss would be wrong. Set response_kl_weight=0, or use another LLM."
         )
-
-
-def _positions(labels: Tensor, words: Tensor, alignment: Alignment) -> dict[str, Tensor]:
-    positions = {}
-    if alignment.response:
-        positions["response_kl"] = reply_positions(labels, alignment.shifted)
-    if alignment.words:
-        positions["input_kl"] = words
-    return positions
 
 
 def _logit_scale(config: PreTrainedConfig) -> float:

@@ -181,7 +181,6 @@ def _architecture(script: ReLLMScriptArguments) -> dict:
     """Fields of [`ReLLMConfig`] that a run chooses."""
     return {
         "emotion_fusion": script.emotion_fusion,
-        "projector_type": script.projector_type,
         "projector_inner_dim": script.projector_inner_dim,
         "lora_scope": script.lora_scope,
     }

@@ -1,6 +1,6 @@
 """Rows in, a batch out: conversations with audio, labels on the replies, emotion and dimension targets.
 
-With a KL loss also the teacher's input, and with CFormer the token counts (`transcripts.py`).
+With a KL loss also the teacher's input (`transcripts.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from .augmentation import Augmentation
 from .losses import IGNORE_INDEX
 from .tower_cache import TowerCache
-from .transcripts import TOKENS_PER_S, group_clips, split_count, teacher_inputs
+from .transcripts import group_clips, teacher_inputs
 
 
 @dataclass
@@ -54,9 +54,7 @@ class ReLLMCollator:
         Returns:
             `dict`: The model's inputs, padded on the right; `labels` `(batch, sequence)`; `emotion_labels` `(clips,)`,
             -100 where unlabelled; `dimension_labels` `(clips, 3)`, NaN where unlabelled; `clips_per_row` `(batch,)`.
-            With CFormer `audio_token_counts` `(windows,)` and `transcript_token_counts` `(clips,)`, 0 for none. With
-            `teacher` those of [`~relllm.training.transcripts.teacher_inputs`] and `heard_words` `(batch, sequence)`,
-            True at the audio position of each of the `teacher_words`. With a `tower_cache` those of
+            With `teacher` those of [`~relllm.training.transcripts.teacher_inputs`], with a `tower_cache` those of
             [`~relllm.training.tower_cache.TowerCache.look_up`].
 
         Raises:
@@ -64,19 +62,14 @@ class ReLLMCollator:
         """
         conversations = [self._conversation(row) for row in rows]
         clips = [_count_clips(conversation) for conversation in conversations]
-        transcripts = [self._transcripts(row, count) for row, count in zip(rows, clips, strict=True)]
-        audio_kwargs: dict[str, list[int] | list[bool]] = {}
+        audio_kwargs: dict[str, list[bool]] = {}
         of_towers: dict[str, Tensor] = {}
-        windows: list[list[int]] = []  # positions of each window of each clip, with CFormer
-        if self._counts_words or self.augmentation is not None or self.tower_cache is not None:
+        if self.augmentation is not None or self.tower_cache is not None:
             conversations = cast("list[list[dict]]", self.processor.read_audio(conversations))
         if self.augmentation is not None:
             self._augment(rows, conversations, self.augmentation)
         if self.tower_cache is not None and any(clips):
             audio_kwargs["only_counted"], of_towers = self.tower_cache.look_up(_waveforms(conversations))
-        if self._counts_words:
-            windows = self._window_counts(conversations, [clip for row in transcripts for clip in row])
-            audio_kwargs["audio_token_counts"] = [count for clip in windows for count in clip]
         features = self.processor.apply_chat_template(
             conversations,
             tokenize=True,
@@ -93,17 +86,10 @@ class ReLLMCollator:
         targets = [target for row_targets in dimensions for target in row_targets]
         batch["dimension_labels"] = torch.tensor(targets, dtype=torch.float32).reshape(-1, len(DIMENSIONS))
         batch["clips_per_row"] = torch.tensor(clips)
-        if self._counts_words:
-            counts = [len(clip or []) for row in transcripts for clip in row]
-            batch["transcript_token_counts"] = torch.tensor(counts, dtype=torch.long)
         if self.teacher:
-            batch.update(self._teacher_inputs(batch, conversations, transcripts, windows))
+            transcripts = [self._transcripts(row, count) for row, count in zip(rows, clips, strict=True)]
+            batch.update(self._teacher_inputs(batch, conversations, transcripts))
         return batch
-
-    @property
-    def _counts_words(self) -> bool:
-        """Whether the projector is a CFormer, which makes as many positions as the transcript has tokens."""
-        return self.processor.feature_extractor.num_projector_convs is None
 
     def _augment(self, rows: Sequence[Mapping], conversations: list[list[dict]], augmentation: Augmentation) -> None:
         """In place: `read_audio` has made copies. The teacher's transcripts stay as they are."""
@@ -114,29 +100,16 @@ class ReLLMCollator:
                 part["waveform"] = augmentation(part["waveform"], row_id=row.get("id"), clip=index)
 
     def _transcripts(self, row: Mapping, num_clips: int) -> list[list[int] | None]:
-        """Tokens of each clip's transcript, `None` for none; read only where something needs them."""
-        if not (self.teacher or self._counts_words):
-            return [None] * num_clips
+        """Tokens of each clip's transcript, `None` for none."""
         texts = _per_clip(row, "text", num_clips)
         tokenizer = self.processor.tokenizer
         return [tokenizer(text or "", add_special_tokens=False)["input_ids"] or None for text in texts]
-
-    def _window_counts(self, conversations: list[list[dict]], transcripts: list[list[int] | None]) -> list[list[int]]:
-        """Positions of each window of each clip: its share of the transcript, or a guess from its duration."""
-        extractor = self.processor.feature_extractor
-        counts = []
-        for clip, transcript in zip(_waveforms(conversations), transcripts, strict=True):
-            guess = round(len(clip) / extractor.sampling_rate * TOKENS_PER_S)
-            shares = split_count(guess if transcript is None else len(transcript), len(extractor.cut_windows(clip)))
-            counts.append([share + extractor.num_extra_tokens for share in shares])
-        return counts
 
     def _teacher_inputs(
         self,
         batch: Mapping[str, Tensor],
         conversations: list[list[dict]],
         transcripts: list[list[list[int] | None]],
-        windows: list[list[int]],
     ) -> dict[str, Tensor]:
         runs: list[list[list[int]] | None] = []
         for conversation, spoken in zip(conversations, transcripts, strict=True):
@@ -146,7 +119,7 @@ class ReLLMCollator:
                 continue
             clips = iter(known)
             runs.append([[t for _ in range(size) for t in next(clips)] for size in group_clips(conversation)])
-        inputs = teacher_inputs(
+        return teacher_inputs(
             batch["input_ids"],
             batch["labels"],
             batch["attention_mask"],
@@ -154,17 +127,6 @@ class ReLLMCollator:
             audio_token_id=self.processor.audio_token_id,
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
-        heard = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-        if windows:
-            extra = self.processor.feature_extractor.num_extra_tokens
-            is_word = [index >= extra for clip in windows for count in clip for index in range(count)]
-            heard[batch["input_ids"] == self.processor.audio_token_id] = torch.tensor(is_word)
-            # Only where each word has its position: not without a transcript, nor with fewer tokens than windows.
-            num_words = inputs["teacher_words"].sum(1)
-            paired = ((heard.sum(1) == num_words) & (num_words > 0))[:, None]
-            heard &= paired
-            inputs["teacher_words"] &= paired
-        return inputs | {"heard_words": heard}
 
     def _conversation(self, row: Mapping) -> list[dict]:
         if row.get("messages") is not None:

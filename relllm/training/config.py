@@ -17,8 +17,6 @@ LOSS_WEIGHTS = (
     "emotion_loss_weight",
     "dimension_loss_weight",
     "response_kl_weight",
-    "input_kl_weight",
-    "cif_loss_weight",
 )
 
 
@@ -39,8 +37,6 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
         response_loss_weight (`float`, *optional*, defaults to 1.0): Of the reply's cross-entropy.
         response_kl_weight (`float`, *optional*, defaults to 0.0): Of KL(text ‖ speech) over the reply, where the same
             LLM without its LoRA reads the row's transcript (`text`); an alignment loss of BLSP-Emo, off in RE-LLM.
-        input_kl_weight (`float`, *optional*, defaults to 0.0): Of KL(text ‖ speech) over the words; CFormer only.
-        cif_loss_weight (`float`, *optional*, defaults to 0.0): Of the error of CFormer's token count.
         kl_temperature (`float`, *optional*, defaults to 2.0): Divides the logits of both branches (BLSP-Emo: 2).
         kl_shifted (`bool`, *optional*, defaults to `True`): Compare the positions that predict the reply; `False`
             compares those that hold it, as the original code does.
@@ -70,8 +66,6 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
     emotion_class_weights: list[float] | None = field(default=None, metadata={"help": "One for each emotion class."})
     response_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the reply's cross-entropy."})
     response_kl_weight: float = field(default=0.0, metadata={"help": "Weight of KL(text || speech) over the reply."})
-    input_kl_weight: float = field(default=0.0, metadata={"help": "Weight of KL(text || speech) over the words."})
-    cif_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the error of CFormer's token count."})
     kl_temperature: float = field(default=2.0, metadata={"help": "Divides the logits of both branches of a KL."})
     kl_shifted: bool = field(default=True, metadata={"help": "False: the positions of the original code, one late."})
     light_checkpoints: bool = field(default=True, metadata={"help": "Save what trains, and the towers by name."})
@@ -91,7 +85,7 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
         if self.kl_temperature <= 0:
             raise ValueError(f"kl_temperature must be > 0, got {self.kl_temperature}.")
-        if self.label_smoothing_factor > 0 and (self.response_kl_weight > 0 or self.input_kl_weight > 0):
+        if self.label_smoothing_factor > 0 and self.response_kl_weight > 0:
             raise ValueError("label_smoothing_factor > 0 and a KL loss exclude each other. Set one of them to 0.")
         if self.dimension_loss not in ("mse", "ccc"):
             raise ValueError(f"dimension_loss must be 'mse' or 'ccc', got {self.dimension_loss!r}.")

@@ -13,7 +13,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from relllm.modeling.lora_scope_relllm import is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
-from relllm.modeling.projector_relllm import CFormer
 
 HEADS = ("emotion_head", "dimension_head")
 
@@ -54,8 +53,6 @@ def prepare_trainable(
     base.freeze()
     for name in HEADS:
         getattr(base, name).requires_grad_(name not in unused)
-    if isinstance(base.multi_modal_projector, CFormer):
-        base.multi_modal_projector.token_head.requires_grad_(False)  # its words enter no loss
     for name in unfreeze:
         tower = getattr(base, name)
         if tower is None:

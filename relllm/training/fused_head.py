@@ -1,4 +1,4 @@
-"""What the losses need, through TRL's fused training forward: the heads' outputs and the alignment losses.
+"""What the losses need, through TRL's fused training forward: the heads' outputs and the alignment loss.
 
 Since 1.16 TRL trains by a forward pass of its own, which runs the base model and returns fields of its own. Before (on
 Python 3.10) it trains by the model's forward, whose output has the heads' in it already. Either way the teacher runs
@@ -37,33 +37,29 @@ if FusedCausalLMOutput is not None:
         Args:
             emotion_logits (`torch.Tensor` of shape `(clips, classes)`, *optional*): See `ReLLMAudioOutput`.
             dimensions (`torch.Tensor` of shape `(clips, 3)`, *optional*): Arousal, dominance, valence.
-            alphas_sum (`torch.Tensor` of shape `(windows,)`, *optional*): CFormer's predicted token counts.
-            response_kl, input_kl (`torch.Tensor` of shape `()`, *optional*): Sums over positions.
+            response_kl (`torch.Tensor` of shape `()`, *optional*): Sum over positions.
         """
 
         emotion_logits: Tensor | None = None
         dimensions: Tensor | None = None
-        alphas_sum: Tensor | None = None
         response_kl: Tensor | None = None
-        input_kl: Tensor | None = None
 
 
 @dataclass
 class ReLLMAlignedOutput(ReLLMCausalLMOutput):
-    """The model's output and the alignment losses; for passes that are not fused.
+    """The model's output and the alignment loss; for passes that are not fused.
 
     Of a pass without the head, `loss` is a zero with a gradient, and there are no logits.
 
     Args:
-        response_kl, input_kl (`torch.Tensor` of shape `()`, *optional*): Sums over positions.
+        response_kl (`torch.Tensor` of shape `()`, *optional*): Sum over positions.
     """
 
     response_kl: Tensor | None = None
-    input_kl: Tensor | None = None
 
 
 def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> None:
-    """Have the training forward return the heads' outputs and, where asked for, the alignment losses.
+    """Have the training forward return the heads' outputs and, where asked for, the alignment loss.
 
     Args:
         model (`PreTrainedModel`): After `SFTTrainer.__init__`, which patched its forward; changed in place.
@@ -79,7 +75,7 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
         reading = alignment if teacher_inputs and "labels" in kwargs else None
         if not fused and not headless and reading is None:  # not a training pass
             return inner_forward(*args, **kwargs)
-        taught = teach(self.base_model, teacher_inputs, reading) if reading is not None else {}
+        taught = teach(self.base_model, teacher_inputs, reading) if reading is not None else None
         heard: dict[str, Tensor] = {}
         labels = kwargs.pop("labels") if headless else kwargs.get("labels")
         scored = None
@@ -101,10 +97,12 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
             handle.remove()
         sums: dict[str, Tensor] = {}
         states = heard["last_hidden_state"]
-        if reading is not None and labels is not None:
+        if reading is not None and taught is not None and labels is not None:
             are_logits = not fused and not headless
-            sums = compare(self.base_model, states, labels, teacher_inputs, taught, reading, are_logits=are_logits)
-        heads = {name: heard.get(name) for name in ("emotion_logits", "dimensions", "alphas_sum")}
+            sums["response_kl"] = compare(
+                self.base_model, states, labels, teacher_inputs, taught, reading, are_logits=are_logits
+            )
+        heads = {name: heard.get(name) for name in ("emotion_logits", "dimensions")}
         if headless:  # a sum over nothing: what trains has a gradient, of zero, which DDP waits for
             return ReLLMAlignedOutput(loss=states[:0].sum(), **heads, **sums)
         return ReLLMFusedOutput(**output, **heads, **sums) if fused else ReLLMAlignedOutput(**output, **sums)

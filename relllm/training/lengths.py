@@ -14,8 +14,6 @@ from torch import Tensor
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 from relllm.processing.processing_relllm import AUDIO_KEYS
 
-from .transcripts import TOKENS_PER_S
-
 CHARACTERS_PER_TOKEN = 4.0  # of English under the tokenizers of current LLMs
 
 
@@ -71,8 +69,6 @@ def clip_duration(source: object, sampling_rate: int) -> float:
 
 
 def _positions(duration_s: float, extractor: ReLLMFeatureExtractor) -> int:
-    if extractor.num_projector_convs is None:
-        return round(duration_s * TOKENS_PER_S)
     return max(extractor.count_tokens(round(duration_s * extractor.sampling_rate)), 1)
 
 

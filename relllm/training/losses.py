@@ -1,8 +1,7 @@
 """The losses of RE-LLM as pure functions of tensors.
 
 What lives here: the response's cross-entropy, the two auxiliary losses of RE-LLM, the alignment
-losses of its parent, BLSP-Emo (KL against the same LLM reading the transcript; CIF's token count). What does not:
-their weights, which are settings of a run.
+loss of its parent, BLSP-Emo (KL against the same LLM reading the transcript). What does not: their weights, which are settings of a run.
 
 Every function computes in float32 (the original summed its total in bfloat16) and returns a zero with a gradient where
 nothing is labelled. Means take `num_items`: with the count of the whole accumulated batch, the sum over micro-batches
@@ -130,35 +129,13 @@ def response_kl(
         ValueError: If a row's reply differs in length between the branches.
     """
     speech_mask, text_mask = reply_positions(speech_labels, shifted), reply_positions(text_labels, shifted)
-    return _kl(speech_logits, text_logits, speech_mask, text_mask, temperature, num_items)
-
-
-def input_kl(
-    speech_logits: Tensor,
-    text_logits: Tensor,
-    speech_mask: Tensor,
-    text_mask: Tensor,
-    *,
-    temperature: float = 2.0,
-    num_items: int | Tensor | None = None,
-) -> Tensor:
-    """KL(text ‖ speech) over the input: audio position k against transcript token k (BLSP-Emo; with CFormer only).
-
-    Args:
-        speech_logits (`torch.Tensor` of shape `(batch, S, vocabulary)`): Of the branch that hears; gets the gradient.
-        text_logits (`torch.Tensor` of shape `(batch, T, vocabulary)`): Of the branch that reads the transcript.
-        speech_mask (`torch.BoolTensor` of shape `(batch, S)`): True at audio positions.
-        text_mask (`torch.BoolTensor` of shape `(batch, T)`): True at transcript tokens, as many in each row.
-        temperature (`float`, *optional*, defaults to 2.0): Divides both logits.
-        num_items (`int` or `torch.Tensor`, *optional*): Divides the sum; by default the positions compared.
-
-    Returns:
-        `torch.Tensor` of shape `()`: In nats a position.
-
-    Raises:
-        ValueError: If a row has another number of audio positions than of transcript tokens.
-    """
-    return _kl(speech_logits, text_logits, speech_mask.bool(), text_mask.bool(), temperature, num_items)
+    if not torch.equal(speech_mask.sum(1), text_mask.sum(1)):
+        raise ValueError(
+            f"The branches mark different numbers of positions: speech {speech_mask.sum(1).tolist()}, text "
+            f"{text_mask.sum(1).tolist()}. Both must hold the same reply."
+        )
+    total = kl_sum(speech_logits[speech_mask], text_logits[text_mask], temperature)
+    return _mean(total, speech_mask.sum(), num_items)
 
 
 def kl_sum(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -187,36 +164,6 @@ def reply_positions(labels: Tensor, shifted: bool) -> Tensor:
     return functional.pad(is_reply[:, 1:], (0, 1)) if shifted else is_reply
 
 
-def cif_loss(alphas_sum: Tensor, num_tokens: Tensor, num_items: int | Tensor | None = None) -> Tensor:
-    """Relative error of CFormer's predicted token count: mean of |predicted / true - 1| (BLSP-Emo, `cif`).
-
-    Args:
-        alphas_sum (`torch.Tensor` of shape `(clips,)`): Sum of the firing weights before scaling.
-        num_tokens (`torch.LongTensor` of shape `(clips,)`): Tokens of the transcript, at least 1.
-        num_items (`int` or `torch.Tensor`, *optional*): Divides the sum; by default the clips.
-    """
-    error = (alphas_sum.float() / num_tokens - 1).abs()
-    return _mean(error.sum(), torch.tensor(error.numel(), device=error.device), num_items)
-
-
-def _kl(
-    student: Tensor,
-    teacher: Tensor,
-    student_mask: Tensor,
-    teacher_mask: Tensor,
-    temperature: float,
-    num_items: int | Tensor | None,
-) -> Tensor:
-    """The k-th marked position of a row of one branch against the k-th of the other; no gradient to the teacher."""
-    if not torch.equal(student_mask.sum(1), teacher_mask.sum(1)):
-        raise ValueError(
-            f"The branches mark different numbers of positions: speech {student_mask.sum(1).tolist()}, text "
-            f"{teacher_mask.sum(1).tolist()}. Both must hold the same reply (or, for the input, the same tokens)."
-        )
-    total = kl_sum(student[student_mask], teacher[teacher_mask], temperature)
-    return _mean(total, student_mask.sum(), num_items)
-
-
 def concordance(x: Tensor, y: Tensor) -> Tensor:
     """Lin's concordance correlation coefficient of two vectors, with population variances."""
     dx, dy = x - x.mean(), y - y.mean()
@@ -233,11 +180,9 @@ def _mean(total: Tensor, own_count: Tensor, num_items: int | float | Tensor | No
 __all__ = [
     "IGNORE_INDEX",
     "ccc_loss",
-    "cif_loss",
     "concordance",
     "dimension_loss",
     "emotion_loss",
-    "input_kl",
     "kl_sum",
     "reply_positions",
     "response_cross_entropy",

@@ -1,6 +1,6 @@
 """The objective: which losses a run has, over how many items each is normalised, and how they add up.
 
-    loss = w · response CE + w · emotion CE + w · dimension loss + w · response KL + w · input KL + w · CIF loss
+    loss = w · response CE + w · emotion CE + w · dimension loss + w · response KL
 
 Each but the first (which TRL computes) is here, from the outputs of the same forward pass. A loss of weight 0 is not
 computed. What does not live here: the formulas (`losses.py`), the teacher (`alignment.py`), the loop (`trainer.py`).
@@ -16,16 +16,11 @@ from transformers.utils import ModelOutput
 
 from .alignment import Alignment, check_head
 from .config import ReLLMSFTConfig
-from .losses import IGNORE_INDEX, ccc_loss, cif_loss, dimension_loss, emotion_loss
+from .losses import IGNORE_INDEX, ccc_loss, dimension_loss, emotion_loss
 
-TARGETS = ("emotion_labels", "dimension_labels", "transcript_token_counts", "clips_per_row")
-NO_LABEL_OF_A_ROW = {
-    "labels": IGNORE_INDEX,
-    "teacher_labels": IGNORE_INDEX,
-    "teacher_words": False,
-    "heard_words": False,
-}
-NO_LABEL_OF_A_CLIP = {"emotion_labels": IGNORE_INDEX, "dimension_labels": float("nan"), "transcript_token_counts": 0}
+TARGETS = ("emotion_labels", "dimension_labels", "clips_per_row")
+NO_LABEL_OF_A_ROW = {"labels": IGNORE_INDEX, "teacher_labels": IGNORE_INDEX}
+NO_LABEL_OF_A_CLIP = {"emotion_labels": IGNORE_INDEX, "dimension_labels": float("nan")}
 
 
 @dataclass
@@ -57,8 +52,8 @@ class Objective:
         model (`PreTrainedModel`): The [`ReLLMForConditionalGeneration`] to train.
 
     Raises:
-        ValueError: If a loss asks for what the model lacks (CFormer, a known LLM head), or the number of class weights
-            is not that of the classes.
+        ValueError: If the KL loss meets an LLM head that is not known, or the number of class weights is not that of
+            the classes.
     """
 
     def __init__(self, args: ReLLMSFTConfig, model: PreTrainedModel) -> None:
@@ -66,8 +61,6 @@ class Objective:
             "emotion_loss": args.emotion_loss_weight,
             "dimension_loss": args.dimension_loss_weight,
             "response_kl": args.response_kl_weight,
-            "input_kl": args.input_kl_weight,
-            "cif_loss": args.cif_loss_weight,
         }
         self.active = [name for name, weight in self.weights.items() if weight > 0]
         self.dimension_loss = args.dimension_loss
@@ -79,21 +72,10 @@ class Objective:
                     f"emotion_class_weights has {len(self.class_weights)} values for the classes "
                     f"{model.config.emotion_labels}."
                 )
-        needs_cformer = [name for name in ("input_kl", "cif_loss") if name in self.active]
-        if needs_cformer and model.config.projector_type != "cformer":
-            raise ValueError(
-                f"{needs_cformer} compare words, and projector_type={model.config.projector_type!r} makes no words. "
-                "Set their weights to 0, or use projector_type='cformer'."
-            )
         self.alignment: Alignment | None = None
-        if "response_kl" in self.active or "input_kl" in self.active:
+        if "response_kl" in self.active:
             check_head(model.base_model.text_model)
-            self.alignment = Alignment(
-                response="response_kl" in self.active,
-                words="input_kl" in self.active,
-                temperature=args.kl_temperature,
-                shifted=args.kl_shifted,
-            )
+            self.alignment = Alignment(temperature=args.kl_temperature, shifted=args.kl_shifted)
 
     @property
     def unused_heads(self) -> list[str]:
@@ -101,7 +83,7 @@ class Objective:
         return [name for name in ("emotion_head", "dimension_head") if f"{name[:-5]}_loss" not in self.active]
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """`(5,)`: items that each loss counts in a batch, in the order of `weights`; 0 for one that is off."""
+        """`(3,)`: items that each loss counts in a batch, in the order of `weights`; 0 for one that is off."""
         counts = {}
         if "emotion_labels" in batch:
             labels = batch["emotion_labels"]
@@ -110,9 +92,6 @@ class Objective:
         if self.alignment is not None and "teacher_labels" in batch:
             labels = batch["teacher_labels"][:, 1:] if self.alignment.shifted else batch["teacher_labels"]
             counts["response_kl"] = (labels != IGNORE_INDEX).sum()
-            counts["input_kl"] = batch["teacher_words"].sum()
-        if "transcript_token_counts" in batch:
-            counts["cif_loss"] = (batch["transcript_token_counts"] > 0).sum()
         nothing = torch.zeros((), device=batch["labels"].device)
         values = [counts.get(name, nothing) if name in self.active else nothing for name in self.weights]
         return torch.stack([value.float() for value in values])
@@ -121,7 +100,6 @@ class Objective:
         self,
         output: ModelOutput,
         batch: Mapping[str, Tensor],
-        windows: Tensor | None,
         local_counts: Tensor,
         num_items: Tensor,
     ) -> Iterator[Term]:
@@ -130,9 +108,8 @@ class Objective:
         Args:
             output (`ModelOutput`): Of the training forward.
             batch (`dict`): The `TARGETS`.
-            windows (`torch.LongTensor` of shape `(clips,)`, *optional*): `audio_num_windows`.
-            local_counts (`torch.Tensor` of shape `(5,)`): Of [`~Objective.count`], of this micro-batch.
-            num_items (`torch.Tensor` of shape `(5,)`): The same, of all that the sums are to be divided by.
+            local_counts (`torch.Tensor` of shape `(3,)`): Of [`~Objective.count`], of this micro-batch.
+            num_items (`torch.Tensor` of shape `(3,)`): The same, of all that the sums are to be divided by.
         """
         items = dict(zip(self.weights, num_items.unbind(), strict=True))
         local = dict(zip(self.weights, local_counts.unbind(), strict=True))
@@ -154,11 +131,8 @@ class Objective:
                 count = local["dimension_loss"].to(value.device)
                 weight = self.weights["dimension_loss"]
                 yield Term("dimension_loss", weight, value, value.detach() * count, count, is_share=False)
-        for name in ("response_kl", "input_kl"):
-            if name in self.active and (total := output.get(name)) is not None:
-                losses[name] = total / items[name].to(total.device).clamp(min=1)
-        if "cif_loss" in self.active and "transcript_token_counts" in batch and output.alphas_sum is not None:
-            losses["cif_loss"] = _cif_loss(output.alphas_sum, windows, batch, items["cif_loss"])
+        if "response_kl" in self.active and (total := output.get("response_kl")) is not None:
+            losses["response_kl"] = total / items["response_kl"].to(total.device).clamp(min=1)
         for name, value in losses.items():
             total = value.detach() * items[name].to(value.device)
             yield Term(name, self.weights[name], value, total, local[name].to(value.device))
@@ -214,13 +188,3 @@ def keep_labels(batch: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]
             kept[name] = batch[name].clone()
             kept[name][start:] = nothing[name]
     return kept
-
-
-def _cif_loss(alphas_sum: Tensor, windows: Tensor | None, batch: Mapping[str, Tensor], num_items: Tensor) -> Tensor:
-    """Of clips: the predicted counts of a clip's windows add up."""
-    num_tokens = batch["transcript_token_counts"]
-    if windows is not None:
-        clip = torch.repeat_interleave(torch.arange(len(windows), device=windows.device), windows)
-        alphas_sum = alphas_sum.new_zeros(len(windows)).index_add(0, clip, alphas_sum)
-    known = num_tokens > 0
-    return cif_loss(alphas_sum[known], num_tokens[known], num_items.to(alphas_sum.device))

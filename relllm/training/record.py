@@ -20,7 +20,7 @@ PLACES = ("model_name_or_path", "audio_tower", "emotion_tower", "text_model")
 MODEL_SETTINGS = (
     *PLACES,
     *("revision", "emotion_fusion"),
-    *("projector_type", "projector_inner_dim", "lora_r", "lora_alpha", "lora_dropout", "lora_scope"),
+    *("projector_inner_dim", "lora_r", "lora_alpha", "lora_dropout", "lora_scope"),
     *("dtype", "load_in_4bit", "full_window", "max_duration_s", "train_split"),
 )
 OF_A_NEW_MODEL = ("full_window", "max_duration_s")  # a checkpoint's processor has its own

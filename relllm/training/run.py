@@ -55,7 +55,6 @@ class ReLLMScriptArguments:
         audio_tower, emotion_tower, text_model (`str`, *optional*): Directories or Hub ids of the towers.
         emotion_fusion (`str`, *optional*, defaults to `"concat"`): `"concat"`, `"token"` or `"none"`; see
             [`ReLLMConfig`]. With `"none"` the emotion tower is left out.
-        projector_type (`str`, *optional*, defaults to `"conv"`): `"conv"` or `"cformer"`.
         projector_inner_dim (`int`, *optional*, defaults to 512): Width of the projector's bottleneck.
         lora_r, lora_alpha, lora_dropout (*optional*, default to 16, 16, 0.05): Of the LLM's LoRA; `lora_r=0` for none.
         lora_scope (`str`, *optional*, defaults to `"audio"`): Where it acts: `"audio"`, `"text"` or `"global"`.
@@ -92,9 +91,6 @@ class ReLLMScriptArguments:
     text_model: str | None = field(default=None, metadata={"help": "Any causal LM: id or path."})
     emotion_fusion: Literal["concat", "token", "none"] = field(
         default="concat", metadata={"help": "How emotion joins speech: concat (paper), token, none (the baseline)."}
-    )
-    projector_type: Literal["conv", "cformer"] = field(
-        default="conv", metadata={"help": "conv (paper) or cformer (BLSP-Emo's word-level adapter)."}
     )
     projector_inner_dim: int = field(default=512, metadata={"help": "Width of the bottleneck (original: 512)."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the LLM's LoRA (paper: 16); 0 for no LoRA."})
@@ -134,7 +130,6 @@ class ReLLMScriptArguments:
         self.resume = str(self.resume).lower()  # YAML reads `true` as a bool
         choices = {
             "emotion_fusion": ("concat", "token", "none"),
-            "projector_type": ("conv", "cformer"),
             "lora_scope": ("audio", "text", "global"),
             "dtype": (None, "float32", "bfloat16", "float16"),
             "resume": ("auto", "true", "false"),

@@ -164,8 +164,7 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
             loss = loss * self.args.response_loss_weight
         training = self.model.training and num_items_in_batch is not None
         num_items = self._num_items if training else local_counts
-        windows = inputs.get("audio_num_windows")
-        for term in self.objective.terms(output, targets, windows, local_counts, num_items):
+        for term in self.objective.terms(output, targets, local_counts, num_items):
             self._means.add(mode, term.name, term.total, term.count)
             scale = 1.0
             if training and term.is_share:  # DDP averages gradients over processes, and the counts are over all

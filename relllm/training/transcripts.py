@@ -1,4 +1,4 @@
-"""Transcripts as tokens: what the teacher reads in the place of the audio, and how many positions CFormer is to make.
+"""Transcripts as tokens: what the teacher reads in the place of the audio.
 
 The teacher's sequence is the student's with each run of audio positions replaced by the transcript's tokens, so both
 hold the same reply, token by token, whatever the tokenizer would merge across the seam.
@@ -11,14 +11,6 @@ import torch
 from torch import Tensor
 
 from .losses import IGNORE_INDEX
-
-TOKENS_PER_S = 4.0  # of speech without a transcript, for CFormer only: some 2.5 words a second, 1.5 tokens a word
-
-
-def split_count(num_tokens: int, num_windows: int) -> list[int]:
-    """A clip's token count, spread over its windows, which are of equal length; at least 1 each."""
-    whole, rest = divmod(num_tokens, num_windows)
-    return [max(1, whole + (index < rest)) for index in range(num_windows)]
 
 
 def teacher_inputs(
@@ -40,13 +32,12 @@ def teacher_inputs(
         audio_token_id, pad_token_id (`int`): Of the tokenizer.
 
     Returns:
-        `dict`: `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels` and `teacher_words` (True at the
-        transcript's tokens), all `(batch, T)`.
+        `dict`: `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`, all `(batch, T)`.
 
     Raises:
         ValueError: If a row has another number of runs than `runs` says.
     """
-    columns: dict[str, list[Tensor]] = {"input_ids": [], "attention_mask": [], "labels": [], "words": []}
+    columns: dict[str, list[Tensor]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for row, transcript in enumerate(runs):
         length = int(attention_mask[row].sum())
         pairs = zip(input_ids[row, :length].tolist(), labels[row, :length].tolist(), strict=True)
@@ -60,17 +51,16 @@ def teacher_inputs(
                 "clips. Does the chat template write something between the clips of a message, or leave one out?"
             )
         spoken = iter(transcript or [[]] * num_runs)
-        tokens: list[tuple[int, int, bool]] = []  # id, label, whether it is a word of the transcript
+        tokens: list[tuple[int, int]] = []  # id, label
         for is_audio, items in segments:
             if is_audio:
-                tokens += [(token, IGNORE_INDEX, True) for token in next(spoken)]
+                tokens += [(token, IGNORE_INDEX) for token in next(spoken)]
             else:
-                tokens += [(token, IGNORE_INDEX if transcript is None else label, False) for token, label in items]
-        columns["input_ids"].append(torch.tensor([token for token, _, _ in tokens]))
+                tokens += [(token, IGNORE_INDEX if transcript is None else label) for token, label in items]
+        columns["input_ids"].append(torch.tensor([token for token, _ in tokens]))
         columns["attention_mask"].append(torch.ones(len(tokens), dtype=torch.long))
-        columns["labels"].append(torch.tensor([label for _, label, _ in tokens]))
-        columns["words"].append(torch.tensor([word for _, _, word in tokens]))
-    padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX, "words": False}
+        columns["labels"].append(torch.tensor([label for _, label in tokens]))
+    padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
     pad = torch.nn.utils.rnn.pad_sequence
     return {
         f"teacher_{name}": pad(rows, batch_first=True, padding_value=padding[name]) for name, rows in columns.items()
@@ -94,4 +84,4 @@ def group_clips(conversation: Sequence[dict]) -> list[int]:
     return groups
 
 
-__all__ = ["TOKENS_PER_S", "group_clips", "split_count", "teacher_inputs"]
+__all__ = ["group_clips", "teacher_inputs"]

@@ -113,8 +113,7 @@ def test_a_measured_answer_is_greedy_whatever_the_checkpoints_settings_say():
 
 
 def test_a_batch_is_answered_as_its_clips_one_by_one():
-    config = tiny_config()
-    predictor = SpeechPredictor(tiny_model(config), tiny_processor(config), QUESTIONS)
+    predictor = SpeechPredictor(tiny_model(), tiny_processor(), QUESTIONS)
     together = predictor.predict(ROWS)
     for row, found in zip(ROWS, together, strict=True):
         (alone,) = predictor.predict([row])

@@ -135,22 +135,6 @@ def test_a_sliding_window_goes_on_where_nothing_is_cut(processor) -> None:
     assert counts["text_model"][0] < afresh / 3
 
 
-@pytest.mark.parametrize("fusion", ["concat", "token"])
-def test_cformer_replies_over_turns_as_with_all_counts_asked_for(fusion: str) -> None:
-    config = tiny_config(fusion=fusion, projector_type="cformer")
-    model, processor = tiny_model(config), tiny_processor(config)
-    conversation = Conversation(model, processor)
-    with counted(model) as counts:
-        replies = [conversation.say(*turn, max_new_tokens=5).text for turn in TURNS]
-    assert sum(counts["audio_tower"]) == 4
-    clips = [audio for audio, _ in TURNS if audio is not None]
-    token_counts = model.predict_token_counts(**processor.feature_extractor(clips))
-    text = processor.apply_chat_template(conversation.messages[:-1], add_generation_prompt=True)
-    inputs = processor(text=[text], audio=clips, audio_token_counts=token_counts)
-    generated = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert replies[-1] == processor.tokenizer.decode(generated, skip_special_tokens=True).strip()
-
-
 def test_every_window_is_encoded_exactly_once(model, processor) -> None:
     conversation = Conversation(model, processor)
     with counted(model) as counts:

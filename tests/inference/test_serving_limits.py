@@ -14,7 +14,7 @@ import numpy as np
 import openai
 import pytest
 from served import NAME, audio_file, clip, clip_part, raw_request, serving, user
-from tiny_models import tiny_config, tiny_model, tiny_processor
+from tiny_models import tiny_model, tiny_processor
 
 from relllm.inference.server.prompts import Limits, PromptReader
 
@@ -333,9 +333,3 @@ def test_a_recording_that_states_no_length_is_decoded_no_further_than_the_limit(
 class _Unseekable:
     def __init__(self, stream: io.BytesIO) -> None:
         self.write = stream.write
-
-
-def test_a_projector_whose_positions_are_not_known_beforehand_is_refused_at_the_start() -> None:
-    processor = tiny_processor(tiny_config(projector_type="cformer"))
-    with pytest.raises(ValueError, match="CFormer"):
-        PromptReader(processor, Limits())

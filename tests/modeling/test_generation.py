@@ -246,20 +246,3 @@ def test_every_fusion_and_scope_replies_as_a_loop_without_a_cache(fusion: str, s
     model = tiny_model(config)
     row = conversation_inputs(tiny_processor(config), CONVERSATIONS[0])
     assert torch.equal(replies(model, row), greedy_by_hand(model, row))
-
-
-@pytest.mark.parametrize("fusion", ["concat", "token", "none"])
-def test_cformer_replies_once_its_token_counts_are_asked_for(fusion: str) -> None:
-    config = tiny_config(fusion=fusion, projector_type="cformer")
-    model, processor = tiny_model(config), tiny_processor(config)
-    clips = [clip(0.5), clip(2.7, seed=1), clip(0.9, seed=2)]
-    counts = model.predict_token_counts(**processor.feature_extractor(clips))
-    assert counts.shape == (4,) and (counts >= 1).all()  # the second clip has two windows
-    texts = [processor.apply_chat_template(turns, add_generation_prompt=True) for turns in CONVERSATIONS[:2]]
-    inputs = processor(text=texts, audio=clips, audio_token_counts=counts)
-    placeholders = (inputs["input_ids"] == config.audio_token_id).sum(-1).tolist()
-    assert placeholders == [int(counts[:3].sum()), int(counts[3])]
-    together = replies(model, inputs)
-    row = processor(text=texts[1], audio=clips[2], audio_token_counts=counts[3:])
-    assert torch.equal(together[1], greedy_by_hand(model, row)[0])
-    assert torch.equal(replies(model, inputs, num_beams=2)[1], replies(model, row, num_beams=2)[0])

@@ -151,22 +151,6 @@ def test_input_features_without_input_values_are_refused_with_an_emotion_tower(m
         model()
 
 
-# --- CFormer ---------------------------------------------------------------------------------------------------------
-
-
-def test_cformer_takes_the_transcripts_length_in_training_and_reaches_all_its_weights() -> None:
-    config = tiny_config(projector_type="cformer")
-    model, processor = tiny_model(config).train(), tiny_processor(config)
-    inputs = processor(text=["a <|audio|>", "<|audio|>"], audio=[clip(0.5), clip(0.9)], audio_token_counts=[3, 7])
-    audio = model.get_audio_features(**audio_inputs(inputs))
-    assert audio.token_logits.shape == (2, 7, 320) and len(audio.pooler_output) == 10
-    torch.testing.assert_close(audio.alphas.sum(-1), torch.tensor([3.0, 7.0]))
-    quantity = (audio.alphas_sum - torch.tensor([3.0, 7.0])).abs().mean()
-    loss = model(**inputs, labels=inputs["input_ids"]).loss + audio.token_logits.square().mean() + quantity
-    loss.backward()
-    assert all(p.grad is not None for p in model.model.multi_modal_projector.parameters())
-
-
 # --- freezing and modes ----------------------------------------------------------------------------------------------
 
 
@@ -318,10 +302,6 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
     "heads do not divide the bottleneck": (
         lambda: ReLLMConfig(emotion_fusion="none", projector_inner_dim=20, projector_layers=1),
         r"projector_inner_dim \(20\) must be a multiple of projector_heads \(8\)",
-    ),
-    "heads do not divide cformer": (
-        functools.partial(tiny_config, audio="hubert", fusion="none", projector_type="cformer", heads=7),
-        r"input width \(24\) must be a multiple of projector_heads \(7\)",
     ),
     "negative audio token": (lambda: ReLLMConfig(emotion_fusion="none", audio_token_id=-1), "audio_token_id.*-1"),
     "no emotion labels": (lambda: ReLLMConfig(emotion_fusion="none", emotion_labels=[]), "emotion_labels must be"),

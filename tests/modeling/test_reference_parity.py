@@ -12,9 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from relllm.labels import DIMENSIONS
-from relllm.modeling import projector_relllm
 from relllm.modeling.audio_tower_relllm import encode_audio
-from relllm.modeling.projector_relllm import integrate_and_fire
 
 BATCHES = ("b1", "b3")
 GENERATED = ("b1_lora", "b3_lora", "b3_nolora", "b3_lora_stopword")
@@ -256,99 +254,12 @@ def test_prompt_of_generation_is_read_as_in_the_original(case: str):
     assert_close(golden.run_llm(model, prompt).logits, expected["prompt_all_logits"], prompt.attention_mask)
 
 
-# CFormer
-
-
-def run_cformer(num_tokens: Tensor | None):
-    forward = recorded("forward_b3_lora")
-    projector = golden.blsp_emo_model("cformer").model.multi_modal_projector
-    return projector(forward["whisper.last_hidden_state"], forward["whisper.output_lengths"], num_tokens)
-
-
-@pytest.mark.parametrize("mode", ["eval", "train"])
-def test_cformer_gives_the_original_positions(mode: str):
-    case = recorded("cformer_b3")
-    output = run_cformer(case["train.num_tokens"] if mode == "train" else None)
-    mask = case[f"{mode}.output_mask"]
-    assert torch.equal(output.lengths, mask.sum(-1))
-    assert_close(output.alphas, case[f"{mode}.alphas_resized"])
-    # Sums of up to several dozen weights: relative to their size.
-    torch.testing.assert_close(output.alphas_sum, case[f"{mode}.alphas_sum_before_resize"], rtol=1e-6, atol=0)
-    unscaled = output.alphas * (output.alphas_sum / output.lengths)[:, None]
-    assert_close(unscaled, case["alphas_raw"])
-    assert_close(output.hidden_states, case[f"{mode}.output"], mask)
-
-
-@pytest.mark.parametrize("mode", ["eval", "train"])
-def test_cformer_reads_the_original_words(mode: str):
-    case = recorded("cformer_b3")
-    output = run_cformer(case["train.num_tokens"] if mode == "train" else None)
-    assert_close(output.token_logits, case[f"{mode}.token_logits"], case[f"{mode}.output_mask"])
-
-
-def test_cformer_integrates_the_original_states():
-    case, states = recorded("cformer_b3"), []
-    projector = golden.blsp_emo_model("cformer").model.multi_modal_projector
-    handle = projector.cif_proj.register_forward_hook(lambda module, args, output: states.append(args[0]))
-    run_cformer(case["train.num_tokens"])
-    handle.remove()
-    assert_close(states[0], case["train.cif_weighted_states_before_proj"], case["train.output_mask"])
-
-
-def naive_integrate_and_fire(alphas: list[float], num_tokens: int) -> Tensor:
-    """The definition, clip by clip: spend each frame's weight, and fire whenever the sum reaches 1."""
-    weights = torch.zeros(num_tokens, len(alphas))
-    token, needed = 0, 1.0
-    for frame, alpha in enumerate(alphas):
-        while alpha >= needed and token < num_tokens - 1:
-            weights[token, frame] = needed
-            alpha, token, needed = alpha - needed, token + 1, 1.0
-        weights[token, frame] = alpha
-        needed -= alpha
-    return weights
-
-
-def test_cformer_that_fires_twice_in_a_frame_is_right_where_the_original_is_not(monkeypatch: pytest.MonkeyPatch):
-    """A recorded deviation.
-
-    In the original, a frame in which one clip fires twice loses the weight of every clip that does not fire in it.
-    Ours gives each position its share, as the definition has it; with that loss put back, ours is the original.
-    """
-    case = recorded("cformer_b3")
-    num_tokens, expected = case["train_doublefire.num_tokens"], case["train_doublefire.output"]
-    mask = case["train_doublefire.output_mask"]
-    ours = run_cformer(num_tokens)
-    assert_close(ours.alphas, case["train_doublefire.alphas_resized"])
-    weights = integrate_and_fire(ours.alphas, num_tokens)
-    for row, alphas, count in zip(weights, ours.alphas.double().tolist(), num_tokens.tolist(), strict=True):
-        assert_close(row[:count], naive_integrate_and_fire(alphas, count))
-
-    end = ours.alphas.double().cumsum(-1)
-    fires = end.floor() - (end - ours.alphas).floor()
-    lost = (fires.max(0).values >= 2) & (fires == 0) & (ours.alphas > 0)
-    assert lost.any()
-
-    def lose_weights(alphas: Tensor, counts: Tensor) -> Tensor:
-        return integrate_and_fire(alphas, counts).masked_fill(lost[:, None], 0)
-
-    monkeypatch.setattr(projector_relllm, "integrate_and_fire", lose_weights)
-    assert_close(run_cformer(num_tokens).hidden_states, expected, mask)
-    harmed = lost.any(1)
-    assert_close(ours.hidden_states[~harmed], expected[~harmed], mask[~harmed])
-    assert (ours.hidden_states - expected)[harmed][mask[harmed].bool()].abs().max() > 0.01
-
-
 # BLSP-Emo from raw audio to logits
 
 
-@pytest.mark.parametrize("adapter", ["subsampler", "cformer"])
-def test_blsp_emo_hears_as_in_the_original(adapter: str):
-    model = golden.blsp_emo_model(adapter)
-    forward = recorded(
-        {"subsampler": "blspemo_subsampler_b3_lora", "cformer": "blspemo_cformer_train_b3_lora"}[adapter]
-    )
-    num_tokens = recorded("inputs_b3")["input_mask"].sum(-1) if adapter == "cformer" else None
-    audio, valid = hear(model, "b3", num_tokens)
+def test_blsp_emo_hears_as_in_the_original():
+    model, forward = golden.blsp_emo_model(), recorded("blspemo_subsampler_b3_lora")
+    audio, valid = hear(model, "b3")
     assert_close(audio.last_hidden_state, forward["adapter.output"], valid)
     assert_close(audio.emotion_logits, forward["er_logits"])
     sequence = golden.speech_branch(model, "b3", (audio, valid))

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from relllm.training.losses import (
     ccc_loss,
-    cif_loss,
     dimension_loss,
     emotion_loss,
-    input_kl,
     response_cross_entropy,
     response_kl,
 )
@@ -178,28 +176,6 @@ def test_response_kl_refuses_different_replies():
         response_kl(torch.randn(1, 4, 5), torch.randn(1, 4, 5), labels, shorter)
 
 
-def test_input_kl_compares_audio_position_with_transcript_token():
-    speech, text = with_gradient(1, 5, 6), torch.randn(1, 3, 6)
-    speech_mask, text_mask = torch.tensor([[0, 0, 1, 1, 0]]), torch.tensor([[1, 1, 0]])
-    rows = speech.detach().numpy()
-    expected = naive_kl([text[0, 0].numpy(), text[0, 1].numpy()], [rows[0, 2], rows[0, 3]], temperature=2.0)
-    loss = input_kl(speech, text, speech_mask, text_mask)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert_finite_gradient(loss, speech)
-    with pytest.raises(ValueError, match="different numbers of positions"):
-        input_kl(speech, text, speech_mask, torch.ones_like(text_mask))
-
-
-# CIF
-
-
-def test_cif_loss_is_the_relative_error_of_the_count():
-    sums = torch.tensor([9.0, 5.0, 4.0], requires_grad=True)
-    loss = cif_loss(sums, torch.tensor([10, 4, 4]))
-    assert loss.item() == pytest.approx((0.1 + 0.25 + 0) / 3, rel=1e-6)
-    assert_finite_gradient(loss, sums)
-
-
 # What all share
 
 
@@ -224,13 +200,12 @@ def losses_of_rows(rows: slice, num_items: dict[str, float] | None = None) -> di
         "weighted": emotion_loss(emotion_logits, emotions, class_weights=weights, num_items=items.get("weighted")),
         "dimension": dimension_loss(logits[:, 0, :3], target, items.get("dimension")),
         "kl": response_kl(logits, other, labels, labels, num_items=items.get("kl")),
-        "cif": cif_loss(logits[:, 0, 0].abs(), torch.arange(1, 7)[rows], items.get("cif")),
     }
 
 
 @pytest.mark.parametrize("cuts", [[3], [1, 5], [2, 4]])
 def test_micro_batches_with_the_whole_count_add_up_to_the_whole_batch(cuts: list[int]):
-    counts = {"response": 13, "emotion": 4, "weighted": 1 + 0.5 + 1 + 2, "dimension": 14, "kl": 13, "cif": 6}
+    counts = {"response": 13, "emotion": 4, "weighted": 1 + 0.5 + 1 + 2, "dimension": 14, "kl": 13}
     whole = losses_of_rows(slice(None))
     bounds = [0, *cuts, 6]
     parts = [losses_of_rows(slice(a, b), counts) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]

@@ -30,7 +30,7 @@ from relllm.training.collator import ReLLMCollator
 from relllm.training.tower_cache import TowerCache, cache_settings, clip_key
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
-LOGGED = {"loss", "response_loss", "emotion_loss", "dimension_loss", "response_kl", "cif_loss", "grad_norm"}
+LOGGED = {"loss", "response_loss", "emotion_loss", "dimension_loss", "response_kl", "grad_norm"}
 RUN = {
     "learning_rate": 1e-2,
     "max_steps": 5,  # two an epoch
@@ -113,11 +113,10 @@ def test_a_run_with_the_cache_is_the_run_without(tmp_path, rows, full_window: bo
     assert hits(expected) == [] and hits(found)[:2] == [0, 0] and hits(found)[-1] == 1
 
 
-@pytest.mark.parametrize("kind", ["conv", "cformer"])
-def test_so_is_one_with_a_teacher_and_several_clips_a_row(tmp_path: Path, kind: str) -> None:
+def test_so_is_one_with_a_teacher_and_several_clips_a_row(tmp_path: Path) -> None:
     runs = []
     for cache in (None, str(tmp_path / "cache")):
-        model, processor, settings = build(kind)
+        model, processor, settings = build()
         settings = settings | {"tower_cache_dir": cache, "max_steps": 2, "gradient_accumulation_steps": 2}
         runs.append(train(conversations(), tmp_path / "run", model=model, processor=processor, **settings))
     assert_same_run(runs[1], runs[0])

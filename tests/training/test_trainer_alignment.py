@@ -1,4 +1,4 @@
-"""The alignment losses in training: the teacher and what it reads, CFormer's counts, the gradients of all of it."""
+"""The alignment loss in training: the teacher and what it reads, the gradients of all of it."""
 
 import os
 import subprocess
@@ -17,28 +17,18 @@ from relllm import EMOTIONS, ReLLMSFTConfig
 from relllm.training.alignment import TEACHER_INPUTS, Alignment, check_head, head_logits, teach
 from relllm.training.collator import ReLLMCollator
 from relllm.training.fused_head import FusedCausalLMOutput
-from relllm.training.losses import cif_loss, input_kl, response_kl
+from relllm.training.losses import response_kl
 from relllm.training.objective import TARGETS
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
-ALL_LOSSES = {"response_kl_weight": 0.7, "input_kl_weight": 1.3, "cif_loss_weight": 0.4}
-KINDS = {
-    "conv": ({}, {"response_kl_weight": 0.7}),
-    "cformer": ({"projector_type": "cformer"}, ALL_LOSSES),
-    "cformer-token": ({"projector_type": "cformer", "fusion": "token"}, ALL_LOSSES),
-}
+KL = {"response_kl_weight": 0.7}
 KL_ALONE = {"response_loss_weight": 0.0, "emotion_loss_weight": 0.0, "dimension_loss_weight": 0.0}
 
 
-def build(kind: str):
-    """A model, its processor and the settings that switch on every alignment loss it can have."""
-    options, settings = KINDS[kind]
-    config = tiny_config(lora=LORA, **options)
-    model = tiny_model(config)
-    if kind != "conv":  # there is no norm at its end, and sums of large gradients differ by their order
-        with torch.no_grad():
-            model.model.multi_modal_projector.out_proj.weight.mul_(0.05)
-    return model, tiny_processor(config), settings
+def build():
+    """A model, its processor and the settings that switch on the alignment loss."""
+    config = tiny_config(lora=LORA)
+    return tiny_model(config), tiny_processor(config), KL
 
 
 def bare_llm_logits(model, batch) -> torch.Tensor:
@@ -48,14 +38,13 @@ def bare_llm_logits(model, batch) -> torch.Tensor:
         return llm(input_ids=batch["teacher_input_ids"], attention_mask=batch["teacher_attention_mask"]).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shifted", [True, False])
-def test_gradient_is_that_of_the_losses_written_out(tmp_path: Path, kind: str, shifted: bool) -> None:
+def test_gradient_is_that_of_the_losses_written_out(tmp_path: Path, shifted: bool) -> None:
     rows = make_rows(tmp_path)
-    model, processor, weights = build(kind)
+    model, processor, weights = build()
     batch = ReLLMCollator(processor, EMOTIONS, teacher=True)(rows)
     has_text = torch.tensor([row["text"] is not None for row in rows])
-    names = ("labels", "emotion_labels", "dimension_labels", "transcript_token_counts", "clips_per_row")
+    names = ("labels", "emotion_labels", "dimension_labels", "clips_per_row")
     inputs = {name: value for name, value in batch.items() if name not in (*TEACHER_INPUTS, *names)}
     outputs = model(**inputs, labels=batch["labels"])
     taught = bare_llm_logits(model, batch)[has_text]
@@ -63,11 +52,6 @@ def test_gradient_is_that_of_the_losses_written_out(tmp_path: Path, kind: str, s
     loss = outputs.loss + 0.7 * response_kl(
         logits, taught, labels, batch["teacher_labels"][has_text], temperature=3.0, shifted=shifted
     )
-    if kind != "conv":
-        words = batch["heard_words"][has_text], batch["teacher_words"][has_text]
-        loss = loss + 1.3 * input_kl(logits, taught, *words, temperature=3.0)
-        counts = [len(processor.tokenizer(row["text"])["input_ids"]) for row in rows if row["text"]]
-        loss = loss + 0.4 * cif_loss(outputs.alphas_sum[has_text], torch.tensor(counts))
     loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert any("lora_A" in name for name in expected)
@@ -80,27 +64,21 @@ def test_gradient_is_that_of_the_losses_written_out(tmp_path: Path, kind: str, s
         torch.testing.assert_close(step[name], gradient, rtol=1e-4, atol=3e-6, msg=name)
 
 
-@pytest.mark.parametrize("kind, tolerance", [("conv", 1e-12), ("cformer", 1e-6), ("cformer, large", 1e-6)])
-def test_gradients_agree_however_the_batch_is_accumulated(tmp_path: Path, kind: str, tolerance: float) -> None:
-    """In float64, but that CFormer computes its firing weights in float32; each gradient against its own norm."""
+def test_gradients_agree_however_the_batch_is_accumulated(tmp_path: Path) -> None:
+    """In float64; each gradient against its own norm."""
     rows = make_rows(tmp_path)
-    kind, _, size = kind.partition(", ")
     steps, logs = {}, {}
     for batch, accumulation in ((8, 1), (4, 2), (2, 4), (1, 8)):
-        model, processor, settings = build(kind)
-        if size:
-            with torch.no_grad():
-                model.model.multi_modal_projector.out_proj.weight.div_(0.05)  # as it was drawn: gradients of 1,000
+        model, processor, settings = build()
         settings = settings | {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         trainer = make_trainer(rows, tmp_path / f"{batch}", processor, model.double(), **settings)
         steps[batch], logs[batch] = step_of(trainer), trainer.state.log_history[0]
-    names = [name.removesuffix("_weight") for name in KINDS[kind][1]]
-    assert {"response_loss", "emotion_loss", "dimension_loss", *names} <= logs[8].keys()
-    assert not size or max(gradient.abs().max() for gradient in steps[8].values()) > 1000
+    names = ("response_loss", "emotion_loss", "dimension_loss", "response_kl")
+    assert set(names) <= logs[8].keys()
     for batch in (4, 2, 1):
         for name, gradient in steps[8].items():
-            assert (steps[batch][name] - gradient).norm() <= tolerance * gradient.norm(), name
-        for name in ("response_loss", "emotion_loss", "dimension_loss", *names):
+            assert (steps[batch][name] - gradient).norm() <= 1e-12 * gradient.norm(), name
+        for name in names:
             assert logs[batch][name] == pytest.approx(logs[8][name], rel=1e-5), name
 
 
@@ -119,13 +97,13 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
         from test_trainer_alignment import KL_ALONE, build
         folder = Path(sys.argv[1])
         rows = make_rows(folder / "clips")
-        for kind, more in (("conv", {}), ("cformer", {}), ("conv", KL_ALONE)):
-            model, processor, settings = build(kind)
-            trainer = make_trainer(rows, folder / kind, processor, model, per_device_train_batch_size=2,
+        for more in ({}, KL_ALONE):
+            model, processor, settings = build()
+            trainer = make_trainer(rows, folder / "run", processor, model, per_device_train_batch_size=2,
                                    gradient_accumulation_steps=2, **settings, **more)
             step = step_of(trainer)
             if trainer.is_world_process_zero():
-                torch.save((step, trainer.state.log_history[0]), folder / f"{kind}{len(more)}.pt")
+                torch.save((step, trainer.state.log_history[0]), folder / f"{len(more)}.pt")
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
         # Trainers leave threads of Gloo behind, and Python's own end may abort on them. What is tested is written.
@@ -138,17 +116,17 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
         [*command, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for kind, more in (("conv", {}), ("cformer", {}), ("conv", KL_ALONE)):
-        model, processor, settings = build(kind)
+    for more in ({}, KL_ALONE):
+        model, processor, settings = build()
         settings = settings | more | {"per_device_train_batch_size": 8}
         alone = make_trainer(rows, tmp_path / "one", processor, model, **settings)
         expected = step_of(alone)
-        step, log = torch.load(tmp_path / f"{kind}{len(more)}.pt", weights_only=True)
+        step, log = torch.load(tmp_path / f"{len(more)}.pt", weights_only=True)
         assert step.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(step[name.removeprefix("module.")], gradient, rtol=1e-4, atol=3e-6)
         losses = [name for name in log if name.endswith(("_loss", "_kl"))]
-        assert len(losses) == {"conv": 4, "cformer": 6}[kind] - (3 if more else 0)
+        assert len(losses) == (1 if more else 4)
         for name in losses:
             assert log[name] == pytest.approx(alone.state.log_history[0][name], rel=1e-4), name
 
@@ -157,7 +135,7 @@ def test_without_a_weight_the_reply_adds_nothing_and_the_head_is_not_run(tmp_pat
     rows = make_rows(tmp_path)
     steps, names = {}, {}
     for weight in (0.0, 1.0, 2.0):
-        model, processor, settings = build("conv")
+        model, processor, settings = build()
         settings = settings | {"response_loss_weight": weight, "per_device_train_batch_size": 4}
         trainer = make_trainer(rows, tmp_path / "run", processor, model.double(), **settings)
         steps[weight], names[weight] = step_of(trainer), trainer.state.log_history[0].keys()
@@ -169,7 +147,7 @@ def test_without_a_weight_the_reply_adds_nothing_and_the_head_is_not_run(tmp_pat
 
 
 def test_without_a_weight_and_a_teacher_a_head_that_is_not_finite_does_no_harm(tmp_path: Path) -> None:
-    model, processor, _ = build("conv")
+    model, processor, _ = build()
     torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
     rows = make_rows(tmp_path)
     trainer = make_trainer(rows, tmp_path / "run", processor, model, response_loss_weight=0.0)
@@ -185,7 +163,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     rows = make_rows(tmp_path, 4)
     steps = []
     for checkpointing, reentrant in ((False, False), (True, False), (True, True)):
-        model, processor, settings = build("conv")
+        model, processor, settings = build()
         trainer = make_trainer(
             rows,
             tmp_path / "run",
@@ -203,7 +181,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
 
 
 def test_the_teacher_reads_the_conversation_with_the_transcript_in_the_place_of_the_audio(tmp_path: Path) -> None:
-    _, processor, _ = build("conv")
+    _, processor, _ = build()
     rows = make_rows(tmp_path, 4)
     batch = ReLLMCollator(processor, EMOTIONS, instruction="Reply to this: ", teacher=True)(rows)
     for index, row in enumerate(rows[:3]):
@@ -214,26 +192,11 @@ def test_the_teacher_reads_the_conversation_with_the_transcript_in_the_place_of_
         ids, labels = batch["teacher_input_ids"][index, :length], batch["teacher_labels"][index, :length]
         assert processor.tokenizer.decode(ids) == expected
         assert processor.tokenizer.decode(labels[labels != -100]) == row["response"] + "<|im_end|>"
-        assert processor.tokenizer.decode(ids[batch["teacher_words"][index, :length]]) == row["text"]
     assert rows[3]["text"] is None and (batch["teacher_labels"][3] == -100).all()
 
 
-def test_a_cformers_clip_takes_as_many_positions_as_its_transcript_has_tokens(tmp_path: Path) -> None:
-    for kind, extra in (("cformer", 0), ("cformer-token", 1)):
-        _, processor, _ = build(kind)
-        rows = make_rows(tmp_path, 4)  # the last has no transcript: 4 positions a second
-        batch = ReLLMCollator(processor, EMOTIONS, teacher=True)(rows)
-        tokens = [len(processor.tokenizer(row["text"])["input_ids"]) for row in rows[:3]]
-        assert batch["transcript_token_counts"].tolist() == [*tokens, 0]
-        assert batch["audio_token_counts"].tolist() == [count + extra for count in [*tokens, 1]]
-        assert batch["heard_words"].sum(1).tolist() == [*tokens, 0] == batch["teacher_words"].sum(1).tolist()
-        first = batch["input_ids"][0] == processor.audio_token_id
-        assert (first & ~batch["heard_words"][0]).sum() == extra
-        assert not (batch["heard_words"] & (batch["input_ids"] != processor.audio_token_id)).any()
-
-
 def test_clips_side_by_side_and_in_several_turns_are_replaced_in_order() -> None:
-    _, processor, _ = build("conv")
+    _, processor, _ = build()
     parts = [audio_part(clip(0.3)), audio_part(clip(0.4, seed=1)), text_part("and"), audio_part(clip(0.2, seed=2))]
     messages = [
         user_turn(*parts),
@@ -253,17 +216,17 @@ def test_no_transcript_at_all_contributes_nothing(tmp_path: Path) -> None:
     rows = [row | {"text": None} for row in make_rows(tmp_path)]
     steps = []
     for on in (False, True):
-        model, processor, settings = build("cformer")
+        model, processor, settings = build()
         settings = settings if on else {}
         trainer = make_trainer(rows, tmp_path / "run", processor, model, per_device_train_batch_size=4, **settings)
         steps.append(step_of(trainer))
     for name, gradient in steps[0].items():
         torch.testing.assert_close(steps[1][name], gradient, rtol=0, atol=0)
-    assert not {"response_kl", "input_kl", "cif_loss"} & trainer.state.log_history[0].keys()
+    assert "response_kl" not in trainer.state.log_history[0]
 
 
 def test_without_a_kl_nothing_is_made_for_a_teacher(tmp_path: Path) -> None:
-    _, processor, _ = build("conv")
+    _, processor, _ = build()
     trainer = make_trainer(make_rows(tmp_path), tmp_path / "run", processor)
     assert not any("teacher" in name for name in trainer.data_collator(make_rows(tmp_path, 2)))
 
@@ -273,10 +236,10 @@ def test_the_teacher_has_neither_lora_nor_dropout_and_leaves_the_modes_as_they_w
     config.text_config.resid_pdrop = 0.5
     model, processor = tiny_model(config).train(), tiny_processor(config)
     batch = ReLLMCollator(processor, EMOTIONS, teacher=True)(make_rows(tmp_path, 2))
-    alignment = Alignment(response=True, words=False, temperature=2.0, shifted=True)
+    alignment = Alignment(temperature=2.0, shifted=True)
     modes = [module.training for module in model.modules()]
     with model.model.lora_scope.use(True):  # as in a forward pass
-        taught = teach(model.model, batch, alignment)["response_kl"]
+        taught = teach(model.model, batch, alignment)
     assert [module.training for module in model.modules()] == modes and any(modes)
     model.eval()
     expected = bare_llm_logits(model, batch)[:, :-1][batch["teacher_labels"][:, 1:] != -100]
@@ -284,25 +247,25 @@ def test_the_teacher_has_neither_lora_nor_dropout_and_leaves_the_modes_as_they_w
 
 
 def test_losses_are_logged_in_evaluation(tmp_path: Path) -> None:
-    model, processor, settings = build("cformer")
+    model, processor, settings = build()
     rows = make_rows(tmp_path)
     trainer = make_trainer(rows, tmp_path / "run", processor, model, **settings)
     metrics = trainer.evaluate(trainer.train_dataset)
-    names = {"response_loss", "emotion_loss", "dimension_loss", "response_kl", "input_kl", "cif_loss"}
+    names = {"response_loss", "emotion_loss", "dimension_loss", "response_kl"}
     assert {f"eval_{name}" for name in names} <= metrics.keys()
 
 
 @pytest.mark.skipif(FusedCausalLMOutput is None, reason="This TRL (of Python 3.10) has no fused pass to compare with.")
 def test_a_pass_that_is_not_fused_returns_the_same_divergences(tmp_path: Path) -> None:
     """As the TRL of Python 3.10 trains."""
-    model, processor, settings = build("cformer")
+    model, processor, settings = build()
     rows = make_rows(tmp_path)
     trainer = make_trainer(rows, tmp_path / "run", processor, model, **settings)
     batch = trainer.data_collator(rows)
     inputs = {name: value for name, value in batch.items() if name not in TARGETS}
     with torch.no_grad():
         plain, fused = trainer.model(**inputs), trainer.model(**inputs, fused_lm_head=True)
-    for name in ("response_kl", "input_kl", "alphas_sum", "emotion_logits", "dimensions"):
+    for name in ("response_kl", "emotion_logits", "dimensions"):
         torch.testing.assert_close(plain[name], fused[name])
     assert plain.response_kl > 0 and plain.logits.shape[:2] == batch["input_ids"].shape
 
@@ -358,10 +321,6 @@ def test_an_llm_with_a_head_unlike_all_others_is_refused(monkeypatch: pytest.Mon
 
 
 def test_losses_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    model, processor, _ = build("conv")
-    for name in ("input_kl", "cif_loss"):
-        with pytest.raises(ValueError, match=f"{name}.*projector_type='cformer'"):
-            make_trainer(make_rows(tmp_path, 1), tmp_path, processor, model, **{f"{name}_weight": 1.0})
     for settings, message in (
         ({"kl_temperature": 0.0}, "kl_temperature must be > 0"),
         ({"response_kl_weight": -1.0}, "response_kl_weight must be >= 0"),

@@ -179,10 +179,10 @@ def test_rows_without_labels_count_nowhere() -> None:
         "emotion_labels": torch.tensor([0, 1, 2]),
         "dimension_labels": torch.full((3, 3), 0.5),
         "clips_per_row": torch.tensor([2, 1]),
-        "heard_words": torch.tensor([[True], [True]]),
+        "teacher_labels": torch.tensor([[7], [8]]),
     }
     kept = keep_labels(batch, 1)
-    assert kept["labels"].tolist() == [[-100, 5], [-100, -100]] and kept["heard_words"].tolist() == [[True], [False]]
+    assert kept["labels"].tolist() == [[-100, 5], [-100, -100]] and kept["teacher_labels"].tolist() == [[7], [-100]]
     assert kept["emotion_labels"].tolist() == [0, 1, -100]
     assert kept["dimension_labels"].isnan().all(1).tolist() == [False, False, True]
     assert batch["emotion_labels"].tolist() == [0, 1, 2]

@@ -8,7 +8,7 @@ import soundfile
 import torch
 from datasets import Audio, Dataset, IterableDataset
 from test_trainer import make_rows, make_trainer, step_of
-from tiny_models import audio_part, clip, text_part, tiny_config, tiny_model, tiny_processor
+from tiny_models import audio_part, clip, text_part, tiny_model, tiny_processor
 
 from relllm import EMOTIONS, ReLLMForConditionalGeneration, ReLLMSFTTrainer
 from relllm.training.collator import ReLLMCollator
@@ -181,14 +181,6 @@ def test_the_table_after_a_reload_is_that_before(tmp_path: Path, processor) -> N
     again = make_trainer(make_rows(tmp_path), tmp_path / "run", processor, loaded, unfreeze=["audio_tower"])
     assert trainable_table(again.model) == trainable_table(trainer.model)
     assert {row.module for row in trainable_table(loaded) if row.trainable} >= {"audio_tower", "lora"}
-
-
-def test_a_cformers_unused_words_do_not_train(tmp_path: Path) -> None:
-    config = tiny_config(projector_type="cformer")
-    model = tiny_model(config)
-    trainer = make_trainer(make_rows(tmp_path, 1), tmp_path / "run", tiny_processor(config), model)
-    row = next(row for row in trainable_table(trainer.model) if row.module == "multi_modal_projector")
-    assert row.parameters - row.trainable == model.model.multi_modal_projector.token_head.weight.numel()
 
 
 @pytest.mark.slow

@@ -59,17 +59,9 @@ class PromptReader:
     Args:
         processor ([`ReLLMProcessor`]): Of the model.
         limits ([`Limits`]): What a request may hold.
-
-    Raises:
-        ValueError: If the projector is a CFormer, whose positions are not known before the model has heard the clip.
     """
 
     def __init__(self, processor: ReLLMProcessor, limits: Limits) -> None:
-        if processor.feature_extractor.num_projector_convs is None:
-            raise ValueError(
-                "This checkpoint has a CFormer projector, which decides from what it hears how many positions a clip "
-                "takes. Serving it is not supported; use `relllm.inference.replies` or `relllm evaluate`."
-            )
         self.limits = limits
         self._processor = processor
         self._tokenizing = threading.Lock()  # a fast tokenizer's padding state is not for two threads

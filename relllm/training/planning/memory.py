@@ -188,9 +188,7 @@ def part_config(config: ReLLMConfig, name: str) -> PreTrainedConfig:
 
 
 def count_audio_positions(config: ReLLMConfig, audio_s: float) -> int:
-    """Positions that a clip takes in the LLM's sequence; with CFormer about three words a second."""
-    if config.projector_type == "cformer":
-        return max(1, round(3 * audio_s)) + (config.emotion_fusion == "token")
+    """Positions that a clip takes in the LLM's sequence."""
     positions = round(FRAMES_A_SECOND * audio_s)
     for _ in config.projector_kernel_sizes:
         positions = (positions - 1) // 2 + 1
@@ -277,13 +275,8 @@ def _head_bytes(config: ReLLMConfig, replies: int) -> float:
 
 def _projector_bytes(config: ReLLMConfig, settings: StepSettings, audio_s: float) -> float:
     size = 2 if settings.bf16 else 4
-    text = part_config(config, "text_config")
-    width, out = config.projector_input_size, text.hidden_size
+    width, out = config.projector_input_size, part_config(config, "text_config").hidden_size
     frames = round(FRAMES_A_SECOND * audio_s)
-    if config.projector_type == "cformer":
-        layers = config.cformer_pre_layers + config.cformer_post_layers
-        words = count_audio_positions(config, audio_s) * text.vocab_size
-        return size * (layers * frames * (8 * width + 2 * config.projector_ffn_dim) + words)
     total = 0.0
     for index in range(len(config.projector_kernel_sizes)):
         total += size * frames * width

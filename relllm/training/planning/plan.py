@@ -198,7 +198,7 @@ def step_settings(script: ReLLMScriptArguments, args: ReLLMSFTConfig, config: Re
         full_window=script.full_window,
         unfreeze=tuple(args.unfreeze),
         unused=tuple(head for head, weight in zip(HEADS, weights, strict=True) if weight == 0),
-        teacher=args.response_kl_weight > 0 or args.input_kl_weight > 0,
+        teacher=args.response_kl_weight > 0,
     )
 
 
