@@ -1,7 +1,7 @@
 """The losses of RE-LLM as pure functions of tensors.
 
-What lives here: the response's cross-entropy, the two auxiliary losses of RE-LLM, the alignment
-loss of its parent, BLSP-Emo (KL against the same LLM reading the transcript). What does not: their weights, which are settings of a run.
+What lives here: the response's cross-entropy, the two auxiliary losses of RE-LLM, the alignment loss of its parent,
+BLSP-Emo (KL against the same LLM reading the transcript). What does not: their weights, which are settings of a run.
 
 Every function computes in float32 (the original summed its total in bfloat16) and returns a zero with a gradient where
 nothing is labelled. Means take `num_items`: with the count of the whole accumulated batch, the sum over micro-batches
