@@ -12,6 +12,8 @@ REAL_MODELS ?=
 DEMO_OUT ?= runs/demo$(if $(filter-out tiny,$(BACKBONE)),-$(BACKBONE))
 SUITE := .cache/transformers-tests
 BIN := .venv/bin
+DEMO_tiny := $(BIN)/relllm demo
+DEMO_small := $(BIN)/python examples/pretrained/pretrained_demo.py
 
 # Two test processes of one thread each: several threads in each process would fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -61,7 +63,7 @@ format: .venv/.ready  ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 
 demo: .venv/.ready  ## Train, evaluate and talk to a small RE-LLM on synthetic speech (BACKBONE=small: Whisper and SmolLM2)
-	$(BIN)/relllm demo --out $(DEMO_OUT) --backbone $(BACKBONE) $(if $(REAL_MODELS),--real-models $(REAL_MODELS)) $(ARGS)
+	$(or $(DEMO_$(BACKBONE)),$(error BACKBONE=$(BACKBONE): it is tiny or small)) --out $(DEMO_OUT) $(if $(REAL_MODELS),--real-models $(REAL_MODELS)) $(ARGS)
 
 # One thread by default: then the clock is processor time, which a busy machine does not falsify.
 bench: .venv/.ready  ## Measure speed and memory against docs/performance.md (ARGS="towers reply" for some)

@@ -1,11 +1,13 @@
 """Using a model: `relllm reply`, and `relllm demo`, which makes one to try."""
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from relllm.demo.demo_settings import DemoSettings
+
+from .options import from_settings
 from .systems import load_relllm, pick_device
 
 app = typer.Typer()
@@ -54,44 +56,15 @@ def reply(
 
 
 @app.command()
-def demo(
-    out: Annotated[Path | None, typer.Option(help="Of the run; runs/demo or runs/demo-small.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the corpus and of every weight.")] = 0,
-    backbone: Annotated[
-        Literal["tiny", "small"], typer.Option(help="tiny: everything is trained here. small: Whisper and SmolLM2.")
-    ] = "tiny",
-    real_models: Annotated[
-        Path | None, typer.Option(help="small: folder with whisper-tiny.en and SmolLM2-135M-Instruct.")
-    ] = None,
-    audio_model: Annotated[str | None, typer.Option(help="small: a Whisper, as a directory or Hub id.")] = None,
-    text_model: Annotated[str | None, typer.Option(help="small: a causal LM, as a directory or Hub id.")] = None,
-) -> None:
-    """Train, evaluate and talk to a RE-LLM on synthetic speech.
-
-    tiny: minutes on two cores, and nothing is downloaded. small: pretrained Whisper tiny.en and SmolLM2-135M-Instruct,
-    from the Hub or from folders that you give, joined in two stages within 40 minutes on two cores; needs
-    `pip install relllm[demo]` as well.
+@from_settings
+def demo(settings: DemoSettings) -> None:
+    """Train, evaluate and talk to a RE-LLM on synthetic speech: minutes on two cores, and nothing is downloaded.
 
     Interrupted, it goes on with the step it was in. The speech is rule-made prosody (eSpeak NG), not human emotion.
 
-    Example: relllm demo --backbone small --real-models models --out runs/demo-small
+    Example: relllm demo --out runs/demo
     """
-    if backbone == "tiny":
-        if given := [place for place in (real_models, audio_model, text_model) if place is not None]:
-            raise typer.BadParameter(f"{given[0]} is for --backbone small; the tiny demo trains its own towers.")
-        from relllm.demo.tiny import DemoSettings, run_demo
+    from relllm.demo.tiny import run_demo
 
-        learned = run_demo(DemoSettings(out=out or Path("runs/demo"), seed=seed), console)
-    else:
-        from relllm.demo.pretrained import PretrainedSettings, find_models, run_pretrained_demo
-
-        try:
-            audio, text = find_models(real_models, audio_model, text_model)
-        except FileNotFoundError as error:
-            raise typer.BadParameter(str(error), param_hint="--real-models") from error
-        settings = PretrainedSettings(
-            out=out or Path("runs/demo-small"), audio_model=audio, text_model=text, seed=seed
-        )
-        learned = run_pretrained_demo(settings, console)
-    if not learned:
+    if not run_demo(settings, console):
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""The demos: `tiny.py` trains everything from nothing, `pretrained.py` joins Whisper tiny.en and SmolLM2.
+"""The demo in minutes: `tiny.py` trains a whole RE-LLM from nothing, with the steps of `steps.py`.
 
-What they share is in `steps.py`; `sentences.py` is the second one's corpus, `understanding.py` its own measurements.
+Its corpus is `synthetic.py` (words in `synthetic_text.py`, spoken by `espeak.py`), which `relllm prepare` writes too.
 """

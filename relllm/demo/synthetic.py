@@ -221,20 +221,23 @@ def plan_clip(split: str, number: int, *, seed: int = 0) -> Clip:
     pairs = _ordered_pairs(split, seed)
     turn, index = divmod(number, len(EMOTIONS))
     voice, sentence = pairs[turn % len(pairs)]
-    emotion = EMOTIONS[index]
     rng = np.random.default_rng([seed, SPLITS.index(split), turn, index])
+    return make_clip(split, number, emotion=EMOTIONS[index], voice=voice, sentence=sentence, rng=rng)
+
+
+def make_clip(
+    split: str, number: int, *, emotion: str, voice: str, sentence: Sentence, rng: np.random.Generator
+) -> Clip:
+    """Plan the clip at a place of a split; `rng` draws its prosody, then its reply."""
     prosody = draw_prosody(emotion, rng)
     clip_id = f"{split}-{number:05d}"
-    dimensions = dimensions_of(emotion, prosody)
     row = Row(
         id=clip_id,
         audio=f"audio/{clip_id}.wav",
         text=sentence.text,
         response=REPLIES[emotion][rng.integers(len(REPLIES[emotion]))].format(topic=sentence.topic),
         emotion=emotion,
-        arousal=dimensions["arousal"],
-        dominance=dimensions["dominance"],
-        valence=dimensions["valence"],
+        **dimensions_of(emotion, prosody),
         dimension_source=LABEL_SOURCE,
         speaker=voice,
         session=None,

@@ -8,7 +8,7 @@ which are shown as they come. One folder for each step; a step that is done is n
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
@@ -31,6 +31,7 @@ from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT, build
 from relllm.training.config import ReLLMSFTConfig
 from relllm.training.trainer import ReLLMSFTTrainer
 
+from .demo_settings import DemoSettings
 from .steps import claim_folder, compare_systems, evaluate_system, has_learned, once, share, show_replies
 from .synthetic import synthesize_corpus
 from .tiny_emotion_tower import train_emotion_tower
@@ -48,26 +49,6 @@ SPEECH_TRAINING = {  # what the card says of it
 SYSTEMS = {"text-only": "llm", "speech-only": "speech-only", "re-llm": "re-llm"}  # and their folders
 
 
-@dataclass(frozen=True)
-class DemoSettings:
-    """What a demo run takes; the defaults fit two CPU cores and a few minutes.
-
-    Args:
-        out (`Path`): Folder of the run.
-        seed (`int`, *optional*, defaults to 0): Of the corpus and of every weight.
-        clips_per_emotion (`tuple[int, int, int]`, *optional*): In train, validation and test.
-        text_epochs, emotion_epochs, speech_epochs (`float`, *optional*): Over the training rows, of the LLM, the
-            emotion tower and the ReLLM.
-    """
-
-    out: Path
-    seed: int = 0
-    clips_per_emotion: tuple[int, int, int] = (180, 30, 40)
-    text_epochs: float = 3.0
-    emotion_epochs: float = 6.0
-    speech_epochs: float = 3.0
-
-
 def run_demo(settings: DemoSettings, console: Console) -> bool:
     """Run every step that is not done yet, and report.
 
@@ -82,15 +63,14 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
         ValueError: If the folder holds a run with other settings.
     """
     started = time.monotonic()
-    out = settings.out
-    claim_folder(out, {**asdict(settings), "out": None})
+    out = settings.output_dir
+    claim_folder(out, {**asdict(settings), "output_dir": None})
     set_seed(settings.seed)
-    train_clips, validation_clips, test_clips = settings.clips_per_emotion
     corpus = synthesize_corpus(
         out / "corpus",
-        train_clips_per_emotion=train_clips,
-        validation_clips_per_emotion=validation_clips,
-        test_clips_per_emotion=test_clips,
+        train_clips_per_emotion=settings.train_clips,
+        validation_clips_per_emotion=settings.validation_clips,
+        test_clips_per_emotion=settings.test_clips,
         seed=settings.seed,
     )
     steps: list[tuple[str, str, Callable[[Path], None]]] = [
@@ -176,7 +156,7 @@ def _train_tower(corpus: DatasetDict, settings: DemoSettings, path: Path) -> Non
 def _train_speech(corpus: DatasetDict, settings: DemoSettings, path: Path, fusion: str) -> None:
     """RE-LLM on the trained parts. The speech tower is fresh (nothing pretrained is at hand), so it trains as well."""
     set_seed(settings.seed)
-    llm, tower = settings.out / "llm", settings.out / "emotion-tower"
+    llm, tower = settings.output_dir / "llm", settings.output_dir / "emotion-tower"
     speech = AutoConfig.for_model(
         "whisper",
         d_model=96,
@@ -236,6 +216,3 @@ def _arguments(settings: DemoSettings, path: Path, *, epochs: float) -> dict:
         "use_cpu": True,
         "dataloader_pin_memory": False,
     }
-
-
-__all__ = ["DemoSettings", "run_demo"]

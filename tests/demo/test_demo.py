@@ -6,14 +6,16 @@ import json
 import pytest
 from rich.console import Console
 
-from relllm.demo.tiny import DemoSettings, run_demo
+from relllm.demo.demo_settings import DemoSettings
+from relllm.demo.tiny import run_demo
 
 pytest.importorskip("espeakng_loader", reason="the demo's speech needs `pip install relllm[demo]`")
 
 
 def tiny_settings(folder, **changes) -> DemoSettings:
-    sizes = {"clips_per_emotion": (3, 1, 1), "text_epochs": 0.1, "emotion_epochs": 0.1, "speech_epochs": 0.1}
-    return DemoSettings(out=folder, **(sizes | changes))
+    sizes = {"train_clips": 3, "validation_clips": 1, "test_clips": 1}
+    epochs = dict.fromkeys(("text_epochs", "emotion_epochs", "speech_epochs"), 0.1)
+    return DemoSettings(output_dir=folder, **(sizes | epochs | changes))
 
 
 @pytest.fixture(scope="module")

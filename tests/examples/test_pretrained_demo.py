@@ -8,20 +8,19 @@ import pytest
 import soundfile
 import torch
 from datasets import Dataset
+from joining import RESERVED, add_emotion_tower, join_towers, tokenizer_with_audio
+from pretrained_demo import AUDIO_MODEL, TEXT_MODEL, app, find_models
 from rich.console import Console
 from safetensors import safe_open
+from sentences import plan_sentence, plan_sentences
 from tiny_models import clip, tiny_emotion_tower, tiny_llm, tiny_speech_tower, tiny_tokenizer
 from transformers import AutoModel
 from typer.testing import CliRunner
+from understanding import _log_likelihood, _other_places, _turns, measure_understanding, word_errors
 
 from relllm import ReLLMProcessor
-from relllm.cli import app
-from relllm.demo.joining import RESERVED, add_emotion_tower, join_towers, tokenizer_with_audio
-from relllm.demo.pretrained import AUDIO_MODEL, TEXT_MODEL, find_models
-from relllm.demo.sentences import plan_sentence, plan_sentences
 from relllm.demo.steps import claim_folder, once
 from relllm.demo.synthetic import SPLITS, VOICES
-from relllm.demo.understanding import _log_likelihood, _other_places, _turns, measure_understanding, word_errors
 from relllm.labels import EMOTIONS
 
 pytest.importorskip("jiwer", reason="the demo's word error rates need `pip install relllm[demo]`")
@@ -179,13 +178,8 @@ def test_models_are_where_they_are_said_to_be_else_in_the_folder_else_on_the_hub
 
 
 def test_a_folder_without_the_models_is_named(tmp_path):
-    result = CliRunner().invoke(app, ["demo", "--backbone", "small", "--real-models", str(tmp_path)])
+    result = CliRunner().invoke(app, ["--real-models", str(tmp_path)])
     assert result.exit_code == 2 and "whisper-tiny.en/config.json" in " ".join(result.output.split())
-
-
-def test_models_for_the_tiny_demo_are_refused(tmp_path):
-    result = CliRunner().invoke(app, ["demo", "--text-model", "org/llm"])
-    assert result.exit_code == 2 and "--backbone small" in " ".join(result.output.split())
 
 
 # --- understanding

@@ -159,6 +159,3 @@ def _log_likelihood(
         total += float(scores[is_word].sum())
         count += int(is_word.sum())
     return total / count
-
-
-__all__ = ["REPEAT_PROMPT", "Understanding", "measure_understanding", "whisper_word_errors", "word_errors"]

@@ -2,18 +2,14 @@
 
 import json
 import sys
-from pathlib import Path
 
+import human_voices
 import numpy as np
 import pytest
 import soundfile
+from human_voices import NAMES, agreement, friedman, read_packs
 from scipy.stats import friedmanchisquare
 from tiny_models import clip, tiny_model, tiny_processor
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import human_voices
-from human_voices import NAMES, agreement, friedman, read_packs
 
 
 def test_the_permutation_p_is_near_scipys_for_many_packs():

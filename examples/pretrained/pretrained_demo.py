@@ -4,8 +4,10 @@ Two stages, as BLSP-Emo's and RE-LLM's: first the projector learns to pass on wo
 transcript), without an emotion tower; then the tower comes beside it, and the reply, the emotion and the dimensions
 are learned. The baseline without the tower starts from the same first stage. The emotion tower is made here, because
 no package registry carries one; the speech is synthetic. Both stages run as `relllm train` does: a step that is
-interrupted goes on from its last checkpoint. What does not live here: the corpus (`sentences.py`), joining the parts
-(`joining.py`), how much of the words is understood (`understanding.py`), what both demos do alike (`steps.py`).
+interrupted goes on from its last checkpoint. Beside this script: the corpus (`sentences.py`), joining the parts
+(`joining.py`), how much of the words is understood (`understanding.py`).
+
+    python examples/pretrained/pretrained_demo.py --real-models models --out runs/demo-small
 """
 
 import functools
@@ -14,26 +16,35 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import typer
 from datasets import Dataset
+from joining import add_emotion_tower, join_towers
 from rich.console import Console
 from rich.table import Table
+from sentences import synthesize_sentences
 from transformers import AutoModel, TrainingArguments, set_seed
+from understanding import REPEAT_PROMPT, Understanding, measure_understanding, whisper_word_errors
 
 from relllm.data.loading import load_corpus
+from relllm.demo.steps import (
+    claim_folder,
+    compare_systems,
+    evaluate_system,
+    has_learned,
+    once,
+    share,
+    show_replies,
+    write_json,
+)
+from relllm.demo.tiny_emotion_tower import train_emotion_tower
 from relllm.hub.licences import is_local
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.training.config import ReLLMSFTConfig
 from relllm.training.run import ReLLMScriptArguments, run_training
-
-from .joining import add_emotion_tower, join_towers
-from .sentences import synthesize_sentences
-from .steps import claim_folder, compare_systems, evaluate_system, has_learned, once, share, show_replies, write_json
-from .tiny_emotion_tower import train_emotion_tower
-from .understanding import REPEAT_PROMPT, Understanding, measure_understanding, whisper_word_errors
 
 AUDIO_MODEL, TEXT_MODEL = "openai/whisper-tiny.en", "HuggingFaceTB/SmolLM2-135M-Instruct"
 REPO_ID = "org/re-llm-small"  # in the card; nothing is sent
@@ -291,4 +302,32 @@ def _measured(model: ReLLMForConditionalGeneration, folder: Path, rows: Dataset)
     return measure_understanding(model.to(device).eval(), ReLLMProcessor.from_pretrained(folder), rows)
 
 
-__all__ = ["AUDIO_MODEL", "TEXT_MODEL", "PretrainedSettings", "find_models", "run_pretrained_demo"]
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo-small"),
+    seed: Annotated[int, typer.Option(help="Of the corpus and of every weight.")] = 0,
+    real_models: Annotated[
+        Path | None, typer.Option(help="Folder with whisper-tiny.en and SmolLM2-135M-Instruct.")
+    ] = None,
+    audio_model: Annotated[str | None, typer.Option(help="A Whisper, as a directory or Hub id.")] = None,
+    text_model: Annotated[str | None, typer.Option(help="A causal LM, as a directory or Hub id.")] = None,
+) -> None:
+    """Train, evaluate and talk to a RE-LLM of Whisper tiny.en and SmolLM2-135M-Instruct, in 40 minutes on two cores.
+
+    The models come from the Hub or from folders that you give. Interrupted, it goes on with the step it was in. The
+    speech is rule-made prosody (eSpeak NG), not human emotion. Needs `pip install relllm[demo]`.
+    """
+    try:
+        audio, text = find_models(real_models, audio_model, text_model)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error), param_hint="--real-models") from error
+    settings = PretrainedSettings(out=out, audio_model=audio, text_model=text, seed=seed)
+    if not run_pretrained_demo(settings, Console()):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -111,6 +111,3 @@ def _widen(narrow: nn.Conv1d, wide: nn.Conv1d) -> None:
         wide.weight[to, channels:] = 0
         assert wide.bias is not None and narrow.bias is not None
         wide.bias[to] = narrow.bias[start : start + half]
-
-
-__all__ = ["add_emotion_tower", "join_towers", "tokenizer_with_audio"]

@@ -1,7 +1,6 @@
 """The corpus of the demo with pretrained towers: many different sentences, each said in one of five emotions.
 
-What lives here: the words and the plan. What does not: prosody, voices and replies (`data/synthetic.py`,
-`data/synthetic_text.py`), and the synthesiser.
+What lives here: the words and the plan. Prosody, voices, replies and the synthesiser are those of `relllm.demo`.
 
 This is rule-made prosody, not human emotion. Words and emotion are drawn independently, so neither gives the other
 away. Splits share no voice and no sentence; the words of the test sentences occur in training, in other company. In
@@ -15,11 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from relllm.data.preparing import prepare_corpus
-from relllm.data.rows import LABEL_SOURCE, Corpus, CorpusFacts, Row
+from relllm.data.rows import Corpus, CorpusFacts, Row
+from relllm.demo.synthetic import FACTS, SPLITS, VOICES, Clip, make_clip, speak_clips
+from relllm.demo.synthetic_text import Sentence
 from relllm.labels import EMOTIONS
-
-from .synthetic import FACTS, SPLITS, VOICES, Clip, dimensions_of, draw_prosody, speak_clips
-from .synthetic_text import REPLIES
 
 WHO = (
     *("My sister", "My brother", "My mother", "My father", "My uncle", "My cousin", "My friend", "My neighbour"),
@@ -86,40 +84,17 @@ def plan_sentence(split: str, number: int, *, seed: int) -> Clip:
         seed (`int`): Of the plan.
     """
     turn, index = divmod(number, len(EMOTIONS))
-    emotion = EMOTIONS[index]
     place = [seed, SPLITS.index(split)]
     of_words = np.random.default_rng([*place, number if split == "train" else turn, 0])
     of_prosody = np.random.default_rng([*place, number, 1])
     voice = VOICES[split][of_words.integers(len(VOICES[split]))]
-    text, topic = _draw_sentence(split, of_words)
-    prosody = draw_prosody(emotion, of_prosody)
-    replies = REPLIES[emotion]
-    clip_id = f"{split}-{number:05d}"
-    dimensions = dimensions_of(emotion, prosody)
-    row = Row(
-        id=clip_id,
-        audio=f"audio/{clip_id}.wav",
-        text=text,
-        response=replies[of_prosody.integers(len(replies))].format(topic=topic),
-        emotion=emotion,
-        arousal=dimensions["arousal"],
-        dominance=dimensions["dominance"],
-        valence=dimensions["valence"],
-        dimension_source=LABEL_SOURCE,
-        speaker=voice,
-        session=None,
-        split=split,
-        language="en",
-    )
-    return Clip(row, prosody)
+    sentence = _draw_sentence(split, of_words)
+    return make_clip(split, number, emotion=EMOTIONS[index], voice=voice, sentence=sentence, rng=of_prosody)
 
 
-def _draw_sentence(split: str, rng: np.random.Generator) -> tuple[str, str]:
+def _draw_sentence(split: str, rng: np.random.Generator) -> Sentence:
     """A sentence of the split, and its topic. Which split a combination of words belongs to follows from them."""
     while True:
         who, did, what, when = (int(rng.integers(len(words))) for words in (WHO, DID, WHAT, WHEN))
         if SPLITS[(0, 0, 0, 1, 2)[(who + did + what + when) % 5]] == split:
-            return f"{WHO[who]} {DID[did]} the {WHAT[what]} {WHEN[when]}.", f"the {WHAT[what]}"
-
-
-__all__ = ["plan_sentence", "plan_sentences", "synthesize_sentences"]
+            return Sentence(f"{WHO[who]} {DID[did]} the {WHAT[what]} {WHEN[when]}.", f"the {WHAT[what]}")
