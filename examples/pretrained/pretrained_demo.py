@@ -28,6 +28,7 @@ from sentences import synthesize_sentences
 from transformers import AutoModel, TrainingArguments, set_seed
 from understanding import REPEAT_PROMPT, Understanding, measure_understanding, whisper_word_errors
 
+from relllm.data.journal import write_json
 from relllm.data.loading import load_corpus
 from relllm.demo.steps import (
     claim_folder,
@@ -37,7 +38,6 @@ from relllm.demo.steps import (
     once,
     share,
     show_replies,
-    write_json,
 )
 from relllm.demo.tiny_emotion_tower import train_emotion_tower
 from relllm.hub.licences import is_local
@@ -160,7 +160,7 @@ def run_pretrained_demo(settings: PretrainedSettings, console: Console) -> bool:
         TRAINING | json.loads((out / "re-llm" / "training_settings.json").read_text(encoding="utf-8")),
         console,
         repo_id=REPO_ID,
-        form="full" if own else None,  # nobody else has a folder of this machine
+        full=own,  # nobody else has a folder of this machine
     )
     show_replies(rows, out, console)
     console.print(f"Everything lies in [bold]{out}[/bold]; {time.monotonic() - started:.0f} s in this run.")
@@ -280,7 +280,7 @@ def _understanding(settings: PretrainedSettings, rows: Dataset, console: Console
         for name in ("stage1", "re-llm"):
             model = AutoModel.from_pretrained(settings.out / name, dtype=torch.float32)
             found[name] = asdict(_measured(model, settings.out / name, chosen))
-        write_json(path, found)
+        write_json(found, path)
     table = Table("after", "given", "word error rate, asked to repeat", "nats a token, the LLM's own answer")
     for name in ("stage1", "re-llm"):
         errors, likelihood = found[name]["word_error_rate"], found[name]["log_likelihood"]

@@ -43,7 +43,10 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
             own = {
                 field.name: _split(given.pop(field.name), field) for field in dataclasses.fields(kind) if field.init
             }
-            given[name] = kind(**own)
+            try:
+                given[name] = kind(**own)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from error
         function(**given)
 
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel
 
+from relllm.data.journal import write_json
 from relllm.evaluation.comparison import compare_runs
 from relllm.evaluation.comparison_tables import comparison_tables, write_comparison
 from relllm.evaluation.evaluating import evaluate
@@ -19,9 +20,9 @@ from relllm.evaluation.planning import EvaluationSettings
 from relllm.evaluation.runs import read_run
 from relllm.evaluation.tables import to_rich
 from relllm.evaluation.terminal import report_run
-from relllm.hub.cards import SETTINGS_NAME, write_card
-from relllm.hub.staging import Form
-from relllm.hub.transfer import push_checkpoint
+from relllm.hub.cards import SETTINGS_NAME, write_model_card
+from relllm.hub.push import push_checkpoint
+from relllm.hub.sharing import CardSettings, PushSettings
 from relllm.inference.replies import reply
 from relllm.labels import EMOTIONS
 from relllm.processing.processing_relllm import ReLLMProcessor
@@ -39,15 +40,7 @@ def claim_folder(out: Path, settings: Mapping[str, object]) -> None:
     wanted = json.loads(json.dumps(settings))
     if path.exists() and (found := json.loads(path.read_text(encoding="utf-8"))) != wanted:
         raise ValueError(f"{out} holds a run with {found}, not {wanted}. Choose another --out, or delete it.")
-    write_json(path, wanted)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """The file is complete, or the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(wanted, path)
 
 
 def once(path: Path, what: str, make: Callable[[Path], None], console: Console, *, goes_on: bool = False) -> None:
@@ -101,14 +94,14 @@ def compare_systems(out: Path, systems: Mapping[str, object], console: Console) 
     console.print(f"Chance UA {1 / len(EMOTIONS):.2f}. Rule-made prosody, not human emotion.")
 
 
-def share(model: Path, run: Path, training: dict, console: Console, *, repo_id: str, form: Form | None = None) -> None:
-    """The card, and everything that a push checks, without the push."""
+def share(model: Path, run: Path, training: dict, console: Console, *, repo_id: str, full: bool = False) -> None:
+    """Write the card, and do everything that a push checks, without the push; `full`: with the towers."""
     console.rule(f"$ relllm card {run} --model {model} --repo-id {repo_id} --license apache-2.0")
-    write_json(model / SETTINGS_NAME, training)
-    card = write_card(model, [run], repo_id=repo_id, licence="apache-2.0", overwrite=True)
+    write_json(training, model / SETTINGS_NAME)
+    card = write_model_card(CardSettings(model, [run], repo_id, license="apache-2.0", overwrite=True))
     console.print(f"Card: [bold]{card}[/bold]")
-    console.rule(f"$ relllm push {model} {repo_id} --dry-run{f' --{form}' if form else ''}")
-    checked = push_checkpoint(model, repo_id, dry_run=True, form=form)
+    console.rule(f"$ relllm push {model} {repo_id} --dry-run{' --full' if full else ''}")
+    checked = push_checkpoint(PushSettings(model, repo_id, full=full, dry_run=True))
     console.print(f"{len(checked.files)} files of {sum(checked.files.values()):,} bytes would go.", highlight=False)
 
 
@@ -139,15 +132,3 @@ def has_learned(metrics: Mapping, console: Console) -> bool:
             f"({1 / len(EMOTIONS):.2f}).[/red]"
         )
     return learned
-
-
-__all__ = [
-    "claim_folder",
-    "compare_systems",
-    "evaluate_system",
-    "has_learned",
-    "once",
-    "share",
-    "show_replies",
-    "write_json",
-]

@@ -230,6 +230,7 @@ def make_clip(
 ) -> Clip:
     """Plan the clip at a place of a split; `rng` draws its prosody, then its reply."""
     prosody = draw_prosody(emotion, rng)
+    dimensions = dimensions_of(emotion, prosody)
     clip_id = f"{split}-{number:05d}"
     row = Row(
         id=clip_id,
@@ -237,7 +238,9 @@ def make_clip(
         text=sentence.text,
         response=REPLIES[emotion][rng.integers(len(REPLIES[emotion]))].format(topic=sentence.topic),
         emotion=emotion,
-        **dimensions_of(emotion, prosody),
+        arousal=dimensions["arousal"],
+        dominance=dimensions["dominance"],
+        valence=dimensions["valence"],
         dimension_source=LABEL_SOURCE,
         speaker=voice,
         session=None,

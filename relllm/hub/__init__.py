@@ -1,1 +1,3 @@
-"""Model cards, and checkpoints on the Hub: what a repository holds, the checks before a push, push and pull."""
+"""Model cards, and checkpoints to share: `cards.py`, made from `evidence.py` and `licences.py`; `push.py`, which sends
+what `files.py` lets go and `staging.py` lays out (and merges). `sharing.py` has the settings of the commands.
+"""

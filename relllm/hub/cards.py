@@ -1,8 +1,7 @@
 """`relllm card`: the `README.md` of a checkpoint, written from its files and from runs that measured it.
 
-What lives here: the card's content and its check before a push. What does not: which licence (`licences.py`), which
-numbers (`evidence.py`), the words (`template.md`, with a link to it in `model_cards/`). A number comes into a card
-only from a run on the same weights, and a push goes over that again.
+A number comes into a card only from a run on the same weights, and the check before a push goes over that again. The
+words are in `template.md`, with a link to it in `model_cards/`.
 """
 
 import json
@@ -16,9 +15,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from relllm.data.journal import write_json
 from relllm.evaluation.fingerprints import model_fingerprint
 
-from .evidence import EVIDENCE_FORMAT, EVIDENCE_NAME, eval_results, read_evidence, read_run
+from .evidence import EVIDENCE_FORMAT, EVIDENCE_NAME, describe_run, eval_results, read_evidence, read_public_run
 from .licences import MSP_TOWER, UNKNOWN, Tower, model_licence, read_towers
-from .results import describe_run
+from .sharing import CardSettings
 
 TEMPLATE = Path(__file__).parent / "template.md"
 SETTINGS_NAME = "training_settings.json"
@@ -26,24 +25,8 @@ LORA_SCOPES = {"audio": "at audio positions only", "text": "at text positions on
 IMAGE = re.compile(r"!\[[^]]*\]\((?!https?://)([^)]+)\)")
 
 
-def write_card(
-    model: Path,
-    runs: Sequence[Path] = (),
-    *,
-    repo_id: str | None = None,
-    licence: str | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Writes `README.md`, and where there are runs `evaluation.json` and `plots/`, into a checkpoint's folder.
-
-    Args:
-        model (`Path`): The checkpoint.
-        runs (`Sequence[Path]`, *optional*): Folders of finished `relllm evaluate`s of this checkpoint. Without one the
-            card says that the model is not evaluated.
-        repo_id (`str`, *optional*): Where it will be on the Hub, for the title and the code; by default `org/` and the
-            folder's name.
-        licence (`str`, *optional*): An id of the Hub; see [`relllm.hub.licences.model_licence`].
-        overwrite (`bool`, *optional*, defaults to `False`): Replace a `README.md` that is there.
+def write_model_card(settings: CardSettings) -> Path:
+    """Write `README.md`, and where there are runs `evaluation.json` and `plots/`, into a checkpoint's folder.
 
     Returns:
         `Path`: The card.
@@ -51,17 +34,18 @@ def write_card(
     Raises:
         FileNotFoundError: If `model` has no `config.json`, or a run is not finished.
         FileExistsError: If there is a `README.md`, and `overwrite` is not set.
-        ValueError: If a run measured another model, or `licence` is weaker than a tower's.
+        ValueError: If a run measured another model, or `license` is weaker than a tower's.
     """
+    model, runs = settings.model, settings.runs
     card_path = model / "README.md"
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"{model} has no config.json. --model takes the folder of a checkpoint.")
-    if card_path.exists() and not overwrite:
+    if card_path.exists() and not settings.overwrite:
         raise FileExistsError(f"{card_path} is there already. Replace it with --overwrite, or edit it.")
     fingerprint = model_fingerprint(str(model))
-    public = [read_run(run, fingerprint) for run in runs]
-    plots = _plot_names(runs)
-    card = make_card(model, public, fingerprint, repo_id=repo_id, licence=licence, plots=plots)
+    public = [read_public_run(run, fingerprint) for run in runs]
+    plots = _plots_by_name(runs)
+    card = _make_card(settings, public, fingerprint, plots)
     shutil.rmtree(model / "plots", ignore_errors=True)
     for name, plot in plots.items():
         (model / "plots").mkdir(exist_ok=True)
@@ -76,30 +60,16 @@ def write_card(
     return card_path
 
 
-def make_card(
-    model: Path,
-    runs: Sequence[Mapping],
-    fingerprint: str,
-    *,
-    repo_id: str | None = None,
-    licence: str | None = None,
-    plots: Mapping[str, Path] | None = None,
+def _make_card(
+    settings: CardSettings, runs: Sequence[Mapping], fingerprint: str, plots: Mapping[str, Path]
 ) -> ModelCard:
-    """The card of a checkpoint.
-
-    Args:
-        model (`Path`): The checkpoint's folder.
-        runs (`Sequence[Mapping]`): From [`relllm.hub.evidence.read_run`].
-        fingerprint (`str`): Of the checkpoint.
-        repo_id (`str`, *optional*): See [`write_card`].
-        licence (`str`, *optional*): See [`write_card`].
-        plots (`Mapping` of `str` to `Path`, *optional*): Figures by their names in the repository.
-    """
+    """Fill in the template from the checkpoint's files, `read_public_run`s, and figures by their name there."""
+    model = settings.model
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    repo_id = repo_id or f"org/{model.resolve().name}"
+    repo_id = settings.repo_id or f"org/{model.resolve().name}"
     towers = read_towers(config)
     results = eval_results(runs)
-    whole = model_licence(towers, licence)
+    whole = model_licence(towers, settings.license)
     data = ModelCardData(
         license=whole,
         library_name="transformers",
@@ -109,14 +79,13 @@ def make_card(
         model_name=repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
     )
-    lora = config.get("lora_config") and LORA_SCOPES.get(config.get("lora_scope", "audio"))
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         title=repo_id.rpartition("/")[2],
         repo_id=repo_id,
         has_emotion_tower=any(tower.part == "emotion_tower" for tower in towers),
-        lora_scope=lora,
+        lora_scope=config.get("lora_config") and LORA_SCOPES.get(config.get("lora_scope", "audio")),
         licence=whole,
         licence_source=_licence_source(towers, whole),
         towers=towers,
@@ -126,18 +95,12 @@ def make_card(
         runs=[describe_run(run, towers) for run in runs],
         fingerprint=fingerprint,
         evidence_name=EVIDENCE_NAME,
-        plots=[{"path": name, "title": Path(name).stem.replace("_", " ")} for name in plots or {}],
+        plots=[{"path": name, "title": Path(name).stem.replace("_", " ")} for name in plots],
     )
 
 
 def check_card(folder: Path) -> ModelCard:
-    """Holds a checkpoint's card against the checkpoint, before it goes to the Hub.
-
-    Args:
-        folder (`Path`): With `README.md`.
-
-    Returns:
-        `ModelCard`: The card.
+    """Hold the card in a checkpoint's folder against the checkpoint, before it goes to the Hub.
 
     Raises:
         FileNotFoundError: If there is no card, or a figure in it is not there.
@@ -167,9 +130,9 @@ def _check_metrics(card: ModelCard, folder: Path) -> None:
     evidence = read_evidence(folder)
     if evidence is None and not claimed:
         return
-    measured = {_key(result) for result in eval_results(evidence["runs"])} if evidence else set()
+    measured = {_identity(result) for result in eval_results(evidence["runs"])} if evidence else set()
     for result in claimed:
-        if _key(result) not in measured:
+        if _identity(result) not in measured:
             raise ValueError(
                 f"{folder / 'README.md'} has {result.metric_name or result.metric_type} = {result.metric_value} on "
                 f"{result.dataset_name}, and no run in {EVIDENCE_NAME} measured that. Take it out, or write the card "
@@ -182,18 +145,18 @@ def _check_metrics(card: ModelCard, folder: Path) -> None:
         )
 
 
-def _key(result: EvalResult) -> tuple[object, ...]:
+def _identity(result: EvalResult) -> tuple[object, ...]:
     return (result.task_type, result.dataset_type, result.dataset_split, result.metric_name, result.metric_value)
 
 
 def _licence_source(towers: Sequence[Tower], licence: str) -> str | None:
-    """The tower whose licence the whole carries; `None` for a licence that is no tower's."""
+    """Name the tower whose licence the whole carries; `None` for a licence that is no tower's."""
     names = [tower.hub_id or f"the {tower.part}" for tower in towers if tower.licence == licence != UNKNOWN]
     return names[0] if names else None
 
 
-def _plot_names(runs: Sequence[Path]) -> dict[str, Path]:
-    """The figures of runs by their names in the repository."""
+def _plots_by_name(runs: Sequence[Path]) -> dict[str, Path]:
+    """Find the figures of runs, by the names that they get in the repository."""
     several = len(runs) > 1
     return {
         f"plots/{f'run{number}_' if several else ''}{plot.name}": plot
@@ -206,6 +169,3 @@ def _training_settings(model: Path) -> dict[str, object]:
     path = model / SETTINGS_NAME
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {name: " ".join(str(value).replace("|", "\\|").split()) for name, value in settings.items()}
-
-
-__all__ = ["SETTINGS_NAME", "TEMPLATE", "check_card", "make_card", "write_card"]

@@ -1,8 +1,7 @@
 """The evidence of a card: what runs of `relllm evaluate` measured on one checkpoint, without anything of the corpora.
 
-What lives here: reading runs, `evaluation.json` beside the card, and the metrics of the card's front matter made from
-it. What does not: the text of the card (`cards.py`). `predictions.jsonl`, which has a corpus's ids and words, is never
-opened.
+It is kept in `evaluation.json` beside the card; the metrics of the card's front matter and its tables are made from
+it. `predictions.jsonl`, which has a corpus's ids and words, is never opened.
 """
 
 import json
@@ -13,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult
+
+from .licences import MSP_TOWER, Tower
 
 RUN_FORMAT = "relllm-run-1"
 EVIDENCE_FORMAT = "relllm-evaluation-1"
@@ -38,16 +39,17 @@ READINGS = {
     "head": "by the emotion head",
 }
 CORPUS_NAME = re.compile(r"[\w.-]+")
+MECHANISMS = ("ER", "IP", "EX")  # of empathy
 METRIC_TYPES = {"ua": "recall", "wa": "accuracy", "macro_f1": "f1"}
 METRIC_NAMES = {"ua": "UA", "wa": "WA", "macro_f1": "macro-F1"}
 
 
-def read_run(folder: Path, fingerprint: str) -> dict[str, object]:
-    """What may be published of one run.
+def read_public_run(folder: Path, fingerprint: str) -> dict[str, object]:
+    """Read what may be published of one run.
 
     Args:
         folder (`Path`): Of a finished `relllm evaluate`.
-        fingerprint (`str`): Of the card's model, see [`relllm.evaluation.fingerprints.model_fingerprint`].
+        fingerprint (`str`): Of the card's model.
 
     Returns:
         `dict`: The keys of `PUBLIC_KEYS` that the run has, `data`, and `folds` where it has them.
@@ -87,7 +89,7 @@ def read_run(folder: Path, fingerprint: str) -> dict[str, object]:
 
 
 def read_evidence(folder: Path) -> dict | None:
-    """The `evaluation.json` of a checkpoint's folder; `None` if there is none.
+    """Read the `evaluation.json` of a checkpoint's folder; `None` if there is none.
 
     Raises:
         ValueError: If it is not of this format.
@@ -102,17 +104,34 @@ def read_evidence(folder: Path) -> dict | None:
 
 
 def eval_results(runs: Sequence[Mapping]) -> list[EvalResult]:
-    """Every number of some runs as the front matter of a card has it; undefined ones are left out."""
+    """List every number of some runs as the front matter of a card has it; undefined ones are left out."""
     return [result for run in runs for result in _results_of_run(run) if result.metric_value is not None]
 
 
-def is_msp(run: Mapping) -> bool:
-    """Whether a run measured on MSP-Podcast."""
-    return "msp" in run["data"]["corpus"].lower()
+def describe_run(run: Mapping, towers: Sequence[Tower]) -> dict[str, object]:
+    """Describe a run of [`read_public_run`] as a card shows it: what was asked, and tables in Markdown."""
+    emotion = next((tower for tower in towers if tower.part == "emotion_tower"), None)
+    seen = emotion is not None and emotion.hub_id == MSP_TOWER
+    recorded = emotion is None or emotion.hub_id is not None
+    data, versions = run["data"], run.get("versions", {})
+    is_msp = "msp" in data["corpus"].lower()
+    used = ", ".join(f"{name} {versions[name]}" for name in ("relllm", "transformers", "torch") if name in versions)
+    return {
+        "title": _describe_data(run),
+        "num_clips": data["num_clips"],
+        "num_speakers": data["num_speakers"] or "unknown",
+        "num_failed": data["num_failed"],
+        "limit": data.get("limit"),
+        "dimension_sources": "; ".join(f"{source} ({count})" for source, count in data["dimension_sources"].items()),
+        "setting": f"Seed {run.get('seed')}; {used}." if used else f"Seed {run.get('seed')}.",
+        "not_clean": is_msp and seen,
+        "perhaps_not_clean": is_msp and not recorded,
+        "tables": [table for table in _tables(run) if table],
+    }
 
 
-def describe_data(run: Mapping) -> str:
-    """The corpus and split of a run, with how it was held out, in a few words."""
+def _describe_data(run: Mapping) -> str:
+    """Name the corpus and split of a run, with how it was held out."""
     data = run["data"]
     split = f"{data['corpus']} {data['split'] or ''}".strip()
     if folds := run.get("folds"):
@@ -126,11 +145,11 @@ def _results_of_run(run: Mapping) -> Iterator[EvalResult]:
             task_type=task,
             task_name=task_name,
             dataset_type=run["data"]["corpus"],
-            dataset_name=describe_data(run),
+            dataset_name=_describe_data(run),
             dataset_split=run["data"]["split"],
             metric_type=metric,
             metric_name=name,
-            metric_value=round_number(value),
+            metric_value=_rounded(value),
         )
 
     for reading, scores in run.get("recognition", {}).items():
@@ -141,14 +160,47 @@ def _results_of_run(run: Mapping) -> Iterator[EvalResult]:
         if isinstance(scores, Mapping):
             name = f"CCC of {dimension}"
             yield result("tabular-regression", "Emotion dimensions", "ccc", name, scores.get("ccc"))
-    for mechanism in ("ER", "IP", "EX"):
+    for mechanism in MECHANISMS:
         scores = run.get("empathy", {}).get(mechanism, {})
         name = f"Mean level of {mechanism} (0 to 2)"
         yield result("text-generation", "Empathy of the replies", "empathy", name, scores.get("mean_level"))
 
 
-def round_number(value: object) -> float | None:
-    """Four digits; `None` for what is undefined."""
+def _tables(run: Mapping) -> Iterator[str]:
+    """Recognition, dimensions and empathy in Markdown; empty where the run has none."""
+    rows: list[list[object]] = [
+        [READINGS.get(reading, reading), *(scores.get(key) for key in METRIC_NAMES), scores.get("num_clips")]
+        for reading, scores in run.get("recognition", {}).items()
+    ]
+    yield _markdown_table(["emotion", *METRIC_NAMES.values(), "clips"], rows)
+    rows = [
+        [name, *(scores.get(key) for key in ("ccc", "pearson", "rmse", "num_clips"))]
+        for name, scores in run.get("dimensions", {}).items()
+        if isinstance(scores, Mapping)
+    ]
+    yield _markdown_table(["dimension", "CCC", "Pearson", "RMSE", "clips"], rows)
+    rows = [
+        [name, scores.get("mean_level"), " / ".join(map(str, scores.get("levels", []))), scores.get("num_replies")]
+        for name, scores in run.get("empathy", {}).items()
+        if name in MECHANISMS
+    ]
+    yield _markdown_table(["empathy", "mean level", "replies at 0 / 1 / 2", "replies"], rows)
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+    return "\n".join([f"| {' | '.join(header)} |", "|" + "---|" * len(header), *lines]) if lines else ""
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        value = _rounded(value)
+        return "–" if value is None else f"{value:.3f}"
+    return "–" if value is None else str(value)
+
+
+def _rounded(value: object) -> float | None:
+    """Round to four digits; `None` for what is undefined."""
     if isinstance(value, (int, float)) and math.isfinite(value):
         return round(float(value), 4)
     return None
@@ -165,7 +217,7 @@ def _load_json(path: Path) -> dict:
 
 
 def _without_paths(value: object) -> object:
-    """The same with the paths of a machine left out."""
+    """Leave out the paths of a machine."""
     if isinstance(value, Mapping):
         return {key: _without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -175,15 +227,3 @@ def _without_paths(value: object) -> object:
     ):
         return "a local path"
     return value
-
-
-__all__ = [
-    "EVIDENCE_FORMAT",
-    "EVIDENCE_NAME",
-    "describe_data",
-    "eval_results",
-    "is_msp",
-    "read_evidence",
-    "read_run",
-    "round_number",
-]

@@ -64,7 +64,7 @@ class Inventory:
 
 
 def take_inventory(folder: Path) -> Inventory:
-    """Sorts the files of a checkpoint's folder.
+    """Sort the files of a checkpoint's folder.
 
     Args:
         folder (`Path`): A checkpoint, or a folder in which a run ended.
@@ -78,7 +78,7 @@ def take_inventory(folder: Path) -> Inventory:
     upload: list[str] = []
     left_out: list[str] = []
     problems: list[str] = []
-    for name in _walk(folder):
+    for name in _walk_folder(folder):
         if not name.endswith("/"):
             problems += _problems_of(folder, name)
         belongs = name in CODE_FILES or any(fnmatch.fnmatchcase(name, pattern) for pattern in CHECKPOINT_FILES)
@@ -92,8 +92,8 @@ def take_inventory(folder: Path) -> Inventory:
     return Inventory(upload, left_out)
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    """Files, sorted by their path, and skipped folders."""
+def _walk_folder(folder: Path) -> Iterator[str]:
+    """Yield files, sorted by their path, and skipped folders with a `/` behind."""
     for root, folders, files in os.walk(folder):
         where = Path(root).relative_to(folder)
         skipped = [name for name in folders if any(fnmatch.fnmatchcase(name, pattern) for pattern in SKIPPED_FOLDERS)]
@@ -110,6 +110,3 @@ def _problems_of(folder: Path, name: str) -> Iterator[str]:
         yield f"{name}: recordings or rows of a corpus"
     elif path.suffix.lower() in TEXT_SUFFIXES and path.is_file() and SECRET_TEXT.search(path.read_bytes()):
         yield f"{name}: holds a token or a private key"
-
-
-__all__ = ["CODE_FILES", "Inventory", "take_inventory"]

@@ -41,12 +41,9 @@ class Tower:
 
 
 def read_towers(config: Mapping) -> list[Tower]:
-    """The towers of a checkpoint's `config.json` with their licences.
+    """List the towers of a checkpoint, by the content of its `config.json`, with their licences.
 
     A tower in a folder of this machine has the licence of the `README.md` there; its path goes into no card.
-
-    Args:
-        config (`Mapping`): Content of `config.json`.
     """
     towers = []
     for part, section in {
@@ -65,12 +62,12 @@ def read_towers(config: Mapping) -> list[Tower]:
 
 
 def is_local(name: str) -> bool:
-    """Whether a tower's name is a folder of a machine (this one or another) and not an id of the Hub."""
+    """Tell whether a tower's name is a folder of a machine (this one or another) and not an id of the Hub."""
     return os.path.isabs(name) or os.path.isdir(name) or name.count("/") > 1 or name.startswith((".", "~"))
 
 
 def model_licence(towers: Sequence[Tower], chosen: str | None = None) -> str:
-    """The licence of the whole: the strictest of its towers'.
+    """Find the licence of the whole: the strictest of its towers'.
 
     Args:
         towers (`Sequence[Tower]`): From [`read_towers`].
@@ -101,11 +98,8 @@ def model_licence(towers: Sequence[Tower], chosen: str | None = None) -> str:
 
 
 def _licence_of_folder(folder: Path) -> str:
-    """From the card in a tower's folder, if there is one."""
+    """Read it in the card in a tower's folder, if there is one."""
     card = folder / "README.md"
     metadata = metadata_load(card) if card.is_file() else None
     licence = (metadata or {}).get("license")
     return licence if isinstance(licence, str) else UNKNOWN
-
-
-__all__ = ["MSP_TOWER", "STRICTNESS", "TOWER_LICENCES", "UNKNOWN", "Tower", "is_local", "model_licence", "read_towers"]

@@ -1,15 +1,15 @@
-"""A folder with exactly what goes to the Hub, made of links to a checkpoint's files and of those that change.
+"""Checkpoints in another form: `relllm merge`, and a folder with exactly what goes to the Hub.
 
-What changes: a light checkpoint into a full one or back, the code files and the lines that point at them, and the
-towers' places where they are folders of this machine. What does not live here: which files belong (`files.py`).
+That folder is made of links to a checkpoint's files and of those that change: a light checkpoint into a full one or
+back, the code files and the lines that point at them, and the towers' places where they are folders of this machine.
 """
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import custom_object_save
@@ -22,16 +22,33 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 from .evidence import EVIDENCE_NAME, read_evidence
 from .files import take_inventory
 from .licences import is_local
-from .merging import merge_checkpoint
+from .sharing import Form, MergeSettings
 
-Form = Literal["light", "full"]
 CARD_FILES = ("README.md", "LICENSE", "NOTICE", EVIDENCE_NAME, "training_settings.json", "plots/")
 PROCESSOR_CODE = "processing_relllm.ReLLMProcessor"
 
 
+def merge_checkpoint(settings: MergeSettings) -> None:
+    """Write the full checkpoint of a light one, with the processor's files; a full one is copied.
+
+    Raises:
+        OSError: If a tower or a file of the checkpoint cannot be loaded.
+        ValueError: If a tower is not the one that was trained with, or `output_dir` is `light`.
+    """
+    light, out = settings.light, settings.output_dir
+    if os.path.abspath(light) == os.path.abspath(out):
+        raise ValueError(f"The full checkpoint would overwrite the light one in {out}. Give it another directory.")
+    places = {part: getattr(settings, part) for part in ("audio_tower", "emotion_tower", "text_model")}
+    moved = {part: place for part, place in places.items() if place is not None}
+    processor = AutoProcessor.from_pretrained(light, revision=settings.revision)
+    options = {"towers": moved} if moved else {}
+    AutoModel.from_pretrained(light, revision=settings.revision, **options).save_pretrained(out)
+    processor.save_pretrained(out)
+
+
 @contextlib.contextmanager
 def stage(folder: Path, *, form: Form | None = None, with_code: bool = False) -> Iterator[Path]:
-    """The files to upload, for the length of a `with` block.
+    """Lay out the files to upload, for the length of a `with` block.
 
     Args:
         folder (`Path`): A checkpoint.
@@ -66,11 +83,7 @@ def stage(folder: Path, *, form: Form | None = None, with_code: bool = False) ->
 
 
 def add_code(folder: Path) -> None:
-    """Puts the code files beside a checkpoint and points its files at them, as `save_pretrained` does.
-
-    Args:
-        folder (`Path`): The checkpoint, weights or links to them; nothing of it is loaded.
-    """
+    """Put the code files beside a checkpoint and point its files at them, as `save_pretrained` does; load nothing."""
     for name in {path.name for path in folder.glob("*_relllm.py")}:
         (folder / name).unlink()  # of an earlier release; a link must not be written through
     for cls in (ReLLMForConditionalGeneration, ReLLMProcessor):
@@ -92,7 +105,7 @@ def add_code(folder: Path) -> None:
 
 def _convert(folder: Path, out: Path, *, light: bool) -> None:
     if not light:
-        merge_checkpoint(folder, out)
+        merge_checkpoint(MergeSettings(str(folder), out))
         return
     towers = _read(folder / "config.json").get("towers") or {}
     if own := sorted(part for part, source in towers.items() if is_local(source["name"])) or not towers:
@@ -106,7 +119,7 @@ def _convert(folder: Path, out: Path, *, light: bool) -> None:
 
 
 def _name_public_towers(staged: Path) -> None:
-    """Takes folders of this machine out of `config.json`."""
+    """Take folders of this machine out of `config.json`."""
     config = _read(staged / "config.json")
     towers: dict[str, dict] = config.get("towers") or {}
     own = {part: source for part, source in towers.items() if is_local(source["name"])}
@@ -125,7 +138,7 @@ def _name_public_towers(staged: Path) -> None:
 
 
 def _without_places(value: object) -> object:
-    """A configuration without the folders that its parts were loaded from."""
+    """Leave out of a configuration the folders that its parts were loaded from."""
     if isinstance(value, dict):
         return {
             key: _without_places(inner)
@@ -143,9 +156,6 @@ def _read(path: Path) -> dict:
 
 
 def _rewrite(path: Path, content: dict) -> None:
-    """As a file of its own: what a link points at stays as it is."""
+    """Write a file of its own: what a link points at stays as it is."""
     path.unlink()
     write_json(content, path)
-
-
-__all__ = ["Form", "add_code", "stage"]

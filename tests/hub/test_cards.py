@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from relllm.cli import app
 from relllm.evaluation.fingerprints import model_fingerprint
-from relllm.hub.cards import TEMPLATE, check_card, write_card
-from relllm.hub.evidence import read_run
+from relllm.hub.cards import TEMPLATE, check_card, write_model_card
+from relllm.hub.evidence import read_public_run
 from relllm.hub.licences import MSP_TOWER, Tower, model_licence, read_towers
+from relllm.hub.sharing import CardSettings
 from relllm.training.config import ReLLMSFTConfig
 from relllm.training.record import training_record
 from relllm.training.run import ReLLMScriptArguments
@@ -90,7 +91,7 @@ def test_a_card_has_the_numbers_of_its_run_in_text_and_model_index(model: Path, 
 
 def test_a_card_has_nothing_of_the_corpus(model: Path, tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", model_fingerprint(str(model)))
-    write_card(model, [run])
+    write_model_card(CardSettings(model, [run]))
     published = "".join((model / name).read_text() for name in ("README.md", "evaluation.json"))
     for private in (*CLIP.values(), "Ses05", "/secret/place", str(tmp_path)):
         assert private not in published, private
@@ -98,14 +99,14 @@ def test_a_card_has_nothing_of_the_corpus(model: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_run_the_card_says_so_and_has_no_metric(model: Path) -> None:
-    card = ModelCard.load(write_card(model))
+    card = ModelCard.load(write_model_card(CardSettings(model)))
     assert "**Not evaluated.**" in card.text and card.data.get("eval_results") is None
     assert not (model / "evaluation.json").exists()
     check_card(model)
 
 
 def test_it_states_the_limits_and_the_law(model: Path) -> None:
-    text = write_card(model).read_text()
+    text = write_model_card(CardSettings(model)).read_text()
     for words in ("No diagnosis", "No covert emotion inference", "Article 5(1)(f)", "Annex III", "Article 50"):
         assert words in text
 
@@ -113,15 +114,15 @@ def test_it_states_the_limits_and_the_law(model: Path) -> None:
 def test_a_run_of_another_model_or_an_unfinished_one_is_no_evidence(model: Path, tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", "sha256:" + "0" * 64)
     with pytest.raises(ValueError, match="measured another model"):
-        write_card(model, [run])
+        write_model_card(CardSettings(model, [run]))
     (run / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match="not finished"):
-        write_card(model, [run])
+        write_model_card(CardSettings(model, [run]))
     assert not (model / "README.md").exists()
 
 
 def test_a_metric_without_a_run_stops_a_push(model: Path, tmp_path: Path) -> None:
-    write_card(model, [save_run(tmp_path / "run", model_fingerprint(str(model)))])
+    write_model_card(CardSettings(model, [save_run(tmp_path / "run", model_fingerprint(str(model)))]))
     card = (model / "README.md").read_text()
     (model / "README.md").write_text(card.replace("value: 0.6123", "value: 0.9"))
     with pytest.raises(ValueError, match=r"= 0.9 on iemocap test.*no run in evaluation.json"):
@@ -134,7 +135,7 @@ def test_a_metric_without_a_run_stops_a_push(model: Path, tmp_path: Path) -> Non
 
 
 def test_evidence_of_other_weights_stops_a_push(model: Path, tmp_path: Path) -> None:
-    write_card(model, [save_run(tmp_path / "run", model_fingerprint(str(model)))])
+    write_model_card(CardSettings(model, [save_run(tmp_path / "run", model_fingerprint(str(model)))]))
     (model / "model.safetensors").unlink()
     tiny_model(lora=None).save_pretrained(model)
     with pytest.raises(ValueError, match="is of another model"):
@@ -144,7 +145,7 @@ def test_evidence_of_other_weights_stops_a_push(model: Path, tmp_path: Path) -> 
 def test_a_card_of_hand_is_not_replaced_unasked(model: Path) -> None:
     (model / "README.md").write_text("mine")
     with pytest.raises(FileExistsError, match="--overwrite"):
-        write_card(model)
+        write_model_card(CardSettings(model))
     assert (model / "README.md").read_text() == "mine"
 
 
@@ -155,12 +156,12 @@ def test_the_emotion_tower_of_audeering_marks_the_whole_and_its_corpus(model: Pa
     (model / "config.json").write_text(json.dumps(config))
     data = {"corpus": "msp-podcast", "split": "Test1", "held_out": None, "num_clips": 9, "num_failed": 0}
     run = save_run(tmp_path / "run", model_fingerprint(str(model)), data={**data, "num_speakers": None})
-    card = ModelCard.load(write_card(model, [run]))
+    card = ModelCard.load(write_model_card(CardSettings(model, [run])))
     assert card.data.license == "cc-by-nc-sa-4.0" and card.data.base_model == list(names.values())
     assert "results on MSP-Podcast with it are not clean" in card.text and "**Not clean:**" in card.text
     assert "**Warning:** the terms of the text_model" in card.text
     with pytest.raises(ValueError, match="is under cc-by-nc-sa-4.0, which marks the whole model"):
-        write_card(model, [run], licence="apache-2.0", overwrite=True)
+        write_model_card(CardSettings(model, [run], license="apache-2.0", overwrite=True))
     (model / "README.md").write_text("---\nlicense: mit\n---\n")
     with pytest.raises(ValueError, match="is under cc-by-nc-sa-4.0"):
         check_card(model)
@@ -173,7 +174,7 @@ def test_a_local_tower_has_the_licence_of_its_own_card_and_no_path(tmp_path: Pat
     model.save_pretrained(tmp_path / "model", light=True)
     found = read_towers(json.loads((tmp_path / "model" / "config.json").read_text()))
     assert [tower.licence for tower in found] == ["unknown", "unknown", "cc-by-sa-4.0"]
-    text = write_card(tmp_path / "model").read_text()
+    text = write_model_card(CardSettings(tmp_path / "model")).read_text()
     assert str(tmp_path) not in text and "license: cc-by-sa-4.0" in text
 
 
@@ -203,7 +204,7 @@ def test_the_strictest_licence_is_carried_and_a_wish_may_only_add(
 
 def test_training_settings_beside_the_checkpoint_are_in_the_card(model: Path) -> None:
     (model / "training_settings.json").write_text('{"learning_rate": 2e-05, "lora_r": 16}')
-    assert "| learning_rate | 2e-05 |" in write_card(model).read_text()
+    assert "| learning_rate | 2e-05 |" in write_model_card(CardSettings(model)).read_text()
 
 
 def test_what_a_run_records_of_itself_has_no_path_and_no_token(tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_what_a_checkpoint_decided_is_not_recorded_as_a_setting_of_the_run(tmp_p
 def test_a_name_that_is_no_path_is_published_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "re-llm").mkdir()  # a folder of the same name
-    assert read_run(save_run(tmp_path / "run", "f"), "f")["system"] == "re-llm"
+    assert read_public_run(save_run(tmp_path / "run", "f"), "f")["system"] == "re-llm"
 
 
 def test_the_template_in_model_cards_is_the_package_s() -> None:

@@ -1,4 +1,4 @@
-"""`relllm push` and `relllm pull` against a Hub on this machine: what goes, what stops it, and broken connections."""
+"""`relllm push` against a Hub on this machine: what goes, what stops it, and broken connections."""
 
 import hashlib
 import json
@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 
 import relllm
 from relllm.cli import app
-from relllm.hub import staging, transfer
-from relllm.hub.cards import write_card
+from relllm.hub import push, staging
+from relllm.hub.cards import write_model_card
 from relllm.hub.files import take_inventory
+from relllm.hub.push import file_sizes, send_files
+from relllm.hub.sharing import CardSettings
 from relllm.hub.staging import stage
-from relllm.hub.transfer import file_sizes, pull_checkpoint, send_files
 
 # huggingface_hub's uploads pass a file to httpx in a way that the newest release deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
@@ -42,7 +43,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(transfer, "WAITS_S", (0.0, 0.0))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         disable_progress_bars()
         yield server
@@ -54,7 +54,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("full")
     tiny_model().save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
-    write_card(folder, repo_id="org/m")
+    write_model_card(CardSettings(folder, repo_id="org/m"))
     return folder
 
 
@@ -118,7 +118,7 @@ def test_a_dry_run_checks_and_lists_and_sends_nothing(
     hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks: list[bool] = []
-    monkeypatch.setattr(transfer, "check_loads", lambda folder, *, without_package: checks.append(without_package))
+    monkeypatch.setattr(push, "check_loads", lambda folder, *, without_package: checks.append(without_package))
     (checkpoint / "optimizer.pt").write_bytes(b"pickle")
     done = CliRunner().invoke(app, ["push", str(checkpoint), "org/m", "--with-code", "--dry-run"])
     assert done.exit_code == 0, done.output
@@ -237,19 +237,13 @@ def test_a_light_checkpoint_whose_towers_are_on_the_hub_goes_as_it_is(tmp_path: 
 # --- the transfer ----------------------------------------------------------------------------------------------------
 
 
-def test_a_pull_gives_what_a_push_sent_at_the_revision_asked_for(hub: FakeHub, shards: Path, tmp_path: Path) -> None:
+def test_a_push_is_one_commit_and_what_is_there_already_is_not_sent_again(hub: FakeHub, shards: Path) -> None:
     url = send_files(shards, "org/m", private=True)
     assert url == f"{hub.url}/org/m" and hub.repositories["org/m"].private
-    HfApi().create_tag("org/m", tag="v1")
-    first = on_disk(shards)
+    assert len(hub.commits) == 1 and served(hub) == on_disk(shards)
     (shards / "config.json").write_text('{"changed": true}')
     send_files(shards, "org/m")
-    assert list(hub.commits[1]) == ["config.json"]  # what is there already is not sent again
-    for revision, expected in (("v1", first), ("main", on_disk(shards))):
-        out = tmp_path / revision
-        done = CliRunner().invoke(app, ["pull", "org/m", "--revision", revision, "--out", str(out)])
-        assert done.exit_code == 0, done.output
-        assert on_disk(out) == expected
+    assert list(hub.commits[1]) == ["config.json"] and served(hub) == on_disk(shards)
 
 
 def test_large_files_go_in_parts(hub: FakeHub, shards: Path) -> None:
@@ -271,7 +265,7 @@ def test_an_upload_whose_connection_breaks_goes_on_by_itself(hub: FakeHub, shard
 def test_a_push_that_failed_halfway_sends_only_the_rest(hub: FakeHub, shards: Path) -> None:
     second = (shards / "model-00002-of-00002.safetensors").read_bytes()
     hub.failures = [Failure(f"PUT /lfs/{hashlib.sha256(second).hexdigest()}", status=400)]
-    with pytest.raises(OSError, match=r"The Hub refused \(400\)"):
+    with pytest.raises(RuntimeError, match="Error while uploading 'model-00002"):
         send_files(shards, "org/m")
     assert len(hub.objects) == 1 and not hub.commits
     before = hub.received.total()
@@ -280,85 +274,21 @@ def test_a_push_that_failed_halfway_sends_only_the_rest(hub: FakeHub, shards: Pa
     assert served(hub) == on_disk(shards)
 
 
-def test_a_download_whose_connection_breaks_goes_on_where_it_was(
-    hub: FakeHub, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    send_files(shards, "org/m")
-    name = "model-00001-of-00002.safetensors"
-    hub.failures = [Failure(f"GET .*{name}", after_bytes=60_000)]
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 20_000)  # from 10 MB: what is kept are whole ones
-    pull_checkpoint("org/m", tmp_path / "out")
-    assert on_disk(tmp_path / "out") == on_disk(shards)
-    assert hub.sent[name] == (shards / name).stat().st_size
-    assert hub.requests.count(f"GET /org/m/resolve/{hub.repositories['org/m'].resolve('main')}/{name}") == 2
-
-
-def test_a_pull_that_failed_halfway_fetches_only_the_rest(hub: FakeHub, shards: Path, tmp_path: Path) -> None:
-    send_files(shards, "org/m")
-    name = "model-00002-of-00002.safetensors"
-    hub.failures = [Failure(f"GET .*{name}", status=403, times=100)]
-    with pytest.raises(PermissionError, match="403"):
-        pull_checkpoint("org/m", tmp_path / "out")
-    hub.failures = []
-    before = hub.sent.total()
-    pull_checkpoint("org/m", tmp_path / "out")
-    assert on_disk(tmp_path / "out") == on_disk(shards)
-    assert hub.sent.total() - before <= sum(file_sizes(shards).values()) - (shards / name).stat().st_size
-    assert hub.sent[name] == (shards / name).stat().st_size
-
-
-def test_a_folder_that_did_not_arrive_whole_is_no_success(hub: FakeHub, shards: Path, tmp_path: Path) -> None:
-    send_files(shards, "org/m")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "stale.txt").write_text("from before")
-    hub.failures = [
-        Failure("GET .*/tree/", status=404, skip=1, times=100)
-    ]  # huggingface_hub then leaves it at a warning
-    with pytest.raises(OSError, match="did not arrive whole"):
-        pull_checkpoint("org/m", tmp_path / "out")
-
-
-@pytest.mark.parametrize("pattern", ["POST /api/repos/create", "POST .*/preupload/", "POST .*/commit/"])
-def test_a_server_that_fails_twice_is_asked_again(pattern: str, hub: FakeHub, shards: Path, monkeypatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    hub.failures = [Failure(pattern, status=503, times=2)]
-    send_files(shards, "org/m")
-    assert len(hub.commits) == 1 and served(hub) == on_disk(shards)
-
-
-def test_a_server_that_keeps_failing_is_named(hub: FakeHub, shards: Path) -> None:
-    hub.failures = [Failure("POST /api/repos/create", status=503, times=100)]
-    with pytest.raises(ConnectionError, match=r"The Hub failed \(503\), also after several attempts"):
-        send_files(shards, "org/m")
-    assert hub.requests.count("POST /api/repos/create") == 3
-
-
-@pytest.mark.parametrize(
-    ("role", "error", "words"),
-    [
-        (None, PermissionError, r"\(401\).*hf auth login.*HF_TOKEN"),
-        ("read", PermissionError, r"\(403\).*write access"),
-    ],
-)
-def test_a_refused_push_says_what_to_do(
-    role: str | None, error: type[OSError], words: str, hub: FakeHub, shards: Path
-) -> None:
-    hub.roles = {TOKEN: role} if role else {}
-    with pytest.raises(error, match=words):
-        send_files(shards, "org/m")
+def test_a_refused_push_says_why(hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push, "check_loads", lambda folder, *, without_package: None)
+    for roles, words in (({}, "401 Unauthorized"), ({TOKEN: "read"}, "403 Forbidden")):
+        hub.roles = roles
+        done = CliRunner().invoke(app, ["push", str(checkpoint), "org/m"])
+        assert done.exit_code == 1 and done.output.startswith("stopped:") and words in done.output
+    hub.roles, hub.failures = None, [Failure("PUT /lfs/", status=400, times=9)]
+    done = CliRunner().invoke(app, ["push", str(checkpoint), "org/m"])
+    assert done.exit_code == 1 and "model.safetensors" in done.output and "Bad request" in done.output
     assert not hub.commits
 
 
-def test_a_refused_pull_says_what_to_do(hub: FakeHub, shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no org/gone at the revision 'main' \(404\)"):
-        pull_checkpoint("org/gone", tmp_path / "out")
-    send_files(shards, "org/m")
-    done = CliRunner().invoke(app, ["pull", "org/m", "--revision", "v9", "--out", str(tmp_path / "out")])
-    assert done.exit_code == 1 and "at the revision 'v9' (404)" in done.output.replace("\n", " ")
-    hub.roles = {}
-    with pytest.raises(PermissionError, match=r"\(401\)"):
-        pull_checkpoint("org/m", tmp_path / "out")
-    assert not (tmp_path / "out" / "config.json").exists()
+def test_light_and_full_exclude_each_other(checkpoint: Path) -> None:
+    done = CliRunner().invoke(app, ["push", str(checkpoint), "org/m", "--light", "--full"])
+    assert done.exit_code == 2 and "exclude each other" in done.output
 
 
 def test_private_demands_a_private_repository(hub: FakeHub, shards: Path) -> None:
