@@ -1,12 +1,9 @@
 """Reading audio: any container, channel count and rate -> one mono float32 waveform at one rate.
 
-What lives here: `load_audio` and `resample`, with arrays and channels. Beside it: `audio_files_relllm.py` (opening and
-decoding files) and `audio_checks_relllm.py` (limits and checks). What does not: features, windows and placeholders
-(feature extraction, processor). The files travel to the Hub beside the processor, so they need nothing else of
-the package.
+Three steps, in the order of the file: open (a path, URL, bytes or file object becomes a stream), decode (a stream
+becomes samples), normalise (checks, one channel, one rate). soundfile decodes, or PyAV where a phone's or a browser's
+container needs it; torchaudio resamples; each is imported on first use.
 
-Design:
-- Decode with soundfile (libsndfile), average the channels, resample with torchaudio; both are imported on first use.
 - 16-bit mono audio that has the target rate already comes back sample-exact (`int16 / 32768`).
 - Bad audio is one built-in exception that names the input, what was expected and the remedy. Nothing is padded,
   clipped or repaired silently. Silence is no error: in a dialogue a silent turn is something the model has to answer.
@@ -16,35 +13,46 @@ Design:
 from __future__ import annotations
 
 import functools
+import http.client
+import importlib.util
+import io
+import math
 import os
+import re
+import struct
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import TypeAlias, cast
+from pathlib import Path
+from typing import BinaryIO, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 import torch
 
-from .audio_checks_relllm import (
-    MAX_DURATION_S,
-    MIN_DURATION_S,
-    SAMPLING_RATE,
-    check_frames,
-    check_rate,
-    check_waveform,
-)
-from .audio_files_relllm import BinaryFile, decode_audio, open_audio
-
-__all__ = [
-    "MAX_DURATION_S",
-    "MIN_DURATION_S",
-    "SAMPLING_RATE",
-    "AudioSource",
-    "check_waveform",
-    "load_audio",
-    "resample",
-]
-
+SAMPLING_RATE = 16_000  # Hz; what Whisper, wav2vec2 and the emotion tower were trained on
+MIN_DURATION_S = 0.025  # one analysis window of Whisper and of wav2vec2 (400 samples at 16 kHz)
+MAX_DURATION_S = 600.0
+MIN_SOURCE_RATE, MAX_SOURCE_RATE = 4_000, 768_000  # Hz; outside, the header or the argument is wrong
+MAX_FLOAT_PEAK = 16.0  # float audio may peak a little above 1; far above, it holds unscaled integers
 MAX_CHANNELS = 64
+MAX_DOWNLOAD_BYTES = 512 * 1024**2
+URL_TIMEOUT_S = 20.0
+
+_CONVERT = "convert it with `ffmpeg -i INPUT -ac 1 -ar 16000 OUTPUT.wav`"
+_UNKNOWN_FRAMES = 2**48  # libsndfile reports about 2**63 frames where the header leaves the length open
+_UNKNOWN_BYTES = 0x7FFF_0000  # tools that write WAV to a pipe leave a size at or above this
+_CONTAINERS = {b"\x1a\x45\xdf\xa3": "Matroska/WebM", b"#!AMR": "AMR", b"\x30\x26\xb2\x75": "WMA"}
+_SHORT_BY_S = 0.1  # a container states its length to a packet or so; what lacks more is truncated
+
+
+@runtime_checkable
+class BinaryFile(Protocol):
+    """Anything with `read()` that returns bytes: an open file, `io.BytesIO`, an upload, an fsspec file."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
 
 AudioSource: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | BinaryFile | np.ndarray | torch.Tensor | Mapping[str, object]"
@@ -59,119 +67,288 @@ def load_audio(
     max_duration_s: float = MAX_DURATION_S,
     name: str | None = None,
 ) -> np.ndarray:
-    """Reads audio from wherever it is and returns it mono, float32, at `sampling_rate`.
+    """Read audio from wherever it is and return it mono, float32, at `sampling_rate`.
 
     Args:
-        source (`str`, `os.PathLike`, `bytes`, file-like, `np.ndarray`, `torch.Tensor` or `dict`):
-            A path, an `http(s)://`, `file://` or `data:` URL, the bytes of an audio file, a binary file object (read
-            from its current position), a waveform, or a row of `datasets`: `{"array", "sampling_rate"}` or
-            `{"bytes", "path"}`. A waveform is `(samples,)`, `(channels, samples)` or `(samples, channels)`; the
-            shorter axis is the channels. Integers are scaled by the range of their type, floats are taken as they are.
-        sampling_rate (`int`, *optional*, defaults to 16000):
-            Rate of the result in Hz.
-        source_rate (`int`, *optional*):
-            Rate of a waveform in Hz; `None` says that it has `sampling_rate` already. A file states its own rate, and
-            another one given here is an error.
-        max_duration_s (`float`, *optional*, defaults to 600.0):
-            The longest audio accepted, in seconds.
-        name (`str`, *optional*):
-            What errors call the input; defaults to the path, the URL or the kind of the source.
+        source: A path, an `http(s)://`, `file://` or `data:` URL, the bytes of an audio file, a binary file object
+            (read from its current position), a waveform as array or tensor, or a row of `datasets`, `{"array",
+            "sampling_rate"}` or `{"bytes", "path"}`. A waveform is `(samples,)`, `(channels, samples)` or `(samples,
+            channels)`; the shorter axis is the channels. Integers are scaled by the range of their type, floats are
+            taken as they are.
+        sampling_rate (`int`, *optional*, defaults to 16000): Rate of the result in Hz.
+        source_rate (`int`, *optional*): Rate of a waveform in Hz; `None` says that it has `sampling_rate` already.
+            Files and rows state their own rate, and another one given here is an error.
+        max_duration_s (`float`, *optional*, defaults to 600.0): The longest audio accepted, in seconds.
+        name (`str`, *optional*): What errors call the input; by default the path, the URL or the kind of the source.
 
     Returns:
         `np.ndarray` of shape `(samples,)`: float32, writable, in [-1, 1] for PCM; silence included.
 
     Raises:
-        FileNotFoundError: No such file.
-        IsADirectoryError: The path is a directory.
-        OSError: A URL could not be downloaded; the message holds the URL and the reason.
+        OSError: No such file, a directory, or a URL that could not be downloaded; the message holds the reason.
         ValueError: Empty, shorter than 25 ms, longer than `max_duration_s`, NaN or infinite, truncated, not audio, a
             rate or a shape that cannot be, or integers stored as floats.
         TypeError: `source` is none of the above.
         ImportError: soundfile (to decode) or torchaudio (to resample) is missing.
     """
-    check_rate(sampling_rate, "sampling_rate", "the result")
-    data: object = source
-    if isinstance(data, Mapping):
-        data, source_rate, name = _unpack_row(data, source_rate, name)
-    if isinstance(data, torch.Tensor):
-        data = data.detach().cpu()
-        data = (data.float() if data.dtype == torch.bfloat16 else data).numpy()
+    _check_rate(sampling_rate, "sampling_rate", "the result")
+    data, stated_rate, name = _unpack(source, name)
     if isinstance(data, np.ndarray):
         name = name or f"audio array of shape {data.shape}"
-        rate = sampling_rate if source_rate is None else source_rate
-        check_rate(rate, "source_rate", name)
-        frames = _array_frames(data, name)
+        rate = next(given for given in (stated_rate, source_rate, sampling_rate) if given is not None)
+        _check_rate(rate, "source_rate", name)
+        samples = _scale(data, name)
     else:
-        stream, name = open_audio(data, name)
+        stream, name = _open(data, name)
         with stream:
-            frames, rate = decode_audio(stream, name, max_duration_s)
-        if source_rate not in (None, rate):
-            raise ValueError(
-                f"{name}: the file says {rate} Hz, but source_rate={source_rate} was passed. Leave source_rate out "
-                "for files; pass it only with an array."
-            )
-    check_frames(frames, rate, name, max_duration_s)
-    waveform = frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1)
+            samples, rate = _decode(stream, name, max_duration_s)
+        stated_rate = rate
+    if stated_rate is not None and source_rate not in (None, stated_rate):
+        raise ValueError(
+            f"{name}: the source says {stated_rate} Hz, but source_rate={source_rate} was passed. Pass source_rate "
+            "only with an array that comes without a rate."
+        )
+    _check_samples(samples, rate, name, max_duration_s)
+    waveform = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     if rate != sampling_rate:
         waveform = resample(waveform, rate, sampling_rate)
     return np.require(waveform, np.float32, ["C", "W"])
 
 
-def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
-    """Changes the sampling rate by band-limited (windowed sinc) interpolation.
-
-    Args:
-        waveform (`np.ndarray` of shape `(..., samples)`): Floating-point samples.
-        source_rate (`int`): Rate of `waveform` in Hz.
-        target_rate (`int`): Wanted rate in Hz.
-
-    Returns:
-        `np.ndarray` of shape `(..., ceil(samples * target_rate / source_rate))`: float32.
-
-    Raises:
-        ValueError: A rate outside 4 to 768 kHz.
-        TypeError: `waveform` is not floating point.
-        ImportError: torchaudio is missing or broken.
-    """
-    check_rate(source_rate, "source_rate", "waveform")
-    check_rate(target_rate, "target_rate", "waveform")
-    if waveform.dtype.kind != "f":
-        raise TypeError(f"Expected a floating-point waveform, got {waveform.dtype}. Pass it through `load_audio`.")
-    waveform = np.require(waveform, np.float32, ["C", "W"])
-    if source_rate == target_rate:
-        return waveform
-    with torch.no_grad():
-        return _resampler(source_rate, target_rate)(torch.from_numpy(waveform)).numpy()
+# --- open ------------------------------------------------------------------------------------------------------------
 
 
-def _unpack_row(
-    row: Mapping[str, object], source_rate: int | None, name: str | None
-) -> tuple[object, int | None, str | None]:
-    """`{"array", "sampling_rate"}` or `{"bytes", "path"}` -> source, rate, name."""
-    path = row.get("path")
-    name = name or (str(path) if path is not None else None)
-    if row.get("array") is not None:
-        rate = cast("int | None", row.get("sampling_rate"))
-        if rate is None:
-            raise ValueError(f"{name or 'audio dict'}: 'array' came without 'sampling_rate'. Add the rate in Hz.")
-        if source_rate not in (None, rate):
+def _unpack(source: object, name: str | None) -> tuple[object, int | None, str | None]:
+    """Return what holds the audio, the rate that stands beside it, and the name; rows are unpacked, tensors arrays."""
+    rate = None
+    if isinstance(source, Mapping):
+        row = source
+        name = name or (str(row["path"]) if row.get("path") is not None else None)
+        source = next((row[key] for key in ("array", "bytes", "path") if row.get(key) is not None), None)
+        if source is None:
             raise ValueError(
-                f"{name or 'audio dict'}: the dict says sampling_rate={rate}, but source_rate={source_rate} was "
-                "passed. Pass one of them."
+                f"An audio dict needs 'array' and 'sampling_rate', or 'bytes', or 'path'; got the keys {sorted(row)}, "
+                "none of these with a value."
             )
-        array = row["array"]
-        return (array if isinstance(array, torch.Tensor) else np.asarray(array)), rate, name
-    for key in ("bytes", "path"):
-        if row.get(key) is not None:
-            return row[key], source_rate, name
-    raise ValueError(
-        f"An audio dict needs 'array' and 'sampling_rate', or 'bytes', or 'path'; got the keys {sorted(row)}, none of "
-        "these with a value."
+        if row.get("array") is not None:
+            rate = cast("int | None", row.get("sampling_rate"))
+            if rate is None:
+                raise ValueError(f"{name or 'audio dict'}: 'array' came without 'sampling_rate'. Add the rate in Hz.")
+            source = source if isinstance(source, torch.Tensor) else np.asarray(source)
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+    return source, rate, name
+
+
+def _open(source: object, name: str | None) -> tuple[BinaryIO, str]:
+    """Return a seekable binary stream of a path, URL, bytes or file object, and the name for errors."""
+    if isinstance(source, (str, os.PathLike)):
+        location = os.fspath(source)
+        scheme = re.match(r"(?:([A-Za-z][A-Za-z0-9+.-]+)://|(data):)", location)
+        kind = (scheme[1] or scheme[2]).lower() if scheme else ""
+        if kind == "data":
+            return io.BytesIO(_decode_data_url(location)), name or "data: URL"
+        if kind in ("http", "https"):
+            return io.BytesIO(_download(location)), name or location
+        if kind not in ("", "file"):
+            raise ValueError(
+                f"{location}: expected a path or an http, https, file or data URL, got the scheme {kind!r}. Open it "
+                "with the library for that store and pass the bytes or the file object."
+            )
+        path = urllib.request.url2pathname(urllib.parse.urlparse(location).path) if kind else location
+        return _open_path(Path(path).expanduser()), name or location
+    if isinstance(source, (bytes, bytearray)):
+        return io.BytesIO(source), name or f"audio bytes (length {len(source)})"
+    if isinstance(source, BinaryFile):
+        data = source.read()
+        if not isinstance(data, bytes):
+            raise TypeError(
+                f"{source!r}: read() gave {type(data).__name__}, expected bytes. Open the file in mode 'rb'."
+            )
+        return io.BytesIO(data), name or f"audio file object {source!r}"
+    raise TypeError(
+        f"Cannot read audio from {type(source).__name__}. Pass a path, a URL, bytes, a binary file, a 1-D or 2-D "
+        "array or tensor, or a dict with 'array' and 'sampling_rate'; for a `datasets` column use "
+        "`Audio(decode=False)`."
     )
 
 
-def _array_frames(array: np.ndarray, name: str) -> np.ndarray:
-    """A waveform of any dtype, 1-D or 2-D -> float32 `(samples, channels)`."""
+def _open_path(path: Path) -> BinaryIO:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory, expected an audio file. Pass the files in it one by one.")
+    if not path.exists():
+        raise FileNotFoundError(f"No such audio file: {path}. Relative paths start at {Path.cwd()}.")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file. Read it yourself and pass the bytes.")
+    # By its descriptor, without a name: soundfile takes the format from that before it looks at the content.
+    return os.fdopen(os.open(path, os.O_RDONLY), "rb")
+
+
+def _decode_data_url(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url) as response:
+            return response.read()
+    except ValueError as error:  # no comma, or no base64
+        raise ValueError(
+            f"data: URL {url[:40]!r}… cannot be read ({error}); expected 'data:audio/wav;base64,…'. Encode it again."
+        ) from error
+
+
+def _download(url: str) -> bytes:
+    """Return the body of an http(s) URL; every failure becomes an OSError with the URL."""
+
+    def failure(reason: object, kind: type[OSError] = OSError) -> OSError:
+        return kind(f"Could not download {url}: {reason}. Check the address, or download the file and pass its path.")
+
+    request = urllib.request.Request(url, headers={"User-Agent": "relllm"})
+    try:
+        with urllib.request.urlopen(request, timeout=URL_TIMEOUT_S) as response:
+            expected = response.headers.get("Content-Length")
+            body = response.read(MAX_DOWNLOAD_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise failure(f"HTTP {error.code} {error.reason}") from error
+    except (http.client.HTTPException, OSError) as error:
+        reason = getattr(error, "reason", error)  # what a URLError is about
+        if isinstance(reason, TimeoutError):
+            raise failure(f"no answer within {URL_TIMEOUT_S:g} s", TimeoutError) from error
+        raise failure(f"{type(error).__name__}: {reason}") from error
+    if len(body) > MAX_DOWNLOAD_BYTES:
+        raise failure(f"larger than {MAX_DOWNLOAD_BYTES // 1024**2} MiB")
+    if expected is not None and len(body) < int(expected):
+        raise failure(f"the connection ended after {len(body)} of {expected} bytes")
+    return body
+
+
+# --- decode ----------------------------------------------------------------------------------------------------------
+
+
+def _decode(stream: BinaryIO, name: str, max_duration_s: float) -> tuple[np.ndarray, int]:
+    """Decode a file to float32 `(samples, channels)` and its rate; what is too long is refused by its header."""
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:  # OSError: the wheel without its libsndfile
+        raise ImportError(f"Decoding {name} needs soundfile ({error}): `pip install soundfile`.") from error
+    head = stream.read(64)
+    if not head:
+        raise ValueError(
+            f"{name}: the file is empty (0 bytes). Fetch it again; a file object may need `seek(0)` first."
+        )
+    if missing := _missing_bytes_of_wav(stream):
+        raise _truncated(name, f"{missing} bytes at its end are missing")
+    stream.seek(0)
+    try:
+        with soundfile.SoundFile(stream) as file:
+            rate, length = file.samplerate, file.frames
+            _check_rate(rate, "the rate in the header", name)
+            if length >= _UNKNOWN_FRAMES:
+                raise ValueError(f"{name}: the header does not say how long the audio is; {_CONVERT}.")
+            _check_duration(length, rate, name, max_duration_s)
+            samples, log = file.read(length, dtype="float32", always_2d=True), file.extra_info
+    except soundfile.LibsndfileError as error:
+        if container_kind(head) is not None and has_pyav():
+            stream.seek(0)
+            return _decode_container(stream, name, max_duration_s)
+        raise _not_audio(name, head, error.error_string) from error
+    if len(samples) < length:
+        raise _truncated(name, f"{len(samples)} of {length} samples could be decoded")
+    if "without an End-Of-Stream flag" in log:
+        raise _truncated(name, "its Ogg stream has no end")
+    return samples, rate
+
+
+def _truncated(name: str, missing: str) -> ValueError:
+    return ValueError(
+        f"{name}: the file is truncated: {missing}. Fetch it again, or keep what is there with "
+        "`ffmpeg -i INPUT OUTPUT.wav`."
+    )
+
+
+def _not_audio(name: str, head: bytes, reason: str) -> ValueError:
+    if (kind := container_kind(head)) is not None:
+        return ValueError(
+            f"{name}: {kind} is a container that soundfile cannot read; install PyAV, which can (`pip install "
+            f"relllm[containers]`), or {_CONVERT}."
+        )
+    if head.startswith(b"version https://git-lfs"):
+        return ValueError(f"{name}: this is a Git LFS pointer, not audio. Fetch the file itself with `git lfs pull`.")
+    return ValueError(
+        f"{name}: not an audio file that soundfile can read, or a damaged or truncated one ({reason.rstrip('.')}). It "
+        f"starts with {head[:16]!r}. If it plays elsewhere, {_CONVERT}."
+    )
+
+
+def _missing_bytes_of_wav(stream: BinaryIO) -> int:
+    """Count what a WAV file lacks of its `data` chunk, which libsndfile reads without a word; 0 for other files."""
+    total = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    head = stream.read(12)
+    if head[:4] not in (b"RIFF", b"RF64", b"BW64") or head[8:] != b"WAVE":
+        return 0
+    long_size = 0  # RF64 and BW64 keep the size of the data chunk in a 64-bit field
+    while len(header := stream.read(8)) == 8:
+        chunk, size = struct.unpack("<4sI", header)
+        start = stream.tell()
+        if chunk == b"ds64" and len(body := stream.read(16)) == 16:
+            long_size = struct.unpack("<8xQ", body)[0]
+        if chunk == b"data":
+            is_long = size == 0xFFFF_FFFF and long_size > 0
+            if size >= _UNKNOWN_BYTES and not is_long:  # left open, as in WAV from a pipe
+                return 0
+            missing = start + (long_size if is_long else size) - total
+            return missing if missing > 1 else 0  # a single byte is the pad that some writers leave out
+        stream.seek(start + size + size % 2)
+    return 0
+
+
+def container_kind(head: bytes) -> str | None:
+    """Name the container that PyAV reads, by the first bytes of a file; `None` for anything else."""
+    if head[4:8] == b"ftyp":
+        return "MP4/M4A"
+    return next((kind for start, kind in _CONTAINERS.items() if head.startswith(start)), None)
+
+
+def has_pyav() -> bool:
+    """Whether PyAV is installed (`pip install relllm[containers]`)."""
+    return importlib.util.find_spec("av") is not None
+
+
+def _decode_container(stream: BinaryIO, name: str, max_duration_s: float) -> tuple[np.ndarray, int]:
+    """Decode the first audio track by FFmpeg, as `_decode` does."""
+    av = importlib.import_module("av")  # no statement: Transformers asks for what the files of a checkpoint import
+    try:
+        with av.open(stream, mode="r") as container:
+            if not container.streams.audio:
+                raise ValueError(f"{name}: there is no audio track in it. Give a file with sound.")
+            track = container.streams.audio[0]
+            rate = track.codec_context.sample_rate
+            _check_rate(rate, "the rate in the header", name)
+            stated_s = 0.0 if container.duration is None else container.duration / av.time_base
+            if stated_s:
+                _check_duration(round(stated_s * rate), rate, name, max_duration_s)
+            blocks, length = [], 0
+            resampler = av.AudioResampler(format="fltp")  # changes the sample format only
+            for part in (part for frame in container.decode(track) for part in resampler.resample(frame)):
+                blocks.append(part.to_ndarray())
+                length += part.samples
+                if length > rate * max_duration_s:  # it states no length, or less than it has
+                    _check_duration(length, rate, name, max_duration_s)
+    except av.FFmpegError as error:
+        raise ValueError(
+            f"{name}: neither soundfile nor FFmpeg can read this as audio ({error.strerror}). Fetch it again."
+        ) from error
+    if stated_s - length / rate > _SHORT_BY_S:
+        raise _truncated(name, f"{length / rate:.2f} of {stated_s:.2f} s could be decoded")
+    samples = np.concatenate(blocks, axis=1).T if blocks else np.zeros((0, 1))
+    return np.ascontiguousarray(samples, dtype=np.float32), rate
+
+
+# --- normalise -------------------------------------------------------------------------------------------------------
+
+
+def _scale(array: np.ndarray, name: str) -> np.ndarray:
+    """Turn a waveform of any type, 1-D or 2-D, into float32 `(samples, channels)`."""
     if array.ndim not in (1, 2):
         raise ValueError(
             f"{name}: expected 1 or 2 dimensions. Pass one clip at a time, (samples,) or (channels, samples)."
@@ -184,25 +361,110 @@ def _array_frames(array: np.ndarray, name: str) -> np.ndarray:
                 "Pass one clip at a time as (samples,) or (channels, samples)."
             )
         array = array.T if array.shape[0] == channels else array
-    frames = array.reshape(array.shape[0], -1) if array.size else np.zeros((0, 1), np.float32)
+    samples = array.reshape(array.shape[0], -1) if array.size else np.zeros((0, 1), np.float32)
     kind, bits = array.dtype.kind, 8 * array.dtype.itemsize
     if kind == "f":
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which the checks report
-            return frames.astype(np.float32, copy=False)
+            return samples.astype(np.float32, copy=False)
     if kind in "iu" and bits <= 32:
         half = float(2 ** (bits - 1))
-        offset = half if kind == "u" else 0.0
         # float64 in between keeps 32-bit integers exact until the one rounding to float32.
-        return ((frames.astype(np.float64) - offset) / half).astype(np.float32)
+        return ((samples.astype(np.float64) - half * (kind == "u")) / half).astype(np.float32)
     raise ValueError(
         f"{name}: cannot scale samples of type {array.dtype}. Pass floats in [-1, 1], or integers in the type whose "
         "range they fill (int16 for 16-bit audio)."
     )
 
 
+def check_waveform(
+    waveform: np.ndarray,
+    sampling_rate: int = SAMPLING_RATE,
+    *,
+    max_duration_s: float = MAX_DURATION_S,
+    name: str = "waveform",
+) -> None:
+    """Raise for a waveform that no tower could hear: a TypeError if it is not floating point, else a ValueError.
+
+    It must be `(samples,)`, last 25 ms to `max_duration_s` and hold finite samples in about [-1, 1].
+    """
+    if waveform.dtype.kind != "f":
+        raise TypeError(
+            f"{name}: expected floating-point samples, got {waveform.dtype}. Pass it through `load_audio`."
+        )
+    if waveform.ndim != 1:
+        raise ValueError(f"{name}: expected shape (samples,), got {waveform.shape}. Pass it through `load_audio`.")
+    _check_samples(waveform[:, None], sampling_rate, name, max_duration_s)
+
+
+def _check_rate(rate: int, argument: str, name: str) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, (int, np.integer)):
+        raise ValueError(f"{name}: {argument} must be a whole number of Hz, got {rate!r}.")
+    if not MIN_SOURCE_RATE <= rate <= MAX_SOURCE_RATE:
+        raise ValueError(
+            f"{name}: {argument} is {rate} Hz, expected {MIN_SOURCE_RATE} to {MAX_SOURCE_RATE} Hz. "
+            "Check the header of the file or the argument (it is in Hz, not kHz)."
+        )
+
+
+def _check_duration(length: int, rate: int, name: str, max_duration_s: float) -> None:
+    duration_s = length / rate
+    if length == 0:
+        raise ValueError(f"{name}: the audio is empty (0 samples). Leave the clip out or record it again.")
+    if duration_s < MIN_DURATION_S:
+        raise ValueError(
+            f"{name}: the audio is too short: {length} sample{'s' * (length > 1)} at {rate} Hz "
+            f"({1000 * duration_s:.4g} ms); at least {1000 * MIN_DURATION_S:g} ms are needed. Leave the clip out or "
+            "pad it."
+        )
+    if duration_s > max_duration_s:
+        raise ValueError(
+            f"{name}: the audio lasts {duration_s:.1f} s, the limit is {max_duration_s:.1f} s. Cut it into shorter "
+            "clips, or raise `max_duration_s`."
+        )
+
+
+def _check_samples(samples: np.ndarray, rate: int, name: str, max_duration_s: float) -> None:
+    """Check `(samples, channels)`, before channels are averaged: there a bad value can still be located."""
+    _check_duration(samples.shape[0], rate, name, max_duration_s)
+    # The sum of a float32 array could overflow; the extremes cannot, and NaN passes through both.
+    peak = max(float(samples.max()), -float(samples.min()))
+    if not math.isfinite(peak):
+        position, channel = np.argwhere(~np.isfinite(samples))[0]
+        raise ValueError(
+            f"{name}: sample {position} ({position / rate:.4f} s, channel {channel}) is {samples[position, channel]}; "
+            "every sample must be finite. Decode or record the clip again, or leave it out."
+        )
+    if peak > MAX_FLOAT_PEAK:
+        raise ValueError(
+            f"{name}: the samples peak at {peak:g}, expected floats in about [-1, 1]. If they are integers stored as "
+            "floats, divide by the full scale (32768 for 16 bit), or pass the integer array itself."
+        )
+
+
+def resample(waveform: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
+    """Change the sampling rate by band-limited (windowed sinc) interpolation.
+
+    Args:
+        waveform (`np.ndarray` of shape `(..., samples)`): Floating-point samples.
+        source_rate, target_rate (`int`): 4,000 to 768,000 Hz.
+
+    Returns:
+        `np.ndarray` of shape `(..., ceil(samples * target_rate / source_rate))`: float32.
+    """
+    _check_rate(source_rate, "source_rate", "waveform")
+    _check_rate(target_rate, "target_rate", "waveform")
+    if waveform.dtype.kind != "f":
+        raise TypeError(f"Expected a floating-point waveform, got {waveform.dtype}. Pass it through `load_audio`.")
+    waveform = np.require(waveform, np.float32, ["C", "W"])
+    if source_rate == target_rate:
+        return waveform
+    with torch.no_grad():
+        return _resampler(source_rate, target_rate)(torch.from_numpy(waveform)).numpy()
+
+
 @functools.lru_cache(maxsize=16)
 def _resampler(source_rate: int, target_rate: int) -> torch.nn.Module:
-    """torchaudio's resampler with its kernel, kept for the pair of rates."""
+    """Return torchaudio's resampler with its kernel, kept for the pair of rates."""
     try:
         from torchaudio.transforms import Resample
     except (ImportError, OSError) as error:  # OSError: a torchaudio built for CUDA beside a torch without it
@@ -216,3 +478,16 @@ def _resampler(source_rate: int, target_rate: int) -> torch.nn.Module:
     if ratio.numerator * ratio.denominator > 4_000_000:
         ratio = ratio.limit_denominator(1000)
     return Resample(ratio.denominator, ratio.numerator)
+
+
+__all__ = [
+    "MAX_DURATION_S",
+    "MIN_DURATION_S",
+    "SAMPLING_RATE",
+    "AudioSource",
+    "check_waveform",
+    "container_kind",
+    "has_pyav",
+    "load_audio",
+    "resample",
+]

@@ -18,8 +18,9 @@ import pytest
 import scipy.signal
 import soundfile
 import torch
+from transformers.dynamic_module_utils import get_imports
 
-from relllm.processing import audio_files_relllm, audio_relllm
+from relllm.processing import audio_relllm
 from relllm.processing.audio_relllm import check_waveform, load_audio, resample
 
 
@@ -197,13 +198,13 @@ def test_silence_is_audio() -> None:
 
 
 def test_soundfile_and_torchaudio_are_imported_on_use_only() -> None:
-    files = sorted(Path(audio_relllm.__file__).parent.glob("audio*_relllm.py"))
-    assert len(files) == 4
-    for file in files:
-        imports = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        names = {alias.name for node in imports for alias in node.names}
-        names |= {str(node.module) for node in imports if isinstance(node, ast.ImportFrom)}
-        assert not {"av", "soundfile", "torchaudio", "relllm"} & {name.partition(".")[0] for name in names}
+    body = ast.parse(Path(audio_relllm.__file__).read_text()).body
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in imports for alias in node.names}
+    names |= {str(node.module) for node in imports if isinstance(node, ast.ImportFrom)}
+    assert not {"av", "soundfile", "torchaudio", "relllm"} & {name.partition(".")[0] for name in names}
+    # What Transformers would ask for before it loads the file from a checkpoint.
+    assert not {"av", "soundfile", "torchaudio"} & set(get_imports(audio_relllm.__file__))
 
 
 def test_without_soundfile_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,10 +284,10 @@ def test_shapes_that_are_no_clip_are_an_error(shape: tuple[int, ...]) -> None:
         load_audio(np.zeros(shape))
 
 
-@pytest.mark.parametrize("container", ["WAV", "FLAC", "AIFF", "AU", "CAF", "RF64", "W64", "NIST", "OGG", "MP3"])
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "CAF", "RF64", "OGG", "MP3"])
 @pytest.mark.parametrize("kept", [0.5, 0.9])
 def test_a_truncated_file_is_an_error(container: str, kept: float) -> None:
-    subtype = {"OGG": "VORBIS", "MP3": "MPEG_LAYER_III"}.get(container, "PCM_16")
+    subtype = {"OGG": "OPUS", "MP3": "MPEG_LAYER_III"}.get(container, "PCM_16")
     samples = np.random.default_rng(3).normal(0, 0.1, 48_000)
     data = wav_bytes(samples, subtype=subtype, container=container)
     assert len(load_audio(data)) > 40_000
@@ -393,9 +394,9 @@ def test_the_limit_holds_for_arrays_and_can_be_raised() -> None:
 
 
 def test_rates_that_contradict_or_cannot_be_are_errors(wav: Path) -> None:
-    with pytest.raises(ValueError, match="the file says 16000 Hz, but source_rate=8000"):
+    with pytest.raises(ValueError, match=r"clip\.wav: the source says 16000 Hz, but source_rate=8000"):
         load_audio(wav, source_rate=8_000)
-    with pytest.raises(ValueError, match="sampling_rate=16000, but source_rate=8000"):
+    with pytest.raises(ValueError, match="the source says 16000 Hz, but source_rate=8000"):
         load_audio({"array": np.zeros(1_000), "sampling_rate": 16_000}, source_rate=8_000)
     with pytest.raises(ValueError, match="in Hz, not kHz"):
         load_audio(np.zeros(1_000), source_rate=16)
@@ -472,7 +473,7 @@ def test_a_connection_that_breaks_off_is_an_error(server: str) -> None:
 
 
 def test_a_download_over_the_limit_is_an_error(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audio_files_relllm, "MAX_DOWNLOAD_BYTES", 1_000)
+    monkeypatch.setattr(audio_relllm, "MAX_DOWNLOAD_BYTES", 1_000)
     with pytest.raises(OSError, match=r"clip\.wav: larger than"):
         load_audio(f"{server}/clip.wav")
 
@@ -486,7 +487,7 @@ def test_a_refused_connection_is_named() -> None:
 
 
 def test_a_server_that_never_answers_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audio_files_relllm, "URL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(audio_relllm, "URL_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/clip.wav"
         with pytest.raises(TimeoutError, match=rf"Could not download {url}: .*(time|answer)"):

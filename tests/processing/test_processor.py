@@ -215,12 +215,12 @@ def test_a_clip_is_decoded_resampled_and_checked_once(
 
         monkeypatch.setattr(audio_relllm, name, counted)
 
-    for name in ("load_audio", "decode_audio", "resample", "check_frames"):
+    for name in ("load_audio", "_decode", "resample", "_check_samples"):
         count(name)
     monkeypatch.setattr(feature_extraction_relllm, "load_audio", audio_relllm.load_audio)
     second_of_audio(processor, way, source, 48_000, tmp_path)
     decoded = int(source in ("path", "bytes"))
-    assert calls == Counter(load_audio=1, decode_audio=decoded, resample=1, check_frames=1)
+    assert calls == Counter(load_audio=1, _decode=decoded, resample=1, _check_samples=1)
 
 
 def test_what_was_read_is_taken_as_it_is_and_nothing_else_passes_for_it(processor: ReLLMProcessor) -> None:

@@ -14,8 +14,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import BatchFeature
 
-from relllm.processing.audio_containers_relllm import container_kind, has_pyav
-from relllm.processing.audio_relllm import load_audio
+from relllm.processing.audio_relllm import container_kind, has_pyav, load_audio
 from relllm.processing.processing_relllm import ReLLMProcessor
 
 from .decoding import Sampling
