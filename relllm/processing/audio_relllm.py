@@ -42,7 +42,7 @@ URL_TIMEOUT_S = 20.0
 
 _CONVERT = "convert it with `ffmpeg -i INPUT -ac 1 -ar 16000 OUTPUT.wav`"
 _UNKNOWN_FRAMES = 2**48  # libsndfile reports about 2**63 frames where the header leaves the length open
-_UNKNOWN_BYTES = 0x7FFF_0000  # tools that write WAV to a pipe leave a size at or above this
+_UNKNOWN_BYTES = 0x7FFF_0000  # tools that write WAV to a pipe state a size at or above this
 _CONTAINERS = {b"\x1a\x45\xdf\xa3": "Matroska/WebM", b"#!AMR": "AMR", b"\x30\x26\xb2\x75": "WMA"}
 _SHORT_BY_S = 0.1  # a container states its length to a packet or so; what lacks more is truncated
 
@@ -284,21 +284,15 @@ def _missing_bytes_of_wav(stream: BinaryIO) -> int:
     total = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     head = stream.read(12)
-    if head[:4] not in (b"RIFF", b"RF64", b"BW64") or head[8:] != b"WAVE":
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
         return 0
-    long_size = 0  # RF64 and BW64 keep the size of the data chunk in a 64-bit field
     while len(header := stream.read(8)) == 8:
         chunk, size = struct.unpack("<4sI", header)
-        start = stream.tell()
-        if chunk == b"ds64" and len(body := stream.read(16)) == 16:
-            long_size = struct.unpack("<8xQ", body)[0]
         if chunk == b"data":
-            is_long = size == 0xFFFF_FFFF and long_size > 0
-            if size >= _UNKNOWN_BYTES and not is_long:  # left open, as in WAV from a pipe
-                return 0
-            missing = start + (long_size if is_long else size) - total
-            return missing if missing > 1 else 0  # a single byte is the pad that some writers leave out
-        stream.seek(start + size + size % 2)
+            missing = stream.tell() + size - total
+            # A single byte is the pad that some writers leave out, and a huge size was left open, as by a pipe.
+            return missing if missing > 1 and size < _UNKNOWN_BYTES else 0
+        stream.seek(size + size % 2, os.SEEK_CUR)
     return 0
 
 

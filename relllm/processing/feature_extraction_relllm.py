@@ -1,14 +1,13 @@
-"""Waveforms in, tensors of both towers out: log-mel (or waveform) for the speech tower, waveform for the other.
+"""Clips in, tensors of both towers out: log-mel (or waveform) for the speech tower, waveform for the other.
 
-`read_clip` is where a clip is read, resampled and checked; `extract` takes nothing but what it returned. A clip longer
-than the tower's window is cut into windows of equal length. Also here: how many positions a clip takes in the LLM's
-sequence, the rule that processor and model share.
+`read_clip` is where a clip is read, resampled and checked; `extract` takes nothing but what it returned. Also here:
+how many positions a clip takes in the LLM's sequence, the rule that processor and model share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,36 +19,26 @@ VARIANCE_FLOOR = 1e-7  # of wav2vec2's feature extractor; the original code's as
 
 
 class ReLLMFeatureExtractor(WhisperFeatureExtractor):
-    """Prepares audio for both towers of RE-LLM.
-
-    Usually made by [`ReLLMProcessor.from_config`], which takes every number from the model's configuration.
+    """Prepares audio for both towers of RE-LLM; usually made by [`ReLLMProcessor.from_config`].
 
     Args:
-        feature_size (`int`, *optional*, defaults to 80): Mel bins.
-        sampling_rate (`int`, *optional*, defaults to 16000): In Hz; other rates are resampled to it.
-        hop_length, n_fft (`int`, *optional*, defaults to 160 and 400): Of the log-mel, in samples.
-        chunk_length (`int` or `float`, *optional*, defaults to 30): Window of the speech tower, in seconds.
         speech_input (`str`, *optional*, defaults to `"log_mel"`): Or `"waveform"`, for wav2vec2, HuBERT and WavLM.
         speech_do_normalize (`bool`, *optional*, defaults to `True`): Zero mean and unit variance for such a waveform.
-        tower_kernels, tower_strides (`list[int]`, *optional*):
-            Of the speech tower's convolutions without padding, for `"waveform"`.
+        tower_kernels, tower_strides (`list[int]`, *optional*): Of a waveform tower's convolutions without padding.
         num_projector_convs (`int`, *optional*, defaults to 3): Stride-2 convolutions of the projector.
         num_extra_tokens (`int`, *optional*, defaults to 0): Positions before the speech (`emotion_fusion="token"`: 1).
         emotion_values (`bool`, *optional*, defaults to `True`): Whether there is an emotion tower to feed.
         full_window (`bool`, *optional*, defaults to `True`): Pad the log-mel to the whole window, as Whisper was
             trained; `False` pads to the longest clip of the batch, which is cheaper.
         max_duration_s (`float`, *optional*, defaults to 600): Longest clip accepted, in seconds.
+        kwargs: Of Whisper's: `feature_size` (80 mel bins), `sampling_rate` (16,000 Hz, to which others are resampled),
+            `hop_length` (160 samples), `n_fft` (400 samples), `chunk_length` (30 s, the speech tower's window).
     """
 
     model_input_names = ["input_features", "input_features_mask", "input_values", "input_values_mask"]
 
     def __init__(
         self,
-        feature_size: int = 80,
-        sampling_rate: int = 16_000,
-        hop_length: int = 160,
-        chunk_length: float = 30,
-        n_fft: int = 400,
         speech_input: str = "log_mel",
         speech_do_normalize: bool = True,
         tower_kernels: Sequence[int] | None = None,
@@ -59,22 +48,15 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         emotion_values: bool = True,
         full_window: bool = True,
         max_duration_s: float = MAX_DURATION_S,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            feature_size=feature_size,
-            sampling_rate=sampling_rate,
-            hop_length=hop_length,
-            chunk_length=chunk_length,
-            n_fft=n_fft,
-            **kwargs,
-        )
+        super().__init__(**kwargs)
         if speech_input not in ("log_mel", "waveform"):
             raise ValueError(f"speech_input must be 'log_mel' or 'waveform', got {speech_input!r}.")
         if speech_input == "waveform" and (not tower_kernels or not tower_strides):
             raise ValueError("speech_input='waveform' needs the tower's tower_kernels and tower_strides.")
-        self.n_samples = int(chunk_length * sampling_rate)
-        self.nb_max_frames = self.n_samples // hop_length
+        self.n_samples = int(self.chunk_length * self.sampling_rate)  # `chunk_length` may be a fraction here
+        self.nb_max_frames = self.n_samples // self.hop_length
         self.speech_input = speech_input
         self.speech_do_normalize = speech_do_normalize
         self.tower_kernels = list(tower_kernels or [])
@@ -91,45 +73,31 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         sampling_rate: int | None = None,
         return_tensors: str | None = "pt",
     ) -> BatchFeature:
-        """Read clips and prepare them for the model.
-
-        Args:
-            audio: One clip or a list of clips, each as [`~ReLLMFeatureExtractor.read_clip`] takes it.
-            sampling_rate (`int`, *optional*): Rate of arrays, in Hz; by default the extractor's.
-            return_tensors (`str`, *optional*, defaults to `"pt"`): Or `"np"`.
-
-        Returns:
-            [`BatchFeature`]: As of [`~ReLLMFeatureExtractor.extract`].
-
-        Raises:
-            ValueError: On bad audio; the message names the clip and the reason.
-        """
+        """Read clips and prepare them for the model: [`read_clips`], then [`extract`]."""
         return self.extract(self.read_clips(audio, sampling_rate), return_tensors=return_tensors)
 
     def read_clips(
         self, audio: AudioSource | Sequence[AudioSource], sampling_rate: int | None = None
     ) -> list[np.ndarray]:
-        """Read one clip or a list of clips; see [`~ReLLMFeatureExtractor.read_clip`]."""
-        if isinstance(audio, (list, tuple)) and not _is_waveform(audio):
-            return [self.read_clip(clip, sampling_rate, index=index) for index, clip in enumerate(_flatten(audio))]
-        return [self.read_clip(cast(AudioSource, audio), sampling_rate)]
+        """Read one clip or a list of clips, which may be nested by row, each as [`read_clip`] does."""
+        return [self.read_clip(clip, sampling_rate, index=index) for index, clip in enumerate(_flatten(audio))]
 
-    def read_clip(
-        self, audio: AudioSource, sampling_rate: int | None = None, *, index: int | None = None
-    ) -> np.ndarray:
+    def read_clip(self, audio: AudioSource, sampling_rate: int | None = None, *, index: int = 0) -> np.ndarray:
         """Read one clip: mono, float32, at the extractor's rate, checked.
 
         Args:
             audio: A path, URL, bytes, file object, array, tensor or row of `datasets`.
             sampling_rate (`int`, *optional*): Rate of an array, in Hz; by default the extractor's.
-            index (`int`, *optional*): What an error calls an array by.
+            index (`int`, *optional*, defaults to 0): What an error calls an array by.
+
+        Raises:
+            ValueError, OSError: On bad audio; the message names the clip and the reason.
         """
         if isinstance(audio, (list, tuple)):
             audio = np.asarray(audio, dtype=np.float32)
         name = rate = None
         if isinstance(audio, (np.ndarray, torch.Tensor)):  # a file states its own rate and has a name
-            rate = sampling_rate
-            name = None if index is None else f"audio {index} of shape {tuple(audio.shape)}"
+            name, rate = f"audio {index} of shape {tuple(audio.shape)}", sampling_rate
         return load_audio(
             audio, sampling_rate=self.sampling_rate, source_rate=rate, max_duration_s=self.max_duration_s, name=name
         )
@@ -141,7 +109,7 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         only_counted: Sequence[bool] | None = None,
         return_tensors: str | None = "pt",
     ) -> BatchFeature:
-        """Prepare clips that `read_clip` has read. Nothing is read, resampled or checked here.
+        """Prepare clips that [`read_clip`] has read. Nothing is read, resampled or checked here.
 
         Args:
             waveforms (`list[np.ndarray]`): Each of shape `(samples,)`, float32, at the extractor's rate.
@@ -161,8 +129,8 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
                     "Read it with `read_clip`."
                 )
         cut = [self.cut_windows(waveform) for waveform in waveforms]
+        known = only_counted or [False] * len(cut)
         outputs: dict[str, torch.Tensor | list[int]] = {}
-        known = [False] * len(cut) if only_counted is None else only_counted
         if heard := [window for windows, skip in zip(cut, known, strict=True) if not skip for window in windows]:
             outputs |= self._speech_inputs(heard)
             if self.emotion_values:
@@ -209,15 +177,11 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         return {"input_features": features, "input_features_mask": mask.long()}
 
 
-def _is_waveform(values: Sequence) -> bool:
-    """Whether a list is one waveform and not a list of clips."""
-    return bool(values) and isinstance(values[0], (int, float))
-
-
-def _flatten(audio: Sequence) -> list:
-    """Return the clips of a batch, which may come nested by row."""
-    nested = all(isinstance(row, (list, tuple)) and not _is_waveform(row) for row in audio)
-    return [clip for row in audio for clip in row] if nested else list(audio)
+def _flatten(audio: Any) -> list:
+    """Return the clips of one clip, a list of clips, or a list of lists; a list of numbers is one clip."""
+    if isinstance(audio, (list, tuple)) and not (audio and isinstance(audio[0], (int, float))):
+        return [clip for part in audio for clip in _flatten(part)]
+    return [audio]
 
 
 def _normalize(waveform: np.ndarray) -> np.ndarray:

@@ -1,6 +1,8 @@
-"""The processor: text and audio in, model inputs out. It owns the expansion of the audio placeholder.
+"""The processor: text and audio in, model inputs out.
 
 One `<|audio|>` in the text stands for one clip, and becomes as many of the same token as the clip has positions.
+Clips are read in `read_audio` if they come in a conversation, else in `prepare_inputs_layout`; behind these two there
+are waveforms only.
 """
 
 import os
@@ -11,11 +13,11 @@ import numpy as np
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import AudioKwargs, ProcessingKwargs
 
-from .audio_relllm import AudioSource
+from .audio_relllm import MAX_DURATION_S, AudioSource
 from .feature_extraction_relllm import ReLLMFeatureExtractor, extractor_settings
 from .prompts_relllm import AUDIO_TOKEN, SPEECH_PROMPT, SYSTEM_PROMPT, build_chat_template
 
-AUDIO_KEYS = ("audio", "url", "path", "bytes", "waveform")  # what an audio part may hold; `waveform` has been read
+AUDIO_KEYS = ("audio", "url", "path", "bytes", "waveform")  # of an audio part; a `waveform` has been read
 
 
 class _Read(np.ndarray):
@@ -38,12 +40,9 @@ class ReLLMProcessor(ProcessorMixin):
 
     Args:
         feature_extractor ([`ReLLMFeatureExtractor`]): For both towers.
-        tokenizer (`PreTrainedTokenizerBase`): The LLM's, with `audio_token` in it.
+        tokenizer (`PreTrainedTokenizerBase`): The LLM's; it must know `audio_token`.
         chat_template (`str`, *optional*): Jinja; by default one in the turn format of the tokenizer.
         audio_token (`str`, *optional*, defaults to `"<|audio|>"`): The placeholder of one clip.
-
-    Raises:
-        ValueError: If the tokenizer does not know `audio_token`.
     """
 
     valid_processor_kwargs = ReLLMProcessorKwargs
@@ -79,21 +78,17 @@ class ReLLMProcessor(ProcessorMixin):
         chat_template: str | None = None,
         full_window: bool = True,
         speech_do_normalize: bool = True,
-        max_duration_s: float = 600.0,
+        max_duration_s: float = MAX_DURATION_S,
     ) -> "ReLLMProcessor":
-        """The processor that fits a model.
+        """Make the processor that fits a model.
 
         Args:
             config ([`ReLLMConfig`]): `model.config`.
-            tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`): The LLM's; `<|audio|>` is added if missing.
+            tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`): The LLM's; `<|audio|>` is added if missing,
+                and must be `config.audio_token_id`.
             chat_template (`str`, *optional*): Jinja; by default one in the turn format of the tokenizer.
-            full_window (`bool`, *optional*, defaults to `True`): See [`ReLLMFeatureExtractor`].
-            speech_do_normalize (`bool`, *optional*, defaults to `True`): Of a waveform speech tower, as its
-                `preprocessor_config.json` has it.
-            max_duration_s (`float`, *optional*, defaults to 600): Longest clip accepted, in seconds.
-
-        Raises:
-            ValueError: If the tokenizer's `<|audio|>` is not `config.audio_token_id`.
+            full_window, speech_do_normalize, max_duration_s: See [`ReLLMFeatureExtractor`]; a waveform speech tower's
+                `preprocessor_config.json` says whether it was trained on normalised waveforms.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
@@ -101,15 +96,9 @@ class ReLLMProcessor(ProcessorMixin):
             tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        processor = cls(
-            ReLLMFeatureExtractor(
-                full_window=full_window,
-                max_duration_s=max_duration_s,
-                **extractor_settings(config, speech_do_normalize),
-            ),
-            tokenizer,
-            chat_template=chat_template,
-        )
+        settings = extractor_settings(config, speech_do_normalize)
+        extractor = ReLLMFeatureExtractor(full_window=full_window, max_duration_s=max_duration_s, **settings)
+        processor = cls(extractor, tokenizer, chat_template=chat_template)
         if processor.audio_token_id != config.audio_token_id:
             raise ValueError(
                 f"{AUDIO_TOKEN} is token {processor.audio_token_id} in the tokenizer and {config.audio_token_id} in "
@@ -125,13 +114,13 @@ class ReLLMProcessor(ProcessorMixin):
         system_prompt: str = SYSTEM_PROMPT,
         response: str | None = None,
     ) -> list[dict]:
-        """One spoken turn as the model is trained on it: system prompt, instruction and audio, and the reply if given.
+        """Return one spoken turn as the model is trained on it, with the reply in training.
 
         Args:
-            audio: A path, URL, bytes, array or tensor.
+            audio: What [`~ReLLMFeatureExtractor.read_clip`] takes.
             instruction (`str`, *optional*): Text before the audio; empty for none.
             system_prompt (`str`, *optional*): Empty for no system turn.
-            response (`str`, *optional*): The assistant's turn, in training.
+            response (`str`, *optional*): The assistant's turn.
         """
         content = [{"type": "text", "text": instruction}] if instruction else []
         conversation = [{"role": "user", "content": [*content, {"type": "audio", "audio": audio}]}]
@@ -142,15 +131,62 @@ class ReLLMProcessor(ProcessorMixin):
         return conversation
 
     def apply_request(self, audio: "AudioSource | list[AudioSource]", **kwargs: str) -> BatchFeature:
-        """Model inputs that ask for a reply to a spoken turn, or to a batch of them.
+        """Return model inputs that ask for a reply to a clip, or to each of a list of clips.
 
-        Args:
-            audio: A path, URL, bytes, array or tensor, or a list of these.
-            kwargs: `instruction` and `system_prompt` as in [`~ReLLMProcessor.build_conversation`].
+        `kwargs` are the `instruction` and the `system_prompt` of [`~ReLLMProcessor.build_conversation`].
         """
         clips = audio if isinstance(audio, list) else [audio]
         conversations = [self.build_conversation(clip, **kwargs) for clip in clips]
         return self.apply_chat_template(conversations, tokenize=True, return_dict=True, add_generation_prompt=True)
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict] | list[list[dict]],
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        **kwargs: Any,
+    ) -> "str | list[str] | BatchFeature":
+        """Render a conversation, or a batch of them, as in Transformers; `tokenize=True` reads the clips.
+
+        An audio part holds one of `"audio"` (anything that [`~ReLLMFeatureExtractor.read_clip`] takes), `"path"`,
+        `"url"`, `"bytes"` and `"waveform"` (what `read_clip` returned: it is taken as it is). An array that is not at
+        16 kHz has its rate in the part's `"sampling_rate"`, or all have it in the keyword `sampling_rate`.
+        """
+        if tokenize:
+            rate = _rate_of_arrays(kwargs) or _rate_of_arrays(kwargs.get("processor_kwargs") or {})
+            kwargs.pop("sampling_rate", None)
+            conversation = self.read_audio(conversation, rate)
+            for part in audio_parts(conversation):  # of the copy
+                part["audio"] = part.pop("waveform").view(_Read)
+        return super().apply_chat_template(conversation, chat_template=chat_template, tokenize=tokenize, **kwargs)
+
+    def read_audio(
+        self, conversation: list[dict] | list[list[dict]], sampling_rate: int | None = None
+    ) -> list[dict] | list[list[dict]]:
+        """Return a copy in which every audio part is `{"type": "audio", "waveform": samples}`.
+
+        Conversations and `sampling_rate` are those of [`~ReLLMProcessor.apply_chat_template`].
+        """
+        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        copies: list[list[dict]] = []
+        for messages in cast("list[list[dict]]", conversation if batched else [conversation]):
+            copies.append([])
+            for message in messages:
+                content = message.get("content")
+                if not isinstance(content, str):
+                    content = [dict(part) for part in content or []]
+                copies[-1].append({**message, "content": content})
+        for index, part in enumerate(audio_parts(copies)):
+            given = [key for key in AUDIO_KEYS if part.get(key) is not None]  # Arrow structs have keys with None
+            if len(given) != 1:
+                raise ValueError(f"An audio part needs exactly one of the keys {AUDIO_KEYS}, got {sorted(part)}.")
+            waveform = part[given[0]]
+            if given != ["waveform"]:
+                rate = part.get("sampling_rate") or sampling_rate
+                waveform = self.feature_extractor.read_clip(waveform, rate, index=index)
+            part.clear()
+            part.update(type="audio", waveform=waveform)
+        return copies if batched else copies[0]
 
     def prepare_inputs_layout(
         self,
@@ -160,7 +196,7 @@ class ReLLMProcessor(ProcessorMixin):
         audio: "AudioSource | list[AudioSource] | None" = None,
         **kwargs: Any,
     ) -> tuple[object, list[str] | None, object, list[np.ndarray] | None]:
-        """Read the audio, unless `apply_chat_template` has: from here on it is a flat list of waveforms."""
+        """Read the audio of a call, unless `apply_chat_template` has: it becomes a flat list of waveforms."""
         clips: list[np.ndarray] | None = None
         if isinstance(audio, list) and all(isinstance(clip, _Read) for clip in audio):
             clips = [clip.view(np.ndarray) for clip in cast("list[_Read]", audio)]
@@ -178,78 +214,17 @@ class ReLLMProcessor(ProcessorMixin):
 
     def _process_audio(self, audio: list[np.ndarray], **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         features = self.feature_extractor.extract(audio, only_counted=kwargs.get("only_counted"))
-        return features, [self.replace_audio_token(features, audio_idx=index) for index in range(len(audio))]
-
-    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs: object) -> str:
-        """Return the placeholders of clip `audio_idx`."""
-        return self.audio_token * int(audio_inputs["num_audio_tokens"][audio_idx])
-
-    def apply_chat_template(
-        self,
-        conversation: list[dict] | list[list[dict]],
-        chat_template: str | None = None,
-        tokenize: bool = False,
-        **kwargs: Any,
-    ) -> "str | list[str] | BatchFeature":
-        """Render a conversation as in Transformers; with `tokenize=True` its audio parts are read, each once.
-
-        Args:
-            conversation (`list[dict]` or `list[list[dict]]`): Messages, or a batch of conversations. An audio part has
-                one of `"audio"` (array, path, bytes, `datasets` dictionary), `"path"`, `"url"`, `"bytes"` and
-                `"waveform"` (what [`~ReLLMFeatureExtractor.read_clip`] returned: it is taken as it is), and beside an
-                array its `"sampling_rate"` if that is not 16 kHz.
-            kwargs: `sampling_rate` is the rate of arrays that come without one, in Hz.
-        """
-        if tokenize:
-            rate = _rate_of_arrays(kwargs) or _rate_of_arrays(kwargs.get("processor_kwargs") or {})
-            kwargs.pop("sampling_rate", None)
-            conversation = self.read_audio(conversation, rate)
-            for part in audio_parts(conversation):  # of the copy
-                part["audio"] = part.pop("waveform").view(_Read)
-        return super().apply_chat_template(conversation, chat_template=chat_template, tokenize=tokenize, **kwargs)
-
-    def read_audio(
-        self, conversation: list[dict] | list[list[dict]], sampling_rate: int | None = None
-    ) -> list[dict] | list[list[dict]]:
-        """Return a copy in which every audio part is `{"type": "audio", "waveform": samples}`, read if it was not.
-
-        Args:
-            conversation (`list[dict]` or `list[list[dict]]`): As in [`~ReLLMProcessor.apply_chat_template`].
-            sampling_rate (`int`, *optional*): Rate of arrays that come without one, in Hz; by default the extractor's.
-        """
-        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        copies: list[list[dict]] = []
-        for messages in cast("list[list[dict]]", conversation if batched else [conversation]):
-            copies.append([])
-            for message in messages:
-                content = message.get("content")
-                if not isinstance(content, str):
-                    content = [dict(part) for part in content or []]
-                copies[-1].append({**message, "content": content})
-        for index, part in enumerate(audio_parts(copies)):
-            waveform = self._read_part(part, sampling_rate, index)
-            part.clear()
-            part.update(type="audio", waveform=waveform)
-        return copies if batched else copies[0]
-
-    def _read_part(self, part: dict, sampling_rate: int | None, index: int) -> np.ndarray:
-        given = [key for key in AUDIO_KEYS if part.get(key) is not None]  # Arrow structs have keys with None
-        if len(given) != 1:
-            raise ValueError(f"An audio part needs exactly one of the keys {AUDIO_KEYS}, got {sorted(part)}.")
-        if given == ["waveform"]:
-            return part["waveform"]
-        rate = part.get("sampling_rate") or sampling_rate
-        return self.feature_extractor.read_clip(part[given[0]], rate, index=index)
+        return features, [self.audio_token * int(count) for count in features["num_audio_tokens"]]
 
     @property
     def model_input_names(self) -> list[str]:
-        """Return everything that the model's `forward` takes from here."""
+        """Return the names of everything that the model's `forward` takes from here."""
         names = [*self.tokenizer.model_input_names, *self.feature_extractor.model_input_names, "audio_num_windows"]
         return list(dict.fromkeys(names))
 
     @property
     def unused_input_names(self) -> list[str]:
-        """Return what is made on the way, and is not for the model."""
+        """Return the names of what is made on the way, and is not for the model."""
         return ["num_audio_tokens"]
 
 
@@ -266,4 +241,4 @@ def _rate_of_arrays(kwargs: Mapping[str, Any]) -> int | None:
     return kwargs.get("sampling_rate") or (kwargs.get("audio_kwargs") or {}).get("sampling_rate")
 
 
-__all__ = ["ReLLMProcessor", "audio_parts"]
+__all__ = ["AUDIO_KEYS", "ReLLMProcessor", "audio_parts"]

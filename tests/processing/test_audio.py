@@ -284,7 +284,7 @@ def test_shapes_that_are_no_clip_are_an_error(shape: tuple[int, ...]) -> None:
         load_audio(np.zeros(shape))
 
 
-@pytest.mark.parametrize("container", ["WAV", "FLAC", "CAF", "RF64", "OGG", "MP3"])
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "CAF", "OGG", "MP3"])
 @pytest.mark.parametrize("kept", [0.5, 0.9])
 def test_a_truncated_file_is_an_error(container: str, kept: float) -> None:
     subtype = {"OGG": "OPUS", "MP3": "MPEG_LAYER_III"}.get(container, "PCM_16")
