@@ -4,10 +4,9 @@ Three steps, in the order of the file: open (a path, URL, bytes or file object b
 becomes samples), normalise (checks, one channel, one rate). soundfile decodes, or PyAV where a phone's or a browser's
 container needs it; torchaudio resamples; each is imported on first use.
 
-- 16-bit mono audio that has the target rate already comes back sample-exact (`int16 / 32768`).
-- Bad audio is one built-in exception that names the input, what was expected and the remedy. Nothing is padded,
-  clipped or repaired silently. Silence is no error: in a dialogue a silent turn is something the model has to answer.
-- The duration limit is checked on the header, before anything is decoded.
+16-bit mono audio at the target rate comes back sample-exact (`int16 / 32768`). The duration limit is checked on the
+header. Bad audio is one built-in exception that names the input, what was expected and the remedy; nothing is padded,
+clipped or repaired silently. Silence is no error: in a dialogue a silent turn is something the model has to answer.
 """
 
 from __future__ import annotations
@@ -71,10 +70,8 @@ def load_audio(
 
     Args:
         source: A path, an `http(s)://`, `file://` or `data:` URL, the bytes of an audio file, a binary file object
-            (read from its current position), a waveform as array or tensor, or a row of `datasets`, `{"array",
-            "sampling_rate"}` or `{"bytes", "path"}`. A waveform is `(samples,)`, `(channels, samples)` or `(samples,
-            channels)`; the shorter axis is the channels. Integers are scaled by the range of their type, floats are
-            taken as they are.
+            (read from where it is), an array or tensor, or a row of `datasets`. Arrays are `(samples,)` or 2-D, where
+            the shorter axis is the channels; integers are scaled by the range of their type, floats taken as they are.
         sampling_rate (`int`, *optional*, defaults to 16000): Rate of the result in Hz.
         source_rate (`int`, *optional*): Rate of a waveform in Hz; `None` says that it has `sampling_rate` already.
             Files and rows state their own rate, and another one given here is an error.
@@ -85,11 +82,9 @@ def load_audio(
         `np.ndarray` of shape `(samples,)`: float32, writable, in [-1, 1] for PCM; silence included.
 
     Raises:
-        OSError: No such file, a directory, or a URL that could not be downloaded; the message holds the reason.
+        OSError: No such file, a directory, or a URL that could not be downloaded.
         ValueError: Empty, shorter than 25 ms, longer than `max_duration_s`, NaN or infinite, truncated, not audio, a
             rate or a shape that cannot be, or integers stored as floats.
-        TypeError: `source` is none of the above.
-        ImportError: soundfile (to decode) or torchaudio (to resample) is missing.
     """
     _check_rate(sampling_rate, "sampling_rate", "the result")
     data, stated_rate, name = _unpack(source, name)
@@ -148,7 +143,13 @@ def _open(source: object, name: str | None) -> tuple[BinaryIO, str]:
         scheme = re.match(r"(?:([A-Za-z][A-Za-z0-9+.-]+)://|(data):)", location)
         kind = (scheme[1] or scheme[2]).lower() if scheme else ""
         if kind == "data":
-            return io.BytesIO(_decode_data_url(location)), name or "data: URL"
+            try:
+                with urllib.request.urlopen(location) as response:
+                    return io.BytesIO(response.read()), name or "data: URL"
+            except ValueError as error:  # no comma, or no base64
+                raise ValueError(
+                    f"data: URL {location[:40]!r}… cannot be read ({error}); expected 'data:audio/wav;base64,…'."
+                ) from error
         if kind in ("http", "https"):
             return io.BytesIO(_download(location)), name or location
         if kind not in ("", "file"):
@@ -183,16 +184,6 @@ def _open_path(path: Path) -> BinaryIO:
         raise ValueError(f"{path} is not a regular file. Read it yourself and pass the bytes.")
     # By its descriptor, without a name: soundfile takes the format from that before it looks at the content.
     return os.fdopen(os.open(path, os.O_RDONLY), "rb")
-
-
-def _decode_data_url(url: str) -> bytes:
-    try:
-        with urllib.request.urlopen(url) as response:
-            return response.read()
-    except ValueError as error:  # no comma, or no base64
-        raise ValueError(
-            f"data: URL {url[:40]!r}… cannot be read ({error}); expected 'data:audio/wav;base64,…'. Encode it again."
-        ) from error
 
 
 def _download(url: str) -> bytes:
@@ -343,18 +334,15 @@ def _decode_container(stream: BinaryIO, name: str, max_duration_s: float) -> tup
 
 def _scale(array: np.ndarray, name: str) -> np.ndarray:
     """Turn a waveform of any type, 1-D or 2-D, into float32 `(samples, channels)`."""
-    if array.ndim not in (1, 2):
+    is_flat = array.ndim == 2 and array.size > 0
+    channels = min(array.shape) if is_flat else 1
+    if array.ndim not in (1, 2) or channels > MAX_CHANNELS or (is_flat and array.shape[0] == array.shape[1] > 1):
         raise ValueError(
-            f"{name}: expected 1 or 2 dimensions. Pass one clip at a time, (samples,) or (channels, samples)."
+            f"{name}: expected (samples,), (channels, samples) or (samples, channels), with at most {MAX_CHANNELS} "
+            "channels and more samples than those. Pass one clip at a time."
         )
-    if array.ndim == 2 and array.size:
-        channels = min(array.shape)
-        if channels > MAX_CHANNELS or array.shape[0] == array.shape[1] > 1:
-            raise ValueError(
-                f"{name}: cannot tell channels from samples; one axis must be shorter and at most {MAX_CHANNELS}. "
-                "Pass one clip at a time as (samples,) or (channels, samples)."
-            )
-        array = array.T if array.shape[0] == channels else array
+    if is_flat and array.shape[0] == channels:
+        array = array.T
     samples = array.reshape(array.shape[0], -1) if array.size else np.zeros((0, 1), np.float32)
     kind, bits = array.dtype.kind, 8 * array.dtype.itemsize
     if kind == "f":
@@ -480,8 +468,6 @@ __all__ = [
     "SAMPLING_RATE",
     "AudioSource",
     "check_waveform",
-    "container_kind",
-    "has_pyav",
     "load_audio",
     "resample",
 ]

@@ -50,15 +50,11 @@ _TEMPLATE = """\
 
 
 def build_chat_template(vocabulary: dict[str, int], eos_token: str, audio_token: str = AUDIO_TOKEN) -> str:
-    """A Jinja chat template in the turn format that a tokenizer's own tokens show: ChatML, Llama 3, Gemma, or plain.
+    """Make a Jinja chat template in the turn format that the tokens of a vocabulary show: ChatML, Llama 3 or Gemma.
 
-    It is ours and not the LLM's own, because it has to place audio, mark the reply with `{% generation %}` for the
-    training labels, inject no system prompt, and be the same in training and generation.
-
-    Args:
-        vocabulary (`dict[str, int]`): Of the tokenizer.
-        eos_token (`str`): Ends a turn in the plain format, "role: content" and this token.
-        audio_token (`str`, *optional*, defaults to `"<|audio|>"`): The placeholder of one clip.
+    Without such tokens a turn is "role: content" and `eos_token`. It is ours and not the LLM's own, because it has to
+    place audio, mark the reply with `{% generation %}` for the training labels, inject no system prompt, and be the
+    same in training and generation.
     """
     plain: Turn = ("{role}: ", eos_token, "\n", {})
     header, end, after, roles = next((turn for token, turn in _TURNS.items() if token in vocabulary), plain)

@@ -1,0 +1,76 @@
+"""Every room that takes a clip from a user reads it once: decoded once, resampled once, checked once."""
+
+import base64
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import soundfile
+from tiny_models import clip, tiny_config, tiny_model, tiny_processor
+
+from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
+from relllm.evaluation.predicting import encode_clips
+from relllm.inference.conversation import Conversation
+from relllm.inference.replies import hear, reply
+from relllm.inference.server.prompts import Limits, PromptReader
+from relllm.inference.server.schema import ChatRequest
+from relllm.processing import audio_relllm
+from relllm.training.augmentation import Augmentation, AugmentationSettings
+from relllm.training.collator import ReLLMCollator
+
+GAIN = AugmentationSettings(augment_gain_db=[-6.0, 3.0], augment_probability=1.0)
+STEPS = ("_decode", "resample", "_check_samples")
+
+
+@pytest.fixture(scope="module")
+def system() -> tuple[ReLLMForConditionalGeneration, ReLLMProcessor]:
+    config = tiny_config()
+    return tiny_model(config), tiny_processor(config)
+
+
+def server(model, processor: ReLLMProcessor, path: Path) -> None:
+    data = base64.b64encode(path.read_bytes()).decode()
+    part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    request = ChatRequest.model_validate({"model": "tiny", "messages": [{"role": "user", "content": [part]}]})
+    prompt = PromptReader(processor, Limits()).read_chat(request)
+    processor.feature_extractor.extract(prompt.waveforms)
+
+
+def collator(model, processor: ReLLMProcessor, path: Path, augmentation: Augmentation | None = None) -> None:
+    row = {"id": "a", "audio": str(path), "response": "I see."}
+    ReLLMCollator(processor, model.config.emotion_labels, augmentation=augmentation)([row])
+
+
+WAYS: dict[str, Callable] = {
+    "reply": lambda model, processor, path: reply(model, processor, path, max_new_tokens=1),
+    "hear": lambda model, processor, path: list(hear(model, processor, [path])),
+    "conversation": lambda model, processor, path: Conversation(model, processor).say(path, max_new_tokens=1),
+    "evaluation": lambda model, processor, path: encode_clips(
+        model, processor, [processor.feature_extractor.read_clip(path)]
+    ),
+    "server": server,
+    "training": collator,
+    "training, augmented": lambda model, processor, path: collator(model, processor, path, Augmentation(GAIN, seed=0)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_clip_is_read_once(way: str, system, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, clip(0.5, rate=24_000), 24_000)
+    calls: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        function = getattr(audio_relllm, name)
+
+        def counted(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(audio_relllm, name, counted)
+
+    for name in STEPS:
+        count(name)
+    WAYS[way](*system, path)
+    assert calls == Counter(dict.fromkeys(STEPS, 1))
