@@ -1,8 +1,7 @@
-"""Metrics against naive formulas and other libraries, their degenerate cases, and plots that are written."""
+"""Metrics against naive formulas and other libraries, and their degenerate cases."""
 
 import math
 import warnings
-from pathlib import Path
 
 import audmetric
 import numpy as np
@@ -10,20 +9,8 @@ import pytest
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, root_mean_squared_error
 
-from relllm.evaluation.plots import (
-    ForestLine,
-    plot_confusion_matrix,
-    plot_forest,
-    plot_levels,
-    plot_reliability,
-    plot_valence_arousal,
-)
 from relllm.labels import EMOTIONS
 from relllm.metrics import calibration_metrics, concordances, dimension_metrics, recognition_metrics
-
-
-def is_png(path: Path) -> bool:
-    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_recognition_agrees_with_the_naive_formulas() -> None:
@@ -125,24 +112,6 @@ def test_undefined_values_are_none_and_never_nan(labels: list, predictions: list
 def test_dimensions_refuse_what_they_cannot_count(labels: dict, predictions: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dimension_metrics(labels, predictions)
-
-
-def test_the_confusion_matrix_is_drawn(tmp_path: Path) -> None:
-    path = plot_confusion_matrix([[3, 0], [0, 0]], ["sad", "happy"], tmp_path / "new" / "matrix.png", title="UA")
-    assert path == tmp_path / "new" / "matrix.png" and is_png(path)
-    with pytest.raises(ValueError, match="Expected a 2 x 2 matrix"):
-        plot_confusion_matrix([[1]], ["sad", "happy"], path)
-
-
-def test_the_valence_arousal_plane_is_drawn(tmp_path: Path) -> None:
-    path = plot_valence_arousal(
-        [0.1, 0.9], [0.2, 0.8], [0.3, 1.4], [-0.2, 0.7], ["sad", "happy"], tmp_path / "plane.png"
-    )
-    assert is_png(path)
-    with pytest.raises(ValueError, match="at least one clip"):
-        plot_valence_arousal([], [], [], [], [], path)
-    with pytest.raises(ValueError, match="same number of values"):
-        plot_valence_arousal([0.1], [0.1, 0.2], [0.1], [0.1], ["sad"], path)
 
 
 RNG = np.random.default_rng(2)
@@ -275,20 +244,3 @@ def test_calibration_of_one_clip_ties_and_certainty() -> None:
 def test_calibration_refuses_what_it_cannot_count(labels: list[str], row: dict | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         calibration_metrics(labels, [] if row is None else [row], ["sad", "happy"])
-
-
-def test_reliability_levels_and_forest_are_drawn(tmp_path: Path) -> None:
-    bins = calibration_metrics(["sad"], [{"sad": 0.7, "happy": 0.3}], ["sad", "happy"])["bins"]
-    assert is_png(plot_reliability(bins, tmp_path / "reliability.png", title="ECE"))
-    levels = {"RE-LLM": {"ER": [1, 2, 3]}, "none": {"ER": [3, 2, 1]}}
-    assert is_png(plot_levels(levels, tmp_path / "levels.png"))
-    line = ForestLine("RE-LLM", None, None, published=None)
-    assert is_png(plot_forest({("ER", "esd"): [line]}, tmp_path / "forest.png"))
-    with pytest.raises(ValueError, match="no reliability curve"):
-        plot_reliability([{**one, "num_clips": 0} for one in bins], tmp_path / "x.png")  # type: ignore[typeddict-item]
-    with pytest.raises(ValueError, match="same mechanisms and levels"):
-        plot_levels({**levels, "other": {"EX": [1, 1, 1]}}, tmp_path / "x.png")
-    with pytest.raises(ValueError, match="no replies with a level of ER"):
-        plot_levels({"RE-LLM": {"ER": [0, 0, 0]}}, tmp_path / "x.png")
-    with pytest.raises(ValueError, match="no gain to draw"):
-        plot_forest({}, tmp_path / "x.png")

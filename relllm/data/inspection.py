@@ -269,7 +269,7 @@ def write_report(inspection: Inspection, out: Path) -> list[Path]:
     Raises:
         ImportError: If there is something to plot and matplotlib is missing (`pip install relllm[data]`).
     """
-    from .pictures import plot_valence_arousal_labels
+    from relllm.plots import plot_valence_arousal_labels
 
     content = {
         "data": inspection.data,

@@ -92,8 +92,9 @@ def prepare_corpus(
         BlockingIOError: Another process is writing the data set.
         ImportError: `datasets` or matplotlib is missing (`pip install relllm[data]`), or silero-vad with `vad`.
     """
+    from relllm.plots import check_matplotlib, plot_report
+
     from .card import write_card
-    from .pictures import check_matplotlib, plot_report
 
     check_matplotlib()
     clips = clips or ClipSettings()

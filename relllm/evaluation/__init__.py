@@ -5,5 +5,4 @@
 - Empathy scorers: `empathy_*.py`.
 - Runs side by side: `runs.py` → `comparison.py` (`measures.py`, `statistics.py`, `published.py`) →
   `comparison_tables.py`, `tables.py`.
-- Pictures of all of it: `plots.py`.
 """

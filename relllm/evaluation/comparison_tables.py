@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from relllm.data.journal import write_json
+from relllm.plots import ForestLine, plot_forest, plot_levels
 
 from .comparison import SYSTEM_TITLES, Cell, Comparison, Gain
 from .measures import Metric
-from .plots import ForestLine, plot_forest, plot_levels
 from .published import PUBLISHED_GAINS, PUBLISHED_VALUES, SOURCE
 from .summary import LEVELS, MECHANISMS
 from .tables import Table, to_latex, to_markdown

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from relllm.labels import DIMENSIONS
 from relllm.metrics import calibration_metrics, dimension_metrics, recognition_metrics
-
-from .plots import plot_confusion_matrix, plot_levels, plot_reliability, plot_valence_arousal
+from relllm.plots import plot_confusion_matrix, plot_levels, plot_reliability, plot_valence_arousal
 
 WAYS = ("generated", "likelihood", "head")  # of recognising an emotion
 MECHANISMS = ("ER", "IP", "EX")  # of empathy, after EPITOME

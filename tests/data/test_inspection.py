@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from relllm.cli import app
 from relllm.data import inspection
 from relllm.data.inspection import Inspection, check_table, inspect_corpus, measure_clip, summarize, write_report
-from relllm.data.pictures import plot_valence_arousal_labels
+from relllm.plots import plot_valence_arousal_labels
 
 disable_progress_bars()
 RATE = 16_000
@@ -271,7 +271,7 @@ def test_data_without_audio_and_data_that_is_not_there_are_refused(tmp_path: Pat
 
 
 def test_a_plot_of_nothing_or_of_other_lengths_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got 1, 2 and 1"):
+    with pytest.raises(ValueError, match="got \\[1, 2, 1\\]"):
         plot_valence_arousal_labels([0.1], [0.1, 0.2], ["sad"], tmp_path / "a.png")
     with pytest.raises(ValueError, match="at least one clip"):
         plot_valence_arousal_labels([], [], [], tmp_path / "a.png")

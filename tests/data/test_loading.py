@@ -165,7 +165,7 @@ SPLIT_OF = ("train", "train", "train", "validation", "test2", "test2")
 def prepared(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Six rows in three splits, one of which has a name that `datasets` does not know; two shards of train."""
     monkeypatch.setattr("relllm.data.preparing.SHARD_ROWS", 2)
-    monkeypatch.setattr("relllm.data.pictures.plot_report", lambda *args, **options: [])
+    monkeypatch.setattr("relllm.plots.plot_report", lambda *args, **options: [])
     audio = str(corpus / "audio/a.wav")
     rows = [
         Row(**(dict.fromkeys(COLUMNS) | {"id": f"r{index}", "audio": audio, "session": session, "split": split}))

@@ -40,7 +40,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relllm.data.pictures.plot_report", lambda *args, **options: [])
+    monkeypatch.setattr("relllm.plots.plot_report", lambda *args, **options: [])
 
 
 def make_row(path: Path, number: int, **changes: object) -> Row:

@@ -28,9 +28,9 @@ from transformers.utils.hub import cached_file
 from relllm import __version__
 from relllm.data.journal import Journal, write_json
 from relllm.metrics import recognition_metrics
+from relllm.plots import plot_confusion_matrix
 
 from ..fingerprints import model_fingerprint
-from ..plots import plot_confusion_matrix
 from ..summary import LEVELS, MECHANISMS
 from .epitome import PairCollator, describe_split, encode_pairs, read_pairs, split_pairs
 from .rationales import rationale_metrics
