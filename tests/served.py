@@ -19,22 +19,31 @@ from openai import OpenAI
 from tiny_models import RATE, clip, conversation_inputs
 
 from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
+from relllm.inference.inference_settings import BatchSettings, RequestLimits
 from relllm.inference.server.app import Service
-from relllm.inference.server.engine import EngineSettings
-from relllm.inference.server.prompts import Limits
-from relllm.inference.server.server import Server, bind, build_service
+from relllm.inference.server.decoding import Job
+from relllm.inference.server.server import Server, bind_socket, build_service
 
 NAME = "tiny"
 
 
 @dataclass
 class Running:
-    """A server in a thread."""
+    """A server in a thread, with the batches that its engine has begun, in order."""
 
     server: Server
     service: Service
     port: int
     thread: threading.Thread
+    batches: list[list[Job]]
+
+    @property
+    def num_waiting(self) -> int:
+        return self.service.engine.num_waiting
+
+    def dropped(self) -> int:
+        """Requests that were given up because their client had gone."""
+        return sum(job.cancelled and job.finished for batch in self.batches for job in batch)
 
     @property
     def url(self) -> str:
@@ -51,20 +60,28 @@ def serving(
     processor: ReLLMProcessor,
     *,
     api_key: str | None = None,
-    settings: EngineSettings | None = None,
-    limits: Limits | None = None,
+    settings: BatchSettings | None = None,
+    limits: RequestLimits | None = None,
     grace_s: float = 5.0,
 ) -> Iterator[Running]:
     """A server on a free port; it has stopped when the block is left."""
     service = build_service(model, processor, name=NAME, api_key=api_key, settings=settings, limits=limits)
+    batches: list[list[Job]] = []
+    answer = service.engine._answer
+
+    def recorded(batch: list[Job]) -> None:
+        batches.append(batch)
+        answer(batch)
+
+    service.engine._answer = recorded
     started = threading.Event()
     server = Server(service, grace_s=grace_s, announce=started.set)
-    sock = bind("127.0.0.1", 0)
+    sock = bind_socket("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:
         assert started.wait(30), "the server did not start"
-        yield Running(server, service, sock.getsockname()[1], thread)
+        yield Running(server, service, sock.getsockname()[1], thread, batches)
     finally:
         server.should_exit = True
         thread.join(30)

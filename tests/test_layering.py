@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "modeling": set(),
     "data": BASE | {"plots"},
     "training": BASE | {"data", "metrics"},
-    "inference": BASE | {"demo"},
+    "inference": BASE,
     "evaluation": BASE | {"data", "inference", "metrics", "plots"},
     "conversion": BASE,
     "hub": BASE | {"data", "evaluation"},
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 # Loaded only where they are used: some are extras, and each costs start-up time.
-HEAVY = {"datasets", "fastapi", "gradio", "matplotlib", "peft", "prometheus_client", "sounddevice", "trl", "uvicorn"}
+HEAVY = {"datasets", "fastapi", "gradio", "matplotlib", "peft", "sounddevice", "trl", "uvicorn"}
 LIGHT_ROOMS = (*HUB_ROOMS, "__init__", "registration", "cli")
 # As in `transformers.dynamic_module_utils.get_relative_imports`: docstrings and comments count.
 HUB_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)")

@@ -5,7 +5,7 @@ Heavy imports are inside the commands, so that `--help` answers at once.
 
 import typer
 
-from . import chat, data, empathy, evaluation, hub, serving, talk, training, web
+from . import data, empathy, evaluation, hub, serving, talking, training
 from .options import same_flag
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": same_flag},
 )
-for group in (talk, chat, web, serving, data, training, evaluation, empathy, hub):
+for group in (talking, serving, data, training, evaluation, empathy, hub):
     app.add_typer(group.app)
 
 

@@ -1,8 +1,8 @@
 """A command's flags from the dataclass of its settings, so that each is declared, and explained, once.
 
 A field is an option: its name is the flag, its default the flag's, `metadata` what Typer shows and checks:
-`{"help": "…"}`, and where it applies `"min"` and `"max"`, `"argument": True` (no flag in front) and `"flags"` (other
-spellings). A field that is a tuple is given with commas. `output_dir` may be written `--out`.
+`{"help": "…"}`, and where it applies `"min"` and `"max"`, `"envvar"`, `"argument": True` (no flag in front) and
+`"flags"` (other spellings). A field that is a tuple is given with commas. `output_dir` may be written `--out`.
 
 The dataclasses live in their rooms, in files that import nothing heavy: `relllm --help` reads them all.
 """
@@ -64,7 +64,7 @@ def same_flag(name: str) -> str:
 def _parameter(field: dataclasses.Field, kind: Any) -> inspect.Parameter:
     """One option or argument, as Typer takes it from a signature."""
     told: Mapping[str, Any] = field.metadata
-    limits = {name: told[name] for name in ("min", "max") if name in told}
+    limits = {name: told[name] for name in ("min", "max", "envvar") if name in told}
     default = field.default
     if default is dataclasses.MISSING:
         default = inspect.Parameter.empty

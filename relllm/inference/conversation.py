@@ -1,8 +1,5 @@
 """A conversation of many turns with one model: no clip is encoded twice, and the LLM reads only what is new.
 
-What lives here: [`Conversation`] and its cache over turns. What does not: single replies and batches (`inference.py`),
-the terminal and the page that people talk through (`cli/chat.py`, `web/`).
-
 The rule: every turn renders the whole conversation and compares its token ids with those that the key-value cache
 holds. What agrees from the start is kept, the rest of the cache is cut off, and the LLM reads on from there. So a
 reply is the one that a fresh pass over the whole conversation gives, also where a chat template writes earlier turns
@@ -12,13 +9,12 @@ never inside a clip; a clip behind it is read again from its stored positions, w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature, Cache, DynamicCache
+from transformers import BatchFeature, Cache, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
@@ -27,7 +23,7 @@ from relllm.processing.audio_relllm import AudioSource
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 
-from .replies import Hearing, read_hearings
+from .replies import Heard, Reply, read_heard
 
 # Options of `generate` that the conversation sets itself, or whose output is more than one reply.
 RESERVED_OPTIONS = frozenset(
@@ -43,27 +39,6 @@ RESERVED_OPTIONS = frozenset(
         "use_cache",
     }
 )
-
-
-@dataclass
-class Turn:
-    """One exchange of a conversation.
-
-    Args:
-        text (`str`): The reply.
-        hearing ([`Hearing`], *optional*): What the model heard in the turn's clip; `None` for a typed turn.
-    """
-
-    text: str
-    hearing: Hearing | None
-
-
-@dataclass
-class _Clip:
-    """A clip of the conversation: its samples and its positions `(tokens, d)`."""
-
-    waveform: np.ndarray
-    positions: Tensor
 
 
 class Conversation:
@@ -95,10 +70,8 @@ class Conversation:
 
     def reset(self) -> None:
         """Begin anew: no turn, and nothing in the cache."""
-        self._messages: list[dict] = []
-        if self.system_prompt:
-            self._messages.append({"role": "system", "content": self.system_prompt})
-        self._clips: list[_Clip] = []
+        self._messages = first_messages(self.system_prompt)
+        self._positions: list[Tensor] = []  # of each clip, `(positions, d)`
         self._cache: Cache | None = None
         self._cached_ids = torch.zeros(0, dtype=torch.long)
 
@@ -106,6 +79,11 @@ class Conversation:
     def messages(self) -> list[dict]:
         """The turns so far, as [`~ReLLMProcessor.apply_chat_template`] takes them; audio parts hold waveforms."""
         return list(self._messages)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the replies."""
+        return self.processor.tokenizer
 
     @torch.no_grad()
     def say(
@@ -116,7 +94,7 @@ class Conversation:
         streamer: BaseStreamer | None = None,
         max_new_tokens: int = 128,
         **options: object,
-    ) -> Turn:
+    ) -> Reply:
         """Say something and get the reply. A turn that fails or is interrupted has not been said.
 
         Args:
@@ -131,53 +109,45 @@ class Conversation:
             ValueError: If there is neither audio nor text, on bad audio (the message names it), on an option that the
                 conversation sets itself, or if the conversation is longer than the LLM reads.
         """
-        if audio is None and not (text or "").strip():
-            raise ValueError("A turn needs audio or text that is not blank, got neither.")
+        check_turn(audio, text)
         if reserved := sorted(RESERVED_OPTIONS & options.keys()):
             raise ValueError(f"A conversation sets {', '.join(reserved)} itself. Leave it out.")
-        clips, hearing = self._clips, None
-        content: list[dict[str, object]]
-        if audio is None:
-            content = [{"type": "text", "text": text}]
-        else:
-            clip, hearing = self._hear(audio)
-            clips = [*clips, clip]
+        positions, heard = self._positions, None
+        content: list[dict[str, object]] = [{"type": "text", "text": text}]
+        if audio is not None:
+            waveform, new, heard = self._encode(audio)
+            positions = [*positions, new]
             before = text or self.instruction
             content = [{"type": "text", "text": before}] if before else []
-            content.append({"type": "audio", "waveform": clip.waveform})
+            content.append({"type": "audio", "waveform": waveform})
         messages = [*self._messages, {"role": "user", "content": content}]
-        ids = self._render(messages, clips)
+        ids = self._render(messages, len(positions))
         self._check_length(ids.shape[1], max_new_tokens)
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, "streamer": streamer, **options}
-        reply_ids = self._generate(ids, clips, options)
-        reply = self.processor.tokenizer.decode(
-            reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        reply_ids = self._generate(ids, positions, options)
+        reply = self.tokenizer.decode(reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._messages = [*messages, {"role": "assistant", "content": reply}]
-        self._clips = clips
-        return Turn(reply.strip(), hearing)
+        self._positions = positions
+        return Reply(reply.strip(), heard)
 
-    def _hear(self, audio: AudioSource) -> tuple[_Clip, Hearing]:
-        """Encode one clip: the only place where the towers run."""
+    def _encode(self, audio: AudioSource) -> tuple[np.ndarray, Tensor, Heard]:
+        """Return a clip's samples, its positions and what was heard: the only place where the towers run."""
         extractor = self.processor.feature_extractor
         waveform = extractor.read_clip(audio)
         inputs = extractor.extract([waveform])
         inputs.pop("num_audio_tokens", None)
-        heard = self.model.get_audio_features(**inputs.to(self.model.device), return_dict=True)
-        return _Clip(waveform, heard.pooler_output), read_hearings(self.model, heard)[0]
+        encoded = self.model.get_audio_features(**inputs.to(self.model.device), return_dict=True)
+        return waveform, encoded.pooler_output, read_heard(self.model, encoded)[0]
 
-    def _render(self, messages: list[dict], clips: list[_Clip]) -> Tensor:
-        """Token ids `(1, sequence)` of the conversation with the assistant's header at the end; no features."""
-        counted: dict[str, object] = {}
-        if clips:
-            counted["only_counted"] = [True] * len(clips)
+    def _render(self, messages: list[dict], num_clips: int) -> Tensor:
+        """Return token ids `(1, sequence)` with the assistant's header at the end; clips are only counted."""
         inputs = self.processor.apply_chat_template(
             messages,
             tokenize=True,
             return_dict=True,
             add_generation_prompt=True,
             sanitize_control_tokens=True,  # a typed <|audio|> is text
-            processor_kwargs=counted,
+            processor_kwargs={"only_counted": [True] * num_clips} if num_clips else {},
         )
         return cast(BatchFeature, inputs)["input_ids"]
 
@@ -189,8 +159,8 @@ class Conversation:
                 f"{limit}. Begin anew with `reset()`, or allow a shorter reply."
             )
 
-    def _generate(self, ids: Tensor, clips: list[_Clip], options: dict) -> Tensor:
-        """The reply's token ids `(tokens,)`; the cache then holds everything but the last of them."""
+    def _generate(self, ids: Tensor, positions: list[Tensor], options: dict) -> Tensor:
+        """Return the reply's token ids `(tokens,)`; the cache then holds everything but the last of them."""
         num_beams = options.get("num_beams", self.model.generation_config.num_beams) or 1
         cache, start = self._take_cache(ids)
         if num_beams > 1:  # a beam search leaves a cache of its beams, and not of the reply
@@ -200,7 +170,7 @@ class Conversation:
             options |= {"past_key_values": cache, "use_cache": True, "cache_implementation": None}
         is_audio = ids[0] == self.model.config.audio_token_id
         read = int(is_audio[:start].sum())  # positions of clips before the cut
-        if clips and (behind := torch.cat([clip.positions for clip in clips])[read:]).shape[0]:
+        if positions and (behind := torch.cat(positions)[read:]).shape[0]:
             options["mm_encoder_outputs"] = {"audio": ReLLMAudioOutput(pooler_output=behind)}
         device_ids = ids.to(self.model.device)
         said = self.model.generate(input_ids=device_ids, attention_mask=torch.ones_like(device_ids), **options)[0]
@@ -209,7 +179,7 @@ class Conversation:
         return said[ids.shape[1] :].cpu()
 
     def _take_cache(self, ids: Tensor) -> tuple[Cache, int]:
-        """A cache for these ids and the number of positions in it that are theirs.
+        """Return a cache for these ids and the number of positions in it that are theirs.
 
         It is taken out of the conversation, so that a turn that fails half-way leaves none behind.
         """
@@ -221,8 +191,19 @@ class Conversation:
         return DynamicCache(config=self.model.config.get_text_config(decoder=True)), 0
 
 
+def first_messages(system_prompt: str) -> list[dict]:
+    """Return what a conversation begins with: the system turn, or nothing."""
+    return [{"role": "system", "content": system_prompt}] if system_prompt else []
+
+
+def check_turn(audio: AudioSource | None, text: str | None) -> None:
+    """Raise a `ValueError` if a turn has neither audio nor text."""
+    if audio is None and not (text or "").strip():
+        raise ValueError("A turn needs audio or text that is not blank, got neither.")
+
+
 def _cut(ids: Tensor, cached: Tensor, audio_token_id: int) -> int:
-    """Where the new ids leave the cached ones; before the last position, which has to be read, and not in a clip."""
+    """Return where the new ids leave the cached: before the last position, which has to be read, and in no clip."""
     length = min(len(cached), len(ids) - 1)
     differs = (ids[:length] != cached[:length]).nonzero()
     start = int(differs[0]) if len(differs) else length
@@ -233,7 +214,7 @@ def _cut(ids: Tensor, cached: Tensor, audio_token_id: int) -> int:
 
 
 def _crop(cache: Cache, length: int) -> bool:
-    """Cut the cache to a length; `False` if it has to be made anew.
+    """Cut the cache to a length; return `False` if it has to be made anew.
 
     A layer with a sliding window has forgotten what a cut would bring back, but may go on where it is. Any other kind
     (a recurrent state) is not trusted to go on with several positions at once.
@@ -245,6 +226,3 @@ def _crop(cache: Cache, length: int) -> bool:
     if surplus:
         cache.crop(-surplus)
     return True
-
-
-__all__ = ["Conversation", "Turn"]

@@ -1,7 +1,4 @@
-"""Recording from this machine's microphone, with the optional `sounddevice`.
-
-Not here: a browser's microphone (`web/`).
-"""
+"""Recording from this machine's microphone, with the optional `sounddevice`."""
 
 from __future__ import annotations
 
@@ -11,10 +8,7 @@ import numpy as np
 
 
 def record(until: Callable[[], object]) -> dict[str, object]:
-    """Record, mono, at the device's own rate, for as long as `until` runs.
-
-    Args:
-        until (`Callable`): Returns when the recording is to end, for example `input`.
+    """Record, mono, at the device's own rate, until `until()` returns (`input`, for example).
 
     Returns:
         `dict`: `{"array": np.ndarray of shape (samples,), "sampling_rate": int}`, which every reader of audio takes.
@@ -45,6 +39,3 @@ def record(until: Callable[[], object]) -> dict[str, object]:
             f"The microphone does not open: {error}. Is one connected, and may this program use it?"
         ) from error
     return {"array": np.concatenate(blocks or [np.zeros(0, np.float32)]), "sampling_rate": rate}
-
-
-__all__ = ["record"]

@@ -28,12 +28,12 @@ GREEDY = {
 
 
 @dataclass
-class Hearing:
-    """What the model hears in one clip.
+class Heard:
+    """What the model makes of one clip, by its two heads.
 
     Args:
-        probabilities (`dict[str, float]`): Of each emotion, by the auxiliary head.
-        dimensions (`dict[str, float]`): Arousal, dominance, valence, about 0 to 1, by the auxiliary head.
+        probabilities (`dict[str, float]`): By emotion.
+        dimensions (`dict[str, float]`): Arousal, dominance and valence, about 0 to 1.
     """
 
     probabilities: dict[str, float]
@@ -44,13 +44,17 @@ class Hearing:
         """The most probable one."""
         return max(self.probabilities, key=self.probabilities.__getitem__)
 
+    def __str__(self) -> str:
+        dimensions = "  ".join(f"{name} {value:.2f}" for name, value in self.dimensions.items())
+        return f"{self.emotion} {self.probabilities[self.emotion]:.0%}  {dimensions}"
+
 
 @dataclass
 class Reply:
-    """An answer to one spoken turn: its text, and what the model heard."""
+    """An answer to one turn: its text, and what was heard in the turn's clip (`None` for a typed turn)."""
 
     text: str
-    hearing: Hearing
+    heard: Heard | None
 
 
 @torch.no_grad()
@@ -77,17 +81,17 @@ def reply(
     """
     inputs = processor.apply_request(audio, **request).to(model.device)
     text_inputs = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
-    heard = model.get_audio_features(**inputs, return_dict=True)
+    encoded = model.get_audio_features(**inputs, return_dict=True)
     generated = model.generate(
         **text_inputs,
-        mm_encoder_outputs={"audio": heard},
+        mm_encoder_outputs={"audio": encoded},
         max_new_tokens=max_new_tokens,
         do_sample=False,
         streamer=streamer,
     )
     prompt_length = text_inputs["input_ids"].shape[1]
     text = processor.tokenizer.decode(generated[0, prompt_length:], skip_special_tokens=True).strip()
-    return Reply(text, read_hearings(model, heard)[0])
+    return Reply(text, read_heard(model, encoded)[0])
 
 
 @torch.no_grad()
@@ -97,18 +101,12 @@ def hear(
     clips: Sequence[AudioSource],
     *,
     batch_size: int = 16,
-) -> Iterator[Hearing]:
-    """Emotion and dimensions of many clips, in order. The LLM does not run.
-
-    Args:
-        model ([`ReLLMForConditionalGeneration`]), processor ([`ReLLMProcessor`]): Of one checkpoint.
-        clips: Paths, URLs, bytes, arrays or tensors.
-        batch_size (`int`, *optional*, defaults to 16): Clips encoded at once.
-    """
+) -> Iterator[Heard]:
+    """Yield the emotion and the dimensions of many clips, in order, `batch_size` encoded at once. No LLM runs."""
     for start in range(0, len(clips), batch_size):
         inputs = processor.feature_extractor(list(clips[start : start + batch_size]))
         inputs.pop("num_audio_tokens", None)
-        yield from read_hearings(model, model.get_audio_features(**inputs.to(model.device), return_dict=True))
+        yield from read_heard(model, model.get_audio_features(**inputs.to(model.device), return_dict=True))
 
 
 @torch.no_grad()
@@ -120,7 +118,7 @@ def generate_answers(
     max_new_tokens: int = 128,
     **options: object,
 ) -> Tensor:
-    """Greedy answers to a batch of prompts, without any penalty of the checkpoint's generation settings.
+    """Return the greedy answers to prompts, without any penalty of the checkpoint's generation settings.
 
     Args:
         model (`PreTrainedModel`): A [`ReLLMForConditionalGeneration`] or any causal LM.
@@ -132,8 +130,8 @@ def generate_answers(
     Returns:
         `torch.LongTensor` of shape `(batch, tokens)`: The answers alone.
     """
-    heard = {"mm_encoder_outputs": {"audio": audio}} if audio is not None else {}
-    output = model.generate(**inputs, **heard, max_new_tokens=max_new_tokens, **{**GREEDY, **options})
+    encoded = {"mm_encoder_outputs": {"audio": audio}} if audio is not None else {}
+    output = model.generate(**inputs, **encoded, max_new_tokens=max_new_tokens, **{**GREEDY, **options})
     return output[:, inputs["input_ids"].shape[1] :]
 
 
@@ -145,7 +143,7 @@ def score_answers(
     *,
     audio: ReLLMAudioOutput | None = None,
 ) -> Tensor:
-    """Log-probability of each of some answers to each prompt: the sum over the answer's tokens.
+    """Return the log-probability of each answer to each prompt: the sum over the answer's tokens.
 
     The prompt runs once; all answers go on from its key-value cache in one batch.
 
@@ -164,7 +162,7 @@ def score_answers(
     """
     if not all(answers):
         raise ValueError(f"Expected at least one token in every answer, got {[list(answer) for answer in answers]}.")
-    heard = {"mm_encoder_outputs": {"audio": audio}} if audio is not None else {}
+    encoded = {"mm_encoder_outputs": {"audio": audio}} if audio is not None else {}
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     prompt = model(
@@ -173,7 +171,7 @@ def score_answers(
         position_ids=positions,
         use_cache=True,
         logits_to_keep=1,
-        **heard,
+        **encoded,
     )
     batch, device = mask.shape[0], mask.device
     lengths = torch.tensor([len(answer) for answer in answers], device=device)
@@ -199,20 +197,12 @@ def score_answers(
     return (scores * valid).sum(-1).reshape(batch, len(answers))
 
 
-def read_hearings(model: ReLLMForConditionalGeneration, heard: ReLLMAudioOutput) -> list[Hearing]:
-    """Emotion and dimensions of each clip of an encoded batch, in order.
-
-    Args:
-        model ([`ReLLMForConditionalGeneration`]): Whose labels they are.
-        heard ([`ReLLMAudioOutput`]): Of its `get_audio_features`.
-    """
-    assert heard.emotion_logits is not None and heard.dimensions is not None  # the heads always run
+def read_heard(model: ReLLMForConditionalGeneration, encoded: ReLLMAudioOutput) -> list[Heard]:
+    """Return what was heard in each clip that the model's `get_audio_features` encoded, in order."""
+    assert encoded.emotion_logits is not None and encoded.dimensions is not None  # the heads always run
     labels = model.config.emotion_labels
-    probabilities = heard.emotion_logits.float().softmax(-1).tolist()
+    probabilities = encoded.emotion_logits.float().softmax(-1).tolist()
     return [
-        Hearing(dict(zip(labels, row, strict=True)), dict(zip(DIMENSIONS, values, strict=True)))
-        for row, values in zip(probabilities, heard.dimensions.float().tolist(), strict=True)
+        Heard(dict(zip(labels, row, strict=True)), dict(zip(DIMENSIONS, values, strict=True)))
+        for row, values in zip(probabilities, encoded.dimensions.float().tolist(), strict=True)
     ]
-
-
-__all__ = ["GREEDY", "Hearing", "Reply", "generate_answers", "hear", "read_hearings", "reply", "score_answers"]

@@ -1,8 +1,4 @@
-"""A conversation with a bare LLM that reads words only: what RE-LLM's replies are set beside.
-
-What lives here: [`TextConversation`] and the [`Transcriber`] that finds words in its spoken turns. What does not: the
-conversation of a model that hears (`conversation.py`), measured comparisons (`evaluation/`).
-"""
+"""A conversation with a bare LLM that reads words only, and who writes its spoken turns down for it."""
 
 from __future__ import annotations
 
@@ -17,7 +13,8 @@ from relllm.processing.audio_relllm import SAMPLING_RATE, AudioSource, load_audi
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT, build_chat_template
 
-from .conversation import Turn
+from .conversation import check_turn, first_messages
+from .replies import Reply
 
 
 class NoWordsError(ValueError):
@@ -25,7 +22,7 @@ class NoWordsError(ValueError):
 
 
 class Transcriber:
-    """Writes down what is said, with any speech-recognition checkpoint of Transformers.
+    """Writes down what is said.
 
     Args:
         model (`str`): A directory or a Hub id: Whisper, or wav2vec2 and its like with a CTC head.
@@ -40,14 +37,7 @@ class Transcriber:
         self.options = {"return_timestamps": True} if self.pipeline.type == "seq2seq_whisper" else {}
 
     def __call__(self, audio: AudioSource) -> str:
-        """The words of one clip.
-
-        Args:
-            audio: A path, URL, bytes, array or tensor.
-
-        Raises:
-            ValueError: On bad audio; the message names it.
-        """
+        """Return the words of one clip; bad audio is a `ValueError` that names it."""
         clip = {"raw": load_audio(audio), "sampling_rate": SAMPLING_RATE}
         return self.pipeline(clip, **self.options)["text"].strip()
 
@@ -58,8 +48,7 @@ class TextConversation:
     Each turn reads the whole conversation: it is short, for it holds no audio.
 
     Args:
-        llm (`PreTrainedModel`): Any causal LM.
-        tokenizer (`PreTrainedTokenizerBase`): Its own.
+        llm (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): Any causal LM and its own.
         chat_template (`str`, *optional*): Jinja; by default the one that a ReLLM built on this LLM would have, so that
             only the hearing differs.
         transcriber ([`Transcriber`], *optional*): Without one a spoken turn is an error.
@@ -91,26 +80,15 @@ class TextConversation:
     def inside(
         cls, model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, **options: object
     ) -> TextConversation:
-        """With the LLM inside a ReLLM: no audio, and no LoRA, which is off outside the model.
-
-        Args:
-            model ([`ReLLMForConditionalGeneration`]), processor ([`ReLLMProcessor`]): Of one checkpoint.
-            options: Of [`TextConversation`].
-        """
+        """Talk with the LLM inside a ReLLM: no audio, and no LoRA, which is off outside the model."""
         given = model.generation_config  # of the whole model; the LLM inside has none of its own
         own = {"eos_token_id": given.eos_token_id, "suppress_tokens": given.suppress_tokens}
-        return cls(
-            model.model.text_model,
-            processor.tokenizer,
-            chat_template=processor.chat_template,
-            **{**own, **options},
-        )
+        template = processor.chat_template
+        return cls(model.model.text_model, processor.tokenizer, chat_template=template, **{**own, **options})
 
     def reset(self) -> None:
         """Begin anew."""
-        self.messages: list[dict] = []
-        if self.system_prompt:
-            self.messages.append({"role": "system", "content": self.system_prompt})
+        self.messages = first_messages(self.system_prompt)
 
     @torch.no_grad()
     def say(
@@ -121,15 +99,14 @@ class TextConversation:
         streamer: BaseStreamer | None = None,
         max_new_tokens: int = 128,
         **options: object,
-    ) -> Turn:
-        """As [`Conversation.say`]; `hearing` is always `None`. A turn that fails has not been said.
+    ) -> Reply:
+        """As [`Conversation.say`]; `heard` is always `None`. A turn that fails has not been said.
 
         Raises:
             NoWordsError: If there is audio and no transcriber, or the transcriber finds no words.
             ValueError: If there is neither audio nor text, or on bad audio.
         """
-        if audio is None and not (text or "").strip():
-            raise ValueError("A turn needs audio or text that is not blank, got neither.")
+        check_turn(audio, text)
         content = text or ""
         if audio is not None:
             content = (text or self.instruction) + self._transcribe(audio)
@@ -149,7 +126,7 @@ class TextConversation:
         reply_ids = said[0, inputs["input_ids"].shape[1] :]
         reply = self.tokenizer.decode(reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self.messages = [*messages, {"role": "assistant", "content": reply}]
-        return Turn(reply.strip(), None)
+        return Reply(reply.strip(), None)
 
     def _transcribe(self, audio: AudioSource) -> str:
         if self.transcriber is None:
@@ -158,6 +135,3 @@ class TextConversation:
         if not words:
             raise NoWordsError("The transcriber found no words in this clip.")
         return words
-
-
-__all__ = ["NoWordsError", "TextConversation", "Transcriber"]

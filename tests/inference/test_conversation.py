@@ -51,7 +51,7 @@ def check_turns(model, processor, conversation: Conversation, turns=TURNS, **opt
         turn = conversation.say(audio, text, max_new_tokens=5, **options)
         torch.manual_seed(7)
         assert turn.text == reply_afresh(model, processor, conversation.messages[:-1], **options)
-        assert (turn.hearing is None) == (audio is None)
+        assert (turn.heard is None) == (audio is None)
 
 
 @contextmanager
@@ -319,7 +319,7 @@ def test_a_typed_placeholder_is_text(model, processor) -> None:
 
 
 def test_a_turn_hears_what_hear_hears(model, processor) -> None:
-    heard = Conversation(model, processor).say(clip(2.7, seed=1), max_new_tokens=1).hearing
+    heard = Conversation(model, processor).say(clip(2.7, seed=1), max_new_tokens=1).heard
     expected = next(hear(model, processor, [clip(2.7, seed=1)]))
     assert heard.probabilities == pytest.approx(expected.probabilities, abs=1e-6)
     assert heard.dimensions == pytest.approx(expected.dimensions, abs=1e-6)
@@ -350,4 +350,4 @@ def test_the_python_of_the_documentation_runs(model, processor, tmp_path, monkey
     soundfile.write("question.wav", clip(0.5), 16_000)
     names = {"model": model, "processor": processor}
     exec(compile(block, "docs/talk.md", "exec"), names)
-    assert names["turn"].hearing.emotion in model.config.emotion_labels
+    assert names["turn"].heard.emotion in model.config.emotion_labels

@@ -37,11 +37,11 @@ def test_a_reply_is_what_generate_gives_and_the_emotion_what_forward_gives(model
     text = processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer.text == text.strip()
     outputs = model(**inputs)
-    probabilities = list(answer.hearing.probabilities.values())
+    probabilities = list(answer.heard.probabilities.values())
     np.testing.assert_allclose(probabilities, outputs.emotion_logits[0].softmax(-1).tolist(), atol=1e-6)
-    assert list(answer.hearing.probabilities) == model.config.emotion_labels
-    assert answer.hearing.emotion == model.config.emotion_labels[int(outputs.emotion_logits[0].argmax())]
-    np.testing.assert_allclose(list(answer.hearing.dimensions.values()), outputs.dimensions[0].tolist(), atol=1e-6)
+    assert list(answer.heard.probabilities) == model.config.emotion_labels
+    assert answer.heard.emotion == model.config.emotion_labels[int(outputs.emotion_logits[0].argmax())]
+    np.testing.assert_allclose(list(answer.heard.dimensions.values()), outputs.dimensions[0].tolist(), atol=1e-6)
 
 
 def test_the_audio_is_encoded_once_for_reply_and_emotion(model, processor):

@@ -81,7 +81,7 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path) -> None:
 
 
 def test_a_missing_package_is_named_with_what_to_install(checkpoint, monkeypatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("relllm.serving")]:
+    for name in [name for name in sys.modules if name.startswith("relllm.inference.server")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = CliRunner().invoke(app, ["serve", str(checkpoint), "--port", "0"])

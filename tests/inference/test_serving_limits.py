@@ -16,10 +16,11 @@ import pytest
 from served import NAME, audio_file, clip, clip_part, raw_request, serving, user
 from tiny_models import tiny_model, tiny_processor
 
-from relllm.inference.server.prompts import Limits, PromptReader
+from relllm.inference.inference_settings import RequestLimits
+from relllm.inference.server.prompts import PromptReader
 
 KEY = "a-key"
-LIMITS = Limits(max_body_bytes=400_000, max_audio_seconds=3.0, max_clips=3, max_tokens=20, body_timeout_s=1.0)
+LIMITS = RequestLimits(max_body_mib=400_000 / 1024**2, max_audio_seconds=3.0, max_clips=3, max_tokens=20)
 GOOD = [user(clip(0.5))]
 MANY_WRONG_PARTS = b'{"model": "tiny", "messages": [{"role": "user", "content": [' + b"1," * 150_000 + b"1]}]}"
 
@@ -175,8 +176,6 @@ def test_a_fault_of_the_server_is_a_500_without_its_inside(server, client, monke
         with pytest.raises(openai.InternalServerError) as failed:
             ask(client)
     assert failed.value.code == "internal_error" and "secret" not in str(failed.value)
-    text = urllib.request.urlopen(f"{server.url}/metrics", timeout=10).read().decode()
-    assert 'relllm_requests_total{route="/v1/chat/completions",status="500"} 1.0' in text
     assert ask(client).choices[0].message.content
 
 
@@ -231,7 +230,8 @@ def test_openais_client_sees_the_413(server, client) -> None:
     assert refused.value.status_code == 413 and refused.value.code == "request_too_large"
 
 
-def test_a_body_that_never_arrives_is_given_up_and_others_are_answered_meanwhile(server, client) -> None:
+def test_a_body_that_never_arrives_is_given_up_and_others_are_answered_meanwhile(server, client, monkeypatch) -> None:
+    monkeypatch.setattr("relllm.inference.server.app.BODY_TIMEOUT_S", 1.0)
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
     )
@@ -240,29 +240,6 @@ def test_a_body_that_never_arrives_is_given_up_and_others_are_answered_meanwhile
         assert ask(client).choices[0].message.content
         answer = slow.recv(65536)
     assert answer.startswith(b"HTTP/1.1 408")
-
-
-def test_too_much_at_once_is_refused_and_given_back(server, client, monkeypatch) -> None:
-    monkeypatch.setattr("relllm.inference.server.bodies.BODIES_AT_ONCE", 1)
-    head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        "Content-Length: 399000\r\n\r\n"
-    )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as large:
-        large.sendall(head.encode() + b" " * 398_000)
-        time.sleep(0.3)
-        with pytest.raises(openai.RateLimitError, match="Too many large requests") as refused:
-            ask(client)
-        assert refused.value.response.headers["retry-after"]
-    time.sleep(0.1)
-    assert ask(client).choices[0].message.content
-
-
-def test_a_connection_that_asks_nothing_is_closed(server, monkeypatch) -> None:
-    monkeypatch.setattr("relllm.inference.server.server.FIRST_REQUEST_S", 0.2)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as silent:
-        silent.sendall(b"POST /v1")
-        assert silent.recv(1) == b""
 
 
 def test_clients_that_vanish_at_any_point_stop_nothing(server, client) -> None:
@@ -298,16 +275,6 @@ def test_the_key_is_asked_for_before_anything_else() -> None:
         unread = f"POST /v1/chat/completions HTTP/1.1\nHost: x\nContent-Length: {10**12}\n\n"
         assert raw_request(running.port, unread).startswith(b"HTTP/1.1 401")
         assert urllib.request.urlopen(f"{running.url}/health", timeout=10).status == 200  # for probes, without it
-        text = urllib.request.urlopen(f"{running.url}/metrics", timeout=10).read().decode()
-        assert 'relllm_requests_total{route="other",status="401"} 4.0' in text
-
-
-def test_metrics_name_routes_and_not_paths_of_clients(server) -> None:
-    for path in ("/a", "/b"):
-        with pytest.raises(urllib.error.HTTPError):
-            urllib.request.urlopen(server.url + path, timeout=10)
-    text = urllib.request.urlopen(f"{server.url}/metrics", timeout=10).read().decode()
-    assert 'route="other",status="404"' in text and 'route="/a"' not in text
 
 
 def test_a_recording_that_states_no_length_is_decoded_no_further_than_the_limit() -> None:

@@ -12,12 +12,11 @@ import soundfile
 import torch
 from tiny_models import RATE, clip, tiny_config, tiny_model, tiny_processor
 
-from relllm.demo.examples import Example
 from relllm.inference.conversation import Conversation
-from relllm.inference.replies import Hearing
+from relllm.inference.replies import Heard
 from relllm.inference.text_conversation import TextConversation
 from relllm.inference.web.drawing import draw_hearing, draw_status, draw_trail
-from relllm.inference.web.session import EMPTY, Session, Status, System
+from relllm.inference.web.session import EMPTY, Session, Start, Status
 
 TOKENS = 6
 
@@ -33,13 +32,13 @@ def processor():
 
 
 @pytest.fixture(scope="module")
-def systems(model, processor) -> dict[str, System]:
+def systems(model, processor) -> dict[str, Start]:
     bare = tiny_config(fusion="none")
     second, its_processor = tiny_model(bare), tiny_processor(bare)
     return {
-        "RE-LLM": System(partial(Conversation, model, processor), processor.tokenizer),
-        "speech only": System(partial(Conversation, second, its_processor), its_processor.tokenizer),
-        "text only": System(partial(TextConversation.inside, model, processor), processor.tokenizer),
+        "RE-LLM": partial(Conversation, model, processor),
+        "speech only": partial(Conversation, second, its_processor),
+        "text only": partial(TextConversation.inside, model, processor),
     }
 
 
@@ -63,7 +62,7 @@ def talk(session: Session, path: str | None = None, text: str | None = None) -> 
 
 
 def test_every_system_replies_as_it_does_alone(session, systems, wav) -> None:
-    alone = {name: system.start() for name, system in systems.items()}
+    alone = {name: start() for name, start in systems.items()}
     for path, text in ((None, "Hello."), (wav, None), (wav, "What is it?"), (None, "And you?")):
         talk(session, path, text)
         for name in ("RE-LLM", "speech only"):
@@ -194,8 +193,8 @@ def test_one_who_has_to_wait_is_told(session) -> None:
 # --- what is drawn ---------------------------------------------------------------------------------------------------
 
 
-def hearing(valence: float, arousal: float, **probabilities: float) -> Hearing:
-    return Hearing(
+def hearing(valence: float, arousal: float, **probabilities: float) -> Heard:
+    return Heard(
         probabilities or {"sad": 0.7, "happy": 0.3}, {"arousal": arousal, "dominance": 0.5, "valence": valence}
     )
 
@@ -241,7 +240,7 @@ no_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 def url(systems, wav) -> Iterator[str]:
     from relllm.inference.web.page import Page
 
-    page = Page(systems, examples=[Example(wav, "My words.", "sad", "voice")], max_new_tokens=TOKENS)
+    page = Page(systems, max_new_tokens=TOKENS)
     yield page.launch(port=None, block=False)
     page.close()
 
@@ -316,7 +315,7 @@ def squeezed(text: str) -> str:
 @no_browser
 def test_typed_turns_are_answered_and_tabs_do_not_mix(visit, systems) -> None:
     first, second = visit(), visit()
-    alone = {name: system.start() for name, system in systems.items()}
+    alone = {name: start() for name, start in systems.items()}
     first.type("Hello <b>you</b>.")
     second.type("Somebody else.")
     first.waits_for_reply(1)
@@ -371,7 +370,7 @@ def test_bad_audio_shows_an_error_and_the_conversation_goes_on(visit, tmp_path) 
 
 @pytest.mark.browser
 @no_browser
-def test_on_a_phone_everything_fits_and_an_example_is_said_by_keyboard(visit) -> None:
+def test_on_a_phone_everything_fits_and_the_keyboard_reaches_it(visit) -> None:
     visitor = visit(width=375)
     page = visitor.page
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
@@ -383,17 +382,8 @@ def test_on_a_phone_everything_fits_and_an_example_is_said_by_keyboard(visit) ->
     for _ in range(8):
         page.keyboard.press("Tab")
         names.append(page.evaluate("(e => e.getAttribute('aria-label') || e.innerText)(document.activeElement)"))
-    wanted = ["Record", "Upload file", "Record audio", "Send", "Reset", "Or try a clip (synthetic)"]
+    wanted = ["Record", "Upload file", "Record audio", "Send", "Reset"]
     assert [name for name in names if name in wanted] == wanted
-    page.get_by_label("Or try a clip").focus()
-    page.keyboard.press("ArrowDown")
-    page.get_by_role("option", name="sad: My words.").wait_for()
-    page.keyboard.press("Enter")
-    page.get_by_label("Play", exact=True).wait_for()  # the clip is there
-    page.get_by_label("Type").focus()
-    page.keyboard.press("Enter")
-    visitor.sees("Turn 1:")
-    assert visitor.said("user") == ["(spoken, 1.5 s)"] and page.get_by_label("Or try a clip").input_value() == ""
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
 
 
@@ -424,8 +414,6 @@ def test_the_command_says_why_it_cannot_serve(tmp_path, model, processor, url) -
 
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    result = CliRunner().invoke(app, ["web", str(tmp_path), "--examples", str(tmp_path)])
-    assert result.exit_code == 1 and "relllm prepare examples" in result.output
     taken = url.rsplit(":", 1)[1].strip("/")
     result = CliRunner().invoke(app, ["web", str(tmp_path), "--port", taken, "--device", "cpu"])
     assert result.exit_code == 1 and taken in result.output

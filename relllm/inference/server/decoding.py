@@ -1,14 +1,15 @@
-"""One row of a batch while it is generated: its draws, its text, and when it ends.
+"""One request while it is answered: its events, its draws, its text, and when it ends.
 
-Every row has settings and random numbers of its own, so a batch mixes requests of any settings and a row writes what
-it would write alone. What does not live here: which rows share a batch (`engine.py`).
+Every row of a batch has settings and random numbers of its own, so a batch mixes requests of any settings and a row
+writes what it would write alone.
 """
 
 import secrets
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteria
@@ -17,6 +18,9 @@ from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+
+from ..replies import Heard
+from .errors import ApiError
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 NEARLY_GREEDY = 1e-5  # lower temperatures would overflow the scores
@@ -42,6 +46,74 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
 
+@dataclass
+class Prompt:
+    """A request that has been read and checked.
+
+    Args:
+        waveforms (`list[np.ndarray]`): Clips at the extractor's rate, in order.
+        num_windows (`int`), audio_seconds (`float`): Of all of them.
+        token_ids (`list[int]`): The conversation, with the placeholders of the clips; empty to hear only.
+        sampling ([`Sampling`], *optional*): Of the reply; `None` to hear only.
+        clip_messages (`list[int]`): Index of the message that each clip is in.
+    """
+
+    waveforms: list[np.ndarray]
+    num_windows: int
+    audio_seconds: float
+    token_ids: list[int] = field(default_factory=list)
+    sampling: Sampling | None = None
+    clip_messages: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The last event of a request that was answered: why the reply ended (`None` to hear only) and its length."""
+
+    reason: FinishReason | None
+    num_tokens: int
+
+
+# First what was heard in each clip, then the reply piece by piece, then its end; an error may come at any time.
+Event: TypeAlias = list[Heard] | str | Ended | ApiError
+
+
+class Job:
+    """A request in the engine. Its events arrive at `emit`, which is called from the engine's thread."""
+
+    def __init__(self, prompt: Prompt, emit: Callable[[Event], object]) -> None:
+        self.prompt = prompt
+        self.cancelled = False
+        self.failure: ApiError | None = None  # set from outside to end it
+        self.finished = False
+        self._emit = emit
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for more of it."""
+        return not self.cancelled and self.failure is None
+
+    def send(self, event: Event) -> None:
+        """Hand on an event, if somebody waits for it."""
+        if self.cancelled:
+            return
+        try:
+            self._emit(event)
+        except RuntimeError:  # the event loop that waited for it is closed
+            self.cancelled = True
+
+    def end(self, reason: FinishReason | None, num_tokens: int) -> None:
+        """Send the last event, once: of a failure instead, if there was one."""
+        if not self.finished:
+            self.finished = True
+            self.send(self.failure or Ended(reason, num_tokens))
+
+    def fail(self, error: ApiError) -> None:
+        """End with an error."""
+        self.failure = self.failure or error
+        self.end(None, 0)
+
+
 class TextWriter:
     """Tokens in, text out as soon as it is certain: no half characters, nothing that may begin a stop string.
 
@@ -59,16 +131,16 @@ class TextWriter:
         self._held = ""
 
     def add(self, token: int) -> str:
-        """The text that is certain after this token; often empty."""
+        """Return the text that is certain after this token; often empty."""
         self._tokens.append(token)
         return self._release(self._decode_new(whole=False), last=False)
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return what was held back."""
         return self._release(self._decode_new(whole=True), last=True)
 
     def _decode_new(self, *, whole: bool) -> str:
-        """Decodes behind some written tokens: what a token reads as depends on the one before it."""
+        """Decode behind some written tokens: what a token reads as depends on the one before it."""
         before = self._decode(self._tokens[self._context : self._read])
         text = self._decode(self._tokens[self._context :])
         if len(text) <= len(before) or (text.endswith(_HALF_A_CHARACTER) and not whole):
@@ -93,44 +165,37 @@ class TextWriter:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
+    """Return the length of the longest end of `text` that `stop` begins with."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
 
 
 class Row:
-    """A reply that is being written.
+    """The reply of a job while it is written.
 
     Args:
-        sampling ([`Sampling`]): Its settings.
+        job ([`Job`]): A request with a `sampling`.
         tokenizer (`PreTrainedTokenizerBase`): Of the model.
         end_tokens (`Collection[int]`): Any of them ends the reply.
         padding (`int`): Positions of padding before its prompt.
         device (`torch.device`): Where the scores are.
-        write (`Callable[[str], None]`): Gets the text piece by piece.
-        finish (`Callable[[FinishReason | None, int], None]`): Told once why the reply ended, and its tokens.
-        is_wanted (`Callable[[], bool]`): Asked at each step; a row that is not ends, with no reason.
     """
 
     def __init__(
         self,
-        sampling: Sampling,
+        job: Job,
         *,
         tokenizer: PreTrainedTokenizerBase,
         end_tokens: Collection[int],
         padding: int,
         device: torch.device,
-        write: Callable[[str], None],
-        finish: Callable[[FinishReason | None, int], None],
-        is_wanted: Callable[[], bool],
     ) -> None:
-        self.done = False
+        sampling = job.prompt.sampling
+        assert sampling is not None  # those that hear only are answered before
         self.padding = padding
-        self._num_tokens = 0
-        self._max_tokens = sampling.max_tokens
+        self._job, self._end_tokens = job, end_tokens
+        self._num_tokens, self._max_tokens = 0, sampling.max_tokens
         self._writer = TextWriter(tokenizer, sampling.stop)
-        self._end_tokens = end_tokens
-        self._write, self._finish, self._is_wanted = write, finish, is_wanted
         self._generator: torch.Generator | None = None
         if sampling.temperature > NEARLY_GREEDY:
             seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
@@ -139,8 +204,13 @@ class Row:
             if sampling.top_p < 1:
                 self._warpers.append(TopPLogitsWarper(sampling.top_p))
 
+    @property
+    def done(self) -> bool:
+        """Whether the reply has ended."""
+        return self._job.finished
+
     def choose(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        """Scores `(1, vocabulary)` whose arg max is the token to take: drawn here, where there is a temperature."""
+        """Return scores `(1, vocabulary)` whose arg max is the token to take: drawn, where there is a temperature."""
         if self._generator is None:
             return scores
         probabilities = self._warpers(tokens, scores).softmax(-1)
@@ -148,36 +218,31 @@ class Row:
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
     def take(self, token: int) -> None:
-        """Goes on by one token."""
+        """Go on by one token; a row that nobody waits for ends."""
         if self.done:
             return
-        if not self._is_wanted():
-            self._close(None)
+        if not self._job.is_wanted:
+            self._job.end(None, self._num_tokens)
             return
         self._num_tokens += 1
         if token in self._end_tokens:
             self.end("stop")
             return
-        self._emit(self._writer.add(token))
+        self._write(self._writer.add(token))
         if self._writer.stopped:
-            self._close("stop")
+            self._job.end("stop", self._num_tokens)
         elif self._num_tokens >= self._max_tokens:
             self.end("length")
 
     def end(self, reason: FinishReason) -> None:
-        """Writes what was held back; a stop string in it is what ended the reply."""
-        if self.done:
-            return
-        self._emit(self._writer.finish())
-        self._close("stop" if self._writer.stopped else reason)
+        """Write what was held back; a stop string in it is what ended the reply."""
+        if not self.done:
+            self._write(self._writer.finish())
+            self._job.end("stop" if self._writer.stopped else reason, self._num_tokens)
 
-    def _close(self, reason: FinishReason | None) -> None:
-        self.done = True
-        self._finish(reason, self._num_tokens)
-
-    def _emit(self, text: str) -> None:
+    def _write(self, text: str) -> None:
         if text:
-            self._write(text)
+            self._job.send(text)
 
 
 class RowChoices(LogitsProcessor):
@@ -204,11 +269,7 @@ class RowChoices(LogitsProcessor):
 
 
 class RowEnds(StoppingCriteria):
-    """Hands every row its new token and tells `generate` which rows have ended.
-
-    Args:
-        rows (`Sequence[Row]`): Of the batch.
-    """
+    """Hands every row of the batch its new token and tells `generate` which rows have ended."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = rows
@@ -217,6 +278,3 @@ class RowEnds(StoppingCriteria):
         for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
             row.take(token)
         return torch.tensor([row.done for row in self._rows], device=input_ids.device)
-
-
-__all__ = ["FinishReason", "Row", "RowChoices", "RowEnds", "Sampling", "TextWriter"]

@@ -7,7 +7,6 @@ import base64
 import binascii
 import io
 import threading
-from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -17,8 +16,8 @@ from transformers import BatchFeature
 from relllm.processing.audio_relllm import container_kind, has_pyav, load_audio
 from relllm.processing.processing_relllm import ReLLMProcessor
 
-from .decoding import Sampling
-from .engine import Prompt
+from ..inference_settings import RequestLimits
+from .decoding import Prompt, Sampling
 from .errors import ApiError, bad_request
 from .schema import AudioData, ChatRequest, EmotionRequest, TextPart
 
@@ -28,49 +27,16 @@ CHARACTERS_A_TOKEN = 16  # more than any language has on average
 _UNKNOWN_FRAMES = 2**48  # libsndfile reports about 2**63 where a header leaves the length open
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a request may hold. Everything beyond is refused with a reason.
-
-    Args:
-        max_body_bytes (`int`, *optional*, defaults to 32 MiB): Of the body; a clip in base64 is a third larger.
-        max_audio_seconds (`float`, *optional*, defaults to 120): Of all clips together.
-        max_clips (`int`, *optional*, defaults to 16): In all turns.
-        min_sampling_rate, max_sampling_rate (`int`, *optional*, default to 8,000 and 96,000): Of a clip, in Hz.
-        max_tokens (`int`, *optional*, defaults to 512): Longest reply that may be asked for.
-        context_length (`int`, *optional*): Longest conversation with its reply, in tokens; `None` for no limit.
-        body_timeout_s (`float`, *optional*, defaults to 60): For the whole body to arrive, in seconds.
-    """
-
-    max_body_bytes: int = 32 * 1024**2
-    max_audio_seconds: float = 120.0
-    max_clips: int = 16
-    min_sampling_rate: int = 8_000
-    max_sampling_rate: int = 96_000
-    max_tokens: int = 512
-    context_length: int | None = None
-    body_timeout_s: float = 60.0
-
-
 class PromptReader:
-    """Reads requests; may be called from several threads.
+    """Reads requests, within the limits; may be called from several threads."""
 
-    Args:
-        processor ([`ReLLMProcessor`]): Of the model.
-        limits ([`Limits`]): What a request may hold.
-    """
-
-    def __init__(self, processor: ReLLMProcessor, limits: Limits) -> None:
+    def __init__(self, processor: ReLLMProcessor, limits: RequestLimits) -> None:
         self.limits = limits
         self._processor = processor
         self._tokenizing = threading.Lock()  # a fast tokenizer's padding state is not for two threads
 
     def read_chat(self, request: ChatRequest) -> Prompt:
-        """Clips, tokens and settings of a chat request.
-
-        Raises:
-            ApiError: 400 on bad audio, an exceeded limit or a conversation that is too long.
-        """
+        """Return clips, tokens and settings of a chat; bad audio and exceeded limits are an [`ApiError`]."""
         conversation: list[dict] = []
         clips: list[tuple[str, AudioData]] = []
         for index, message in enumerate(request.messages):
@@ -97,11 +63,7 @@ class PromptReader:
         return prompt
 
     def read_emotion(self, request: EmotionRequest) -> Prompt:
-        """Clips of a request to hear only.
-
-        Raises:
-            ApiError: 400 on bad audio or an exceeded limit.
-        """
+        """Return the clips of a request to hear only; bad audio and exceeded limits are an [`ApiError`]."""
         return self._read_clips([(f"input.{index}", part.input_audio) for index, part in enumerate(request.input)])
 
     def _checked_text(self, text: str, name: str) -> str:
@@ -114,8 +76,8 @@ class PromptReader:
         return text
 
     def _check_length(self, conversation: list[dict]) -> None:
-        """Refuses texts that no tokenizer needs to be asked about: it would keep the others waiting."""
-        context = self.limits.context_length
+        """Refuse texts that no tokenizer needs to be asked about: it would keep the others waiting."""
+        context = self.limits.max_context
         length = sum(len(part.get("text", "")) for turn in conversation for part in turn["content"])
         if context is not None and length > CHARACTERS_A_TOKEN * context:
             raise bad_request(
@@ -164,7 +126,7 @@ class PromptReader:
         return waveform
 
     def _check_header(self, data: bytes, name: str) -> float | None:
-        """Refuses rates and channels before anything is decoded; returns the stated length in seconds if there is one.
+        """Refuse rates and channels before anything is decoded; return the stated length in seconds if there is one.
 
         What no header can be read of is left to `load_audio`, whose error says what is wrong.
         """
@@ -206,7 +168,7 @@ class PromptReader:
         )
 
     def _tokenize(self, conversation: list[dict], num_clips: int) -> list[int]:
-        """The prompt as `generate` gets it alone; the clips are only counted here."""
+        """Return the prompt as `generate` gets it alone; the clips are only counted here."""
         options = {"audio_kwargs": {"only_counted": [True] * num_clips}} if num_clips else None
         try:
             with self._tokenizing:
@@ -223,7 +185,7 @@ class PromptReader:
         return cast(BatchFeature, inputs)["input_ids"][0].tolist()
 
     def _read_sampling(self, request: ChatRequest, prompt_tokens: int) -> Sampling:
-        limit, context = self.limits.max_tokens, self.limits.context_length
+        limit, context = self.limits.max_tokens, self.limits.max_context
         room = limit if context is None else context - prompt_tokens
         asked = request.max_completion_tokens or request.max_tokens
         if asked is not None and asked > limit:
@@ -243,6 +205,3 @@ class PromptReader:
             seed=request.seed,
             stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
         )
-
-
-__all__ = ["Limits", "PromptReader"]

@@ -1,7 +1,6 @@
 """What a client may send, as OpenAI's chat completions have it, and what is refused by name.
 
-Fields that change the answer and that this server cannot honour are errors, not ignored. What does not live here:
-decoding and checking the clips (`prompts.py`).
+Fields that change the answer and that this server cannot honour are errors, not ignored.
 """
 
 from typing import Annotated, Literal, TypeAlias
@@ -155,11 +154,7 @@ class EmotionRequest(_Strict):
 def parse_body(
     kind: type[ChatRequest] | type[EmotionRequest], body: bytes | bytearray
 ) -> ChatRequest | EmotionRequest:
-    """Reads a request.
-
-    Raises:
-        ApiError: 400 that names the field.
-    """
+    """Return the request in a body; what is wrong with it is an [`ApiError`] that names the field."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -171,6 +166,3 @@ def parse_body(
         if first["type"] == "union_tag_invalid" and "content" in place:
             message += ". Audio is sent in base64 as 'input_audio'; addresses and paths are never read."
         raise bad_request(f"{where}: {message}" if where else message, param=where or None) from None
-
-
-__all__ = ["AudioPart", "ChatRequest", "EmotionRequest", "Message", "TextPart", "parse_body"]

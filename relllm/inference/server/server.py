@@ -12,31 +12,18 @@ from typing import cast
 import uvicorn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
 
+from ..inference_settings import BatchSettings, RequestLimits
 from .app import Service, create_app
-from .counters import Metrics
-from .engine import Engine, EngineSettings
-from .prompts import Limits, PromptReader
+from .engine import Engine
+from .prompts import PromptReader
 
 logger = logging.get_logger(__name__)
-FIRST_REQUEST_S = 20.0  # for the head of a connection's first request to arrive
 LAST_ANSWERS_S = 2.0  # after the grace period, for the errors that end what is still running to be sent
-
-
-class _Protocol(H11Protocol):
-    """HTTP, but a connection that asks nothing is closed: enough of those would keep others from connecting."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.loop.call_later(FIRST_REQUEST_S, self._close_if_silent)
-
-    def _close_if_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
+MOST_CONNECTIONS = 1024  # beyond them uvicorn answers 503
 
 
 class Server(uvicorn.Server):
@@ -52,11 +39,12 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, *, grace_s: float = 30.0, announce: Callable[[], None] | None = None) -> None:
         config = uvicorn.Config(
             create_app(service),
-            http=_Protocol,
+            http="h11",
             ws="none",
             lifespan="off",
             log_level="warning",
             server_header=False,
+            limit_concurrency=MOST_CONNECTIONS,
             timeout_graceful_shutdown=grace_s + LAST_ANSWERS_S,  # type: ignore[arg-type]  # a float waits as well
         )
         super().__init__(config)
@@ -76,7 +64,7 @@ class Server(uvicorn.Server):
         self._engine.abort()
 
     def join_engine(self, timeout_s: float) -> bool:
-        """Whether the model's thread has ended, or does within `timeout_s` seconds."""
+        """Return whether the model's thread has ended, or does within `timeout_s` seconds."""
         return self._engine.join(timeout_s)
 
 
@@ -86,45 +74,30 @@ def build_service(
     *,
     name: str,
     api_key: str | None = None,
-    settings: EngineSettings | None = None,
-    limits: Limits | None = None,
+    settings: BatchSettings | None = None,
+    limits: RequestLimits | None = None,
 ) -> Service:
-    """Puts the parts together.
+    """Put the parts together for the model and the processor of one checkpoint, in eval mode.
 
-    Args:
-        model ([`ReLLMForConditionalGeneration`]), processor ([`ReLLMProcessor`]): Of one checkpoint, in eval mode.
-        name (`str`): What clients call the model.
-        api_key (`str`, *optional*): See [`Service`].
-        settings ([`EngineSettings`], *optional*), limits ([`Limits`], *optional*): By default their defaults, and the
-            context length of the LLM.
-
-    Raises:
-        ValueError: If the model cannot be served; see [`PromptReader`].
+    `name` and `api_key` are as in [`Service`]; without a limit of the context it is the LLM's.
     """
-    limits = limits or Limits()
-    if limits.context_length is None:
+    limits = limits or RequestLimits()
+    if limits.max_context is None:
         text_config = cast(PreTrainedConfig, model.config.text_config).to_dict()
         names = ("max_position_embeddings", "n_positions")  # neither where positions are relative
-        limits = replace(
-            limits, context_length=next((text_config[name] for name in names if name in text_config), None)
-        )
-    metrics = Metrics()
+        context = next((text_config[name] for name in names if name in text_config), None)
+        limits = replace(limits, max_context=context)
     return Service(
         name=name,
-        engine=Engine(model, processor, settings or EngineSettings(), metrics),
+        engine=Engine(model, processor, settings or BatchSettings()),
         reader=PromptReader(processor, limits),
-        metrics=metrics,
         audio_token_id=processor.audio_token_id,
         api_key=api_key,
     )
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that is not listening yet: clients are refused until the model is loaded.
-
-    Args:
-        host (`str`): An address or name of this machine.
-        port (`int`): 0 for a free one.
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that is not listening yet: clients are refused until the model is loaded.
 
     Raises:
         OSError: If the port is taken or the address is not of this machine.
@@ -140,8 +113,8 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def run(server: Server, sock: socket.socket) -> None:
-    """Serves until SIGTERM or Ctrl-C, finishes what it can within the grace period, and returns.
+def serve_until_stopped(server: Server, sock: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C, finish what the grace period allows, and return.
 
     If the model is in the middle of a step that takes longer, the process exits here, with 0: its thread cannot be
     interrupted, and the interpreter must not be torn down around it.
@@ -154,6 +127,3 @@ def run(server: Server, sock: socket.socket) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-
-
-__all__ = ["Server", "bind", "build_service", "run"]

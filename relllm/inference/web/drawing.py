@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from ..replies import Hearing
+from ..replies import Heard
 from .session import Status
 
 SIDE, MARGIN = 240, 30  # of the trail's square and the room around it, in SVG units
@@ -41,11 +41,11 @@ def draw_status(status: Status) -> str:
     return f'<p class="status {status.kind}" role="{role}">{escape(status.text)}</p>'
 
 
-def draw_hearing(heard: Sequence[Hearing]) -> str:
+def draw_hearing(heard: Sequence[Heard]) -> str:
     """The last spoken turn: the probability of each emotion and the three dimensions.
 
     Args:
-        heard (`Sequence` of [`Hearing`]): Of the spoken turns so far.
+        heard (`Sequence` of [`Heard`]): Of the spoken turns so far.
     """
     if not heard:
         return '<p class="quiet">The emotion in your voice shows here after a spoken turn.</p>'
@@ -58,11 +58,11 @@ def draw_hearing(heard: Sequence[Hearing]) -> str:
     )
 
 
-def draw_trail(heard: Sequence[Hearing]) -> str:
+def draw_trail(heard: Sequence[Heard]) -> str:
     """The spoken turns as numbered points on the plane of valence (to the right) and arousal (up), joined in order.
 
     Args:
-        heard (`Sequence` of [`Hearing`]): Of the spoken turns so far; nothing is drawn before the first. What lies
+        heard (`Sequence` of [`Heard`]): Of the spoken turns so far; nothing is drawn before the first. What lies
             outside 0 to 1 is drawn at the edge.
     """
     if not heard:
@@ -99,7 +99,7 @@ def _bar(name: str, value: float, number: str, first: bool) -> str:
     )
 
 
-def _place(hearing: Hearing) -> tuple[float, float]:
+def _place(hearing: Heard) -> tuple[float, float]:
     valence, arousal = (min(max(hearing.dimensions[name], 0.0), 1.0) for name in ("valence", "arousal"))
     return MARGIN + SIDE * valence, MARGIN + SIDE * (1 - arousal)
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from relllm.demo.examples import Example
-
 from .drawing import CSS, draw_hearing, draw_status, draw_trail
-from .session import Session, Status, System
+from .session import Session, Start, Status
 
 if TYPE_CHECKING:
     import gradio
@@ -35,14 +33,13 @@ class Page:
 
     Args:
         systems (`Mapping` of `str` to [`System`]): By name; the first is the one whose hearing is shown.
-        examples (`Sequence` of [`Example`], *optional*): Clips to try.
         max_new_tokens (`int`, *optional*, defaults to 128): Longest reply.
 
     Raises:
         ImportError: If Gradio is missing (`pip install relllm[web]`).
     """
 
-    def __init__(self, systems: Mapping[str, System], *, examples: Sequence[Example] = (), max_new_tokens: int = 128):
+    def __init__(self, systems: Mapping[str, Start], *, max_new_tokens: int = 128):
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         try:
             import gradio
@@ -50,7 +47,6 @@ class Page:
             raise ImportError(f"The web page needs Gradio ({error}): `pip install relllm[web]`.") from error
         self.gradio = gradio
         self.systems = systems
-        self.examples = {example.title: example.path for example in examples}
         self.max_new_tokens = max_new_tokens
         self.lock = threading.Lock()  # one model for all visitors
         self.blocks = self._build()
@@ -86,7 +82,6 @@ class Page:
             footer_links=[],
             max_file_size=LARGEST_UPLOAD,
             state_session_capacity=MOST_SESSIONS,
-            allowed_paths=list(self.examples.values()),
             theme=theme,
             css=CSS,
         )
@@ -114,9 +109,6 @@ class Page:
                         self.send = gr.Button("Send", variant="primary", min_width=90, interactive=False)
                         self.stop = gr.Button("Cancel", min_width=90, interactive=False)
                         self.reset = gr.Button("Reset", min_width=90)
-                    self.pick = gr.Dropdown(
-                        list(self.examples), value=None, label="Or try a clip (synthetic)", visible=bool(self.examples)
-                    )
                 with gr.Column(scale=1, min_width=280):
                     gr.Markdown("## What was heard")
                     self.hearing = gr.HTML(draw_hearing([]))
@@ -152,7 +144,6 @@ class Page:
         self.stop.click(_stop, session, None, **at_once)
         clears = [column.clear for column in self.columns]  # the bin in the corner of a column
         self.gradio.on([self.reset.click, *clears], self._reset, session, [*shown, self.audio, self.text], **at_once)
-        self.pick.input(lambda title: (self.examples[title], None), self.pick, [self.audio, self.pick], **quiet)
         for event, kind, words in (
             (self.audio.start_recording, "busy", "Recording. Stop it when you have finished."),
             (self.audio.stop_recording, "idle", "Recorded. Send it, or record again."),

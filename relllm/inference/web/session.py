@@ -14,23 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from relllm.processing.audio_relllm import SAMPLING_RATE, load_audio
 
-from ..conversation import Conversation, Turn
-from ..replies import Hearing
+from ..conversation import Conversation
+from ..replies import Heard, Reply
 from ..text_conversation import NoWordsError, TextConversation
 
-
-@dataclass(frozen=True)
-class System:
-    """A system to talk with: what begins a conversation with it, and the tokenizer of its replies."""
-
-    start: Callable[[], Conversation | TextConversation]
-    tokenizer: PreTrainedTokenizerBase
+Start: TypeAlias = Callable[[], Conversation | TextConversation]
 
 
 @dataclass(frozen=True)
@@ -69,21 +64,21 @@ class Session:
 
     Attributes:
         shown (`dict` of `str` to `list`): Messages of each system's column, `{"role", "content"}`.
-        heard (`list` of [`Hearing`]): Of every spoken turn that was answered.
+        heard (`list` of [`Heard`]): Of every spoken turn that was answered.
         status ([`Status`]): What happens.
     """
 
-    def __init__(self, systems: Mapping[str, System], lock: threading.Lock, *, max_new_tokens: int):
+    def __init__(self, systems: Mapping[str, Start], lock: threading.Lock, *, max_new_tokens: int):
         self.systems = systems
         self.lock = lock
         self.max_new_tokens = max_new_tokens
-        self.conversations = {name: system.start() for name, system in systems.items()}
+        self.conversations = {name: start() for name, start in systems.items()}
         self._stop = threading.Event()
         self._clear()
 
     def _clear(self) -> None:
         self.shown: dict[str, list[dict[str, str]]] = {name: [] for name in self.systems}
-        self.heard: list[Hearing] = []
+        self.heard: list[Heard] = []
         self.status = EMPTY
 
     def reset(self) -> None:
@@ -157,8 +152,8 @@ class Session:
             self.status = Status("error", f"{name} did not answer: {error}")
         else:
             shown[-1]["content"] = turn.text or "(no words)"
-            if turn.hearing is not None and name == next(iter(self.systems)):
-                self.heard.append(turn.hearing)
+            if turn.heard is not None and name == next(iter(self.systems)):
+                self.heard.append(turn.heard)
         yield
 
 
@@ -167,10 +162,10 @@ class _Pieces:
 
     def __init__(self, session: Session, name: str, audio: dict | None, text: str | None, stop: threading.Event):
         self.stop = stop
-        self.streamer = _StoppableStreamer(session.systems[name].tokenizer, stop)
+        self.streamer = _StoppableStreamer(session.conversations[name].tokenizer, stop)
         self.run = partial(self._say, session, name, audio, text)
 
-    def _say(self, session: Session, name: str, audio: dict | None, text: str | None) -> Turn:
+    def _say(self, session: Session, name: str, audio: dict | None, text: str | None) -> Reply:
         with session.lock:
             if self.stop.is_set():
                 raise _Stopped
@@ -191,4 +186,4 @@ class _Pieces:
             self.turn = future.result()
 
 
-__all__ = ["EMPTY", "Session", "Status", "System"]
+__all__ = ["EMPTY", "Session", "Start", "Status"]
