@@ -60,9 +60,9 @@ def reply_to_clips(
     for source in audio:
         console.print(f"[bold]{escape(source)}[/bold]")
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        options = {"max_new_tokens": settings.max_new_tokens, **settings.prompts}
+        length = settings.max_new_tokens
         try:
-            answer = reply(model, processor, source, streamer=streamer, **options)
+            answer = reply(model, processor, source, streamer=streamer, max_new_tokens=length, **settings.prompts)
         except (OSError, ValueError) as error:
             failed += 1
             console.print(f"[red]not answered:[/red] {escape(str(error))}")

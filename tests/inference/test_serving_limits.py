@@ -17,6 +17,7 @@ from served import NAME, audio_file, clip, clip_part, raw_request, serving, user
 from tiny_models import tiny_model, tiny_processor
 
 from relllm.inference.inference_settings import RequestLimits
+from relllm.inference.server import app as routes
 from relllm.inference.server.prompts import PromptReader
 
 KEY = "a-key"
@@ -231,7 +232,7 @@ def test_openais_client_sees_the_413(server, client) -> None:
 
 
 def test_a_body_that_never_arrives_is_given_up_and_others_are_answered_meanwhile(server, client, monkeypatch) -> None:
-    monkeypatch.setattr("relllm.inference.server.app.BODY_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(routes, "BODY_TIMEOUT_S", 1.0)
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
     )
