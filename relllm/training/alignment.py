@@ -1,48 +1,138 @@
-"""Alignment of hearing with reading: the LLM as its own teacher (BLSP-Emo's KL loss).
+"""Alignment of hearing with reading: the LLM as its own teacher (BLSP-Emo's KL loss), and what the training forward
+returns for this and the other losses.
 
 The teacher is the same LLM with its LoRA off, so there is no second copy in memory. It reads the conversation with the
-transcript in the place of the audio, without a gradient and in eval mode. What does not live here: the divergence
-itself (`losses.py`), the teacher's input (`collator.py`), where the pass happens (`fused_head.py`).
+transcript in the place of the audio, without a gradient and in eval mode, inside `forward`, where DDP, FSDP and
+DeepSpeed expect every use of a weight.
+
+Since 1.16 TRL trains by a forward pass of its own, which runs the base model and returns fields of its own. Before (on
+Python 3.10) it trains by the model's forward, whose output has the heads' in it already. Where the reply's
+cross-entropy has no weight, a training pass ends before the LLM's head. On a GPU TRL runs that head at the reply's
+positions only; on a CPU it would run it at all, so there the base model hands on the reply's alone.
 """
 
 import contextlib
+import dataclasses
+import functools
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch.nn import functional
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import ModelOutput
 
-from relllm.modeling.modeling_relllm import ReLLMModel
+from relllm.modeling.modeling_relllm import ReLLMCausalLMOutput, ReLLMModel
 
-from .losses import IGNORE_INDEX, kl_sum, reply_positions
+from .losses import IGNORE_INDEX, response_kl
+
+try:
+    from trl.trainer.utils import FusedCausalLMOutput
+except ImportError:
+    FusedCausalLMOutput = None
 
 TEACHER_INPUTS = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels")
+
+if FusedCausalLMOutput is not None:
+
+    @dataclass
+    class ReLLMFusedOutput(FusedCausalLMOutput):
+        """TRL's fused output and what the other losses need.
+
+        They are fields of the model's output, not a side channel: DDP looks for the graph in what `forward` returns.
+        """
+
+        emotion_logits: Tensor | None = None  # (clips, classes)
+        dimensions: Tensor | None = None  # (clips, 3): arousal, dominance, valence
+        response_kl: Tensor | None = None  # (): sum over positions
+
+
+@dataclass
+class ReLLMAlignedOutput(ReLLMCausalLMOutput):
+    """The model's output and the alignment loss; for passes that are not fused.
+
+    Of a pass without the head, `loss` is a zero with a gradient, and there are no logits.
+    """
+
+    response_kl: Tensor | None = None  # (): sum over positions
 
 
 @dataclass
 class Alignment:
-    """How the KL over the reply is computed.
-
-    Args:
-        temperature (`float`): Divides both logits.
-        shifted (`bool`): See [`~relllm.training.losses.reply_positions`].
-    """
+    """How the KL over the reply is computed: what divides both logits, and where it compares."""
 
     temperature: float
     shifted: bool
 
+    def positions(self, labels: Tensor) -> Tensor:
+        """Return `(batch, sequence)`, True at the positions that predict a reply's token.
+
+        Without `shifted` at those that hold one, as in the original code: one late, and the last predicts none of it.
+        """
+        is_reply = labels != IGNORE_INDEX
+        return functional.pad(is_reply[:, 1:], (0, 1)) if self.shifted else is_reply
+
+
+def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> None:
+    """Have the training forward return the heads' outputs and, where asked for, the alignment loss.
+
+    Args:
+        model (`PreTrainedModel`): After `SFTTrainer.__init__`, which patched its forward; changed in place.
+        alignment ([`Alignment`], *optional*): Without one, no teacher reads.
+    """
+    inner_forward = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
+    def forward(self: PreTrainedModel, *args: Tensor, **kwargs: Tensor) -> ModelOutput:
+        fused = bool(kwargs.get("fused_lm_head", False))
+        headless = bool(kwargs.pop("without_lm_head", False))
+        teacher_inputs = {name: kwargs.pop(name) for name in TEACHER_INPUTS if name in kwargs}
+        reading = alignment if teacher_inputs and "labels" in kwargs else None
+        if not fused and not headless and reading is None:  # not a training pass
+            return inner_forward(*args, **kwargs)
+        taught = teach(self.base_model, teacher_inputs, reading) if reading is not None else None
+        heard: dict[str, Tensor] = {}
+        labels = kwargs.pop("labels") if headless else kwargs.get("labels")
+        scored = None
+        if fused and labels is not None and labels.device.type == "cpu":
+            scored = labels[:, 1:] != IGNORE_INDEX
+            kwargs["shift_labels"] = kwargs.pop("labels")[:, 1:][scored][None]
+
+        def hear(module: nn.Module, inputs: tuple, output: ModelOutput) -> ModelOutput:
+            heard.update(output)
+            if scored is None:
+                return output
+            reply = output.last_hidden_state[:, :-1][scored][None]
+            return dataclasses.replace(output, last_hidden_state=reply)
+
+        handle = self.base_model.register_forward_hook(hear)
+        try:
+            output = (self.base_model if headless else inner_forward)(*args, **kwargs)
+        finally:
+            handle.remove()
+        sums: dict[str, Tensor] = {}
+        states = heard["last_hidden_state"]
+        if reading is not None and taught is not None and labels is not None:
+            llm = self.base_model.text_model if fused or headless else None
+            sums["response_kl"] = compare(llm, states, labels, teacher_inputs["teacher_labels"], taught, reading)
+        heads = {name: heard.get(name) for name in ("emotion_logits", "dimensions")}
+        if headless:  # a sum over nothing: what trains has a gradient, of zero, which DDP waits for
+            return ReLLMAlignedOutput(loss=states[:0].sum(), **heads, **sums)
+        return ReLLMFusedOutput(**output, **heads, **sums) if fused else ReLLMAlignedOutput(**output, **sums)
+
+    model.forward = types.MethodType(forward, model)
+
 
 def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) -> Tensor:
-    """The teacher's logits where they are compared.
+    """Return the teacher's logits where they are compared, `(positions, vocabulary)`, row after row.
 
     Args:
         model ([`ReLLMModel`]): Its LLM reads.
-        inputs (`dict`): The teacher inputs of [`~relllm.training.collator.ReLLMCollator`].
-
-    Returns:
-        `torch.Tensor` of shape `(positions, vocabulary)`: Row after row.
+        inputs (`dict`): Those of `TEACHER_INPUTS`.
+        alignment ([`Alignment`]): Where it compares.
     """
     llm = model.text_model
     # no LoRA anywhere, whatever its scope; outside a forward pass of ours that holds already
@@ -53,50 +143,47 @@ def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) ->
             use_cache=False,
             return_dict=True,
         ).last_hidden_state
-        return head_logits(llm, hidden[reply_positions(inputs["teacher_labels"], alignment.shifted)])
+        return head_logits(llm, hidden[alignment.positions(inputs["teacher_labels"])])
 
 
 def compare(
-    model: ReLLMModel,
+    llm: PreTrainedModel | None,
     states: Tensor,
     labels: Tensor,
-    inputs: dict[str, Tensor],
+    teacher_labels: Tensor,
     taught: Tensor,
     alignment: Alignment,
-    *,
-    are_logits: bool = False,
 ) -> Tensor:
-    """KL(text ‖ speech) over the reply, summed over the positions of the batch.
+    """Return KL(text ‖ speech) over the reply, `()`, in nats, summed over the positions of the batch.
 
     Args:
-        model ([`ReLLMModel`]): Its LLM heard.
+        llm (`PreTrainedModel`, *optional*): Whose head makes logits of the states; `None` if these are logits.
         states (`torch.Tensor` of shape `(batch, sequence, d or vocabulary)`): Last hidden states of the branch that
-            hears, or with `are_logits` its logits.
+            hears.
         labels (`torch.LongTensor` of shape `(batch, sequence)`): -100 outside the reply.
-        inputs (`dict`): The teacher inputs; a row without a transcript marks no position in them.
+        teacher_labels (`torch.LongTensor` of shape `(batch, T)`): Likewise; all -100 in a row without a transcript.
         taught (`torch.Tensor` of shape `(positions, vocabulary)`): Of [`teach`].
-
-    Returns:
-        `torch.Tensor` of shape `()`: In nats; a zero with a gradient where nothing is marked.
+        alignment ([`Alignment`]): How.
     """
-    has_transcript = (inputs["teacher_labels"] != IGNORE_INDEX).any(1, keepdim=True)
-    labels = labels.masked_fill(~has_transcript, IGNORE_INDEX)
-    states = states[reply_positions(labels, alignment.shifted)]
-    heard = states if are_logits else head_logits(model.text_model, states)
-    return kl_sum(heard, taught, alignment.temperature)
+    has_transcript = (teacher_labels != IGNORE_INDEX).any(1, keepdim=True)
+    states = states[alignment.positions(labels.masked_fill(~has_transcript, IGNORE_INDEX))]
+    return response_kl(states if llm is None else head_logits(llm, states), taught, alignment.temperature)
 
 
 def head_logits(llm: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits `(positions, vocabulary)` of hidden states `(positions, d)`: the head, its scaling and its soft cap."""
+    """Return logits `(positions, vocabulary)` of hidden states: the head, its scaling and its soft cap."""
     config = llm.config
-    logits = llm.get_output_embeddings()(hidden) * _logit_scale(config)
+    scale: float | None = getattr(config, "logit_scale", None)  # Cohere multiplies its logits
+    divisor: float | None = getattr(config, "logits_scaling", None)  # Granite divides them
     cap: float | None = getattr(config, "final_logit_softcapping", None)
+    logits = llm.get_output_embeddings()(hidden)
+    logits = logits * ((1.0 if scale is None else scale) / (1.0 if divisor is None else divisor))
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 @torch.no_grad()
 def check_head(llm: PreTrainedModel) -> None:
-    """Holds [`head_logits`] against the LLM's own forward pass, on four tokens.
+    """Hold [`head_logits`] against the LLM's own forward pass, on four tokens.
 
     Raises:
         ValueError: If they differ: the LLM does to its logits what is not known here, and a KL would be wrong.
@@ -116,13 +203,6 @@ def check_head(llm: PreTrainedModel) -> None:
         )
 
 
-def _logit_scale(config: PreTrainedConfig) -> float:
-    """Cohere multiplies its logits, Granite divides them."""
-    scale: float | None = getattr(config, "logit_scale", None)
-    divisor: float | None = getattr(config, "logits_scaling", None)
-    return (1.0 if scale is None else scale) / (1.0 if divisor is None else divisor)
-
-
 @contextlib.contextmanager
 def _in_eval(module: nn.Module) -> Iterator[None]:
     """No dropout, and no gradient checkpointing either, which needs a gradient; as before afterwards."""
@@ -134,6 +214,3 @@ def _in_eval(module: nn.Module) -> Iterator[None]:
     finally:
         for child in training:
             child.training = True
-
-
-__all__ = ["TEACHER_INPUTS", "Alignment", "check_head", "compare", "head_logits", "teach"]

@@ -1,8 +1,10 @@
 """Rows in, a batch out: conversations with audio, labels on the replies, emotion and dimension targets.
 
-With a KL loss also the teacher's input (`transcripts.py`).
+With a KL loss also what the teacher reads: the student's sequence with each run of audio positions replaced by the
+transcript's tokens, so both hold the same reply, token by token, whatever the tokenizer would merge across the seam.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -19,7 +21,6 @@ from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from .augmentation import Augmentation
 from .losses import IGNORE_INDEX
 from .tower_cache import TowerCache
-from .transcripts import group_clips, teacher_inputs
 
 
 @dataclass
@@ -50,11 +51,12 @@ class ReLLMCollator:
     tower_cache: TowerCache | None = None
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
-        """
+        """Return a batch.
+
         Returns:
             `dict`: The model's inputs, padded on the right; `labels` `(batch, sequence)`; `emotion_labels` `(clips,)`,
             -100 where unlabelled; `dimension_labels` `(clips, 3)`, NaN where unlabelled; `clips_per_row` `(batch,)`.
-            With `teacher` those of [`~relllm.training.transcripts.teacher_inputs`], with a `tower_cache` those of
+            With `teacher` those of [`teacher_inputs`], with a `tower_cache` those of
             [`~relllm.training.tower_cache.TowerCache.look_up`].
 
         Raises:
@@ -87,8 +89,7 @@ class ReLLMCollator:
         batch["dimension_labels"] = torch.tensor(targets, dtype=torch.float32).reshape(-1, len(DIMENSIONS))
         batch["clips_per_row"] = torch.tensor(clips)
         if self.teacher:
-            transcripts = [self._transcripts(row, count) for row, count in zip(rows, clips, strict=True)]
-            batch.update(self._teacher_inputs(batch, conversations, transcripts))
+            batch.update(self._teacher_inputs(rows, conversations, batch))
         return batch
 
     def _augment(self, rows: Sequence[Mapping], conversations: list[list[dict]], augmentation: Augmentation) -> None:
@@ -99,26 +100,17 @@ class ReLLMCollator:
             for index, part in enumerate(parts):
                 part["waveform"] = augmentation(part["waveform"], row_id=row.get("id"), clip=index)
 
-    def _transcripts(self, row: Mapping, num_clips: int) -> list[list[int] | None]:
-        """Tokens of each clip's transcript, `None` for none."""
-        texts = _per_clip(row, "text", num_clips)
-        tokenizer = self.processor.tokenizer
-        return [tokenizer(text or "", add_special_tokens=False)["input_ids"] or None for text in texts]
-
     def _teacher_inputs(
-        self,
-        batch: Mapping[str, Tensor],
-        conversations: list[list[dict]],
-        transcripts: list[list[list[int] | None]],
+        self, rows: Sequence[Mapping], conversations: list[list[dict]], batch: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
+        """Replace the audio by the transcripts where a row has one of each clip."""
         runs: list[list[list[int]] | None] = []
-        for conversation, spoken in zip(conversations, transcripts, strict=True):
-            known = [tokens for tokens in spoken if tokens is not None]
-            if not known or len(known) < len(spoken):
-                runs.append(None)
-                continue
-            clips = iter(known)
-            runs.append([[t for _ in range(size) for t in next(clips)] for size in group_clips(conversation)])
+        for row, conversation in zip(rows, conversations, strict=True):
+            texts = _per_clip(row, "text", _count_clips(conversation))
+            spoken = [self.processor.tokenizer(text or "", add_special_tokens=False)["input_ids"] for text in texts]
+            clips = iter(spoken)
+            groups = [[t for _ in range(size) for t in next(clips)] for size in group_clips(conversation)]
+            runs.append(groups if spoken and all(spoken) else None)
         return teacher_inputs(
             batch["input_ids"],
             batch["labels"],
@@ -154,6 +146,77 @@ class ReLLMCollator:
                 "Map it to one of them, or set it to None."
             )
         return [IGNORE_INDEX if name is None else list(self.emotion_labels).index(name) for name in names]
+
+
+def teacher_inputs(
+    input_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor,
+    *,
+    runs: Sequence[Sequence[Sequence[int]] | None],
+    audio_token_id: int,
+    pad_token_id: int,
+) -> dict[str, Tensor]:
+    """The conversations with their transcripts in the place of the audio.
+
+    Args:
+        input_ids, labels, attention_mask (`torch.Tensor` of shape `(batch, sequence)`): Of the student, padded on the
+            right.
+        runs (`list`): For each row the transcript's tokens of each run of audio positions; `None` for a row without a
+            transcript, which keeps its place in the batch and has no labels.
+        audio_token_id, pad_token_id (`int`): Of the tokenizer.
+
+    Returns:
+        `dict`: `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`, all `(batch, T)`.
+
+    Raises:
+        ValueError: If a row has another number of runs than `runs` says.
+    """
+    columns: dict[str, list[Tensor]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for row, transcript in enumerate(runs):
+        length = int(attention_mask[row].sum())
+        pairs = zip(input_ids[row, :length].tolist(), labels[row, :length].tolist(), strict=True)
+        segments = [
+            (is_audio, list(items)) for is_audio, items in itertools.groupby(pairs, lambda p: p[0] == audio_token_id)
+        ]
+        num_runs = sum(is_audio for is_audio, _ in segments)
+        if transcript is not None and len(transcript) != num_runs:
+            raise ValueError(
+                f"Row {row} of the batch has {num_runs} runs of audio positions and {len(transcript)} groups of "
+                "clips. Does the chat template write something between the clips of a message, or leave one out?"
+            )
+        spoken = iter(transcript or [[]] * num_runs)
+        tokens: list[tuple[int, int]] = []  # id, label
+        for is_audio, items in segments:
+            if is_audio:
+                tokens += [(token, IGNORE_INDEX) for token in next(spoken)]
+            else:
+                tokens += [(token, IGNORE_INDEX if transcript is None else label) for token, label in items]
+        columns["input_ids"].append(torch.tensor([token for token, _ in tokens]))
+        columns["attention_mask"].append(torch.ones(len(tokens), dtype=torch.long))
+        columns["labels"].append(torch.tensor([label for _, label in tokens]))
+    padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        f"teacher_{name}": pad(rows, batch_first=True, padding_value=padding[name]) for name, rows in columns.items()
+    }
+
+
+def group_clips(conversation: Sequence[dict]) -> list[int]:
+    """How many clips stand side by side in each place of a conversation that has audio: one run of positions each."""
+    groups: list[int] = []
+    for message in conversation:
+        beside = False
+        for part in message["content"] if not isinstance(message["content"], str) else []:
+            if part["type"] == "audio":
+                if beside:
+                    groups[-1] += 1
+                else:
+                    groups.append(1)
+                beside = True
+            elif part.get("text"):
+                beside = False
+    return groups
 
 
 def _dimensions(row: Mapping, num_clips: int) -> list[list[float]]:
@@ -193,5 +256,3 @@ def _waveforms(conversations: list[list[dict]]) -> list[np.ndarray]:
 def _name(row: Mapping) -> str:
     return f"Row {row['id']!r}" if row.get("id") is not None else f"A row with the columns {sorted(row)}"
 
-
-__all__ = ["ReLLMCollator"]

@@ -3,7 +3,7 @@
     loss = w · response CE + w · emotion CE + w · dimension loss + w · response KL
 
 Each but the first (which TRL computes) is here, from the outputs of the same forward pass. A loss of weight 0 is not
-computed. What does not live here: the formulas (`losses.py`), the teacher (`alignment.py`), the loop (`trainer.py`).
+computed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,31 +25,18 @@ NO_LABEL_OF_A_CLIP = {"emotion_labels": IGNORE_INDEX, "dimension_labels": float(
 
 @dataclass
 class Term:
-    """A loss on a micro-batch.
+    """A loss on a micro-batch; the tensors are of shape `()`."""
 
-    Args:
-        name (`str`): As it is logged.
-        weight (`float`): In the objective.
-        value (`torch.Tensor` of shape `()`): The sum over the items of this micro-batch, over `num_items`.
-        total (`torch.Tensor` of shape `()`): That sum itself, for the log.
-        count (`torch.Tensor` of shape `()`): Items of this micro-batch.
-        is_share (`bool`): Whether the values of micro-batches add up to the mean over them; a CCC's do not.
-    """
-
-    name: str
-    weight: float
-    value: Tensor
-    total: Tensor
-    count: Tensor
-    is_share: bool = True
+    name: str  # as it is logged
+    weight: float  # in the objective
+    value: Tensor  # the sum over the items of this micro-batch, over `num_items`
+    total: Tensor  # that sum itself, for the log
+    count: Tensor  # items of this micro-batch
+    is_share: bool = True  # whether the values of micro-batches add up to the mean over them; a CCC's do not
 
 
 class Objective:
     """The losses of a run beside the response's cross-entropy.
-
-    Args:
-        args ([`ReLLMSFTConfig`]): The weights.
-        model (`PreTrainedModel`): The [`ReLLMForConditionalGeneration`] to train.
 
     Raises:
         ValueError: If the KL loss meets an LLM head that is not known, or the number of class weights is not that of
@@ -83,27 +70,21 @@ class Objective:
         return [name for name in ("emotion_head", "dimension_head") if f"{name[:-5]}_loss" not in self.active]
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """`(3,)`: items that each loss counts in a batch, in the order of `weights`; 0 for one that is off."""
+        """Return `(3,)`: items that each loss counts in a batch, in the order of `weights`; 0 for one that is off."""
         counts = {}
         if "emotion_labels" in batch:
-            labels = batch["emotion_labels"]
-            counts["emotion_loss"] = self._class_weight(labels).sum()
+            counts["emotion_loss"] = self._class_weight(batch["emotion_labels"]).sum()
             counts["dimension_loss"] = batch["dimension_labels"].isfinite().sum()
         if self.alignment is not None and "teacher_labels" in batch:
-            labels = batch["teacher_labels"][:, 1:] if self.alignment.shifted else batch["teacher_labels"]
-            counts["response_kl"] = (labels != IGNORE_INDEX).sum()
+            counts["response_kl"] = self.alignment.positions(batch["teacher_labels"]).sum()
         nothing = torch.zeros((), device=batch["labels"].device)
         values = [counts.get(name, nothing) if name in self.active else nothing for name in self.weights]
         return torch.stack([value.float() for value in values])
 
     def terms(
-        self,
-        output: ModelOutput,
-        batch: Mapping[str, Tensor],
-        local_counts: Tensor,
-        num_items: Tensor,
+        self, output: ModelOutput, batch: Mapping[str, Tensor], local_counts: Tensor, num_items: Tensor
     ) -> Iterator[Term]:
-        """Each loss that is on and that this micro-batch has the inputs of.
+        """Yield each loss that is on and that this micro-batch has the inputs of.
 
         Args:
             output (`ModelOutput`): Of the training forward.
@@ -138,7 +119,7 @@ class Objective:
             yield Term(name, self.weights[name], value, total, local[name].to(value.device))
 
     def _class_weight(self, labels: Tensor) -> Tensor:
-        """The weight of each labelled clip: 1, or that of its class."""
+        """Return the weight of each labelled clip: 1, or that of its class."""
         labelled = labels[labels != IGNORE_INDEX]
         if self.class_weights is None:
             return torch.ones_like(labelled, dtype=torch.float)
@@ -158,29 +139,24 @@ class RunningMeans:
         self._sums = {mode: torch.zeros(2, len(names), device=device) for mode in ("train", "eval")}
 
     def add(self, mode: str, name: str, total: Tensor, count: Tensor) -> None:
-        """`total` is the sum over `count` items of this process."""
+        """Add a `total`, which is the sum over `count` items of this process."""
         pair = torch.stack([total.detach().float(), count.to(total.device).float()])
         self._sums[mode][:, self.names.index(name)] += pair.to(self._sums[mode].device)
 
     def take(self, mode: str) -> Tensor:
-        """`(2, names)`: the sums and the counts of this process; they start again from zero."""
+        """Return `(2, names)`, the sums and the counts of this process; they start again from zero."""
         sums = self._sums[mode]
         self._sums[mode] = torch.zeros_like(sums)
         return sums
 
     def means(self, sums: Tensor) -> dict[str, float]:
-        """By name, of what was counted at least once."""
+        """Return the mean by name, of what was counted at least once."""
         totals, counts = sums.tolist()
         return {name: totals[i] / counts[i] for i, name in enumerate(self.names) if counts[i] > 0}
 
 
 def keep_labels(batch: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]:
-    """A batch in which only the first rows are labelled: the others count in no loss and in no metric.
-
-    Args:
-        batch (`dict`): Of [`~relllm.training.collator.ReLLMCollator`]; unchanged.
-        num_rows (`int`): Rows that keep their labels.
-    """
+    """Return a batch in which only the first rows are labelled: the others count in no loss and in no metric."""
     num_clips = int(batch["clips_per_row"][:num_rows].sum()) if "clips_per_row" in batch else num_rows
     kept = dict(batch)
     for nothing, start in ((NO_LABEL_OF_A_ROW, num_rows), (NO_LABEL_OF_A_CLIP, num_clips)):
