@@ -17,7 +17,7 @@ import hashlib
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from relllm.processing.audio_relllm import MAX_DURATION_S, MIN_DURATION_S, SAMPLING_RATE, load_audio, resample
+
+from .settings import setting
 
 # Smallest and largest value that a range may hold; outside, it was meant in another unit.
 RANGES = {
@@ -50,24 +52,18 @@ class AugmentationSettings:
     They act in the order in which they stand here, each on its own share of the clips.
     """
 
-    augment_speed: list[float] | None = field(
-        default=None, metadata={"help": "Range of speed, say 0.9 1.1; changes pitch and duration. Off by default."}
+    augment_speed: list[float] | None = setting(
+        None, "Range of speed, say 0.9 1.1; changes pitch and duration. Off by default."
     )
-    augment_reverb: list[float] | None = field(
-        default=None, metadata={"help": "Range of the reverberation time (RT60) in seconds, say 0.2 0.6."}
+    augment_reverb: list[float] | None = setting(
+        None, "Range of the reverberation time (RT60) in seconds, say 0.2 0.6."
     )
-    augment_noise_snr_db: list[float] | None = field(
-        default=None, metadata={"help": "Range of the signal-to-noise ratio in dB, say 5 30."}
-    )
-    augment_noise_dir: str | None = field(
-        default=None, metadata={"help": "Noise recordings; by default white and pink noise."}
-    )
-    augment_gain_db: list[float] | None = field(
-        default=None, metadata={"help": "Range of gain in dB, say -10 6; never beyond full scale."}
-    )
-    augment_telephone: bool = field(default=False, metadata={"help": "A telephone's band: 300 to 3400 Hz."})
-    augment_codec: list[str] | None = field(default=None, metadata={"help": f"Any of {', '.join(CODECS)}."})
-    augment_probability: float = field(default=0.5, metadata={"help": "Of each effect, for each clip and epoch."})
+    augment_noise_snr_db: list[float] | None = setting(None, "Range of the signal-to-noise ratio in dB, say 5 30.")
+    augment_noise_dir: str | None = setting(None, "Noise recordings; by default white and pink noise.")
+    augment_gain_db: list[float] | None = setting(None, "Range of gain in dB, say -10 6; never beyond full scale.")
+    augment_telephone: bool = setting(False, "A telephone's band: 300 to 3400 Hz.")
+    augment_codec: list[str] | None = setting(None, f"Any of {', '.join(CODECS)}.")
+    augment_probability: float = setting(0.5, "Of each effect, for each clip and epoch.")
 
     def check_augmentation(self) -> None:
         """Raise `ValueError` on a setting that cannot be, naming it; called when the configuration is made."""

@@ -3,12 +3,9 @@
 Also: a LoRA for a checkpoint of the first stage, which has none, and the LLM alone in 4 bit (QLoRA).
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import json
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
@@ -18,8 +15,7 @@ from relllm.modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
 
-if TYPE_CHECKING:
-    from .run import ReLLMScriptArguments
+from .config import ReLLMScriptArguments
 
 # Whatever is outside the LLM, its output embeddings, and its LoRA. bitsandbytes matches whole names or endings, and
 # would otherwise turn heads, projector and LoRA into 4 bit, which cannot train.
@@ -38,10 +34,7 @@ NEVER_QUANTIZED = (
 
 @whole_weights()
 def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGeneration, ReLLMProcessor]:
-    """The model and its processor.
-
-    Args:
-        script ([`ReLLMScriptArguments`]): What to start from, and the architecture.
+    """Return the model and its processor.
 
     Raises:
         ValueError: If the checkpoint's architecture is another than the settings say.
@@ -75,14 +68,7 @@ def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGenera
 
 
 def build_config(script: ReLLMScriptArguments) -> ReLLMConfig:
-    """The configuration of the model that [`build_model`] gives, from configurations alone: no weights are read.
-
-    Args:
-        script ([`ReLLMScriptArguments`]): What to start from, and the architecture.
-
-    Raises:
-        ValueError: As [`build_model`].
-    """
+    """Return the configuration of the model that [`build_model`] gives, from configurations alone; errors as there."""
     if script.model_name_or_path is not None:
         config = AutoConfig.from_pretrained(script.model_name_or_path, revision=script.revision)
         _check_architecture(script, config)
@@ -105,10 +91,7 @@ def build_config(script: ReLLMScriptArguments) -> ReLLMConfig:
 
 
 def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
-    """QLoRA's settings (NF4, double quantisation) for the LLM alone.
-
-    Args:
-        compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Of the multiplications.
+    """Return QLoRA's settings (NF4, double quantisation) for the LLM alone.
 
     Raises:
         ImportError: If bitsandbytes is not installed.
@@ -127,13 +110,9 @@ def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytes
 def quantize_llm(
     model: ReLLMForConditionalGeneration, quantization_config: BitsAndBytesConfig
 ) -> ReLLMForConditionalGeneration:
-    """The same model with its LLM quantised, on the device that bitsandbytes works on.
+    """Return the model, which is not to be used afterwards, with its LLM quantised, on bitsandbytes' device.
 
     The whole model passes through the memory of the CPU once: that is where its parts are put together.
-
-    Args:
-        model ([`ReLLMForConditionalGeneration`]): Not to be used afterwards.
-        quantization_config (`BitsAndBytesConfig`): As [`four_bit_config`] makes it.
     """
     quantized = type(model).from_pretrained(
         None,
@@ -147,10 +126,10 @@ def quantize_llm(
 
 
 def add_lora(model: ReLLMForConditionalGeneration, lora: dict, scope: str) -> ReLLMForConditionalGeneration:
-    """The same model with a fresh LoRA in its LLM, which changes nothing until it is trained.
+    """Return the model, not to be used afterwards, with a fresh LoRA, which changes nothing until it is trained.
 
     Args:
-        model ([`ReLLMForConditionalGeneration`]): Without a LoRA; not to be used afterwards.
+        model ([`ReLLMForConditionalGeneration`]): Without a LoRA.
         lora (`dict`): Arguments of `peft.LoraConfig`.
         scope (`str`): `"audio"`, `"text"` or `"global"`.
     """
@@ -221,6 +200,3 @@ def _reads_normalized(audio_tower: str | None) -> bool:
         return True
     with open(path, encoding="utf-8") as file:
         return bool(json.load(file).get("do_normalize", True))
-
-
-__all__ = ["add_lora", "build_config", "build_model", "four_bit_config"]

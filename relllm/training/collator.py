@@ -255,4 +255,3 @@ def _waveforms(conversations: list[list[dict]]) -> list[np.ndarray]:
 
 def _name(row: Mapping) -> str:
     return f"Row {row['id']!r}" if row.get("id") is not None else f"A row with the columns {sorted(row)}"
-

@@ -1,6 +1,6 @@
-"""Settings of a training run. Architecture is `ReLLMConfig`; nothing is in both."""
+"""Settings of `relllm train`: of the trainer, and of the model and the rows. Architecture is `ReLLMConfig`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,6 +9,7 @@ from trl import SFTConfig
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 
 from .augmentation import AugmentationSettings
+from .settings import setting
 from .tower_cache import TowerCacheSettings
 
 TOWERS = ("audio_tower", "emotion_tower", "text_model")
@@ -22,58 +23,32 @@ LOSS_WEIGHTS = (
 
 @dataclass
 class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
-    """`trl.SFTConfig` with RE-LLM's losses; the defaults that differ from TRL's are the paper's recipe.
+    """`trl.SFTConfig` with RE-LLM's losses; the defaults that differ from TRL's are the paper's recipe."""
 
-    The settings of augmentation are those of [`~relllm.training.augmentation.AugmentationSettings`], and those of the
-    cache of tower outputs those of [`~relllm.training.tower_cache.TowerCacheSettings`]; all are off.
-
-    Args:
-        emotion_loss_weight (`float`, *optional*, defaults to 1.0): Of the emotion cross-entropy. As with every weight
-            here, 0 switches the loss off, and it is not computed.
-        dimension_loss_weight (`float`, *optional*, defaults to 1.0): Of the arousal-dominance-valence loss.
-        dimension_loss (`str`, *optional*, defaults to `"mse"`): `"mse"` (the paper) or `"ccc"`, one minus the
-            concordance correlation over the micro-batch, which therefore depends on the batch size.
-        emotion_class_weights (`list[float]`, *optional*): One for each of `config.emotion_labels`.
-        response_loss_weight (`float`, *optional*, defaults to 1.0): Of the reply's cross-entropy.
-        response_kl_weight (`float`, *optional*, defaults to 0.0): Of KL(text ‖ speech) over the reply, where the same
-            LLM without its LoRA reads the row's transcript (`text`); an alignment loss of BLSP-Emo, off in RE-LLM.
-        kl_temperature (`float`, *optional*, defaults to 2.0): Divides the logits of both branches (BLSP-Emo: 2).
-        kl_shifted (`bool`, *optional*, defaults to `True`): Compare the positions that predict the reply; `False`
-            compares those that hold it, as the original code does.
-        light_checkpoints (`bool`, *optional*, defaults to `True`): Save what was trained and the towers' names, not
-            the frozen towers themselves.
-        instruction (`str`, *optional*): Text before the audio in a row without `messages`.
-        system_prompt (`str`, *optional*): System turn of a row without `messages`; empty for none.
-        unfreeze (`list[str]`, *optional*): What trains beyond the projector, the heads and the LoRA: any of
-            `"audio_tower"`, `"emotion_tower"`, `"text_model"`.
-
-    Raises:
-        ValueError: On a negative weight, a temperature of 0 or less, an unknown tower, a TRL option that would cut
-            through audio, or a setting with which the towers' outputs change from step to step, and a cache of them.
-    """
-
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate (paper: 2e-5)."})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's weight decay (paper: 0.05)."})
-    warmup_steps: float = field(default=200, metadata={"help": "Warm-up steps (paper: 200)."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs (paper: 3)."})
-    per_device_train_batch_size: int = field(default=2, metadata={"help": "Rows a device and step (paper: 2)."})
-    gradient_accumulation_steps: int = field(default=8, metadata={"help": "Steps an update (paper: 8)."})
-    max_length: int | None = field(default=None, metadata={"help": "Must stay unset: a cut would go through audio."})
-    loss_type: str = field(default="nll", metadata={"help": "Of the response; TRL before 1.16 defaults to another."})
-    emotion_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the emotion cross-entropy."})
-    dimension_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the dimension loss."})
-    dimension_loss: Literal["mse", "ccc"] = field(default="mse", metadata={"help": "'mse' (paper) or 'ccc'."})
-    emotion_class_weights: list[float] | None = field(default=None, metadata={"help": "One for each emotion class."})
-    response_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the reply's cross-entropy."})
-    response_kl_weight: float = field(default=0.0, metadata={"help": "Weight of KL(text || speech) over the reply."})
-    kl_temperature: float = field(default=2.0, metadata={"help": "Divides the logits of both branches of a KL."})
-    kl_shifted: bool = field(default=True, metadata={"help": "False: the positions of the original code, one late."})
-    light_checkpoints: bool = field(default=True, metadata={"help": "Save what trains, and the towers by name."})
-    instruction: str = field(default=SPEECH_PROMPT, metadata={"help": "Text before the audio."})
-    system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "System turn; empty for none."})
-    unfreeze: list[str] = field(
-        default_factory=list, metadata={"help": "Of audio_tower, emotion_tower, text_model: what trains as well."}
+    learning_rate: float = setting(2e-5, "Peak learning rate (paper: 2e-5).")
+    weight_decay: float = setting(0.05, "AdamW's weight decay (paper: 0.05).")
+    warmup_steps: float = setting(200, "Warm-up steps (paper: 200).")
+    num_train_epochs: float = setting(3.0, "Epochs (paper: 3).")
+    per_device_train_batch_size: int = setting(2, "Rows a device and step (paper: 2).")
+    gradient_accumulation_steps: int = setting(8, "Steps an update (paper: 8).")
+    max_length: int | None = setting(None, "Must stay unset: a cut would go through audio.")
+    loss_type: str = setting("nll", "Of the response; TRL before 1.16 defaults to another.")
+    emotion_loss_weight: float = setting(
+        1.0, "Weight of the emotion cross-entropy. A loss of weight 0 is not computed."
     )
+    dimension_loss_weight: float = setting(1.0, "Weight of the dimension loss.")
+    dimension_loss: Literal["mse", "ccc"] = setting(
+        "mse", "'mse' (paper), or 'ccc': one minus the concordance over the micro-batch."
+    )
+    emotion_class_weights: list[float] | None = setting(None, "One for each emotion class.")
+    response_loss_weight: float = setting(1.0, "Weight of the reply's cross-entropy.")
+    response_kl_weight: float = setting(0.0, "Weight of KL(text || speech) over the reply (BLSP-Emo); rows need text.")
+    kl_temperature: float = setting(2.0, "Divides the logits of both branches of the KL (BLSP-Emo: 2).")
+    kl_shifted: bool = setting(True, "False: the positions of the original code, one late.")
+    light_checkpoints: bool = setting(True, "Save what trains, and the frozen towers by name.")
+    instruction: str = setting(SPEECH_PROMPT, "Text before the audio in a row without messages.")
+    system_prompt: str = setting(SYSTEM_PROMPT, "System turn of a row without messages; empty for none.")
+    unfreeze: list[str] = setting([], "Of audio_tower, emotion_tower, text_model: what trains as well.")
 
     def __post_init__(self) -> None:
         bf16: bool | None = self.bf16  # type: ignore[has-type]
@@ -126,4 +101,102 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
         return {**self.__dict__, "hub_token": None}
 
 
-__all__ = ["ReLLMSFTConfig"]
+@dataclass
+class RowsSettings:
+    """Which rows a run reads, and whether it goes on with what its folder holds."""
+
+    data: str | None = setting(None, "Prepared corpus, .jsonl/.csv/.parquet, save_to_disk folder or Hub id.")
+    train_split: str = setting("train", "Split to train on; empty for all rows.")
+    held_out: str | None = setting(None, "Splits of data from columns: session=Ses05;validation:session=Ses04.")
+    resume: str = setting(
+        "auto", "auto: from the last complete checkpoint if any; true: demand one; false: refuse one."
+    )
+
+    def __post_init__(self) -> None:
+        self.resume = str(self.resume).lower()  # YAML reads `true` as a bool
+        if self.resume not in ("auto", "true", "false"):
+            raise ValueError(f"resume must be one of 'auto', 'true', 'false', got {self.resume!r}.")
+
+
+@dataclass
+class ReLLMScriptArguments(RowsSettings):
+    """What `relllm train` takes beside [`ReLLMSFTConfig`]: the model to start from, its LoRA, and the data.
+
+    The architecture is either that of a ReLLM checkpoint (`model_name_or_path`), or built from towers. A checkpoint
+    without a LoRA (of the first stage) is given one where `lora_r` asks for it; otherwise the settings below must be
+    the checkpoint's.
+    """
+
+    _argument_group_name = "model and data"
+
+    model_name_or_path: str | None = setting(
+        None, "A ReLLM to go on with, full or light: directory or Hub id. Wins over the towers."
+    )
+    revision: str = setting("main", "Branch, tag or commit of that checkpoint on the Hub.")
+    audio_tower: str | None = setting(None, "Whisper, wav2vec2, HuBERT, WavLM: id or path.")
+    emotion_tower: str | None = setting(None, "Arousal, dominance, valence: id or path.")
+    text_model: str | None = setting(None, "Any causal LM: id or path.")
+    emotion_fusion: Literal["concat", "token", "none"] = setting(
+        "concat", "How emotion joins speech: concat (paper), token, none (the baseline, without emotion tower)."
+    )
+    projector_inner_dim: int = setting(512, "Width of the bottleneck (original: 512).")
+    lora_r: int = setting(16, "Rank of the LLM's LoRA (paper: 16); 0 for no LoRA.")
+    lora_alpha: int = setting(16, "LoRA's alpha (paper: 16).")
+    lora_dropout: float = setting(0.05, "LoRA's dropout (paper: 0.05).")
+    lora_scope: Literal["audio", "text", "global"] = setting(
+        "audio", "Positions where the LoRA acts: audio (paper), text, global."
+    )
+    lora_target_modules: list[str] | None = setting(
+        None, "Layers by name; by default all linear ones, which are the paper's."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
+        None, "Of the frozen weights; by default the LLM's own. What trains is in float32."
+    )
+    attn_implementation: str | None = setting(None, "sdpa, flash_attention_2 or eager.")
+    load_in_4bit: bool = setting(False, "QLoRA: the LLM alone in 4 bit (bitsandbytes).")
+    full_window: bool = setting(True, "Whisper over its whole 30 s, as it was trained. Of a new model.")
+    max_duration_s: float = setting(600.0, "Longest clip accepted, in seconds. Of a new model.")
+    eval_split: str | None = setting(
+        None, "Split to evaluate on, at the end and as eval_strategy says; never the test split."
+    )
+    eval_data: str | None = setting(None, "Where eval_split is, if not in data.")
+    streaming: bool = setting(False, "Read rows as they are needed; needs max_steps.")
+    early_stopping_patience: int | None = setting(
+        None, "Stop after so many evaluations without a better metric_for_best_model."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = {
+            "emotion_fusion": ("concat", "token", "none"),
+            "lora_scope": ("audio", "text", "global"),
+            "dtype": (None, "float32", "bfloat16", "float16"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        if self.data is None:
+            raise ValueError("data is missing: where the rows are. Give --data, or a line `data: …` in the recipe.")
+        if self.model_name_or_path is None and (self.audio_tower is None or self.text_model is None):
+            raise ValueError(
+                "Nothing to start from. Give model_name_or_path (a ReLLM), or audio_tower and text_model (a new one)."
+            )
+        if self.model_name_or_path is None and self.emotion_fusion != "none" and self.emotion_tower is None:
+            raise ValueError(
+                f"emotion_fusion={self.emotion_fusion!r} needs an emotion_tower. Give one, or emotion_fusion='none' "
+                "for the speech-LLM baseline."
+            )
+        if self.lora_r < 0 or not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"Expected lora_r >= 0 and lora_dropout in [0, 1), got {self.lora_r}, {self.lora_dropout}."
+            )
+        if self.max_duration_s <= 0:
+            raise ValueError(f"max_duration_s must be positive, got {self.max_duration_s}.")
+
+    @property
+    def lora(self) -> dict | None:
+        """Arguments of `peft.LoraConfig`, or `None`."""
+        if self.lora_r == 0:
+            return None
+        lora = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+        return lora if self.lora_target_modules is None else lora | {"target_modules": self.lora_target_modules}

@@ -7,7 +7,7 @@ the best checkpoint on the development split.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -33,8 +33,9 @@ from relllm.processing.audio_relllm import load_audio
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
 from .checkpoints import checkpoint_to_resume
+from .config import RowsSettings
 from .losses import ccc_loss
-from .settings import SettingsParser
+from .settings import SettingsParser, setting
 
 logger = logging.getLogger(__name__)
 
@@ -50,36 +51,19 @@ goes on from the last complete checkpoint. Every setting may stand in a YAML fil
 
 
 @dataclass
-class EmotionScriptArguments:
+class EmotionScriptArguments(RowsSettings):
     """What `relllm train-emotion` takes beside [`EmotionTrainingConfig`]."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "A wav2vec2, HuBERT or WavLM encoder, or a tower: directory or Hub id, safetensors only."},
+    model_name_or_path: str | None = setting(
+        None, "A wav2vec2, HuBERT or WavLM encoder, or a tower: directory or Hub id, safetensors only."
     )
-    num_layers: int | None = field(
-        default=None, metadata={"help": "Keep so many Transformer layers from the bottom (audEERING: 12 of 24)."}
-    )
-    train_feature_encoder: bool = field(default=False, metadata={"help": "Also train the convolutions."})
-    final_dropout: float = field(default=0.1, metadata={"help": "In a fresh head (audEERING: 0.1)."})
-    data: str | None = field(
-        default=None, metadata={"help": "Prepared corpus, .jsonl/.csv/.parquet, save_to_disk folder or Hub id."}
-    )
-    train_split: str = field(default="train", metadata={"help": "Split to train on; empty for all rows."})
-    eval_split: str = field(
-        default="validation", metadata={"help": "Development split; empty for none, which keeps the last checkpoint."}
-    )
-    held_out: str | None = field(
-        default=None, metadata={"help": "Splits from columns: session=Ses05;validation:session=Ses04."}
-    )
-    resume: str = field(
-        default="auto", metadata={"help": "auto: from the last complete checkpoint if any; true: demand one; false."}
-    )
+    num_layers: int | None = setting(None, "Keep so many Transformer layers from the bottom (audEERING: 12 of 24).")
+    train_feature_encoder: bool = setting(False, "Also train the convolutions.")
+    final_dropout: float = setting(0.1, "In a fresh head (audEERING: 0.1).")
+    eval_split: str = setting("validation", "Development split; empty for none, which keeps the last checkpoint.")
 
     def __post_init__(self) -> None:
-        self.resume = str(self.resume).lower()  # YAML reads `true` as a bool
-        if self.resume not in ("auto", "true", "false"):
-            raise ValueError(f"resume must be 'auto', 'true' or 'false', got {self.resume!r}.")
+        super().__post_init__()
         if self.model_name_or_path is None or self.data is None:
             raise ValueError("model_name_or_path and data are needed: what to fine-tune, and on which rows.")
         if self.num_layers is not None and self.num_layers < 1:
@@ -92,20 +76,20 @@ class EmotionScriptArguments:
 class EmotionTrainingConfig(AugmentationSettings, TrainingArguments):
     """`transformers.TrainingArguments` with audEERING's recipe as the defaults, and augmentation, which is off."""
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Fixed (audEERING: 1e-4)."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "audEERING: a fixed learning rate."})
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs (audEERING: 5)."})
-    per_device_train_batch_size: int = field(
-        default=32, metadata={"help": "Clips a step (audEERING: 32). A CCC needs a batch, not accumulation."}
+    learning_rate: float = setting(1e-4, "Fixed (audEERING: 1e-4).")
+    lr_scheduler_type: str = setting("constant", "audEERING: a fixed learning rate.")
+    num_train_epochs: float = setting(5.0, "Epochs (audEERING: 5).")
+    per_device_train_batch_size: int = setting(
+        32, "Clips a step (audEERING: 32). A CCC needs a batch, not accumulation."
     )
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Clips a step in evaluation."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch, best."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best of the development split."})
-    metric_for_best_model: str | None = field(default="ccc", metadata={"help": "Mean CCC of the three dimensions."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "A CCC is better when it is greater."})
-    report_to: str = field(default="none", metadata={"help": "trackio, tensorboard, wandb, …"})
+    per_device_eval_batch_size: int = setting(32, "Clips a step in evaluation.")
+    eval_strategy: str = setting("epoch", "When to evaluate: no, steps, epoch.")
+    save_strategy: str = setting("epoch", "When to save: no, steps, epoch, best.")
+    save_total_limit: int | None = setting(2, "Checkpoints to keep.")
+    load_best_model_at_end: bool = setting(True, "Keep the best of the development split.")
+    metric_for_best_model: str | None = setting("ccc", "Mean CCC of the three dimensions.")
+    greater_is_better: bool | None = setting(True, "A CCC is better when it is greater.")
+    report_to: str = setting("none", "trackio, tensorboard, wandb, …")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +103,7 @@ class EmotionTrainingConfig(AugmentationSettings, TrainingArguments):
 def parse_emotion_arguments(arguments: Sequence[str]) -> tuple[EmotionScriptArguments, EmotionTrainingConfig]:
     """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does."""
     sections = {
-        "model and data": [setting.name for setting in fields(EmotionScriptArguments)],
+        "model and data": [one.name for one in fields(EmotionScriptArguments)],
         "where audEERING's recipe differs from Transformers' defaults": list(EmotionTrainingConfig.__annotations__),
         "augmentation of the training clips (off by default)": list(AugmentationSettings.__annotations__),
     }

@@ -19,19 +19,12 @@ HEADS = ("emotion_head", "dimension_head")
 
 @dataclass
 class TrainableRow:
-    """A line of the table.
+    """A line of the table."""
 
-    Args:
-        module (`str`): A part of [`ReLLMModel`]; the LoRA is a part of its own, `"lora"`.
-        parameters (`int`): All of the part's.
-        trainable (`int`): Those that train.
-        dtype (`str`): For example `"bfloat16"`; several are joined by a comma.
-    """
-
-    module: str
+    module: str  # a part of `ReLLMModel`; the LoRA is a part of its own, `"lora"`
     parameters: int
     trainable: int
-    dtype: str
+    dtype: str  # for example `"bfloat16"`; several are joined by a comma
 
 
 def prepare_trainable(
@@ -65,11 +58,10 @@ def prepare_trainable(
 
 @contextmanager
 def lora_counts_as_adapter(model: ReLLMForConditionalGeneration) -> Iterator[None]:
-    """Transformers' trainer refuses a quantised model without an adapter of its own making; ours is in the model.
+    """Mark a model that has a LoRA, for the length of the `with` block, as having an adapter.
 
-    Args:
-        model ([`ReLLMForConditionalGeneration`]): Marked for the length of the `with` block, if it has a LoRA: a mark
-            that stayed would have `save_pretrained` write the adapter alone.
+    Transformers' trainer refuses a quantised model without an adapter of its own making; ours is in the model. A mark
+    that stayed would have `save_pretrained` write the adapter alone.
     """
     before = model._hf_peft_config_loaded
     model._hf_peft_config_loaded = before or model.config.lora_config is not None
@@ -80,11 +72,7 @@ def lora_counts_as_adapter(model: ReLLMForConditionalGeneration) -> Iterator[Non
 
 
 def trainable_table(model: nn.Module) -> list[TrainableRow]:
-    """What trains and what is frozen, part by part; parts without parameters are left out.
-
-    Args:
-        model ([`ReLLMForConditionalGeneration`]): As it is now, wrapped for several processes or not.
-    """
+    """Return what trains and what is frozen now, part by part; the model may be wrapped for several processes."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         match = re.search(r"(?:^|\.)model\.(\w+)", name)  # behind the prefixes of wrappers
@@ -106,6 +94,14 @@ def _size(parameter: nn.Parameter) -> int:
     return size
 
 
+def draw_table(rows: Iterable[TrainableRow]) -> Table:
+    """Return the table as it is printed."""
+    table = Table("module", "parameters", "trainable", "dtype", title="What trains", title_justify="left")
+    for row in rows:
+        table.add_row(row.module, f"{row.parameters:,}", f"{row.trainable:,}" if row.trainable else "-", row.dtype)
+    return table
+
+
 class TrainableTableCallback(TrainerCallback):
     """Prints the table once, at the start of a run, on the main process; `disable_tqdm=True` silences it."""
 
@@ -117,12 +113,5 @@ class TrainableTableCallback(TrainerCallback):
         model: nn.Module,
         **kwargs: object,
     ) -> None:
-        if not state.is_world_process_zero or args.disable_tqdm:
-            return
-        table = Table("module", "parameters", "trainable", "dtype", title="What trains")
-        for row in trainable_table(model):
-            table.add_row(row.module, f"{row.parameters:,}", f"{row.trainable:,}" if row.trainable else "-", row.dtype)
-        Console(stderr=True).print(table)  # beside the progress bar
-
-
-__all__ = ["HEADS", "TrainableRow", "TrainableTableCallback", "prepare_trainable", "trainable_table"]
+        if state.is_world_process_zero and not args.disable_tqdm:
+            Console(stderr=True).print(draw_table(trainable_table(model)))  # beside the progress bar

@@ -87,8 +87,8 @@ def response_kl(speech: Tensor, text: Tensor, temperature: float) -> Tensor:
     """
     if len(speech) != len(text):
         raise ValueError(
-            f"The branches mark different numbers of positions: speech {len(speech)}, text {len(text)}. Both must hold "
-            "the same reply."
+            f"The branches mark different numbers of positions: speech {len(speech)}, text {len(text)}. Both must "
+            "hold the same reply."
         )
     log_speech = functional.log_softmax(speech.float() / temperature, dim=-1)
     text = functional.softmax(text.float().detach() / temperature, dim=-1)

@@ -1,17 +1,13 @@
-"""`relllm train`: a training run from a YAML file and flags.
-
-What lives here: the settings of a run that are not the trainer's, and the order of its steps. What does not: building
-the model (`building.py`), the trainer and its settings (`trainer.py`, `config.py`), reading rows (`data/loading.py`).
-"""
+"""`relllm train`: a training run from a YAML file and flags, and the record that a model card has of it."""
 
 import logging
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal
 
 from datasets import Dataset, IterableDataset
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, set_seed
 
 from relllm.data.journal import write_json
 from relllm.data.loading import load_corpus
@@ -19,7 +15,7 @@ from relllm.data.loading import load_corpus
 from .augmentation import AugmentationSettings
 from .building import build_model
 from .checkpoints import checkpoint_to_resume
-from .config import ReLLMSFTConfig
+from .config import ReLLMScriptArguments, ReLLMSFTConfig
 from .settings import SettingsParser
 from .tower_cache import TowerCacheSettings
 from .trainer import ReLLMSFTTrainer
@@ -52,141 +48,10 @@ docs/training.md for the sentence behind each. Interrupted, the same command goe
 """
 
 
-@dataclass
-class ReLLMScriptArguments:
-    """What `relllm train` takes beside [`ReLLMSFTConfig`]: the model to start from, its LoRA, and the data.
-
-    The architecture is either that of a ReLLM checkpoint (`model_name_or_path`), or built from towers. A checkpoint
-    without a LoRA (of the first stage) is given one where `lora_r` asks for it; otherwise the settings below must be
-    the checkpoint's.
-
-    Args:
-        model_name_or_path (`str`, *optional*): A ReLLM to go on with, full or light: a directory or a Hub id. It wins
-            over the towers, so that a recipe made of towers can start from a checkpoint with this one flag.
-        revision (`str`, *optional*, defaults to `"main"`): Of that checkpoint on the Hub.
-        audio_tower, emotion_tower, text_model (`str`, *optional*): Directories or Hub ids of the towers.
-        emotion_fusion (`str`, *optional*, defaults to `"concat"`): `"concat"`, `"token"` or `"none"`; see
-            [`ReLLMConfig`]. With `"none"` the emotion tower is left out.
-        projector_inner_dim (`int`, *optional*, defaults to 512): Width of the projector's bottleneck.
-        lora_r, lora_alpha, lora_dropout (*optional*, default to 16, 16, 0.05): Of the LLM's LoRA; `lora_r=0` for none.
-        lora_scope (`str`, *optional*, defaults to `"audio"`): Where it acts: `"audio"`, `"text"` or `"global"`.
-        lora_target_modules (`list[str]`, *optional*): Layers by name; by default every linear layer of the LLM.
-        dtype (`str`, *optional*): Of the frozen weights: `"float32"`, `"bfloat16"` or `"float16"`; by default the
-            LLM's own. What trains is held in float32.
-        attn_implementation (`str`, *optional*): `"sdpa"`, `"flash_attention_2"` or `"eager"`.
-        load_in_4bit (`bool`, *optional*, defaults to `False`): QLoRA: the LLM alone in 4 bit (NF4). Needs
-            bitsandbytes.
-        full_window (`bool`, *optional*, defaults to `True`): See [`ReLLMFeatureExtractor`]. Of a new model only.
-        max_duration_s (`float`, *optional*, defaults to 600): Longest clip accepted, in seconds. Of a new model only.
-        data (`str`): Where the rows are, as [`~relllm.data.loading.load_corpus`] takes it.
-        train_split (`str`, *optional*, defaults to `"train"`): Split to train on; empty for all rows.
-        eval_split (`str`, *optional*): Split to evaluate on, at the end and as `eval_strategy` says.
-        eval_data (`str`, *optional*): Where that split is, if not in `data`.
-        held_out (`str`, *optional*): Makes the splits of `data` from columns, as
-            [`~relllm.data.loading.load_corpus`] does: `"session=Ses05;validation:session=Ses04"`.
-        streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed; `max_steps` must be set.
-        early_stopping_patience (`int`, *optional*): Stop after so many evaluations without a better
-            `metric_for_best_model`.
-        resume (`str`, *optional*, defaults to `"auto"`): `"auto"` goes on from the last complete checkpoint in
-            `output_dir` if there is one, `"true"` demands one, `"false"` refuses a folder that holds one.
-
-    Raises:
-        ValueError: On a value outside the stated ones; the message names the setting.
-    """
-
-    _argument_group_name = "model and data"
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A ReLLM to go on with; wins over towers."})
-    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of that checkpoint on the Hub."})
-    audio_tower: str | None = field(default=None, metadata={"help": "Whisper, wav2vec2, HuBERT, WavLM: id or path."})
-    emotion_tower: str | None = field(default=None, metadata={"help": "Arousal, dominance, valence: id or path."})
-    text_model: str | None = field(default=None, metadata={"help": "Any causal LM: id or path."})
-    emotion_fusion: Literal["concat", "token", "none"] = field(
-        default="concat", metadata={"help": "How emotion joins speech: concat (paper), token, none (the baseline)."}
-    )
-    projector_inner_dim: int = field(default=512, metadata={"help": "Width of the bottleneck (original: 512)."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the LLM's LoRA (paper: 16); 0 for no LoRA."})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA's alpha (paper: 16)."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA's dropout (paper: 0.05)."})
-    lora_scope: Literal["audio", "text", "global"] = field(
-        default="audio", metadata={"help": "Positions where the LoRA acts: audio (paper), text, global."}
-    )
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers by name; by default all linear ones, which are the paper's."}
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Of the frozen weights; by default the LLM's own."}
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2 or eager."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the LLM alone in 4 bit (bitsandbytes)."})
-    full_window: bool = field(default=True, metadata={"help": "Whisper over its whole 30 s, as it was trained."})
-    max_duration_s: float = field(default=600.0, metadata={"help": "Longest clip accepted, in seconds."})
-    data: str | None = field(
-        default=None, metadata={"help": "Prepared corpus, .jsonl/.csv/.parquet, save_to_disk folder or Hub id."}
-    )
-    train_split: str = field(default="train", metadata={"help": "Split to train on; empty for all rows."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; never the test split."})
-    eval_data: str | None = field(default=None, metadata={"help": "Where eval_split is, if not in data."})
-    held_out: str | None = field(
-        default=None, metadata={"help": "Splits from columns: session=Ses05;validation:session=Ses04."}
-    )
-    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed; needs max_steps."})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
-    )
-    resume: str = field(
-        default="auto", metadata={"help": "auto: from the last complete checkpoint if any; true: demand one; false."}
-    )
-
-    def __post_init__(self) -> None:
-        self.resume = str(self.resume).lower()  # YAML reads `true` as a bool
-        choices = {
-            "emotion_fusion": ("concat", "token", "none"),
-            "lora_scope": ("audio", "text", "global"),
-            "dtype": (None, "float32", "bfloat16", "float16"),
-            "resume": ("auto", "true", "false"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
-        if self.data is None:
-            raise ValueError("data is missing: where the rows are. Give --data, or a line `data: …` in the recipe.")
-        if self.model_name_or_path is None and (self.audio_tower is None or self.text_model is None):
-            raise ValueError(
-                "Nothing to start from. Give model_name_or_path (a ReLLM), or audio_tower and text_model (a new one)."
-            )
-        if self.model_name_or_path is None and self.emotion_fusion != "none" and self.emotion_tower is None:
-            raise ValueError(
-                f"emotion_fusion={self.emotion_fusion!r} needs an emotion_tower. Give one, or emotion_fusion='none' "
-                "for the speech-LLM baseline."
-            )
-        if self.lora_r < 0 or not 0 <= self.lora_dropout < 1:
-            raise ValueError(
-                f"Expected lora_r >= 0 and lora_dropout in [0, 1), got {self.lora_r}, {self.lora_dropout}."
-            )
-        if self.max_duration_s <= 0:
-            raise ValueError(f"max_duration_s must be positive, got {self.max_duration_s}.")
-
-    @property
-    def lora(self) -> dict | None:
-        """Arguments of `peft.LoraConfig`, or `None`."""
-        if self.lora_r == 0:
-            return None
-        lora = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
-        return lora if self.lora_target_modules is None else lora | {"target_modules": self.lora_target_modules}
-
-
 def parse_arguments(arguments: Sequence[str]) -> tuple[ReLLMScriptArguments, ReLLMSFTConfig]:
-    """Settings from `--config file.yaml` and flags.
-
-    Args:
-        arguments (`Sequence[str]`): As on the command line, after `relllm train`.
-
-    Raises:
-        SystemExit: After `--help` (0), or on a setting that is unknown or wrong (2), which is printed.
-    """
+    """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does."""
     sections = {
-        "model and data": [setting.name for setting in fields(ReLLMScriptArguments)],
+        "model and data": [one.name for one in fields(ReLLMScriptArguments)],
         "losses, and where the paper's recipe differs from TRL": list(ReLLMSFTConfig.__annotations__),
         "augmentation of the training clips (off by default)": list(AugmentationSettings.__annotations__),
         "cache of the frozen towers' outputs (off by default)": list(TowerCacheSettings.__annotations__),
@@ -199,14 +64,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ReLLMScriptArguments, ReL
 
 
 def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFTTrainer:
-    """Build, train, evaluate and save, as the settings say.
-
-    Args:
-        script ([`ReLLMScriptArguments`]): Model and data.
-        args ([`ReLLMSFTConfig`]): The trainer's settings.
-
-    Returns:
-        [`ReLLMSFTTrainer`]: After training; model and processor are saved in `args.output_dir`.
+    """Build, train, evaluate and save, as the settings say; model and processor are in `args.output_dir`.
 
     Raises:
         ValueError: If settings contradict each other, the data or the checkpoint.
@@ -247,15 +105,10 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
 
 
 def training_record(script: ReLLMScriptArguments, args: ReLLMSFTConfig, state: TrainerState) -> dict[str, object]:
-    """The settings that a reader needs to repeat a run, and how far it went.
+    """Return the settings that a reader needs to repeat a run, and how far it went; JSON can hold them.
 
-    Args:
-        script ([`ReLLMScriptArguments`]): Model and data.
-        args ([`ReLLMSFTConfig`]): The trainer's settings.
-        state (`TrainerState`): At the end.
-
-    Returns:
-        `dict`: Values that JSON can hold. A setting that is a folder of this machine is `"a local folder"`.
+    They have no path and no token: a setting that is a folder of this machine is `"a local folder"`. The trainer's own
+    `training_args.bin` is a pickle, and has both.
     """
     own = {*ReLLMSFTConfig.__annotations__, *(AugmentationSettings.__annotations__ if args.augments else ())}
     of_model = [name for name in MODEL_SETTINGS if script.model_name_or_path is None or name not in OF_A_NEW_MODEL]
@@ -307,4 +160,3 @@ def _callbacks(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> list[Train
             "eval_loss), with eval_strategy and save_strategy alike."
         )
     return [EarlyStoppingCallback(early_stopping_patience=script.early_stopping_patience)]
-

@@ -17,7 +17,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,8 @@ from relllm.modeling.light_checkpoint_relllm import fingerprint
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration, ReLLMModel
 from relllm.modeling.towers_relllm import TowerOutputs
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
+
+from .settings import setting
 
 logger = logging.get_logger(__name__)
 
@@ -54,9 +56,8 @@ LEFTOVER_S = 24 * 3600  # a temporary file as old as this is of a killed process
 class TowerCacheSettings:
     """The setting that the trainer's configuration inherits; the cache is off by default."""
 
-    tower_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Keep the frozen towers' outputs here (also --cache-dir).", "aliases": ["--cache-dir"]},
+    tower_cache_dir: str | None = setting(
+        None, "Keep the frozen towers' outputs here (also --cache-dir).", aliases=["--cache-dir"]
     )
 
 

@@ -1,8 +1,7 @@
 """`ReLLMSFTTrainer`: TRL's supervised fine-tuning with RE-LLM's losses.
 
 Each loss is normalised over the whole accumulated batch of all processes, so 8 x 1, 4 x 2 and 2 x 4 rows give the same
-gradients, unlabelled rows included. What lives elsewhere: the losses and how they add up (`objective.py`), what trains
-(`freezing.py`), the collator, the settings.
+gradients, unlabelled rows included.
 """
 
 import dataclasses
@@ -24,12 +23,12 @@ from relllm.metrics import concordances, recognition_metrics
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
 
+from .alignment import return_heads
 from .augmentation import Augmentation, AugmentationMixin
 from .checkpoints import CheckpointMixin
 from .collator import ReLLMCollator
 from .config import ReLLMSFTConfig
 from .freezing import TrainableTableCallback, lora_counts_as_adapter, prepare_trainable
-from .fused_head import return_heads
 from .lengths import row_lengths
 from .losses import IGNORE_INDEX
 from .objective import TARGETS, Objective, RunningMeans, keep_labels
@@ -47,8 +46,7 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
     Args:
         model ([`ReLLMForConditionalGeneration`]): An instance, with its own LoRA in it.
         args ([`ReLLMSFTConfig`], *optional*): Settings; by default the paper's.
-        train_dataset (`datasets.Dataset` or `IterableDataset`): Rows as [`ReLLMCollator`] takes them.
-        eval_dataset (`Dataset`, `IterableDataset` or `dict` of them, *optional*): Likewise.
+        train_dataset, eval_dataset: Rows as [`ReLLMCollator`] takes them.
         processing_class ([`ReLLMProcessor`]): The model's processor.
         kwargs: As in `trl.SFTTrainer`, but for `peft_config`.
 
@@ -129,7 +127,7 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """Counts what each loss is over in the whole accumulated batch, as Transformers counts its tokens."""
+        """Count what each loss is over in the whole accumulated batch, as Transformers counts its tokens."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         local = torch.zeros(len(self.objective.weights), device=self.args.device)
         for batch in batches:
@@ -144,7 +142,7 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, ModelOutput]:
-        """TRL's loss of the response, and the other losses on the outputs of the same forward pass."""
+        """Return TRL's loss of the response, and the other losses on the outputs of the same forward pass."""
         local_counts = self.objective.count(inputs)
         targets = {name: inputs.pop(name) for name in TARGETS if name in inputs}
         mode = "train" if self.model.training else "eval"
@@ -183,7 +181,7 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As in TRL, without the labels of rows that Accelerate repeats to give every process a last batch."""
+        """Do as TRL, without the labels of rows that Accelerate repeats to give every process a last batch."""
         state = self.accelerator.gradient_state
         if state.end_of_dataloader and state.remainder > 0:
             size = len(inputs["labels"])
@@ -199,7 +197,7 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in Transformers, with the means of the losses and the metrics of the heads.
+        """Do as Transformers, with the means of the losses and the metrics of the heads.
 
         The loss is the objective over the whole set: each mean with its weight, not the mean over batches.
         """
@@ -223,13 +221,13 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in TRL, with the mean of each loss since the last log, over the items of all processes."""
+        """Do as TRL, with the mean of each loss since the last log, over the items of all processes."""
         if self.model.training:
             logs |= self._means.means(self.accelerator.reduce(self._means.take("train"), reduction="sum"))
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """`group_by_length` without a column of lengths: measured by the headers of the audio."""
+        """Group by length without a column of lengths: measured by the headers of the audio."""
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         grouped = self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, Dataset)
         if not grouped or self.args.length_column_name in dataset.column_names:
@@ -240,7 +238,7 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
         )
 
     def _log_response(self, loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> None:
-        """Mean over the reply's tokens. In training TRL's loss is this micro-batch's share of the batch's mean."""
+        """Log the mean over the reply's tokens; in training TRL's loss is this micro-batch's share of that."""
         tokens = (labels[..., 1:] != IGNORE_INDEX).sum()
         divisor = tokens
         if num_items_in_batch is not None:
@@ -251,7 +249,7 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
 
     @torch.no_grad()
     def _remember(self, output: ModelOutput, targets: dict[str, Tensor], mode: str) -> None:
-        """Counts the emotions that are right; in evaluation keeps what the heads said, `(clips, 2 + 6)`."""
+        """Count the emotions that are right; in evaluation keep what the heads said, `(clips, 2 + 6)`."""
         labels, predictions = targets["emotion_labels"], output.emotion_logits.argmax(-1)
         if "emotion_loss" in self.objective.active:
             known = labels != IGNORE_INDEX
@@ -261,7 +259,7 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
             self._heard.append(torch.cat([classes, output.dimensions.float(), targets["dimension_labels"]], dim=1))
 
     def _heads_metrics(self) -> dict[str, float]:
-        """UA, WA, macro-F1 and CCC over the clips of the evaluation, of the heads that have a loss."""
+        """Return UA, WA, macro-F1 and CCC over the clips of the evaluation, of the heads that have a loss."""
         none = torch.full((1, 2 + 2 * len(DIMENSIONS)), float("nan"), device=self.args.device)
         clips = torch.cat([none, *self._heard])  # a process may have heard nothing
         clips = self.accelerator.pad_across_processes(clips, dim=0, pad_index=float("nan"))
@@ -318,13 +316,10 @@ class _ShortStreamCallback(TrainerCallback):
 
 
 def _leave_encoded(dataset: Dataset | IterableDataset | None) -> Dataset | IterableDataset | None:
-    """Audio columns as paths and bytes: the processor decodes each clip once, where it is needed."""
+    """Return audio columns as paths and bytes: the processor decodes each clip once, where it is needed."""
     if dataset is None:
         return None
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, Audio) and feature.decode:
             dataset = dataset.cast_column(name, Audio(decode=False))
     return dataset
-
-
-__all__ = ["ReLLMSFTTrainer", "prepare_trainable"]

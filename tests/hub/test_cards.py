@@ -17,9 +17,8 @@ from relllm.hub.cards import TEMPLATE, check_card, write_model_card
 from relllm.hub.evidence import read_public_run
 from relllm.hub.licences import MSP_TOWER, Tower, model_licence, read_towers
 from relllm.hub.sharing import CardSettings
-from relllm.training.config import ReLLMSFTConfig
-from relllm.training.record import training_record
-from relllm.training.run import ReLLMScriptArguments
+from relllm.training.config import ReLLMScriptArguments, ReLLMSFTConfig
+from relllm.training.run import training_record
 
 CLIP = {"id": "Ses05M_impro03_F007", "speaker": "Ses05F", "text": "I lost my luggage at the airport"}
 

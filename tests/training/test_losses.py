@@ -9,13 +9,8 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import Tensor
 
-from relllm.training.losses import (
-    ccc_loss,
-    dimension_loss,
-    emotion_loss,
-    response_cross_entropy,
-    response_kl,
-)
+from relllm.training.alignment import Alignment, compare
+from relllm.training.losses import ccc_loss, dimension_loss, emotion_loss, response_kl
 
 NAN = float("nan")
 
@@ -28,32 +23,6 @@ def assert_finite_gradient(loss: Tensor, *inputs: Tensor) -> None:
     loss.backward()
     for tensor in inputs:
         assert tensor.grad.isfinite().all()
-
-
-# Response cross-entropy
-
-
-def test_response_cross_entropy_scores_the_next_token():
-    logits, labels = with_gradient(2, 5, 7), torch.tensor([[-100, -100, 3, 1, 6], [-100, 2, 2, -100, -100]])
-    scores = log_softmax(logits.detach().numpy(), axis=-1)
-    terms = [-scores[b, t - 1, labels[b, t]] for b in range(2) for t in range(1, 5) if labels[b, t] != -100]
-    loss = response_cross_entropy(logits, labels)
-    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-6)
-    assert_finite_gradient(loss, logits)
-    assert (logits.grad[0, 4] == 0).all() and (logits.grad[1, 1:] != 0).any() and (logits.grad[1, 2:] == 0).all()
-
-
-def test_first_label_is_never_predicted():
-    logits = torch.randn(1, 3, 4)
-    labels = torch.tensor([[2, 1, -100]])
-    assert response_cross_entropy(logits, labels) == response_cross_entropy(logits, torch.tensor([[-100, 1, -100]]))
-
-
-def test_half_precision_logits_are_scored_in_float32():
-    logits, labels = torch.randn(1, 9, 300).bfloat16(), torch.randint(0, 300, (1, 9))
-    loss = response_cross_entropy(logits, labels)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, response_cross_entropy(logits.float(), labels))
 
 
 # Emotion
@@ -130,6 +99,23 @@ def test_ccc_loss_spans_agreement_to_opposition(sign: int, expected: float):
 # KL
 
 
+def kl_as_trained(
+    speech: Tensor,
+    text: Tensor,
+    speech_labels: Tensor,
+    text_labels: Tensor,
+    *,
+    temperature: float = 2.0,
+    shifted: bool = True,
+    num_items: int | Tensor | None = None,
+) -> Tensor:
+    """On logits of both branches, as the training forward sums it, and over its count or another."""
+    alignment = Alignment(temperature, shifted)
+    taught = text[alignment.positions(text_labels)]
+    total = compare(None, speech, speech_labels, text_labels, taught, alignment)
+    return total / max(int(len(taught) if num_items is None else num_items), 1)
+
+
 def naive_kl(text_rows: list[np.ndarray], speech_rows: list[np.ndarray], temperature: float) -> float:
     pairs = zip(text_rows, speech_rows, strict=True)
     return np.mean(
@@ -150,7 +136,7 @@ def test_response_kl_compares_the_stated_positions(shifted: bool):
         [speech[b, t - late].detach().numpy() for b, t in speech_rows],
         temperature=3.0,
     )
-    loss = response_kl(speech, text, speech_labels, text_labels, temperature=3.0, shifted=shifted)
+    loss = kl_as_trained(speech, text, speech_labels, text_labels, temperature=3.0, shifted=shifted)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert_finite_gradient(loss, speech)
     assert text.grad is None
@@ -158,22 +144,22 @@ def test_response_kl_compares_the_stated_positions(shifted: bool):
 
 def test_response_kl_of_equal_logits_is_zero():
     logits, labels = torch.randn(2, 4, 5), torch.tensor([[-100, 1, 2, 3], [-100, -100, 4, 4]])
-    assert response_kl(logits, logits.clone(), labels, labels).item() == pytest.approx(0, abs=1e-6)
+    assert kl_as_trained(logits, logits.clone(), labels, labels).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_response_kl_with_masked_out_tokens_is_finite():
     speech, labels = with_gradient(1, 3, 4), torch.tensor([[-100, 1, 2]])
     text = torch.randn(1, 3, 4)
     text[..., 0] = -math.inf  # a token that the LLM rules out has probability 0 in the teacher
-    loss = response_kl(speech, text, labels, labels)
+    loss = kl_as_trained(speech, text, labels, labels)
     assert loss.isfinite()
     assert_finite_gradient(loss, speech)
 
 
 def test_response_kl_refuses_different_replies():
     labels, shorter = torch.tensor([[-100, 1, 2, 3]]), torch.tensor([[-100, 1, 2, -100]])
-    with pytest.raises(ValueError, match=r"speech \[3\], text \[2\]"):
-        response_kl(torch.randn(1, 4, 5), torch.randn(1, 4, 5), labels, shorter)
+    with pytest.raises(ValueError, match="speech 3, text 2"):
+        kl_as_trained(torch.randn(1, 4, 5), torch.randn(1, 4, 5), labels, shorter)
 
 
 # What all share
@@ -195,17 +181,16 @@ def losses_of_rows(rows: slice, num_items: dict[str, float] | None = None) -> di
     labels, target, emotion_logits = labels[rows], target[rows], logits[:, 0, :4]
     weights = torch.tensor([1.0, 2.0, 0.5, 1.0])
     return {
-        "response": response_cross_entropy(logits, labels, items.get("response")),
         "emotion": emotion_loss(emotion_logits, emotions, num_items=items.get("emotion")),
         "weighted": emotion_loss(emotion_logits, emotions, class_weights=weights, num_items=items.get("weighted")),
         "dimension": dimension_loss(logits[:, 0, :3], target, items.get("dimension")),
-        "kl": response_kl(logits, other, labels, labels, num_items=items.get("kl")),
+        "kl": kl_as_trained(logits, other, labels, labels, num_items=items.get("kl")),
     }
 
 
 @pytest.mark.parametrize("cuts", [[3], [1, 5], [2, 4]])
 def test_micro_batches_with_the_whole_count_add_up_to_the_whole_batch(cuts: list[int]):
-    counts = {"response": 13, "emotion": 4, "weighted": 1 + 0.5 + 1 + 2, "dimension": 14, "kl": 13}
+    counts = {"emotion": 4, "weighted": 1 + 0.5 + 1 + 2, "dimension": 14, "kl": 13}
     whole = losses_of_rows(slice(None))
     bounds = [0, *cuts, 6]
     parts = [losses_of_rows(slice(a, b), counts) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
@@ -219,8 +204,7 @@ def test_nothing_labelled_gives_zero_with_a_gradient(num_items: Tensor | int | N
     no_tokens, no_classes = torch.full((2, 3), -100), torch.full((2,), -100)
     weights = torch.rand(5)
     losses = [
-        response_cross_entropy(token_logits, no_tokens, num_items),
-        response_kl(token_logits, torch.randn(2, 3, 5), no_tokens, no_tokens, num_items=num_items),
+        kl_as_trained(token_logits, torch.randn(2, 3, 5), no_tokens, no_tokens, num_items=num_items),
         emotion_loss(class_logits, no_classes, num_items=num_items),
         emotion_loss(class_logits, no_classes, class_weights=weights, num_items=num_items),
         dimension_loss(predicted, torch.full((2, 3), NAN), num_items),
@@ -233,3 +217,16 @@ def test_nothing_labelled_gives_zero_with_a_gradient(num_items: Tensor | int | N
 def test_a_prediction_that_is_not_a_number_is_not_hidden():
     predicted = torch.tensor([[NAN, 0.5, 0.5]])
     assert dimension_loss(predicted, torch.full((1, 3), 0.5)).isnan()
+
+
+def test_half_precision_is_scored_in_float32():
+    logits, other, labels = torch.randn(9, 300).bfloat16(), torch.randn(9, 300).bfloat16(), torch.randint(0, 300, (9,))
+    target = torch.rand(9, 300)
+    for loss, precise in (
+        (emotion_loss(logits, labels), emotion_loss(logits.float(), labels)),
+        (dimension_loss(logits, target), dimension_loss(logits.float(), target)),
+        (ccc_loss(logits, target), ccc_loss(logits.float(), target)),
+        (response_kl(logits, other, 2.0), response_kl(logits.float(), other.float(), 2.0)),
+    ):
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, precise)

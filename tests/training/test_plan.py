@@ -9,12 +9,12 @@ from tiny_models import clip, tiny_config, tiny_emotion_config, tiny_processor, 
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-import relllm.training.planning.memory as plan_memory_module
+import relllm.training.memory as plan_memory_module
 from relllm import ReLLMConfig, ReLLMForConditionalGeneration
 from relllm.cli import app
 from relllm.modeling import audio_tower_relllm, lora_scope_relllm
 from relllm.training.freezing import prepare_trainable, trainable_table
-from relllm.training.planning.memory import (
+from relllm.training.memory import (
     RowSize,
     StepSettings,
     count_audio_positions,
@@ -22,12 +22,12 @@ from relllm.training.planning.memory import (
     meta_model,
     plan_memory,
 )
-from relllm.training.planning.plan import PlanArguments, parse_bytes, parse_plan, plan_speed, step_settings
+from relllm.training.plan import PlanArguments, parse_bytes, parse_plan, plan_speed, step_settings
 
 LORA = {"r": 8, "lora_alpha": 8}
 FLOAT32 = StepSettings(torch.float32, bf16=False, gradient_checkpointing=False, full_window=False)
 BFLOAT16 = StepSettings(torch.bfloat16, bf16=True, gradient_checkpointing=False, full_window=False)
-ROW = RowSize(audio_s=1.9, prompt_tokens=100, reply_tokens=100)
+ROW = RowSize(audio_seconds=1.9, prompt_tokens=100, reply_tokens=100)
 VOCAB_SIZE, BATCH_SIZE = 320, 4
 
 
@@ -73,7 +73,7 @@ class RealStep:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         add_fused_lm_head(self.model)
         extractor = tiny_processor(config, full_window=settings.full_window).feature_extractor
-        self.inputs = dict(extractor([clip(ROW.audio_s, seed=seed) for seed in range(BATCH_SIZE)]))
+        self.inputs = dict(extractor([clip(ROW.audio_seconds, seed=seed) for seed in range(BATCH_SIZE)]))
         self.audio_positions = self.inputs.pop("num_audio_tokens")[0]
         input_ids = torch.randint(5, 250, (BATCH_SIZE, positions))
         input_ids[:, : self.audio_positions] = config.audio_token_id

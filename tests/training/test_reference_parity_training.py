@@ -9,15 +9,11 @@ import golden
 import pytest
 import torch
 from golden import GRADIENT_RTOL, SCALARS, hear, recorded, relllm_model
+from test_losses import kl_as_trained
 from torch import Tensor
 
 from relllm.modeling.lora_scope_relllm import ADAPTER_NAME
-from relllm.training.losses import (
-    dimension_loss,
-    emotion_loss,
-    response_cross_entropy,
-    response_kl,
-)
+from relllm.training.losses import dimension_loss, emotion_loss
 
 FROZEN_BY_ORIGINAL = "model.emotion_head.weight"  # in its optimiser steps only; its gradient is recorded
 
@@ -33,10 +29,10 @@ def losses_of(model, batch: str) -> dict[str, Tensor]:
     logits = (speech_logits, text_logits)
     temperature = golden.CONFIG["kd_temperature"]
     return {
-        "response_ce": response_cross_entropy(speech_logits, speech.labels),
+        "response_ce": model.loss_function(speech_logits, speech.labels, speech_logits.shape[-1]),
         "input_er": emotion_loss(heard[0].emotion_logits, emotions),
         "input_er_avd": dimension_loss(heard[0].dimensions, dimensions),
-        "response_kl": response_kl(*logits, speech.labels, text.labels, temperature=temperature, shifted=False),
+        "response_kl": kl_as_trained(*logits, speech.labels, text.labels, temperature=temperature, shifted=False),
     }
 
 
@@ -75,8 +71,8 @@ def test_shifted_kl_compares_other_positions_than_the_original():
     model = relllm_model()
     speech, text = golden.speech_branch(model, "b3", hear(model, "b3")), golden.text_branch(model, "b3")
     logits = golden.run_llm(model, speech).logits, golden.run_llm(model, text).logits
-    original = response_kl(*logits, speech.labels, text.labels, shifted=False)
-    assert abs(response_kl(*logits, speech.labels, text.labels) - original) > 1e-3 * original
+    original = kl_as_trained(*logits, speech.labels, text.labels, shifted=False)
+    assert abs(kl_as_trained(*logits, speech.labels, text.labels) - original) > 1e-3 * original
 
 
 def fresh_model():

@@ -18,9 +18,10 @@ from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.cli import app
 from relllm.demo.tiny_towers import make_tiny_towers
 from relllm.training.building import NEVER_QUANTIZED, add_lora, build_config, build_model, four_bit_config
-from relllm.training.config import ReLLMSFTConfig
+from relllm.training.checkpoints import checkpoint_to_resume
+from relllm.training.config import ReLLMScriptArguments, ReLLMSFTConfig
 from relllm.training.freezing import lora_counts_as_adapter
-from relllm.training.run import ReLLMScriptArguments, checkpoint_to_resume, parse_arguments, run_training
+from relllm.training.run import parse_arguments, run_training
 
 disable_progress_bars()
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")

@@ -7,10 +7,12 @@ import pytest
 import soundfile
 import torch
 from datasets import Audio, Dataset
+from scipy.special import log_softmax
 from tiny_models import audio_part, clip, text_part, tiny_config, tiny_model, tiny_processor
 
 from relllm import EMOTIONS, ReLLMSFTConfig, ReLLMSFTTrainer
 from relllm.training.collator import ReLLMCollator
+from relllm.training.objective import TARGETS
 
 TRANSCRIPTS = ("I got the job", "my cat died.", "they lost my luggage, again")
 REPLIES = ("That is wonderful news, tell me more!", "I am so sorry to hear that.", "You sound upset.")
@@ -102,6 +104,39 @@ def test_gradients_agree_however_the_batch_is_accumulated(tmp_path, processor):
     for batch in (4, 2, 1):
         for name, gradient in steps[8].items():
             assert (steps[batch][name] - gradient).norm() <= 1e-12 * gradient.norm(), name
+
+
+def test_the_response_loss_scores_the_next_token_of_the_reply(tmp_path, processor):
+    rows = make_rows(tmp_path)
+    trainer = make_trainer(rows, tmp_path / "run", processor, emotion_loss_weight=0.0, dimension_loss_weight=0.0)
+    batch = trainer.data_collator(rows)
+    batch["labels"][0, 0] = 7  # a first token is never predicted
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", *TARGETS)}
+    with torch.no_grad():
+        scores = log_softmax(trainer.model.eval()(**inputs).logits.double().numpy(), axis=-1)
+    terms = [
+        -scores[row, position - 1, label]
+        for row, labels in enumerate(batch["labels"].tolist())
+        for position, label in enumerate(labels)
+        if label != -100 and position > 0
+    ]
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(np.mean(terms), rel=1e-6)
+    share = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(1000))
+    assert share.item() == pytest.approx(np.sum(terms) / 1000, rel=1e-6)
+
+
+@pytest.mark.parametrize("num_items", [None, torch.tensor(5)])
+def test_a_batch_without_a_reply_has_a_loss_of_zero_with_a_gradient(tmp_path, processor, num_items):
+    rows = make_rows(tmp_path)
+    trainer = make_trainer(rows, tmp_path / "run", processor, emotion_loss_weight=0.0, dimension_loss_weight=0.0)
+    batch = trainer.data_collator(rows)
+    batch["labels"][:] = -100
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=num_items)
+    loss.backward()
+    gradients = [weight.grad for weight in trainer.model.parameters() if weight.grad is not None]
+    assert loss.item() == 0 and gradients and all(gradient.abs().max() == 0 for gradient in gradients)
 
 
 def test_gradient_is_that_of_the_losses_written_out(tmp_path, processor):

@@ -26,7 +26,8 @@ from relllm.modeling.configuration_relllm import ReLLMConfig
 from relllm.modeling.lora_scope_relllm import is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 
-from ..freezing import TrainableRow, prepare_trainable, trainable_table
+from .freezing import TrainableRow, prepare_trainable, trainable_table
+from .settings import setting
 
 NF4_BYTES = 0.516  # a weight in 4 bit with double quantisation: 4 + 0.127 bits (QLoRA)
 HEAD_TILE_POSITIONS, HEAD_TILE_WORDS = 4096, 32768  # of the buffer of TRL's fused head
@@ -35,87 +36,59 @@ FRAMES_A_SECOND = 50  # of every supported tower
 OPTIMIZER_BYTES = {"8bit": 2.0, "adafactor": 0.1, "sgd": 0.0, "adamw": 8.0}
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowSize:
-    """A typical row.
+    """A typical row."""
 
-    Args:
-        audio_s (`float`, *optional*, defaults to 8.0): Seconds of audio.
-        prompt_tokens (`int`, *optional*, defaults to 70): System prompt, instruction and turn marks.
-        reply_tokens (`int`, *optional*, defaults to 60): The reply.
-    """
-
-    audio_s: float = 8.0
-    prompt_tokens: int = 70
-    reply_tokens: int = 60
+    audio_seconds: float = setting(8.0, "Audio of a typical row.")
+    prompt_tokens: int = setting(70, "System prompt, instruction and turn marks.")
+    reply_tokens: int = setting(60, "Reply of a typical row.")
 
     def __post_init__(self) -> None:
-        if self.audio_s <= 0 or self.prompt_tokens < 0 or self.reply_tokens < 1:
+        if self.audio_seconds <= 0 or self.prompt_tokens < 0 or self.reply_tokens < 1:
             raise ValueError(f"Expected audio and a reply of some length, got {self}.")
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What of a run's settings decides its memory.
+    """What of a run's settings decides its memory."""
 
-    Args:
-        dtype (`torch.dtype`): Of the frozen weights.
-        bf16 (`bool`): Whether the step runs under bfloat16 autocast.
-        gradient_checkpointing (`bool`): Of the LLM.
-        optimizer (`str`): A name of Transformers, such as `"adamw_torch_fused"`.
-        load_in_4bit (`bool`): QLoRA.
-        full_window (`bool`): Whisper over its whole window.
-        unfreeze (`tuple[str, ...]`): Towers that train.
-        num_processes (`int`): With more than one, DDP's buckets hold the gradients a second time.
-        teacher (`bool`): Whether a KL loss runs the LLM over the transcript as well.
-    """
-
-    dtype: torch.dtype = torch.bfloat16
-    bf16: bool = True
-    gradient_checkpointing: bool = True
-    optimizer: str = "adamw_torch_fused"
-    load_in_4bit: bool = False
-    full_window: bool = True
-    unfreeze: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-    num_processes: int = 1
-    teacher: bool = False
+    dtype: torch.dtype = torch.bfloat16  # of the frozen weights
+    bf16: bool = True  # whether the step runs under bfloat16 autocast
+    gradient_checkpointing: bool = True  # of the LLM
+    optimizer: str = "adamw_torch_fused"  # a name of Transformers
+    load_in_4bit: bool = False  # QLoRA
+    full_window: bool = True  # Whisper over its whole window
+    unfreeze: tuple[str, ...] = ()  # towers that train
+    unused: tuple[str, ...] = ()  # heads that no loss reaches
+    num_processes: int = 1  # with more than one, DDP's buckets hold the gradients a second time
+    teacher: bool = False  # whether a KL loss runs the LLM over the transcript as well
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one training step on one device.
+    """Bytes of one training step on one device."""
 
-    Args:
-        weights, gradients, optimizer (`float`): There all the time.
-        autocast (`float`): bfloat16 copies of float32 weights.
-        activations (`float`): What is kept for the backward pass.
-        workspace (`float`): What a layer needs while it runs; at most one at a time.
-        towers (`float`): The widest moment of a frozen tower, before the LLM's activations.
-        sequence (`int`): Positions of a row in the LLM; `audio_positions` of these are audio.
-        parts (`list[TrainableRow]`): Parameters part by part.
-    """
-
-    weights: float
+    weights: float  # these three are there all the time
     gradients: float
     optimizer: float
-    autocast: float
-    activations: float
-    workspace: float
-    towers: float
-    sequence: int
-    audio_positions: int
+    autocast: float  # bfloat16 copies of float32 weights
+    activations: float  # kept for the backward pass
+    workspace: float  # what a layer needs while it runs; at most one at a time
+    towers: float  # the widest moment of a frozen tower, before the LLM's activations
+    sequence: int  # positions of a row in the LLM
+    audio_positions: int  # those of them that are audio
     parts: list[TrainableRow] = field(default_factory=list)
 
     @property
     def total(self) -> float:
-        """Peak: what is always there, and the larger of towers and LLM."""
+        """The peak: what is always there, and the larger of towers and LLM."""
         static = self.weights + self.gradients + self.optimizer + self.autocast
         return static + max(self.towers, self.activations + self.workspace)
 
 
 def meta_model(config: ReLLMConfig, settings: StepSettings) -> ReLLMForConditionalGeneration:
-    """The model without memory: shapes, data types and what trains, as the trainer would have it."""
+    """Return the model without memory: shapes, data types and what trains, as the trainer would have it."""
     with torch.device("meta"):
         model = ReLLMForConditionalGeneration(config)
     model.to(settings.dtype)
@@ -130,27 +103,19 @@ def plan_memory(
     row: RowSize,
     model: ReLLMForConditionalGeneration | None = None,
 ) -> MemoryPlan:
-    """Memory of a training step.
-
-    Args:
-        config ([`ReLLMConfig`]): The architecture.
-        settings ([`StepSettings`]): How it is trained.
-        batch_size (`int`): Rows at once.
-        row ([`RowSize`]): How long they are.
-        model ([`ReLLMForConditionalGeneration`], *optional*): From [`meta_model`], where it is there already.
-    """
+    """Return the memory of a training step with so many rows; `model` is that of [`meta_model`], if it is there."""
     model = model if model is not None else meta_model(config, settings)
-    audio_positions = count_audio_positions(config, row.audio_s)
+    audio_positions = count_audio_positions(config, row.audio_seconds)
     sequence = audio_positions + row.prompt_tokens + row.reply_tokens
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = float(sum(parameter.nbytes for parameter in trained))
     state = next((size for name, size in OPTIMIZER_BYTES.items() if name in settings.optimizer), 8.0)
     kept, workspace = _llm_bytes(config, settings, batch_size, sequence)
     workspace = max(workspace, _head_bytes(config, batch_size * row.reply_tokens))
-    kept += batch_size * _projector_bytes(config, settings, row.audio_s)
+    kept += batch_size * _projector_bytes(config, settings, row.audio_seconds)
     for name in ("audio_tower", "emotion_tower"):
         if name in settings.unfreeze:
-            kept += _tower_bytes(config, settings, name, batch_size, row.audio_s, kept=True)
+            kept += _tower_bytes(config, settings, name, batch_size, row.audio_seconds, kept=True)
     tower_names = ["audio_tower"] + (["emotion_tower"] if config.emotion_config is not None else [])
     return MemoryPlan(
         weights=_weight_bytes(model, settings),
@@ -159,7 +124,7 @@ def plan_memory(
         autocast=_autocast_bytes(model, settings),
         activations=kept,
         workspace=workspace,
-        towers=max(_tower_bytes(config, settings, name, batch_size, row.audio_s) for name in tower_names),
+        towers=max(_tower_bytes(config, settings, name, batch_size, row.audio_seconds) for name in tower_names),
         sequence=sequence,
         audio_positions=audio_positions,
         parts=trainable_table(model),
@@ -169,7 +134,7 @@ def plan_memory(
 def largest_batch(
     config: ReLLMConfig, settings: StepSettings, row: RowSize, memory: float, model: ReLLMForConditionalGeneration
 ) -> int:
-    """The most rows at once whose peak stays within `memory` bytes; 0 if none does."""
+    """Return the most rows at once whose peak stays within `memory` bytes; 0 if none does."""
     fits, beyond = 0, 1
     while beyond <= 4096 and plan_memory(config, settings, beyond, row, model).total <= memory:
         fits, beyond = beyond, 2 * beyond
@@ -183,7 +148,7 @@ def largest_batch(
 
 
 def part_config(config: ReLLMConfig, name: str) -> PreTrainedConfig:
-    """A part's configuration; its field is declared as a `dict` as well, which it is before `__post_init__` only."""
+    """Return a part's configuration; its field is declared as a `dict` too, as it is before `__post_init__`."""
     return getattr(config, name)
 
 
@@ -203,7 +168,7 @@ def _weight_bytes(model: ReLLMForConditionalGeneration, settings: StepSettings) 
 
 
 def _llm_linears(model: ReLLMForConditionalGeneration) -> list[torch.nn.Parameter]:
-    """Weights of the LLM's own linear layers, without its embeddings and its LoRA."""
+    """Return the weights of the LLM's own linear layers, without its embeddings and its LoRA."""
     return [
         parameter
         for name, parameter in model.base_model.text_model.base_model.named_parameters()
@@ -312,15 +277,3 @@ def _tower_bytes(
 
 def _mlp_width(text: PreTrainedConfig) -> int:
     return getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
-
-
-__all__ = [
-    "MemoryPlan",
-    "RowSize",
-    "StepSettings",
-    "count_audio_positions",
-    "largest_batch",
-    "meta_model",
-    "part_config",
-    "plan_memory",
-]

@@ -1,13 +1,11 @@
-"""`relllm plan`: memory, largest batch and speed of a run before a GPU is rented, from the same settings as
-`relllm train`.
+"""`relllm plan`: memory, largest batch and speed of a run before a GPU is rented, from the settings of `relllm train`.
 
-Only configurations and a tokenizer are read; no weights, no data. The formulas of the memory are in `plan_memory.py`,
-those of the speed here: estimates to choose hardware by, not measurements.
+Only configurations and a tokenizer are read; no weights, no data. Estimates to choose hardware by, not measurements.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -19,11 +17,9 @@ from relllm.modeling.configuration_relllm import ReLLMConfig
 from relllm.modeling.lora_scope_relllm import is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 
-from ..building import build_config
-from ..config import ReLLMSFTConfig
-from ..freezing import HEADS
-from ..run import ReLLMScriptArguments
-from ..settings import SettingsParser
+from .building import build_config
+from .config import ReLLMScriptArguments, ReLLMSFTConfig
+from .freezing import HEADS, draw_table
 from .memory import (
     FRAMES_A_SECOND,
     MemoryPlan,
@@ -34,6 +30,7 @@ from .memory import (
     part_config,
     plan_memory,
 )
+from .settings import SettingsParser, setting
 
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 DESCRIPTION = """\
@@ -45,32 +42,18 @@ It takes every setting of `relllm train`, from the same YAML file, and those of 
 
 
 @dataclass
-class PlanArguments:
-    """What `relllm plan` assumes of the GPU and of a typical row.
-
-    Args:
-        gpu_memory (`str`, *optional*, defaults to `"80GB"`): Of one GPU; also in GiB and MB.
-        reserve (`float`, *optional*, defaults to 0.1): Share of it for CUDA itself, fragmentation and what the
-            formulas leave out.
-        peak_tflops (`float`, *optional*, defaults to 312): Of the GPU, dense bfloat16 (A100: 312, H100: 989).
-        utilisation (`float`, *optional*, defaults to 0.3): Share of the peak that is reached.
-        audio_seconds, prompt_tokens, reply_tokens (*optional*, default to 8, 70, 60): A typical row.
-
-    Raises:
-        ValueError: On a size that cannot be read, or a share outside (0, 1).
-    """
+class PlanArguments(RowSize):
+    """What `relllm plan` assumes of the GPU and of a typical row."""
 
     _argument_group_name = "the GPU and the rows"
 
-    gpu_memory: str = field(default="80GB", metadata={"help": "Of one GPU, such as 24GB or 80GiB."})
-    reserve: float = field(default=0.1, metadata={"help": "Share of it left for CUDA and fragmentation."})
-    peak_tflops: float = field(default=312.0, metadata={"help": "Dense bfloat16 peak (A100: 312, H100: 989)."})
-    utilisation: float = field(default=0.3, metadata={"help": "Share of the peak that is reached."})
-    audio_seconds: float = field(default=8.0, metadata={"help": "Audio of a typical row."})
-    prompt_tokens: int = field(default=70, metadata={"help": "System prompt, instruction and turn marks."})
-    reply_tokens: int = field(default=60, metadata={"help": "Reply of a typical row."})
+    gpu_memory: str = setting("80GB", "Of one GPU, such as 24GB or 80GiB.")
+    reserve: float = setting(0.1, "Share of it left for CUDA and fragmentation.")
+    peak_tflops: float = setting(312.0, "Dense bfloat16 peak (A100: 312, H100: 989).")
+    utilisation: float = setting(0.3, "Share of the peak that is reached.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_bytes(self.gpu_memory)
         if not (0 <= self.reserve < 1 and 0 < self.utilisation <= 1 and self.peak_tflops > 0):
             raise ValueError(
@@ -81,16 +64,11 @@ class PlanArguments:
 
 @dataclass(frozen=True)
 class Speed:
-    """An estimate of the speed of one device.
+    """An estimate of the speed of one device."""
 
-    Args:
-        flops (`float`): Floating-point operations of a training step on one row.
-        rows, tokens (`float`): A second; tokens are positions of the LLM.
-    """
-
-    flops: float
-    rows: float
-    tokens: float
+    flops: float  # of a training step on one row
+    rows: float  # a second
+    tokens: float  # positions of the LLM a second
 
 
 def plan_speed(
@@ -102,16 +80,11 @@ def plan_speed(
     peak_tflops: float,
     utilisation: float,
 ) -> Speed:
-    """Operations of a row's training step, and rows and tokens a second at a stated share of a stated peak.
+    """Return the operations of a row's training step, and rows and tokens a second at a stated share of a stated peak.
 
     A weight costs 2 operations a position in the forward pass, 2 in the backward pass through it, and 2 more where it
     trains; gradient checkpointing runs the forward pass of the LLM once more. Attention adds 4·q·S a layer and
     position. The LoRA runs at every position and is masked behind. Frozen towers cost a forward pass.
-
-    Args:
-        config ([`ReLLMConfig`]), settings ([`StepSettings`]), row ([`RowSize`]): See [`plan_memory`].
-        model ([`ReLLMForConditionalGeneration`]): From [`meta_model`].
-        peak_tflops, utilisation (`float`): Of the device.
     """
     plan = plan_memory(config, settings, 1, row, model)
     length, text = plan.sequence, part_config(config, "text_config")
@@ -128,7 +101,7 @@ def plan_speed(
     flops += 2.0 * text.hidden_size * text.vocab_size * row.reply_tokens * 3  # once forward, twice backward
     if settings.teacher:
         flops += 2.0 * sum(p.numel() for p in body.parameters()) * (length - plan.audio_positions)
-    frames = FRAMES_A_SECOND * row.audio_s
+    frames = FRAMES_A_SECOND * row.audio_seconds
     for tower in ("audio_tower", "emotion_tower"):
         module = getattr(model.base_model, tower)
         if module is not None:
@@ -142,11 +115,7 @@ def plan_speed(
 
 
 def parse_bytes(text: str) -> float:
-    """`"24GB"` -> 24e9, `"80GiB"` -> 80 * 2**30.
-
-    Raises:
-        ValueError: If it is no size.
-    """
+    """Return 24e9 for `"24GB"`, 80 * 2**30 for `"80GiB"`; raise `ValueError` if it is no size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text.upper())
     if match is None or float(match[1]) == 0:
         raise ValueError(f"Expected a size such as 24GB or 80GiB, got {text!r}.")
@@ -154,15 +123,9 @@ def parse_bytes(text: str) -> float:
 
 
 def parse_plan(arguments: Sequence[str]) -> tuple[PlanArguments, ReLLMScriptArguments, ReLLMSFTConfig]:
-    """Settings from `--config file.yaml` and flags.
+    """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does.
 
     The machine that plans is not the one that trains: where neither names a precision, it is the GPU's bfloat16.
-
-    Args:
-        arguments (`Sequence[str]`): As on the command line, after `relllm plan`.
-
-    Raises:
-        SystemExit: After `--help` (0), or on a setting that is unknown or wrong (2), which is printed.
     """
     given = list(arguments)
     if not {"bf16", "fp16"} & _named_settings(given):
@@ -170,8 +133,8 @@ def parse_plan(arguments: Sequence[str]) -> tuple[PlanArguments, ReLLMScriptArgu
     if not torch.cuda.is_available():
         given += ["--use_cpu", "true"]
     sections = {
-        "the GPU and the rows": [setting.name for setting in fields(PlanArguments)],
-        "model and data": [setting.name for setting in fields(ReLLMScriptArguments)],
+        "the GPU and the rows": [one.name for one in fields(PlanArguments)],
+        "model and data": [one.name for one in fields(ReLLMScriptArguments)],
         "losses, and where the paper's recipe differs from TRL": list(ReLLMSFTConfig.__annotations__),
     }
     parser = SettingsParser(
@@ -185,7 +148,7 @@ def parse_plan(arguments: Sequence[str]) -> tuple[PlanArguments, ReLLMScriptArgu
 
 
 def step_settings(script: ReLLMScriptArguments, args: ReLLMSFTConfig, config: ReLLMConfig) -> StepSettings:
-    """What of a run's settings decides its memory."""
+    """Return what of a run's settings decides its memory."""
     own = getattr(config.text_config, "dtype", None) or torch.float32
     dtype = getattr(torch, script.dtype) if script.dtype else own
     weights = (args.emotion_loss_weight, args.dimension_loss_weight)
@@ -203,21 +166,18 @@ def step_settings(script: ReLLMScriptArguments, args: ReLLMSFTConfig, config: Re
 
 
 def run_plan(assumed: PlanArguments, script: ReLLMScriptArguments, args: ReLLMSFTConfig, console: Console) -> bool:
-    """The command `relllm plan`: prints the tables.
-
-    Returns:
-        `bool`: Whether the batch of the settings fits the GPU.
-    """
+    """Print the tables of `relllm plan`, and return whether the batch of the settings fits the GPU."""
     config = build_config(script)
     settings = step_settings(script, args, config)
-    row = RowSize(assumed.audio_seconds, assumed.prompt_tokens, assumed.reply_tokens)
     model = meta_model(config, settings)
     batch_size = args.per_device_train_batch_size
     memory = parse_bytes(assumed.gpu_memory) * (1 - assumed.reserve)
-    plan = plan_memory(config, settings, batch_size, row, model)
-    largest = largest_batch(config, settings, row, memory, model)
-    speed = plan_speed(config, settings, row, model, peak_tflops=assumed.peak_tflops, utilisation=assumed.utilisation)
-    console.print(_parts_table(plan))
+    plan = plan_memory(config, settings, batch_size, assumed, model)
+    largest = largest_batch(config, settings, assumed, memory, model)
+    speed = plan_speed(
+        config, settings, assumed, model, peak_tflops=assumed.peak_tflops, utilisation=assumed.utilisation
+    )
+    console.print(draw_table(plan.parts))
     console.print(_memory_table(plan, batch_size))
     fits = plan.total <= memory
     verdict = "[green]fits[/green]" if fits else "[red]does not fit[/red]"
@@ -230,12 +190,12 @@ def run_plan(assumed: PlanArguments, script: ReLLMScriptArguments, args: ReLLMSF
         f"Speed: about {speed.tokens:,.0f} tokens or {speed.rows:.1f} rows a second on one GPU, "
         f"{update / speed.rows:.1f} s an update of {update} rows ({speed.flops / 1e12:.2f} TFLOP a row)."
     )
-    console.print(_assumptions(assumed, settings, plan, row), style="dim", highlight=False)
+    console.print(_assumptions(assumed, settings, plan), style="dim", highlight=False)
     return fits
 
 
 def _named_settings(arguments: Sequence[str]) -> set[str]:
-    """Names of the settings that flags and the YAML file give."""
+    """Return the names of the settings that flags and the YAML file give."""
     names = {part[2:].split("=")[0].replace("-", "_") for part in arguments if part.startswith("--")}
     for index, part in enumerate(arguments):
         path = part.split("=", 1)[1] if part.startswith("--config=") else None
@@ -244,15 +204,6 @@ def _named_settings(arguments: Sequence[str]) -> set[str]:
         if path is not None and Path(path).is_file():
             names |= set(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
     return names
-
-
-def _parts_table(plan: MemoryPlan) -> Table:
-    table = Table("module", "parameters", "trainable", "dtype", title="What trains", title_justify="left")
-    for part in plan.parts:
-        table.add_row(
-            part.module, f"{part.parameters:,}", f"{part.trainable:,}" if part.trainable else "-", part.dtype
-        )
-    return table
 
 
 def _memory_table(plan: MemoryPlan, batch_size: int) -> Table:
@@ -273,19 +224,16 @@ def _memory_table(plan: MemoryPlan, batch_size: int) -> Table:
     return table
 
 
-def _assumptions(assumed: PlanArguments, settings: StepSettings, plan: MemoryPlan, row: RowSize) -> str:
+def _assumptions(assumed: PlanArguments, settings: StepSettings, plan: MemoryPlan) -> str:
     dtype = str(settings.dtype).removeprefix("torch.")
     autocast = "bfloat16" if settings.bf16 else "no"
     checkpointing = "on" if settings.gradient_checkpointing else "off"
     return (
-        f"Assumed: rows of {row.audio_s:g} s ({plan.audio_positions} audio positions), {row.prompt_tokens} prompt and "
-        f"{row.reply_tokens} reply tokens, {plan.sequence} positions in all; frozen weights in {dtype}, {autocast} "
-        f"autocast, gradient checkpointing {checkpointing}, optimiser {settings.optimizer}; attention in one fused "
-        f"kernel; {assumed.reserve:.0%} of the memory in reserve; {assumed.peak_tflops:g} TFLOP/s at "
-        f"{assumed.utilisation:.0%}. One process: under DDP each GPU takes this and the gradients once more; FSDP2 "
-        "and ZeRO divide what they shard. Longer rows of a batch pad the others: plan with a long row for the memory, "
-        "a typical one for the speed."
+        f"Assumed: rows of {assumed.audio_seconds:g} s ({plan.audio_positions} audio positions), "
+        f"{assumed.prompt_tokens} prompt and {assumed.reply_tokens} reply tokens, {plan.sequence} positions in all; "
+        f"frozen weights in {dtype}, {autocast} autocast, gradient checkpointing {checkpointing}, optimiser "
+        f"{settings.optimizer}; attention in one fused kernel; {assumed.reserve:.0%} of the memory in reserve; "
+        f"{assumed.peak_tflops:g} TFLOP/s at {assumed.utilisation:.0%}. One process: under DDP each GPU takes this "
+        "and the gradients once more; FSDP2 and ZeRO divide what they shard. Longer rows of a batch pad the others: "
+        "plan with a long row for the memory, a typical one for the speed."
     )
-
-
-__all__ = ["PlanArguments", "Speed", "parse_bytes", "parse_plan", "plan_speed", "run_plan", "step_settings"]
