@@ -12,7 +12,6 @@ that the original carries and never uses are logged. Safetensors only: nothing i
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +27,8 @@ from .modeling.modeling_relllm import ReLLMForConditionalGeneration
 
 logger = logging.get_logger(__name__)
 
+# The projector of BLSP-Emo, which reads speech alone, and of RE-LLM, which carries the other one along.
+ADAPTERS = ("adapter.", "w2v2cat_adapter.")
 PROJECTOR_HEADS = 8  # a constant of the original code
 # Beginnings of names; what follows stays as it is.
 TOWERS_AND_HEAD = {
@@ -55,19 +56,6 @@ QWEN_LAYER = {
 DIMENSION_ROWS = [0, 2, 1]
 
 
-@dataclass
-class ConvertedWeights:
-    """Of [`convert_weights`].
-
-    Args:
-        state_dict (`dict`): Weights under the names of [`ReLLMForConditionalGeneration`].
-        unused (`list[str]`): Names of the original that its forward pass never reads.
-    """
-
-    state_dict: dict[str, Tensor]
-    unused: list[str]
-
-
 def convert_original_checkpoint(
     checkpoint: str | os.PathLike | Mapping[str, Tensor],
     config: Mapping | str | os.PathLike | None = None,
@@ -77,17 +65,16 @@ def convert_original_checkpoint(
     emotion_labels: Sequence[str] = EMOTIONS,
     projector_masking: bool = True,
 ) -> ReLLMForConditionalGeneration:
-    """A model of ours with the weights of a checkpoint of the original code.
+    """Load a checkpoint of the original code as a model of ours.
 
     Args:
-        checkpoint (`str`, `os.PathLike` or `Mapping[str, Tensor]`):
-            A directory with `*.safetensors`, such a file, or the state dict, whose tensors the model takes over.
-        config (`Mapping`, `str` or `os.PathLike`, *optional*):
-            The original's `config.json`, as a path or read; by default the one in the directory.
+        checkpoint: A directory with `*.safetensors`, such a file, or the state dict, whose tensors the model takes
+            over.
+        config (*optional*): The original's `config.json`, as a path or read; by default the one in the directory.
         audio_token_id (`int`): The token that will hold the audio's place. The original has none: take one that no
             text uses, such as `<|extra_0|>` of Qwen's tokenizer (151646).
-        emotion_config (`Mapping`, `str` or `os.PathLike`, *optional*):
-            `config.json` of the wav2vec2 of RE-LLM's emotion tower; without it the checkpoint is read as BLSP-Emo's.
+        emotion_config (*optional*): `config.json` of the wav2vec2 of RE-LLM's emotion tower; without it the checkpoint
+            is read as BLSP-Emo's.
         emotion_labels (`Sequence[str]`, *optional*): Class names, in the order of the emotion head's outputs.
         projector_masking (`bool`, *optional*, defaults to `True`): See [`ReLLMConfig`]; `False` is the original.
 
@@ -108,10 +95,10 @@ def convert_original_checkpoint(
         emotion_labels=emotion_labels,
         projector_masking=projector_masking,
     )
-    weights = convert_weights(checkpoint, relllm_config)
-    if weights.unused:
-        logger.warning("Not used by the original's forward pass, left out: %s.", ", ".join(weights.unused))
-    return ReLLMForConditionalGeneration.from_pretrained(None, config=relllm_config, state_dict=weights.state_dict)
+    weights, unused = convert_weights(checkpoint, relllm_config)
+    if unused:
+        logger.warning("Not used by the original's forward pass, left out: %s.", ", ".join(unused))
+    return ReLLMForConditionalGeneration.from_pretrained(None, config=relllm_config, state_dict=weights)
 
 
 def convert_config(
@@ -122,16 +109,9 @@ def convert_config(
     emotion_labels: Sequence[str] = EMOTIONS,
     projector_masking: bool = True,
 ) -> ReLLMConfig:
-    """The configuration of ours that computes what the original computes.
+    """Return the configuration of ours that computes what the original computes, by its `config.json`.
 
-    Args:
-        original (`Mapping`): Its `config.json`: `whisper_config`, `qwen_config`, `conv_kernel_sizes` ("5,5,5"),
-            `adapter_inner_dim`, `adapter_hidden_layers`, `adapter_type`, `lora_config`, `lora_scope`, `num_emotions`.
-        audio_token_id, emotion_config, emotion_labels, projector_masking: See [`convert_original_checkpoint`].
-
-    Raises:
-        ValueError: If the labels are not as many as the classes, the adapter is not the convolutional one, or the LLM
-            is none that Qwen2 can stand for.
+    The other arguments and the errors are those of [`convert_original_checkpoint`].
     """
     if (adapter := original.get("adapter_type", "subsampler")) != "subsampler":
         raise ValueError(f"adapter_type is {adapter!r}; only checkpoints with a 'subsampler' can be converted.")
@@ -160,26 +140,21 @@ def convert_config(
     )
 
 
-def convert_weights(original: Mapping[str, Tensor], config: ReLLMConfig) -> ConvertedWeights:
-    """The original's weights under our names, and checked to be all that the model needs, in shape as well.
-
-    Args:
-        original (`Mapping[str, Tensor]`): The original's state dict.
-        config ([`ReLLMConfig`]): From [`convert_config`].
+def convert_weights(original: Mapping[str, Tensor], config: ReLLMConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the original's state dict under our names, and the names of what its forward pass never reads.
 
     Raises:
-        ValueError: If a weight is missing, unknown or of another shape; the message has the names.
+        ValueError: If a weight is missing, unknown or of another shape than `config` says; the message has the names.
     """
-    converted, unused, unknown = {}, [], []
+    converted: dict[str, Tensor] = {}
+    left: list[str] = []
     for name, weight in original.items():
         weights = _convert_weight(name, weight, config)
-        if weights:
-            converted.update(weights)
-        elif _is_unused(name, config):
-            unused.append(name)
-        else:
-            unknown.append(name)
-    if unknown:
+        converted |= weights
+        left += [] if weights else [name]
+    other = ADAPTERS[config.emotion_config is None]
+    unused = [name for name in left if name.startswith(("w2v2_adapter.", "w2v2_hidden2emotion.", other))]
+    if unknown := [name for name in left if name not in unused]:
         hint = " Weights named `w2v2…` want an emotion_config." if config.emotion_config is None else ""
         raise ValueError(f"{_count_weights(unknown)} of the checkpoint are unknown.{hint}")
     emotion_head = converted.get("model.emotion_head.weight")
@@ -187,16 +162,16 @@ def convert_weights(original: Mapping[str, Tensor], config: ReLLMConfig) -> Conv
         logger.warning("BLSP-Emo has no dimension head: ours starts at zero, and predicts 0 until it is trained.")
         size = (len(DIMENSION_ROWS), emotion_head.shape[1])
         converted["model.dimension_head.weight"] = emotion_head.new_zeros(size)
-    return ConvertedWeights(_fit_names(converted, config), sorted(unused))
+    return _fit_names(converted, config), sorted(unused)
 
 
 def _convert_weight(name: str, weight: Tensor, config: ReLLMConfig) -> dict[str, Tensor]:
-    """One weight of the original as one or three of ours; empty if the name is unknown or not used."""
+    """Turn one weight of the original into one or three of ours; none if the name is unknown or not used."""
     if name.startswith("qwen_model."):
         return _convert_qwen_weight(name.removeprefix("qwen_model.").removeprefix("model."), weight)
     if name == "hidden2w2v2.weight":
         return {"model.dimension_head.weight": weight[DIMENSION_ROWS]}
-    adapter = _adapter_prefix(config)
+    adapter = ADAPTERS[config.emotion_config is not None]
     if name.startswith(adapter):
         return _rename(name.removeprefix(adapter), weight, CONV_PROJECTOR, "model.multi_modal_projector.")
     if name.startswith("w2v2.") and config.emotion_config is None:
@@ -233,16 +208,6 @@ def _rename(name: str, weight: Tensor, table: Mapping[str, str], prefix: str) ->
     return {}
 
 
-def _adapter_prefix(config: ReLLMConfig) -> str:
-    """RE-LLM's projector reads speech and emotion, BLSP-Emo's speech alone; RE-LLM carries the other one along."""
-    return "adapter." if config.emotion_config is None else "w2v2cat_adapter."
-
-
-def _is_unused(name: str, config: ReLLMConfig) -> bool:
-    other = "adapter." if config.emotion_config is not None else "w2v2cat_adapter."
-    return name.startswith(("w2v2_adapter.", "w2v2_hidden2emotion.", other))
-
-
 def _fit_names(converted: dict[str, Tensor], config: ReLLMConfig) -> dict[str, Tensor]:
     """Insert `base_layer.` where the LoRA wraps a layer, and check names and shapes against the model."""
     with torch.device("meta"):
@@ -260,7 +225,7 @@ def _fit_names(converted: dict[str, Tensor], config: ReLLMConfig) -> dict[str, T
 
 
 def _convert_qwen_config(qwen: Mapping) -> Qwen2Config:
-    """Qwen2 without grouped heads, up to `seq_length` positions: so far Qwen's NTK and logn scaling do nothing."""
+    """Make it Qwen2 without grouped heads, up to `seq_length` positions: so far Qwen's NTK and logn do nothing."""
     for name, value in {"no_bias": True, "rotary_pct": 1.0, "tie_word_embeddings": False}.items():
         if qwen.get(name, value) != value:
             raise ValueError(f"qwen_config has {name}={qwen[name]!r}, and Qwen2 computes {name}={value!r} only.")
@@ -326,13 +291,10 @@ def _read_json(config: Mapping | str | os.PathLike) -> Mapping:
 
 
 def _without_kind(config: Mapping) -> dict:
-    """A config's fields, without those that say which class and which release wrote it."""
+    """Return a config's fields, without those that say which class and which release wrote it."""
     return {name: value for name, value in config.items() if name not in ("model_type", "transformers_version")}
 
 
 def _count_weights(names: list[str]) -> str:
     noun = "weight" if len(names) == 1 else "weights"
     return f"{len(names)} {noun} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
-
-
-__all__ = ["ConvertedWeights", "convert_config", "convert_original_checkpoint", "convert_weights"]

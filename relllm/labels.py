@@ -28,14 +28,10 @@ _CANONICAL.update(dict.fromkeys(_NO_LABEL))
 
 
 def canonical_emotion(name: str) -> str | None:
-    """The canonical name of an emotion as a corpus writes it.
-
-    Args:
-        name (`str`): For example `"ang"` (IEMOCAP), `"A"` (MSP-Podcast) or `"Angry"` (ESD); upper or lower case.
+    """Return the canonical name of an emotion as a corpus writes it: `"ang"`, `"A"` and `"Angry"` are `"angry"`.
 
     Returns:
-        `str` or `None`: One of `EMOTIONS` or `FURTHER_EMOTIONS`; `None` for "other" and for "no agreement" of the
-        raters.
+        `str` or `None`: One of `EMOTIONS` or `FURTHER_EMOTIONS`; `None` for "other" and where raters did not agree.
 
     Raises:
         ValueError: A name that is in no list.
@@ -46,23 +42,3 @@ def canonical_emotion(name: str) -> str | None:
             f"Unknown emotion {name!r}; known names: {', '.join(sorted(_CANONICAL))}. Map it to one of them before."
         )
     return _CANONICAL[key]
-
-
-def emotion_index(name: str) -> int:
-    """The class index of a canonical emotion.
-
-    Args:
-        name (`str`): One of `EMOTIONS`.
-
-    Returns:
-        `int`: 0 to 4.
-
-    Raises:
-        ValueError: Another name; other spellings go through `canonical_emotion` first.
-    """
-    if name not in EMOTIONS:
-        raise ValueError(
-            f"Expected one of {', '.join(EMOTIONS)}, got {name!r}. Use `canonical_emotion` for other spellings; an "
-            "emotion outside the set has no index."
-        )
-    return EMOTIONS.index(name)

@@ -100,7 +100,7 @@ def test_directory_with_several_files_is_read_and_saved_again(tmp_path: Path):
 def test_weights_that_the_original_never_reads_are_listed():
     weights = used_weights() | {"adapter.fc1.weight": torch.ones(2), "w2v2_adapter.fc2.bias": torch.ones(1)}
     config = convert_config(golden.original_config(), **relllm_options())
-    assert convert_weights(weights, config).unused == ["adapter.fc1.weight", "w2v2_adapter.fc2.bias"]
+    assert convert_weights(weights, config)[1] == ["adapter.fc1.weight", "w2v2_adapter.fc2.bias"]
 
 
 def test_blsp_emo_without_dimension_head_starts_it_at_zero():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from relllm.labels import DIMENSIONS, EMOTIONS, FURTHER_EMOTIONS, canonical_emotion, emotion_index
+from relllm.labels import DIMENSIONS, EMOTIONS, FURTHER_EMOTIONS, canonical_emotion
 
 
 def test_the_orders_are_fixed() -> None:
@@ -39,9 +39,3 @@ def test_canonical_names_map_to_themselves() -> None:
 def test_an_unknown_name_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match=f"Unknown emotion {name!r}"):
         canonical_emotion(name)
-
-
-def test_the_index_is_that_of_the_original() -> None:
-    assert [emotion_index(name) for name in EMOTIONS] == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match=r"got 'fear'\. Use `canonical_emotion`"):
-        emotion_index("fear")
