@@ -1,21 +1,18 @@
 """Empathy scorers: the model against a computation by loops, encoders, pairs and their split, rationale metrics."""
 
-import csv
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from empathy_scorers import KINDS, WORDS, save_encoder, scorer_of, tokenizer_of, write_csv
 from sklearn.metrics import f1_score
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
     BertConfig,
-    DistilBertConfig,
     GPT2Config,
-    PreTrainedTokenizerFast,
     RobertaConfig,
     T5Config,
 )
@@ -32,50 +29,6 @@ from relllm.evaluation.empathy.epitome import (
 )
 from relllm.evaluation.empathy.rationales import find_spans, rationale_metrics
 from relllm.evaluation.empathy.scorer import IGNORED, EmpathyScorer, EmpathyScorerConfig
-
-WORDS = "i feel sad and lost today so sorry what happened that is hard tell me more ok fine , . ?"
-SIZES = {
-    "bert": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "roberta": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "distilbert": {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2},
-}
-KINDS = {"bert": BertConfig, "roberta": RobertaConfig, "distilbert": DistilBertConfig}
-
-
-def tokenizer_of(text: str) -> PreTrainedTokenizerFast:
-    vocabulary = {
-        word: index for index, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *dict.fromkeys(text.split())])
-    }
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
-    )
-    names = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
-def save_encoder(folder: Path, kind: str = "bert", **changes: object) -> str:
-    """A tiny encoder with its tokenizer, in a folder."""
-    tokenizer = tokenizer_of(WORDS)
-    torch.manual_seed(1)
-    config = KINDS[kind](
-        vocab_size=len(tokenizer), max_position_embeddings=40, pad_token_id=0, **{**SIZES[kind], **changes}
-    )
-    AutoModel.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def scorer_of(folder: Path, kind: str = "bert", **settings: object) -> EmpathyScorer:
-    settings = {"mechanism": "ER", "max_length": 12, **settings}
-    model = EmpathyScorer.from_encoder(save_encoder(folder, kind), **settings)
-    torch.manual_seed(ord(model.config.mechanism[-1]))
-    for name, parameter in model.named_parameters():  # wide, so that a mistake shows
-        if "encoder" not in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model.eval()
 
 
 def pair(line: int, seeker: str, response: str = "ok", level: int = 0, spans: tuple | None = ()) -> Pair:
@@ -224,16 +177,6 @@ def test_a_rationale_is_found_whatever_its_case_and_white_space() -> None:
     assert response[slice(*find_rationale("I am sorry to", response))] == "I am\nSORRY to"
     assert response[slice(*find_rationale("(really?).", response))] == "(really?)."
     assert find_rationale("not there", response) is None
-
-
-def write_csv(
-    path: Path, rows: list[tuple], header: str = "sp_id,rp_id,seeker_post,response_post,level,rationales"
-) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header.split(","))
-        writer.writerows(rows)
-    return path
 
 
 def test_reading_removes_duplicates_and_counts_what_it_drops(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from empathy_scorers import save_encoder, scorer_of, tokenizer_of, write_csv
 from huggingface_hub import ModelCard
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
-from test_empathy import save_encoder, scorer_of, tokenizer_of, write_csv
 from transformers import AutoTokenizer, Trainer
 from typer.testing import CliRunner
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from test_empathy import scorer_of
+from empathy_scorers import scorer_of
 from tiny_models import RATE, clip, tiny_llm, tiny_model, tiny_processor, tiny_tokenizer
 from transformers import AutoTokenizer
 from typer.testing import CliRunner

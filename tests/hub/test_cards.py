@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from test_light_checkpoints import build, save_towers
+from light_checkpoints import build, save_towers
 from tiny_models import tiny_model, tiny_processor
 from transformers import TrainerState
 from typer.testing import CliRunner

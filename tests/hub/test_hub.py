@@ -11,8 +11,8 @@ import transformers.utils.hub as transformers_hub
 from fake_hub import Failure, FakeHub, serve_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from light_checkpoints import build, save_towers
 from safetensors.torch import save_file
-from test_light_checkpoints import build, save_towers
 from tiny_models import tiny_model, tiny_processor
 from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner

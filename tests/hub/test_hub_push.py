@@ -8,9 +8,9 @@ import pytest
 import transformers.utils.hub as transformers_hub
 from fake_hub import FakeHub, serve_hub
 from huggingface_hub import HfApi, constants
+from light_checkpoints import assert_same_weights, save_towers
+from light_runs import checkpoint, make_trainer, new_model
 from safetensors.torch import load
-from test_light_checkpoints import assert_same_weights, save_towers
-from test_resume import checkpoint, make_trainer, new_model
 from transformers import AutoModel, AutoProcessor
 
 import relllm

@@ -6,18 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from light_checkpoints import assert_same_model, assert_same_weights, build, save_towers, saved_names, trained_names
 from tiny_models import (
-    LORA,
-    fill_lora,
-    tiny_emotion_tower,
     tiny_llm,
     tiny_model,
     tiny_processor,
-    tiny_speech_tower,
-    tiny_tokenizer,
 )
-from torch import nn
 from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
@@ -26,41 +20,6 @@ from relllm.cli import app
 from relllm.modeling.light_checkpoint_relllm import fingerprint
 
 BYTES_OF_HEADER = 20_000
-
-
-def save_towers(folder: Path, *, speech: str = "whisper", tied: bool = False, vocab_size: int = 320) -> Path:
-    tiny_speech_tower(speech).save_pretrained(folder / "speech")
-    tiny_emotion_tower().save_pretrained(folder / "emotion")
-    tiny_llm(tied=tied, vocab_size=vocab_size).save_pretrained(folder / "llm")
-    tiny_tokenizer().save_pretrained(folder / "llm")
-    return folder
-
-
-def build(folder: Path, *, lora: dict = LORA, **options) -> ReLLMForConditionalGeneration:
-    model = ReLLMForConditionalGeneration.from_towers(
-        folder / "speech", folder / "llm", folder / "emotion", lora=lora, projector_inner_dim=16, **options
-    )
-    fill_lora(model)
-    return model
-
-
-def trained_names(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def assert_same_model(found: nn.Module, expected: nn.Module) -> None:
-    found_state, expected_state = found.state_dict(), expected.state_dict()
-    assert found_state.keys() == expected_state.keys()
-    assert [name for name in found_state if not torch.equal(found_state[name], expected_state[name])] == []
-    assert {name: w.dtype for name, w in found_state.items()} == {name: w.dtype for name, w in expected_state.items()}
-    assert trained_names(found) == trained_names(expected)
-    settings = [{k: v for k, v in m.config.to_dict().items() if k != "_name_or_path"} for m in (found, expected)]
-    assert settings[0] == settings[1]
-
-
-def saved_names(folder: Path) -> set[str]:
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return set(file.keys())
 
 
 @pytest.fixture(scope="module")
@@ -210,11 +169,6 @@ def test_it_loads_from_the_hub_cache_with_its_towers_there_at_their_revisions(
     moved = {"audio_tower": "org/speech", "emotion_tower": "org/emotion", "text_model": "org/llm"}
     found = AutoModel.from_pretrained("org/re-llm", towers=moved, **cache)
     assert_same_weights(found, model)
-
-
-def assert_same_weights(found: nn.Module, expected: nn.Module) -> None:
-    expected_state = expected.state_dict()
-    assert all(torch.equal(weight, expected_state[name]) for name, weight in found.state_dict().items())
 
 
 def test_towers_that_moved_can_be_named(model, towers: Path, light: Path, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 import soundfile
 import torch
 from datasets import Dataset
-from test_trainer import make_rows, make_trainer
 from tiny_models import audio_part, clip, tiny_emotion_tower, tiny_processor
 from torch.utils.data import DataLoader
+from trainers import make_rows, make_trainer
 
 import relllm
 from relllm import EMOTIONS, ReLLMSFTConfig

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from light_checkpoints import assert_same_weights, save_towers, trained_names
+from light_runs import make_trainer, new_model
 from safetensors.torch import load_file
-from test_light_checkpoints import assert_same_weights, save_towers, trained_names
-from test_resume import make_trainer, new_model
 from torch import nn
 from transformers import AutoModel
 
@@ -47,8 +47,8 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 torch.set_num_threads(1)
 from test_fsdp import SETTINGS, model_without_dropout
-from test_light_checkpoints import trained_names
-from test_resume import make_trainer
+from light_checkpoints import trained_names
+from light_runs import make_trainer
 
 start = AcceleratorState.__init__
 def start_as_on_gpus(self, *args, **kwargs):

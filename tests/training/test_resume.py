@@ -10,69 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import soundfile
 import torch
-from datasets import Dataset
+from light_checkpoints import assert_same_weights, save_towers, saved_names, trained_names
+from light_runs import SAVE_STEPS, STEPS, checkpoint, make_trainer, new_model
 from safetensors.torch import load_file
-from test_light_checkpoints import assert_same_weights, build, save_towers, saved_names, trained_names
-from tiny_models import clip, tiny_model, tiny_processor
+from tiny_models import tiny_model
 from transformers import AutoModel
 from transformers.trainer_utils import get_last_checkpoint
 
 import relllm.training.checkpoints as checkpoints
-from relllm import EMOTIONS, ReLLMForConditionalGeneration, ReLLMSFTConfig, ReLLMSFTTrainer
-
-STEPS, SAVE_STEPS = 6, 2  # three steps an epoch: checkpoints lie within epochs
-REPLIES = ("That is wonderful news, tell me more!", "I am so sorry to hear that.", "You sound upset.")
-
-
-def make_rows(folder: Path, count: int = 12) -> list[dict]:
-    folder.mkdir(exist_ok=True)
-    rows = []
-    for index in range(count):
-        path = folder / f"{index}.wav"
-        soundfile.write(path, clip(0.2, seed=index), 16_000, subtype="PCM_16")
-        labels = {"arousal": 0.05 * index, "dominance": 0.5, "valence": 0.9 - 0.05 * index}
-        row = {
-            "id": f"row-{index}",
-            "audio": str(path),
-            "response": REPLIES[index % 3],
-            "emotion": EMOTIONS[index % 5],
-        }
-        rows.append(row | labels)
-    return rows
-
-
-def make_trainer(folder: Path, model: ReLLMForConditionalGeneration, **settings) -> ReLLMSFTTrainer:
-    rows = Dataset.from_list(make_rows(folder / "clips"))
-    options = {
-        "output_dir": str(folder / "run"),
-        "max_steps": STEPS,
-        "save_steps": SAVE_STEPS,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "warmup_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "dataloader_num_workers": 0,
-        "dataloader_pin_memory": False,
-    }
-    return ReLLMSFTTrainer(
-        model=model,
-        args=ReLLMSFTConfig(**(options | settings)),
-        train_dataset=rows,
-        eval_dataset=rows.select(range(2)),
-        processing_class=tiny_processor(model.config),
-    )
-
-
-def new_model(towers: Path, seed: int = 0) -> ReLLMForConditionalGeneration:
-    torch.manual_seed(seed)
-    lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
-    return build(towers, lora=lora)
 
 
 def die(*args: object, **kwargs: object) -> None:
@@ -109,7 +55,7 @@ def train(towers: Path, folder: Path, resume: bool = False, kill: str = "") -> N
 def run(*arguments: object) -> int | None:
     """Exit code of [`train`] in a process of its own, forked from one that has done the imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_resume"])
+    context.set_forkserver_preload(["light_runs"])
     with pytest.MonkeyPatch.context() as patch:  # Python 3.11's server looks for what to import nowhere else
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         process = context.Process(target=train, args=arguments)
@@ -151,10 +97,6 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(kill: str, towers: Path, unin
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
     names = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
     assert names == {f"checkpoint-{step}" for step in (2, 4, 6)}  # nothing half written is left
-
-
-def checkpoint(folder: Path, step: int = SAVE_STEPS) -> Path:
-    return folder / "run" / f"checkpoint-{step}"
 
 
 def test_the_runs_did_train(uninterrupted: Path) -> None:

@@ -10,8 +10,6 @@ import pytest
 import soundfile
 import torch
 from datasets import Dataset
-from test_trainer import REPLIES, make_rows, make_trainer
-from test_trainer_alignment import build
 from tiny_models import (
     audio_inputs,
     audio_part,
@@ -22,6 +20,7 @@ from tiny_models import (
     tiny_processor,
     user_turn,
 )
+from trainers import REPLIES, build, make_rows, make_trainer
 
 from relllm import EMOTIONS, ReLLMForConditionalGeneration, ReLLMSFTConfig, ReLLMSFTTrainer
 from relllm.modeling.towers_relllm import TowerOutputs

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import make_rows, make_trainer, step_of
 from tiny_models import audio_part, clip, text_part, tiny_config, tiny_llm, tiny_model, tiny_processor, user_turn
 from torch import nn
+from trainers import build, make_rows, make_trainer, step_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from relllm import EMOTIONS, ReLLMSFTConfig
@@ -18,15 +18,7 @@ from relllm.training.alignment import TEACHER_INPUTS, Alignment, FusedCausalLMOu
 from relllm.training.collator import ReLLMCollator
 from relllm.training.objective import TARGETS
 
-LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
-KL = {"response_kl_weight": 0.7}
 KL_ALONE = {"response_loss_weight": 0.0, "emotion_loss_weight": 0.0, "dimension_loss_weight": 0.0}
-
-
-def build():
-    """A model, its processor and the settings that switch on the alignment loss."""
-    config = tiny_config(lora=LORA)
-    return tiny_model(config), tiny_processor(config), KL
 
 
 def bare_llm_logits(model, batch) -> torch.Tensor:
@@ -105,8 +97,9 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
         from pathlib import Path
         import torch
         torch.set_num_threads(1)
-        from test_trainer import make_rows, make_trainer, step_of
-        from test_trainer_alignment import KL_ALONE, build
+        from trainers import make_rows, make_trainer, step_of
+        from test_trainer_alignment import KL_ALONE
+        from trainers import build
         folder = Path(sys.argv[1])
         rows = make_rows(folder / "clips")
         for more in ({}, KL_ALONE):

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import IterableDataset
+from light_checkpoints import save_towers, saved_names, trained_names
+from light_runs import checkpoint, new_model
+from light_runs import make_trainer as make_light_trainer
 from safetensors.torch import load_file
-from test_light_checkpoints import save_towers, saved_names, trained_names
-from test_resume import checkpoint, new_model
-from test_resume import make_trainer as make_light_trainer
-from test_trainer import make_rows, make_trainer
 from tiny_models import tiny_processor
+from trainers import make_rows, make_trainer
 from transformers import EarlyStoppingCallback
 
 

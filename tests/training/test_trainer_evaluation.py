@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from test_trainer import make_rows, make_trainer
 from tiny_models import clip, tiny_model, tiny_processor, user_turn
+from trainers import make_rows, make_trainer
 from transformers import EarlyStoppingCallback
 
 from relllm import EMOTIONS
@@ -200,7 +200,7 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, processor, count: i
         import torch
         torch.set_num_threads(1)
         from datasets import Dataset
-        from test_trainer import make_rows, make_trainer
+        from trainers import make_rows, make_trainer
         from test_trainer_evaluation import WEIGHTS
         from tiny_models import tiny_processor
         folder, count = Path(sys.argv[1]), int(sys.argv[2])

@@ -7,8 +7,8 @@ import pytest
 import soundfile
 import torch
 from datasets import Audio, Dataset, IterableDataset
-from test_trainer import make_rows, make_trainer, step_of
 from tiny_models import audio_part, clip, text_part, tiny_model, tiny_processor
+from trainers import make_rows, make_trainer, step_of
 
 from relllm import EMOTIONS, ReLLMForConditionalGeneration, ReLLMSFTTrainer
 from relllm.training.collator import ReLLMCollator

@@ -1,0 +1,50 @@
+"""Tiny towers in folders, the models built of them, and what two checkpoints of such models are compared by."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tiny_models import LORA, fill_lora, tiny_emotion_tower, tiny_llm, tiny_speech_tower, tiny_tokenizer
+from torch import nn
+
+from relllm import ReLLMForConditionalGeneration
+
+
+def save_towers(folder: Path, *, speech: str = "whisper", tied: bool = False, vocab_size: int = 320) -> Path:
+    tiny_speech_tower(speech).save_pretrained(folder / "speech")
+    tiny_emotion_tower().save_pretrained(folder / "emotion")
+    tiny_llm(tied=tied, vocab_size=vocab_size).save_pretrained(folder / "llm")
+    tiny_tokenizer().save_pretrained(folder / "llm")
+    return folder
+
+
+def build(folder: Path, *, lora: dict = LORA, **options) -> ReLLMForConditionalGeneration:
+    model = ReLLMForConditionalGeneration.from_towers(
+        folder / "speech", folder / "llm", folder / "emotion", lora=lora, projector_inner_dim=16, **options
+    )
+    fill_lora(model)
+    return model
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def assert_same_model(found: nn.Module, expected: nn.Module) -> None:
+    found_state, expected_state = found.state_dict(), expected.state_dict()
+    assert found_state.keys() == expected_state.keys()
+    assert [name for name in found_state if not torch.equal(found_state[name], expected_state[name])] == []
+    assert {name: w.dtype for name, w in found_state.items()} == {name: w.dtype for name, w in expected_state.items()}
+    assert trained_names(found) == trained_names(expected)
+    settings = [{k: v for k, v in m.config.to_dict().items() if k != "_name_or_path"} for m in (found, expected)]
+    assert settings[0] == settings[1]
+
+
+def saved_names(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+def assert_same_weights(found: nn.Module, expected: nn.Module) -> None:
+    expected_state = expected.state_dict()
+    assert all(torch.equal(weight, expected_state[name]) for name, weight in found.state_dict().items())
