@@ -12,8 +12,9 @@ from tiny_models import clip, tiny_config, tiny_model, tiny_processor
 from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.evaluation.predicting import encode_clips
 from relllm.inference.conversation import Conversation
+from relllm.inference.inference_settings import RequestLimits
 from relllm.inference.replies import hear, reply
-from relllm.inference.server.prompts import Limits, PromptReader
+from relllm.inference.server.prompts import PromptReader
 from relllm.inference.server.schema import ChatRequest
 from relllm.processing import audio_relllm
 from relllm.training.augmentation import Augmentation, AugmentationSettings
@@ -33,7 +34,7 @@ def server(model, processor: ReLLMProcessor, path: Path) -> None:
     data = base64.b64encode(path.read_bytes()).decode()
     part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
     request = ChatRequest.model_validate({"model": "tiny", "messages": [{"role": "user", "content": [part]}]})
-    prompt = PromptReader(processor, Limits()).read_chat(request)
+    prompt = PromptReader(processor, RequestLimits()).read_chat(request)
     processor.feature_extractor.extract(prompt.waveforms)
 
 

@@ -164,9 +164,7 @@ def _open(source: object, name: str | None) -> tuple[BinaryIO, str]:
     if isinstance(source, BinaryFile):
         data = source.read()
         if not isinstance(data, bytes):
-            raise TypeError(
-                f"{source!r}: read() gave {type(data).__name__}, expected bytes. Open the file in mode 'rb'."
-            )
+            raise TypeError(f"{source!r}: read() gave {type(data).__name__}, not bytes. Open the file in mode 'rb'.")
         return io.BytesIO(data), name or f"audio file object {source!r}"
     raise TypeError(
         f"Cannot read audio from {type(source).__name__}. Pass a path, a URL, bytes, a binary file, a 1-D or 2-D "
@@ -223,9 +221,7 @@ def _decode(stream: BinaryIO, name: str, max_duration_s: float) -> tuple[np.ndar
         raise ImportError(f"Decoding {name} needs soundfile ({error}): `pip install soundfile`.") from error
     head = stream.read(64)
     if not head:
-        raise ValueError(
-            f"{name}: the file is empty (0 bytes). Fetch it again; a file object may need `seek(0)` first."
-        )
+        raise ValueError(f"{name}: the file is empty (0 bytes). Fetch it again; a file object may need `seek(0)`.")
     if missing := _missing_bytes_of_wav(stream):
         raise _truncated(name, f"{missing} bytes at its end are missing")
     stream.seek(0)
@@ -370,9 +366,7 @@ def check_waveform(
     It must be `(samples,)`, last 25 ms to `max_duration_s` and hold finite samples in about [-1, 1].
     """
     if waveform.dtype.kind != "f":
-        raise TypeError(
-            f"{name}: expected floating-point samples, got {waveform.dtype}. Pass it through `load_audio`."
-        )
+        raise TypeError(f"{name}: expected floating-point samples, got {waveform.dtype}. Read it with `load_audio`.")
     if waveform.ndim != 1:
         raise ValueError(f"{name}: expected shape (samples,), got {waveform.shape}. Pass it through `load_audio`.")
     _check_samples(waveform[:, None], sampling_rate, name, max_duration_s)

@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature
 
 from relllm.labels import DIMENSIONS
-from relllm.processing.processing_relllm import ReLLMProcessor
+from relllm.processing.processing_relllm import ReLLMProcessor, audio_parts
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 
 from .augmentation import Augmentation
@@ -63,7 +62,7 @@ class ReLLMCollator:
             ValueError: On a row without a reply, an unknown emotion or a target outside [0, 1]; it names the row.
         """
         conversations = [self._conversation(row) for row in rows]
-        clips = [_count_clips(conversation) for conversation in conversations]
+        clips = [len(audio_parts(conversation)) for conversation in conversations]
         audio_kwargs: dict[str, list[bool]] = {}
         of_towers: dict[str, Tensor] = {}
         if self.augmentation is not None or self.tower_cache is not None:
@@ -71,7 +70,8 @@ class ReLLMCollator:
         if self.augmentation is not None:
             self._augment(rows, conversations, self.augmentation)
         if self.tower_cache is not None and any(clips):
-            audio_kwargs["only_counted"], of_towers = self.tower_cache.look_up(_waveforms(conversations))
+            waveforms = [part["waveform"] for part in audio_parts(conversations)]
+            audio_kwargs["only_counted"], of_towers = self.tower_cache.look_up(waveforms)
         features = self.processor.apply_chat_template(
             conversations,
             tokenize=True,
@@ -95,9 +95,7 @@ class ReLLMCollator:
     def _augment(self, rows: Sequence[Mapping], conversations: list[list[dict]], augmentation: Augmentation) -> None:
         """In place: `read_audio` has made copies. The teacher's transcripts stay as they are."""
         for row, turns in zip(rows, conversations, strict=True):
-            contents = [message["content"] for message in turns if not isinstance(message["content"], str)]
-            parts = [part for content in contents for part in content if part["type"] == "audio"]
-            for index, part in enumerate(parts):
+            for index, part in enumerate(audio_parts(turns)):
                 part["waveform"] = augmentation(part["waveform"], row_id=row.get("id"), clip=index)
 
     def _teacher_inputs(
@@ -106,7 +104,7 @@ class ReLLMCollator:
         """Replace the audio by the transcripts where a row has one of each clip."""
         runs: list[list[list[int]] | None] = []
         for row, conversation in zip(rows, conversations, strict=True):
-            texts = _per_clip(row, "text", _count_clips(conversation))
+            texts = _per_clip(row, "text", len(audio_parts(conversation)))
             spoken = [self.processor.tokenizer(text or "", add_special_tokens=False)["input_ids"] for text in texts]
             clips = iter(spoken)
             groups = [[t for _ in range(size) for t in next(clips)] for size in group_clips(conversation)]
@@ -240,17 +238,6 @@ def _per_clip(row: Mapping, name: str, num_clips: int) -> list:
     if len(values) != num_clips:
         raise ValueError(f"{_name(row)} has {len(values)} values of {name!r} for {num_clips} clips. Give one each.")
     return values
-
-
-def _count_clips(conversation: list[dict]) -> int:
-    contents = [message["content"] for message in conversation if not isinstance(message["content"], str)]
-    return sum(part["type"] == "audio" for content in contents for part in content)
-
-
-def _waveforms(conversations: list[list[dict]]) -> list[np.ndarray]:
-    """Of all clips, once they are read."""
-    contents = [m["content"] for turns in conversations for m in turns if not isinstance(m["content"], str)]
-    return [part["waveform"] for content in contents for part in content if part["type"] == "audio"]
 
 
 def _name(row: Mapping) -> str:
