@@ -15,9 +15,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from processes import ForkServer
 
 torch.set_num_threads(1)
 
+FORK_SERVER = pytest.StashKey[ForkServer]()
 TRANSFORMERS_SUITE = Path(__file__).parent.parent / ".cache" / "transformers-tests"
 collect_ignore: list[str] = []
 if (TRANSFORMERS_SUITE / ".ready").exists():
@@ -31,6 +33,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             "tests/transformers: not collected, `make test-transformers` first lays out Transformers' own tests"
         )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fork the parent of the tests' children now: later this process has threads, and what tests have set."""
+    if any("fork_server" in getattr(item, "fixturenames", ()) for item in session.items):
+        session.config.stash[FORK_SERVER] = ForkServer()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if FORK_SERVER in session.config.stash:
+        session.config.stash[FORK_SERVER].close()
+
+
+@pytest.fixture(scope="session")
+def fork_server(request: pytest.FixtureRequest) -> ForkServer:
+    """Starts processes that have done the imports already."""
+    return request.config.stash[FORK_SERVER]
 
 
 @pytest.fixture(autouse=True)

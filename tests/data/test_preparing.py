@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ import pytest
 import soundfile
 import yaml
 from datasets import Audio, disable_progress_bars
+from processes import ForkServer
 from scipy.signal import resample_poly
 from tiny_models import clip
 
@@ -302,13 +302,12 @@ def prepare_and_be_killed(corpus: Corpus, out: Path) -> None:
     prepare(corpus, out, make_audio=kill_at_the_third_shard)
 
 
-def test_killed_and_started_again_it_does_the_rest_with_the_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
+def test_killed_and_started_again_it_does_the_rest_with_the_same_bytes(
+    corpus: Corpus, fork_server: ForkServer, tmp_path: Path
+) -> None:
     prepare(corpus, tmp_path / "whole")
     out = tmp_path / "out"
-    process = multiprocessing.get_context("forkserver").Process(target=prepare_and_be_killed, args=(corpus, out))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL and not out.exists()
+    assert fork_server.start(prepare_and_be_killed, corpus, out).wait() == -signal.SIGKILL and not out.exists()
     with pytest.raises(ValueError, match="label_set: 'all', now '4'.*choose another --out"):
         prepare(corpus, out, options={"label_set": "4"})
     prepare(corpus, out, make_audio=note_shard)

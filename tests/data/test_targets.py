@@ -2,13 +2,12 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from processes import ForkServer, run_command
 from target_rows import TEXTS, make_rows, read_lines, save_chat_model, write_lines
 from typer.testing import CliRunner
 
@@ -166,7 +165,7 @@ def test_a_prompt_without_the_emotion_needs_none(tmp_path: Path) -> None:
 
 
 def test_killed_and_resumed_the_command_writes_what_an_uninterrupted_one_writes(
-    chat_model: Path, tmp_path: Path
+    chat_model: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     data = write_lines(tmp_path / "metadata.jsonl", make_rows(24))
     options = ["--text-model", str(chat_model), "--batch-size", "2", "--max-new-tokens", "24", "--min-words", "1"]
@@ -175,14 +174,13 @@ def test_killed_and_resumed_the_command_writes_what_an_uninterrupted_one_writes(
     result = CliRunner().invoke(app, ["write-targets", str(data), "--out", str(whole), *options])
     assert result.exit_code == 0, result.output
     assert "in the data" in result.output and "24" in result.output
-    command = [sys.executable, "-m", "relllm.cli", "write-targets", str(data), "--out", str(out), *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = fork_server.start(run_command, "write-targets", str(data), "--out", str(out), *options)
     deadline = time.monotonic() + 120
     while not (journal_path(out).exists() and journal_path(out).read_bytes().count(b"\n") > 4):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1].decode()
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    assert process.wait() == -signal.SIGKILL
     assert not out.exists()
     result = CliRunner().invoke(app, ["write-targets", str(data), "--out", str(out), *options])
     assert result.exit_code == 0, result.output

@@ -3,19 +3,20 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from empathy_scorers import scorer_of
+from processes import ForkServer
 from tiny_models import RATE, clip, tiny_llm, tiny_model, tiny_processor, tiny_tokenizer
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from relllm.cli import app
+from relllm.data.journal import Journal
 from relllm.data.loading import load_corpus
 from relllm.evaluation import evaluating
 from relllm.evaluation.empathy.scoring import load_scorers, score_pairs
@@ -27,27 +28,6 @@ from relllm.evaluation.predicting import SpeechPredictor
 from relllm.labels import DIMENSIONS, EMOTIONS
 
 EMOTIONS_OF_ROWS = ("sad", "happy", "angry", "neutral", "surprise", "sad", "happy", "fear", None, "sad")
-# Each process evaluates to the first folder; in the second, the second process is killed at its second batch.
-SCRIPT = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from relllm.evaluation import evaluating
-from relllm.evaluation.planning import EvaluationSettings
-model, data, first, second = sys.argv[1:]
-from pathlib import Path
-options = {"batch_size": 2, "max_new_tokens": 4, "device": "cpu"}
-evaluating.evaluate(EvaluationSettings(model, data, Path(first), **options), progress=False)
-append, calls = evaluating.Journal.append, []
-def die_at_second(self, entries):
-    calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    append(self, entries)
-if os.environ["RANK"] == "1":
-    evaluating.Journal.append = die_at_second
-evaluating.evaluate(EvaluationSettings(model, data, Path(second), **options), progress=False)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -163,20 +143,29 @@ def test_one_by_one_gives_the_same_predictions(whole: Path, model: Path, corpus:
         assert line["dimensions"] == pytest.approx(alone["dimensions"], abs=1e-5)
 
 
+def evaluate_twice(model: Path, corpus: Path, first: Path, second: Path) -> None:
+    """One of two ranks, to the first folder and then to the second, where rank 1 is killed at its second batch."""
+    evaluate(settings(model, corpus, first), progress=False)
+    append, calls = Journal.append, []
+
+    def die_at_second(self: Journal, entries: list) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(self, entries)
+
+    if os.environ["RANK"] == "1":
+        Journal.append = die_at_second
+    evaluate(settings(model, corpus, second), progress=False)
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_same_file_and_one_goes_on_after_a_kill(whole, model, corpus, tmp_path: Path):
-    (tmp_path / "script.py").write_text(SCRIPT)
+def test_two_processes_give_the_same_file_and_one_goes_on_after_a_kill(
+    whole, model, corpus, fork_server: ForkServer, tmp_path: Path
+):
     first, second = tmp_path / "first", tmp_path / "second"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), *map(str, (model, corpus, first, second))],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr[-2000:]
+    ranks = fork_server.run_ranks(evaluate_twice, model, corpus, first, second)
+    assert ranks[1].exitcode == -signal.SIGKILL and ranks[0].exitcode != 0, ranks[1].stderr[-2000:]
     assert (first / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
     assert sorted(path.name for path in first.iterdir()) == ["metrics.json", "plots", "predictions.jsonl"]
     left = {path.name: len(path.read_text().splitlines()) for path in second.glob("*.jsonl")}

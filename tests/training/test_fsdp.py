@@ -4,18 +4,18 @@ Accelerate (1.15) takes FSDP for processes on an accelerator only, whatever its 
 DDP run. So the processes here tell it that they are on one; what shards, gathers and saves is as on GPUs.
 """
 
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from light_checkpoints import assert_same_weights, save_towers, trained_names
 from light_runs import make_trainer, new_model
+from processes import ForkServer
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 
 SETTINGS = {
@@ -29,7 +29,6 @@ SETTINGS = {
     "gradient_checkpointing": True,
 }
 FSDP = {
-    "ACCELERATE_USE_CPU": "true",
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -38,34 +37,25 @@ FSDP = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     "FSDP_OFFLOAD_PARAMS": "false",
 }
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor
-torch.set_num_threads(1)
-from test_fsdp import SETTINGS, model_without_dropout
-from light_checkpoints import trained_names
-from light_runs import make_trainer
 
-start = AcceleratorState.__init__
-def start_as_on_gpus(self, *args, **kwargs):
-    if PartialState._shared_state and not AcceleratorState._shared_state:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    start(self, *args, **kwargs)
-AcceleratorState.__init__ = start_as_on_gpus
 
-towers, folder = map(Path, sys.argv[1:])
-for resume in (None, str(folder / "run" / "checkpoint-2")):
-    trainer = make_trainer(folder, model_without_dropout(towers), per_device_train_batch_size=2, **SETTINGS)
-    expected = trained_names(trainer.model)
-    trainer.train(resume_from_checkpoint=resume)
-    assert trainer.accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in trainer.model.parameters())
-    assert trained_names(trainer.model) == expected
-    trainer.save_model(str(folder / ("resumed" if resume else "end")))
-"""
+def train_sharded(towers: Path, folder: Path) -> None:
+    """Two runs of one rank: whole, and resumed from its middle."""
+    start = AcceleratorState.__init__
+
+    def start_as_on_gpus(self: AcceleratorState, *args: object, **kwargs: object) -> None:
+        if PartialState._shared_state and not AcceleratorState._shared_state:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        start(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = start_as_on_gpus
+    for resume in (None, str(folder / "run" / "checkpoint-2")):
+        trainer = make_trainer(folder, model_without_dropout(towers), per_device_train_batch_size=2, **SETTINGS)
+        expected = trained_names(trainer.model)
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in trainer.model.parameters())
+        assert trained_names(trainer.model) == expected
+        trainer.save_model(str(folder / ("resumed" if resume else "end")))
 
 
 def model_without_dropout(towers: Path) -> nn.Module:
@@ -77,7 +67,7 @@ def model_without_dropout(towers: Path) -> nn.Module:
 
 
 @pytest.mark.slow
-def test_two_processes_of_fsdp2_end_where_one_process_does(tmp_path: Path) -> None:
+def test_two_processes_of_fsdp2_end_where_one_process_does(fork_server: ForkServer, tmp_path: Path) -> None:
     towers = save_towers(tmp_path)
     alone = make_trainer(
         tmp_path,
@@ -87,15 +77,8 @@ def test_two_processes_of_fsdp2_end_where_one_process_does(tmp_path: Path) -> No
         **SETTINGS,
     )
     alone.train()
-    (tmp_path / "train.py").write_text(textwrap.dedent(SCRIPT))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-        + [str(tmp_path / "train.py"), str(towers), str(tmp_path)],
-        env={**os.environ, **FSDP, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = fork_server.run_ranks(train_sharded, towers, tmp_path, **FSDP)
+    assert [rank.exitcode for rank in ranks] == [0, 0], ranks[0].stderr[-3000:] + ranks[1].stderr[-3000:]
     end, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("end", "resumed"))
     assert end.keys() == resumed.keys() == trained_names(alone.model)
     assert all(torch.equal(resumed[name], weight) for name, weight in end.items())

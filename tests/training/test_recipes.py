@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from processes import ForkServer, run_command
 from tiny_models import tiny_emotion_tower, tiny_llm, tiny_speech_tower, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -119,16 +120,9 @@ def smoke_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(arguments: list[str], folder: Path, launcher: tuple[str, ...] = ("-m",)) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *launcher, "relllm.cli", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_the_smoke_recipe_runs_as_its_header_says(smoke_folder: Path) -> None:
-    said = run(["train", "--config", str(ROOT / "recipes" / "smoke.yaml"), "--use_cpu", "true"], smoke_folder)
+def test_the_smoke_recipe_runs_as_its_header_says(smoke_folder: Path, fork_server: ForkServer) -> None:
+    arguments = ["train", "--config", str(ROOT / "recipes" / "smoke.yaml"), "--use_cpu", "true"]
+    said = fork_server.run(run_command, *arguments, folder=smoke_folder).stdout
     out = smoke_folder / "runs" / "smoke"
     assert "runs/smoke" in said
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-12"}
@@ -139,9 +133,12 @@ def test_the_smoke_recipe_runs_as_its_header_says(smoke_folder: Path) -> None:
 def test_accelerate_launches_it_on_two_processes(smoke_folder: Path) -> None:
     ddp = str(ROOT / "recipes" / "accelerate" / "ddp.yaml")  # `--cpu` in its place would start one process
     options = ("--config_file", ddp, "--num_processes=2", "--main_process_port=0")
-    launcher = ("-m", "accelerate.commands.launch", *options, "-m")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "relllm.cli"]
     settings = ["--use_cpu", "true", "--max_steps", "2", "--save_steps", "2", "--output_dir", "runs/two"]
-    said = run(["train", "--config", str(ROOT / "recipes" / "smoke.yaml"), *settings], smoke_folder, launcher)
-    assert said.count("The model and its processor are in") == 1
+    command = [*launcher, "train", "--config", str(ROOT / "recipes" / "smoke.yaml"), *settings]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=smoke_folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The model and its processor are in") == 1
     checkpoint = smoke_folder / "runs" / "two" / "checkpoint-2"
     assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}

@@ -1,11 +1,9 @@
 """A run that is killed (SIGKILL) and taken up again ends with the weights of one that was not, to the bit."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from light_checkpoints import assert_same_weights, save_towers, saved_names, trained_names
 from light_runs import SAVE_STEPS, STEPS, checkpoint, make_trainer, new_model
+from processes import ForkServer
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import AutoModel
@@ -33,7 +32,6 @@ def die_before(owner: object, name: str, when: Callable[[], bool]) -> None:
 
 def train(towers: Path, folder: Path, resume: bool = False, kill: str = "") -> None:
     """A run of its own process; `kill` says where it dies, always after the first checkpoint."""
-    torch.set_num_threads(1)
     trainer = make_trainer(folder, new_model(towers, seed=7 if resume else 0))
 
     def saving() -> bool:
@@ -52,27 +50,15 @@ def train(towers: Path, folder: Path, resume: bool = False, kill: str = "") -> N
     trainer.save_model(folder / "end")
 
 
-def run(*arguments: object) -> int | None:
-    """Exit code of [`train`] in a process of its own, forked from one that has done the imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["light_runs"])
-    with pytest.MonkeyPatch.context() as patch:  # Python 3.11's server looks for what to import nowhere else
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        process = context.Process(target=train, args=arguments)
-        process.start()
-    process.join()
-    return process.exitcode
-
-
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_towers(tmp_path_factory.mktemp("towers"))
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(towers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(towers: Path, fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert run(towers, folder) == 0
+    fork_server.run(train, towers, folder)
     return folder
 
 
@@ -85,12 +71,14 @@ KILLS = (
 
 
 @pytest.mark.parametrize("kill", KILLS)
-def test_a_killed_run_ends_as_an_uninterrupted_one(kill: str, towers: Path, uninterrupted: Path, tmp_path) -> None:
-    assert run(towers, tmp_path, False, kill) == -signal.SIGKILL
+def test_a_killed_run_ends_as_an_uninterrupted_one(
+    kill: str, towers: Path, uninterrupted: Path, fork_server: ForkServer, tmp_path: Path
+) -> None:
+    assert fork_server.start(train, towers, tmp_path, False, kill).wait() == -signal.SIGKILL
     last = get_last_checkpoint(str(tmp_path / "run"))
     assert last is not None and Path(last).name == f"checkpoint-{SAVE_STEPS}"
     assert_same_weights(AutoModel.from_pretrained(last), AutoModel.from_pretrained(checkpoint(uninterrupted)))
-    assert run(towers, tmp_path, True) == 0
+    fork_server.run(train, towers, tmp_path, True)
     found = load_file(tmp_path / "end" / "model.safetensors")
     expected = load_file(uninterrupted / "end" / "model.safetensors")
     assert found.keys() == expected.keys()

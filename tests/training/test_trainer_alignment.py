@@ -1,13 +1,10 @@
 """The alignment loss in training: the teacher and what it reads, the gradients of all of it."""
 
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ForkServer
 from tiny_models import audio_part, clip, text_part, tiny_config, tiny_llm, tiny_model, tiny_processor, user_turn
 from torch import nn
 from trainers import build, make_rows, make_trainer, step_of
@@ -86,41 +83,30 @@ def test_gradients_agree_however_the_batch_is_accumulated(tmp_path: Path) -> Non
             assert logs[batch][name] == pytest.approx(logs[8][name], rel=1e-5), name
 
 
-def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
-    (tmp_path / "clips").mkdir()
-    rows = make_rows(tmp_path / "clips")
-    script = tmp_path / "train.py"
-    script.write_text(
-        textwrap.dedent("""
-        import os
-        import sys
-        from pathlib import Path
-        import torch
-        torch.set_num_threads(1)
-        from trainers import make_rows, make_trainer, step_of
-        from test_trainer_alignment import KL_ALONE
-        from trainers import build
-        folder = Path(sys.argv[1])
-        rows = make_rows(folder / "clips")
-        for more in ({}, KL_ALONE):
-            model, processor, settings = build()
-            trainer = make_trainer(rows, folder / "run", processor, model, per_device_train_batch_size=2,
-                                   gradient_accumulation_steps=2, **settings, **more)
-            step = step_of(trainer)
-            if trainer.is_world_process_zero():
-                torch.save((step, trainer.state.log_history[0]), folder / f"{len(more)}.pt")
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.end_training()
-        # Trainers leave threads of Gloo behind, and Python's own end may abort on them. What is tested is written.
-        os._exit(0)
-        """)
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def train_rank(folder: Path, rows: list[dict]) -> None:
+    for more in ({}, KL_ALONE):
+        model, processor, settings = build()
+        trainer = make_trainer(
+            rows,
+            folder / "run",
+            processor,
+            model,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            **settings,
+            **more,
+        )
+        step = step_of(trainer)
+        if trainer.is_world_process_zero():
+            torch.save((step, trainer.state.log_history[0]), folder / f"{len(more)}.pt")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def test_two_processes_give_the_gradient_of_one(fork_server: ForkServer, tmp_path: Path) -> None:
+    rows = make_rows(tmp_path)
+    ranks = fork_server.run_ranks(train_rank, tmp_path, rows)
+    assert [rank.exitcode for rank in ranks] == [0, 0], ranks[0].stderr[-3000:]
     for more in ({}, KL_ALONE):
         model, processor, settings = build()
         settings = settings | more | {"per_device_train_batch_size": 8}

@@ -1,16 +1,13 @@
 """Evaluation during training: the heads' metrics without another pass, early stopping on them."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from processes import ForkServer
 from tiny_models import clip, tiny_model, tiny_processor, user_turn
 from trainers import make_rows, make_trainer
 from transformers import EarlyStoppingCallback
@@ -188,43 +185,21 @@ def test_rows_without_labels_count_nowhere() -> None:
     assert batch["emotion_labels"].tolist() == [0, 1, 2]
 
 
+def evaluate_rank(folder: Path, rows: list[dict]) -> None:
+    weights = {f"{name}_weight": weight for name, weight in WEIGHTS.items()}
+    trainer = make_trainer(rows, folder / "two", tiny_processor(), per_device_eval_batch_size=2, **weights)
+    metrics = trainer.evaluate(Dataset.from_list(rows))
+    if trainer.is_world_process_zero():
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
 @pytest.mark.parametrize("count", [7, 5])  # the last batch of two processes repeats one row, or three
-def test_two_processes_measure_what_one_does(tmp_path: Path, processor, count: int) -> None:
-    (tmp_path / "clips").mkdir()
-    rows = make_rows(tmp_path / "clips", count)
-    script = tmp_path / "evaluate.py"
-    script.write_text(
-        textwrap.dedent("""
-        import json, os, sys
-        from pathlib import Path
-        import torch
-        torch.set_num_threads(1)
-        from datasets import Dataset
-        from trainers import make_rows, make_trainer
-        from test_trainer_evaluation import WEIGHTS
-        from tiny_models import tiny_processor
-        folder, count = Path(sys.argv[1]), int(sys.argv[2])
-        rows = make_rows(folder / "clips", count)
-        weights = {f"{name}_weight": weight for name, weight in WEIGHTS.items()}
-        trainer = make_trainer(rows, folder / "two", tiny_processor(), per_device_eval_batch_size=2, **weights)
-        metrics = trainer.evaluate(Dataset.from_list(rows))
-        if trainer.is_world_process_zero():
-            (folder / "metrics.json").write_text(json.dumps(metrics))
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.end_training()
-        os._exit(0)  # Python's own end may abort on the threads that Gloo leaves behind
-        """)
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path), str(count)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_measure_what_one_does(tmp_path: Path, fork_server: ForkServer, processor, count: int) -> None:
+    rows = make_rows(tmp_path, count)
+    ranks = fork_server.run_ranks(evaluate_rank, tmp_path, rows)
+    assert [rank.exitcode for rank in ranks] == [0, 0], ranks[0].stderr[-3000:]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     expected = expected_metrics(rows, processor) | expected_losses(rows, processor)
     for name, value in expected.items():
