@@ -291,7 +291,7 @@ def container_kind(head: bytes) -> str | None:
 
 
 def has_pyav() -> bool:
-    """Whether PyAV is installed (`pip install relllm[containers]`)."""
+    """Return whether PyAV is installed (`pip install relllm[containers]`)."""
     return importlib.util.find_spec("av") is not None
 
 
@@ -373,12 +373,11 @@ def check_waveform(
 
 
 def _check_rate(rate: int, argument: str, name: str) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, (int, np.integer)):
-        raise ValueError(f"{name}: {argument} must be a whole number of Hz, got {rate!r}.")
-    if not MIN_SOURCE_RATE <= rate <= MAX_SOURCE_RATE:
+    is_whole = isinstance(rate, (int, np.integer)) and not isinstance(rate, bool)
+    if not is_whole or not MIN_SOURCE_RATE <= rate <= MAX_SOURCE_RATE:
         raise ValueError(
-            f"{name}: {argument} is {rate} Hz, expected {MIN_SOURCE_RATE} to {MAX_SOURCE_RATE} Hz. "
-            "Check the header of the file or the argument (it is in Hz, not kHz)."
+            f"{name}: {argument} is {rate!r}, expected a whole number of Hz from {MIN_SOURCE_RATE} to "
+            f"{MAX_SOURCE_RATE}. Check the header of the file or the argument (it is in Hz, not kHz)."
         )
 
 

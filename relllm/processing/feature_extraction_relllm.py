@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedConfig, WhisperFeatureExtractor
 
 from .audio_relllm import MAX_DURATION_S, AudioSource, load_audio
@@ -190,10 +191,9 @@ def _normalize(waveform: np.ndarray) -> np.ndarray:
 
 
 def _pad(waveforms: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = [torch.from_numpy(np.asarray(waveform, dtype=np.float32)) for waveform in waveforms]
+    rows = [torch.from_numpy(waveform) for waveform in waveforms]
     mask = [torch.ones(len(row), dtype=torch.long) for row in rows]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, batch_first=True), pad(mask, batch_first=True)
+    return pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)
 
 
 def extractor_settings(config: PreTrainedConfig, speech_do_normalize: bool = True) -> dict[str, Any]:
