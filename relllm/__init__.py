@@ -1,16 +1,16 @@
 """RE-LLM for Transformers: a speech LLM that hears how something is said (arXiv 2602.10716).
 
-Importing this package registers its classes with the Auto classes of Transformers; `AutoModel`,
-`AutoModelForMultimodalLM` and `AutoModelForSpeechSeq2Seq` all give [`ReLLMForConditionalGeneration`]. It loads nothing
-by itself: every name below is imported when it is first used.
+Importing this package registers its classes with the Auto classes of Transformers, and so loads both; `AutoModel`,
+`AutoModelForMultimodalLM` and `AutoModelForSpeechSeq2Seq` all give [`ReLLMForConditionalGeneration`]. The other names
+below are imported when they are first used.
 """
 
 import importlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .labels import DIMENSIONS, EMOTIONS
-from .registration import register_with_transformers
 
 if TYPE_CHECKING:
     from .conversion import convert_original_checkpoint
@@ -41,7 +41,35 @@ _LAZY = {
     "load_corpus": ".data.loading",
 }
 
-register_with_transformers(sys.modules[__name__])
+
+def register_with_transformers() -> None:
+    """Make the Auto classes of Transformers know ours, and its pipelines and servers our models by name.
+
+    Our names go into the tables of model classes that others read, and not into those of configurations and
+    processors, where Transformers would look for a module of its own for them.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    from .modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
+    from .modeling.emotion_tower_relllm import ReLLMEmotionModel
+    from .modeling.modeling_relllm import AUTO_CLASSES, ReLLMForConditionalGeneration
+    from .processing.feature_extraction_relllm import ReLLMFeatureExtractor
+    from .processing.processing_relllm import ReLLMProcessor
+
+    transformers.AutoConfig.register("relllm", ReLLMConfig, exist_ok=True)
+    transformers.AutoConfig.register("relllm_emotion", ReLLMEmotionConfig, exist_ok=True)
+    transformers.AutoModel.register(ReLLMEmotionConfig, ReLLMEmotionModel, exist_ok=True)
+    for name in AUTO_CLASSES:
+        getattr(transformers, name).register(ReLLMConfig, ReLLMForConditionalGeneration, exist_ok=True)
+    transformers.AutoFeatureExtractor.register(ReLLMConfig, ReLLMFeatureExtractor, exist_ok=True)
+    transformers.AutoProcessor.register(ReLLMConfig, ReLLMProcessor, exist_ok=True)
+    for table in (
+        modeling_auto.MODEL_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    ):
+        table["relllm"] = ReLLMForConditionalGeneration.__name__
 
 
 def register_for_auto_class(enabled: bool = True) -> None:
@@ -65,6 +93,11 @@ def register_for_auto_class(enabled: bool = True) -> None:
     }
     for cls, name in auto_classes.items():
         cls._auto_class = name if enabled else None
+
+
+# `relllm …` and `python -m relllm.cli …` (which is still "-m" now) register when a command runs: help needs no model.
+if Path(sys.argv[0]).stem not in ("relllm", "-m"):
+    register_with_transformers()
 
 
 def __getattr__(name: str) -> object:
@@ -93,4 +126,5 @@ __all__ = [
     "load_audio",
     "load_corpus",
     "register_for_auto_class",
+    "register_with_transformers",
 ]

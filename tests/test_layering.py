@@ -31,13 +31,12 @@ MAY_IMPORT = {
     "hub": BASE | {"data", "evaluation"},
     "demo": BELOW_DEMO,
     "cli": BELOW_DEMO | {"demo"},
-    "registration": BASE,
-    "__init__": BELOW_DEMO | {"registration"},
+    "__init__": BELOW_DEMO,
     "__main__": {"cli"},
 }
 # Loaded only where they are used: some are extras, and each costs start-up time.
 HEAVY = {"datasets", "fastapi", "gradio", "matplotlib", "peft", "sounddevice", "trl", "uvicorn"}
-LIGHT_ROOMS = (*HUB_ROOMS, "__init__", "registration", "cli")
+LIGHT_ROOMS = (*HUB_ROOMS, "__init__", "cli")
 # As in `transformers.dynamic_module_utils.get_relative_imports`: docstrings and comments count.
 HUB_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)")
 

@@ -3,7 +3,11 @@
 Heavy imports are inside the commands, so that `--help` answers at once.
 """
 
+import sys
+
 import typer
+
+from relllm import register_with_transformers
 
 from . import data, empathy, evaluation, hub, serving, talking, training
 from .options import same_flag
@@ -23,6 +27,8 @@ for group in (talking, serving, data, training, evaluation, empathy, hub):
 @app.callback()
 def _commands() -> None:
     """RE-LLM: a speech LLM that hears how something is said."""
+    if "--help" not in sys.argv:  # this runs before the command's own help
+        register_with_transformers()
 
 
 def main() -> None:
