@@ -1,5 +1,4 @@
-"""Reading audio: every container, type, rate and place it can come from, and one clear error for each kind of bad "
-"audio."""
+"""Reading audio: every container, type, rate and place it can come from, and a clear error for each kind of bad audio."""
 
 import ast
 import base64
