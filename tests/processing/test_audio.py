@@ -1,4 +1,4 @@
-"""Reading audio: every container, type, rate and place it can come from, and a clear error for each kind of bad audio."""
+"""Reading audio: every container, type, rate and place it can come from, and a clear error for each kind of bad one."""
 
 import ast
 import base64
