@@ -24,7 +24,7 @@ import numpy as np
 import soundfile
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from relllm.processing.audio_relllm import MAX_DURATION_S, MIN_DURATION_S, SAMPLING_RATE, load_audio, resample
 
@@ -127,11 +127,11 @@ class Augmentation:
 
     @property
     def epoch(self) -> int:
-        """The epoch whose draws are made, from 0; the same in all workers."""
+        """The epoch whose draws are made, from 0; the same in all workers, also once it is set."""
         return int(self._epoch)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Go on to another epoch, in the workers as well."""
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
 
     def __call__(self, waveform: np.ndarray, *, row_id: object = None, clip: int = 0) -> np.ndarray:
@@ -323,15 +323,11 @@ class _EpochCallback(TrainerCallback):
         self.augmentation = augmentation
         self.next_epoch = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: object) -> None:
         self.next_epoch = int(state.epoch or 0)  # of a resumed run 1.5, say: in the middle of the second epoch
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        self.augmentation.set_epoch(self.next_epoch)
+    def on_epoch_begin(self, *_: object, **kwargs: object) -> None:
+        self.augmentation.epoch = self.next_epoch
         self.next_epoch += 1
 
 

@@ -9,6 +9,7 @@ import json
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
+from transformers.utils import cached_file
 
 from relllm.modeling.assembly_relllm import find_audio_token, load_parts, whole_weights
 from relllm.modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
@@ -43,7 +44,13 @@ def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGenera
     options: dict = {"dtype": getattr(torch, script.dtype)} if script.dtype else {}
     four_bit = four_bit_config() if script.load_in_4bit else None
     if script.model_name_or_path is not None:
-        model, processor = _from_checkpoint(script, options)
+        name, revision = script.model_name_or_path, script.revision
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        _check_architecture(script, config)
+        model = ReLLMForConditionalGeneration.from_pretrained(name, revision=revision, **options)
+        if config.lora_config is None and script.lora is not None:
+            model = add_lora(model, script.lora, script.lora_scope)
+        processor = ReLLMProcessor.from_pretrained(name, revision=revision)
     else:
         model = ReLLMForConditionalGeneration.from_towers(
             audio=script.audio_tower,
@@ -91,11 +98,7 @@ def build_config(script: ReLLMScriptArguments) -> ReLLMConfig:
 
 
 def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
-    """Return QLoRA's settings (NF4, double quantisation) for the LLM alone.
-
-    Raises:
-        ImportError: If bitsandbytes is not installed.
-    """
+    """Return QLoRA's settings (NF4, double quantisation) for the LLM alone; `ImportError` without bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("load_in_4bit needs bitsandbytes. Install it with `pip install bitsandbytes`.")
     return BitsAndBytesConfig(
@@ -144,29 +147,13 @@ def add_lora(model: ReLLMForConditionalGeneration, lora: dict, scope: str) -> Re
     return grown
 
 
-def _from_checkpoint(
-    script: ReLLMScriptArguments, options: dict
-) -> tuple[ReLLMForConditionalGeneration, ReLLMProcessor]:
-    name, revision = script.model_name_or_path, script.revision
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    _check_architecture(script, config)
-    model = ReLLMForConditionalGeneration.from_pretrained(name, revision=revision, **options)
-    if config.lora_config is None and script.lora is not None:
-        model = add_lora(model, script.lora, script.lora_scope)
-    return model, ReLLMProcessor.from_pretrained(name, revision=revision)
-
-
 def _architecture(script: ReLLMScriptArguments) -> dict:
-    """Fields of [`ReLLMConfig`] that a run chooses."""
-    return {
-        "emotion_fusion": script.emotion_fusion,
-        "projector_inner_dim": script.projector_inner_dim,
-        "lora_scope": script.lora_scope,
-    }
+    """Return the fields of [`ReLLMConfig`] that a run chooses."""
+    return {name: getattr(script, name) for name in ("emotion_fusion", "projector_inner_dim", "lora_scope")}
 
 
 def _check_architecture(script: ReLLMScriptArguments, config: PreTrainedConfig) -> None:
-    """A setting that a checkpoint cannot follow is refused rather than passed over."""
+    """Refuse a setting that a checkpoint cannot follow, rather than pass it over."""
     if config.model_type != ReLLMConfig.model_type:
         raise ValueError(
             f"{script.model_name_or_path} is a {config.model_type}, not a ReLLM. Give towers as audio_tower, "
@@ -192,9 +179,7 @@ def _check_architecture(script: ReLLMScriptArguments, config: PreTrainedConfig) 
 
 
 def _reads_normalized(audio_tower: str | None) -> bool:
-    """Whether a speech tower that reads waveforms was trained on normalised ones, as its own settings say."""
-    from transformers.utils import cached_file
-
+    """Return whether a speech tower that reads waveforms was trained on normalised ones, as its own settings say."""
     path = cached_file(audio_tower, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     if path is None:
         return True

@@ -4,8 +4,9 @@ With a KL loss also what the teacher reads: the student's sequence with each run
 transcript's tokens, so both hold the same reply, token by token, whatever the tokenizer would merge across the seam.
 """
 
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -29,25 +30,15 @@ class ReLLMCollator:
     A row is one of a corpus (`audio`, `response`, and where known `emotion`, `arousal`, `dominance`, `valence`), or a
     TRL conversation (`messages` with audio parts) with the same labels beside it. Token labels are on the assistant's
     words and the end of its turn, and nowhere else.
-
-    Args:
-        processor ([`ReLLMProcessor`]): The model's.
-        emotion_labels (`list[str]`): `model.config.emotion_labels`.
-        instruction, system_prompt (`str`): Of rows without `messages`.
-        teacher (`bool`, *optional*, defaults to `False`): Make the teacher's input from the column `text` (for the KL
-            losses): the transcript, one of each clip; a row that lacks one has no teacher labels.
-        augmentation ([`Augmentation`], *optional*): Of every clip, once it is read and before anything is counted;
-            for training rows only.
-        tower_cache ([`TowerCache`], *optional*): Clips that it has come as tower outputs, and have no features.
     """
 
     processor: ReLLMProcessor
-    emotion_labels: Sequence[str]
-    instruction: str = SPEECH_PROMPT
+    emotion_labels: Sequence[str]  # those of `model.config`
+    instruction: str = SPEECH_PROMPT  # this and the next of rows without `messages`
     system_prompt: str = SYSTEM_PROMPT
-    teacher: bool = False
-    augmentation: Augmentation | None = None
-    tower_cache: TowerCache | None = None
+    teacher: bool = False  # make the teacher's input from the column `text`: transcripts, one of each clip
+    augmentation: Augmentation | None = None  # of every clip, once it is read and before anything is counted
+    tower_cache: TowerCache | None = None  # clips that it has come as tower outputs, and have no features
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
         """Return a batch.
@@ -55,7 +46,7 @@ class ReLLMCollator:
         Returns:
             `dict`: The model's inputs, padded on the right; `labels` `(batch, sequence)`; `emotion_labels` `(clips,)`,
             -100 where unlabelled; `dimension_labels` `(clips, 3)`, NaN where unlabelled; `clips_per_row` `(batch,)`.
-            With `teacher` those of [`teacher_inputs`], with a `tower_cache` those of
+            With `teacher` those of `TEACHER_INPUTS`, with a `tower_cache` those of
             [`~relllm.training.tower_cache.TowerCache.look_up`].
 
         Raises:
@@ -93,30 +84,54 @@ class ReLLMCollator:
         return batch
 
     def _augment(self, rows: Sequence[Mapping], conversations: list[list[dict]], augmentation: Augmentation) -> None:
-        """In place: `read_audio` has made copies. The teacher's transcripts stay as they are."""
-        for row, turns in zip(rows, conversations, strict=True):
-            for index, part in enumerate(audio_parts(turns)):
+        """Augment in place: `read_audio` has made copies. The teacher's transcripts stay as they are."""
+        for row, conversation in zip(rows, conversations, strict=True):
+            for index, part in enumerate(audio_parts(conversation)):
                 part["waveform"] = augmentation(part["waveform"], row_id=row.get("id"), clip=index)
 
     def _teacher_inputs(
         self, rows: Sequence[Mapping], conversations: list[list[dict]], batch: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Replace the audio by the transcripts where a row has one of each clip."""
-        runs: list[list[list[int]] | None] = []
-        for row, conversation in zip(rows, conversations, strict=True):
+        """Return `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`, all `(batch, T)`.
+
+        A row that lacks the transcript of a clip keeps its place in the batch and has no labels.
+        """
+        lengths = batch["attention_mask"].sum(1).tolist()
+        tokens, labels = [], []
+        for index, (row, conversation) in enumerate(zip(rows, conversations, strict=True)):
             texts = _per_clip(row, "text", len(audio_parts(conversation)))
             spoken = [self.processor.tokenizer(text or "", add_special_tokens=False)["input_ids"] for text in texts]
             clips = iter(spoken)
-            groups = [[t for _ in range(size) for t in next(clips)] for size in group_clips(conversation)]
-            runs.append(groups if spoken and all(spoken) else None)
-        return teacher_inputs(
-            batch["input_ids"],
-            batch["labels"],
-            batch["attention_mask"],
-            runs=runs,
-            audio_token_id=self.processor.audio_token_id,
-            pad_token_id=self.processor.tokenizer.pad_token_id,
-        )
+            runs = [[token for _ in range(size) for token in next(clips)] for size in _group_clips(conversation)]
+            heard = (batch[name][index, : lengths[index]].tolist() for name in ("input_ids", "labels"))
+            known = bool(spoken) and all(spoken)
+            read = list(self._read_instead(list(zip(*heard, strict=True)), runs if known else None, _name(row)))
+            tokens.append(torch.tensor([token for token, _ in read]))
+            labels.append(torch.tensor([label if known else IGNORE_INDEX for _, label in read]))
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        return {
+            "teacher_input_ids": pad(tokens, padding_value=self.processor.tokenizer.pad_token_id),
+            "teacher_attention_mask": pad([torch.ones_like(row) for row in tokens]),
+            "teacher_labels": pad(labels, padding_value=IGNORE_INDEX),
+        }
+
+    def _read_instead(
+        self, heard: list[tuple[int, int]], runs: list[list[int]] | None, name: str
+    ) -> Iterator[tuple[int, int]]:
+        """Yield tokens and labels of a row, with each run of audio positions replaced by transcripts, or left out."""
+        audio_token_id = self.processor.audio_token_id
+        segments = [
+            (is_audio, list(items)) for is_audio, items in itertools.groupby(heard, lambda p: p[0] == audio_token_id)
+        ]
+        num_runs = sum(is_audio for is_audio, _ in segments)
+        if runs is not None and len(runs) != num_runs:
+            raise ValueError(
+                f"{name} has {num_runs} runs of audio positions and {len(runs)} groups of clips. Does the chat "
+                "template write something between the clips of a message, or leave one out?"
+            )
+        spoken = iter(runs or [[]] * num_runs)
+        for is_audio, items in segments:
+            yield from ((token, IGNORE_INDEX) for token in next(spoken)) if is_audio else items
 
     def _conversation(self, row: Mapping) -> list[dict]:
         if row.get("messages") is not None:
@@ -128,12 +143,8 @@ class ReLLMCollator:
                 f"{_name(row)} needs `audio` and `response` (the reply to learn), or `messages`; it has "
                 f"{sorted(name for name, value in row.items() if value is not None)}."
             )
-        return self.processor.build_conversation(
-            row["audio"],
-            instruction=self.instruction,
-            system_prompt=self.system_prompt,
-            response=row["response"],
-        )
+        prompts = {"instruction": self.instruction, "system_prompt": self.system_prompt}
+        return self.processor.build_conversation(row["audio"], response=row["response"], **prompts)
 
     def _emotions(self, row: Mapping, num_clips: int) -> list[int]:
         names = _per_clip(row, "emotion", num_clips)
@@ -146,71 +157,16 @@ class ReLLMCollator:
         return [IGNORE_INDEX if name is None else list(self.emotion_labels).index(name) for name in names]
 
 
-def teacher_inputs(
-    input_ids: Tensor,
-    labels: Tensor,
-    attention_mask: Tensor,
-    *,
-    runs: Sequence[Sequence[Sequence[int]] | None],
-    audio_token_id: int,
-    pad_token_id: int,
-) -> dict[str, Tensor]:
-    """The conversations with their transcripts in the place of the audio.
-
-    Args:
-        input_ids, labels, attention_mask (`torch.Tensor` of shape `(batch, sequence)`): Of the student, padded on the
-            right.
-        runs (`list`): For each row the transcript's tokens of each run of audio positions; `None` for a row without a
-            transcript, which keeps its place in the batch and has no labels.
-        audio_token_id, pad_token_id (`int`): Of the tokenizer.
-
-    Returns:
-        `dict`: `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`, all `(batch, T)`.
-
-    Raises:
-        ValueError: If a row has another number of runs than `runs` says.
-    """
-    columns: dict[str, list[Tensor]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for row, transcript in enumerate(runs):
-        length = int(attention_mask[row].sum())
-        pairs = zip(input_ids[row, :length].tolist(), labels[row, :length].tolist(), strict=True)
-        segments = [
-            (is_audio, list(items)) for is_audio, items in itertools.groupby(pairs, lambda p: p[0] == audio_token_id)
-        ]
-        num_runs = sum(is_audio for is_audio, _ in segments)
-        if transcript is not None and len(transcript) != num_runs:
-            raise ValueError(
-                f"Row {row} of the batch has {num_runs} runs of audio positions and {len(transcript)} groups of "
-                "clips. Does the chat template write something between the clips of a message, or leave one out?"
-            )
-        spoken = iter(transcript or [[]] * num_runs)
-        tokens: list[tuple[int, int]] = []  # id, label
-        for is_audio, items in segments:
-            if is_audio:
-                tokens += [(token, IGNORE_INDEX) for token in next(spoken)]
-            else:
-                tokens += [(token, IGNORE_INDEX if transcript is None else label) for token, label in items]
-        columns["input_ids"].append(torch.tensor([token for token, _ in tokens]))
-        columns["attention_mask"].append(torch.ones(len(tokens), dtype=torch.long))
-        columns["labels"].append(torch.tensor([label for _, label in tokens]))
-    padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {
-        f"teacher_{name}": pad(rows, batch_first=True, padding_value=padding[name]) for name, rows in columns.items()
-    }
-
-
-def group_clips(conversation: Sequence[dict]) -> list[int]:
-    """How many clips stand side by side in each place of a conversation that has audio: one run of positions each."""
+def _group_clips(conversation: Sequence[dict]) -> list[int]:
+    """Return how many clips stand side by side in each place that has audio: one run of positions each."""
     groups: list[int] = []
     for message in conversation:
         beside = False
         for part in message["content"] if not isinstance(message["content"], str) else []:
-            if part["type"] == "audio":
-                if beside:
-                    groups[-1] += 1
-                else:
-                    groups.append(1)
+            if part["type"] == "audio" and beside:
+                groups[-1] += 1
+            elif part["type"] == "audio":
+                groups.append(1)
                 beside = True
             elif part.get("text"):
                 beside = False
@@ -230,7 +186,7 @@ def _dimensions(row: Mapping, num_clips: int) -> list[list[float]]:
 
 
 def _per_clip(row: Mapping, name: str, num_clips: int) -> list:
-    """A label for each clip: a list with one each, or a single value where the row has one clip."""
+    """Return a label for each clip: a list with one each, or a single value where the row has one clip."""
     value = row.get(name)
     if value is None:
         return [None] * num_clips

@@ -13,12 +13,7 @@ from .settings import setting
 from .tower_cache import TowerCacheSettings
 
 TOWERS = ("audio_tower", "emotion_tower", "text_model")
-LOSS_WEIGHTS = (
-    "response_loss_weight",
-    "emotion_loss_weight",
-    "dimension_loss_weight",
-    "response_kl_weight",
-)
+LOSS_WEIGHTS = ("response_loss_weight", "emotion_loss_weight", "dimension_loss_weight", "response_kl_weight")
 
 
 @dataclass

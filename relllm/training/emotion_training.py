@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -28,7 +28,7 @@ from relllm.data.loading import load_corpus
 from relllm.labels import DIMENSIONS
 from relllm.metrics import concordances
 from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
-from relllm.modeling.emotion_tower_relllm import EmotionTowerOutput, ReLLMEmotionModel
+from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 from relllm.processing.audio_relllm import load_audio
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
@@ -107,12 +107,8 @@ def parse_emotion_arguments(arguments: Sequence[str]) -> tuple[EmotionScriptArgu
         "where audEERING's recipe differs from Transformers' defaults": list(EmotionTrainingConfig.__annotations__),
         "augmentation of the training clips (off by default)": list(AugmentationSettings.__annotations__),
     }
-    parser = SettingsParser(
-        (EmotionScriptArguments, EmotionTrainingConfig),
-        command="relllm train-emotion",
-        description=DESCRIPTION,
-        sections=sections,
-    )
+    kinds, command = (EmotionScriptArguments, EmotionTrainingConfig), "relllm train-emotion"
+    parser = SettingsParser(kinds, command=command, description=DESCRIPTION, sections=sections)
     script, args = parser.parse_settings(arguments)
     return script, args
 
@@ -129,10 +125,8 @@ class EmotionCollator:
         rate = self.feature_extractor.sampling_rate
         waveforms = [load_audio(row["audio"], sampling_rate=rate) for row in rows]
         if self.augmentation is not None:
-            waveforms = [
-                self.augmentation(waveform, row_id=row.get("id"))
-                for row, waveform in zip(rows, waveforms, strict=True)
-            ]
+            pairs = zip(rows, waveforms, strict=True)
+            waveforms = [self.augmentation(waveform, row_id=row.get("id")) for row, waveform in pairs]
         batch = self.feature_extractor(waveforms, sampling_rate=rate, padding=True, return_tensors="pt")
         targets = [[float("nan") if row[name] is None else float(row[name]) for name in DIMENSIONS] for row in rows]
         return {
@@ -149,65 +143,28 @@ class EmotionTowerTrainer(AugmentationMixin, Trainer):
     gradient accumulation.
 
     Args:
-        model ([`ReLLMEmotionModel`]): The tower.
-        args (`TrainingArguments`): Of Transformers, perhaps with [`AugmentationSettings`]; `remove_unused_columns` is
-            switched off.
-        train_dataset, eval_dataset (`datasets.Dataset`): Rows with `audio`, `arousal`, `dominance`, `valence`.
-        feature_extractor (`Wav2Vec2FeatureExtractor`, *optional*): Saved with the tower.
-        kwargs: As in `transformers.Trainer`.
+        args (`TrainingArguments`): Of Transformers, perhaps with [`AugmentationSettings`].
+        kwargs: As in `transformers.Trainer`; rows have `audio`, `arousal`, `dominance`, `valence`.
     """
 
-    def __init__(
-        self,
-        model: ReLLMEmotionModel,
-        args: TrainingArguments,
-        train_dataset: Dataset | IterableDataset,
-        eval_dataset: Dataset | None = None,
-        feature_extractor: Wav2Vec2FeatureExtractor | None = None,
-        **kwargs: object,
-    ) -> None:
-        if feature_extractor is None:
-            feature_extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-        args.remove_unused_columns = False
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=EmotionCollator(feature_extractor),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=feature_extractor,
-            **kwargs,
-        )
+    def __init__(self, model: ReLLMEmotionModel, args: TrainingArguments, **kwargs: object) -> None:
+        args.remove_unused_columns, args.label_names = False, ["labels"]
+        # Whatever the encoder was pretrained on: ReLLM normalises what its emotion tower reads.
+        extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+        collator = EmotionCollator(extractor)
+        super().__init__(model=model, args=args, data_collator=collator, processing_class=extractor, **kwargs)
         if isinstance(args, AugmentationSettings) and args.augments:
-            self.augment(Augmentation(args, seed=self.args.seed, sampling_rate=feature_extractor.sampling_rate))
+            self.augment(Augmentation(args, seed=self.args.seed, sampling_rate=extractor.sampling_rate))
         self.model_accepts_loss_kwargs = False  # a CCC is averaged over accumulated steps, not divided by a count
 
     def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, EmotionTowerOutput]:
-        """Return one minus the concordance correlation coefficient."""
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: object
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Return one minus the concordance correlation coefficient, and the dimensions as outputs."""
         labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        loss = ccc_loss(outputs.dimensions.float(), labels)
-        return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the loss, and predicted dimensions and targets, both `(clips, 3)`."""
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
-        with torch.no_grad():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return loss, None if prediction_loss_only else outputs.dimensions, labels
+        dimensions = model(**inputs).dimensions
+        loss = ccc_loss(dimensions, labels)
+        return (loss, {"dimensions": dimensions}) if return_outputs else loss
 
 
 def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingConfig) -> EmotionTowerTrainer:
@@ -220,12 +177,8 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     checkpoint = args.resume_from_checkpoint or checkpoint_to_resume(Path(args.output_dir), script.resume)
     set_seed(args.seed)  # what is drawn for the head
     assert script.data is not None and script.model_name_or_path is not None
-    train_rows = load_corpus(script.data, script.train_split or "all", held_out=script.held_out)
-    train_rows = _labelled(train_rows, script.train_split)
-    eval_rows = None
-    if script.eval_split:
-        eval_rows = load_corpus(script.data, script.eval_split, held_out=script.held_out)
-        eval_rows = _labelled(eval_rows, script.eval_split)
+    train_rows = _load_labelled(script.data, script.train_split or "all", script.held_out)
+    eval_rows = _load_labelled(script.data, script.eval_split, script.held_out) if script.eval_split else None
     if eval_rows is None:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     model = build_emotion_tower(
@@ -233,15 +186,8 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     )
     if not script.train_feature_encoder:
         model.encoder.feature_extractor._freeze_parameters()
-    trainer = EmotionTowerTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        # Whatever the encoder was pretrained on: ReLLM normalises what its emotion tower reads.
-        feature_extractor=Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True),
-        compute_metrics=concordance_metrics,
-    )
+    data = {"train_dataset": train_rows, "eval_dataset": eval_rows}
+    trainer = EmotionTowerTrainer(model, args, **data, compute_metrics=concordance_metrics)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     trainer.save_metrics("train", metrics)
@@ -256,11 +202,8 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
 def build_emotion_tower(name: str, *, num_layers: int | None = None, final_dropout: float = 0.1) -> ReLLMEmotionModel:
     """Return an emotion tower to train: one that has its head, or an encoder with a fresh one.
 
-    Args:
-        name (`str`): A directory or Hub id. It counts as a tower if it is a [`ReLLMEmotionModel`] or labels its
-            outputs arousal, dominance and valence.
-        num_layers (`int`, *optional*): Transformer layers to keep, from the bottom.
-        final_dropout (`float`, *optional*, defaults to 0.1): In a fresh head.
+    `name`, a directory or Hub id, counts as a tower if it is a [`ReLLMEmotionModel`] or labels its outputs arousal,
+    dominance and valence.
 
     Raises:
         ValueError: If the encoder is of another kind, or has fewer layers than are to be kept.
@@ -287,17 +230,18 @@ def concordance_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _keep_layers(encoder: PreTrainedModel, num_layers: int | None) -> None:
+    layers = encoder.encoder.layers
     if num_layers is None:
         return
-    layers = encoder.encoder.layers
     if num_layers > len(layers):
         raise ValueError(f"num_layers={num_layers}, and the encoder has {len(layers)}.")
     del layers[num_layers:]
     encoder.config.num_hidden_layers = num_layers
 
 
-def _labelled(rows: Dataset, split: str) -> Dataset:
+def _load_labelled(data: str, split: str, held_out: str | None) -> Dataset:
     """Return the rows with at least one dimension; each dimension needs two of them."""
+    rows = load_corpus(data, split, held_out=held_out)
     counts = {name: sum(value is not None for value in rows[name]) for name in DIMENSIONS if name in rows.column_names}
     if few := [name for name in DIMENSIONS if counts.get(name, 0) < 2]:
         raise ValueError(

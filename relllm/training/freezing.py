@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from relllm.modeling.lora_scope_relllm import is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
@@ -106,12 +106,7 @@ class TrainableTableCallback(TrainerCallback):
     """Prints the table once, at the start of a run, on the main process; `disable_tqdm=True` silences it."""
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **kwargs: object,
+        self, args: TrainingArguments, state: TrainerState, *_: object, model: nn.Module, **kwargs: object
     ) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
             Console(stderr=True).print(draw_table(trainable_table(model)))  # beside the progress bar

@@ -18,24 +18,18 @@ CHARACTERS_PER_TOKEN = 4.0  # of English under the tokenizers of current LLMs
 
 
 def row_lengths(dataset: Dataset, extractor: ReLLMFeatureExtractor) -> list[int]:
-    """About how many positions each row takes in the LLM's sequence.
-
-    Args:
-        dataset (`datasets.Dataset`): Rows as [`~relllm.training.collator.ReLLMCollator`] takes them, their audio left
-            undecoded.
-        extractor ([`ReLLMFeatureExtractor`]): The processor's.
-
-    Raises:
-        ValueError: If a clip's header cannot be read; it names the row. A URL is not fetched.
-    """
+    """Return about how many positions each row takes in the LLM's sequence; its audio is left undecoded."""
     columns = [name for name in ("id", "audio", "response", "messages") if name in dataset.column_names]
     return [row_length(row, extractor) for row in dataset.select_columns(columns)]
 
 
 def row_length(row: Mapping, extractor: ReLLMFeatureExtractor) -> int:
-    """See [`row_lengths`]."""
+    """Return about how many positions a row takes.
+
+    Raises:
+        ValueError: If a clip's header cannot be read; it names the row. A URL is not fetched.
+    """
     texts, clips = _texts_and_clips(row)
-    num_characters = sum(len(text) for text in texts)
     try:
         durations_s = [clip_duration(clip, extractor.sampling_rate) for clip in clips]
     except (OSError, RuntimeError, TypeError) as error:  # soundfile's errors are RuntimeErrors
@@ -43,15 +37,12 @@ def row_length(row: Mapping, extractor: ReLLMFeatureExtractor) -> int:
             f"Row {row.get('id')!r}: the length of its audio cannot be read without decoding it ({error}). Add a "
             "column `length` to the data, or leave train_sampling_strategy at 'random'."
         ) from error
-    return round(num_characters / CHARACTERS_PER_TOKEN) + sum(_positions(time, extractor) for time in durations_s)
+    counts = [extractor.count_tokens(round(time * extractor.sampling_rate)) for time in durations_s]
+    return round(sum(map(len, texts)) / CHARACTERS_PER_TOKEN) + sum(max(count, 1) for count in counts)
 
 
 def clip_duration(source: object, sampling_rate: int) -> float:
-    """Seconds of a clip.
-
-    Args:
-        source: A path, bytes, a `datasets` dictionary (`path`, `bytes` or `array`), or an array.
-        sampling_rate (`int`): Of a bare array, in Hz.
+    """Return the seconds of a clip: a path, bytes, a `datasets` dictionary, or an array at `sampling_rate` Hz.
 
     Raises:
         TypeError: If the source is nothing of these.
@@ -68,10 +59,6 @@ def clip_duration(source: object, sampling_rate: int) -> float:
     raise TypeError(f"no length of {type(source).__name__}")
 
 
-def _positions(duration_s: float, extractor: ReLLMFeatureExtractor) -> int:
-    return max(extractor.count_tokens(round(duration_s * extractor.sampling_rate)), 1)
-
-
 def _texts_and_clips(row: Mapping) -> tuple[list[str], list[object]]:
     if row.get("messages") is None:
         return [row.get("response") or ""], [row.get("audio")]
@@ -80,6 +67,3 @@ def _texts_and_clips(row: Mapping) -> tuple[list[str], list[object]]:
     parts = [part for content in contents if not isinstance(content, str) for part in content]
     texts += [part.get("text") or "" for part in parts if part["type"] == "text"]
     return texts, [part for part in parts if part["type"] == "audio"]
-
-
-__all__ = ["CHARACTERS_PER_TOKEN", "clip_duration", "row_length", "row_lengths"]

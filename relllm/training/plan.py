@@ -14,22 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from relllm.modeling.configuration_relllm import ReLLMConfig
-from relllm.modeling.lora_scope_relllm import is_lora_parameter
-from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 
 from .building import build_config
 from .config import ReLLMScriptArguments, ReLLMSFTConfig
-from .freezing import HEADS, draw_table
-from .memory import (
-    FRAMES_A_SECOND,
-    MemoryPlan,
-    RowSize,
-    StepSettings,
-    largest_batch,
-    meta_model,
-    part_config,
-    plan_memory,
-)
+from .freezing import HEADS, draw_table, trainable_table
+from .memory import MemoryPlan, RowSize, StepSettings, TrainingStep
 from .settings import SettingsParser, setting
 
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -62,58 +51,6 @@ class PlanArguments(RowSize):
             )
 
 
-@dataclass(frozen=True)
-class Speed:
-    """An estimate of the speed of one device."""
-
-    flops: float  # of a training step on one row
-    rows: float  # a second
-    tokens: float  # positions of the LLM a second
-
-
-def plan_speed(
-    config: ReLLMConfig,
-    settings: StepSettings,
-    row: RowSize,
-    model: ReLLMForConditionalGeneration,
-    *,
-    peak_tflops: float,
-    utilisation: float,
-) -> Speed:
-    """Return the operations of a row's training step, and rows and tokens a second at a stated share of a stated peak.
-
-    A weight costs 2 operations a position in the forward pass, 2 in the backward pass through it, and 2 more where it
-    trains; gradient checkpointing runs the forward pass of the LLM once more. Attention adds 4·q·S a layer and
-    position. The LoRA runs at every position and is masked behind. Frozen towers cost a forward pass.
-    """
-    plan = plan_memory(config, settings, 1, row, model)
-    length, text = plan.sequence, part_config(config, "text_config")
-    passes = 3.0 if settings.gradient_checkpointing else 2.0
-    body = model.base_model.text_model.base_model
-    flops = 0.0
-    for name, parameter in body.named_parameters():
-        if parameter.ndim == 2 and ("embed" not in name or is_lora_parameter(name)):
-            flops += 2.0 * parameter.numel() * length * (passes + parameter.requires_grad)
-    heads = text.num_attention_heads * (
-        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    )
-    flops += 4.0 * heads * length * length * text.num_hidden_layers * (passes + 1)
-    flops += 2.0 * text.hidden_size * text.vocab_size * row.reply_tokens * 3  # once forward, twice backward
-    if settings.teacher:
-        flops += 2.0 * sum(p.numel() for p in body.parameters()) * (length - plan.audio_positions)
-    frames = FRAMES_A_SECOND * row.audio_seconds
-    for tower in ("audio_tower", "emotion_tower"):
-        module = getattr(model.base_model, tower)
-        if module is not None:
-            full = settings.full_window and module.config.model_type == "whisper"
-            run = module.config.max_source_positions if full else frames
-            flops += 2.0 * sum(p.numel() for p in module.parameters()) * run * (3 if tower in settings.unfreeze else 1)
-    for index, convolution in enumerate(getattr(model.base_model.multi_modal_projector, "conv_layers", [])):
-        flops += 6.0 * convolution.weight.numel() * frames / 2 ** (index + 1)
-    rows = peak_tflops * 1e12 * utilisation / flops
-    return Speed(flops, rows, rows * length)
-
-
 def parse_bytes(text: str) -> float:
     """Return 24e9 for `"24GB"`, 80 * 2**30 for `"80GiB"`; raise `ValueError` if it is no size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text.upper())
@@ -137,12 +74,8 @@ def parse_plan(arguments: Sequence[str]) -> tuple[PlanArguments, ReLLMScriptArgu
         "model and data": [one.name for one in fields(ReLLMScriptArguments)],
         "losses, and where the paper's recipe differs from TRL": list(ReLLMSFTConfig.__annotations__),
     }
-    parser = SettingsParser(
-        (PlanArguments, ReLLMScriptArguments, ReLLMSFTConfig),
-        command="relllm plan",
-        description=DESCRIPTION,
-        sections=sections,
-    )
+    kinds = (PlanArguments, ReLLMScriptArguments, ReLLMSFTConfig)
+    parser = SettingsParser(kinds, command="relllm plan", description=DESCRIPTION, sections=sections)
     plan, script, args = parser.parse_settings(given)
     return plan, script, args
 
@@ -169,15 +102,12 @@ def run_plan(assumed: PlanArguments, script: ReLLMScriptArguments, args: ReLLMSF
     """Print the tables of `relllm plan`, and return whether the batch of the settings fits the GPU."""
     config = build_config(script)
     settings = step_settings(script, args, config)
-    model = meta_model(config, settings)
+    step = TrainingStep(config, settings, assumed)
     batch_size = args.per_device_train_batch_size
     memory = parse_bytes(assumed.gpu_memory) * (1 - assumed.reserve)
-    plan = plan_memory(config, settings, batch_size, assumed, model)
-    largest = largest_batch(config, settings, assumed, memory, model)
-    speed = plan_speed(
-        config, settings, assumed, model, peak_tflops=assumed.peak_tflops, utilisation=assumed.utilisation
-    )
-    console.print(draw_table(plan.parts))
+    plan, largest, flops = step.memory(batch_size), step.largest_batch(memory), step.flops()
+    rows = assumed.peak_tflops * 1e12 * assumed.utilisation / flops  # a second
+    console.print(draw_table(trainable_table(step.model)))
     console.print(_memory_table(plan, batch_size))
     fits = plan.total <= memory
     verdict = "[green]fits[/green]" if fits else "[red]does not fit[/red]"
@@ -187,10 +117,10 @@ def run_plan(assumed: PlanArguments, script: ReLLMScriptArguments, args: ReLLMSF
     )
     update = batch_size * args.gradient_accumulation_steps
     console.print(
-        f"Speed: about {speed.tokens:,.0f} tokens or {speed.rows:.1f} rows a second on one GPU, "
-        f"{update / speed.rows:.1f} s an update of {update} rows ({speed.flops / 1e12:.2f} TFLOP a row)."
+        f"Speed: about {rows * step.sequence:,.0f} tokens or {rows:.1f} rows a second on one GPU, "
+        f"{update / rows:.1f} s an update of {update} rows ({flops / 1e12:.2f} TFLOP a row)."
     )
-    console.print(_assumptions(assumed, settings, plan), style="dim", highlight=False)
+    console.print(_assumptions(assumed, step), style="dim", highlight=False)
     return fits
 
 
@@ -224,13 +154,14 @@ def _memory_table(plan: MemoryPlan, batch_size: int) -> Table:
     return table
 
 
-def _assumptions(assumed: PlanArguments, settings: StepSettings, plan: MemoryPlan) -> str:
+def _assumptions(assumed: PlanArguments, step: TrainingStep) -> str:
+    settings = step.settings
     dtype = str(settings.dtype).removeprefix("torch.")
     autocast = "bfloat16" if settings.bf16 else "no"
     checkpointing = "on" if settings.gradient_checkpointing else "off"
     return (
-        f"Assumed: rows of {assumed.audio_seconds:g} s ({plan.audio_positions} audio positions), "
-        f"{assumed.prompt_tokens} prompt and {assumed.reply_tokens} reply tokens, {plan.sequence} positions in all; "
+        f"Assumed: rows of {assumed.audio_seconds:g} s ({step.audio_positions} audio positions), "
+        f"{assumed.prompt_tokens} prompt and {assumed.reply_tokens} reply tokens, {step.sequence} positions in all; "
         f"frozen weights in {dtype}, {autocast} autocast, gradient checkpointing {checkpointing}, optimiser "
         f"{settings.optimizer}; attention in one fused kernel; {assumed.reserve:.0%} of the memory in reserve; "
         f"{assumed.peak_tflops:g} TFLOP/s at {assumed.utilisation:.0%}. One process: under DDP each GPU takes this "

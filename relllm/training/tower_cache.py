@@ -27,7 +27,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
@@ -197,9 +197,7 @@ class _SayWhereCallback(TrainerCallback):
     def __init__(self, cache: TowerCache) -> None:
         self.cache = cache
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: object) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
             free = shutil.disk_usage(self.cache.folder).free / 1e9
             Console(stderr=True).print(f"Tower outputs are kept in {self.cache.folder}: {free:.3g} GB are free there.")

@@ -7,6 +7,7 @@ gradients, unlabelled rows included.
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from datasets import Audio, Dataset, IterableDataset
@@ -21,6 +22,7 @@ from trl import SFTTrainer
 from relllm.labels import DIMENSIONS
 from relllm.metrics import concordances, recognition_metrics
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 from relllm.processing.processing_relllm import ReLLMProcessor
 
 from .alignment import return_heads
@@ -85,14 +87,12 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
                 args.system_prompt,
                 teacher=self.objective.alignment is not None,
             )
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: _leave_encoded(dataset) for name, dataset in eval_dataset.items()}
         with lora_counts_as_adapter(model):
             super().__init__(
                 model=model,
                 args=args,
                 train_dataset=_leave_encoded(train_dataset),
-                eval_dataset=eval_dataset if isinstance(eval_dataset, dict) else _leave_encoded(eval_dataset),
+                eval_dataset=_leave_encoded(eval_dataset),
                 processing_class=processing_class,
                 **kwargs,
             )
@@ -100,29 +100,28 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
             prepare_trainable(model, args.unfreeze, self.objective.unused_heads)
         return_heads(self.model, self.objective.alignment)
         self.add_callback(TrainableTableCallback)
-        if args.augments:
+        if args.augments or args.tower_cache_dir is not None:
             if not isinstance(self.data_collator, ReLLMCollator):
                 raise ValueError(
-                    f"data_collator is a {type(self.data_collator).__name__}, and the settings augment clips, which "
-                    "only a ReLLMCollator does. Leave data_collator out, or the augment_… settings."
+                    f"data_collator is a {type(self.data_collator).__name__}, and only a ReLLMCollator augments clips "
+                    "or looks them up in the cache of tower outputs. Leave data_collator out, or these settings."
                 )
-            extractor = processing_class.feature_extractor
-            rate, longest = extractor.sampling_rate, extractor.max_duration_s
-            self.augment(Augmentation(args, seed=args.seed, sampling_rate=rate, max_duration_s=longest))
-        if args.tower_cache_dir is not None:
-            if not isinstance(self.data_collator, ReLLMCollator):
-                raise ValueError(
-                    f"data_collator is a {type(self.data_collator).__name__}, and only a ReLLMCollator looks clips up "
-                    "in the cache of tower outputs. Leave data_collator out, or tower_cache_dir."
-                )
-            cache = self.open_tower_cache(model, processing_class.feature_extractor)
-            self.data_collator = dataclasses.replace(self.data_collator, tower_cache=cache)
+            self._set_up_clips(model, processing_class.feature_extractor)
         self.add_callback(_ShortStreamCallback)
         self._num_items = torch.zeros(len(self.objective.weights))
         self._means = RunningMeans(
             ["response_loss", "emotion_accuracy", "tower_cache_hits", *self.objective.active], self.args.device
         )
         self._heard: list[Tensor] = []  # of the running evaluation; see `_remember`
+
+    def _set_up_clips(self, model: ReLLMForConditionalGeneration, extractor: ReLLMFeatureExtractor) -> None:
+        """Have the collator augment clips, or look their tower outputs up; the settings allow one of the two."""
+        if self.args.tower_cache_dir is not None:
+            cache = self.open_tower_cache(model, extractor)
+            self.data_collator = dataclasses.replace(self.data_collator, tower_cache=cache)
+            return
+        rate, longest = extractor.sampling_rate, extractor.max_duration_s
+        self.augment(Augmentation(self.args, seed=self.args.seed, sampling_rate=rate, max_duration_s=longest))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -175,11 +174,7 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], *args: object, **kwargs: object
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Do as TRL, without the labels of rows that Accelerate repeats to give every process a last batch."""
         state = self.accelerator.gradient_state
@@ -187,15 +182,10 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
             size = len(inputs["labels"])
             own = state.remainder - self.accelerator.process_index * size  # the first ones of all are the new ones
             inputs = keep_labels(inputs, min(max(own, 0), size))
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader: DataLoader, *args: object, metric_key_prefix: str = "eval", **kwargs: object
     ) -> EvalLoopOutput:
         """Do as Transformers, with the means of the losses and the metrics of the heads.
 
@@ -207,9 +197,7 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
                 "The evaluation reads a stream on several processes, and Accelerate repeats rows of a stream without "
                 "saying which: these count twice. Load the evaluation's rows without streaming."
             )
-        result = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
+        result = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self._means.means(self.accelerator.reduce(self._means.take("eval"), reduction="sum"))
         metrics |= self._heads_metrics()
         if self.objective.dimension_loss == "ccc" and "dimension_loss" in metrics:
@@ -297,9 +285,7 @@ class _ShortStreamCallback(TrainerCallback):
     One pass without an update may be a resumed run's, which has skipped what it had seen.
     """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, *_: object, **kwargs: object) -> None:
         self.last_step: int | None = None
 
     def on_epoch_end(
@@ -315,10 +301,12 @@ class _ShortStreamCallback(TrainerCallback):
         self.last_step = state.global_step
 
 
-def _leave_encoded(dataset: Dataset | IterableDataset | None) -> Dataset | IterableDataset | None:
+def _leave_encoded(dataset: Any) -> Any:
     """Return audio columns as paths and bytes: the processor decodes each clip once, where it is needed."""
     if dataset is None:
         return None
+    if isinstance(dataset, dict):
+        return {name: _leave_encoded(one) for name, one in dataset.items()}
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, Audio) and feature.decode:
             dataset = dataset.cast_column(name, Audio(decode=False))

@@ -53,7 +53,7 @@ def test_a_draw_follows_from_seed_epoch_row_and_clip_and_from_nothing_else() -> 
     np.random.default_rng().random()
     assert np.array_equal(again(clip(0.3), row_id="a"), drawn)
     others = [again(clip(0.3), row_id="b"), again(clip(0.3), row_id="a", clip=1)]
-    again.set_epoch(1)
+    again.epoch = 1
     others.append(again(clip(0.3), row_id="a"))
     others.append(augmentation(4, augment_noise_snr_db=[5, 30], augment_probability=1.0)(clip(0.3), row_id="a"))
     different = {values.tobytes() for values in [drawn, *others]}
@@ -158,7 +158,7 @@ def test_settings_come_from_yaml_and_flags_and_are_off_by_default(tmp_path: Path
 def test_a_collator_that_cannot_augment_is_refused(tmp_path: Path, processor) -> None:
     trainer = make_trainer(make_rows(tmp_path, 2), tmp_path / "run", processor)
     args = ReLLMSFTConfig(output_dir=str(tmp_path), use_cpu=True, augment_telephone=True)
-    with pytest.raises(ValueError, match="data_collator is a function, and the settings augment"):
+    with pytest.raises(ValueError, match="data_collator is a function, and only a ReLLMCollator augments"):
         relllm.ReLLMSFTTrainer(
             model=trainer.model,
             args=args,

@@ -14,15 +14,8 @@ from relllm import ReLLMConfig, ReLLMForConditionalGeneration
 from relllm.cli import app
 from relllm.modeling import audio_tower_relllm, lora_scope_relllm
 from relllm.training.freezing import prepare_trainable, trainable_table
-from relllm.training.memory import (
-    RowSize,
-    StepSettings,
-    count_audio_positions,
-    largest_batch,
-    meta_model,
-    plan_memory,
-)
-from relllm.training.plan import PlanArguments, parse_bytes, parse_plan, plan_speed, step_settings
+from relllm.training.memory import RowSize, StepSettings, TrainingStep, count_audio_positions
+from relllm.training.plan import PlanArguments, parse_bytes, parse_plan, step_settings
 
 LORA = {"r": 8, "lora_alpha": 8}
 FLOAT32 = StepSettings(torch.float32, bf16=False, gradient_checkpointing=False, full_window=False)
@@ -145,10 +138,10 @@ UNFROZEN = StepSettings(
     ids=["float32", "no LoRA", "bfloat16", "unfrozen LLM"],
 )
 def test_activations_are_what_autograd_keeps_within_a_tenth(as_planned, settings, lora) -> None:
-    plan = plan_memory(small_config(lora), settings, BATCH_SIZE, ROW)
+    plan = TrainingStep(small_config(lora), settings, ROW)
     step = RealStep(small_config(lora), settings, plan.sequence)
     assert step.audio_positions == plan.audio_positions
-    assert plan.activations == pytest.approx(step.saved_bytes(), rel=0.10)
+    assert plan.memory(BATCH_SIZE).activations == pytest.approx(step.saved_bytes(), rel=0.10)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +150,9 @@ def test_activations_are_what_autograd_keeps_within_a_tenth(as_planned, settings
     ids=["float32", "float32 checkpointing", "bfloat16", "bfloat16 checkpointing"],
 )
 def test_the_peak_is_about_what_a_step_allocates(as_planned, settings: StepSettings) -> None:
-    plan = plan_memory(small_config(), settings, BATCH_SIZE, ROW)
-    step = RealStep(small_config(), settings, plan.sequence)
+    planned = TrainingStep(small_config(), settings, ROW)
+    plan = planned.memory(BATCH_SIZE)
+    step = RealStep(small_config(), settings, planned.sequence)
     measured = max(step.peak_bytes() for _ in range(3))
     # Too large by a third at most, which wastes memory, and too small by a quarter, which runs out of it. What the
     # profiler counts of the same step differs by 6 % from one process to the next.
@@ -170,8 +164,9 @@ def test_weights_gradients_and_optimiser_are_exact(settings: StepSettings) -> No
     config = small_config()
     model = ReLLMForConditionalGeneration(small_config()).to(settings.dtype)
     prepare_trainable(model, settings.unfreeze)
-    plan = plan_memory(config, settings, 1, ROW)
-    assert plan.parts == trainable_table(model)
+    step = TrainingStep(config, settings, ROW)
+    plan = step.memory(1)
+    assert trainable_table(step.model) == trainable_table(model)
     tensors = [*model.parameters(), *model.buffers()]
     assert plan.weights == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -184,7 +179,7 @@ def test_weights_gradients_and_optimiser_are_exact(settings: StepSettings) -> No
 
 
 def test_planning_allocates_no_weights() -> None:
-    model = meta_model(small_config(), FLOAT32)
+    model = TrainingStep(small_config(), FLOAT32, ROW).model
     allocated = {name for name, parameter in model.named_parameters() if parameter.device.type != "meta"}
     assert allocated <= {"model.emotion_tower.wav2vec2.masked_spec_embed"}  # one vector, which wav2vec2 draws at once
 
@@ -200,7 +195,7 @@ def test_audio_positions_are_the_processors_within_one(audio_s: float, fusion: s
 def test_what_saves_memory_saves_it_in_the_plan() -> None:
     def total(**changes: object) -> float:
         settings = StepSettings(**{"gradient_checkpointing": False, "full_window": False, **changes})
-        return plan_memory(small_config(), settings, BATCH_SIZE, ROW).total
+        return TrainingStep(small_config(), settings, ROW).memory(BATCH_SIZE).total
 
     assert total(gradient_checkpointing=True) < total()
     assert total(load_in_4bit=True, gradient_checkpointing=True) < total(gradient_checkpointing=True)
@@ -211,34 +206,30 @@ def test_what_saves_memory_saves_it_in_the_plan() -> None:
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
-    config = small_config()
-    model = meta_model(config, FLOAT32)
-    memory = plan_memory(config, FLOAT32, 13, ROW, model).total
-    assert largest_batch(config, FLOAT32, ROW, memory, model) == 13
-    assert largest_batch(config, FLOAT32, ROW, memory - 1, model) == 12
-    assert largest_batch(config, FLOAT32, ROW, 1000.0, model) == 0
+    step = TrainingStep(small_config(), FLOAT32, ROW)
+    memory = step.memory(13).total
+    assert step.largest_batch(memory) == 13
+    assert step.largest_batch(memory - 1) == 12
+    assert step.largest_batch(1000.0) == 0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma", "qwen3"])
 def test_every_kind_of_model_can_be_planned(family: str) -> None:
     config = tiny_config(text=family)
-    model = meta_model(config, FLOAT32)
-    plan = plan_memory(config, FLOAT32, 2, ROW, model)
-    speed = plan_speed(config, FLOAT32, ROW, model, peak_tflops=1.0, utilisation=0.5)
-    assert plan.activations > 0 and speed.rows > 0 and speed.tokens == pytest.approx(speed.rows * plan.sequence)
+    step = TrainingStep(config, FLOAT32, ROW)
+    assert step.memory(2).activations > 0 and step.flops() > 0
 
 
 def test_operations_are_those_that_pytorch_counts_within_a_tenth(as_planned) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     config = small_config()
-    plan = plan_memory(config, FLOAT32, BATCH_SIZE, ROW)
+    plan = TrainingStep(config, FLOAT32, ROW)
     step = RealStep(config, FLOAT32, plan.sequence)
     step.model.set_attn_implementation("eager")  # the CPU's fused attention is not counted
     with FlopCounterMode(display=False) as counter:
         step.loss().backward()
-    speed = plan_speed(config, FLOAT32, ROW, meta_model(config, FLOAT32), peak_tflops=1.0, utilisation=1.0)
-    assert BATCH_SIZE * speed.flops == pytest.approx(counter.get_total_flops(), rel=0.10)
+    assert BATCH_SIZE * plan.flops() == pytest.approx(counter.get_total_flops(), rel=0.10)
 
 
 @pytest.mark.parametrize(
