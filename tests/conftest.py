@@ -4,6 +4,7 @@ import os
 import random
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read by the libraries when they are imported, so set first; inherited by the processes that tests start.
@@ -15,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from pictures import blank_pictures
 from processes import ForkServer
 
 torch.set_num_threads(1)
@@ -50,6 +52,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def fork_server(request: pytest.FixtureRequest) -> ForkServer:
     """Starts processes that have done the imports already."""
     return request.config.stash[FORK_SERVER]
+
+
+@pytest.fixture
+def no_drawing() -> Iterator[None]:
+    """Pictures are written, and not drawn."""
+    with blank_pictures():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from relllm.cli import app
 from relllm.data.loading import load_corpus
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
 EXPECTED = {
     "iemocap": {"train": {"neutral": 1, "angry": 1, "happy": 2, "sad": 1}, "test": {"happy": 1}},
     "esd": {

@@ -2,13 +2,17 @@
 
 import io
 import json
+import subprocess
 
 import pytest
+from pictures import blank_pictures
 from rich.console import Console
 
 from relllm.demo.demo_settings import DemoSettings
 from relllm.demo.tiny import run_demo
+from relllm.hub import push
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
 pytest.importorskip("espeakng_loader", reason="the demo's speech needs `pip install relllm[demo]`")
 
 
@@ -22,7 +26,8 @@ def tiny_settings(folder, **changes) -> DemoSettings:
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "demo"
     console = Console(file=io.StringIO(), width=200)
-    learned = run_demo(tiny_settings(folder), console)
+    with blank_pictures():
+        learned = run_demo(tiny_settings(folder), console)
     return folder, learned, console.file.getvalue()
 
 
@@ -51,8 +56,18 @@ def test_the_verdict_follows_from_the_measured_accuracy(run):
     assert ("learned nothing" in report) == (not learned)
 
 
+@pytest.fixture
+def no_fresh_processes(monkeypatch):
+    """The first run has loaded the checkpoint in fresh processes."""
+    asked = []
+    monkeypatch.setattr(push, "check_loads", lambda folder, **options: asked.append(folder))
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: asked.append(command))
+    yield
+    assert len(asked) == 2 and "reply" in asked[1]
+
+
 @pytest.mark.slow
-def test_a_second_run_makes_nothing_anew_and_finds_the_same(run):
+def test_a_second_run_makes_nothing_anew_and_finds_the_same(run, no_fresh_processes):
     folder, learned, _ = run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     before |= {path: path.stat().st_mtime_ns for path in folder.rglob("predictions.jsonl")}
@@ -61,7 +76,7 @@ def test_a_second_run_makes_nothing_anew_and_finds_the_same(run):
 
 
 @pytest.mark.slow
-def test_a_step_that_was_interrupted_is_done_again(run):
+def test_a_step_that_was_interrupted_is_done_again(run, no_fresh_processes):
     folder, _, _ = run
     (folder / "speech-only").rename(folder / "speech-only.partial")
     (folder / "speech-only.partial" / "model.safetensors").write_bytes(b"half a file")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 from empathy_scorers import scorer_of
+from pictures import blank_pictures
 from processes import ForkServer
 from tiny_models import RATE, clip, tiny_llm, tiny_model, tiny_processor, tiny_tokenizer
 from transformers import AutoTokenizer
@@ -27,6 +28,7 @@ from relllm.evaluation.planning import EvaluationSettings
 from relllm.evaluation.predicting import SpeechPredictor
 from relllm.labels import DIMENSIONS, EMOTIONS
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
 EMOTIONS_OF_ROWS = ("sad", "happy", "angry", "neutral", "surprise", "sad", "happy", "fear", None, "sad")
 
 
@@ -145,7 +147,8 @@ def test_one_by_one_gives_the_same_predictions(whole: Path, model: Path, corpus:
 
 def evaluate_twice(model: Path, corpus: Path, first: Path, second: Path) -> None:
     """One of two ranks, to the first folder and then to the second, where rank 1 is killed at its second batch."""
-    evaluate(settings(model, corpus, first), progress=False)
+    with blank_pictures():
+        evaluate(settings(model, corpus, first), progress=False)
     append, calls = Journal.append, []
 
     def die_at_second(self: Journal, entries: list) -> None:

@@ -1,0 +1,18 @@
+"""Pictures that are written without being drawn, where a test asks no more than that: test_plots draws each kind."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+from matplotlib.figure import Figure
+
+
+def write_blank(figure: Figure, path: str | Path, **options: object) -> None:
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n")
+
+
+@contextlib.contextmanager
+def blank_pictures() -> Iterator[None]:
+    with mock.patch.object(Figure, "savefig", write_blank):
+        yield
