@@ -1,8 +1,10 @@
 """Every room that takes a clip from a user reads it once: decoded once, resampled once, checked once."""
 
 import base64
+import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from relllm.inference.inference_settings import RequestLimits
 from relllm.inference.replies import hear, reply
 from relllm.inference.server.prompts import PromptReader
 from relllm.inference.server.schema import ChatRequest
+from relllm.inference.web.session import EMPTY, Session
 from relllm.processing import audio_relllm
 from relllm.training.augmentation import Augmentation, AugmentationSettings
 from relllm.training.collator import ReLLMCollator
@@ -43,6 +46,13 @@ def collator(model, processor: ReLLMProcessor, path: Path, augmentation: Augment
     ReLLMCollator(processor, model.config.emotion_labels, augmentation=augmentation)([row])
 
 
+def web(model, processor: ReLLMProcessor, path: Path) -> None:
+    systems = {name: partial(Conversation, model, processor) for name in ("ours", "baseline")}
+    session = Session(systems, threading.Lock(), max_new_tokens=1)
+    list(session.talk(str(path), None))
+    assert session.status == EMPTY and len(session.shown["baseline"]) == 2
+
+
 WAYS: dict[str, Callable] = {
     "reply": lambda model, processor, path: reply(model, processor, path, max_new_tokens=1),
     "hear": lambda model, processor, path: list(hear(model, processor, [path])),
@@ -51,6 +61,7 @@ WAYS: dict[str, Callable] = {
         model, processor, [processor.feature_extractor.read_clip(path)]
     ),
     "server": server,
+    "web": web,
     "training": collator,
     "training, augmented": lambda model, processor, path: collator(model, processor, path, Augmentation(GAIN, seed=0)),
 }

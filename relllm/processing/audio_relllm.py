@@ -72,6 +72,7 @@ def load_audio(
         source: A path, an `http(s)://`, `file://` or `data:` URL, the bytes of an audio file, a binary file object
             (read from where it is), an array or tensor, or a row of `datasets`. Arrays are `(samples,)` or 2-D, where
             the shorter axis is the channels; integers are scaled by the range of their type, floats taken as they are.
+            `{"waveform": samples}` holds what this function returned, and is not read again.
         sampling_rate (`int`, *optional*, defaults to 16000): Rate of the result in Hz.
         source_rate (`int`, *optional*): Rate of a waveform in Hz; `None` says that it has `sampling_rate` already.
             Files and rows state their own rate, and another one given here is an error.
@@ -86,6 +87,8 @@ def load_audio(
         ValueError: Empty, shorter than 25 ms, longer than `max_duration_s`, NaN or infinite, truncated, not audio, a
             rate or a shape that cannot be, or integers stored as floats.
     """
+    if isinstance(source, Mapping) and isinstance(read := source.get("waveform"), np.ndarray):
+        return read
     _check_rate(sampling_rate, "sampling_rate", "the result")
     data, stated_rate, name = _unpack(source, name)
     if isinstance(data, np.ndarray):

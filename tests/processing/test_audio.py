@@ -1,4 +1,4 @@
-"""Reading audio: every container, type, rate and place it can come from, and a clear error for each kind of bad one."""
+"""Reading audio: every container, type, rate and place it comes from, and a clear error for each kind of bad audio."""
 
 import ast
 import base64
@@ -190,6 +190,11 @@ def test_wav_from_a_pipe_with_a_dummy_size_is_read(wav: Path) -> None:
     start = data.index(b"data") + 4
     data[start : start + 4] = b"\xff" * 4
     assert np.array_equal(load_audio(bytes(data)), load_audio(wav))
+
+
+def test_what_was_read_is_not_read_again() -> None:
+    waveform = load_audio(sine(16_000))
+    assert load_audio({"waveform": waveform}) is waveform
 
 
 def test_silence_is_audio() -> None:

@@ -113,7 +113,7 @@ class Session:
                 self.status = Status("error", f"Not sent: {error}")
                 yield
                 return
-            audio = {"array": waveform, "sampling_rate": SAMPLING_RATE}
+            audio = {"waveform": waveform}
             label = f"{text}\n\n" * bool(text) + f"(spoken, {len(waveform) / SAMPLING_RATE:.1f} s)"
         stop = self._stop = threading.Event()
         failures = []
