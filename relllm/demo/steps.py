@@ -16,7 +16,7 @@ from relllm.data.journal import write_json
 from relllm.evaluation.comparison import compare_runs
 from relllm.evaluation.comparison_tables import comparison_tables, write_comparison
 from relllm.evaluation.evaluating import evaluate
-from relllm.evaluation.planning import EvaluationSettings
+from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.runs import read_run
 from relllm.evaluation.tables import to_rich
 from relllm.evaluation.terminal import report_run

@@ -1,8 +1,6 @@
 """Measuring as the paper does.
 
-- A run of `relllm evaluate`: `planning.py` → `run.py` (asking: `asking.py`, `predicting.py`, `answers.py`) →
-  `summary.py`, `folds.py`, `report.py`; `fingerprints.py` says what was measured.
-- Empathy scorers: `empathy_*.py`.
-- Runs side by side: `runs.py` → `comparison.py` (`measures.py`, `statistics.py`, `published.py`) →
-  `comparison_tables.py`, `tables.py`.
+A run: `evaluation_settings.py` → `evaluating.py` (`predicting.py`, `asking.py`, `fingerprints.py`) → `summary.py`,
+`folds.py`, `terminal.py`; `empathy/` scores replies. Runs side by side: `runs.py` → `comparison.py` (`measures.py`,
+`statistics.py`) → `comparison_tables.py` (`tables.py`).
 """

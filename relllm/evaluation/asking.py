@@ -1,44 +1,44 @@
 """The two questions to a language model: which emotion is this, and what do you reply?
 
-What lives here: prompts as the tokenizer gets them, answers by generation and by likelihood. What does not: audio and
-transcripts (`predicting.py`), the wording of the options and the reading of an answer (`answers.py`).
+Prompts as the tokenizer gets them, answers by generation and by likelihood, and the emotion that an answer names.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from relllm.inference.replies import generate_answers, score_answers
+from relllm.labels import canonical_emotion
 from relllm.modeling.modeling_relllm import ReLLMAudioOutput
-from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
+from relllm.processing.prompts_relllm import RECOGNITION_PROMPT, SPEECH_PROMPT, SYSTEM_PROMPT
 
-from .answers import parse_emotion, recognition_prompt
+from .evaluation_settings import Task
 
-Task: TypeAlias = Literal["ser", "dimensions", "empathy"]
-TASKS: tuple[Task, ...] = ("ser", "dimensions", "empathy")
 RECOGNITION_TOKENS = 16  # of an answer that names an emotion
 DIGITS = 6  # of a number in the predictions; more would differ between machines
 Turns: TypeAlias = "list[dict[str, object]]"
 
+_OPTIONS = "neutral, sad, angry, happy, or surprise"  # as the frozen prompt has them, which sets their order
+_ORDER = ("neutral", "sad", "angry", "happy", "surprise")
+_CLAUSE_END = re.compile(r"[.,;:!?()\n]|\bbut\b")
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
+_NEGATIONS = ("not", "no", "never", "neither", "nor", "cannot")
+_SHORTEST = 3  # letters of a name: "a" and "s" are words, and corpora's codes
+
 
 @dataclass(frozen=True)
 class Questions:
-    """What every clip is asked.
-
-    Args:
-        tasks (`tuple[str, ...]`): Of `TASKS`.
-        labels (`tuple[str, ...]`): The emotions to choose from.
-        max_new_tokens (`int`, *optional*, defaults to 128): Longest reply.
-    """
+    """What every clip is asked."""
 
     tasks: tuple[Task, ...]
-    labels: tuple[str, ...]
-    max_new_tokens: int = 128
+    labels: tuple[str, ...]  # the emotions to choose from
+    max_new_tokens: int = 128  # of the longest reply
 
 
 class Asking:
@@ -46,7 +46,8 @@ class Asking:
 
     Args:
         model (`PreTrainedModel`): A ReLLM or any causal LM.
-        tokenizer (`PreTrainedTokenizerBase`), template (`str`): Its own.
+        tokenizer (`PreTrainedTokenizerBase`): Its own.
+        template (`str`): Its own chat template.
         questions ([`Questions`]): What to ask.
         options: Of `generate`.
     """
@@ -66,7 +67,7 @@ class Asking:
         self.label_tokens = [answer_tokens(tokenizer, template, label) for label in questions.labels]
 
     def recognise(self, inputs: dict[str, Tensor], audio: ReLLMAudioOutput | None = None) -> list[dict]:
-        """`generated` and `likelihood` of each prompt."""
+        """Return `generated` and `likelihood` of each prompt."""
         texts = self._generate(inputs, audio, RECOGNITION_TOKENS)
         scores = score_answers(self.model, inputs, self.label_tokens, audio=audio)
         labels = self.questions.labels
@@ -79,7 +80,7 @@ class Asking:
         ]
 
     def reply(self, inputs: dict[str, Tensor], audio: ReLLMAudioOutput | None = None) -> list[str]:
-        """A reply to each prompt."""
+        """Reply to each prompt."""
         return self._generate(inputs, audio, self.questions.max_new_tokens)
 
     def _generate(self, inputs: dict[str, Tensor], audio: ReLLMAudioOutput | None, limit: int) -> list[str]:
@@ -88,7 +89,7 @@ class Asking:
 
 
 def conversations(questions: Questions, turn: Mapping[str, str]) -> dict[str, Turns]:
-    """The two requests about one turn, which is audio or text.
+    """Return the two requests about one turn, which is audio or text.
 
     Recognition has no system turn: ours asks for a reaction, and the question is for a name.
     """
@@ -103,13 +104,13 @@ def conversations(questions: Questions, turn: Mapping[str, str]) -> dict[str, Tu
 def render_prompts(
     tokenizer: PreTrainedTokenizerBase, template: str, questions: Questions, *, audio: bool
 ) -> dict[str, str]:
-    """The two prompts as the tokenizer gets them, with the audio's placeholder or `{transcript}` in the turn."""
+    """Return the two prompts as the tokenizer gets them, about the audio's placeholder or a `{transcript}`."""
     turn = {"type": "audio"} if audio else {"type": "text", "text": "{transcript}"}
     return {name: render(tokenizer, template, turns) for name, turns in conversations(questions, turn).items()}
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, template: str, answer: str) -> list[int]:
-    """Token ids of an answer up to and including the end of the turn, as they follow a prompt.
+    """Return the token ids of an answer up to and including the end of the turn, as they follow a prompt.
 
     Raises:
         ValueError: If the template does not put an answer right behind a prompt.
@@ -125,27 +126,23 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, template: str, answer: str
     return tokenizer(whole[len(prompt) :].rstrip(), add_special_tokens=False)["input_ids"]
 
 
-def encode_texts(
+def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], device: str | torch.device
 ) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, padded on the left."""
+    """Return `input_ids` and `attention_mask`, padded on the left."""
     batch = tokenizer(list(texts), padding=True, padding_side="left", return_tensors="pt")
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def render(tokenizer: PreTrainedTokenizerBase, template: str, turns: Turns, *, answered: bool = False) -> str:
-    """A conversation as text, with the header of the answer behind it unless it is `answered`."""
+    """Return a conversation as text, with the header of the answer behind it unless it is `answered`."""
     return tokenizer.apply_chat_template(
         turns, chat_template=template, tokenize=False, add_generation_prompt=not answered
     )
 
 
 def number(value: float) -> float:
-    """A number for the predictions.
-
-    Raises:
-        ValueError: If it is not finite.
-    """
+    """Round a number for the predictions; raise `ValueError` if it is not finite."""
     if not math.isfinite(value):
         raise ValueError(
             f"The model's output is {value}: its weights or its precision are broken. Try --dtype float32."
@@ -153,16 +150,45 @@ def number(value: float) -> float:
     return round(value, DIGITS)
 
 
-__all__ = [
-    "RECOGNITION_TOKENS",
-    "TASKS",
-    "Asking",
-    "Questions",
-    "Task",
-    "answer_tokens",
-    "conversations",
-    "encode_texts",
-    "number",
-    "render",
-    "render_prompts",
-]
+def recognition_prompt(labels: Sequence[str]) -> str:
+    """Return the frozen prompt with the labels in use as its options.
+
+    With the original's five it is the original's prompt. Fewer than two are a `ValueError`.
+    """
+    if len(labels) < 2:
+        raise ValueError(f"Recognition needs at least two labels to choose from, got {list(labels)}.")
+    options = [name for name in _ORDER if name in labels] + [name for name in labels if name not in _ORDER]
+    comma = "," if len(options) > 2 else ""
+    return RECOGNITION_PROMPT.replace(_OPTIONS, f"{', '.join(options[:-1])}{comma} or {options[-1]}")
+
+
+def parse_emotion(answer: str, labels: Sequence[str]) -> str | None:
+    """Return the emotion that an answer names.
+
+    The rules: upper and lower case and punctuation do not matter. Every word of three letters or more that
+    [`~relllm.labels.canonical_emotion`] knows is a mention ("anger" is angry, "joy" is happy). A mention behind a
+    negation in the same clause ("not happy", "isn't sad or angry") does not count; a comma, a full stop or "but" ends
+    a clause. The answer names an emotion if exactly one is left, however often: one that lists several has not chosen,
+    and an emotion outside `labels` is no answer to the question.
+
+    Returns:
+        `str` or `None`: One of `labels`; `None` where the answer names none of them, or several.
+    """
+    found: set[str] = set()
+    for clause in _CLAUSE_END.split(answer.lower().replace("\u2019", "'")):
+        for word in _WORD.findall(clause):
+            if word in _NEGATIONS or word.endswith("n't"):
+                break  # what follows in this clause is what the speaker is not
+            if (emotion := _named(word)) is not None:
+                found.add(emotion)
+    (chosen,) = found if len(found) == 1 else (None,)
+    return chosen if chosen in labels else None
+
+
+def _named(word: str) -> str | None:
+    if len(word) < _SHORTEST:
+        return None
+    try:
+        return canonical_emotion(word)
+    except ValueError:
+        return None

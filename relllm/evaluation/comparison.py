@@ -1,10 +1,6 @@
 """Runs side by side: each system's numbers on the clips that all have, gains over baselines, tests and intervals.
 
-What lives here: which values are paired, what one family of tests is. What does not: a metric
-of one system (`measures.py`), reading runs (`runs.py`), statistics of arrays (`statistics.py`), tables
-(`comparison_tables.py`).
-
-Design: everything is counted anew from the clips, so that values, gains and intervals are of the same clips.
+Everything is counted anew from the clips, so that values, gains and intervals are of the same clips.
 """
 
 from __future__ import annotations
@@ -17,10 +13,10 @@ import numpy as np
 
 from relllm.labels import DIMENSIONS
 
+from .evaluation_settings import MECHANISMS, SYSTEMS, WAYS
 from .measures import Measured, Metric, measure_part
-from .runs import SYSTEMS, Run, group_by_corpus
+from .runs import Run, group_by_corpus
 from .statistics import PairedTest, Resampler, holm, percentile_interval, wilcoxon_test
-from .summary import MECHANISMS, WAYS
 
 MAX_MISSING = 0.01  # of the clips of a data set; with more, the runs are not of one evaluation
 RESAMPLE = ("auto", "clips", "speakers")
@@ -34,40 +30,31 @@ SYSTEM_TITLES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A system's number on a corpus: `value` in the metric's own unit (shares are not per cent), `None` where it is
-    not defined; `num_clips` counted; `fold_mean` where there are folds."""
+    """A system's number on a corpus."""
 
     corpus: str
     system: str
     metric: Metric
-    value: float | None
+    value: float | None  # in the metric's own unit (shares are not per cent); None where it is not defined
     num_clips: int
-    fold_mean: float | None
+    fold_mean: float | None  # where there are folds
 
 
 @dataclass(frozen=True)
 class Gain:
-    """How much better a system is than a baseline, on the same clips.
-
-    Attributes:
-        difference (`float` or `None`): In the metric's own unit. relative (`float` or `None`): In per cent of the
-        baseline's value; `None` where that is not positive, and for CCC. Both with a 95 % interval, `None` where a
-        resample does not define them.
-        test (`PairedTest` or `None`): `None` where the metric is no mean over clips. p_holm (`float` or `None`):
-        Corrected over the table's family of tests.
-    """
+    """How much better a system is than a baseline, on the same clips."""
 
     corpus: str
     system: str
     baseline: str
     metric: Metric
     num_clips: int
-    difference: float | None
-    difference_interval: tuple[float, float] | None
-    relative: float | None
+    difference: float | None  # in the metric's own unit
+    difference_interval: tuple[float, float] | None  # 95 %; None where a resample does not define it
+    relative: float | None  # in per cent of the baseline's value; None where that is not positive, and for CCC
     relative_interval: tuple[float, float] | None
-    test: PairedTest | None
-    p_holm: float | None
+    test: PairedTest | None  # None where the metric is no mean over clips
+    p_holm: float | None  # corrected over the table's family of tests
 
 
 @dataclass(frozen=True)
@@ -91,7 +78,7 @@ def compare_runs(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Comparison:
-    """Sets runs side by side, as the paper does: systems x corpora, gains over the baselines.
+    """Set runs side by side, as the paper does: systems x corpora, gains over the baselines.
 
     Rows are the systems (text-only, speech-only, re-llm); where a corpus has two runs of one, rows are the runs'
     names. Only clips count that every run of a corpus with that task has.
@@ -320,6 +307,3 @@ def _correct(gains: Sequence[Gain]) -> list[Gain]:
 
 def _fold_mean(run: Run, metric: Metric) -> float | None:
     return run.fold_means.get(metric.table, {}).get(metric.part, {}).get(metric.name)
-
-
-__all__ = ["SYSTEM_TITLES", "Cell", "Comparison", "Gain", "compare_runs"]

@@ -1,25 +1,26 @@
 """A comparison as tables, JSON and forest plots, with the paper's published numbers beside it.
 
-What lives here: what stands in which cell, and the files. What does not: numbers (`comparison.py`), layout
-(`tables.py`), drawing (`plots.py`).
+The published values and gains are as printed. Protocols, splits and scorers of the paper are not those of a run here,
+so no test sets the two against each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from relllm.data.journal import write_json
 from relllm.plots import ForestLine, plot_forest, plot_levels
 
 from .comparison import SYSTEM_TITLES, Cell, Comparison, Gain
+from .evaluation_settings import LEVELS, MECHANISMS
 from .measures import Metric
-from .published import PUBLISHED_GAINS, PUBLISHED_VALUES, SOURCE
-from .summary import LEVELS, MECHANISMS
 from .tables import Table, to_latex, to_markdown
 
-FORMAT = "relllm-comparison-1"
+COMPARISON_FORMAT = "relllm-comparison-1"
+SOURCE = "RE-LLM, arXiv 2602.10716"
 DASH = "–"
 PUBLISHED = "RE-LLM, published"
 TITLES = {
@@ -35,8 +36,53 @@ GAIN_TITLES = {
 METRIC_TITLES = {"ua": "UA", "wa": "WA", "macro_f1": "macro-F1", "ccc": "CCC"}
 
 
+@dataclass(frozen=True)
+class PublishedValue:
+    """A value of RE-LLM as printed."""
+
+    corpus: str  # as `CorpusFacts.name`
+    metric: str  # "ER" (mean level, 0 to 2) or "ua" (per cent)
+    value: float  # in that unit
+    source: str = SOURCE
+
+
+@dataclass(frozen=True)
+class PublishedGain:
+    """A gain of RE-LLM as printed."""
+
+    corpus: str  # as `CorpusFacts.name`
+    metric: str  # "ER", "EX" or "ua"
+    baseline: Literal["text-only", "speech-only"] | None  # None where only "the baseline" is known
+    gain: float
+    unit: Literal["%", "points"]  # of the baseline, or percentage points
+    source: str = SOURCE
+
+
+PUBLISHED_VALUES = (
+    PublishedValue("iemocap", "ER", 1.856),
+    PublishedValue("esd", "ER", 1.851),
+    PublishedValue("msp-podcast", "ER", 1.889),
+    PublishedValue("iemocap", "ua", 76.6),
+    PublishedValue("esd", "ua", 98.9),
+    PublishedValue("msp-podcast", "ua", 66.4),
+)
+PUBLISHED_GAINS = (
+    PublishedGain("iemocap", "EX", "text-only", 35.42, "%"),
+    PublishedGain("iemocap", "EX", "speech-only", 3.91, "%"),
+    PublishedGain("esd", "EX", "text-only", 139.28, "%"),
+    PublishedGain("esd", "EX", "speech-only", 9.83, "%"),
+    PublishedGain("msp-podcast", "EX", "text-only", 60.95, "%"),
+    PublishedGain("msp-podcast", "EX", "speech-only", 22.64, "%"),
+    PublishedGain("esd", "ER", "text-only", 14.79, "%"),
+    PublishedGain("esd", "ER", "speech-only", 6.76, "%"),
+    PublishedGain("iemocap", "ua", None, 5.4, "points"),
+    PublishedGain("esd", "ua", None, 2.3, "points"),
+    PublishedGain("msp-podcast", "ua", None, 6.9, "points"),
+)
+
+
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Of each task that was measured, a table of values and one of gains."""
+    """Make of each task that was measured a table of values and one of gains."""
     tables = []
     for name in TITLES:
         if any(cell.metric.table == name for cell in comparison.cells):
@@ -47,11 +93,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 
 
 def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
-    """Writes comparison.md, .tex and .json, forest_*.png and levels_*.png.
-
-    Returns:
-        `list[Path]`: The files.
-    """
+    """Write comparison.md, .tex and .json, forest_*.png and levels_*.png; return the files."""
     tables = comparison_tables(comparison)
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "comparison.md", out / "comparison.tex", out / "comparison.json"]
@@ -69,9 +111,9 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
 
 
 def comparison_json(comparison: Comparison) -> dict[str, object]:
-    """Every number with its n; `None` where it is not defined."""
+    """Return every number with its n; `None` where it is not defined."""
     return {
-        "format": FORMAT,
+        "format": COMPARISON_FORMAT,
         "settings": comparison.settings,
         "runs": {
             corpus: [{"path": str(run.path), "name": run.name, "system": run.system, "data": run.data} for run in runs]
@@ -110,12 +152,12 @@ def _value_table(comparison: Comparison, name: str) -> Table:
                 if (key[1], _row(key[2])) == (system, by)
             }
             stubs = [system, by][:num_stubs]
-            rows.append([*stubs, *(_show_value(of_row.get(column)) for column in columns)])
+            rows.append([*stubs, *(_show(of_row.get(column)) for column in columns)])
             if any(cell.fold_mean is not None for cell in of_row.values()):
                 rows[-1][0] = f"{system}, folds pooled"
-                means = [_show_fold_mean(of_row.get(column)) for column in columns]
+                means = [_show(of_row.get(column), fold_mean=True) for column in columns]
                 rows.append([f"{system}, mean over folds", *stubs[1:], *means])
-    published = {(value.corpus, _published_column(value.metric)): value for value in PUBLISHED_VALUES}
+    published = {(value.corpus, METRIC_TITLES.get(value.metric, value.metric)): value for value in PUBLISHED_VALUES}
     known = [f"{published[column].value:.4g}" if column in published else DASH for column in columns]
     notes = []
     if name != "dimensions" and any(text != DASH for text in known):
@@ -205,21 +247,16 @@ def _published_beside(comparison: Comparison, gain: Gain) -> float | None:
 
 def _levels(comparison: Comparison, corpus: str) -> dict[str, dict[str, list[int]]]:
     """How many replies of each system have each level, of all its clips."""
-    titles = {run.path: _title_of(comparison, corpus, index) for index, run in enumerate(comparison.runs[corpus])}
     found: dict[str, dict[str, list[int]]] = {}
     for run in comparison.runs[corpus]:
         scored = [clip["empathy"] for clip in run.clips.values() if "empathy" in clip]
         if scored and all(name in one for one in scored for name in MECHANISMS):
             levels = {name: [one[name]["level"] for one in scored] for name in MECHANISMS}
-            found[titles[run.path]] = {
+            title = SYSTEM_TITLES[run.system]
+            found[title if title in comparison.systems else run.name] = {
                 name: [values.count(level) for level in range(LEVELS)] for name, values in levels.items()
             }
     return {name: found[name] for name in comparison.systems if name in found}
-
-
-def _title_of(comparison: Comparison, corpus: str, index: int) -> str:
-    run = comparison.runs[corpus][index]
-    return SYSTEM_TITLES[run.system] if SYSTEM_TITLES[run.system] in comparison.systems else run.name
 
 
 def _shown_gain(gain: Gain) -> tuple[float | None, tuple[float, float] | None]:
@@ -240,10 +277,6 @@ def _metric_title(metric: Metric) -> str:
     return f"{METRIC_TITLES[metric.name]}, {metric.part}" if metric.table == "recognition" else metric.part
 
 
-def _published_column(metric: str) -> str:
-    return METRIC_TITLES.get(metric, metric)
-
-
 def _group(corpus: str, cells: Mapping[tuple[str, str, Metric], Cell]) -> str:
     counts = {cell.num_clips for (of, _, _), cell in cells.items() if of == corpus}
     low, high = min(counts), max(counts)
@@ -255,16 +288,11 @@ def _count_notes(cells: Mapping[tuple[str, str, Metric], Cell]) -> list[str]:
     return [f"{corpus}: 'folds pooled' counts the clips of all folds at once." for corpus in folds]
 
 
-def _show_value(cell: Cell | None) -> str:
-    return DASH if cell is None or cell.value is None else _show(cell.value, cell.metric)
-
-
-def _show_fold_mean(cell: Cell | None) -> str:
-    return DASH if cell is None or cell.fold_mean is None else _show(cell.fold_mean, cell.metric)
-
-
-def _show(value: float, metric: Metric) -> str:
-    text = f"{100 * value:.1f}" if metric.table == "recognition" else f"{value:.3f}"
+def _show(cell: Cell | None, *, fold_mean: bool = False) -> str:
+    value = None if cell is None else cell.fold_mean if fold_mean else cell.value
+    if cell is None or value is None:
+        return DASH
+    text = f"{100 * value:.1f}" if cell.metric.table == "recognition" else f"{value:.3f}"
     return text.replace("-", "−")
 
 
@@ -277,6 +305,3 @@ def _signed(value: float | None, table: str) -> str:
 
 def _show_p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-__all__ = ["comparison_json", "comparison_tables", "write_comparison"]

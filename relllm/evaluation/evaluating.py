@@ -1,24 +1,21 @@
 """`relllm evaluate`: a system over a data set, into a folder with predictions, metrics and plots.
 
-What lives here: processes, resuming, the files. What does not: checks and batches (`planning.py`), asking a model
-(`predicting.py`), numbers (`summary.py`), pooling folds (`folds.py`).
-
-Design: every process appends what it has finished to a journal of its own; the main one's is `predictions.jsonl`. At
-the end, and when a killed run goes on, the main process collects the others' journals, and once every clip is there it
-writes `predictions.jsonl` anew in the order of the data. Batches are planned over all rows, done or not, so a clip is
-always in the company it would have had.
+Everything that can be checked is checked before a model is loaded. Then every process appends what it has finished
+to a journal of its own; the main one's is `predictions.jsonl`. At the end, and when a killed run goes on, the main
+process collects the others' journals, and once every clip is there it writes `predictions.jsonl` anew in the order of
+the data. Batches are planned over all rows, done or not, so a clip is always in the company it would have had.
 """
 
-import importlib.metadata
+import io
 import json
-import os
-import platform
+import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeAlias
 
+import soundfile
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -26,61 +23,79 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import set_seed
 
-from relllm import __version__
 from relllm.data.journal import Journal, write_json
+from relllm.data.loading import load_corpus
+from relllm.data.rows import LABEL_SETS
 from relllm.inference.replies import GREEDY
-from relllm.labels import DIMENSIONS
+from relllm.labels import DIMENSIONS, EMOTIONS
 from relllm.modeling.assembly_relllm import find_commit
 
-from .asking import RECOGNITION_TOKENS, Questions
-from .fingerprints import data_fingerprint, folder_fingerprint, model_fingerprint
-from .planning import EvaluationSettings, Plan, plan_batches, plan_run
-from .predicting import Predictor, load_config, load_predictor
-from .summary import count_clips, draw_plots, summarize
+from .asking import RECOGNITION_TOKENS, Questions, render_prompts
+from .evaluation_settings import FORMAT, METRICS, PREDICTIONS, TASKS, EvaluationSettings, System
+from .fingerprints import (
+    check_extras,
+    data_fingerprint,
+    describe_hardware,
+    find_versions,
+    folder_fingerprint,
+    model_fingerprint,
+)
+from .predicting import Predictor, load_config, load_predictor, load_tokenizer, resolve_system
+from .summary import count_clips, draw_plots, summarize_clips
 
-FORMAT = "relllm-run-1"
-PREDICTIONS, METRICS, PLOTS = "predictions.jsonl", "metrics.json", "plots"
+PLOTS = "plots"
 COLUMNS = ("id", "speaker", "session", "duration_s", "emotion", *DIMENSIONS, "dimension_source")  # of a row, in a line
 PATIENCE = timedelta(days=2)  # that one process waits for another
 Score: TypeAlias = Callable[[Sequence[tuple[str, str]]], list[dict]]  # pairs of seeker post and reply -> levels
 
 
+@dataclass
+class Plan:
+    """A run that can begin: everything has been checked, and no model is loaded yet."""
+
+    rows: Dataset  # to be answered for, in their order
+    system: System
+    questions: Questions
+    prompts: dict[str, str]  # as the tokenizer gets them
+    identity: dict = field(default_factory=dict)  # what must not change when the run goes on
+    left_out: dict[str, str] = field(default_factory=dict)  # tasks that are not measured, and why
+
+
 def evaluate(settings: EvaluationSettings, *, score: Score | None = None, progress: bool = True) -> dict:
-    """Measures a system and writes `predictions.jsonl`, `metrics.json` and `plots/`.
+    """Measure a system and write `predictions.jsonl`, `metrics.json` and `plots/`.
 
     Killed, the same call goes on where it was; complete, it returns what is there. In several processes
     (`accelerate launch`) they share the clips and the files are the same.
 
     Args:
-        settings ([`EvaluationSettings`]): What to measure.
+        settings ([`EvaluationSettings`]): What to measure of which model on which data.
         score (`Callable`, *optional*): Scores `(seeker post, reply)` pairs, in place of `settings.empathy_scorers`.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Returns:
         `dict`: The content of `metrics.json`, in every process.
 
     Raises:
-        ValueError: If a task cannot be measured, the system contradicts the checkpoint, or `out` belongs to a run with
-            other settings; before anything runs.
+        ValueError: If a task cannot be measured, the system contradicts the checkpoint, or the folder belongs to a run
+            with other settings; before anything runs.
         ImportError: If an extra is missing.
     """
-    _check_extras()
+    check_extras("Evaluation", "audmetric", "matplotlib", "scikit-learn")
     set_seed(settings.seed)
     state = PartialState(cpu=settings.device == "cpu", timeout=PATIENCE)
-    plan = plan_run(settings, with_scorers=score is not None or settings.empathy_scorers is not None)
-    plan.identity = _from_main(state, lambda: _identity(settings, plan))
-    if _from_main(state, lambda: _is_complete(settings.out, plan.identity)):
-        return json.loads((settings.out / METRICS).read_text(encoding="utf-8"))
+    plan = _plan_run(settings, with_scorers=score is not None or settings.empathy_scorers is not None)
+    plan.identity = _from_main(state, lambda: _run_identity(settings, plan))
+    if _from_main(state, lambda: _is_complete(settings.output_dir, plan.identity)):
+        return json.loads((settings.output_dir / METRICS).read_text(encoding="utf-8"))
     _answer(settings, plan, state, score, progress=progress)
     state.wait_for_everyone()
     if state.is_main_process:
         _finish(settings, plan)
     state.wait_for_everyone()
-    return json.loads((settings.out / METRICS).read_text(encoding="utf-8"))
+    return json.loads((settings.output_dir / METRICS).read_text(encoding="utf-8"))
 
 
 def collect_journals(out: Path, identity: Mapping) -> dict[str, dict]:
-    """All finished lines by id. Those that other processes left in journals of their own move to the main one.
+    """Return all finished lines by id. Those that other processes left in journals of their own move to the main one.
 
     Raises:
         ValueError: If they are of other settings.
@@ -95,17 +110,13 @@ def collect_journals(out: Path, identity: Mapping) -> dict[str, dict]:
 
 
 def read_predictions(out: Path) -> tuple[dict, list[dict]]:
-    """Settings and lines of a run's `predictions.jsonl`.
-
-    Args:
-        out (`Path`): Folder of the run.
-    """
+    """Return the settings and the lines of a run's `predictions.jsonl`."""
     first, *lines = (out / PREDICTIONS).read_text(encoding="utf-8").splitlines()
     return json.loads(first)["settings"], [json.loads(line) for line in lines]
 
 
 def write_predictions(out: Path, identity: Mapping, lines: Sequence[Mapping]) -> None:
-    """`predictions.jsonl` in this order; the file is complete or the one before."""
+    """Write `predictions.jsonl` in this order; the file is complete or the one before."""
     partial = out / f"{PREDICTIONS}.partial"
     partial.unlink(missing_ok=True)
     with Journal(partial, identity) as journal:
@@ -113,18 +124,97 @@ def write_predictions(out: Path, identity: Mapping, lines: Sequence[Mapping]) ->
         partial.replace(out / PREDICTIONS)
 
 
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    names = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "audmetric")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"relllm": __version__, "python": platform.python_version(), **found}
+def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
+    """Read data and configuration, and check that every task can be measured."""
+    config = load_config(settings.model, settings.revision)
+    system = resolve_system(config, settings.system, settings.model)
+    rows = _load_rows(settings)
+    if settings.label_set is not None:
+        labels = LABEL_SETS[settings.label_set]
+    else:
+        labels = tuple(config.emotion_labels) if config.model_type == "relllm" else EMOTIONS
+    obstacles = _obstacles(rows, system, labels, with_scorers)
+    for task in settings.tasks or ():
+        if task in obstacles:
+            raise ValueError(f"Task {task!r} cannot be measured: {obstacles[task]}. Mend it, or leave {task} out.")
+    tasks = settings.tasks or tuple(task for task in TASKS if task not in obstacles)
+    if not tasks:
+        raise ValueError(f"Nothing can be measured of {settings.data}: {obstacles}.")
+    questions = Questions(tuple(task for task in TASKS if task in tasks), labels, settings.max_new_tokens)
+    tokenizer, template, _ = load_tokenizer(settings.model, settings.revision)
+    prompts = render_prompts(tokenizer, template, questions, audio=system != "text-only")
+    left_out = {} if settings.tasks else obstacles
+    return Plan(rows, system, questions, prompts, left_out=left_out)
+
+
+def plan_batches(rows: Dataset, batch_size: int, system: System) -> list[list[int]]:
+    """Batch rows of like length, the longest first: what does not fit shows at once, and little is padded."""
+    columns = [name for name in ("audio", "duration_s", "text") if name in rows.column_names]
+    lengths = [_length(row, system) for row in rows.select_columns(columns)]
+    order = sorted(range(len(rows)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _load_rows(settings: EvaluationSettings) -> Dataset:
+    rows = load_corpus(settings.data, settings.split or "all", held_out=settings.held_out)
+    assert isinstance(rows, Dataset)  # it is not streamed
+    if lacking := sorted({"id", "audio"} - set(rows.column_names)):
+        raise ValueError(f"{settings.data} lacks the columns {lacking}; it has {rows.column_names}.")
+    rows = rows.select(range(min(len(rows), settings.limit or len(rows))))
+    seen: set[object] = set()
+    for row_id in rows["id"]:
+        if not isinstance(row_id, str) or row_id in seen:
+            raise ValueError(f"{settings.data}: every row needs an `id` of its own, a string; got {row_id!r} (again).")
+        seen.add(row_id)
+    if not seen:
+        raise ValueError(f"{settings.data} has no rows in the split {settings.split!r}.")
+    return rows
+
+
+def _obstacles(rows: Dataset, system: System, labels: Sequence[str], with_scorers: bool) -> dict[str, str]:
+    """Tasks that cannot be measured, and why."""
+
+    def any_of(column: str) -> bool:
+        return column in rows.column_names and any(value not in (None, "") for value in rows[column])
+
+    found: dict[str, str] = {}
+    emotions = set(rows["emotion"]) if "emotion" in rows.column_names else set()
+    if not emotions & set(labels):
+        found["ser"] = f"no row has an emotion of the label set ({', '.join(labels)})"
+    if system == "text-only":
+        found["dimensions"] = "a text-only system has no dimensions"
+    elif not any(any_of(name) for name in DIMENSIONS):
+        found["dimensions"] = f"no row has any of {', '.join(DIMENSIONS)}"
+    if not with_scorers:
+        found["empathy"] = "there are no scorers (--empathy-scorers DIR; `relllm empathy train` makes them)"
+    if not any_of("text"):
+        needs_text = TASKS if system == "text-only" else ("empathy",)
+        found |= dict.fromkeys(needs_text, "no row has a transcript (`text`)")
+    return found
+
+
+def _length(row: Mapping, system: System) -> float:
+    """Seconds of a clip, characters of a transcript; 0 where the header does not say, which reading will explain."""
+    if system == "text-only":
+        return len(row.get("text") or "")
+    if row.get("duration_s") is not None:
+        return float(row["duration_s"])
+    audio = row["audio"]
+    if isinstance(audio, Mapping):
+        audio = audio["bytes"] if audio.get("bytes") is not None else audio.get("path")
+    try:
+        info = soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else str(audio).removeprefix("file://"))
+    except (OSError, RuntimeError):  # soundfile's errors are RuntimeErrors
+        return 0.0
+    duration_s = info.frames / info.samplerate if info.samplerate else 0.0
+    return duration_s if math.isfinite(duration_s) else 0.0
 
 
 def _answer(
     settings: EvaluationSettings, plan: Plan, state: PartialState, score: Score | None, *, progress: bool
 ) -> None:
     """Appends a line for every clip of this process that has none yet; without one, no model is loaded."""
-    done = _from_main(state, lambda: set(collect_journals(settings.out, plan.identity)))
+    done = _from_main(state, lambda: set(collect_journals(settings.output_dir, plan.identity)))
     batches = plan_batches(plan.rows, settings.batch_size, plan.system)[state.process_index :: state.num_processes]
     ids = plan.rows["id"]
     todo = [batch for batch in batches if not all(ids[index] in done for index in batch)]
@@ -139,7 +229,7 @@ def _answer(
     total, left = sum(map(len, batches)), sum(map(len, todo))
     hidden = not (progress and state.is_main_process)
     with (
-        Journal(settings.out / name, plan.identity) as journal,
+        Journal(settings.output_dir / name, plan.identity) as journal,
         tqdm(total=total, initial=total - left, desc="Evaluating", unit="clip", disable=hidden) as bar,
     ):
         for entries in _predict(predictor, plan.rows, todo, done, score):
@@ -148,14 +238,17 @@ def _answer(
 
 
 def _finish(settings: EvaluationSettings, plan: Plan) -> None:
-    found = collect_journals(settings.out, plan.identity)
+    found = collect_journals(settings.output_dir, plan.identity)
     lines = [found[row_id] for row_id in plan.rows["id"]]
-    write_predictions(settings.out, plan.identity, lines)
-    summary = summarize(lines, plan.questions.labels)
-    name = settings.name or settings.out.name
-    draw_plots(lines, summary, settings.out / PLOTS, title=name)
-    config = load_config(settings.model, settings.revision)
-    towers = getattr(config, "towers", None) or {}
+    write_predictions(settings.output_dir, plan.identity, lines)
+    summary = summarize_clips(lines, plan.questions.labels)
+    name = settings.name or settings.output_dir.name
+    draw_plots(lines, summary, settings.output_dir / PLOTS, title=name)
+    towers = getattr(load_config(settings.model, settings.revision), "towers", None) or {}
+    greedy = {name: value for name, value in GREEDY.items() if value is not None}
+    limits = {"recognition": RECOGNITION_TOKENS, "reply": plan.questions.max_new_tokens}
+    packages = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "audmetric")
+    device = PartialState().device if settings.device == "auto" else torch.device(settings.device)
     metrics = {
         "format": FORMAT,
         "system": plan.system,
@@ -170,7 +263,7 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
         "data": {
             "id": settings.data,
             "corpus": _corpus_name(settings.data),
-            "split": settings.split,
+            "split": settings.split or "all",
             "held_out": settings.held_out,
             "limit": settings.limit,
             "fingerprint": plan.identity["data_fingerprint"],
@@ -178,10 +271,10 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
         },
         "prompts": plan.prompts,
         "label_set": list(plan.questions.labels),
-        "generation": generation_settings(plan.questions),
+        "generation": {**greedy, "max_new_tokens": limits},
         "seed": settings.seed,
-        "versions": versions(),
-        "hardware": _hardware(settings.device),
+        "versions": find_versions(*packages),
+        "hardware": describe_hardware(device),
         **summary,
         "left_out": plan.left_out,
         "folds": None,
@@ -191,13 +284,7 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
             "id": settings.empathy_scorers,
             "fingerprint": plan.identity["scorers_fingerprint"],
         }
-    write_json(metrics, settings.out / METRICS)
-
-
-def generation_settings(questions: Questions) -> dict:
-    """How answers are drawn."""
-    greedy = {name: value for name, value in GREEDY.items() if value is not None}
-    return {**greedy, "max_new_tokens": {"recognition": RECOGNITION_TOKENS, "reply": questions.max_new_tokens}}
+    write_json(metrics, settings.output_dir / METRICS)
 
 
 def _predict(
@@ -229,7 +316,7 @@ def _load_score(settings: EvaluationSettings, device: str) -> Score:
     return lambda pairs: score_pairs(scorers, pairs, batch_size=settings.batch_size, device=device)
 
 
-def _identity(settings: EvaluationSettings, plan: Plan) -> dict:
+def _run_identity(settings: EvaluationSettings, plan: Plan) -> dict:
     scorers = settings.empathy_scorers
     return {
         "task": "evaluate",
@@ -254,15 +341,6 @@ def _from_main(state: PartialState, make: Callable):  # type: ignore[no-untyped-
     return broadcast_object_list(made)[0]
 
 
-def _check_extras() -> None:
-    """Says at the beginning what would be missing at the end."""
-    for name in ("audmetric", "matplotlib", "scikit-learn"):
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError as error:
-            raise ImportError(f"Evaluation needs {name}: `pip install relllm[eval]`.") from error
-
-
 def _corpus_name(data: str) -> str:
     """What `relllm prepare` wrote down; else the folder's name, `iemocap` of `data/iemocap/targets.jsonl`."""
     path = Path(data)
@@ -274,20 +352,3 @@ def _corpus_name(data: str) -> str:
 
 def _source(tower: Mapping) -> str:
     return f"{tower['name']}@{tower['revision']}" if tower.get("revision") else str(tower["name"])
-
-
-def _hardware(device: str) -> str:
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name(None if device == "auto" else device)
-    return f"CPU ({platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads)"
-
-
-__all__ = [
-    "Score",
-    "collect_journals",
-    "evaluate",
-    "generation_settings",
-    "read_predictions",
-    "versions",
-    "write_predictions",
-]

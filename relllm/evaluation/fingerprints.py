@@ -1,19 +1,25 @@
-"""Fingerprints: two runs with the same ones measured the same weights on the same rows.
+"""What a run measured and with what: fingerprints of weights and rows, versions, hardware.
 
-What lives here: digests of bytes. What does not: paths, names and dates, which change when a file is copied.
+Two runs with the same fingerprints measured the same weights on the same rows. They are digests of bytes: paths,
+names and dates change when a file is copied, and count for nothing.
 """
 
 import hashlib
+import importlib.metadata
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from relllm import __version__
 from relllm.labels import DIMENSIONS
 
 UNFINISHED = ".unfinished/"  # in the path of a training that was killed, beside the scorers that are complete
@@ -25,13 +31,10 @@ COVERED = ("id", "text", "emotion", *DIMENSIONS)  # of a row, beside its audio
 
 
 def data_fingerprint(rows: Iterable[Mapping]) -> str:
-    """SHA-256 over each row's id, transcript, emotion, dimensions and the bytes of its audio file, in order.
+    """Return SHA-256 over each row's id, transcript, emotion, dimensions and the bytes of its audio file, in order.
 
     A copy of the data elsewhere has the same fingerprint; one denoised file, one label or another order gives
-    another. A file that is not there counts as such, audio behind a URL by its address.
-
-    Args:
-        rows (`Iterable[Mapping]`): With `id` and `audio`, undecoded.
+    another. A file that is not there counts as such, audio behind a URL by its address. Audio is undecoded.
     """
     digest, remaining = hashlib.sha256(), iter(rows)
     with ThreadPoolExecutor() as pool:  # hashing leaves other threads the interpreter
@@ -42,12 +45,9 @@ def data_fingerprint(rows: Iterable[Mapping]) -> str:
 
 
 def model_fingerprint(model: str, *, revision: str = "main") -> str:
-    """SHA-256 over the bytes of a checkpoint's safetensors files and what its configuration makes of them (see
-    `BEHAVIOUR`); for a light one also over the fingerprints of the tower weights that it leaves out, which it records.
+    """Return SHA-256 over a checkpoint's safetensors files and what its configuration makes of them (`BEHAVIOUR`).
 
-    Args:
-        model (`str`): A directory or a Hub id.
-        revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit on the Hub.
+    For a light one also over the fingerprints of the tower weights that it leaves out, which it records.
 
     Raises:
         OSError: If the checkpoint has no safetensors.
@@ -58,11 +58,11 @@ def model_fingerprint(model: str, *, revision: str = "main") -> str:
     parts.append(json.dumps({name: config.get(name) for name in BEHAVIOUR}, sort_keys=True))
     if config.get("light_checkpoint"):
         parts += [f"{kind} {config['towers'][kind].get('fingerprint')}" for kind in sorted(config["towers"])]
-    return f"sha256:{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
+    return combine_fingerprints(parts)
 
 
 def folder_fingerprint(path: str) -> str:
-    """SHA-256 over every safetensors file beneath a folder, with its place there.
+    """Return SHA-256 over every safetensors file beneath a folder, with its place there.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -72,16 +72,43 @@ def folder_fingerprint(path: str) -> str:
     if not files:
         raise FileNotFoundError(f"No safetensors in {path}. Give the folder that `relllm empathy train` wrote.")
     parts = [f"{file.relative_to(folder).as_posix()} {_file_digest(file)}" for file in files]
+    return combine_fingerprints(parts)
+
+
+def combine_fingerprints(parts: Sequence[str]) -> str:
+    """Return the fingerprint of several, in order."""
     return f"sha256:{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
 
 
 def weight_files(model: str, *, revision: str = "main") -> list[Path]:
-    """The safetensors files of a checkpoint, downloaded if they are on the Hub."""
+    """Return the safetensors files of a checkpoint, downloaded if they are on the Hub."""
     index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     names = [SAFE_WEIGHTS_NAME]
     if index is not None:
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     return [Path(str(cached_file(model, name, revision=revision))) for name in names]
+
+
+def check_extras(what: str, *names: str) -> None:
+    """Say at the beginning what would be missing at the end: raise `ImportError` without one of these packages."""
+    for name in names:
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise ImportError(f"{what} needs {name}: `pip install relllm[eval]`.") from error
+
+
+def find_versions(*names: str) -> dict[str, str]:
+    """Return the versions of what the numbers depend on, and of Python and this package."""
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"relllm": __version__, "python": platform.python_version(), **found}
+
+
+def describe_hardware(device: torch.device) -> str:
+    """Return the name of the GPU, or what the CPU is."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads)"
 
 
 def _row_line(row: Mapping) -> bytes:
@@ -106,6 +133,3 @@ def _file_digest(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-__all__ = ["data_fingerprint", "folder_fingerprint", "model_fingerprint", "weight_files"]

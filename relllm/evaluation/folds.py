@@ -1,9 +1,5 @@
-"""Leave-one-out evaluation: one run for each fold with the model that did not train on it, and the pooled numbers.
+"""Leave-one-out evaluation: one run for each fold with the model that did not train on it, and the pooled numbers."""
 
-What lives here: which folds there are, pooling, the mean over folds. What does not: a run (`run.py`).
-"""
-
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +9,10 @@ from accelerate import PartialState
 from relllm.data.journal import write_json
 from relllm.data.loading import column_values
 
-from .evaluating import METRICS, PATIENCE, PLOTS, Score, evaluate, read_predictions, write_predictions
-from .planning import EvaluationSettings
-from .summary import count_clips, draw_plots, mean_over_folds, summarize
+from .evaluating import PATIENCE, PLOTS, Score, evaluate, read_predictions, write_predictions
+from .evaluation_settings import METRICS, EvaluationSettings
+from .fingerprints import combine_fingerprints
+from .summary import count_clips, draw_plots, mean_over_folds, summarize_clips
 
 PLACE = "{fold}"
 POOLED = "the numbers above are pooled over all folds"
@@ -25,16 +22,15 @@ MEAN = "the unweighted mean over folds"
 def evaluate_folds(
     settings: EvaluationSettings, folds: str, *, score: Score | None = None, progress: bool = True
 ) -> dict:
-    """Measures every fold and pools them: the predictions of all folds make the main numbers, beside the mean.
+    """Measure every fold and pool them: the predictions of all folds make the main numbers, beside the mean.
 
-    Each fold is a run of its own in `out/folds/<value>`, so a killed evaluation goes on in the fold it was in.
+    Each fold is a run of its own in `folds/<value>`, so a killed evaluation goes on in the fold it was in.
 
     Args:
         settings ([`EvaluationSettings`]): With `{fold}` in `model`, in the place of the column's value; a text-only
             system may be the same for all folds. `held_out` is made from the folds.
         folds (`str`): A column, `"session"`, for all of its values; or `"session=Ses01,Ses02"`.
         score (`Callable`, *optional*): See [`~relllm.evaluation.evaluating.evaluate`].
-        progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
     Returns:
         `dict`: The content of `metrics.json`, in every process.
@@ -50,27 +46,27 @@ def evaluate_folds(
             f"got {settings.model!r}. Write it like runs/iemocap-{PLACE}, or leave --folds out for one model."
         )
     column, values = fold_values(settings.data, folds)
-    name = settings.name or settings.out.name
+    name = settings.name or settings.output_dir.name
     by_fold = {}
     for value in values:
         fold = replace(
             settings,
             model=settings.model.replace(PLACE, value),
             held_out=f"{column}={value}",
-            out=settings.out / "folds" / value.replace("/", "_"),
+            output_dir=settings.output_dir / "folds" / value.replace("/", "_"),
             name=f"{name}, {value}",
         )
-        by_fold[value] = evaluate(fold, score=score, progress=progress), fold.out
+        by_fold[value] = evaluate(fold, score=score, progress=progress), fold.output_dir
     state = PartialState(cpu=settings.device == "cpu", timeout=PATIENCE)
     metrics = _pool(settings, name, column, by_fold)
     if state.is_main_process:
-        _write(settings.out, metrics, [out for _, out in by_fold.values()])
+        _write(settings.output_dir, metrics, [out for _, out in by_fold.values()])
     state.wait_for_everyone()
     return metrics
 
 
 def fold_values(data: str, folds: str) -> tuple[str, list[str]]:
-    """Column and values of `--folds`, in sorted order where the data give them.
+    """Return column and values of `--folds`, in sorted order where the data give them.
 
     Raises:
         ValueError: If there are fewer than two values, or no such column.
@@ -91,7 +87,7 @@ def _pool(settings: EvaluationSettings, name: str, column: str, by_fold: Mapping
             raise ValueError(f"The folds differ in {key!r}, so they cannot be pooled: {[run[key] for run in runs]}.")
     lines = _pooled_lines([out for _, out in by_fold.values()])
     parts = [{task: run[task] for task in ("recognition", "dimensions", "empathy") if task in run} for run in runs]
-    summary = summarize(lines, first["label_set"])
+    summary = summarize_clips(lines, first["label_set"])
     if "empathy" in first:
         summary["empathy"]["scorers"] = first["empathy"]["scorers"]
     shared_towers = {
@@ -106,13 +102,13 @@ def _pool(settings: EvaluationSettings, name: str, column: str, by_fold: Mapping
             **first["model"],
             "id": settings.model,
             "revision": None,
-            "fingerprint": _combine([run["model"]["fingerprint"] for run in runs]),
+            "fingerprint": combine_fingerprints([run["model"]["fingerprint"] for run in runs]),
             "towers": shared_towers,
         },
         "data": {
             **first["data"],
             "held_out": column,
-            "fingerprint": _combine([run["data"]["fingerprint"] for run in runs]),
+            "fingerprint": combine_fingerprints([run["data"]["fingerprint"] for run in runs]),
             **count_clips(lines, first["label_set"]),
         },
         **summary,
@@ -142,10 +138,3 @@ def _pooled_lines(folds: Sequence[Path]) -> list[dict]:
         again = next(row_id for row_id in ids if ids.count(row_id) > 1)
         raise ValueError(f"The clip {again!r} is in two folds, so the folds cannot be pooled. Make its id unique.")
     return lines
-
-
-def _combine(fingerprints: Sequence[str]) -> str:
-    return f"sha256:{hashlib.sha256(chr(10).join(fingerprints).encode()).hexdigest()}"
-
-
-__all__ = ["evaluate_folds", "fold_values"]

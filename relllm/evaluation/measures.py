@@ -1,7 +1,6 @@
 """A metric of one system, in the three forms that a comparison needs: the value, summands, and values to pair.
 
-What lives here: how each metric follows from sums over clips, which is what a bootstrap resample gives. What does not:
-two systems (`comparison.py`).
+Each follows from sums over clips, which is what a bootstrap resample gives.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import numpy as np
 
 from relllm.metrics import dimension_metrics, recognition_metrics
 
-from .summary import LEVELS
+from .evaluation_settings import LEVELS
 
 # From sums over clips, `(resamples, values)`, to the metric of each resample; not finite where it is not defined.
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -21,46 +20,27 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of the tables.
+    """One number of the tables."""
 
-    Attributes:
-        table (`str`): `"empathy"`, `"recognition"` or `"dimensions"`.
-        part (`str`): The mechanism, the way of recognition, or the dimension. name (`str`): `"mean_level"`, `"ua"`,
-        `"wa"`, `"macro_f1"` or `"ccc"`.
-    """
-
-    table: str
-    part: str
-    name: str
+    table: str  # "empathy", "recognition" or "dimensions"
+    part: str  # the mechanism, the way of recognition, or the dimension
+    name: str  # "mean_level", "ua", "wa", "macro_f1" or "ccc"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A system's metric.
+    """A system's metric."""
 
-    Attributes:
-        value (`float` or `None`): In the metric's own unit; `None` where it is not defined.
-        summands (`np.ndarray` of shape `(clips, values)`): What `statistic` needs the sums of.
-        statistic (`Statistic`): The metric from these sums.
-        paired (`np.ndarray` of shape `(clips,)` or `None`): Values whose mean is the metric; `None` where it is none.
-    """
-
-    value: float | None
-    summands: np.ndarray
-    statistic: Statistic
-    paired: np.ndarray | None
+    value: float | None  # in the metric's own unit; None where it is not defined
+    summands: np.ndarray  # (clips, values): what `statistic` needs the sums of
+    statistic: Statistic  # the metric from these sums
+    paired: np.ndarray | None  # (clips,): values whose mean is the metric; None where it is none
 
 
 def measure_part(
     clips: Sequence[dict], table: str, part: str, class_names: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[Metric, Measured]]:
-    """The metrics of one part of one table.
-
-    Args:
-        clips (`Sequence[dict]`): Lines of predictions.jsonl that have the part and its label.
-        table (`str`), part (`str`): As in [`Metric`].
-        class_names (`Mapping[str, Sequence[str]]`): The classes of each way of recognition.
-    """
+    """Yield the metrics of one part of one table, from lines of predictions.jsonl that have it and its label."""
     if table == "empathy":
         yield Metric(table, part, "mean_level"), _levels(clips, part)
     elif table == "dimensions":
@@ -133,6 +113,3 @@ def _ccc(sums: np.ndarray) -> np.ndarray:
     spread = xx + yy - 2 * x * y / count  # n (var x + var y + (mean x - mean y)^2)
     with np.errstate(all="ignore"):
         return np.where(spread > 1e-12, 2 * (xy - x * y / count) / spread, np.nan)
-
-
-__all__ = ["Measured", "Metric", "Statistic", "measure_part"]

@@ -1,11 +1,7 @@
-"""What a system says of each clip: recognition three ways, dimensions, the reply.
-
-What lives here: the systems, loading one, and giving it batches of clips or transcripts. What does not: the two
-questions (`asking.py`), which clips, files, metrics (`run.py`, `summary.py`).
-"""
+"""What a system says of each clip: recognition three ways, dimensions, the reply."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,17 +22,15 @@ from relllm.modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditiona
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.prompts_relllm import build_chat_template
 
-from .asking import Asking, Questions, conversations, encode_texts, number, render, render_prompts
-
-System: TypeAlias = Literal["re-llm", "speech-only", "text-only"]
-SYSTEMS: tuple[System, ...] = ("re-llm", "speech-only", "text-only")
+from .asking import Asking, Questions, conversations, encode_prompts, number, render, render_prompts
+from .evaluation_settings import SYSTEMS, System
 
 
 class Predictor(Protocol):
     """A loaded system."""
 
     def predict(self, rows: Sequence[Mapping]) -> list[dict]:
-        """For each row the parts of its line in `predictions.jsonl`, or `{"error": …}` where it cannot be read."""
+        """Return the parts of each row's line in `predictions.jsonl`, or `{"error": …}` where it cannot be read."""
         ...
 
 
@@ -46,7 +40,8 @@ class SpeechPredictor:
     A batch of clips is read once and encoded once, for every task.
 
     Args:
-        model ([`ReLLMForConditionalGeneration`]), processor ([`ReLLMProcessor`]): Of one checkpoint.
+        model ([`ReLLMForConditionalGeneration`]): In evaluation.
+        processor ([`ReLLMProcessor`]): Of the same checkpoint.
         questions ([`Questions`]): What to ask.
     """
 
@@ -58,7 +53,7 @@ class SpeechPredictor:
         self.asking = Asking(model, processor.tokenizer, _template_of(processor), questions)
 
     def predict(self, rows: Sequence[Mapping]) -> list[dict]:
-        """See [`Predictor.predict`]."""
+        """Answer as [`Predictor.predict`] says."""
         results: list[dict] = []
         clips = []
         for row in rows:
@@ -95,7 +90,7 @@ class SpeechPredictor:
     def _inputs(self, prompt: str, counts: Sequence[int]) -> dict[str, Tensor]:
         token = self.processor.audio_token
         texts = [self.prompts[prompt].replace(token, token * count) for count in counts]
-        return encode_texts(self.processor.tokenizer, texts, self.model.device)
+        return encode_prompts(self.processor.tokenizer, texts, self.model.device)
 
     def _head_probabilities(self, heard: ReLLMAudioOutput) -> list[dict[str, float]]:
         """Over the labels in use: those that the head lacks have probability 0, those it has beside them no share."""
@@ -114,7 +109,8 @@ class TextPredictor:
 
     Args:
         llm (`PreTrainedModel`): Any causal LM; of a ReLLM its `text_model`, whose LoRA is off outside the ReLLM.
-        tokenizer (`PreTrainedTokenizerBase`), template (`str`): As in the ReLLM, or of [`build_chat_template`].
+        tokenizer (`PreTrainedTokenizerBase`): Its own.
+        template (`str`): As in the ReLLM, or of [`build_chat_template`].
         questions ([`Questions`]): What to ask.
         options: Of `generate`.
     """
@@ -135,7 +131,7 @@ class TextPredictor:
 
     @torch.no_grad()
     def predict(self, rows: Sequence[Mapping]) -> list[dict]:
-        """See [`Predictor.predict`]."""
+        """Answer as [`Predictor.predict`] says."""
         results: list[dict] = [{} if _has_text(row) else {"error": "no transcript"} for row in rows]
         texts = [row["text"] for row in rows if _has_text(row)]
         read = [result for result in results if "error" not in result]
@@ -150,21 +146,15 @@ class TextPredictor:
     def _inputs(self, prompt: str, transcripts: Sequence[str]) -> dict[str, Tensor]:
         turns = [conversations(self.questions, {"type": "text", "text": text})[prompt] for text in transcripts]
         texts = [render(self.tokenizer, self.template, one) for one in turns]
-        return encode_texts(self.tokenizer, texts, self.llm.device)
+        return encode_prompts(self.tokenizer, texts, self.llm.device)
 
 
 def load_predictor(
     model: str, system: System, questions: Questions, *, revision: str, dtype: str, device: str | torch.device
 ) -> Predictor:
-    """A system, ready to be asked.
+    """Load a system, ready to be asked, as [`resolve_system`] names it.
 
-    Args:
-        model (`str`): A ReLLM checkpoint, or for `text-only` any causal LM: a directory or a Hub id.
-        system (`str`): As [`resolve_system`] gives it.
-        questions ([`Questions`]): What to ask.
-        revision (`str`): Branch, tag or commit on the Hub.
-        dtype (`str`): `"auto"` for the one of the checkpoint, or a name such as `"bfloat16"`.
-        device (`str` or `torch.device`): Where it runs.
+    `dtype` is `"auto"`, for the one of the checkpoint, or a name such as `"bfloat16"`.
     """
     precision = dtype if dtype == "auto" else getattr(torch, dtype)
     loader = AutoModel if _is_relllm(load_config(model, revision)) else AutoModelForCausalLM
@@ -180,7 +170,7 @@ def load_predictor(
 
 
 def load_tokenizer(model: str, revision: str) -> tuple[PreTrainedTokenizerBase, str, ReLLMProcessor | None]:
-    """Tokenizer and chat template, and a ReLLM's processor.
+    """Load tokenizer and chat template, and a ReLLM's processor.
 
     A bare LLM gets the template that a ReLLM built on it has, so that only the hearing differs between the two.
     """
@@ -194,20 +184,15 @@ def load_tokenizer(model: str, revision: str) -> tuple[PreTrainedTokenizerBase, 
 
 
 def load_config(model: str, revision: str) -> PreTrainedConfig:
-    """The configuration of a checkpoint."""
+    """Load the configuration of a checkpoint."""
     return AutoConfig.from_pretrained(model, revision=revision)
 
 
 def resolve_system(config: PreTrainedConfig, system: System | None, model: str) -> System:
-    """Which system a checkpoint is, or the one asked for if the checkpoint can be that.
-
-    Args:
-        config (`PreTrainedConfig`): Of the checkpoint.
-        system (`str`, *optional*): One of `SYSTEMS`.
-        model (`str`): What an error calls it.
+    """Return which system a checkpoint is, or the one asked for if the checkpoint can be that.
 
     Raises:
-        ValueError: If the checkpoint is something else, with what to do.
+        ValueError: If the checkpoint is something else, with what to do; it calls the checkpoint `model`.
     """
     if system is not None and system not in SYSTEMS:
         raise ValueError(f"Unknown system {system!r}; expected one of {', '.join(SYSTEMS)}.")
@@ -255,17 +240,3 @@ def _is_relllm(config: PreTrainedConfig) -> bool:
 
 def _has_text(row: Mapping) -> bool:
     return bool((row.get("text") or "").strip())
-
-
-__all__ = [
-    "SYSTEMS",
-    "Predictor",
-    "SpeechPredictor",
-    "System",
-    "TextPredictor",
-    "encode_clips",
-    "load_config",
-    "load_predictor",
-    "load_tokenizer",
-    "resolve_system",
-]

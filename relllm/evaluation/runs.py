@@ -1,8 +1,4 @@
-"""Folders that `relllm evaluate` wrote, read back to be compared.
-
-What lives here: one run with its clips, and the checks that runs on a data set belong together. What does not: numbers
-(`comparison.py`).
-"""
+"""Folders that `relllm evaluate` wrote, read back to be compared."""
 
 from __future__ import annotations
 
@@ -12,58 +8,46 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-FORMAT = "relllm-run-1"
-SYSTEMS = ("text-only", "speech-only", "re-llm")
+from .evaluation_settings import FORMAT, METRICS, PREDICTIONS, SYSTEMS
 
 
 @dataclass(frozen=True)
 class Run:
-    """One system on one data set.
-
-    Attributes:
-        path (`Path`): The folder. name (`str`): What the system was called. system (`str`): One of `SYSTEMS`.
-        data (`dict`): The part `data` of metrics.json: `corpus`, `split`, `held_out`, `fingerprint`, ….
-        clips (`dict[str, dict]`): What was read of each clip, by id; clips that failed are left out.
-        failed (`tuple[str, ...]`): Ids of the clips that could not be read.
-        class_names (`dict[str, list[str]]`): The classes of each way of recognition.
-        scorers (`str` or `None`): Fingerprint of what scored the replies.
-        fold_column (`str` or `None`): What the folds are, where the predictions of several folds are pooled.
-        fold_means (`dict`): The means over the folds, as in metrics.json; empty without folds.
-    """
+    """One system on one data set."""
 
     path: Path
-    name: str
+    name: str  # what the system was called
     system: str
-    data: dict
-    clips: dict[str, dict]
-    failed: tuple[str, ...]
-    class_names: dict[str, list[str]]
-    scorers: str | None
-    fold_column: str | None
-    fold_means: dict
+    data: dict  # the part `data` of metrics.json: corpus, split, held_out, fingerprint, …
+    clips: dict[str, dict]  # what was read of each clip, by id; clips that failed are left out
+    failed: tuple[str, ...]  # ids of the clips that could not be read
+    class_names: dict[str, list[str]]  # of each way of recognition
+    scorers: str | None  # fingerprint of what scored the replies
+    fold_column: str | None  # what the folds are, where the predictions of several folds are pooled
+    fold_means: dict  # as in metrics.json; empty without folds
 
 
 def read_run(path: Path) -> Run:
-    """Reads metrics.json and predictions.jsonl of a run.
+    """Read metrics.json and predictions.jsonl of a run.
 
     Raises:
         FileNotFoundError: If one of them is not there: the run is not complete.
         ValueError: On another format, an unknown system, or a line that is no clip.
     """
-    for name in ("metrics.json", "predictions.jsonl"):
+    for name in (METRICS, PREDICTIONS):
         if not (path / name).is_file():
             raise FileNotFoundError(
                 f"{path} has no {name}: it is no complete run. `relllm evaluate … --out {path}` writes one, and goes "
                 "on where it was interrupted."
             )
-    metrics = _parse((path / "metrics.json").read_text(encoding="utf-8"), f"{path / 'metrics.json'}")
+    metrics = _parse((path / METRICS).read_text(encoding="utf-8"), f"{path / 'metrics.json'}")
     if metrics.get("format") != FORMAT or not isinstance(metrics.get("data"), dict):
         raise ValueError(
             f"{path / 'metrics.json'} has the format {metrics.get('format')!r}, expected {FORMAT!r}. Evaluate again."
         )
     if metrics.get("system") not in SYSTEMS:
         raise ValueError(f"{path}: the system is {metrics.get('system')!r}, expected one of {', '.join(SYSTEMS)}.")
-    clips = _read_clips(path / "predictions.jsonl")
+    clips = _read_clips(path / PREDICTIONS)
     return Run(
         path=path,
         name=str(metrics.get("name") or path.name),
@@ -79,7 +63,7 @@ def read_run(path: Path) -> Run:
 
 
 def group_by_corpus(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each corpus, which must be on the same clips and scored alike.
+    """Return the runs of each corpus, which must be on the same clips and scored alike.
 
     Raises:
         ValueError: If two runs of a corpus are on other splits or data, have other classes, scorers or folds, or a
@@ -150,6 +134,3 @@ def _parse(text: str, where: str) -> dict:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"it holds {name}, which is no number")
-
-
-__all__ = ["FORMAT", "SYSTEMS", "Run", "group_by_corpus", "read_run"]

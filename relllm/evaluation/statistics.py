@@ -1,8 +1,4 @@
-"""Whether two systems differ, and by how much: a paired test, Holm's correction, the bootstrap.
-
-What lives here: statistics of plain arrays. What does not: which values are paired, and what is one family of tests
-(`comparison.py`).
-"""
+"""Whether two systems differ, and by how much: a paired test, Holm's correction, the bootstrap."""
 
 from __future__ import annotations
 
@@ -16,22 +12,16 @@ _RESAMPLES_AT_ONCE = 100  # of 30,000 clips: 24 MB
 
 @dataclass(frozen=True)
 class PairedTest:
-    """A two-sided test of paired values.
+    """A two-sided test of paired values."""
 
-    Attributes:
-        p_value (`float`): 1 where no pair differs.
-        method (`str`): `"sign test"`, `"exact"` or `"normal approximation"`: how the p-value was computed.
-        num_pairs (`int`): All pairs. num_different (`int`): Those that differ, which are the ones ranked.
-    """
-
-    p_value: float
-    method: str
+    p_value: float  # 1 where no pair differs
+    method: str  # "sign test", "exact" or "normal approximation": how the p-value was computed
     num_pairs: int
-    num_different: int
+    num_different: int  # the pairs that differ, which are the ones ranked
 
 
 def wilcoxon_test(differences: Sequence[float] | np.ndarray) -> PairedTest:
-    """Wilcoxon's signed-rank test of the paired differences, two-sided.
+    """Test the paired differences by Wilcoxon's signed ranks, two-sided.
 
     Pairs that do not differ are left out, as Wilcoxon did, and not ranked (Pratt): levels tie in most pairs, and ranks
     that start above all those ties would hardly tell a step of two levels from a step of one.
@@ -39,9 +29,6 @@ def wilcoxon_test(differences: Sequence[float] | np.ndarray) -> PairedTest:
     Where all steps have one size (right or wrong answers: +1, -1), the signed-rank test is the sign test, which is
     McNemar's; its p-value is the exact binomial one. Otherwise it is exact up to 50 differing pairs (13 if sizes tie),
     and the normal approximation, corrected for ties, beyond.
-
-    Args:
-        differences (`Sequence[float]`): One value a pair, finite.
 
     Raises:
         ValueError: No pairs, or a difference that is not finite.
@@ -67,16 +54,9 @@ def wilcoxon_test(differences: Sequence[float] | np.ndarray) -> PairedTest:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the chance of any false finding in the family stays below the level.
+    """Adjust p-values by Holm's step-down correction; compare the results, in the same order, with the level itself.
 
-    Args:
-        p_values (`Sequence[float]`): The family, in any order, each in [0, 1].
-
-    Returns:
-        `list[float]`: Adjusted, in the same order; compare them with the level itself.
-
-    Raises:
-        ValueError: A value outside [0, 1].
+    The chance of any false finding in the family stays below the level. A value outside [0, 1] is a `ValueError`.
     """
     values = np.asarray(p_values, dtype=float)
     if not ((values >= 0) & (values <= 1)).all():  # false for NaN too
@@ -115,14 +95,7 @@ class Resampler:
             row[:] = np.bincount(rng.integers(self.num_units, size=self.num_units), minlength=self.num_units)
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Sums over the clips of each resample.
-
-        Args:
-            values (`np.ndarray` of shape `(clips, values)`): In the order of the units.
-
-        Returns:
-            `np.ndarray` of shape `(num_resamples, values)`.
-        """
+        """Sum `values` (clips, values) over the clips of each resample: (num_resamples, values)."""
         of_unit = np.zeros((self.num_units, values.shape[1]))
         np.add.at(of_unit, self._unit_of, values)
         starts = range(0, len(self._counts), _RESAMPLES_AT_ONCE)
@@ -130,7 +103,7 @@ class Resampler:
 
 
 def percentile_interval(values: np.ndarray, num_units: int, *, confidence: float = 0.95) -> tuple[float, float] | None:
-    """The expanded percentile interval: the middle part of a statistic's bootstrap values, widened for few units.
+    """Return the middle part of a statistic's bootstrap values, widened for few units: expanded percentiles.
 
     The plain one is too narrow for few units by about sqrt(n / (n - 1)) and by the normal quantile in place of
     Student's; moving the two quantiles makes up for both (`ExpandProbs` of R's `resample`, after Hesterberg, arXiv
@@ -152,6 +125,3 @@ def percentile_interval(values: np.ndarray, num_units: int, *, confidence: float
     expanded = np.sqrt(num_units / (num_units - 1)) * t.ppf((1 + confidence) / 2, num_units - 1)
     low, high = np.quantile(values, [norm.cdf(-expanded), norm.cdf(expanded)])
     return float(low), float(high)
-
-
-__all__ = ["PairedTest", "Resampler", "holm", "percentile_interval", "wilcoxon_test"]

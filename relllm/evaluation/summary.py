@@ -13,14 +13,13 @@ from relllm.labels import DIMENSIONS
 from relllm.metrics import calibration_metrics, dimension_metrics, recognition_metrics
 from relllm.plots import plot_confusion_matrix, plot_levels, plot_reliability, plot_valence_arousal
 
-WAYS = ("generated", "likelihood", "head")  # of recognising an emotion
-MECHANISMS = ("ER", "IP", "EX")  # of empathy, after EPITOME
-LEVELS = 3
+from .evaluation_settings import LEVELS, MECHANISMS, WAYS
+
 SCALE = "[0, 1]"
 
 
-def summarize(lines: Sequence[Mapping], labels: Sequence[str]) -> dict:
-    """The keys `recognition`, `dimensions` and `empathy` of `metrics.json`, those that the lines allow.
+def summarize_clips(lines: Sequence[Mapping], labels: Sequence[str]) -> dict:
+    """Return the keys `recognition`, `dimensions` and `empathy` of `metrics.json`, those that the lines allow.
 
     An answer that names no emotion counts as wrong. Clips that could not be read count for nothing here; neither do
     clips without an emotion of the label set for recognition, or without the dimension for that dimension.
@@ -39,7 +38,7 @@ def summarize(lines: Sequence[Mapping], labels: Sequence[str]) -> dict:
 
 
 def count_clips(lines: Sequence[Mapping], labels: Sequence[str]) -> dict:
-    """How many clips there are, failed, have no emotion in the label set; whose dimensions are a model's."""
+    """Count how many clips there are, failed, have no emotion in the label set; whose dimensions are a model's."""
     failed = {line["id"]: line["error"] for line in lines if "error" in line}
     read = [line for line in lines if "error" not in line]
     outside = sum(line["emotion"] is not None and line["emotion"] not in labels for line in read)
@@ -56,10 +55,9 @@ def count_clips(lines: Sequence[Mapping], labels: Sequence[str]) -> dict:
 
 
 def mean_over_folds(folds: Sequence[Mapping]) -> dict:
-    """The unweighted mean over folds of every number of [`summarize`] that is one; `None` where a fold has none.
+    """Return the unweighted mean over folds of every number that [`summarize_clips`] gives.
 
-    Args:
-        folds (`Sequence[Mapping]`): Of each fold what [`summarize`] gives.
+    It is `None` where a fold has none.
     """
     measures: dict[str, Callable[[Mapping], Mapping]] = {
         "recognition": lambda part: {name: part.get(name) for name in ("ua", "wa", "macro_f1", "ece") if name in part},
@@ -77,13 +75,12 @@ def mean_over_folds(folds: Sequence[Mapping]) -> dict:
 
 
 def draw_plots(lines: Sequence[Mapping], metrics: Mapping, folder: Path, *, title: str) -> list[Path]:
-    """Confusion matrix and reliability curve of each way, the valence-arousal plane, the levels of empathy.
+    """Draw confusion matrix and reliability curve of each way, the valence-arousal plane, the levels of empathy.
 
     Args:
         lines (`Sequence[Mapping]`): Of `predictions.jsonl`, without the settings.
-        metrics (`Mapping`): What [`summarize`] made of them.
+        metrics (`Mapping`): What [`summarize_clips`] made of them.
         folder (`Path`): Where the PNG files go.
-        title (`str`): Of each picture.
     """
     drawn = []
     for way, part in metrics.get("recognition", {}).items():
@@ -167,6 +164,3 @@ def _in_plane(line: Mapping) -> bool:
 def _mean(rows: Sequence[Mapping]) -> dict[str, float | None]:
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return {name: None if None in values else sum(values) / len(values) for name, values in columns.items()}
-
-
-__all__ = ["MECHANISMS", "WAYS", "count_clips", "draw_plots", "mean_over_folds", "summarize"]

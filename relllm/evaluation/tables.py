@@ -1,7 +1,4 @@
-"""A table of text, as Markdown, LaTeX (booktabs) or in the terminal.
-
-What lives here: layout and escaping. What does not: what stands in the cells (`comparison_tables.py`).
-"""
+"""A table of text, as Markdown, LaTeX (booktabs) or in the terminal."""
 
 from __future__ import annotations
 
@@ -26,22 +23,14 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text under one or two lines of header.
+    """Cells of text under one or two lines of header, as many in each row as there are columns."""
 
-    Attributes:
-        name (`str`): For file names and labels. title (`str`): A sentence.
-        header (`list[tuple[str, str]]`): For each column its group (a data set; empty for none) and its name.
-        num_stubs (`int`): How many columns at the left are words; the others are numbers.
-        rows (`list[list[str]]`): As many cells as columns.
-        notes (`list[str]`): Sentences below.
-    """
-
-    name: str
-    title: str
-    header: list[tuple[str, str]]
-    num_stubs: int
+    name: str  # for file names and labels
+    title: str  # a sentence
+    header: list[tuple[str, str]]  # for each column its group (a data set; empty for none) and its name
+    num_stubs: int  # how many columns at the left are words; the others are numbers
     rows: list[list[str]]
-    notes: list[str]
+    notes: list[str]  # sentences below
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -50,7 +39,7 @@ class Table:
 
 
 def to_markdown(table: Table) -> str:
-    """The table with its title and notes; a column's group stands before its name."""
+    """Return the table with its title and notes; a column's group stands before its name."""
     names = [_mark_down(f"{group} {name}".strip()) for group, name in table.header]
     rules = [":--" if index < table.num_stubs else "--:" for index in range(len(names))]
     rows = [names, rules, *([_mark_down(cell) for cell in row] for row in table.rows)]
@@ -59,7 +48,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    r"""A `table*` that needs `\usepackage{booktabs}` only; groups span their columns."""
+    r"""Return a `table*` that needs `\usepackage{booktabs}` only; groups span their columns."""
     columns = "l" * table.num_stubs + "r" * (len(table.header) - table.num_stubs)
     lines = [r"\begin{table*}", r"\centering", r"\small", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
     groups = [(group, len(list(members))) for group, members in groupby(group for group, _ in table.header)]
@@ -74,7 +63,7 @@ def to_latex(table: Table) -> str:
 
 
 def to_rich(table: Table) -> RichTable:
-    """The table for `rich.console.Console.print`; without its notes."""
+    """Return the table for `rich.console.Console.print`; without its notes."""
     from rich.markup import escape
     from rich.table import Table as RichTable
 
@@ -111,6 +100,3 @@ def _rules_below(groups: list[tuple[str, int]]) -> str:
             rules.append(rf"\cmidrule(lr){{{at}-{at + width - 1}}}")
         at += width
     return " ".join(rules)
-
-
-__all__ = ["Table", "to_latex", "to_markdown", "to_rich"]

@@ -9,19 +9,13 @@ from rich.table import Table
 
 from relllm.labels import DIMENSIONS
 
-from .summary import MECHANISMS, WAYS
+from .evaluation_settings import MECHANISMS, WAYS
 
 SHOWN = 10  # clips that could not be read
 
 
 def report_run(metrics: Mapping, out: Path, console: Console) -> None:
-    """Prints a run's numbers, what they leave out, and the clips that could not be read; in the main process.
-
-    Args:
-        metrics (`Mapping`): Of `metrics.json`.
-        out (`Path`): Folder of the run.
-        console (`Console`): Where to print.
-    """
+    """Print a run's numbers, what they leave out, and the clips that could not be read; in the main process."""
     if not PartialState().is_main_process:
         return
     data, folds = metrics["data"], metrics["folds"]
@@ -72,6 +66,3 @@ def _tables(metrics: Mapping) -> list[Table]:
 
 def _show(value: float | None) -> str:
     return "—" if value is None else f"{value:.3f}"
-
-
-__all__ = ["report_run"]

@@ -14,9 +14,13 @@ from typer.testing import CliRunner
 
 from relllm.cli import app
 from relllm.evaluation.comparison import Comparison, Gain, compare_runs
-from relllm.evaluation.comparison_tables import comparison_tables, write_comparison
+from relllm.evaluation.comparison_tables import (
+    PUBLISHED_GAINS,
+    PUBLISHED_VALUES,
+    comparison_tables,
+    write_comparison,
+)
 from relllm.evaluation.measures import measure_part
-from relllm.evaluation.published import PUBLISHED_GAINS, PUBLISHED_VALUES
 from relllm.evaluation.runs import read_run
 from relllm.evaluation.statistics import holm
 from relllm.evaluation.tables import Table, to_latex, to_markdown

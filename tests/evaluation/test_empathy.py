@@ -1,4 +1,4 @@
-"""Empathy scorers: the model against a computation by loops, encoders, pairs and their split, rationale metrics."""
+"""Empathy scorers: the model against a computation by loops, encoders, pairs and their split."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from empathy_scorers import KINDS, WORDS, save_encoder, scorer_of, tokenizer_of, write_csv
-from sklearn.metrics import f1_score
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -21,13 +20,12 @@ from relllm.evaluation.empathy.epitome import (
     Pair,
     PairCollator,
     encode_pairs,
-    encode_texts,
+    encode_posts,
     find_rationale,
     read_pairs,
-    read_table,
+    read_posts,
     split_pairs,
 )
-from relllm.evaluation.empathy.rationales import find_spans, rationale_metrics
 from relllm.evaluation.empathy.scorer import IGNORED, EmpathyScorer, EmpathyScorerConfig
 
 
@@ -157,7 +155,7 @@ def test_a_configuration_that_cannot_work_is_refused(settings: dict, message: st
 def test_roberta_takes_as_many_tokens_as_the_limit_allows(tmp_path: Path) -> None:
     model = scorer_of(tmp_path, "roberta", max_length=39)  # 40 positions, of which padding takes one
     text = " ".join(["sad"] * 60)
-    batch = PairCollator(0)(encode_texts([(text, text)], tokenizer_of(WORDS), 39))
+    batch = PairCollator(0)(encode_posts([(text, text)], tokenizer_of(WORDS), 39))
     assert batch["response_input_ids"].shape == (1, 39) and model(**batch).level_logits.isfinite().all()
 
 
@@ -268,46 +266,6 @@ def test_too_few_posts_and_shares_without_a_rest_are_refused() -> None:
         split_pairs(many_pairs(50), seed=0, validation_share=0.5, test_share=0.5)
 
 
-def test_rationale_metrics_are_those_worked_out_by_hand() -> None:
-    x = IGNORED
-    labels = [
-        [x, 1, 1, 1, 0, 0, 1, x],  # spans of 3 and 1
-        [x, 0, 0, 0, 0, 0, 0, x],  # none
-        [x, 1, 1, 0, 0, x, x, x],
-        [x, 0, 0, 0, x, x, x, x],  # none, and none predicted: left out
-        [x, x, x, x, x, x, x, x],  # not known: left out
-        [x, 1, 1, 1, 1, 0, 0, x],
-    ]
-    predictions = [
-        [1, 1, 1, 0, 0, 0, 1, 1],  # tokens: 3 of 3 right, of 4 found: F1 6/7; IOU 2/3 and 1: both match
-        [0, 0, 1, 0, 0, 0, 0, 0],  # F1 0, precision 0
-        [0, 0, 0, 0, 0, 1, 1, 1],  # none where it counts: F1 0, recall 0
-        [1, 0, 0, 0, 1, 1, 1, 1],
-        [1, 1, 1, 1, 1, 1, 1, 1],
-        [0, 0, 0, 0, 1, 1, 1, 0],  # 1 of 3 right, of 4: F1 2/7; IOU 1/6: no match
-    ]
-    found = rationale_metrics(labels, predictions)
-    assert found["token_f1"] == pytest.approx((6 / 7 + 0 + 0 + 2 / 7) / 4)
-    precision, recall = (2 / 2 + 0 / 1 + 0 / 1) / 3, (2 / 2 + 0 / 1 + 0 / 1) / 3
-    assert found["iou_f1"] == pytest.approx(2 * precision * recall / (precision + recall))
-    assert (found["num_pairs"], found["num_with_rationale"], found["num_predicted"]) == (5, 3, 3)
-    assert rationale_metrics(labels[3:5], predictions[3:5])["token_f1"] is None
-
-
-def test_half_of_the_tokens_shared_is_a_match_and_less_is_not() -> None:
-    assert rationale_metrics([[1, 1, 0, 0]], [[1, 0, 0, 0]])["iou_f1"] == 1  # 1 of 2
-    assert rationale_metrics([[1, 1, 1, 0]], [[1, 0, 0, 0]])["iou_f1"] == 0  # 1 of 3
-    assert find_spans([1, 1, 0, 1]) == [(0, 2), (3, 4)]
-
-
-def test_token_f1_is_scikit_learns_for_each_pair() -> None:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 2, (20, 9), generator=generator).tolist()
-    predictions = torch.randint(0, 2, (20, 9), generator=generator).tolist()
-    expected = sum(f1_score(true, guess) for true, guess in zip(labels, predictions, strict=True)) / 20
-    assert rationale_metrics(labels, predictions)["token_f1"] == pytest.approx(expected)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -317,8 +275,8 @@ def test_token_f1_is_scikit_learns_for_each_pair() -> None:
         ("t.csv", "seeker_post,response_post\n", "has no rows"),
         ("t.jsonl", '{"seeker_post": "a"}\n', "t.jsonl:1: response_post is None"),
         ("t.jsonl", '{"seeker_post": "a", "response_post": 3}\n', "t.jsonl:1: response_post is 3"),
-        ("t.jsonl", '{"seeker_post": "a"\n', "t.jsonl:1 is no JSON"),
-        ("t.jsonl", "[]\n", "t.jsonl:1 is no JSON object"),
+        ("t.jsonl", '{"seeker_post": "a"\n', "t.jsonl, line 1 is not JSON"),
+        ("t.jsonl", "[]\n", "t.jsonl, line 1 is list, expected one object"),
     ],
 )
 def test_a_table_that_cannot_be_scored_is_named_with_its_line(
@@ -326,7 +284,7 @@ def test_a_table_that_cannot_be_scored_is_named_with_its_line(
 ) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_table(tmp_path / name)
+        read_posts(tmp_path / name)
 
 
 def test_attention_leaves_out_the_padding_of_the_seekers_post(tmp_path: Path) -> None:

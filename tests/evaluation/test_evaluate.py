@@ -22,9 +22,9 @@ from relllm.data.loading import load_corpus
 from relllm.evaluation import evaluating
 from relllm.evaluation.empathy.scoring import load_scorers, score_pairs
 from relllm.evaluation.evaluating import evaluate, read_predictions
+from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.fingerprints import data_fingerprint, model_fingerprint
 from relllm.evaluation.folds import evaluate_folds, fold_values
-from relllm.evaluation.planning import EvaluationSettings
 from relllm.evaluation.predicting import SpeechPredictor
 from relllm.labels import DIMENSIONS, EMOTIONS
 

@@ -8,8 +8,14 @@ from tiny_models import clip, tiny_config, tiny_llm, tiny_model, tiny_processor,
 from transformers import AutoConfig
 
 from relllm import ReLLMForConditionalGeneration
-from relllm.evaluation.answers import parse_emotion, recognition_prompt
-from relllm.evaluation.asking import Questions, answer_tokens, encode_texts, number
+from relllm.evaluation.asking import (
+    Questions,
+    answer_tokens,
+    encode_prompts,
+    number,
+    parse_emotion,
+    recognition_prompt,
+)
 from relllm.evaluation.predicting import SpeechPredictor, TextPredictor, resolve_system
 from relllm.inference.replies import generate_answers, score_answers
 from relllm.labels import EMOTIONS, FURTHER_EMOTIONS
@@ -101,7 +107,7 @@ def test_an_answer_goes_up_to_the_end_of_the_turn():
     with pytest.raises(ValueError, match="behind a prompt"):
         answer_tokens(tokenizer, "{% for m in messages %}{{ m.content | upper }}{% endfor %}", "sad")
     with pytest.raises(ValueError, match="at least one token"):
-        score_answers(tiny_llm(), encode_texts(tokenizer, ["x"], "cpu"), [[1], []])
+        score_answers(tiny_llm(), encode_prompts(tokenizer, ["x"], "cpu"), [[1], []])
 
 
 def test_a_measured_answer_is_greedy_whatever_the_checkpoints_settings_say():

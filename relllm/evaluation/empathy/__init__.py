@@ -1,4 +1,4 @@
-"""Scorers of empathy.
+"""Empathy of replies, as EPITOME measures it.
 
-`epitome.py` reads the pairs, `scorer.py` is the model, `scorer_training.py` trains one, `scoring.py` uses it.
+`scorer.py`, the model → `epitome.py`, its pairs → `scorer_training.py` → `scoring.py`, levels of replies.
 """

@@ -1,8 +1,5 @@
 """Pairs of a seeker's post and a response: reading EPITOME's CSV files, removing duplicates, splitting, tokens.
 
-What lives here: from the file to tensors. What does not: the model (`empathy_model.py`), training
-(`empathy_training.py`).
-
 Why the split is by seeker post: a post may have several responses, and a model that has seen the post in training has
 an easier time with its others. So all responses to a post are in one split, and duplicates are removed before.
 """
@@ -10,7 +7,6 @@ an easier time with its others. So all responses to a post are in one split, and
 from __future__ import annotations
 
 import csv
-import json
 import random
 import re
 from collections import Counter
@@ -22,7 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..summary import LEVELS
+from relllm.data.loading import read_table
+
+from ..evaluation_settings import LEVELS
 from .scorer import IGNORED
 
 TEXTS = ("seeker_post", "response_post")
@@ -33,25 +31,17 @@ SHOWN = 20  # lines named in a report
 
 @dataclass(frozen=True)
 class Pair:
-    """A labelled pair.
+    """A labelled pair."""
 
-    Attributes:
-        line (`int`): Of the file, the last one of its row.
-        seeker_post (`str`), response_post (`str`): Without white space around them.
-        level (`int`): 0, 1 or 2.
-        spans (`tuple[tuple[int, int], ...]` or `None`): Characters of the response that are a rationale, first and one
-            past the last; `None` where it is not known which are.
-    """
-
-    line: int
-    seeker_post: str
+    line: int  # of the file, the last one of its row
+    seeker_post: str  # without white space around it, as the response
     response_post: str
-    level: int
-    spans: tuple[tuple[int, int], ...] | None
+    level: int  # 0, 1 or 2
+    spans: tuple[tuple[int, int], ...] | None  # characters of the response in a rationale; None where not known
 
 
 def read_pairs(path: Path) -> tuple[list[Pair], dict]:
-    """Reads labelled pairs, each once.
+    """Read labelled pairs, each once, and report what was dropped.
 
     Of duplicates (the same post and the same response) the first is kept. Rows with an empty post or response are left
     out. A pair whose rationale does not occur in its response, or whose level is above 0 without any, teaches its
@@ -60,9 +50,6 @@ def read_pairs(path: Path) -> tuple[list[Pair], dict]:
     Args:
         path (`Path`): A CSV file with the columns `seeker_post`, `response_post`, `level` and `rationales`, which are
             parts of the response, separated by `|`. Further columns (`sp_id`, `rp_id`) are not read.
-
-    Returns:
-        `tuple[list[Pair], dict]`: In the order of the file, and the report.
 
     Raises:
         ValueError: If a column is missing, a level is none of 0, 1, 2, or the file is no CSV; with the line.
@@ -74,7 +61,7 @@ def read_pairs(path: Path) -> tuple[list[Pair], dict]:
     contradicting: list[int] = []
     notes: dict[str, list[int]] = {"rationale not in the response": [], "level without a rationale": []}
     num_rows = 0
-    for line, row in read_csv(path, COLUMNS):
+    for line, row in _read_strict_csv(path, COLUMNS):
         num_rows += 1
         texts = (row["seeker_post"].strip(), row["response_post"].strip())
         level = _read_level(row["level"], f"{path}:{line}")
@@ -106,16 +93,8 @@ def read_pairs(path: Path) -> tuple[list[Pair], dict]:
     return pairs, report
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields line and row of a CSV file with a header.
-
-    Args:
-        path (`Path`): UTF-8, with or without a byte order mark.
-        columns (`Sequence[str]`): That it must have.
-
-    Raises:
-        ValueError: If one is missing, a row has another number of fields than the header, or it is not UTF-8.
-    """
+def _read_strict_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield line and row of a CSV file with these columns, as many fields in each row as in the header, and UTF-8."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -138,7 +117,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str
 
 
 def find_rationale(rationale: str, response: str) -> tuple[int, int] | None:
-    """Where a rationale stands first in a response, whatever the case and the white space; `None` if nowhere."""
+    """Return where a rationale stands first in a response, whatever case and white space; `None` if nowhere."""
     pattern = r"\s+".join(map(re.escape, rationale.split()))
     found = re.search(pattern, response) or re.search(pattern, response, re.IGNORECASE)
     return found.span() if found else None
@@ -147,15 +126,9 @@ def find_rationale(rationale: str, response: str) -> tuple[int, int] | None:
 def split_pairs(
     pairs: Sequence[Pair], *, seed: int, validation_share: float = 0.1, test_share: float = 0.2
 ) -> dict[str, list[Pair]]:
-    """Splits by seeker post, so that no post is in two splits, and each level is in all where there are enough.
+    """Split by seeker post, so that no post is in two splits, and each level is in all where there are enough.
 
     The posts are taken by their highest level, shuffled, and cut. The order of the pairs does not matter.
-
-    Args:
-        pairs (`Sequence[Pair]`): Each once.
-        seed (`int`): Of the shuffle.
-        validation_share (`float`, *optional*, defaults to 0.1), test_share (`float`, *optional*, defaults to 0.2): Of
-            the posts.
 
     Returns:
         `dict[str, list[Pair]]`: `train`, `validation` and `test`, each in the order of `pairs`.
@@ -190,7 +163,7 @@ def split_pairs(
 
 
 def describe_split(pairs: Sequence[Pair]) -> dict:
-    """Pairs, posts, pairs of each level, and pairs whose rationale is known."""
+    """Count pairs, posts, pairs of each level, and pairs whose rationale is known."""
     levels = Counter(pair.level for pair in pairs)
     return {
         "num_pairs": len(pairs),
@@ -203,23 +176,19 @@ def describe_split(pairs: Sequence[Pair]) -> dict:
 def encode_pairs(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict[str, list[int] | int]]:
-    """Tokens and labels of each pair, for [`PairCollator`].
+    """Return tokens and labels of each pair, for [`PairCollator`]; texts are cut to `max_length` tokens.
 
     A token is in a rationale if it shares a character with one.
 
-    Args:
-        pairs (`Sequence[Pair]`), tokenizer (`PreTrainedTokenizerBase`): A fast one, which knows a token's characters.
-        max_length (`int`): Tokens of a text; the rest is cut.
-
     Raises:
-        ValueError: If the tokenizer is not a fast one.
+        ValueError: If the tokenizer is not a fast one, which knows a token's characters.
     """
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} does not say which characters a token is of. Use an encoder with a fast "
             "tokenizer (tokenizer.json)."
         )
-    features = encode_texts([(pair.seeker_post, pair.response_post) for pair in pairs], tokenizer, max_length)
+    features = encode_posts([(pair.seeker_post, pair.response_post) for pair in pairs], tokenizer, max_length)
     responses = tokenizer(
         [pair.response_post for pair in pairs],
         truncation=True,
@@ -237,10 +206,10 @@ def encode_pairs(
     return features
 
 
-def encode_texts(
+def encode_posts(
     pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict[str, list[int] | int]]:
-    """Tokens of each `(seeker post, response)`, cut to `max_length`."""
+    """Return the tokens of each `(seeker post, response)`, cut to `max_length`."""
     cut = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
     seekers, responses = (tokenizer([pair[side] for pair in pairs], **cut)["input_ids"] for side in (0, 1))
     return [
@@ -251,11 +220,7 @@ def encode_texts(
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Pads a batch of [`encode_pairs`] or [`encode_texts`] on the right.
-
-    Args:
-        pad_token_id (`int`): Of the tokenizer.
-    """
+    """Pads a batch of [`encode_pairs`] or [`encode_posts`] on the right."""
 
     pad_token_id: int
 
@@ -271,8 +236,8 @@ class PairCollator:
         return batch
 
 
-def read_table(path: Path) -> list[dict]:
-    """Rows to be scored, with all their columns.
+def read_posts(path: Path) -> list[dict]:
+    """Read rows to be scored, with all their columns.
 
     Args:
         path (`Path`): `.csv` with a header, or `.jsonl`; with `seeker_post` and `response_post`.
@@ -283,7 +248,7 @@ def read_table(path: Path) -> list[dict]:
     if path.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{path}: expected a file that ends in .csv or .jsonl.")
     rows = []
-    for line, row in read_csv(path, TEXTS) if path.suffix == ".csv" else _read_jsonl(path):
+    for line, row in _read_strict_csv(path, TEXTS) if path.suffix == ".csv" else read_table(path):
         for name in TEXTS:
             if not isinstance(row.get(name), str):
                 raise ValueError(f"{path}:{line}: {name} is {row.get(name)!r}, expected a text.")
@@ -293,18 +258,6 @@ def read_table(path: Path) -> list[dict]:
     if not rows:
         raise ValueError(f"{path} has no rows.")
     return rows
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number} is no JSON ({error}).") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number} is no JSON object.")
-            yield number, row
 
 
 def _read_level(value: str, where: str) -> int:
@@ -333,18 +286,3 @@ def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 def _counted(lines: Sequence[int]) -> dict:
     return {"count": len(lines), "lines": list(lines[:SHOWN])}
-
-
-__all__ = [
-    "COLUMNS",
-    "Pair",
-    "PairCollator",
-    "describe_split",
-    "encode_pairs",
-    "encode_texts",
-    "find_rationale",
-    "read_csv",
-    "read_pairs",
-    "read_table",
-    "split_pairs",
-]

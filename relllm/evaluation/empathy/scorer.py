@@ -1,9 +1,6 @@
 """The empathy scorer: a bi-encoder that reads a seeker's post and a response, and gives the response a level of one
 mechanism of empathy and marks the words that carry it (EPITOME, Sharma et al. 2020, arXiv 2009.08441).
 
-What lives here: configuration and model. What does not: the pairs (`empathy_data.py`), training
-(`empathy_training.py`), scoring with trained ones (`empathy_scoring.py`).
-
 The architecture is that of the authors' public code (github.com/behavioral-data/Empathy-Mental-Health): two encoders
 of one kind; one head of attention from the response over the seeker's post, added to the response; on its first
 token dropout, dense, ReLU, dropout, projection to the levels; on every token dropout and a projection to "in a
@@ -30,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import ModelOutput
 
-from ..summary import LEVELS, MECHANISMS
+from ..evaluation_settings import LEVELS, MECHANISMS
 
 IGNORED = -100  # label of a token that has none
 # Their first position follows the padding id: two positions of the table are never used.
@@ -87,7 +84,8 @@ class EmpathyScorerConfig(PreTrainedConfig):
 
 @dataclass
 class EmpathyScorerOutput(ModelOutput):
-    """
+    """What [`EmpathyScorer`] returns.
+
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): The weighted sum of the two, of those whose labels were given.
         level_loss (`torch.Tensor` of shape `()`, *optional*): Cross-entropy, mean over pairs.
@@ -117,12 +115,7 @@ class SeekerAttention(nn.Module):
         self.dropout = dropout
 
     def forward(self, response: Tensor, seeker: Tensor, seeker_mask: Tensor) -> Tensor:
-        """
-        Args:
-            response (`torch.Tensor` of shape `(pairs, T, width)`), seeker (`torch.Tensor` of shape `(pairs, S,
-                width)`): Of the encoders.
-            seeker_mask (`torch.Tensor` of shape `(pairs, S)`): True on the post's own tokens.
-        """
+        """Attend from `response` (pairs, T, width) to `seeker` (pairs, S, width) where its mask (pairs, S) is True."""
         attended = F.scaled_dot_product_attention(
             self.query(response),
             self.key(seeker),
@@ -183,10 +176,11 @@ class EmpathyScorer(PreTrainedModel):
         rationale_labels: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> EmpathyScorerOutput | tuple:
-        """
+        """Give each pair a level, and each token of its response a place in a rationale or outside.
+
         Args:
-            seeker_input_ids (`torch.Tensor` of shape `(pairs, S)`), response_input_ids (`torch.Tensor` of shape
-                `(pairs, T)`): Tokens, padded on the right.
+            seeker_input_ids (`torch.Tensor` of shape `(pairs, S)`): Tokens of the post, padded on the right.
+            response_input_ids (`torch.Tensor` of shape `(pairs, T)`): Tokens of the response, padded on the right.
             seeker_attention_mask, response_attention_mask (`torch.Tensor` of the same shapes, *optional*): 1 on a
                 text's own tokens; without them every token counts.
             level_labels (`torch.Tensor` of shape `(pairs,)`, *optional*): 0, 1 or 2.
@@ -224,48 +218,31 @@ class EmpathyScorer(PreTrainedModel):
             output.loss = torch.stack(weighted).sum()
 
     def freeze_seeker_encoder(self) -> None:
-        """Stops the training of the seeker's encoder; also its dropout, from the next `train()` on."""
+        """Stop the training of the seeker's encoder; also its dropout, from the next `train()` on."""
         self.seeker_encoder.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "EmpathyScorer":
-        """As in PyTorch, but a frozen encoder stays in evaluation."""
+        """Set the mode as in PyTorch; a frozen encoder stays in evaluation."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.seeker_encoder.parameters()):
             self.seeker_encoder.eval()
         return self
 
     @classmethod
-    def from_encoder(
-        cls,
-        encoder: str,
-        *,
-        mechanism: str,
-        max_length: int = 64,
-        dropout: float = 0.1,
-        level_loss_weight: float = 1.0,
-        rationale_loss_weight: float = 0.5,
-        revision: str = "main",
-    ) -> "EmpathyScorer":
-        """A scorer to train: both encoders pretrained, attention and heads fresh.
+    def from_encoder(cls, encoder: str, *, revision: str = "main", **settings: object) -> "EmpathyScorer":
+        """Build a scorer to train: both encoders pretrained, attention and heads fresh.
 
         Args:
             encoder (`str`): An encoder of Transformers, such as `"roberta-base"`: a Hub id or a directory, safetensors
                 only.
-            mechanism, max_length, dropout, level_loss_weight, rationale_loss_weight: As in [`EmpathyScorerConfig`].
+            settings: Of [`EmpathyScorerConfig`].
             revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit on the Hub.
 
         Raises:
             ValueError: See [`EmpathyScorerConfig`]; before weights are read.
             OSError: If there is no such encoder, or it has no safetensors.
         """
-        config = EmpathyScorerConfig(
-            mechanism=mechanism,
-            encoder_config=AutoConfig.from_pretrained(encoder, revision=revision),
-            max_length=max_length,
-            dropout=dropout,
-            level_loss_weight=level_loss_weight,
-            rationale_loss_weight=rationale_loss_weight,
-        )
+        config = EmpathyScorerConfig(encoder_config=AutoConfig.from_pretrained(encoder, revision=revision), **settings)
         if os.path.isdir(encoder):
             config.encoder_config.name_or_path = ""  # type: ignore[union-attr]  # a folder's place is nobody's business
         pretrained = AutoModel.from_pretrained(encoder, revision=revision, use_safetensors=True, dtype=torch.float32)
@@ -301,6 +278,3 @@ def _check_encoder(config: PreTrainedConfig, max_length: int) -> None:
 
 AutoConfig.register(EmpathyScorerConfig.model_type, EmpathyScorerConfig, exist_ok=True)
 AutoModel.register(EmpathyScorerConfig, EmpathyScorer, exist_ok=True)
-
-
-__all__ = ["IGNORED", "EmpathyScorer", "EmpathyScorerConfig", "EmpathyScorerOutput"]

@@ -1,8 +1,5 @@
 """Scoring pairs of a seeker's post and a response with trained scorers.
 
-What lives here: loading scorers, levels and probabilities, `relllm empathy score`. What does not: training
-(`empathy_training.py`), the model (`empathy_model.py`).
-
 A run of `score_table` is not resumable: a pair is two short texts, and a table takes one pass of a small encoder each.
 """
 
@@ -18,25 +15,21 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..summary import LEVELS, MECHANISMS
-from .epitome import PairCollator, encode_texts, read_table
+from ..evaluation_settings import LEVELS, MECHANISMS
+from .epitome import PairCollator, encode_posts, read_posts
 from .scorer import EmpathyScorer
 
 
 @dataclass(frozen=True)
 class LoadedScorer:
-    """A trained scorer, ready to score.
-
-    Attributes:
-        model ([`EmpathyScorer`]): In evaluation. tokenizer (`PreTrainedTokenizerBase`): Its own.
-    """
+    """A trained scorer in evaluation, with its own tokenizer."""
 
     model: EmpathyScorer
     tokenizer: PreTrainedTokenizerBase
 
 
 def load_scorers(path: str | Path) -> dict[str, LoadedScorer]:
-    """Loads trained scorers.
+    """Load trained scorers.
 
     Args:
         path (`str` or `Path`): A folder with `ER/`, `IP/`, `EX/` or some of them inside, or that of one scorer.
@@ -52,7 +45,7 @@ def load_scorers(path: str | Path) -> dict[str, LoadedScorer]:
     if (root / "config.json").is_file():
         scorer = _load_scorer(root)
         return {scorer.model.config.mechanism: scorer}
-    scorers = {}
+    scorers: dict[str, LoadedScorer] = {}
     for mechanism in MECHANISMS:
         if not (root / mechanism / "config.json").is_file():
             continue
@@ -78,16 +71,13 @@ def score_pairs(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> list[dict[str, dict]]:
-    """Level and probabilities of each pair, for each scorer.
+    """Give each pair a level and probabilities, by each scorer.
 
     An empty response says nothing: it has level 0 with probability 1 by definition, no scorer reads it.
 
     Args:
         scorers (`Mapping[str, LoadedScorer]`): From [`load_scorers`]; they move to `device`.
         pairs (`Sequence[tuple[str, str]]`): Seeker post and response.
-        batch_size (`int`, *optional*, defaults to 32): Pairs at once.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where it runs.
-        progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
 
     Returns:
         `list[dict[str, dict]]`: For each pair `{mechanism: {"level": 0 | 1 | 2, "probabilities": [p0, p1, p2]}}`.
@@ -122,15 +112,14 @@ def score_table(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> dict[str, dict]:
-    """Scores a table and writes it with new columns; the file is complete or not there.
+    """Score a table and write it with new columns; the file is complete or not there.
 
     The columns are `ER_level`, `ER_p0`, `ER_p1`, `ER_p2`, and so on; the others stay as they are.
 
     Args:
-        path (`Path`): As [`~relllm.evaluation.empathy.epitome.read_table`] takes it.
+        path (`Path`): As [`read_posts`] takes it.
         scorers (`Mapping[str, LoadedScorer]`): From [`load_scorers`].
         out (`Path`): `.csv` or `.jsonl`.
-        batch_size, device, progress: As for [`score_pairs`].
 
     Returns:
         `dict[str, dict]`: For each mechanism `mean_level`, `levels` (how many responses have 0, 1, 2), `num_pairs` and
@@ -143,7 +132,7 @@ def score_table(
         raise ValueError(f"--out {out}: expected a file that ends in .csv or .jsonl.")
     if out.resolve() == path.resolve():
         raise ValueError(f"--out {out} is the table itself. Choose another file: the table stays as it is.")
-    rows = read_table(path)
+    rows = read_posts(path)
     pairs = [(row["seeker_post"], row["response_post"]) for row in rows]
     new = [f"{name}_{what}" for name in scorers for what in ("level", *(f"p{level}" for level in range(LEVELS)))]
     if taken := [name for name in new if any(name in row for row in rows)]:
@@ -155,7 +144,16 @@ def score_table(
         written.append({**row, **dict(zip(new, values, strict=True))})
     _write_table(written, out)
     num_empty = sum(not response.strip() for _, response in pairs)
-    return {name: _describe([part[name]["level"] for part in scored], num_empty) for name in scorers}
+    levels = {name: [part[name]["level"] for part in scored] for name in scorers}
+    return {
+        name: {
+            "mean_level": sum(given) / len(given),
+            "levels": [given.count(level) for level in range(LEVELS)],
+            "num_pairs": len(given),
+            "num_empty": num_empty,
+        }
+        for name, given in levels.items()
+    }
 
 
 def _load_scorer(folder: Path) -> LoadedScorer:
@@ -176,22 +174,13 @@ def _load_scorer(folder: Path) -> LoadedScorer:
 
 @torch.no_grad()
 def _probabilities(scorer: LoadedScorer, pairs: Sequence[tuple[str, str]]) -> list[list[float]]:
-    features = encode_texts(pairs, scorer.tokenizer, scorer.model.config.max_length)
+    features = encode_posts(pairs, scorer.tokenizer, scorer.model.config.max_length)
     batch = PairCollator(scorer.tokenizer.pad_token_id)(features)
     output = scorer.model(**{name: tensor.to(scorer.model.device) for name, tensor in batch.items()})
     probabilities = output.level_logits.double().softmax(-1)
     if not probabilities.isfinite().all():
         raise ValueError(f"The scorer of {scorer.model.config.mechanism} gives NaN. Train it again.")
     return probabilities.tolist()
-
-
-def _describe(levels: Sequence[int], num_empty: int) -> dict:
-    return {
-        "mean_level": sum(levels) / len(levels),
-        "levels": [levels.count(level) for level in range(LEVELS)],
-        "num_pairs": len(levels),
-        "num_empty": num_empty,
-    }
 
 
 def _write_table(rows: Sequence[Mapping], out: Path) -> None:
@@ -206,6 +195,3 @@ def _write_table(rows: Sequence[Mapping], out: Path) -> None:
         else:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     partial.replace(out)
-
-
-__all__ = ["LoadedScorer", "load_scorers", "score_pairs", "score_table"]
