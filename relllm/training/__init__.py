@@ -1,1 +1,4 @@
-"""Training: the trainer and its settings, the collator, the losses. Nothing is imported here: TRL is slow to load."""
+"""Training: read `run.py`, the order of a run, `config.py`, its settings, then `trainer.py` and `collator.py`.
+
+`emotion_training.py` trains the emotion tower, `plan.py` says what a run will take. TRL, slow to load, is not imported here.
+"""

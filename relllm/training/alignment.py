@@ -117,7 +117,7 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
         states = heard["last_hidden_state"]
         if reading is not None and taught is not None and labels is not None:
             llm = self.base_model.text_model if fused or headless else None
-            sums["response_kl"] = compare(llm, states, labels, teacher_inputs["teacher_labels"], taught, reading)
+            sums["response_kl"] = divergence(llm, states, labels, teacher_inputs["teacher_labels"], taught, reading)
         heads = {name: heard.get(name) for name in ("emotion_logits", "dimensions")}
         if headless:  # a sum over nothing: what trains has a gradient, of zero, which DDP waits for
             return ReLLMAlignedOutput(loss=states[:0].sum(), **heads, **sums)
@@ -129,30 +129,18 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
 def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) -> Tensor:
     """Return the teacher's logits where they are compared, `(positions, vocabulary)`, row after row.
 
-    Args:
-        model ([`ReLLMModel`]): Its LLM reads.
-        inputs (`dict`): Those of `TEACHER_INPUTS`.
-        alignment ([`Alignment`]): Where it compares.
+    The model's LLM reads the `TEACHER_INPUTS`.
     """
     llm = model.text_model
     # no LoRA anywhere, whatever its scope; outside a forward pass of ours that holds already
     with torch.no_grad(), model.lora_scope.use(None), _in_eval(llm):
-        hidden = llm.base_model(
-            input_ids=inputs["teacher_input_ids"],
-            attention_mask=inputs["teacher_attention_mask"],
-            use_cache=False,
-            return_dict=True,
-        ).last_hidden_state
+        read = {"input_ids": inputs["teacher_input_ids"], "attention_mask": inputs["teacher_attention_mask"]}
+        hidden = llm.base_model(**read, use_cache=False, return_dict=True).last_hidden_state
         return head_logits(llm, hidden[alignment.positions(inputs["teacher_labels"])])
 
 
-def compare(
-    llm: PreTrainedModel | None,
-    states: Tensor,
-    labels: Tensor,
-    teacher_labels: Tensor,
-    taught: Tensor,
-    alignment: Alignment,
+def divergence(
+    llm: PreTrainedModel | None, states: Tensor, labels: Tensor, teacher_labels: Tensor, taught: Tensor, how: Alignment
 ) -> Tensor:
     """Return KL(text ‖ speech) over the reply, `()`, in nats, summed over the positions of the batch.
 
@@ -163,11 +151,11 @@ def compare(
         labels (`torch.LongTensor` of shape `(batch, sequence)`): -100 outside the reply.
         teacher_labels (`torch.LongTensor` of shape `(batch, T)`): Likewise; all -100 in a row without a transcript.
         taught (`torch.Tensor` of shape `(positions, vocabulary)`): Of [`teach`].
-        alignment ([`Alignment`]): How.
+        how ([`Alignment`]): Temperature and positions.
     """
     has_transcript = (teacher_labels != IGNORE_INDEX).any(1, keepdim=True)
-    states = states[alignment.positions(labels.masked_fill(~has_transcript, IGNORE_INDEX))]
-    return response_kl(states if llm is None else head_logits(llm, states), taught, alignment.temperature)
+    states = states[how.positions(labels.masked_fill(~has_transcript, IGNORE_INDEX))]
+    return response_kl(states if llm is None else head_logits(llm, states), taught, how.temperature)
 
 
 def head_logits(llm: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -120,9 +120,7 @@ class Augmentation:
         self.noise_files = _find_noise(settings.augment_noise_dir) if settings.augment_noise_dir else []
         for codec in settings.augment_codec or []:
             if not soundfile.check_format(*CODECS[codec]):
-                raise ValueError(
-                    f"augment_codec: {codec!r} needs libsndfile >= 1.1. Update soundfile, or leave it out."
-                )
+                raise ValueError(f"augment_codec: {codec!r} needs libsndfile >= 1.1. Update soundfile, or leave it.")
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
@@ -164,16 +162,13 @@ class Augmentation:
         return waveform
 
     def _draw(self, row: str, clip: int, effect: str) -> np.random.Generator | None:
-        """The effect's own source of random numbers, or `None` where this clip is spared.
-
-        One for each effect, so that switching one on leaves what the others draw as it was.
-        """
+        """Return the effect's own source, so that the others draw as without it, or `None` where a clip is spared."""
         key = repr((self.seed, self.epoch, row, clip, effect))
         rng = np.random.default_rng(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "big"))
         return rng if rng.random() < self.settings.augment_probability else None
 
     def _noise(self, rng: np.random.Generator, num_samples: int) -> np.ndarray:
-        """Made noise, or a stretch of a recording, which begins again where it is too short."""
+        """Return made noise, or a stretch of a recording, which begins again where it is too short."""
         if not self.noise_files:
             return draw_noise(rng, num_samples)
         path = self.noise_files[int(rng.integers(len(self.noise_files)))]
@@ -181,13 +176,8 @@ class Augmentation:
             needed = math.ceil((num_samples + 1) * file.samplerate / self.sampling_rate)
             file.seek(int(rng.integers(max(file.frames - needed, 0) + 1)))
             frames, rate = file.read(needed, dtype="float32", always_2d=True), file.samplerate
-        noise = load_audio(
-            frames.mean(axis=1),
-            sampling_rate=self.sampling_rate,
-            source_rate=rate,
-            max_duration_s=math.inf,
-            name=str(path),
-        )
+        rates = {"sampling_rate": self.sampling_rate, "source_rate": rate}
+        noise = load_audio(frames.mean(axis=1), **rates, max_duration_s=math.inf, name=str(path))
         return np.resize(noise, num_samples)
 
 
@@ -255,11 +245,8 @@ def pass_telephone(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
 def pass_codec(waveform: np.ndarray, codec: str, compression: float, sampling_rate: int) -> np.ndarray:
     """Encode and decode a clip in memory with libsndfile.
 
-    Args:
-        waveform (`np.ndarray` of shape `(samples,)`): In [-1, 1].
-        codec (`str`): One of `CODECS`; `"ulaw"` is the 8 bit of digital telephony, at `sampling_rate`.
-        compression (`float`): From 0 (best quality) to 0.99, for MP3 and Opus.
-        sampling_rate (`int`): In Hz; Opus takes 8, 12, 16, 24 and 48 kHz.
+    `"ulaw"` is the 8 bit of digital telephony. For MP3 and Opus, which takes 8, 12, 16, 24 and 48 kHz, `compression`
+    goes from 0 (best quality) to 0.99.
     """
     container, encoding = CODECS[codec]
     buffer = io.BytesIO()
@@ -280,7 +267,7 @@ def within_full_scale(waveform: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _telephone_filter(sampling_rate: int) -> np.ndarray:
-    """A band pass of linear phase: the difference of two windowed sinc low passes."""
+    """Return a band pass of linear phase: the difference of two windowed sinc low passes."""
     time = np.arange(_TELEPHONE_TAPS) - _TELEPHONE_TAPS // 2
     low, high = (2 * edge / sampling_rate for edge in TELEPHONE_BAND_HZ)
     band = high * np.sinc(high * time) - low * np.sinc(low * time)
@@ -288,7 +275,7 @@ def _telephone_filter(sampling_rate: int) -> np.ndarray:
 
 
 def _convolve(waveform: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """The full convolution, by FFT, `(samples + taps - 1,)` in float64."""
+    """Return the full convolution, by FFT, `(samples + taps - 1,)` in float64."""
     num_samples = len(waveform) + len(kernel) - 1
     size = 1 << (num_samples - 1).bit_length()
     return np.fft.irfft(np.fft.rfft(waveform, size) * np.fft.rfft(kernel, size), size)[:num_samples]
@@ -336,7 +323,7 @@ def _uniform(rng: np.random.Generator, bounds: Sequence[float]) -> float:
 
 
 def _find_noise(directory: str) -> Sequence[Path]:
-    """The folder's audio files in the order of their names, so that every machine draws the same."""
+    """Return the folder's audio files in the order of their names, so that every machine draws the same."""
     root = Path(directory)
     if not root.is_dir():
         raise FileNotFoundError(f"augment_noise_dir: no such folder: {root}.")

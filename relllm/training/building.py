@@ -21,15 +21,8 @@ from .config import ReLLMScriptArguments
 # Whatever is outside the LLM, its output embeddings, and its LoRA. bitsandbytes matches whole names or endings, and
 # would otherwise turn heads, projector and LoRA into 4 bit, which cannot train.
 NEVER_QUANTIZED = (
-    "model.audio_tower",
-    "model.emotion_tower",
-    "model.multi_modal_projector",
-    "model.emotion_projector",
-    "model.emotion_head",
-    "model.dimension_head",
-    ".*lm_head",
-    ".*embed_out",
-    ".*lora_[AB]",
+    *("model.audio_tower", "model.emotion_tower", "model.multi_modal_projector", "model.emotion_projector"),
+    *("model.emotion_head", "model.dimension_head", ".*lm_head", ".*embed_out", ".*lora_[AB]"),
 )
 
 
@@ -110,20 +103,13 @@ def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytes
     )
 
 
-def quantize_llm(
-    model: ReLLMForConditionalGeneration, quantization_config: BitsAndBytesConfig
-) -> ReLLMForConditionalGeneration:
+def quantize_llm(model: ReLLMForConditionalGeneration, config: BitsAndBytesConfig) -> ReLLMForConditionalGeneration:
     """Return the model, which is not to be used afterwards, with its LLM quantised, on bitsandbytes' device.
 
     The whole model passes through the memory of the CPU once: that is where its parts are put together.
     """
-    quantized = type(model).from_pretrained(
-        None,
-        config=model.config,
-        state_dict=model.state_dict(),
-        dtype=model.dtype,
-        quantization_config=quantization_config,
-    )
+    whole = {"config": model.config, "state_dict": model.state_dict(), "dtype": model.dtype}
+    quantized = type(model).from_pretrained(None, **whole, quantization_config=config)
     quantized.generation_config = copy.deepcopy(model.generation_config)
     return quantized
 

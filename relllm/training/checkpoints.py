@@ -113,12 +113,8 @@ class CheckpointMixin(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            kept = {"save_total_limit": self.args.save_total_limit, "use_mtime": True}
+            rotate_checkpoints(run_dir, **kept, best_model_checkpoint=self.state.best_model_checkpoint)
 
     def push_to_hub(self, *args: object, **kwargs: object) -> object:
         """Do as Transformers; in full where a light checkpoint would point at a folder of this machine."""

@@ -97,12 +97,8 @@ class Objective:
         losses: dict[str, Tensor] = {}
         if "emotion_labels" in batch and output.emotion_logits is not None:
             if "emotion_loss" in self.active:
-                losses["emotion_loss"] = emotion_loss(
-                    output.emotion_logits,
-                    batch["emotion_labels"],
-                    class_weights=self.class_weights,
-                    num_items=items["emotion_loss"],
-                )
+                over = {"class_weights": self.class_weights, "num_items": items["emotion_loss"]}
+                losses["emotion_loss"] = emotion_loss(output.emotion_logits, batch["emotion_labels"], **over)
             if "dimension_loss" in self.active and self.dimension_loss == "mse":
                 losses["dimension_loss"] = dimension_loss(
                     output.dimensions, batch["dimension_labels"], items["dimension_loss"]

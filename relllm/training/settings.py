@@ -52,10 +52,9 @@ class SettingsParser(TrlParser):
         Raises:
             SystemExit: After `--help` (0), or on a setting that is unknown or wrong (2), which is printed.
         """
-        # TRL knows `--config file` and not `--config=file`.
-        split = [
-            part for text in arguments for part in (text.split("=", 1) if text.startswith("--config=") else [text])
-        ]
+        # TRL knows `--config file` and not `--config=file`; `--out` is short for `--output_dir`, as in other commands.
+        apart = (text.split("=", 1) if text.startswith(("--config=", "--out=")) else [text] for text in arguments)
+        split = ["--output_dir" if part == "--out" else part for parts in apart for part in parts]
         if split and split[-1] == "--config":
             self.error("--config needs a file")
         try:

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,8 @@ class TowerCache:
         """Return a clip's outputs on the CPU, T that of its longest window; `None` if missing, or damaged."""
         path = self._path(key)
         try:
-            return _outputs(load_file(path))
+            stored: dict[str, Any] = load_file(path)
+            return TowerOutputs(**stored)
         except FileNotFoundError:
             return None
         except SafetensorError:
@@ -176,7 +178,7 @@ class TowerCacheMixin(Trainer):
         given = {name: inputs.pop(f"tower_{name}") for name in OUTPUTS if f"tower_{name}" in inputs}
         if known is None:  # all are there; nothing waits for the device
             del inputs["tower_known"]
-            inputs["tower_outputs"] = _outputs(given)
+            inputs["tower_outputs"] = TowerOutputs(**given)
             return
         assert self._tower_cache is not None
         windows = list(zip(inputs["audio_num_windows"].tolist(), known, strict=True))
@@ -187,7 +189,7 @@ class TowerCacheMixin(Trainer):
         for key, clip in zip(inputs.pop("tower_keys").cpu().numpy(), computed, strict=True):
             self._tower_cache.put(key.tobytes().hex(), clip)
         if given:
-            stored = split_clips(_outputs(given), [count for count, is_known in windows if is_known])
+            stored = split_clips(TowerOutputs(**given), [count for count, is_known in windows if is_known])
             rest = iter(computed)
             outputs = join_clips([next(stored if is_known else rest) for _, is_known in windows])
         inputs["tower_outputs"] = outputs
@@ -212,8 +214,8 @@ def cache_settings(model: ReLLMModel, extractor: ReLLMFeatureExtractor) -> dict[
         "format": FORMAT,
         "transformers": transformers.__version__,
         "features": {name: getattr(extractor, name) for name in FEATURE_SETTINGS},
-        "audio_tower": _describe(model.audio_tower),
-        "emotion_tower": None if model.emotion_tower is None else _describe(model.emotion_tower),
+        "audio_tower": _describe_tower(model.audio_tower),
+        "emotion_tower": None if model.emotion_tower is None else _describe_tower(model.emotion_tower),
     }
 
 
@@ -229,33 +231,28 @@ def split_clips(outputs: TowerOutputs, num_windows: Sequence[int]) -> Iterator[T
         clip = {name: outputs[name][start : start + count] for name in OUTPUTS if outputs.get(name) is not None}
         clip["frames"] = clip["frames"][:, : int(clip["lengths"].max())]
         start += count
-        yield _outputs(clip)
+        yield TowerOutputs(**clip)
 
 
 def join_clips(clips: Sequence[TowerOutputs]) -> TowerOutputs:
     """Undo [`split_clips`], with zeros as padding."""
     windows = [window for clip in clips for window in clip["frames"]]
-    joined = {"frames": torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)}
+    joined: dict[str, Any] = {"frames": torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)}
     for name in OUTPUTS[1:]:
         if name in clips[0]:
             joined[name] = torch.cat([clip[name] for clip in clips])
-    return _outputs(joined)
+    return TowerOutputs(**joined)
 
 
-def _outputs(tensors: Mapping[str, Tensor]) -> TowerOutputs:
-    frames, lengths = tensors["frames"], tensors["lengths"]
-    return TowerOutputs(frames, lengths, tensors.get("emotion_embedding"), tensors.get("dimensions"))
-
-
-def _describe(tower: PreTrainedModel) -> dict[str, object]:
+def _describe_tower(tower: PreTrainedModel) -> dict[str, object]:
     weights = fingerprint(tower.state_dict().values())
-    return {"weights": weights, "dtype": str(tower.dtype), "config": _architecture(tower.config.to_dict())}
+    return {"weights": weights, "dtype": str(tower.dtype), "config": _without_origin(tower.config.to_dict())}
 
 
-def _architecture(fields: Mapping[str, object]) -> dict[str, object]:
+def _without_origin(fields: Mapping[str, object]) -> dict[str, object]:
     """Return a configuration without what depends on where it was loaded from."""
     return {
-        name: _architecture(value) if isinstance(value, Mapping) else value
+        name: _without_origin(value) if isinstance(value, Mapping) else value
         for name, value in fields.items()
         if name not in NO_ARCHITECTURE
     }

@@ -9,7 +9,7 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import Tensor
 
-from relllm.training.alignment import Alignment, compare
+from relllm.training.alignment import Alignment, divergence
 from relllm.training.losses import ccc_loss, dimension_loss, emotion_loss, response_kl
 
 NAN = float("nan")
@@ -112,7 +112,7 @@ def kl_as_trained(
     """On logits of both branches, as the training forward sums it, and over its count or another."""
     alignment = Alignment(temperature, shifted)
     taught = text[alignment.positions(text_labels)]
-    total = compare(None, speech, speech_labels, text_labels, taught, alignment)
+    total = divergence(None, speech, speech_labels, text_labels, taught, alignment)
     return total / max(int(len(taught) if num_items is None else num_items), 1)
 
 

@@ -97,6 +97,13 @@ def test_the_cache_of_tower_outputs_is_off_until_a_flag_names_its_folder(flag, t
     assert parse_arguments([*given, flag, "kept"])[1].tower_cache_dir == "kept"
 
 
+@pytest.mark.parametrize("flag", [["--output_dir", "d"], ["--output-dir", "d"], ["--out", "d"], ["--out=d"]])
+def test_a_flag_may_be_spelt_with_hyphens_and_the_folder_with_out(flag: list[str], tmp_path: Path, towers) -> None:
+    given = ["--data", "corpus", "--lora-r", "2"] + [p for name, path in towers.items() for p in (f"--{name}", path)]
+    script, args = parse_arguments([*given, *flag])
+    assert args.output_dir == "d" and script.lora_r == 2
+
+
 def test_the_help_page_puts_what_matters_first(capsys: pytest.CaptureFixture[str]) -> None:
     result = CliRunner().invoke(app, ["train", "--help"])
     page = result.stdout
