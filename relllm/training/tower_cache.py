@@ -28,7 +28,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
@@ -165,7 +165,10 @@ class TowerCacheMixin(Trainer):
         precision["deepspeed"] = self.is_deepspeed_enabled  # which casts the towers' weights later
         settings = cache_settings(model.base_model, extractor) | precision
         self._tower_cache = TowerCache(Path(self.args.tower_cache_dir).expanduser(), settings)
-        self.add_callback(_SayWhereCallback(self._tower_cache))
+        if self.is_world_process_zero() and not self.args.disable_tqdm:
+            folder = self._tower_cache.folder
+            free = shutil.disk_usage(folder).free / 1e9
+            Console(stderr=True).print(f"Tower outputs are kept in {folder}: {free:.3g} GB are free there.")
         return self._tower_cache
 
     def put_towers(self, inputs: dict) -> None:
@@ -193,16 +196,6 @@ class TowerCacheMixin(Trainer):
             rest = iter(computed)
             outputs = join_clips([next(stored if is_known else rest) for _, is_known in windows])
         inputs["tower_outputs"] = outputs
-
-
-class _SayWhereCallback(TrainerCallback):
-    def __init__(self, cache: TowerCache) -> None:
-        self.cache = cache
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: object) -> None:
-        if state.is_world_process_zero and not args.disable_tqdm:
-            free = shutil.disk_usage(self.cache.folder).free / 1e9
-            Console(stderr=True).print(f"Tower outputs are kept in {self.cache.folder}: {free:.3g} GB are free there.")
 
 
 def cache_settings(model: ReLLMModel, extractor: ReLLMFeatureExtractor) -> dict[str, object]:
