@@ -115,7 +115,7 @@ def web(settings: PageSettings) -> None:
 
     Example: relllm web runs/demo/re-llm --baseline runs/demo/speech-only
     """
-    from relllm.inference.web.page import Page
+    from relllm.inference.web import Page
 
     try:
         page = Page(load_systems(settings), max_new_tokens=settings.max_new_tokens)

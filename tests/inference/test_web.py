@@ -13,10 +13,8 @@ import torch
 from tiny_models import RATE, clip, tiny_config, tiny_model, tiny_processor
 
 from relllm.inference.conversation import Conversation
-from relllm.inference.replies import Heard
 from relllm.inference.text_conversation import TextConversation
-from relllm.inference.web.drawing import draw_hearing, draw_status, draw_trail
-from relllm.inference.web.session import EMPTY, Session, Start, Status
+from relllm.inference.web import EMPTY, Page, Session, Starts, Status
 
 TOKENS = 6
 
@@ -32,7 +30,7 @@ def processor():
 
 
 @pytest.fixture(scope="module")
-def systems(model, processor) -> dict[str, Start]:
+def systems(model, processor) -> Starts:
     bare = tiny_config(fusion="none")
     second, its_processor = tiny_model(bare), tiny_processor(bare)
     return {
@@ -156,7 +154,7 @@ def test_a_reset_in_the_middle_of_a_reply_empties_everything(session) -> None:
     for number, _ in enumerate(session.talk(None, "Hello.")):
         if number == 1:
             session.reset()
-    assert session.shown == {name: [] for name in session.systems} and session.heard == []
+    assert session.shown == {name: [] for name in session.conversations} and session.heard == []
     assert all(len(conversation.messages) == 1 for conversation in session.conversations.values())
 
 
@@ -181,6 +179,14 @@ def test_sessions_at_the_same_time_do_not_mix(systems, wav) -> None:
         assert session.shown == alone.shown and session.heard == alone.heard
 
 
+def test_what_was_heard_stands_beside_a_spoken_turn(session, wav) -> None:
+    talk(session, wav)
+    talk(session, None, "Hello.")
+    assert session.shown["RE-LLM"][0]["content"] == f"(spoken, 1.5 s)\n{session.heard[0]}"
+    assert session.shown["text only"][0]["content"] == "(spoken, 1.5 s)"
+    assert session.shown["RE-LLM"][2]["content"] == "Hello."
+
+
 def test_one_who_has_to_wait_is_told(session) -> None:
     session.lock.acquire()
     steps = session.talk(None, "Hello.")
@@ -188,36 +194,6 @@ def test_one_who_has_to_wait_is_told(session) -> None:
     assert "Waiting" in session.status.text
     session.lock.release()
     assert [None for _ in steps] and session.status == EMPTY
-
-
-# --- what is drawn ---------------------------------------------------------------------------------------------------
-
-
-def hearing(valence: float, arousal: float, **probabilities: float) -> Heard:
-    return Heard(
-        probabilities or {"sad": 0.7, "happy": 0.3}, {"arousal": arousal, "dominance": 0.5, "valence": valence}
-    )
-
-
-def test_bars_are_as_long_as_the_probabilities() -> None:
-    html = draw_hearing([hearing(0.2, 0.9, sad=0.1, angry=0.9), hearing(0.2, 0.4, sad=0.75, angry=0.25)])
-    assert "Turn 2: sad" in html
-    assert re.findall(r"width:([\d.]+)%", html) == ["75.0", "25.0", "40.0", "50.0", "20.0"]
-    assert "75%" in html and "0.40" in html
-
-
-def test_the_trail_goes_right_with_valence_and_up_with_arousal() -> None:
-    svg = draw_trail([hearing(0.0, 0.0), hearing(0.5, 0.5), hearing(2.0, 3.0)])
-    points = re.search(r'points="([^"]*)"', svg).group(1)
-    assert points == "30.0,270.0 150.0,150.0 270.0,30.0"  # bottom left, middle, and the edge for what lies outside
-    assert "turn 3: valence 2.00, arousal 3.00" in svg
-    assert draw_trail([]) == ""
-
-
-def test_nothing_of_what_is_shown_becomes_markup() -> None:
-    assert "<script>" not in draw_status(Status("error", "<script>alert(1)</script>"))
-    assert 'role="alert"' in draw_status(Status("error", "x")) and 'role="status"' in draw_status(EMPTY)
-    assert "<b>" not in draw_hearing([hearing(0.5, 0.5, **{"<b>": 1.0})])
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -238,8 +214,6 @@ no_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 @pytest.fixture(scope="module")
 def url(systems, wav) -> Iterator[str]:
-    from relllm.inference.web.page import Page
-
     page = Page(systems, max_new_tokens=TOKENS)
     yield page.launch(port=None, block=False)
     page.close()
@@ -277,13 +251,13 @@ class Visitor:
         self.page.get_by_role("button", name=name, exact=True).first.click()
 
     def type(self, text: str) -> None:
-        self.page.get_by_label("Type").fill(text)
+        self.page.get_by_placeholder("Type, record or upload").fill(text)
         self.page.keyboard.press("Enter")
 
     def waits_for_reply(self, number: int) -> None:
         """Of the last column: then all have replied."""
         self.page.locator(".chat").last.get_by_test_id("bot").nth(number - 1).wait_for()
-        self.page.locator("button:text-is('Send'):not([disabled])").wait_for()
+        self.page.get_by_role("button", name="Submit").wait_for()
         self.sees(EMPTY.text)
 
     def said(self, by: str, column: int = 0) -> list[str]:
@@ -335,18 +309,22 @@ def test_typed_turns_are_answered_and_tabs_do_not_mix(visit, systems) -> None:
 @no_browser
 def test_a_recording_is_heard_and_drawn(visit) -> None:
     visitor = visit()
-    visitor.press("Record")
-    visitor.sees("Recording. Stop it")
+    visitor.press("Record audio")
+    visitor.press("Start recording")
     visitor.page.wait_for_timeout(1500)
-    visitor.press("Stop")
-    visitor.sees("Recorded. Send it")
-    visitor.press("Send")
+    visitor.press("Stop recording")
+    visitor.press("Attach audio")
+    visitor.page.get_by_role("button", name="Remove file").wait_for()
+    visitor.press("Submit")
     visitor.waits_for_reply(1)
-    visitor.sees("Turn 1:")
-    assert re.fullmatch(r"\(spoken, [\d.]+ s\)", visitor.said("user")[0])
+    spoken = visitor.said("user")[0]
+    assert re.fullmatch(r"\(spoken, [\d.]+ s\)\s+[a-z]+ \d+% +arousal \S+ +dominance \S+ +valence \S+", spoken)
     assert "no words to read" in visitor.said("bot", 2)[0]
-    assert visitor.page.get_by_role("img", name="Valence and arousal").count() == 1
-    assert visitor.page.locator(".heard li").count() == 8  # five emotions and three dimensions
+    most, *others = visitor.page.get_by_test_id("label-output-value").all_inner_texts()
+    assert most in spoken and others == []
+    assert len(visitor.page.get_by_text(re.compile(r"^\d+%$")).all()) == 5  # one an emotion
+    visitor.page.get_by_text("Dimensions, about 0 to 1").wait_for()
+    assert visitor.page.locator(".plot_marks path").count() == 3  # one a dimension
 
 
 @pytest.mark.browser
@@ -357,10 +335,9 @@ def test_bad_audio_shows_an_error_and_the_conversation_goes_on(visit, tmp_path) 
     visitor.waits_for_reply(1)
     bad = tmp_path / "bad.wav"
     bad.write_text("this is no audio")
-    visitor.press("Upload file")
     visitor.page.locator("input[type=file]").first.set_input_files(str(bad))
-    visitor.sees("Uploaded. Send it.")
-    visitor.press("Send")
+    visitor.page.get_by_role("button", name="Remove file").wait_for()
+    visitor.press("Submit")
     visitor.page.get_by_role("alert").get_by_text("bad.wav").wait_for()
     assert visitor.said("user") == ["Hello."]
     visitor.type("And you?")
@@ -377,33 +354,53 @@ def test_on_a_phone_everything_fits_and_the_keyboard_reaches_it(visit) -> None:
     for button in page.get_by_role("button").all():
         box = button.bounding_box()
         assert box is None or (box["x"] >= 0 and box["x"] + box["width"] <= 375)
-    page.get_by_label("Type").focus()
+    page.get_by_role("button", name="Upload a file").focus()
     names = []
-    for _ in range(8):
+    for _ in range(4):
         page.keyboard.press("Tab")
-        names.append(page.evaluate("(e => e.getAttribute('aria-label') || e.innerText)(document.activeElement)"))
-    wanted = ["Record", "Upload file", "Record audio", "Send", "Reset"]
-    assert [name for name in names if name in wanted] == wanted
+        names.append(page.evaluate("(e => e.ariaLabel || e.innerText || e.placeholder)(document.activeElement)"))
+    assert names == ["Type, record or upload", "Record audio", "Submit", "Reset"]
+    page.get_by_placeholder("Type, record or upload").focus()
+    page.keyboard.type("Hello.")
+    page.keyboard.press("Enter")
+    visitor.waits_for_reply(1)
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
 
 
 def test_without_gradio_the_page_says_what_to_install(systems, monkeypatch) -> None:
     import sys
 
-    from relllm.inference.web.page import Page
-
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match=r"relllm\[web\]"):
         Page(systems)
 
 
-def test_a_page_whose_conversation_is_gone_says_so(systems) -> None:
-    from relllm.inference.web.page import Page
-
+def test_what_is_shown_is_what_was_heard_and_becomes_no_markup(systems, session, wav) -> None:
     page = Page(systems)
-    for outputs in (next(page._talk(None, None, "Hello.")), page._reset(None)):
-        assert len(outputs) == len(systems) + 7
+    talk(session, wav)
+    talk(session, wav, "<script>alert(1)</script>")
+    session.status = Status("error", "<b>no</b>")
+    *columns, status, emotion, dimensions, _ = page._show(session, {})
+    assert not any("<script>" in message["content"] for column in columns for message in column)
+    assert 'role="alert"' in status and "<b>" not in status
+    confidences = {each["label"]: each["confidence"] for each in emotion.value["confidences"]}
+    assert confidences == pytest.approx(session.heard[-1].probabilities)
+    drawn = {(row[0], row[1]): row[2] for row in dimensions.value["data"]}
+    expected = {
+        (turn, name): value
+        for turn, heard in zip("12", session.heard, strict=True)
+        for name, value in heard.dimensions.items()
+    }
+    assert drawn == pytest.approx(expected)
+    page.close()
+
+
+def test_a_page_whose_conversation_is_gone_says_so(systems) -> None:
+    page = Page(systems)
+    for outputs in (next(page._talk(None, {"text": "Hello.", "files": []})), page._reset(None)):
+        assert len(outputs) == len(systems) + 4
         assert "Reload it" in outputs[len(systems)]
+    page.close()
 
 
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # Gradio's probe of a port that is taken
