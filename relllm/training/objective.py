@@ -94,25 +94,23 @@ class Objective:
         """
         items = dict(zip(self.weights, num_items.unbind(), strict=True))
         local = dict(zip(self.weights, local_counts.unbind(), strict=True))
-        losses: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         if "emotion_labels" in batch and output.emotion_logits is not None:
             if "emotion_loss" in self.active:
-                over = {"class_weights": self.class_weights, "num_items": items["emotion_loss"]}
-                losses["emotion_loss"] = emotion_loss(output.emotion_logits, batch["emotion_labels"], **over)
+                sums["emotion_loss"] = emotion_loss(output.emotion_logits, batch["emotion_labels"], self.class_weights)
             if "dimension_loss" in self.active and self.dimension_loss == "mse":
-                losses["dimension_loss"] = dimension_loss(
-                    output.dimensions, batch["dimension_labels"], items["dimension_loss"]
-                )
+                sums["dimension_loss"] = dimension_loss(output.dimensions, batch["dimension_labels"])
             elif "dimension_loss" in self.active:
                 value = ccc_loss(output.dimensions, batch["dimension_labels"])
                 count = local["dimension_loss"].to(value.device)
                 weight = self.weights["dimension_loss"]
                 yield Term("dimension_loss", weight, value, value.detach() * count, count, is_share=False)
         if "response_kl" in self.active and (total := output.get("response_kl")) is not None:
-            losses["response_kl"] = total / items["response_kl"].to(total.device).clamp(min=1)
-        for name, value in losses.items():
-            total = value.detach() * items[name].to(value.device)
-            yield Term(name, self.weights[name], value, total, local[name].to(value.device))
+            sums["response_kl"] = total
+        for name, total in sums.items():
+            count = items[name].to(total.device)
+            value = total / torch.where(count == 0, 1, count)  # the sum over nothing is zero
+            yield Term(name, self.weights[name], value, total.detach(), local[name].to(total.device))
 
     def _class_weight(self, labels: Tensor) -> Tensor:
         """Return the weight of each labelled clip: 1, or that of its class."""

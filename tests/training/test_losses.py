@@ -1,16 +1,21 @@
 """The losses against naive formulas, SciPy and audmetric, and on input that has nothing to learn from."""
 
 import math
+from pathlib import Path
 
 import audmetric
 import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, rel_entr, softmax
+from tiny_models import tiny_model
 from torch import Tensor
+from transformers.utils import ModelOutput
 
+from relllm import ReLLMSFTConfig
 from relllm.training.alignment import Alignment, divergence
 from relllm.training.losses import ccc_loss, dimension_loss, emotion_loss, response_kl
+from relllm.training.objective import Objective
 
 NAN = float("nan")
 
@@ -32,16 +37,16 @@ def test_emotion_loss_ignores_unlabelled_clips():
     logits, labels = with_gradient(4, 5), torch.tensor([2, -100, 0, 4])
     scores = log_softmax(logits.detach().numpy(), axis=-1)
     loss = emotion_loss(logits, labels)
-    assert loss.item() == pytest.approx(-np.mean([scores[0, 2], scores[2, 0], scores[3, 4]]), rel=1e-6)
+    assert loss.item() == pytest.approx(-np.sum([scores[0, 2], scores[2, 0], scores[3, 4]]), rel=1e-6)
     assert_finite_gradient(loss, logits)
     assert (logits.grad[1] == 0).all()
 
 
-def test_emotion_loss_weighs_classes_by_their_mean_weight():
+def test_emotion_loss_weighs_classes():
     logits, labels = torch.randn(4, 3), torch.tensor([2, 0, -100, 1])
     weights = torch.tensor([0.5, 2.0, 3.0])
     scores = log_softmax(logits.numpy(), axis=-1)
-    expected = -(3 * scores[0, 2] + 0.5 * scores[1, 0] + 2 * scores[3, 1]) / 5.5
+    expected = -(3 * scores[0, 2] + 0.5 * scores[1, 0] + 2 * scores[3, 1])
     assert emotion_loss(logits, labels, class_weights=weights).item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -53,7 +58,7 @@ def test_dimension_loss_counts_labelled_values_one_by_one():
     target = torch.tensor([[0.1, NAN, 0.3], [NAN, NAN, NAN], [0.4, 0.5, 0.6]])
     differences = (predicted.detach().numpy() - target.numpy()) ** 2
     loss = dimension_loss(predicted, target)
-    assert loss.item() == pytest.approx(np.nanmean(differences), rel=1e-6)
+    assert loss.item() == pytest.approx(np.nansum(differences), rel=1e-6)
     assert_finite_gradient(loss, predicted)
     assert (predicted.grad[1] == 0).all() and predicted.grad[0, 1] == 0 and predicted.grad[0, 0] != 0
 
@@ -107,13 +112,12 @@ def kl_as_trained(
     *,
     temperature: float = 2.0,
     shifted: bool = True,
-    num_items: int | Tensor | None = None,
 ) -> Tensor:
-    """On logits of both branches, as the training forward sums it, and over its count or another."""
+    """On logits of both branches, as the training forward sums it, over its count."""
     alignment = Alignment(temperature, shifted)
     taught = text[alignment.positions(text_labels)]
     total = divergence(None, speech, speech_labels, text_labels, taught, alignment)
-    return total / max(int(len(taught) if num_items is None else num_items), 1)
+    return total / len(taught)
 
 
 def naive_kl(text_rows: list[np.ndarray], speech_rows: list[np.ndarray], temperature: float) -> float:
@@ -165,11 +169,18 @@ def test_response_kl_refuses_different_replies():
 # What all share
 
 
-def losses_of_rows(rows: slice, num_items: dict[str, float] | None = None) -> dict[str, Tensor]:
-    """Each loss on some rows of one fixed batch of six, partly unlabelled."""
+CLASS_WEIGHTS = [1.0, 2.0, 0.5, 1.0, 3.0]
+
+
+def objective_of(folder: Path, **settings: object) -> Objective:
+    options = {"use_cpu": True, "report_to": "none", "response_kl_weight": 1.0, **settings}
+    return Objective(ReLLMSFTConfig(output_dir=str(folder), **options), tiny_model())
+
+
+def batch_of(rows: slice) -> tuple[ModelOutput, dict[str, Tensor]]:
+    """Some rows of one fixed batch of six, partly unlabelled: what a training pass returns, and the labels."""
     generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(6, 4, 9, generator=generator)[rows]
-    other = torch.randn(6, 4, 9, generator=generator)[rows]
+    speech, text = (torch.randn(6, 4, 9, generator=generator)[rows] for _ in range(2))
     labels = torch.randint(0, 9, (6, 4), generator=generator)
     labels[0] = -100
     labels[1:3, :2] = -100
@@ -177,40 +188,63 @@ def losses_of_rows(rows: slice, num_items: dict[str, float] | None = None) -> di
     target = torch.rand(6, 3, generator=generator)
     target[0, 1] = NAN
     target[4] = NAN
-    items = num_items or {}
-    labels, target, emotion_logits = labels[rows], target[rows], logits[:, 0, :4]
-    weights = torch.tensor([1.0, 2.0, 0.5, 1.0])
-    return {
-        "emotion": emotion_loss(emotion_logits, emotions, num_items=items.get("emotion")),
-        "weighted": emotion_loss(emotion_logits, emotions, class_weights=weights, num_items=items.get("weighted")),
-        "dimension": dimension_loss(logits[:, 0, :3], target, items.get("dimension")),
-        "kl": kl_as_trained(logits, other, labels, labels, num_items=items.get("kl")),
-    }
+    labels, target = labels[rows], target[rows]
+    how = Alignment(2.0, True)
+    kl = divergence(None, speech, labels, labels, text[how.positions(labels)], how)
+    output = ModelOutput(emotion_logits=speech[:, 0, :5], dimensions=speech[:, 0, :3], response_kl=kl)
+    targets = {"emotion_labels": emotions, "dimension_labels": target, "labels": labels, "teacher_labels": labels}
+    return output, targets
+
+
+def values_of(objective: Objective, rows: slice, num_items: Tensor | None = None) -> dict[str, Tensor]:
+    output, batch = batch_of(rows)
+    counts = objective.count(batch)
+    terms = objective.terms(output, batch, counts, counts if num_items is None else num_items)
+    return {term.name: term.value for term in terms}
+
+
+@pytest.mark.parametrize("class_weights", [None, CLASS_WEIGHTS])
+def test_the_objective_means_over_what_is_labelled(tmp_path: Path, class_weights: list[float] | None):
+    objective = objective_of(tmp_path, emotion_class_weights=class_weights)
+    output, batch = batch_of(slice(None))
+    weights = None if class_weights is None else torch.tensor(class_weights)
+    emotion = torch.nn.functional.cross_entropy(output.emotion_logits, batch["emotion_labels"], weight=weights)
+    values = values_of(objective, slice(None))
+    assert values["emotion_loss"].item() == pytest.approx(emotion.item(), rel=1e-6)
+    squared = (output.dimensions - batch["dimension_labels"]) ** 2
+    assert values["dimension_loss"].item() == pytest.approx(squared.nanmean().item(), rel=1e-6)
+    assert values["response_kl"].item() == pytest.approx(output.response_kl.item() / 13, rel=1e-6)
+    counts = objective.count(batch).tolist()
+    assert counts == [4 if class_weights is None else 1 + 0.5 + 1 + 2, 14, 13]
 
 
 @pytest.mark.parametrize("cuts", [[3], [1, 5], [2, 4]])
-def test_micro_batches_with_the_whole_count_add_up_to_the_whole_batch(cuts: list[int]):
-    counts = {"emotion": 4, "weighted": 1 + 0.5 + 1 + 2, "dimension": 14, "kl": 13}
-    whole = losses_of_rows(slice(None))
+@pytest.mark.parametrize("class_weights", [None, CLASS_WEIGHTS])
+def test_micro_batches_with_the_whole_count_add_up_to_the_whole_batch(tmp_path: Path, class_weights, cuts: list[int]):
+    objective = objective_of(tmp_path, emotion_class_weights=class_weights)
+    whole, counts = values_of(objective, slice(None)), objective.count(batch_of(slice(None))[1])
     bounds = [0, *cuts, 6]
-    parts = [losses_of_rows(slice(a, b), counts) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    parts = [values_of(objective, slice(a, b), counts) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    assert whole.keys() == {"emotion_loss", "dimension_loss", "response_kl"}
     for name, loss in whole.items():
         torch.testing.assert_close(sum(part[name] for part in parts), loss, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_items", [None, torch.tensor(0), torch.tensor(0.0), 5])
-def test_nothing_labelled_gives_zero_with_a_gradient(num_items: Tensor | int | None):
+@pytest.mark.parametrize("num_items", [None, torch.tensor([5.0, 5.0, 5.0])])
+@pytest.mark.parametrize("settings", [{}, {"emotion_class_weights": CLASS_WEIGHTS}, {"dimension_loss": "ccc"}])
+def test_nothing_labelled_gives_zero_with_a_gradient(tmp_path: Path, settings: dict, num_items: Tensor | None):
     token_logits, class_logits, predicted = with_gradient(2, 3, 5), with_gradient(2, 5), with_gradient(2, 3)
-    no_tokens, no_classes = torch.full((2, 3), -100), torch.full((2,), -100)
-    weights = torch.rand(5)
+    no_tokens = torch.full((2, 3), -100)
+    kl = divergence(None, token_logits, no_tokens, no_tokens, torch.randn(0, 5), Alignment(2.0, True))
+    output = ModelOutput(emotion_logits=class_logits, dimensions=predicted, response_kl=kl)
+    batch = {"emotion_labels": torch.full((2,), -100), "dimension_labels": torch.full((2, 3), NAN)}
+    batch |= {"labels": no_tokens, "teacher_labels": no_tokens}
+    objective = objective_of(tmp_path, **settings)
+    counts = objective.count(batch)
     losses = [
-        kl_as_trained(token_logits, torch.randn(2, 3, 5), no_tokens, no_tokens, num_items=num_items),
-        emotion_loss(class_logits, no_classes, num_items=num_items),
-        emotion_loss(class_logits, no_classes, class_weights=weights, num_items=num_items),
-        dimension_loss(predicted, torch.full((2, 3), NAN), num_items),
-        ccc_loss(predicted, torch.full((2, 3), NAN)),
+        term.value for term in objective.terms(output, batch, counts, counts if num_items is None else num_items)
     ]
-    assert all(loss.item() == 0 and loss.shape == () for loss in losses)
+    assert len(losses) == 3 and all(loss.item() == 0 and loss.shape == () for loss in losses)
     assert_finite_gradient(sum(losses), token_logits, class_logits, predicted)
 
 

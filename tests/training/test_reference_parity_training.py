@@ -30,8 +30,8 @@ def losses_of(model, batch: str) -> dict[str, Tensor]:
     temperature = golden.CONFIG["kd_temperature"]
     return {
         "response_ce": model.loss_function(speech_logits, speech.labels, speech_logits.shape[-1]),
-        "input_er": emotion_loss(heard[0].emotion_logits, emotions),
-        "input_er_avd": dimension_loss(heard[0].dimensions, dimensions),
+        "input_er": emotion_loss(heard[0].emotion_logits, emotions) / (emotions != -100).sum(),
+        "input_er_avd": dimension_loss(heard[0].dimensions, dimensions) / dimensions.isfinite().sum(),
         "response_kl": kl_as_trained(*logits, speech.labels, text.labels, temperature=temperature, shifted=False),
     }
 
