@@ -29,15 +29,10 @@ GREEDY = {
 
 @dataclass
 class Heard:
-    """What the model makes of one clip, by its two heads.
+    """What the model makes of one clip, by its two heads."""
 
-    Args:
-        probabilities (`dict[str, float]`): By emotion.
-        dimensions (`dict[str, float]`): Arousal, dominance and valence, about 0 to 1.
-    """
-
-    probabilities: dict[str, float]
-    dimensions: dict[str, float]
+    probabilities: dict[str, float]  # by emotion
+    dimensions: dict[str, float]  # arousal, dominance and valence, about 0 to 1
 
     @property
     def emotion(self) -> str:

@@ -38,6 +38,15 @@ CSS = """
 :is(button, textarea, input):focus-visible { outline: 3px solid var(--color-accent) !important; }
 """
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+COLUMN: dict[str, Any] = {
+    "height": 340,
+    "min_width": 260,
+    "elem_classes": "chat",
+    "buttons": [],
+    "placeholder": "Nothing has been said yet.",
+    "feedback_options": None,
+    "render_markdown": False,  # what was said, letter by letter
+}
 LARGEST_UPLOAD = "64mb"
 DELETE_RECORDINGS_S = (600, 3600)  # looks every ten minutes for uploads and recordings that are an hour old
 MOST_SESSIONS = 32  # each keeps a key-value cache; beyond them the one that was idle longest is dropped
@@ -74,17 +83,12 @@ class _StoppableStreamer(TextIteratorStreamer):
 
 
 class Session:
-    """A visitor's conversation with each system, and what the page shows of them.
+    """A visitor's conversation with each system, and what the page shows: `shown`, `heard` and `status`.
 
     Args:
-        systems (`Mapping`): What begins a conversation, by name; the first is the one whose hearing is shown.
+        systems (`Mapping`): What begins a conversation, by name; the first is the one whose hearing is drawn.
         lock (`threading.Lock`): One for all sessions that share a model.
         max_new_tokens (`int`): Longest reply.
-
-    Attributes:
-        shown (`dict` of `str` to `list`): Messages of each system's column, `{"role", "content"}`.
-        heard (`list` of [`Heard`]): Of every spoken turn that was answered.
-        status ([`Status`]): What happens.
     """
 
     def __init__(self, systems: Starts, lock: threading.Lock, *, max_new_tokens: int):
@@ -96,7 +100,7 @@ class Session:
 
     def _clear(self) -> None:
         self.shown: dict[str, list[dict[str, str]]] = {name: [] for name in self.conversations}
-        self.heard: list[Heard] = []
+        self.heard: list[Heard] = []  # in every spoken turn that was answered
         self.status = EMPTY
 
     def reset(self) -> None:
@@ -115,19 +119,17 @@ class Session:
         """Say an audio file, a text, or both to every system. Look at the attributes after each step."""
         text = (text or "").strip()
         audio, label = None, text
-        if path is None and not text:
-            self.status = Status("error", "There is nothing to send yet: record, upload or type something.")
+        try:
+            if path is not None:
+                audio = {"waveform": load_audio(path, name=Path(path).name)}
+            elif not text:
+                raise ValueError("there is nothing to send yet. Record, upload or type something.")
+        except (ImportError, OSError, ValueError) as error:  # ImportError: what a container or a rate needs
+            self.status = Status("error", f"Not sent: {error}")
             yield
             return
-        if path is not None:
-            try:
-                waveform = load_audio(path, name=Path(path).name)
-            except (ImportError, OSError, ValueError) as error:  # ImportError: what a container or a rate needs
-                self.status = Status("error", f"Not sent: {error}")
-                yield
-                return
-            audio = {"waveform": waveform}
-            label = f"{text}\n\n" * bool(text) + f"(spoken, {len(waveform) / SAMPLING_RATE:.1f} s)"
+        if audio is not None:
+            label = f"{text}\n\n" * bool(text) + f"(spoken, {len(audio['waveform']) / SAMPLING_RATE:.1f} s)"
         stop = self._stop = threading.Event()
         failures = []
         for name in self.conversations:
@@ -195,15 +197,7 @@ class Session:
 
 
 class Page:
-    """The page for some systems.
-
-    Args:
-        systems (`Mapping`): As of [`Session`].
-        max_new_tokens (`int`, *optional*, defaults to 128): Longest reply.
-
-    Raises:
-        ImportError: If Gradio is missing (`pip install relllm[web]`).
-    """
+    """The page for some systems, as of [`Session`]; without Gradio an `ImportError` says what to install."""
 
     def __init__(self, systems: Starts, *, max_new_tokens: int = 128):
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -218,11 +212,7 @@ class Page:
         self.blocks = self._build()
 
     def launch(self, *, host: str = "127.0.0.1", port: int | None = 7860, block: bool = True) -> str:
-        """Serve the page, on a free port if it is `None`, and return its local URL: at its end, or at once.
-
-        Raises:
-            OSError: If the port is taken.
-        """
+        """Serve the page, on a free port if it is `None`, and return its URL; a port that is taken is an `OSError`."""
         theme = self.gradio.themes.Base(
             primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"]
         )
@@ -253,7 +243,7 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
                     with gr.Row():
-                        columns = [self._chatbot(name) for name in self.systems]
+                        columns = [gr.Chatbot(label=name, **COLUMN) for name in self.systems]
                     status = gr.HTML()
                     box = gr.MultimodalTextbox(
                         label="Say something",
@@ -277,18 +267,6 @@ class Page:
             gr.on([reset.click, *clears], self._reset, session, shown, **at_once)
         return blocks
 
-    def _chatbot(self, name: str) -> gradio.Chatbot:
-        return self.gradio.Chatbot(
-            label=name,
-            height=340,
-            min_width=260,
-            elem_classes="chat",
-            buttons=[],
-            placeholder="Nothing has been said yet.",
-            feedback_options=None,
-            render_markdown=False,  # what was said, letter by letter
-        )
-
     def _start(self) -> list:
         session = Session(self.systems, self.lock, max_new_tokens=self.max_new_tokens)
         return [session, *self._show(session, {"value": None})]
@@ -298,12 +276,12 @@ class Page:
             yield self._gone()
             return
         files, text = said["files"], said["text"]
-        sent = False
-        for _ in session.talk(files[0] if files else None, text):
-            # a bad clip is not to be sent again, the words beside it may be
-            emptied = {} if sent else {"value": {"text": "" if session.status.kind == "busy" else text, "files": []}}
-            sent = True
-            yield self._show(session, emptied)
+        steps = session.talk(files[0] if files else None, text)
+        next(steps)
+        # a bad clip is not to be sent again, the words beside it may be
+        yield self._show(session, {"value": {"text": "" if session.status.kind == "busy" else text, "files": []}})
+        for _ in steps:
+            yield self._show(session, {})
         yield self._show(session, {})
 
     def _reset(self, session: Session | None) -> list:
@@ -341,7 +319,7 @@ class Page:
         ]
         values = [0.0, 1.0, *(value for clip in heard for value in clip.dimensions.values())]
         turns = [str(turn + 1) for turn in range(len(heard))]
-        limits = [min(values) - 0.1, max(values) + 0.1]
+        limits: list[float | None] = [min(values) - 0.1, max(values) + 0.1]
         return self.gradio.ScatterPlot(pandas.DataFrame(rows), y_lim=limits, sort=turns, visible=bool(rows))
 
 

@@ -108,7 +108,7 @@ def test_bad_audio_is_an_error_and_the_conversation_stays(session, tmp_path) -> 
         talk(session, str(tmp_path / path))
         assert session.status.kind == "error" and path in session.status.text
     talk(session, None, "  ")
-    assert session.status.kind == "error" and "nothing to send" in session.status.text
+    assert session.status.kind == "error" and "there is nothing to send" in session.status.text
     assert session.shown == before
     talk(session, None, "And you?")
     assert session.status == EMPTY and len(session.shown["RE-LLM"]) == 4

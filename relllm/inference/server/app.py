@@ -32,20 +32,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes need.
+    """What the routes need."""
 
-    Args:
-        name (`str`): Of the model, for clients.
-        engine ([`Engine`]), reader ([`PromptReader`]): The parts.
-        audio_token_id (`int`): Of the placeholder.
-        api_key (`str`, *optional*): What clients must send as `Authorization: Bearer …`; `None` for no key.
-    """
-
-    name: str
+    name: str  # of the model, for clients
     engine: Engine
     reader: PromptReader
-    audio_token_id: int
-    api_key: str | None = None
+    audio_token_id: int  # of the placeholder
+    api_key: str | None = None  # what clients must send as `Authorization: Bearer …`
 
 
 def create_app(service: Service) -> FastAPI:
@@ -57,10 +50,8 @@ def create_app(service: Service) -> FastAPI:
     for kind in (ApiError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     routes = APIRouter(prefix="/v1", dependencies=[Depends(handlers.check_key)])
-    for path, handler, request in (
-        ("/chat/completions", handlers.chat, ChatRequest),
-        ("/emotion", handlers.emotion, EmotionRequest),
-    ):
+    posts = {"/chat/completions": (handlers.chat, ChatRequest), "/emotion": (handlers.emotion, EmotionRequest)}
+    for path, (handler, request) in posts.items():
         content = {"application/json": {"schema": request.model_json_schema()}}
         schema = {"requestBody": {"required": True, "content": content}}
         routes.add_api_route(path, handler, methods=["POST"], openapi_extra=schema)
@@ -91,11 +82,10 @@ class _Handlers:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="relllm-read")
 
     async def check_key(self, request: Request) -> None:
+        if (expected := self._service.api_key) is None:
+            return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        expected = self._service.api_key
-        if expected is not None and not (
-            compare_digest(key.strip().encode("latin-1"), expected.encode()) and scheme.lower() == "bearer"
-        ):
+        if not compare_digest(key.strip().encode("latin-1"), expected.encode()) or scheme.lower() != "bearer":
             message = "Send the server's key as 'Authorization: Bearer KEY'."
             raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer", **CLOSE})
 
@@ -114,7 +104,8 @@ class _Handlers:
         (stream, include_usage), job, events = await self._submit(request, read)
         completion = _Completion(self._service, job.prompt)
         if not stream:
-            return JSONResponse(completion.whole(*await self._wait(request, job, _collect(events))))
+            heard, text, ended = await self._wait(request, job, _collect(events))
+            return JSONResponse(completion.whole(heard, text, ended))
         # the status is sent with the first event, so that a failure before it still has one of its own
         heard = cast(list[Heard], await self._wait(request, job, _next_event(events)))
         pieces = _stream(heard, events, completion, include_usage)
@@ -231,7 +222,7 @@ class _Completion:
     """The answers to one chat request, in OpenAI's JSON with `emotion` beside the choices."""
 
     def __init__(self, service: Service, prompt: Prompt) -> None:
-        self._prompt = prompt
+        self.prompt = prompt
         self._audio_tokens = prompt.token_ids.count(service.audio_token_id)
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
 
@@ -242,12 +233,8 @@ class _Completion:
             "object": "chat.completion",
             "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": ended.reason}],
             "usage": self._usage(ended),
-            "emotion": _emotions(heard, self._prompt),
+            "emotion": _emotions(heard, self.prompt),
         }
-
-    def first(self, heard: Sequence[Heard]) -> bytes:
-        """Return the role and the emotion: it is known before the first token."""
-        return self.chunk({"role": "assistant", "content": ""}, emotion=_emotions(heard, self._prompt))
 
     def chunk(self, delta: dict[str, str], reason: str | None = None, **more: object) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
@@ -258,7 +245,7 @@ class _Completion:
         return _sse({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage(ended)})
 
     def _usage(self, ended: Ended) -> dict[str, object]:
-        read = len(self._prompt.token_ids)
+        read = len(self.prompt.token_ids)
         return {
             "prompt_tokens": read,
             "completion_tokens": ended.num_tokens,
@@ -271,7 +258,8 @@ async def _stream(
     heard: list[Heard], events: asyncio.Queue[Event], completion: _Completion, include_usage: bool
 ) -> AsyncIterator[bytes]:
     try:
-        yield completion.first(heard)
+        emotion = _emotions(heard, completion.prompt)  # known before the first token
+        yield completion.chunk({"role": "assistant", "content": ""}, emotion=emotion)
         while isinstance(event := await _next_event(events), str):
             yield completion.chunk({"content": event})
         ended = cast(Ended, event)

@@ -29,41 +29,25 @@ _HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a reply is written.
-
-    Args:
-        max_tokens (`int`): Longest reply.
-        temperature (`float`, *optional*, defaults to 0): 0 takes the most probable token.
-        top_p (`float`, *optional*, defaults to 1): Draw from the fewest tokens that have this probability together.
-        seed (`int`, *optional*): Of the draws; by default another one each time.
-        stop (`tuple[str, ...]`, *optional*): The reply ends before the first of these.
-    """
+    """How a reply is written."""
 
     max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+    temperature: float = 0.0  # 0 takes the most probable token
+    top_p: float = 1.0  # draw from the fewest tokens that have this probability together
+    seed: int | None = None  # of the draws; by default another one each time
+    stop: tuple[str, ...] = ()  # the reply ends before the first of these
 
 
 @dataclass
 class Prompt:
-    """A request that has been read and checked.
+    """A request that has been read and checked: to hear only, without tokens and sampling."""
 
-    Args:
-        waveforms (`list[np.ndarray]`): Clips at the extractor's rate, in order.
-        num_windows (`int`), audio_seconds (`float`): Of all of them.
-        token_ids (`list[int]`): The conversation, with the placeholders of the clips; empty to hear only.
-        sampling ([`Sampling`], *optional*): Of the reply; `None` to hear only.
-        clip_messages (`list[int]`): Index of the message that each clip is in.
-    """
-
-    waveforms: list[np.ndarray]
-    num_windows: int
-    audio_seconds: float
-    token_ids: list[int] = field(default_factory=list)
+    waveforms: list[np.ndarray]  # clips at the extractor's rate, in order
+    num_windows: int  # of all of them
+    audio_seconds: float  # of all of them
+    token_ids: list[int] = field(default_factory=list)  # the conversation, with the placeholders of the clips
     sampling: Sampling | None = None
-    clip_messages: list[int] = field(default_factory=list)
+    clip_messages: list[int] = field(default_factory=list)  # index of the message that each clip is in
 
 
 @dataclass(frozen=True)
@@ -115,12 +99,7 @@ class Job:
 
 
 class TextWriter:
-    """Tokens in, text out as soon as it is certain: no half characters, nothing that may begin a stop string.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): Of the model.
-        stop (`Sequence[str]`, *optional*): Stop strings; none is written.
-    """
+    """Tokens in, text out as soon as it is certain: no half characters, nothing that may begin a stop string."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self.stopped = False
@@ -171,15 +150,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Row:
-    """The reply of a job while it is written.
-
-    Args:
-        job ([`Job`]): A request with a `sampling`.
-        tokenizer (`PreTrainedTokenizerBase`): Of the model.
-        end_tokens (`Collection[int]`): Any of them ends the reply.
-        padding (`int`): Positions of padding before its prompt.
-        device (`torch.device`): Where the scores are.
-    """
+    """The reply of a job while it is written, with `padding` positions before its prompt; any end token ends it."""
 
     def __init__(
         self,
@@ -248,10 +219,7 @@ class Row:
 class RowChoices(LogitsProcessor):
     """Has `generate`, which takes the most probable token, take what each row chooses.
 
-    Args:
-        rows (`Sequence[Row]`): Of the batch.
-        repetition_penalty (`float`, *optional*, defaults to 1): The checkpoint's. Here, because `generate` itself
-            would apply it to the padding as well, and a padded row must not differ.
+    A checkpoint's repetition penalty is applied here: `generate` itself would apply it to the padding as well.
     """
 
     def __init__(self, rows: Sequence[Row], repetition_penalty: float = 1.0) -> None:

@@ -8,6 +8,7 @@ import copy
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,13 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 class Engine:
-    """Batches requests and answers them, in a thread of its own.
-
-    Args:
-        model ([`ReLLMForConditionalGeneration`]), processor ([`ReLLMProcessor`]): Of one checkpoint, in eval mode.
-            From `start` on, nobody else may run the model.
-        settings ([`BatchSettings`]): How requests are batched.
-    """
+    """Batches requests and answers them, in a thread of its own: from `start` on, nobody else may run the model."""
 
     def __init__(
         self, model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, settings: BatchSettings
@@ -47,10 +42,9 @@ class Engine:
         self._draining = self._aborted = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="relllm-model", daemon=True)
-        generation = model.generation_config
-        end = generation.eos_token_id
+        end = model.generation_config.eos_token_id
         self._end_tokens = frozenset([end] if isinstance(end, int) else end or [])
-        self._repetition_penalty = generation.repetition_penalty or 1.0
+        self._repetition_penalty = model.generation_config.repetition_penalty or 1.0
 
     def start(self) -> None:
         """Start the thread."""
@@ -173,14 +167,12 @@ class Engine:
     @torch.no_grad()
     def _answer(self, batch: list[Job]) -> None:
         clips = self._encode(batch)
-        writing = []
+        writing = [job for job in batch if job.prompt.sampling is not None]
+        spoken = [clip for job, own in zip(batch, clips, strict=True) if job in writing for clip in own]
         for job in batch:
-            if job.prompt.sampling is None:
+            if job not in writing:
                 job.end(None, 0)
-            else:
-                writing.append(job)
         if writing:
-            spoken = [clip for job, own in zip(batch, clips, strict=True) if job in writing for clip in own]
             self._generate(writing, torch.cat(spoken) if spoken else None)
 
     def _encode(self, batch: list[Job]) -> list[list[Tensor]]:
@@ -209,7 +201,9 @@ class Engine:
         pad_token = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else 0
         input_ids = pad_sequence(prompts, batch_first=True, padding_value=pad_token, padding_side="left")
         mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
-        rows = [self._row(job, int(input_ids.shape[1]) - len(ids)) for job, ids in zip(batch, prompts, strict=True)]
+        own: dict[str, Any] = {"tokenizer": self._tokenizer, "end_tokens": self._end_tokens, "device": device}
+        length = int(input_ids.shape[1])
+        rows = [Row(job, padding=length - len(ids), **own) for job, ids in zip(batch, prompts, strict=True)]
         audio: dict[str, object] = {}
         if positions is not None:
             audio["mm_encoder_outputs"] = {"audio": ReLLMAudioOutput(pooler_output=positions)}
@@ -225,12 +219,3 @@ class Engine:
         )
         for row in rows:
             row.end("length")  # where a limit of the checkpoint's own came first
-
-    def _row(self, job: Job, padding: int) -> Row:
-        return Row(
-            job,
-            tokenizer=self._tokenizer,
-            end_tokens=self._end_tokens,
-            padding=padding,
-            device=self._model.device,
-        )

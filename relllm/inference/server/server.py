@@ -27,13 +27,10 @@ MOST_CONNECTIONS = 1024  # beyond them uvicorn answers 503
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that stops its engine along with itself.
+    """A uvicorn server that starts and stops an engine along with itself.
 
-    Args:
-        service ([`Service`]): What to serve; its engine is started here.
-        grace_s (`float`, *optional*, defaults to 30): For accepted requests to be finished after a signal to stop, in
-            seconds.
-        announce (`Callable[[], None]`, *optional*): Called once requests are accepted.
+    After a signal to stop, accepted requests have `grace_s` to be finished. `announce` is called once requests are
+    accepted.
     """
 
     def __init__(self, service: Service, *, grace_s: float = 30.0, announce: Callable[[], None] | None = None) -> None:
