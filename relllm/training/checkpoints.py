@@ -37,7 +37,7 @@ def checkpoint_to_resume(output_dir: Path, resume: str) -> str | None:
         FileNotFoundError: With `"true"`, if there is none.
         ValueError: With `"false"`, if there is one: two runs would mix in one folder.
     """
-    checkpoints = [path for path in output_dir.glob("checkpoint-*") if _is_complete(path)]
+    checkpoints = [path for path in output_dir.glob("checkpoint-*") if _has_state(path)]
     last = max(checkpoints, key=lambda path: int(path.name.split("-")[1]), default=None)
     if resume == "true" and last is None:
         raise FileNotFoundError(f"resume='true', and {output_dir} has no complete checkpoint. Use resume='auto'.")
@@ -49,7 +49,7 @@ def checkpoint_to_resume(output_dir: Path, resume: str) -> str | None:
     return None if last is None else str(last)
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def _has_state(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -74,7 +74,7 @@ class ReLLMCollator:
         is_reply = torch.as_tensor(batch.pop("assistant_masks")).bool()
         batch["labels"] = batch["input_ids"].masked_fill(~is_reply, IGNORE_INDEX)
         emotions = [self._emotions(row, count) for row, count in zip(rows, clips, strict=True)]
-        dimensions = [_dimensions(row, count) for row, count in zip(rows, clips, strict=True)]
+        dimensions = [_dimension_targets(row, count) for row, count in zip(rows, clips, strict=True)]
         batch["emotion_labels"] = torch.tensor([label for labels in emotions for label in labels], dtype=torch.long)
         targets = [target for row_targets in dimensions for target in row_targets]
         batch["dimension_labels"] = torch.tensor(targets, dtype=torch.float32).reshape(-1, len(DIMENSIONS))
@@ -173,7 +173,7 @@ def _group_clips(conversation: Sequence[dict]) -> list[int]:
     return groups
 
 
-def _dimensions(row: Mapping, num_clips: int) -> list[list[float]]:
+def _dimension_targets(row: Mapping, num_clips: int) -> list[list[float]]:
     columns = [_per_clip(row, name, num_clips) for name in DIMENSIONS]
     targets = [
         [float("nan") if value is None else float(value) for value in clip] for clip in zip(*columns, strict=True)

@@ -91,8 +91,8 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
             super().__init__(
                 model=model,
                 args=args,
-                train_dataset=_leave_encoded(train_dataset),
-                eval_dataset=_leave_encoded(eval_dataset),
+                train_dataset=_keep_encoded(train_dataset),
+                eval_dataset=_keep_encoded(eval_dataset),
                 processing_class=processing_class,
                 **kwargs,
             )
@@ -301,12 +301,12 @@ class _ShortStreamCallback(TrainerCallback):
         self.last_step = state.global_step
 
 
-def _leave_encoded(dataset: Any) -> Any:
+def _keep_encoded(dataset: Any) -> Any:
     """Return audio columns as paths and bytes: the processor decodes each clip once, where it is needed."""
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {name: _leave_encoded(one) for name, one in dataset.items()}
+        return {name: _keep_encoded(one) for name, one in dataset.items()}
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, Audio) and feature.decode:
             dataset = dataset.cast_column(name, Audio(decode=False))
