@@ -18,7 +18,7 @@ from reference import REPLY, audio_only, build_model, build_processor, clips, or
 from torch import Tensor
 
 from relllm import ReLLMForConditionalGeneration, ReLLMSFTConfig, ReLLMSFTTrainer
-from relllm.modeling import lora_scope_relllm
+from relllm.modeling import lora_relllm
 
 LABELS = {"emotion": "happy", "arousal": 0.5, "dominance": 0.4, "valence": 0.6}
 
@@ -101,7 +101,7 @@ def _original_loss(model: ReLLMForConditionalGeneration, inputs: dict, waveforms
 @contextlib.contextmanager
 def _lora_everywhere() -> Iterator[None]:
     """The LoRA at all positions, times its mask, as the original has it: ours on a CPU leaves the others out."""
-    with mock.patch.object(lora_scope_relllm, "_find_positions", return_value=None):
+    with mock.patch.object(lora_relllm, "_find_positions", return_value=None):
         yield
 
 

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from .labels import EMOTIONS
 from .modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
-from .modeling.lora_scope_relllm import ADAPTER_NAME
+from .modeling.lora_relllm import ADAPTER_NAME
 from .modeling.modeling_relllm import ReLLMForConditionalGeneration
 
 logger = logging.get_logger(__name__)

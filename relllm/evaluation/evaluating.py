@@ -28,7 +28,7 @@ from relllm.data.loading import load_corpus
 from relllm.data.rows import LABEL_SETS
 from relllm.inference.replies import GREEDY
 from relllm.labels import DIMENSIONS, EMOTIONS
-from relllm.modeling.assembly_relllm import find_commit
+from relllm.modeling.checkpoint_relllm import find_commit
 
 from .asking import RECOGNITION_TOKENS, Questions, render_prompts
 from .evaluation_settings import FORMAT, METRICS, PREDICTIONS, TASKS, EvaluationSettings, System

@@ -7,6 +7,8 @@ Top to bottom: the pretrained base, [`ReLLMModel`] (towers, fusion, projector, h
 import copy
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,19 +23,27 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .assembly_relllm import find_audio_token, load_parts, load_tower, name_tower_weights, tower_source
-from .audio_tower_relllm import build_tower, frame_mask
+from .audio_tower_relllm import build_tower, encode_audio, frame_mask
+from .checkpoint_relllm import (
+    config_fields,
+    find_audio_token,
+    finish_light,
+    light_state,
+    load_light,
+    load_parts,
+    load_tower,
+    name_tower_weights,
+    read_light_record,
+    tower_source,
+)
 from .configuration_relllm import DIMENSIONS, ReLLMConfig
 from .emotion_tower_relllm import ReLLMEmotionModel
-from .light_checkpoint_relllm import config_fields, finish_light, light_state, load_light, read_light_record
-from .lora_scope_relllm import LoraScope, inject_scoped_lora, is_lora_parameter, plain_lora_config
-from .outputs_relllm import ReLLMAudioOutput, ReLLMCausalLMOutput, ReLLMModelOutput
-from .placement_relllm import check_counts, count_message, place_positions
-from .projector_relllm import ConvProjector, ProjectorOutput
-from .towers_relllm import TowerOutputs, clip_average, is_trained, run_towers
+from .lora_relllm import LoraScope, inject_scoped_lora, is_lora_parameter, plain_lora_config
+from .projector_relllm import ConvProjector, ProjectorOutput, check_counts, count_message, place_positions
 
 AUDIO_INPUTS = (
     "input_features",
@@ -44,6 +54,88 @@ AUDIO_INPUTS = (
     "tower_outputs",
 )
 AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForSpeechSeq2Seq")
+
+
+@dataclass
+class TowerOutputs(ModelOutput):
+    """
+    Args:
+        frames (`torch.Tensor` of shape `(windows, T, d_s)`): Of the speech tower; past a window's own count, padding.
+        lengths (`torch.LongTensor` of shape `(windows,)`): Each window's own frame count.
+        emotion_embedding (`torch.Tensor` of shape `(windows, d_e)`, *optional*): Of the emotion tower, where there is
+            one.
+        dimensions (`torch.Tensor` of shape `(windows, 3)`, *optional*): Its arousal, dominance, valence.
+        hidden_states, attentions (`tuple` of `torch.Tensor`, *optional*): Of the speech tower, layer by layer.
+    """
+
+    frames: Tensor = None  # type: ignore[assignment]  # always there: a ModelOutput's fields need defaults
+    lengths: Tensor = None  # type: ignore[assignment]
+    emotion_embedding: Tensor | None = None
+    dimensions: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ReLLMAudioOutput(BaseModelOutputWithPooling):
+    """What the model hears, before the LLM.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(windows, L, d)`): Projected positions, padded on the right.
+        pooler_output (`torch.Tensor` of shape `(tokens, d)`): The valid ones in one row, clip after clip; of
+            `get_audio_features` alone.
+        lengths (`torch.LongTensor` of shape `(windows,)`): Valid positions of each window.
+        hidden_states, attentions (`tuple` of `torch.Tensor`, *optional*): Of the speech tower, layer by layer.
+        emotion_logits (`torch.Tensor` of shape `(clips, classes)`): Of `config.emotion_labels`.
+        dimensions (`torch.Tensor` of shape `(clips, 3)`): Arousal, dominance, valence from the projected positions.
+        emotion_embedding (`torch.Tensor` of shape `(clips, d_e)`, *optional*): The utterance embedding.
+        tower_dimensions (`torch.Tensor` of shape `(clips, 3)`, *optional*): The emotion tower's own reading.
+    """
+
+    lengths: Tensor | None = None
+    emotion_logits: Tensor | None = None
+    dimensions: Tensor | None = None
+    emotion_embedding: Tensor | None = None
+    tower_dimensions: Tensor | None = None
+
+
+@dataclass
+class ReLLMModelOutput(BaseModelOutputWithPast):
+    """Of [`ReLLMModel`].
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, sequence, d)`): The LLM's last hidden states.
+        audio_hidden_states (`torch.Tensor` of shape `(windows, L, d)`, *optional*): Projected, padded on the right.
+        audio_lengths (`torch.LongTensor` of shape `(windows,)`, *optional*): Valid positions of each window.
+        emotion_logits, dimensions, emotion_embedding, tower_dimensions: See [`ReLLMAudioOutput`].
+    """
+
+    audio_hidden_states: Tensor | None = None
+    audio_lengths: Tensor | None = None
+    emotion_logits: Tensor | None = None
+    dimensions: Tensor | None = None
+    emotion_embedding: Tensor | None = None
+    tower_dimensions: Tensor | None = None
+
+
+@dataclass
+class ReLLMCausalLMOutput(CausalLMOutputWithPast):
+    """Of [`ReLLMForConditionalGeneration`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*): Next-token cross-entropy, where `labels` are given.
+        logits (`torch.Tensor` of shape `(batch, sequence, vocabulary)`): Next-token scores.
+        audio_hidden_states (`torch.Tensor` of shape `(windows, L, d)`, *optional*): Projected, padded on the right.
+        audio_lengths (`torch.LongTensor` of shape `(windows,)`, *optional*): Valid positions of each window.
+        emotion_logits, dimensions, emotion_embedding, tower_dimensions: See [`ReLLMAudioOutput`].
+    """
+
+    audio_hidden_states: Tensor | None = None
+    audio_lengths: Tensor | None = None
+    emotion_logits: Tensor | None = None
+    dimensions: Tensor | None = None
+    emotion_embedding: Tensor | None = None
+    tower_dimensions: Tensor | None = None
 
 
 class ReLLMPreTrainedModel(PreTrainedModel):
@@ -283,10 +375,29 @@ class ReLLMModel(ReLLMPreTrainedModel):
         )
 
     def run_towers(
-        self, input_features: Tensor, *args: Tensor | None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        input_features: Tensor,
+        input_features_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        input_values_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TowerOutputs:
-        """What the towers make of the audio; arguments as of [`~ReLLMModel.get_audio_features`]."""
-        return run_towers(self.audio_tower, self.emotion_tower, input_features, *args, **kwargs)
+        """Return what the towers make of the audio; the arguments are those of [`~ReLLMModel.get_audio_features`].
+
+        While the towers are frozen this never changes, so it can be kept, and given to the model instead of features.
+        """
+        with _frozen(self.audio_tower):
+            encoded, lengths = encode_audio(self.audio_tower, input_features, input_features_mask, **kwargs)
+        outputs = TowerOutputs(
+            encoded.last_hidden_state, lengths, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
+        if self.emotion_tower is not None:
+            if input_values is None:
+                raise ValueError("input_features came without input_values, which the emotion tower reads. Pass both.")
+            with _frozen(self.emotion_tower):
+                emotion = self.emotion_tower(input_values.to(self.emotion_tower.dtype), input_values_mask)
+            outputs.emotion_embedding, outputs.dimensions = emotion.embedding, emotion.dimensions
+        return outputs
 
     def _project(self, towers: TowerOutputs) -> ProjectorOutput:
         """Fuse the emotion embedding with the frames (or put it before them) and project: `(windows, L, d)`."""
@@ -615,6 +726,25 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         return super()._get_candidate_generator(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
 
 
+def is_trained(module: nn.Module) -> bool:
+    """Whether any parameter of a module trains."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def clip_average(num_windows: Tensor, weights: Tensor) -> Tensor:
+    """`(clips, windows)`: row i averages the windows of clip i, each by its weight."""
+    clip_end = num_windows.cumsum(0)[:, None]
+    window = torch.arange(len(weights), device=weights.device)[None]
+    belongs = (window < clip_end) & (window >= clip_end - num_windows[:, None])
+    share = belongs * weights.float()
+    return share / share.sum(-1, keepdim=True)
+
+
+def _frozen(tower: nn.Module) -> AbstractContextManager:
+    """No graph through a tower that does not train, also where embeddings were hooked to require gradients."""
+    return nullcontext() if is_trained(tower) else torch.no_grad()
+
+
 def _averaged(by_frames: Tensor, values: Tensor | None) -> Tensor | None:
     return None if values is None else by_frames.to(values) @ values
 
@@ -626,4 +756,5 @@ __all__ = [
     "ReLLMModel",
     "ReLLMModelOutput",
     "ReLLMPreTrainedModel",
+    "TowerOutputs",
 ]

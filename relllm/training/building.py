@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
-from relllm.modeling.assembly_relllm import find_audio_token, load_parts, whole_weights
+from relllm.modeling.checkpoint_relllm import find_audio_token, load_parts, whole_weights
 from relllm.modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor

@@ -18,8 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import logging
 
-from relllm.modeling.assembly_relllm import TOWERS
-from relllm.modeling.light_checkpoint_relllm import check_left_out, why_not_light
+from relllm.modeling.checkpoint_relllm import TOWERS, check_left_out, why_not_light
 
 logger = logging.get_logger(__name__)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from relllm.modeling.lora_scope_relllm import is_lora_parameter
+from relllm.modeling.lora_relllm import is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 
 HEADS = ("emotion_head", "dimension_head")

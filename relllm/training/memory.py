@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 
 from relllm.modeling.audio_tower_relllm import count_frames
 from relllm.modeling.configuration_relllm import ReLLMConfig
-from relllm.modeling.lora_scope_relllm import is_lora_parameter
+from relllm.modeling.lora_relllm import is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 
 from .freezing import prepare_trainable

@@ -32,9 +32,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from relllm.modeling.light_checkpoint_relllm import fingerprint
-from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration, ReLLMModel
-from relllm.modeling.towers_relllm import TowerOutputs
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration, ReLLMModel, TowerOutputs
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 
 from .settings import setting
@@ -238,8 +236,12 @@ def join_clips(clips: Sequence[TowerOutputs]) -> TowerOutputs:
 
 
 def _describe_tower(tower: PreTrainedModel) -> dict[str, object]:
-    weights = fingerprint(tower.state_dict().values())
-    return {"weights": weights, "dtype": str(tower.dtype), "config": _without_origin(tower.config.to_dict())}
+    digest = hashlib.sha256()
+    for name, weight in tower.state_dict().items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    origin_free = _without_origin(tower.config.to_dict())
+    return {"weights": digest.hexdigest(), "dtype": str(tower.dtype), "config": origin_free}
 
 
 def _without_origin(fields: Mapping[str, object]) -> dict[str, object]:

@@ -21,7 +21,7 @@ from tiny_models import (
 from transformers import AutoModel
 
 from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
-from relllm.modeling.assembly_relllm import find_commit
+from relllm.modeling.checkpoint_relllm import find_commit
 
 # WavLM's own attention, on a padded batch
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")

@@ -1,5 +1,6 @@
 """Light checkpoints: the same model as a full one, the size of what was trained, and a tower that is gone is named."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from relllm import ReLLMForConditionalGeneration, ReLLMModel, register_for_auto_class
 from relllm.cli import app
-from relllm.modeling.light_checkpoint_relllm import fingerprint
+from relllm.modeling.checkpoint_relllm import source_fingerprint
 
 BYTES_OF_HEADER = 20_000
 
@@ -186,7 +187,7 @@ def test_the_code_files_are_written_beside_a_light_checkpoint(model, tmp_path: P
         model.save_pretrained(tmp_path, light=True)
     finally:
         register_for_auto_class(False)
-    assert (tmp_path / "light_checkpoint_relllm.py").exists() and (tmp_path / "assembly_relllm.py").exists()
+    assert (tmp_path / "checkpoint_relllm.py").exists()
     found = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     assert_same_weights(found, model)
     assert trained_names(found) == trained_names(model)
@@ -240,19 +241,24 @@ def test_towers_are_refused_with_a_full_checkpoint_and_where_they_are_none(model
             cls.from_pretrained(light, towers={"projector": "org/llm"})
 
 
-def test_a_fingerprint_tells_a_bit_a_shape_and_a_dtype_apart_and_not_a_name() -> None:
-    weights = [torch.arange(6.0), torch.zeros(2, 3)]
-    same = fingerprint(weights)
-    assert fingerprint(reversed(weights)) == same
-    flipped = torch.arange(6.0)
-    flipped[3] = torch.nextafter(flipped[3], torch.tensor(9.0))
-    others = (
-        [flipped, weights[1]],
-        [weights[0], torch.zeros(3, 2)],
-        [weights[0], torch.zeros(2, 3).int()],
-        weights[:1],
-    )
-    assert same not in [fingerprint(other) for other in others]
+def test_a_fingerprint_tells_a_byte_apart_and_neither_a_place_nor_the_hubs_cache(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for name in ("here", "there", "changed"):
+        tiny_llm().save_pretrained(tmp_path / name)
+    found = source_fingerprint({"name": str(tmp_path / "here")})
+    assert source_fingerprint({"name": str(tmp_path / "there")}) == found
+    weights = tmp_path / "changed" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert source_fingerprint({"name": str(tmp_path / "changed")}) != found
+    here = tmp_path / "here" / "model.safetensors"
+    digest = hashlib.sha256(here.read_bytes()).hexdigest()
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "blobs" / digest).write_bytes(b"")  # the name is enough: nothing is read
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to(tmp_path / "blobs" / digest)
+    assert source_fingerprint({"name": str(tmp_path / "snapshot")}) == found
 
 
 # --- merging ---------------------------------------------------------------------------------------------------------

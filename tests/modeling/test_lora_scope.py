@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from relllm import ReLLMForConditionalGeneration
-from relllm.modeling.lora_layer_relllm import ScopedLinear
-from relllm.modeling.lora_scope_relllm import ADAPTER_NAME, LoraScope, ScopedLora, inject_scoped_lora
+from relllm.modeling.lora_relllm import ADAPTER_NAME, LoraScope, ScopedLinear, ScopedLora, inject_scoped_lora
 
 SCOPES = ("audio", "text", "global")
 CHECKPOINTING = {"reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny_models import clip, conversation_inputs, tiny_config, tiny_model, tiny_processor, user_turn
 from torch import Tensor
 
-from relllm.modeling.placement_relllm import place_positions
+from relllm.modeling.projector_relllm import place_positions
 
 D = 3
 

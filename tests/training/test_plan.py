@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import relllm.training.memory as plan_memory_module
 from relllm import ReLLMConfig, ReLLMForConditionalGeneration
 from relllm.cli import app
-from relllm.modeling import audio_tower_relllm, lora_scope_relllm
+from relllm.modeling import audio_tower_relllm, lora_relllm
 from relllm.training.freezing import prepare_trainable, trainable_table
 from relllm.training.memory import RowSize, StepSettings, TrainingStep, count_audio_positions
 from relllm.training.plan import PlanArguments, parse_bytes, parse_plan, step_settings
@@ -118,7 +118,7 @@ def as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     And the fused head's buffer holds 32768 words, whatever the vocabulary; with 320 it would be all there is to see.
     """
-    monkeypatch.setattr(lora_scope_relllm, "_find_positions", lambda mask: None)
+    monkeypatch.setattr(lora_relllm, "_find_positions", lambda mask: None)
     monkeypatch.setattr(audio_tower_relllm, "can_convolve", lambda layers, waveforms: False)
     utils = pytest.importorskip("trl.trainer.utils")
     if not hasattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE"):

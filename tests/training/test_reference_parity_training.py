@@ -12,7 +12,7 @@ from golden import GRADIENT_RTOL, SCALARS, hear, recorded, relllm_model
 from test_losses import kl_as_trained
 from torch import Tensor
 
-from relllm.modeling.lora_scope_relllm import ADAPTER_NAME
+from relllm.modeling.lora_relllm import ADAPTER_NAME
 from relllm.training.losses import dimension_loss, emotion_loss
 
 FROZEN_BY_ORIGINAL = "model.emotion_head.weight"  # in its optimiser steps only; its gradient is recorded

@@ -1,17 +1,25 @@
 """LoRA that acts only at some positions of the sequence (RE-LLM and BLSP-Emo: at audio positions).
 
 PEFT owns the layers, their parameters and their saving. Here is only the rule of where they act: a mask that the model
-sets for the length of one forward pass. PEFT is imported when a LoRA is built, not before.
+sets for the length of one forward pass.
 """
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+try:  # what Transformers finds outside of a `try` it makes a requirement of every checkpoint
+    from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+    from peft.tuners.lora.layer import Linear as PeftLinear
+    from peft.tuners.lora.layer import LoraLayer
+except ImportError:
+    if not TYPE_CHECKING:
+        PeftLinear = nn.Module  # of a class that is never used
 
 ADAPTER_NAME = "relllm"  # not "default": a downstream `get_peft_model` takes that name and would overwrite ours
 
@@ -70,22 +78,11 @@ class LoraScope:
         return type(self), ()
 
 
-class LoraLayer(Protocol):
-    """What is used here of PEFT's layer of that name."""
-
-    lora_A: Mapping[str, nn.Linear]
-    lora_B: Mapping[str, nn.Linear]
-    lora_dropout: Mapping[str, nn.Module]
-    scaling: Mapping[str, float]
-
-    def get_delta_weight(self, adapter: str) -> Tensor: ...
-
-
 class ScopedLora:
     """What PEFT calls a LoRA variant: our forward pass on PEFT's layers and parameters.
 
     It has the methods of `peft.tuners.lora.layer.LoraVariant`, which PEFT calls private ("prone to change"): hence the
-    pinned range and a test of its own. It does not inherit from it, so that PEFT loads only where a LoRA is built.
+    pinned range and a test of its own.
     """
 
     def __init__(self, scope_name: str, scope: LoraScope):
@@ -95,7 +92,7 @@ class ScopedLora:
     def supports_lora_conversion(self) -> bool:
         return self.scope_name == "global"
 
-    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object) -> Tensor:
+    def forward(self, module: "LoraLayer", active_adapter: str, x: Tensor, result: Tensor, **kwargs: object) -> Tensor:
         """`result` of the base layer, plus the LoRA where the scope's mask says so."""
         mask = self.scope.mask
         if mask is None:  # a decode step of audio scope: the bare LLM
@@ -116,15 +113,15 @@ class ScopedLora:
             delta = delta * mask.unsqueeze(-1).to(delta.device, delta.dtype)
         return result + delta.to(result.dtype)
 
-    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(self, module: "LoraLayer", active_adapter: str, orig_weight: Tensor) -> Tensor:
         self._refuse_partial()
         return orig_weight + module.get_delta_weight(active_adapter)
 
-    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(self, module: "LoraLayer", active_adapter: str, orig_weight: Tensor) -> None:
         self._refuse_partial()
         orig_weight.data += module.get_delta_weight(active_adapter)
 
-    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(self, module: "LoraLayer", active_adapter: str, orig_weight: Tensor) -> Tensor:
         return orig_weight - module.get_delta_weight(active_adapter)
 
     def _refuse_partial(self) -> None:
@@ -134,6 +131,35 @@ class ScopedLora:
                 "and a merged weight acts at all. Keep it as it is (a decode step does not pay for it), or train with "
                 "lora_scope='global'."
             )
+
+
+class ScopedLinear(PeftLinear):
+    """A LoRA layer of PEFT that is its base layer where the LoRA acts nowhere.
+
+    PEFT's own `forward` asks, of every layer in every decode step, which adapters are active, merged or mixed, and
+    then calls the base layer as a module. That is a tenth of a small LLM's step.
+    """
+
+    lora_scope: LoraScope
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """As PEFT's; the shortest way to the same result where only our adapter is there, and its scope is nowhere."""
+        if self.lora_scope.mask is not None or torch.is_grad_enabled() or args or kwargs or not self._is_plain():
+            return super().forward(x, *args, **kwargs)
+        base = self._modules["base_layer"]
+        return nn.functional.linear(x, base._parameters["weight"], base._parameters["bias"])
+
+    def _is_plain(self) -> bool:
+        """Whether nothing but a matrix product can happen: no other adapter, no hook, no other kind of layer."""
+        base = self._modules["base_layer"]
+        return (
+            self._active_adapter in (ADAPTER_NAME, [ADAPTER_NAME])
+            and not self.merged_adapters
+            and type(base) is nn.Linear
+            and "forward" not in base.__dict__  # Accelerate's hooks, where a model is spread over devices
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+        )
 
 
 def inject_scoped_lora(text_model: nn.Module, lora_config: dict, scope_name: str, scope: LoraScope) -> dict:
@@ -153,20 +179,14 @@ def inject_scoped_lora(text_model: nn.Module, lora_config: dict, scope_name: str
         ImportError: If PEFT is not installed.
         ValueError: If a kind of LoRA is asked for that has its own forward pass (DoRA and the like).
     """
-    from .lora_layer_relllm import ScopedLinear  # imports PEFT, or says what to install
-
-    try:  # what Transformers finds outside of a `try` it makes a requirement of every checkpoint
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora.layer import Linear as PeftLinear
-        from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
-    except ImportError:
-        raise
+    if PeftLinear is nn.Module:
+        raise ImportError('This model carries a LoRA. Install PEFT with `pip install "peft>=0.21,<0.22"`.')
     transposed = any(isinstance(module, Conv1D) for module in text_model.modules())  # the linear layer of GPT-2
     peft_config = LoraConfig(**{"target_modules": "all-linear", "fan_in_fan_out": transposed, **lora_config})
     inject_adapter_in_model(peft_config, text_model, ADAPTER_NAME)
     variant = ScopedLora(scope_name, scope)
     for name, module in text_model.named_modules():
-        if isinstance(module, PeftLoraLayer):
+        if isinstance(module, LoraLayer):
             if ADAPTER_NAME in module.lora_variant:
                 raise ValueError(
                     f"lora_config asks for {module.lora_variant[ADAPTER_NAME]} at {name}; only plain LoRA."
@@ -175,7 +195,8 @@ def inject_scoped_lora(text_model: nn.Module, lora_config: dict, scope_name: str
             if type(module) is PeftLinear:
                 module.__class__ = ScopedLinear
                 module.lora_scope = scope
-    return {**lora_config, "target_modules": sorted(_target_names(text_model, PeftLoraLayer))}
+    layers = [name for name, module in text_model.named_modules() if isinstance(module, LoraLayer)]
+    return {**lora_config, "target_modules": sorted({name.rsplit(".", 1)[-1] for name in layers})}
 
 
 def is_lora_parameter(name: str) -> bool:
@@ -183,7 +204,7 @@ def is_lora_parameter(name: str) -> bool:
     return f".{ADAPTER_NAME}." in name and "lora_" in name
 
 
-def plain_lora_config(lora: "dict | PeftConfig | None") -> dict | None:  # type: ignore[name-defined]  # noqa: F821
+def plain_lora_config(lora: "dict | PeftConfig | None") -> dict | None:
     """What a `peft.LoraConfig` changes from its defaults, as JSON can hold it; a `dict` as it is."""
     if lora is None or isinstance(lora, dict):
         return lora
@@ -197,8 +218,12 @@ def _find_positions(mask: Tensor | bool | None) -> Tensor | None:
     return mask.flatten().nonzero().squeeze(1) if on_cpu and not torch.compiler.is_compiling() else None
 
 
-def _target_names(text_model: nn.Module, lora_layer: type) -> set[str]:
-    return {name.rsplit(".", 1)[-1] for name, module in text_model.named_modules() if isinstance(module, lora_layer)}
-
-
-__all__ = ["ADAPTER_NAME", "LoraScope", "ScopedLora", "inject_scoped_lora", "is_lora_parameter", "plain_lora_config"]
+__all__ = [
+    "ADAPTER_NAME",
+    "LoraScope",
+    "ScopedLinear",
+    "ScopedLora",
+    "inject_scoped_lora",
+    "is_lora_parameter",
+    "plain_lora_config",
+]

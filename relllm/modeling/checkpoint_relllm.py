@@ -1,42 +1,180 @@
-"""Light checkpoints: the weights that a model does not share with its towers' sources, and where those sources are.
+"""Putting a ReLLM together from towers, and light checkpoints, which leave out what the towers' sources have.
 
-In one are every trained parameter, everything outside the towers, and those tower weights that differ from their
-source (resized embeddings, a tower that was trained before). The rest comes back from the sources, and a fingerprint
-of what was left out guards it. Which class the model has, and how a tower is loaded, are the business of the siblings.
-
-The cost: the first light save of a model loads each source once more and hashes both sides with SHA-256, later saves
-only write; a load hashes each source once. Hashing takes about a second for 1 GB on one core, and uses them all.
+In a light checkpoint are every trained parameter, everything outside the towers, and those tower weights that differ
+from their source (resized embeddings, a tower that was trained before). The rest comes back from the sources, and a
+fingerprint of their files guards it: the SHA-256 that the Hub has of each file, or that of a local one, which is read
+for it once. The first light save of a model loads each source once more to compare; later saves only write.
 """
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import deepspeed
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file
 
-from .assembly_relllm import TOWERS, load_tower, name_tower_weights, place_of, whole_weights
+from .emotion_tower_relllm import ReLLMEmotionModel
+from .lora_relllm import is_lora_parameter
 
 logger = logging.get_logger(__name__)
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+AUDIO_TOKEN = "<|audio|>"
+TOWERS = ("audio_tower", "emotion_tower", "text_model")
 
 
-def fingerprint(weights: Iterable[Tensor]) -> str:
-    """SHA-256 over the weights' own hashes, in sorted order.
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """Every model made in the `with` block comes whole into this process, in a run with DeepSpeed's ZeRO 3 as well.
 
-    Names are left out: a new release of Transformers may rename a tower's modules, and its weights are the same.
+    There Transformers spreads a model over the processes as it makes it. But a ReLLM is put together from whole
+    weights, and the process that saves a light checkpoint reads its sources alone. DeepSpeed spreads it afterwards.
     """
-    return _combine(_digests(dict(enumerate(weights))).values())
+    running = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = running
+
+
+def load_tower(
+    kind: str, source: str | os.PathLike | PreTrainedModel, *, dtype: torch.dtype | None = None, **options: Any
+) -> PreTrainedModel:
+    """A model as it is, an id or a path loaded from safetensors; of Whisper its encoder.
+
+    Args:
+        kind (`str`): One of `TOWERS`.
+        source (`str`, `os.PathLike` or `PreTrainedModel`): The tower or where it is.
+        dtype (`torch.dtype`, *optional*): Of a tower that is loaded; by default its own.
+        options: As of `from_pretrained`.
+    """
+    if not isinstance(source, PreTrainedModel):
+        loaders = {"audio_tower": AutoModel, "emotion_tower": ReLLMEmotionModel, "text_model": AutoModelForCausalLM}
+        options |= {"use_safetensors": True, **({"dtype": dtype} if dtype else {})}
+        source = loaders[kind].from_pretrained(source, **options)
+    return source.get_encoder() if kind == "audio_tower" and source.config.is_encoder_decoder else source
+
+
+def tower_source(source: str | os.PathLike | PreTrainedModel, tower: PreTrainedModel) -> dict[str, str | None] | None:
+    """Where a tower came from, for `config.towers`: `None` for a model that was never loaded from anywhere."""
+    name = tower.config.name_or_path if isinstance(source, PreTrainedModel) else source
+    return {"name": place_of(name), "revision": find_commit(name)} if name else None
+
+
+def find_commit(name: str | os.PathLike, revision: str | None = None) -> str | None:
+    """The commit in this machine's Hub cache that a Hub id stands for; `None` for a directory, or if it is not there.
+
+    Transformers no longer tells of what it loaded which commit it was.
+    """
+    if os.path.isdir(name):
+        return None
+    try:
+        path = try_to_load_from_cache(str(name), "config.json", revision=revision)
+    except HFValidationError:  # no Hub id: a folder that is gone
+        return None
+    return os.path.basename(os.path.dirname(path)) if isinstance(path, str) else None
+
+
+def place_of(name: str | os.PathLike) -> str:
+    """A Hub id as it is, a directory by its absolute path."""
+    return os.path.abspath(name) if os.path.isdir(name) else str(name)
+
+
+def name_tower_weights(names: Iterable[str], towers: Mapping[str, PreTrainedModel | None]) -> dict[str, Tensor]:
+    """The towers' weights by their names in [`ReLLMModel`], where a LoRA moves a layer's weight to `base_layer`.
+
+    Args:
+        names (`Iterable` of `str`): Of all weights of the [`ReLLMModel`].
+        towers (`dict` of `str` to `PreTrainedModel`): By the names of `TOWERS`.
+
+    Raises:
+        ValueError: If a tower has a weight that the model has no place for.
+    """
+    renamed = {name.replace(".base_layer.", "."): name for name in names}
+    weights: dict[str, Tensor] = {}
+    for kind, tower in towers.items():
+        own = {f"{kind}.{name}": weight for name, weight in tower.state_dict().items()} if tower is not None else {}
+        if extra := sorted(own.keys() - renamed.keys()):
+            raise ValueError(f"{kind} has {len(extra)} weights that do not fit its configuration: {extra[:4]}.")
+        weights |= {renamed[name]: weight for name, weight in own.items()}
+    return weights
+
+
+def load_parts(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model with these tower weights and fresh ones elsewhere. Transformers would warn of the fresh ones."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, info = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    finally:
+        logging.set_verbosity(verbosity)
+    towers = ("model.audio_tower.", "model.emotion_tower.", "model.text_model.")
+    missing = [name for name in info["missing_keys"] if name.startswith(towers) and not is_lora_parameter(name)]
+    if missing or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise ValueError(f"The towers do not fit their configurations: {info | {'missing_keys': missing}}.")
+    return model
+
+
+def find_audio_token(tokenizer: str | os.PathLike | PreTrainedTokenizerBase | PreTrainedModel) -> int:
+    if isinstance(tokenizer, PreTrainedModel):
+        raise ValueError("`text` is a loaded model, so its tokenizer is not known. Pass tokenizer=… as well.")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    return tokenizer.get_vocab().get(AUDIO_TOKEN, len(tokenizer))
+
+
+def source_fingerprint(source: Mapping[str, Any], hub: Mapping[str, Any] | None = None) -> str:
+    """SHA-256 over the SHA-256 of each of a tower's safetensors files, in sorted order.
+
+    In the Hub's cache a file of weights has its SHA-256 for a name; one elsewhere is read, and remembered as long as
+    its size and time stay.
+
+    Args:
+        source (`dict`): `name` and `revision`, as in `config.towers`.
+        hub (`dict`, *optional*): `token`, `cache_dir` and the like.
+    """
+    digests = []
+    for path in _weight_files(source["name"], _source_options(source, hub)):
+        blob = os.path.realpath(path)
+        name = os.path.basename(blob)
+        if len(name) == 64 and set(name) <= set("0123456789abcdef"):
+            digests.append(name)
+        else:
+            status = os.stat(blob)
+            digests.append(_file_digest(blob, status.st_size, status.st_mtime_ns))
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+
+
+@functools.lru_cache
+def _file_digest(path: str, size: int, time_ns: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def why_not_light(model: PreTrainedModel) -> str | None:
@@ -85,34 +223,35 @@ def light_state(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None)
         shared = _shared_with_source(model, tower, source, dtype, frozen, prefix)
         for name in shared:
             del state[name]
-        left_out = {"dtype": str(dtype).removeprefix("torch."), "fingerprint": _combine(shared.values())}
+        left_out = {"dtype": str(dtype).removeprefix("torch."), "fingerprint": source_fingerprint(source)}
         record[tower] = {**source, **left_out}
     return state, record
 
 
 def _shared_with_source(
     model: PreTrainedModel, tower: str, source: dict, dtype: torch.dtype, frozen: dict[str, Tensor], prefix: str
-) -> dict[str, str]:
-    """Names and hashes of those weights that the source has as well, to the bit."""
+) -> set[str]:
+    """Names of those weights that the source has as well, to the bit; compared again where one may have changed."""
     cache = model.__dict__.setdefault("_light_cache", {})
     key = (tower, source["name"], source.get("revision"), dtype)
-    if key not in cache:
-        loaded = _load_source(tower, source, dtype, {})
-        cache[key] = (_digests(loaded.state_dict()), {})
-        del loaded
-    expected, seen = cache[key]
-    state_of = {name: (weight.data_ptr(), weight._version, weight.shape) for name, weight in frozen.items()}
-    changed = {name: weight for name, weight in frozen.items() if seen.get(name, (None,))[0] != state_of[name]}
-    seen.update({name: (state_of[name], digest) for name, digest in _digests(changed).items()})
-    digests = {name: seen[name][1] for name in frozen}
-    bare = {name: name.removeprefix(prefix).replace(".base_layer.", ".") for name in frozen}
-    shared = {name: digests[name] for name in frozen if expected.get(bare[name]) == digests[name]}
-    if own := sorted(bare[name] for name in frozen.keys() - shared.keys()):
-        logger.warning_once(
-            f"{len(own)} frozen weights of {tower} are not those of {source['name']} and are saved with what was "
-            f"trained: {', '.join(own[:4])}{', …' if len(own) > 4 else ''}."
-        )
-    return shared
+    states = {name: (weight.data_ptr(), weight._version, weight.shape) for name, weight in frozen.items()}
+    if key not in cache or cache[key][0] != states:
+        expected = _load_source(tower, source, dtype, {}).state_dict()
+        bare = {name: name.removeprefix(prefix).replace(".base_layer.", ".") for name in frozen}
+        shared = {name for name in frozen if _equal(expected.get(bare[name]), frozen[name])}
+        cache[key] = (states, shared)
+        if own := sorted(bare[name] for name in frozen.keys() - shared):
+            logger.warning_once(
+                f"{len(own)} frozen weights of {tower} are not those of {source['name']} and are saved with what was "
+                f"trained: {', '.join(own[:4])}{', …' if len(own) > 4 else ''}."
+            )
+    return cache[key][1]
+
+
+def _equal(expected: Tensor | None, weight: Tensor) -> bool:
+    return (
+        expected is not None and expected.dtype == weight.dtype and torch.equal(expected, weight.to(expected.device))
+    )
 
 
 def read_light_record(
@@ -179,7 +318,7 @@ def load_light(
             loaded = _load_source(tower, source, getattr(torch, source["dtype"]), hub)
             weights = name_tower_weights(base.state_dict(), {tower: loaded})
             found = {name: weights[name] for name in left_out if name in weights}
-            _check_fingerprint(tower, source, found)
+            _check_fingerprint(tower, source, hub)
             state |= {prefix + name: weight for name, weight in found.items()}
             missing -= found.keys()
     if missing:
@@ -212,14 +351,14 @@ def finish_light(model: PreTrainedModel, path: str | os.PathLike, options: Mappi
 
 
 def check_left_out(model: PreTrainedModel, path: str | os.PathLike) -> None:
-    """Hold a model's frozen weights against those that a light checkpoint left out, before it goes on training.
+    """Hold a model's towers against those that a light checkpoint left out, before it goes on training.
 
     Args:
-        model ([`ReLLMForConditionalGeneration`]): Built from the same towers.
+        model ([`ReLLMForConditionalGeneration`]): Built from towers.
         path (`str` or `os.PathLike`): The checkpoint; nothing is checked of a full one.
 
     Raises:
-        ValueError: If they differ; the message names the tower.
+        ValueError: If they come from other files, or are not what these hold; the message names the tower.
     """
     config, _ = PreTrainedConfig.get_config_dict(path)
     if not config.get("light_checkpoint"):
@@ -227,11 +366,14 @@ def check_left_out(model: PreTrainedModel, path: str | os.PathLike) -> None:
     inside = read_weights(path).keys() | model.all_tied_weights_keys.keys()
     for tower, source in config["towers"].items():
         prefix = f"{model.base_model_prefix}.{tower}."
-        weights = {k: v for k, v in model.state_dict().items() if k.startswith(prefix) and k not in inside}
-        if weights and (found := fingerprint(weights.values())) != source["fingerprint"]:
+        weights = {k: w for k, w in model.state_dict().items() if k.startswith(prefix) and k not in inside}
+        own = (model.config.towers or {}).get(tower, {})
+        same = bool(own) and source_fingerprint(own) == source["fingerprint"]
+        dtype = getattr(torch, source["dtype"])
+        if weights and not (same and _shared_with_source(model, tower, own, dtype, weights, prefix) == weights.keys()):
             raise ValueError(
-                f"The model's {tower} is not the one that {path} was trained with: its weights have the fingerprint "
-                f"{found[:16]}…, expected {source['fingerprint'][:16]}…. Build the model from {source['name']} in "
+                f"The model's {tower} is not the one that {path} was trained with: its files or its weights are "
+                f"others. Build the model from {source['name']} (fingerprint {source['fingerprint'][:16]}…) in "
                 f"{source['dtype']}, or load it from the checkpoint."
             )
 
@@ -243,23 +385,24 @@ def read_weights(path: str | os.PathLike, hub: Mapping[str, Any] | None = None) 
         path (`str` or `os.PathLike`): A directory or a Hub id.
         hub (`dict`, *optional*): `revision`, `token` and the like.
     """
-    options = dict(hub or {})
+    weights: dict[str, Tensor] = {}
+    for file in _weight_files(path, dict(hub or {})):
+        weights |= load_file(file)
+    return weights
+
+
+def _weight_files(path: str | os.PathLike, options: dict[str, Any]) -> list[str]:
     index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
     names = [SAFE_WEIGHTS_NAME]
     if index is not None:
         with open(index, encoding="utf-8") as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        weights |= load_file(cached_file(path, name, **options))
-    return weights
+    return [cached_file(path, name, **options) for name in names]
 
 
 @whole_weights()
 def _load_source(tower: str, source: Mapping[str, Any], dtype: torch.dtype, hub: Mapping[str, Any]) -> PreTrainedModel:
-    options = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
-    if source.get("revision"):
-        options["revision"] = source["revision"]
+    options = _source_options(source, hub)
     try:
         with torch.random.fork_rng(devices=[]):  # a save in mid-training must not move the run's random numbers
             return load_tower(tower, source["name"], dtype=dtype, **options)
@@ -271,29 +414,19 @@ def _load_source(tower: str, source: Mapping[str, Any], dtype: torch.dtype, hub:
         ) from error
 
 
-def _check_fingerprint(tower: str, source: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    found = fingerprint(weights.values())
-    if found != source["fingerprint"]:
+def _source_options(source: Mapping[str, Any], hub: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The Hub's options for a tower: those of its checkpoint, and its own revision."""
+    options = {name: value for name, value in (hub or {}).items() if name not in ("revision", "subfolder")}
+    return options | ({"revision": source["revision"]} if source.get("revision") else {})
+
+
+def _check_fingerprint(tower: str, source: Mapping[str, Any], hub: Mapping[str, Any]) -> None:
+    if (found := source_fingerprint(source, hub)) != source["fingerprint"]:
         raise ValueError(
-            f"The {tower} at {source['name']} is not the one that this light checkpoint was trained with: its weights "
+            f"The {tower} at {source['name']} is not the one that this light checkpoint was trained with: its files "
             f"have the fingerprint {found[:16]}…, expected {source['fingerprint'][:16]}…. Bring the original back, or "
             f"say where it is: from_pretrained(…, towers={{{tower!r}: DIRECTORY_OR_HUB_ID}})."
         )
-
-
-def _digests(weights: Mapping[Any, Tensor]) -> dict[Any, str]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves other threads the interpreter
-        return dict(zip(weights, pool.map(_digest, weights.values()), strict=True))
-
-
-def _digest(weight: Tensor) -> str:
-    hashed = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
-    hashed.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
-
-
-def _combine(digests: Iterable[str]) -> str:
-    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
 def _main_dtype(weights: Iterable[Tensor]) -> torch.dtype:
@@ -310,13 +443,20 @@ def _hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 __all__ = [
+    "TOWERS",
     "check_left_out",
     "config_fields",
-    "fingerprint",
+    "find_audio_token",
+    "find_commit",
     "finish_light",
     "light_state",
     "load_light",
+    "load_parts",
+    "load_tower",
+    "name_tower_weights",
     "read_light_record",
     "read_weights",
+    "tower_source",
+    "whole_weights",
     "why_not_light",
 ]
