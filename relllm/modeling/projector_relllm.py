@@ -1,8 +1,8 @@
 """The projector from tower frames to LLM positions: the convolutional subsampler of RE-LLM and BLSP-Emo.
 
-It returns padded positions with each clip's own count, and `place_positions` puts them into the LLM's sequence. Nothing
-in that has a shape that depends on a value: an accelerator never waits for the host, and the pass compiles as one graph.
-Source: `modeling_adapter.py` of BLSP-Emo's code.
+It returns padded positions with each clip's own count, and `place_positions` puts them into the LLM's sequence with no
+shape that depends on a value: an accelerator never waits for the host, and the pass compiles as one graph. Source:
+`modeling_adapter.py` of BLSP-Emo's code.
 """
 
 from dataclasses import dataclass
