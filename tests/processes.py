@@ -53,12 +53,15 @@ class Child:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
     def wait(self, seconds: float = 200.0) -> int:
         """Its exit code; one that is not done in time is killed."""
         end = time.monotonic() + seconds
         while self.poll() is None:
             if time.monotonic() > end:
-                self.send_signal(signal.SIGKILL)
+                self.kill()
                 raise TimeoutError(f"The child was not done after {seconds} s: {self.stderr[-3000:]}")
             time.sleep(0.005)
         return self.exitcode
@@ -112,7 +115,7 @@ class ForkServer:
         while any(child.poll() is None for child in ranks):
             if time.monotonic() > end or any(child.exitcode for child in ranks):
                 for child in ranks:
-                    child.send_signal(signal.SIGKILL)
+                    child.kill()
             time.sleep(0.005)
         return ranks
 

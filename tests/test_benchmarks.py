@@ -1,5 +1,6 @@
 """The benchmarks run at tiny sizes and write what they say they write. What they measure is not judged here."""
 
+import contextlib
 import importlib
 import json
 import sys
@@ -66,10 +67,41 @@ def test_profiles_are_drawn_and_traced(results, tmp_path, monkeypatch):
         assert {"speech tower", "emotion tower", "projector", "LLM"} <= {event.get("name") for event in events}
 
 
+def test_the_benchmark_of_imports_runs(results, monkeypatch):
+    imports = importlib.import_module("imports")
+    for name, arguments in imports.STATEMENTS.items():
+        if arguments[0] == "-c":  # a fresh process takes seconds for it
+            exec(arguments[1], {})
+            monkeypatch.setitem(imports.STATEMENTS, name, ("-c", "import json"))
+    assert all(isinstance(row["reached"], float) for row in run_quickly("imports", results)["rows"])
+
+
+def measure(*arguments: object) -> None:
+    print(json.dumps(importlib.import_module("memory").measure(*arguments)))
+
+
+def test_the_benchmark_of_memory_runs(results, monkeypatch, fork_server):
+    """Its processes are forked here; its own start afresh, and import everything."""
+
+    class Forking:
+        def apply(self, function, arguments):
+            assert function is memory.measure
+            return json.loads(fork_server.run(measure, *arguments).stdout.splitlines()[-1])
+
+        def get_context(self, method):
+            return self
+
+        def Pool(self, *_, **__):
+            return contextlib.nullcontext(self)
+
+    memory = importlib.import_module("memory")
+    monkeypatch.setattr(memory, "multiprocessing", Forking())
+    assert all(isinstance(row["reached"], float) for row in run_quickly("memory", results)["rows"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OWN_PROCESSES)
-def test_a_benchmark_with_processes_of_its_own_runs(name, results):
-    assert all(isinstance(row["reached"], float) for row in run_quickly(name, results)["rows"])
+def test_the_benchmark_of_serving_runs(results):
+    assert all(isinstance(row["reached"], float) for row in run_quickly("serving", results)["rows"])
 
 
 def test_every_benchmark_runs_here_but_the_one_that_runs_for_minutes():

@@ -1,16 +1,15 @@
 """The real `relllm serve`, in a process of its own: started, asked, flooded with rubbish, stopped by a signal."""
 
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import openai
 import pytest
 from openai import OpenAI
+from processes import Child, ForkServer, run_command
 from served import clip, reply_alone, user, wait_until
 from tiny_models import tiny_emotion_tower, tiny_model, tiny_processor
 from typer.testing import CliRunner
@@ -28,21 +27,18 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-def start(checkpoint: Path, log: Path, *flags: str, **variables: str) -> tuple[subprocess.Popen, str]:
+def start(fork_server: ForkServer, checkpoint: Path, *flags: str, **variables: str) -> tuple[Child, str]:
     """The process and its address, once it says that it serves."""
-    command = [sys.executable, "-m", "relllm.cli", "serve", str(checkpoint), "--port", "0", "--device", "cpu", *flags]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "COLUMNS": "200", **variables}
-        )
-    wait_until(lambda: "Serving" in log.read_text() or process.poll() is not None, seconds=120)
-    found = re.search(r"at (http://127\.0\.0\.1:\d+/v1)", log.read_text())
-    assert found, log.read_text()
+    command = ["serve", str(checkpoint), "--port", "0", "--device", "cpu", *flags]
+    process = fork_server.start(run_command, *command, COLUMNS="200", **variables)
+    wait_until(lambda: "Serving" in process.stdout or process.poll() is not None, seconds=120)
+    found = re.search(r"at (http://127\.0\.0\.1:\d+/v1)", process.stdout)
+    assert found, process.stdout + process.stderr
     return process, found[1]
 
 
-def test_the_command_serves_and_a_signal_ends_it_gracefully(checkpoint, tmp_path) -> None:
-    process, url = start(checkpoint, tmp_path / "log", "--max-tokens", "900", RELLLM_API_KEY="secret")
+def test_the_command_serves_and_a_signal_ends_it_gracefully(fork_server: ForkServer, checkpoint) -> None:
+    process, url = start(fork_server, checkpoint, "--max-tokens", "900", RELLLM_API_KEY="secret")
     try:
         with pytest.raises(openai.AuthenticationError), OpenAI(base_url=url, api_key="x", max_retries=0) as stranger:
             stranger.models.list()

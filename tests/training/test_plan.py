@@ -100,9 +100,8 @@ class RealStep:
     def peak_bytes(self) -> int:
         """The most that a forward and a backward pass have allocated at once."""
         gc.collect()  # what earlier tests left behind is not to be freed in between
-        with torch.profiler.profile(
-            profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
-        ) as profile:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(profile_memory=True, activities=activities) as profile:
             self.loss().backward()
         now = peak = 0
         for event in profile.profiler.kineto_results.events():
