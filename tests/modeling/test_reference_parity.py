@@ -4,15 +4,19 @@ Losses, gradients and optimiser steps: `test_reference_parity_training.py`. Wher
 (`projector_masking=False`) reproduces the original, or the difference is shown to be the one that is documented.
 """
 
+import copy
+import functools
+
 import golden
 import pytest
 import torch
-from golden import SCALARS, assert_close, hear, recorded, relllm_model
+from golden import SCALARS, assert_close, assert_parity, hear, recorded, relllm_model
 from torch import Tensor
 from transformers import LogitsProcessorList
 
 from relllm.labels import DIMENSIONS
 from relllm.modeling.audio_tower_relllm import encode_audio
+from relllm.modeling.projector_relllm import ProjectorOutput
 
 BATCHES = ("b1", "b3")
 GENERATED = ("b1_lora", "b3_lora", "b3_nolora", "b3_lora_stopword")
@@ -46,31 +50,43 @@ def test_waveforms_are_normalised_as_in_the_original(batch: str):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_speech_tower_gives_the_original_frames(batch: str):
     inputs, forward = golden.audio_inputs(batch), recorded(f"forward_{batch}_lora")
-    tower = relllm_model().model.audio_tower
-    output, lengths = encode_audio(tower, inputs["input_features"], inputs["input_features_mask"])
-    assert torch.equal(lengths, forward["whisper.output_lengths"])
-    assert_close(output.last_hidden_state[:, : int(lengths.max())], forward["whisper.last_hidden_state"])
+    mask = inputs["input_features_mask"]
+    lengths = forward["whisper.output_lengths"]
+    assert torch.equal(encode_audio(relllm_model().model.audio_tower, inputs["input_features"], mask)[1], lengths)
+
+    def frames(model) -> Tensor:
+        output, _ = encode_audio(model.model.audio_tower, inputs["input_features"], mask)
+        return output.last_hidden_state[:, : int(lengths.max())]
+
+    assert_parity(frames, relllm_model(), forward["whisper.last_hidden_state"])
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_emotion_tower_batched_gives_what_the_original_gave_clip_by_clip(batch: str):
-    audio, forward = hear(relllm_model(), batch)[0], recorded(f"forward_{batch}_lora")
-    assert_close(audio.emotion_embedding, forward["emotion_embedding"])
-    assert_close(audio.tower_dimensions, forward["adv_arousal_dominance_valence"])
+    model, forward = relllm_model(), recorded(f"forward_{batch}_lora")
+    assert_parity(lambda model: hear(model, batch)[0].emotion_embedding, model, forward["emotion_embedding"])
+    dimensions = forward["adv_arousal_dominance_valence"]
+    assert_parity(lambda model: hear(model, batch)[0].tower_dimensions, model, dimensions)
+
+
+def project(model, forward: golden.Recorded) -> ProjectorOutput:
+    return model.model.multi_modal_projector(
+        forward["adapter.input"].to(model.dtype), forward["adapter.input_mask"].sum(-1)
+    )
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_projector_alone_gives_the_original_positions(batch: str):
-    forward, projector = recorded(f"forward_{batch}_lora"), relllm_model().model.multi_modal_projector
-    output = projector(forward["adapter.input"], forward["adapter.input_mask"].sum(-1))
-    assert_close(output.hidden_states, forward["adapter.output"])
+    forward = recorded(f"forward_{batch}_lora")
+    output = project(relllm_model(), forward)
+    assert_parity(lambda model: project(model, forward).hidden_states, relllm_model(), forward["adapter.output"])
     assert torch.equal(output.lengths, forward["adapter.output_mask"].sum(-1))
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_projected_positions_from_raw_audio_are_the_original_ones(batch: str):
-    (audio, valid), forward = hear(relllm_model(), batch), recorded(f"forward_{batch}_lora")
-    assert_close(audio.last_hidden_state, forward["adapter.output"])
+    (_, valid), forward = hear(relllm_model(), batch), recorded(f"forward_{batch}_lora")
+    assert_parity(lambda model: hear(model, batch)[0].last_hidden_state, relllm_model(), forward["adapter.output"])
     assert torch.equal(valid.long(), forward["adapter.output_mask"])
 
 
@@ -104,17 +120,16 @@ def test_projector_with_transformer_layers_gives_the_original_positions():
     own = {k.replace("weights.", "w2v2cat_adapter.", 1): w for k, w in case.items() if k.startswith("weights.")}
     expected = case["output"]
     model = golden.convert(weights | own, adapter_hidden_layers=golden.CONFIG["subsampler_hidden_case_layers"])
-    output = model.model.multi_modal_projector(forward["adapter.input"], forward["adapter.input_mask"].sum(-1))
-    assert_close(output.hidden_states, expected)
-    assert torch.equal(output.lengths, case["output_mask"].sum(-1))
+    assert_parity(lambda model: project(model, forward).hidden_states, model, expected)
+    assert torch.equal(project(model, forward).lengths, case["output_mask"].sum(-1))
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_heads_give_the_original_emotions_and_dimensions_by_name(batch: str):
-    audio, forward = hear(relllm_model(), batch)[0], recorded(f"forward_{batch}_lora")
-    assert_close(audio.emotion_logits, forward["er_logits"])
-    for column, name in enumerate(golden.DIMENSIONS_OF_ORIGINAL_TARGETS):
-        assert_close(audio.dimensions[:, DIMENSIONS.index(name)], forward["avd_pred"][:, column])
+    model, forward = relllm_model(), recorded(f"forward_{batch}_lora")
+    assert_parity(lambda model: hear(model, batch)[0].emotion_logits, model, forward["er_logits"])
+    columns = [DIMENSIONS.index(name) for name in golden.DIMENSIONS_OF_ORIGINAL_TARGETS]
+    assert_parity(lambda model: hear(model, batch)[0].dimensions[:, columns], model, forward["avd_pred"])
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -124,14 +139,18 @@ def test_llm_hears_as_in_the_original(batch: str, lora: bool):
     model, forward = relllm_model(lora=lora), recorded(f"forward_{batch}_{'lora' if lora else 'nolora'}")
     sequence = golden.speech_branch(model, batch, hear(model, batch))
     sequence.inputs_embeds = recorded(f"forward_{batch}_lora")["llm.inputs_embeds"]
-    output = golden.run_llm(model, sequence, output_hidden_states=True)
-    assert torch.equal(sequence.attention_mask, forward["llm.attention_mask"])
-    assert_close(output.logits, forward["llm.speech_logits"], sequence.attention_mask)
-    last = len(output.hidden_states) - 1
-    assert_close(output.hidden_states[last], forward[f"llm.speech_hidden.{last}"], sequence.attention_mask)
-    for layer in range(1, last):
-        if f"llm.speech_hidden.{layer}" in forward:
-            assert_close(output.hidden_states[layer], forward[f"llm.speech_hidden.{layer}"], sequence.attention_mask)
+    mask = sequence.attention_mask
+    assert torch.equal(mask, forward["llm.attention_mask"])
+    assert_parity(lambda model: golden.run_llm(model, sequence).logits, model, forward["llm.speech_logits"], mask)
+
+    def hidden(model, layer: int) -> Tensor:
+        return golden.run_llm(model, sequence, output_hidden_states=True).hidden_states[layer]
+
+    last = model.config.text_config.num_hidden_layers
+    for layer in range(1, last + 1):
+        if layer == last or f"llm.speech_hidden.{layer}" in forward:
+            expected = forward[f"llm.speech_hidden.{layer}"]
+            assert_parity(functools.partial(hidden, layer=layer), model, expected, mask)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -141,17 +160,21 @@ def test_raw_audio_becomes_the_original_sequence_and_logits(batch: str):
     assert torch.equal(sequence.attention_mask, forward["llm.attention_mask"])
     assert torch.equal(sequence.audio_mask.long(), forward["lora_mask"])
     assert torch.equal(sequence.labels, forward["llm.speech_labels"])
-    assert_close(sequence.inputs_embeds, forward["llm.inputs_embeds"])
-    logits = golden.run_llm(model, sequence).logits
-    assert_close(logits, forward["llm.speech_logits"], sequence.attention_mask, golden.END_TO_END_ATOL)
+
+    def from_audio(model) -> golden.Branch:
+        return golden.speech_branch(model, batch, hear(model, batch))
+
+    assert_parity(lambda model: from_audio(model).inputs_embeds, model, forward["llm.inputs_embeds"])
+    expected = forward["llm.speech_logits"]
+    assert_parity(lambda m: golden.run_llm(m, from_audio(m)).logits, model, expected, sequence.attention_mask)
 
 
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_llm_reads_as_in_the_original(batch: str, lora: bool):
     model, forward = relllm_model(lora=lora), recorded(f"forward_{batch}_{'lora' if lora else 'nolora'}")
-    sequence = golden.text_branch(model, batch)
-    assert_close(golden.run_llm(model, sequence).logits, forward["llm.text_logits"], sequence.attention_mask)
+    sequence, expected = golden.text_branch(model, batch), forward["llm.text_logits"]
+    assert_parity(lambda model: golden.run_llm(model, sequence).logits, model, expected, sequence.attention_mask)
 
 
 @pytest.mark.parametrize("branch", ["speech", "text"])
@@ -162,19 +185,26 @@ def test_lora_of_other_scopes_gives_the_original_logits(scope: str, branch: str)
     if branch == "speech":
         sequence = golden.speech_branch(model, "b3", hear(model, "b3"))
         sequence.inputs_embeds = recorded("forward_b3_lora")["llm.inputs_embeds"]
-    assert_close(golden.run_llm(model, sequence).logits, expected, sequence.attention_mask)
+    assert_parity(lambda model: golden.run_llm(model, sequence).logits, model, expected, sequence.attention_mask)
 
 
 def test_bare_llm_with_holes_gives_the_original_hidden_states():
     model, case = relllm_model(lora=False), recorded("qwen_text")
     mask, embeds = case["attention_mask"], model.get_input_embeddings()(case["input_ids"])
     positions = torch.arange(mask.shape[1]).expand_as(mask)
-    output = model.model.text_model(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, output_hidden_states=True
-    )
-    assert_close(output.logits, case["logits"], mask)
-    for layer, hidden in enumerate(output.hidden_states):
-        assert_close(hidden, case[f"hidden.{layer}"], mask)
+
+    def run(model):
+        return model.model.text_model(
+            inputs_embeds=embeds.to(model.dtype),
+            attention_mask=mask,
+            position_ids=positions,
+            output_hidden_states=True,
+        )
+
+    assert_parity(lambda model: run(model).logits, model, case["logits"], mask)
+    for layer in range(len(run(model).hidden_states)):
+        hidden = case[f"hidden.{layer}"]
+        assert_parity(lambda model, layer=layer: run(model).hidden_states[layer], model, hidden, mask)
 
 
 def test_swapping_the_gated_projections_is_noticed():
@@ -188,6 +218,23 @@ def test_swapping_the_gated_projections_is_noticed():
     expected = golden.run_llm(relllm_model(), sequence).logits
     difference = (golden.run_llm(model, sequence).logits - expected)[sequence.attention_mask.bool()]
     assert difference.abs().max() > 0.05
+
+
+@pytest.mark.parametrize("part", ["multi_modal_projector.fc1", "text_model.model.layers.0.mlp.up_proj.base_layer"])
+def test_a_weight_that_is_wrong_by_a_hundredth_is_noticed(part: str):
+    """In whichever precision it is wrong: in both, or in float32 alone."""
+    forward, model = recorded("forward_b3_lora"), copy.deepcopy(relllm_model())
+    sequence = golden.speech_branch(model, "b3", hear(model, "b3"))
+
+    def logits(model) -> Tensor:
+        return golden.run_llm(model, golden.speech_branch(model, "b3", hear(model, "b3"))).logits
+
+    assert_parity(logits, model, forward["llm.speech_logits"], sequence.attention_mask)
+    model.model.get_submodule(part).weight[0] *= 1.01
+    with pytest.raises(AssertionError, match="Our float32 is off by"):
+        assert_parity(logits, model, forward["llm.speech_logits"], sequence.attention_mask)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_parity(logits, copy.deepcopy(model), forward["llm.speech_logits"], sequence.attention_mask)
 
 
 # Generation
@@ -208,10 +255,10 @@ class EndAfterStopWord:
         return scores
 
 
-def reply(case: str):
+def reply(case: str, model=None):
     """Through `model.generate`: left padding before the audio, holes in it, the LoRA in the prompt only."""
     batch, settings = case.split("_")[0], SCALARS[f"generate_{case}"]
-    model = relllm_model(lora="nolora" not in case)
+    model = model or relllm_model(lora="nolora" not in case)
     prompt = golden.generation_prompt(model, batch, hear(model, batch))
     eos, stop_words = settings["eos_token_id"], settings["stop_words_ids"] or []
     assert all(len(word) == 1 for word in stop_words)
@@ -240,7 +287,8 @@ def test_greedy_reply_has_the_original_tokens(case: str):
 def test_each_step_of_a_reply_has_the_original_logits(case: str):
     expected, output = recorded(f"generate_{case}")["step_logits"], reply(case)
     running = (output.sequences != SCALARS[f"generate_{case}"]["eos_token_id"]).cumprod(1)  # after it comes padding
-    assert_close(torch.stack(output.logits, dim=1), expected, running, golden.END_TO_END_ATOL)
+    model = relllm_model(lora="nolora" not in case)
+    assert_parity(lambda model: torch.stack(reply(case, model).logits, dim=1), model, expected, running)
 
 
 @pytest.mark.parametrize("case", ["b1_lora", "b3_lora", "b3_nolora"])
@@ -249,9 +297,13 @@ def test_prompt_of_generation_is_read_as_in_the_original(case: str):
     model = relllm_model(lora="nolora" not in case)
     prompt = golden.generation_prompt(model, batch, hear(model, batch))
     assert torch.equal(prompt.attention_mask, expected["prompt_attention_mask"])
-    assert_close(prompt.inputs_embeds, expected["prompt_inputs_embeds"])
-    prompt.inputs_embeds = expected["prompt_inputs_embeds"]
-    assert_close(golden.run_llm(model, prompt).logits, expected["prompt_all_logits"], prompt.attention_mask)
+    assert_parity(
+        lambda model: golden.generation_prompt(model, batch, hear(model, batch)).inputs_embeds,
+        model,
+        expected["prompt_inputs_embeds"],
+    )
+    prompt.inputs_embeds, logits = expected["prompt_inputs_embeds"], expected["prompt_all_logits"]
+    assert_parity(lambda model: golden.run_llm(model, prompt).logits, model, logits, prompt.attention_mask)
 
 
 # BLSP-Emo from raw audio to logits
@@ -260,11 +312,12 @@ def test_prompt_of_generation_is_read_as_in_the_original(case: str):
 def test_blsp_emo_hears_as_in_the_original():
     model, forward = golden.blsp_emo_model(), recorded("blspemo_subsampler_b3_lora")
     audio, valid = hear(model, "b3")
-    assert_close(audio.last_hidden_state, forward["adapter.output"], valid)
-    assert_close(audio.emotion_logits, forward["er_logits"])
+    assert_parity(lambda model: hear(model, "b3")[0].last_hidden_state, model, forward["adapter.output"], valid)
+    assert_parity(lambda model: hear(model, "b3")[0].emotion_logits, model, forward["er_logits"])
     sequence = golden.speech_branch(model, "b3", (audio, valid))
     assert torch.equal(sequence.attention_mask, forward["llm.attention_mask"])
     sequence.inputs_embeds = forward["llm.inputs_embeds"]
-    assert_close(golden.run_llm(model, sequence).logits, forward["llm.speech_logits"], sequence.attention_mask)
     text = golden.text_branch(model, "b3")
-    assert_close(golden.run_llm(model, text).logits, forward["llm.text_logits"], text.attention_mask)
+    for branch, name in ((sequence, "speech"), (text, "text")):
+        expected = forward[f"llm.{name}_logits"]
+        assert_parity(lambda m, s=branch: golden.run_llm(m, s).logits, model, expected, branch.attention_mask)
