@@ -15,9 +15,10 @@ BIN := .venv/bin
 DEMO_tiny := $(BIN)/relllm demo
 DEMO_small := $(BIN)/python examples/pretrained/pretrained_demo.py
 
-# Two test processes of one thread each: several threads in each process would fight over the cores.
+# Two test processes of one thread each: several threads in each process would fight over the cores. Files keep the
+# order of tests/conftest.py, which begins with slow ones, so that both processes end together.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-transformers test-real check format demo bench clean distclean

@@ -28,20 +28,20 @@ class Child:
     Args:
         server (`ForkServer`): Its parent.
         pid (`int`): Its process.
-        folder (`Path`): Of the files `stdout` and `stderr`, which it writes.
+        output (`Path`): A folder with the files `stdout` and `stderr`, or one file for both.
     """
 
-    def __init__(self, server: "ForkServer", pid: int, folder: Path) -> None:
-        self.server, self.pid, self.folder = server, pid, folder
+    def __init__(self, server: "ForkServer", pid: int, output: Path) -> None:
+        self.server, self.pid, self.output = server, pid, output
         self.exitcode: int | None = None
 
     @property
     def stdout(self) -> str:
-        return (self.folder / "stdout").read_text()
+        return (self.output / "stdout").read_text()
 
     @property
     def stderr(self) -> str:
-        return (self.folder / "stderr").read_text()
+        return (self.output / "stderr").read_text()
 
     def poll(self) -> int | None:
         """Its exit code, as `subprocess` counts (`-9` of one that was killed), or `None` while it runs."""
@@ -83,16 +83,24 @@ class ForkServer:
         self._connection.send_bytes(pickle.dumps(request))
         return self._connection.recv()
 
-    def start(self, function: Callable, *arguments: object, folder: Path | None = None, **environment: str) -> Child:
+    def start(
+        self,
+        function: Callable,
+        *arguments: object,
+        folder: Path | None = None,
+        output: Path | None = None,
+        **environment: str,
+    ) -> Child:
         """A child that calls a function.
 
         Args:
             function (`Callable`): Of a module's top level.
             arguments: Its arguments, which are pickled.
             folder (`Path`, *optional*, defaults to the current one): Where the child is.
+            output (`Path`, *optional*): A file for what it writes to both streams; by default each has its own.
             environment (`str`): Variables besides those of this process. What libraries read at import has been read.
         """
-        output = Path(tempfile.mkdtemp(dir=self._folder.name))
+        output = output or Path(tempfile.mkdtemp(dir=self._folder.name))
         call = pickle.dumps((function, arguments))
         pid = self.ask((call, str(folder or Path.cwd()), dict(os.environ) | environment, str(output)))
         return Child(self, pid, output)
@@ -161,7 +169,8 @@ def call(pickled: bytes, folder: str, environment: Mapping[str, str], output: st
     """What a child does; returns never."""
     code = 1
     for number, name in ((1, "stdout"), (2, "stderr")):
-        stream = open(Path(output) / name, "w", buffering=1)  # noqa: SIM115  # open until the end
+        path = Path(output)
+        stream = open(path / name if path.is_dir() else path, "a", buffering=1)  # noqa: SIM115  # open until the end
         os.dup2(stream.fileno(), number)
         setattr(sys, name, stream)
     os.environ.clear()

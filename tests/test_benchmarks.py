@@ -3,10 +3,13 @@
 import contextlib
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from processes import run_command
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
@@ -99,8 +102,15 @@ def test_the_benchmark_of_memory_runs(results, monkeypatch, fork_server):
     assert all(isinstance(row["reached"], float) for row in run_quickly("memory", results)["rows"])
 
 
-@pytest.mark.slow
-def test_the_benchmark_of_serving_runs(results):
+def test_the_benchmark_of_serving_runs(results, monkeypatch, fork_server):
+    """Its server is forked here; its own is a fresh process."""
+
+    def start(command, *, stdout, stderr, env):
+        assert command[:3] == [sys.executable, "-m", "relllm.cli"] and stderr == subprocess.STDOUT
+        return fork_server.start(run_command, *command[3:], output=Path(stdout.name), **env)
+
+    serving = importlib.import_module("serving")
+    monkeypatch.setattr(serving, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))
     assert all(isinstance(row["reached"], float) for row in run_quickly("serving", results)["rows"])
 
 

@@ -25,6 +25,7 @@ from relllm.evaluation.runs import read_run
 from relllm.evaluation.statistics import holm
 from relllm.evaluation.tables import Table, to_latex, to_markdown
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
 SYSTEMS = {"text-only": 0.45, "speech-only": 0.6, "re-llm": 0.75}
 
 

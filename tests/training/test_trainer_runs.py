@@ -7,8 +7,8 @@ import pytest
 import soundfile
 import torch
 from datasets import Audio, Dataset, IterableDataset
-from tiny_models import audio_part, clip, text_part, tiny_model, tiny_processor
-from trainers import make_rows, make_trainer, step_of
+from tiny_models import audio_part, clip, text_part, tiny_config, tiny_model, tiny_processor
+from trainers import LORA, make_rows, make_trainer, step_of
 
 from relllm import EMOTIONS, ReLLMForConditionalGeneration, ReLLMSFTTrainer
 from relllm.training.collator import ReLLMCollator
@@ -187,8 +187,12 @@ def test_the_table_after_a_reload_is_that_before(tmp_path: Path, processor) -> N
 @pytest.mark.filterwarnings("ignore")  # Dynamo touches deprecated and unusual things while it traces
 def test_a_compiled_run_learns_the_same(tmp_path: Path, processor) -> None:
     rows = make_rows(tmp_path, 4)
-    expected = step_of(make_trainer(rows, tmp_path / "run", processor, per_device_train_batch_size=4))
+    config = tiny_config(lora=LORA)
+    for part in (config.text_config, config.audio_config, config.emotion_config.encoder_config):
+        part.num_hidden_layers = 1
+    settings = {"per_device_train_batch_size": 4}
+    expected = step_of(make_trainer(rows, tmp_path / "run", processor, tiny_model(config), **settings))
     options = {"torch_compile": True, "torch_compile_backend": "eager"}  # traced by Dynamo; Inductor takes minutes
-    step = step_of(make_trainer(rows, tmp_path / "run", processor, per_device_train_batch_size=4, **options))
+    step = step_of(make_trainer(rows, tmp_path / "run", processor, tiny_model(config), **settings, **options))
     for name, gradient in expected.items():
         torch.testing.assert_close(step[name.removeprefix("_orig_mod.")], gradient, rtol=1e-4, atol=3e-6, msg=name)
