@@ -1,6 +1,6 @@
 """The two questions to a language model: which emotion is this, and what do you reply?
 
-Prompts as the tokenizer gets them, answers by generation and by likelihood, and the emotion that an answer names.
+Prompts and answers as the tokenizer gets them, and the emotion that an answer names.
 """
 
 import math
@@ -11,11 +11,9 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from relllm.inference.replies import generate_answers, score_answers
 from relllm.labels import canonical_emotion
-from relllm.modeling.modeling_relllm import ReLLMAudioOutput
 from relllm.processing.prompts_relllm import RECOGNITION_PROMPT, SPEECH_PROMPT, SYSTEM_PROMPT
 
 from .evaluation_settings import Task
@@ -39,53 +37,6 @@ class Questions:
     tasks: tuple[Task, ...]
     labels: tuple[str, ...]  # the emotions to choose from
     max_new_tokens: int = 128  # of the longest reply
-
-
-class Asking:
-    """The two questions to a language model, whatever the audio or text in them is.
-
-    Args:
-        model (`PreTrainedModel`): A ReLLM or any causal LM.
-        tokenizer (`PreTrainedTokenizerBase`): Its own.
-        template (`str`): Its own chat template.
-        questions ([`Questions`]): What to ask.
-        options: Of `generate`.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str,
-        questions: Questions,
-        **options: object,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.questions = questions
-        self.options = {"pad_token_id": tokenizer.pad_token_id, **options}
-        self.label_tokens = [answer_tokens(tokenizer, template, label) for label in questions.labels]
-
-    def recognise(self, inputs: dict[str, Tensor], audio: ReLLMAudioOutput | None = None) -> list[dict]:
-        """Return `generated` and `likelihood` of each prompt."""
-        texts = self._generate(inputs, audio, RECOGNITION_TOKENS)
-        scores = score_answers(self.model, inputs, self.label_tokens, audio=audio)
-        labels = self.questions.labels
-        return [
-            {
-                "generated": {"text": text, "emotion": parse_emotion(text, labels)},
-                "likelihood": {name: number(value) for name, value in zip(labels, values, strict=True)},
-            }
-            for text, values in zip(texts, scores.softmax(-1).tolist(), strict=True)
-        ]
-
-    def reply(self, inputs: dict[str, Tensor], audio: ReLLMAudioOutput | None = None) -> list[str]:
-        """Reply to each prompt."""
-        return self._generate(inputs, audio, self.questions.max_new_tokens)
-
-    def _generate(self, inputs: dict[str, Tensor], audio: ReLLMAudioOutput | None, limit: int) -> list[str]:
-        answers = generate_answers(self.model, inputs, audio=audio, max_new_tokens=limit, **self.options)
-        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def conversations(questions: Questions, turn: Mapping[str, str]) -> dict[str, Turns]:

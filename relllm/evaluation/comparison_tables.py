@@ -97,8 +97,8 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     tables = comparison_tables(comparison)
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "comparison.md", out / "comparison.tex", out / "comparison.json"]
-    _write("# Comparison\n\n" + "\n".join(to_markdown(table) for table in tables), written[0])
-    _write("\n".join(to_latex(table) for table in tables), written[1])
+    _write_whole("# Comparison\n\n" + "\n".join(to_markdown(table) for table in tables), written[0])
+    _write_whole("\n".join(to_latex(table) for table in tables), written[1])
     write_json(comparison_json(comparison), written[2])
     for name in GAIN_TITLES:
         panels = _forest_panels(comparison, name)
@@ -130,7 +130,7 @@ def comparison_json(comparison: Comparison) -> dict[str, object]:
     }
 
 
-def _write(text: str, path: Path) -> None:
+def _write_whole(text: str, path: Path) -> None:
     """The file is complete or the one before."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
@@ -152,10 +152,10 @@ def _value_table(comparison: Comparison, name: str) -> Table:
                 if (key[1], _row(key[2])) == (system, by)
             }
             stubs = [system, by][:num_stubs]
-            rows.append([*stubs, *(_show(of_row.get(column)) for column in columns)])
+            rows.append([*stubs, *(_show_cell(of_row.get(column)) for column in columns)])
             if any(cell.fold_mean is not None for cell in of_row.values()):
                 rows[-1][0] = f"{system}, folds pooled"
-                means = [_show(of_row.get(column), fold_mean=True) for column in columns]
+                means = [_show_cell(of_row.get(column), fold_mean=True) for column in columns]
                 rows.append([f"{system}, mean over folds", *stubs[1:], *means])
     published = {(value.corpus, METRIC_TITLES.get(value.metric, value.metric)): value for value in PUBLISHED_VALUES}
     known = [f"{published[column].value:.4g}" if column in published else DASH for column in columns]
@@ -288,7 +288,7 @@ def _count_notes(cells: Mapping[tuple[str, str, Metric], Cell]) -> list[str]:
     return [f"{corpus}: 'folds pooled' counts the clips of all folds at once." for corpus in folds]
 
 
-def _show(cell: Cell | None, *, fold_mean: bool = False) -> str:
+def _show_cell(cell: Cell | None, *, fold_mean: bool = False) -> str:
     value = None if cell is None else cell.fold_mean if fold_mean else cell.value
     if cell is None or value is None:
         return DASH

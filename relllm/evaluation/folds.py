@@ -1,8 +1,8 @@
 """Leave-one-out evaluation: one run for each fold with the model that did not train on it, and the pooled numbers."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from accelerate import PartialState
 
@@ -58,9 +58,14 @@ def evaluate_folds(
         )
         by_fold[value] = evaluate(fold, score=score, progress=progress), fold.output_dir
     state = PartialState(cpu=settings.device == "cpu", timeout=PATIENCE)
-    metrics = _pool(settings, name, column, by_fold)
+    predicted = [read_predictions(out) for _, out in by_fold.values()]
+    lines = _pool_lines([own for _, own in predicted])
+    metrics = _pool(settings, name, column, {value: run for value, (run, _) in by_fold.items()}, lines)
     if state.is_main_process:
-        _write(settings.output_dir, metrics, [out for _, out in by_fold.values()])
+        identity = {"task": "evaluate-folds", "folds": [own for own, _ in predicted]}
+        write_predictions(settings.output_dir, identity, lines)
+        draw_plots(lines, metrics, settings.output_dir / PLOTS, title=name)
+        write_json(metrics, settings.output_dir / METRICS)
     state.wait_for_everyone()
     return metrics
 
@@ -79,13 +84,15 @@ def fold_values(data: str, folds: str) -> tuple[str, list[str]]:
     return column, values
 
 
-def _pool(settings: EvaluationSettings, name: str, column: str, by_fold: Mapping[str, tuple[dict, Path]]) -> dict:
-    runs = [metrics for metrics, _ in by_fold.values()]
+def _pool(
+    settings: EvaluationSettings, name: str, column: str, by_fold: Mapping[str, dict], lines: Sequence[Mapping]
+) -> dict:
+    """The content of `metrics.json`, of the metrics of each fold and the lines of all."""
+    runs = list(by_fold.values())
     first = runs[0]
     for key in ("system", "label_set", "prompts"):
         if any(run[key] != first[key] for run in runs):
             raise ValueError(f"The folds differ in {key!r}, so they cannot be pooled: {[run[key] for run in runs]}.")
-    lines = _pooled_lines([out for _, out in by_fold.values()])
     parts = [{task: run[task] for task in ("recognition", "dimensions", "empathy") if task in run} for run in runs]
     summary = summarize_clips(lines, first["label_set"])
     if "empathy" in first:
@@ -123,18 +130,9 @@ def _pool(settings: EvaluationSettings, name: str, column: str, by_fold: Mapping
     }
 
 
-def _write(out: Path, metrics: Mapping, folds: Sequence[Path]) -> None:
-    lines = _pooled_lines(folds)
-    identity = {"task": "evaluate-folds", "folds": [read_predictions(fold)[0] for fold in folds]}
-    write_predictions(out, identity, lines)
-    draw_plots(lines, metrics, out / PLOTS, title=metrics["name"])
-    write_json(metrics, out / METRICS)
-
-
-def _pooled_lines(folds: Sequence[Path]) -> list[dict]:
-    lines = [line for fold in folds for line in read_predictions(fold)[1]]
-    ids = [line["id"] for line in lines]
-    if len(set(ids)) < len(ids):
-        again = next(row_id for row_id in ids if ids.count(row_id) > 1)
-        raise ValueError(f"The clip {again!r} is in two folds, so the folds cannot be pooled. Make its id unique.")
+def _pool_lines(folds: Sequence[Sequence[dict]]) -> list[dict]:
+    lines = [line for fold in folds for line in fold]
+    again = [row_id for row_id, count in Counter(line["id"] for line in lines).items() if count > 1]
+    if again:
+        raise ValueError(f"The clip {again[0]!r} is in two folds, so the folds cannot be pooled. Make its id unique.")
     return lines

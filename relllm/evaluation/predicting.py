@@ -1,7 +1,7 @@
 """What a system says of each clip: recognition three ways, dimensions, the reply."""
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,83 +17,147 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from relllm.inference.replies import generate_answers, score_answers
 from relllm.labels import DIMENSIONS
 from relllm.modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.prompts_relllm import build_chat_template
 
-from .asking import Asking, Questions, conversations, encode_prompts, number, render, render_prompts
+from .asking import (
+    RECOGNITION_TOKENS,
+    Questions,
+    answer_tokens,
+    conversations,
+    encode_prompts,
+    number,
+    parse_emotion,
+    render,
+    render_prompts,
+)
 from .evaluation_settings import SYSTEMS, System
 
 
-class Predictor(Protocol):
-    """A loaded system."""
-
-    def predict(self, rows: Sequence[Mapping]) -> list[dict]:
-        """Return the parts of each row's line in `predictions.jsonl`, or `{"error": …}` where it cannot be read."""
-        ...
-
-
-class SpeechPredictor:
-    """A ReLLM that hears the clips: system `re-llm`, or `speech-only` without an emotion tower.
-
-    A batch of clips is read once and encoded once, for every task.
+class Predictor:
+    """The two questions to a language model, whatever the audio or text in them is; its kinds say what is asked about.
 
     Args:
-        model ([`ReLLMForConditionalGeneration`]): In evaluation.
-        processor ([`ReLLMProcessor`]): Of the same checkpoint.
+        model (`PreTrainedModel`): A ReLLM or any causal LM, in evaluation.
+        tokenizer (`PreTrainedTokenizerBase`): Its own.
+        template (`str`): Its own chat template.
         questions ([`Questions`]): What to ask.
+        options: Of `generate`.
     """
 
-    def __init__(self, model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, questions: Questions) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        questions: Questions,
+        **options: object,
+    ) -> None:
         self.model = model
-        self.processor = processor
+        self.tokenizer = tokenizer
+        self.template = template
         self.questions = questions
-        self.prompts = render_prompts(processor.tokenizer, _template_of(processor), questions, audio=True)
-        self.asking = Asking(model, processor.tokenizer, _template_of(processor), questions)
+        self.options = {"pad_token_id": tokenizer.pad_token_id, **options}
+        self.label_tokens = [answer_tokens(tokenizer, template, label) for label in questions.labels]
 
+    @torch.no_grad()
     def predict(self, rows: Sequence[Mapping]) -> list[dict]:
-        """Answer as [`Predictor.predict`] says."""
-        results: list[dict] = []
-        clips = []
-        for row in rows:
+        """Return the parts of each row's line in `predictions.jsonl`, or `{"error": …}` where it cannot be read."""
+        results: list[dict] = [{} for _ in rows]
+        subjects = []
+        for row, result in zip(rows, results, strict=True):
             try:
-                clips.append(self.processor.feature_extractor.read_clip(row["audio"]))
-                results.append(
-                    {"duration_s": round(len(clips[-1]) / self.processor.feature_extractor.sampling_rate, 3)}
-                )
+                subjects.append(self.read(row, result))
             except (OSError, ValueError, TypeError) as error:
-                results.append({"error": f"{error}"})
+                result["error"] = f"{error}"
         read = [result for result in results if "error" not in result]
-        for result, found in zip(read, self._hear(clips) if clips else [], strict=True):
+        for result, found in zip(read, self.answer(subjects) if subjects else [], strict=True):
             result |= found
         return results
 
-    @torch.no_grad()
-    def _hear(self, clips: list) -> list[dict]:
-        heard, counts = encode_clips(self.model, self.processor, clips)
-        found: list[dict] = [{} for _ in clips]
+    def read(self, row: Mapping, result: dict) -> Any:
+        """Return what is asked about; an error says why not, and `result` may take a part of the line."""
+        raise NotImplementedError
+
+    def answer(self, subjects: list) -> list[dict]:
+        """Return the parts of the line of each subject."""
+        raise NotImplementedError
+
+    def ask(
+        self, prompts: Callable[[str], list[str]], count: int, audio: ReLLMAudioOutput | None = None
+    ) -> list[dict]:
+        """Return `recognition` and `reply`, those that are asked for, to the prompts of that name, `count` of them."""
+        found: list[dict] = [{} for _ in range(count)]
         if "ser" in self.questions.tasks:
-            inputs = self._inputs("recognition", counts)
-            heads = self._head_probabilities(heard)
-            for index, part in enumerate(self.asking.recognise(inputs, heard)):
-                found[index]["recognition"] = {**part, **({"head": heads[index]} if heads else {})}
+            inputs = encode_prompts(self.tokenizer, prompts("recognition"), self.model.device)
+            for part, recognised in zip(found, self._recognise(inputs, audio), strict=True):
+                part["recognition"] = recognised
+        if "empathy" in self.questions.tasks:
+            inputs = encode_prompts(self.tokenizer, prompts("reply"), self.model.device)
+            for part, text in zip(found, self._generate(inputs, audio, self.questions.max_new_tokens), strict=True):
+                part["reply"] = text
+        return found
+
+    def _recognise(self, inputs: dict[str, Tensor], audio: ReLLMAudioOutput | None) -> list[dict]:
+        """`generated` and `likelihood` of each prompt."""
+        texts = self._generate(inputs, audio, RECOGNITION_TOKENS)
+        scores = score_answers(self.model, inputs, self.label_tokens, audio=audio)
+        labels = self.questions.labels
+        return [
+            {
+                "generated": {"text": text, "emotion": parse_emotion(text, labels)},
+                "likelihood": {name: number(value) for name, value in zip(labels, values, strict=True)},
+            }
+            for text, values in zip(texts, scores.softmax(-1).tolist(), strict=True)
+        ]
+
+    def _generate(self, inputs: dict[str, Tensor], audio: ReLLMAudioOutput | None, limit: int) -> list[str]:
+        answers = generate_answers(self.model, inputs, audio=audio, max_new_tokens=limit, **self.options)
+        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+class SpeechPredictor(Predictor):
+    """A ReLLM that hears the clips: system `re-llm`, or `speech-only` without an emotion tower.
+
+    A batch of clips is read once and encoded once, for every task.
+    """
+
+    def __init__(self, model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, questions: Questions) -> None:
+        super().__init__(model, processor.tokenizer, _template_of(processor), questions)
+        self.processor = processor
+        self.prompts = render_prompts(self.tokenizer, self.template, questions, audio=True)
+
+    def read(self, row: Mapping, result: dict) -> Any:
+        extractor = self.processor.feature_extractor
+        clip = extractor.read_clip(row["audio"])
+        result["duration_s"] = round(len(clip) / extractor.sampling_rate, 3)
+        return clip
+
+    def answer(self, subjects: list) -> list[dict]:
+        heard, counts = encode_clips(self.model, self.processor, subjects)
+        token = self.processor.audio_token
+
+        def prompts(name: str) -> list[str]:
+            return [self.prompts[name].replace(token, token * count) for count in counts]
+
+        found = self.ask(prompts, len(counts), heard)
+        if "ser" in self.questions.tasks:
+            for part, probabilities in zip(found, self._head_probabilities(heard), strict=False):
+                part["recognition"]["head"] = probabilities
         if "dimensions" in self.questions.tasks:
             assert heard.dimensions is not None  # the heads always run
             for part, values in zip(found, heard.dimensions.float().tolist(), strict=True):
                 part["dimensions"] = {name: number(value) for name, value in zip(DIMENSIONS, values, strict=True)}
-        if "empathy" in self.questions.tasks:
-            for part, text in zip(found, self.asking.reply(self._inputs("reply", counts), heard), strict=True):
-                part["reply"] = text
         return found
 
-    def _inputs(self, prompt: str, counts: Sequence[int]) -> dict[str, Tensor]:
-        token = self.processor.audio_token
-        texts = [self.prompts[prompt].replace(token, token * count) for count in counts]
-        return encode_prompts(self.processor.tokenizer, texts, self.model.device)
-
     def _head_probabilities(self, heard: ReLLMAudioOutput) -> list[dict[str, float]]:
-        """Over the labels in use: those that the head lacks have probability 0, those it has beside them no share."""
+        """Over the labels in use: those that the head lacks have probability 0, those it has beside them no share.
+
+        Without a label that the head has, there are none.
+        """
         assert heard.emotion_logits is not None  # the heads always run
         classes = list(self.model.config.emotion_labels)
         known = [name for name in self.questions.labels if name in classes]
@@ -104,49 +168,22 @@ class SpeechPredictor:
         return [{name: number(row.get(name, 0.0)) for name in self.questions.labels} for row in rows]
 
 
-class TextPredictor:
+class TextPredictor(Predictor):
     """A causal LM that reads the transcripts: system `text-only`. No audio is opened.
 
-    Args:
-        llm (`PreTrainedModel`): Any causal LM; of a ReLLM its `text_model`, whose LoRA is off outside the ReLLM.
-        tokenizer (`PreTrainedTokenizerBase`): Its own.
-        template (`str`): As in the ReLLM, or of [`build_chat_template`].
-        questions ([`Questions`]): What to ask.
-        options: Of `generate`.
+    Of a ReLLM it is the `text_model`, whose LoRA is off outside the ReLLM.
     """
 
-    def __init__(
-        self,
-        llm: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str,
-        questions: Questions,
-        **options: object,
-    ) -> None:
-        self.llm = llm
-        self.tokenizer = tokenizer
-        self.template = template
-        self.questions = questions
-        self.asking = Asking(llm, tokenizer, template, questions, **options)
+    def read(self, row: Mapping, result: dict) -> Any:
+        if not (row.get("text") or "").strip():
+            raise ValueError("no transcript")
+        return row["text"]
 
-    @torch.no_grad()
-    def predict(self, rows: Sequence[Mapping]) -> list[dict]:
-        """Answer as [`Predictor.predict`] says."""
-        results: list[dict] = [{} if _has_text(row) else {"error": "no transcript"} for row in rows]
-        texts = [row["text"] for row in rows if _has_text(row)]
-        read = [result for result in results if "error" not in result]
-        if texts and "ser" in self.questions.tasks:
-            for result, part in zip(read, self.asking.recognise(self._inputs("recognition", texts)), strict=True):
-                result["recognition"] = part
-        if texts and "empathy" in self.questions.tasks:
-            for result, text in zip(read, self.asking.reply(self._inputs("reply", texts)), strict=True):
-                result["reply"] = text
-        return results
-
-    def _inputs(self, prompt: str, transcripts: Sequence[str]) -> dict[str, Tensor]:
-        turns = [conversations(self.questions, {"type": "text", "text": text})[prompt] for text in transcripts]
-        texts = [render(self.tokenizer, self.template, one) for one in turns]
-        return encode_prompts(self.tokenizer, texts, self.llm.device)
+    def answer(self, subjects: list) -> list[dict]:
+        asked = [conversations(self.questions, {"type": "text", "text": text}) for text in subjects]
+        return self.ask(
+            lambda name: [render(self.tokenizer, self.template, one[name]) for one in asked], len(subjects)
+        )
 
 
 def load_predictor(
@@ -223,7 +260,7 @@ def resolve_system(config: PreTrainedConfig, system: System | None, model: str) 
 def encode_clips(
     model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, clips: list
 ) -> tuple[ReLLMAudioOutput, list[int]]:
-    """What the model hears in each clip, and how many positions each takes."""
+    """Return what the model hears in each clip, and how many positions each takes."""
     features = processor.feature_extractor.extract(clips)
     counts = [int(count) for count in features.pop("num_audio_tokens")]
     return model.get_audio_features(**features.to(model.device), return_dict=True), counts
@@ -236,7 +273,3 @@ def _template_of(processor: ReLLMProcessor) -> str:
 
 def _is_relllm(config: PreTrainedConfig) -> bool:
     return config.model_type == "relllm"
-
-
-def _has_text(row: Mapping) -> bool:
-    return bool((row.get("text") or "").strip())

@@ -1,6 +1,6 @@
 """From the lines of `predictions.jsonl` to the numbers of `metrics.json`, and to its plots.
 
-What lives here: which clips count for which number. Everything is computed from the lines alone.
+It decides which clips count for which number. Everything is computed from the lines alone.
 """
 
 from __future__ import annotations

@@ -44,25 +44,25 @@ def _tables(metrics: Mapping) -> list[Table]:
         table = Table("emotion by", "UA", "WA", "macro-F1", "ECE", "unparsed", "clips", title_justify="left")
         for way in (way for way in WAYS if way in recognition):
             part = recognition[way]
-            scores = [_show(part[name]) for name in ("ua", "wa", "macro_f1")]
-            ece = _show(part["ece"]) if "ece" in part else ""
+            scores = [_decimals(part[name]) for name in ("ua", "wa", "macro_f1")]
+            ece = _decimals(part["ece"]) if "ece" in part else ""
             table.add_row(way, *scores, ece, str(part["num_unparsed"]), str(part["num_clips"]))
         tables.append(table)
     if dimensions := metrics.get("dimensions"):
         table = Table(f"dimension, {dimensions['scale']}".replace("[", r"\["), "CCC", "Pearson", "RMSE", "clips")
         for name in DIMENSIONS:
             part = dimensions[name]
-            table.add_row(name, *(_show(part[key]) for key in ("ccc", "pearson", "rmse")), str(part["num_clips"]))
+            table.add_row(name, *(_decimals(part[key]) for key in ("ccc", "pearson", "rmse")), str(part["num_clips"]))
         tables.append(table)
     if empathy := metrics.get("empathy"):
         table = Table("empathy", "mean level", "level 0 / 1 / 2", "replies")
         for name in (name for name in MECHANISMS if name in empathy):
             part = empathy[name]
             counts = " / ".join(str(count) for count in part["levels"])
-            table.add_row(name, _show(part["mean_level"]), counts, str(part["num_replies"]))
+            table.add_row(name, _decimals(part["mean_level"]), counts, str(part["num_replies"]))
         tables.append(table)
     return tables
 
 
-def _show(value: float | None) -> str:
+def _decimals(value: float | None) -> str:
     return "—" if value is None else f"{value:.3f}"
