@@ -15,8 +15,18 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from relllm.data.journal import write_json
 from relllm.evaluation.fingerprints import model_fingerprint
 
-from .evidence import EVIDENCE_FORMAT, EVIDENCE_NAME, describe_run, eval_results, read_evidence, read_public_run
-from .licences import MSP_TOWER, UNKNOWN, Tower, model_licence, read_towers
+from .evidence import (
+    EVIDENCE_FORMAT,
+    EVIDENCE_NAME,
+    MECHANISMS,
+    READINGS,
+    cell,
+    describe_run,
+    eval_results,
+    read_evidence,
+    read_public_run,
+)
+from .licences import MSP_TOWER, UNKNOWN, model_licence, read_towers
 from .sharing import CardSettings
 
 TEMPLATE = Path(__file__).parent / "template.md"
@@ -87,19 +97,22 @@ def _make_card(
         has_emotion_tower=any(tower.part == "emotion_tower" for tower in towers),
         lora_scope=config.get("lora_config") and LORA_SCOPES.get(config.get("lora_scope", "audio")),
         licence=whole,
-        licence_source=_licence_source(towers, whole),
+        licence_source=next((t.hub_id or f"the {t.part}" for t in towers if t.licence == whole != UNKNOWN), None),
         towers=towers,
         unclear=[f"the {tower.part}" for tower in towers if tower.licence in (UNKNOWN, "other")],
         msp_tower=any(tower.hub_id == MSP_TOWER for tower in towers),
         training=_training_settings(model),
         runs=[describe_run(run, towers) for run in runs],
+        readings=READINGS,
+        mechanisms=MECHANISMS,
+        cell=cell,
         fingerprint=fingerprint,
         evidence_name=EVIDENCE_NAME,
         plots=[{"path": name, "title": Path(name).stem.replace("_", " ")} for name in plots],
     )
 
 
-def check_card(folder: Path) -> ModelCard:
+def check_card(folder: Path) -> None:
     """Hold the card in a checkpoint's folder against the checkpoint, before it goes to the Hub.
 
     Raises:
@@ -122,7 +135,6 @@ def check_card(folder: Path) -> ModelCard:
     for image in IMAGE.findall(card.text):
         if not (folder / image).is_file():
             raise FileNotFoundError(f"{path} shows {image}, which is not there. Write the card anew.")
-    return card
 
 
 def _check_metrics(card: ModelCard, folder: Path) -> None:
@@ -147,12 +159,6 @@ def _check_metrics(card: ModelCard, folder: Path) -> None:
 
 def _identity(result: EvalResult) -> tuple[object, ...]:
     return (result.task_type, result.dataset_type, result.dataset_split, result.metric_name, result.metric_value)
-
-
-def _licence_source(towers: Sequence[Tower], licence: str) -> str | None:
-    """Name the tower whose licence the whole carries; `None` for a licence that is no tower's."""
-    names = [tower.hub_id or f"the {tower.part}" for tower in towers if tower.licence == licence != UNKNOWN]
-    return names[0] if names else None
 
 
 def _plots_by_name(runs: Sequence[Path]) -> dict[str, Path]:

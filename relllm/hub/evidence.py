@@ -21,16 +21,8 @@ EVIDENCE_NAME = "evaluation.json"
 # Of a run's metrics.json, what may be published. Not its `data.id` and `name`, which are paths as a rule, nor what a
 # protocol holds out by name: speakers and sessions are a corpus's own ids.
 PUBLIC_KEYS = (
-    "system",
-    "generation",
-    "prompts",
-    "label_set",
-    "seed",
-    "versions",
-    "hardware",
-    "recognition",
-    "dimensions",
-    "empathy",
+    *("system", "generation", "prompts", "label_set", "seed", "versions", "hardware"),
+    *("recognition", "dimensions", "empathy"),
 )
 PUBLIC_DATA_KEYS = ("split", "limit", "fingerprint", "num_clips", "num_failed", "num_speakers")
 READINGS = {
@@ -50,9 +42,6 @@ def read_public_run(folder: Path, fingerprint: str) -> dict[str, object]:
     Args:
         folder (`Path`): Of a finished `relllm evaluate`.
         fingerprint (`str`): Of the card's model.
-
-    Returns:
-        `dict`: The keys of `PUBLIC_KEYS` that the run has, `data`, and `folds` where it has them.
 
     Raises:
         FileNotFoundError: If the run is not finished.
@@ -109,7 +98,7 @@ def eval_results(runs: Sequence[Mapping]) -> list[EvalResult]:
 
 
 def describe_run(run: Mapping, towers: Sequence[Tower]) -> dict[str, object]:
-    """Describe a run of [`read_public_run`] as a card shows it: what was asked, and tables in Markdown."""
+    """Add to a run of [`read_public_run`] what its card says of it."""
     emotion = next((tower for tower in towers if tower.part == "emotion_tower"), None)
     seen = emotion is not None and emotion.hub_id == MSP_TOWER
     recorded = emotion is None or emotion.hub_id is not None
@@ -117,16 +106,12 @@ def describe_run(run: Mapping, towers: Sequence[Tower]) -> dict[str, object]:
     is_msp = "msp" in data["corpus"].lower()
     used = ", ".join(f"{name} {versions[name]}" for name in ("relllm", "transformers", "torch") if name in versions)
     return {
+        **run,
         "title": _describe_data(run),
-        "num_clips": data["num_clips"],
-        "num_speakers": data["num_speakers"] or "unknown",
-        "num_failed": data["num_failed"],
-        "limit": data.get("limit"),
         "dimension_sources": "; ".join(f"{source} ({count})" for source, count in data["dimension_sources"].items()),
         "setting": f"Seed {run.get('seed')}; {used}." if used else f"Seed {run.get('seed')}.",
         "not_clean": is_msp and seen,
         "perhaps_not_clean": is_msp and not recorded,
-        "tables": [table for table in _tables(run) if table],
     }
 
 
@@ -166,33 +151,8 @@ def _results_of_run(run: Mapping) -> Iterator[EvalResult]:
         yield result("text-generation", "Empathy of the replies", "empathy", name, scores.get("mean_level"))
 
 
-def _tables(run: Mapping) -> Iterator[str]:
-    """Recognition, dimensions and empathy in Markdown; empty where the run has none."""
-    rows: list[list[object]] = [
-        [READINGS.get(reading, reading), *(scores.get(key) for key in METRIC_NAMES), scores.get("num_clips")]
-        for reading, scores in run.get("recognition", {}).items()
-    ]
-    yield _markdown_table(["emotion", *METRIC_NAMES.values(), "clips"], rows)
-    rows = [
-        [name, *(scores.get(key) for key in ("ccc", "pearson", "rmse", "num_clips"))]
-        for name, scores in run.get("dimensions", {}).items()
-        if isinstance(scores, Mapping)
-    ]
-    yield _markdown_table(["dimension", "CCC", "Pearson", "RMSE", "clips"], rows)
-    rows = [
-        [name, scores.get("mean_level"), " / ".join(map(str, scores.get("levels", []))), scores.get("num_replies")]
-        for name, scores in run.get("empathy", {}).items()
-        if name in MECHANISMS
-    ]
-    yield _markdown_table(["empathy", "mean level", "replies at 0 / 1 / 2", "replies"], rows)
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
-    return "\n".join([f"| {' | '.join(header)} |", "|" + "---|" * len(header), *lines]) if lines else ""
-
-
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """Write a value as a table in a card shows it; `–` for what is undefined."""
     if isinstance(value, float):
         value = _rounded(value)
         return "–" if value is None else f"{value:.3f}"

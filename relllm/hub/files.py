@@ -7,41 +7,18 @@ corpus's recordings or rows stop the push, although they would not go: whoever f
 import fnmatch
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
-CODE_FILES = frozenset(
-    path.name
-    for room in ("modeling", "processing")
-    for path in (PACKAGE / room).glob("*.py")
-    if path.stem != "__init__"
-)
+CODE_FILES = {path.name for room in ("modeling", "processing") for path in (PACKAGE / room).glob("*_relllm.py")}
 CHECKPOINT_FILES = (
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
-    "evaluation.json",
-    "training_settings.json",
-    "plots/*.png",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-?????-of-?????.safetensors",
-    "model.safetensors.index.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+    *("README.md", "LICENSE*", "NOTICE*", "evaluation.json", "training_settings.json", "plots/*.png"),
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer.json", "tokenizer_config.json"),
+    *("tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
 )
 SECRET_FILES = (".env", ".env.*", ".netrc", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "id_ecdsa*", "credentials*")
 CORPUS_FILES = (
@@ -64,10 +41,7 @@ class Inventory:
 
 
 def take_inventory(folder: Path) -> Inventory:
-    """Sort the files of a checkpoint's folder.
-
-    Args:
-        folder (`Path`): A checkpoint, or a folder in which a run ended.
+    """Sort the files of a checkpoint's folder, or of a folder in which a run ended.
 
     Raises:
         NotADirectoryError: If it is no folder.
@@ -79,14 +53,14 @@ def take_inventory(folder: Path) -> Inventory:
     left_out: list[str] = []
     problems: list[str] = []
     for name in _walk_folder(folder):
-        if not name.endswith("/"):
-            problems += _problems_of(folder, name)
-        belongs = name in CODE_FILES or any(fnmatch.fnmatchcase(name, pattern) for pattern in CHECKPOINT_FILES)
+        if problem := _problem_of(folder, name):
+            problems.append(f"- {name}: {problem}")
+        belongs = name in CODE_FILES or _matches(name, CHECKPOINT_FILES)
         (upload if belongs else left_out).append(name)
     if problems:
         raise ValueError(
             f"{folder} holds what must not go to the Hub:\n"
-            + "\n".join(f"- {problem}" for problem in problems)
+            + "\n".join(problems)
             + "\nMove it elsewhere; if a token was in a file, revoke it."
         )
     return Inventory(upload, left_out)
@@ -96,17 +70,24 @@ def _walk_folder(folder: Path) -> Iterator[str]:
     """Yield files, sorted by their path, and skipped folders with a `/` behind."""
     for root, folders, files in os.walk(folder):
         where = Path(root).relative_to(folder)
-        skipped = [name for name in folders if any(fnmatch.fnmatchcase(name, pattern) for pattern in SKIPPED_FOLDERS)]
+        skipped = [name for name in folders if _matches(name, SKIPPED_FOLDERS)]
         folders[:] = sorted(set(folders) - set(skipped))
         yield from (f"{(where / name).as_posix()}/" for name in sorted(skipped))
         yield from ((where / name).as_posix() for name in sorted(files))
 
 
-def _problems_of(folder: Path, name: str) -> Iterator[str]:
+def _problem_of(folder: Path, name: str) -> str | None:
+    """Say why a file must not be in a folder that is pushed; `None` for one that may, and for a folder."""
     path = folder / name
-    if any(fnmatch.fnmatchcase(path.name.lower(), pattern) for pattern in SECRET_FILES):
-        yield f"{name}: a file of secrets"
-    elif any(fnmatch.fnmatchcase(path.name.lower(), pattern) for pattern in CORPUS_FILES):
-        yield f"{name}: recordings or rows of a corpus"
-    elif path.suffix.lower() in TEXT_SUFFIXES and path.is_file() and SECRET_TEXT.search(path.read_bytes()):
-        yield f"{name}: holds a token or a private key"
+    if name.endswith("/"):
+        return None
+    if _matches(path.name.lower(), SECRET_FILES):
+        return "a file of secrets"
+    if _matches(path.name.lower(), CORPUS_FILES):
+        return "recordings or rows of a corpus"
+    is_text = path.suffix.lower() in TEXT_SUFFIXES and path.is_file()
+    return "holds a token or a private key" if is_text and SECRET_TEXT.search(path.read_bytes()) else None
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -19,23 +19,16 @@ from .sharing import PushSettings
 from .staging import stage
 
 PACKAGE_PARENT = str(Path(__file__).parent.parent.parent)
-_WITHOUT_PACKAGE = """
-import importlib.abc, sys
-
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "relllm":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-options = {"trust_remote_code": True}
-"""
-_WITH_PACKAGE = """
-import sys
-import relllm
-options = {}
-"""
 _LOAD = """
+import sys
+
+options = {}
+if sys.argv[2] == "without":
+    sys.modules["relllm"] = None  # whoever imports it fails
+    options = {"trust_remote_code": True}
+else:
+    import relllm
+
 from transformers import AutoModel, AutoProcessor
 
 AutoProcessor.from_pretrained(sys.argv[1], **options)
@@ -89,8 +82,7 @@ def check_loads(folder: Path, *, without_package: bool) -> None:
             environment["HF_HUB_OFFLINE"] = "1"
         if not without_package:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
-        code = (_WITHOUT_PACKAGE if without_package else _WITH_PACKAGE) + _LOAD
-        command = [sys.executable, "-c", code, str(folder.resolve())]
+        command = [sys.executable, "-c", _LOAD, str(folder.resolve()), "without" if without_package else "with"]
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit {done.returncode}")
@@ -99,20 +91,12 @@ def check_loads(folder: Path, *, without_package: bool) -> None:
 
 
 def send_files(folder: Path, repo_id: str, *, private: bool = False) -> str:
-    """Send every file of a folder, or what links there point at, as one commit.
+    """Send every file of a folder, or what links there point at, as one commit, and return the repository's URL.
 
-    Not `upload_folder`: with Xet, huggingface_hub makes several commits of it.
-
-    Args:
-        folder (`Path`): With the files.
-        repo_id (`str`): `org/name`; made if it is not there.
-        private (`bool`, *optional*, defaults to `False`): Demand that the repository be private.
-
-    Returns:
-        `str`: The repository's URL.
+    Not by `upload_folder`: with Xet, huggingface_hub makes several commits of it.
 
     Raises:
-        ValueError: If the repository is public and must not be.
+        ValueError: If the repository is there already, is public, and must be `private`.
         huggingface_hub.errors.HfHubHTTPError, HTTPError: If the Hub refuses, or cannot be reached.
     """
     api = HfApi()
