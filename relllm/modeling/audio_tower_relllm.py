@@ -7,6 +7,7 @@ padding, whatever the batch's order.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -114,6 +115,16 @@ def group_by_length(sizes: Sequence[int], slack: float, most: float) -> list[lis
 def frame_mask(lengths: Tensor, width: int) -> Tensor:
     """`(clips, width)`, True on the first `lengths[i]` positions of row i."""
     return torch.arange(width, device=lengths.device)[None] < lengths[:, None]
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Whether any parameter of a module trains."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def without_graph(tower: nn.Module) -> AbstractContextManager:
+    """No graph through a tower that does not train, also where embeddings were hooked to require gradients."""
+    return nullcontext() if is_trained(tower) else torch.no_grad()
 
 
 def _limits(

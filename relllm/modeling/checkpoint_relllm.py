@@ -61,13 +61,11 @@ def whole_weights() -> Iterator[None]:
 def load_tower(
     kind: str, source: str | os.PathLike | PreTrainedModel, *, dtype: torch.dtype | None = None, **options: Any
 ) -> PreTrainedModel:
-    """A model as it is, an id or a path loaded from safetensors; of Whisper its encoder.
+    """Return a model as it is, or load an id or a path from safetensors; of Whisper return the encoder.
 
     Args:
         kind (`str`): One of `TOWERS`.
-        source (`str`, `os.PathLike` or `PreTrainedModel`): The tower or where it is.
         dtype (`torch.dtype`, *optional*): Of a tower that is loaded; by default its own.
-        options: As of `from_pretrained`.
     """
     if not isinstance(source, PreTrainedModel):
         loaders = {"audio_tower": AutoModel, "emotion_tower": ReLLMEmotionModel, "text_model": AutoModelForCausalLM}
@@ -77,16 +75,13 @@ def load_tower(
 
 
 def tower_source(source: str | os.PathLike | PreTrainedModel, tower: PreTrainedModel) -> dict[str, str | None] | None:
-    """Where a tower came from, for `config.towers`: `None` for a model that was never loaded from anywhere."""
+    """Return a tower's place for `config.towers`; `None` for a model that was never loaded from anywhere."""
     name = tower.config.name_or_path if isinstance(source, PreTrainedModel) else source
     return {"name": place_of(name), "revision": find_commit(name)} if name else None
 
 
 def find_commit(name: str | os.PathLike, revision: str | None = None) -> str | None:
-    """The commit in this machine's Hub cache that a Hub id stands for; `None` for a directory, or if it is not there.
-
-    Transformers no longer tells of what it loaded which commit it was.
-    """
+    """Return the commit of a Hub id in this machine's cache, which Transformers does not tell; `None` elsewhere."""
     if os.path.isdir(name):
         return None
     try:
@@ -97,16 +92,12 @@ def find_commit(name: str | os.PathLike, revision: str | None = None) -> str | N
 
 
 def place_of(name: str | os.PathLike) -> str:
-    """A Hub id as it is, a directory by its absolute path."""
+    """Return a Hub id as it is, a directory by its absolute path."""
     return os.path.abspath(name) if os.path.isdir(name) else str(name)
 
 
 def name_tower_weights(names: Iterable[str], towers: Mapping[str, PreTrainedModel | None]) -> dict[str, Tensor]:
-    """The towers' weights by their names in [`ReLLMModel`], where a LoRA moves a layer's weight to `base_layer`.
-
-    Args:
-        names (`Iterable` of `str`): Of all weights of the [`ReLLMModel`].
-        towers (`dict` of `str` to `PreTrainedModel`): By the names of `TOWERS`.
+    """Return the towers' weights by their `names` in [`ReLLMModel`], where a LoRA moves a weight to `base_layer`.
 
     Raises:
         ValueError: If a tower has a weight that the model has no place for.
@@ -124,7 +115,7 @@ def name_tower_weights(names: Iterable[str], towers: Mapping[str, PreTrainedMode
 def load_parts(
     cls: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A model with these tower weights and fresh ones elsewhere. Transformers would warn of the fresh ones."""
+    """Load a model with these tower weights and fresh ones elsewhere, of which Transformers would warn."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -147,14 +138,10 @@ def find_audio_token(tokenizer: str | os.PathLike | PreTrainedTokenizerBase | Pr
 
 
 def source_fingerprint(source: Mapping[str, Any], hub: Mapping[str, Any] | None = None) -> str:
-    """SHA-256 over the SHA-256 of each of a tower's safetensors files, in sorted order.
+    """Hash the SHA-256 of each safetensors file of a tower (`name` and `revision`, as in `config.towers`).
 
     In the Hub's cache a file of weights has its SHA-256 for a name; one elsewhere is read, and remembered as long as
     its size and time stay.
-
-    Args:
-        source (`dict`): `name` and `revision`, as in `config.towers`.
-        hub (`dict`, *optional*): `token`, `cache_dir` and the like.
     """
     digests = []
     for path in _weight_files(source["name"], _source_options(source, hub)):
@@ -178,7 +165,7 @@ def _file_digest(path: str, size: int, time_ns: int) -> str:
 
 
 def why_not_light(model: PreTrainedModel) -> str | None:
-    """Why a model cannot be saved light, with the remedy; `None` if it can."""
+    """Tell why a model cannot be saved light, with the remedy; `None` if it can."""
     if getattr(model, "is_quantized", False):
         return "A quantised model cannot be saved light: its weights are not those of its sources. Save it in full."
     for kind in TOWERS:
@@ -193,14 +180,11 @@ def why_not_light(model: PreTrainedModel) -> str | None:
 
 
 def light_state(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], dict]:
-    """What a light checkpoint of a model holds.
+    """Return the weights that a light checkpoint of a model holds, and the record of the towers for `config.towers`.
 
     Args:
         model ([`ReLLMForConditionalGeneration`] or [`ReLLMModel`]): With `config.towers`.
         state_dict (`dict` of `str` to `torch.Tensor`, *optional*): Its weights, by default `model.state_dict()`.
-
-    Returns:
-        `tuple`: The weights to write, and the record of the towers for `config.towers`.
 
     Raises:
         ValueError: If a tower with frozen weights has no known source, or the model is quantised.
@@ -231,7 +215,7 @@ def light_state(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None)
 def _shared_with_source(
     model: PreTrainedModel, tower: str, source: dict, dtype: torch.dtype, frozen: dict[str, Tensor], prefix: str
 ) -> set[str]:
-    """Names of those weights that the source has as well, to the bit; compared again where one may have changed."""
+    """Name the weights that the source has as well, to the bit; they are compared again where one may have changed."""
     cache = model.__dict__.setdefault("_light_cache", {})
     key = (tower, source["name"], source.get("revision"), dtype)
     states = {name: (weight.data_ptr(), weight._version, weight.shape) for name, weight in frozen.items()}
@@ -257,12 +241,7 @@ def _equal(expected: Tensor | None, weight: Tensor) -> bool:
 def read_light_record(
     path: str | os.PathLike | None, given: Mapping[str, str | os.PathLike] | None, options: Mapping[str, Any]
 ) -> dict | None:
-    """The towers that a light checkpoint names, each from `given` where it is there; `None` for a full checkpoint.
-
-    Args:
-        path (`str` or `os.PathLike`, *optional*): A directory or a Hub id.
-        given (`dict` of `str` to `str`, *optional*): Other places of towers, for this load.
-        options (`dict`): The other arguments of `from_pretrained`.
+    """Read the towers that a light checkpoint names, each from `given` where it is there; `None` for a full one.
 
     Raises:
         ValueError: If `given` names something that is no tower, or the checkpoint is a full one.
@@ -287,13 +266,7 @@ def read_light_record(
 def load_light(
     cls: type[PreTrainedModel], path: str | os.PathLike, record: Mapping[str, dict], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Arguments for `from_pretrained(None, …)` that build the whole model of a light checkpoint.
-
-    Args:
-        cls (`type`): The class to load.
-        path (`str` or `os.PathLike`): The light checkpoint.
-        record (`dict`): From [`read_light_record`].
-        options (`dict`): The other arguments of `from_pretrained`.
+    """Return arguments for `from_pretrained(None, …)` that build the whole model of a light checkpoint.
 
     Raises:
         OSError: If a tower cannot be loaded; the message names it and the remedy.
@@ -328,7 +301,7 @@ def load_light(
 
 @contextlib.contextmanager
 def config_fields(config: PreTrainedConfig, fields: Mapping[str, object]) -> Iterator[None]:
-    """Fields that a configuration has for the length of a `with` block, as for one save."""
+    """Give a configuration these fields for the length of a `with` block, as for one save."""
     own: dict[str, object] = config.__dict__
     before = {name: own[name] for name in fields if name in own}
     own.update(fields)
@@ -341,7 +314,7 @@ def config_fields(config: PreTrainedConfig, fields: Mapping[str, object]) -> Ite
 
 
 def finish_light(model: PreTrainedModel, path: str | os.PathLike, options: Mapping[str, Any]) -> None:
-    """What Transformers reads beside the weights of a full checkpoint: the generation settings, and the place."""
+    """Read what Transformers reads beside the weights of a full checkpoint: generation settings, and the place."""
     model.config.name_or_path = model.name_or_path = str(path)
     hub = _hub_options(options)
     if model.can_generate() and cached_file(
@@ -351,11 +324,7 @@ def finish_light(model: PreTrainedModel, path: str | os.PathLike, options: Mappi
 
 
 def check_left_out(model: PreTrainedModel, path: str | os.PathLike) -> None:
-    """Hold a model's towers against those that a light checkpoint left out, before it goes on training.
-
-    Args:
-        model ([`ReLLMForConditionalGeneration`]): Built from towers.
-        path (`str` or `os.PathLike`): The checkpoint; nothing is checked of a full one.
+    """Hold a model's towers against those that a light checkpoint at `path` left out, before it goes on training.
 
     Raises:
         ValueError: If they come from other files, or are not what these hold; the message names the tower.
@@ -379,12 +348,7 @@ def check_left_out(model: PreTrainedModel, path: str | os.PathLike) -> None:
 
 
 def read_weights(path: str | os.PathLike, hub: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """The weights of a checkpoint, of one file or of several, on the CPU.
-
-    Args:
-        path (`str` or `os.PathLike`): A directory or a Hub id.
-        hub (`dict`, *optional*): `revision`, `token` and the like.
-    """
+    """Read the weights of a checkpoint, a directory or a Hub id, of one file or of several, to the CPU."""
     weights: dict[str, Tensor] = {}
     for file in _weight_files(path, dict(hub or {})):
         weights |= load_file(file)
@@ -415,7 +379,7 @@ def _load_source(tower: str, source: Mapping[str, Any], dtype: torch.dtype, hub:
 
 
 def _source_options(source: Mapping[str, Any], hub: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The Hub's options for a tower: those of its checkpoint, and its own revision."""
+    """Return the Hub's options for a tower: those of its checkpoint, and its own revision."""
     options = {name: value for name, value in (hub or {}).items() if name not in ("revision", "subfolder")}
     return options | ({"revision": source["revision"]} if source.get("revision") else {})
 
@@ -430,7 +394,7 @@ def _check_fingerprint(tower: str, source: Mapping[str, Any], hub: Mapping[str, 
 
 
 def _main_dtype(weights: Iterable[Tensor]) -> torch.dtype:
-    """The floating type of most of the numbers."""
+    """Return the floating type of most of the numbers."""
     counts: dict[torch.dtype, int] = {}
     for weight in weights:
         if weight.is_floating_point():

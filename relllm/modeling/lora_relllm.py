@@ -134,7 +134,7 @@ class ScopedLora:
 
 
 class ScopedLinear(PeftLinear):
-    """A LoRA layer of PEFT that is its base layer where the LoRA acts nowhere.
+    """A LoRA layer of PEFT that is its base layer where the LoRA acts nowhere, at no cost.
 
     PEFT's own `forward` asks, of every layer in every decode step, which adapters are active, merged or mixed, and
     then calls the base layer as a module. That is a tenth of a small LLM's step.
@@ -205,7 +205,7 @@ def is_lora_parameter(name: str) -> bool:
 
 
 def plain_lora_config(lora: "dict | PeftConfig | None") -> dict | None:
-    """What a `peft.LoraConfig` changes from its defaults, as JSON can hold it; a `dict` as it is."""
+    """Return what a `peft.LoraConfig` changes from its defaults, as JSON can hold it; a `dict` as it is."""
     if lora is None or isinstance(lora, dict):
         return lora
     defaults = type(lora)().to_dict()

@@ -7,7 +7,6 @@ Top to bottom: the pretrained base, [`ReLLMModel`] (towers, fusion, projector, h
 import copy
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .audio_tower_relllm import build_tower, encode_audio, frame_mask
+from .audio_tower_relllm import build_tower, encode_audio, frame_mask, is_trained, without_graph
 from .checkpoint_relllm import (
     config_fields,
     find_audio_token,
@@ -43,27 +42,29 @@ from .checkpoint_relllm import (
 from .configuration_relllm import DIMENSIONS, ReLLMConfig
 from .emotion_tower_relllm import ReLLMEmotionModel
 from .lora_relllm import LoraScope, inject_scoped_lora, is_lora_parameter, plain_lora_config
-from .projector_relllm import ConvProjector, ProjectorOutput, check_counts, count_message, place_positions
-
-AUDIO_INPUTS = (
-    "input_features",
-    "input_features_mask",
-    "input_values",
-    "input_values_mask",
-    "audio_num_windows",
-    "tower_outputs",
+from .projector_relllm import (
+    ConvProjector,
+    ProjectorOutput,
+    check_counts,
+    clip_average,
+    count_message,
+    place_positions,
 )
+
+FEATURES = ("input_features", "input_features_mask", "input_values", "input_values_mask")
+AUDIO_INPUTS = (*FEATURES, "audio_num_windows", "tower_outputs")
+READINGS = ("emotion_logits", "dimensions", "emotion_embedding", "tower_dimensions")
 AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForSpeechSeq2Seq")
 
 
 @dataclass
 class TowerOutputs(ModelOutput):
-    """
+    """What the two towers make of each window.
+
     Args:
         frames (`torch.Tensor` of shape `(windows, T, d_s)`): Of the speech tower; past a window's own count, padding.
         lengths (`torch.LongTensor` of shape `(windows,)`): Each window's own frame count.
-        emotion_embedding (`torch.Tensor` of shape `(windows, d_e)`, *optional*): Of the emotion tower, where there is
-            one.
+        emotion_embedding (`torch.Tensor` of shape `(windows, d_e)`, *optional*): The emotion tower's.
         dimensions (`torch.Tensor` of shape `(windows, 3)`, *optional*): Its arousal, dominance, valence.
         hidden_states, attentions (`tuple` of `torch.Tensor`, *optional*): Of the speech tower, layer by layer.
     """
@@ -101,7 +102,7 @@ class ReLLMAudioOutput(BaseModelOutputWithPooling):
 
 @dataclass
 class ReLLMModelOutput(BaseModelOutputWithPast):
-    """Of [`ReLLMModel`].
+    """What [`ReLLMModel`] returns.
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch, sequence, d)`): The LLM's last hidden states.
@@ -120,15 +121,7 @@ class ReLLMModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class ReLLMCausalLMOutput(CausalLMOutputWithPast):
-    """Of [`ReLLMForConditionalGeneration`].
-
-    Args:
-        loss (`torch.Tensor` of shape `()`, *optional*): Next-token cross-entropy, where `labels` are given.
-        logits (`torch.Tensor` of shape `(batch, sequence, vocabulary)`): Next-token scores.
-        audio_hidden_states (`torch.Tensor` of shape `(windows, L, d)`, *optional*): Projected, padded on the right.
-        audio_lengths (`torch.LongTensor` of shape `(windows,)`, *optional*): Valid positions of each window.
-        emotion_logits, dimensions, emotion_embedding, tower_dimensions: See [`ReLLMAudioOutput`].
-    """
+    """What [`ReLLMForConditionalGeneration`] returns: loss, logits, and the rest as in [`ReLLMModelOutput`]."""
 
     audio_hidden_states: Tensor | None = None
     audio_lengths: Tensor | None = None
@@ -169,11 +162,7 @@ class ReLLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No, so that weights which a checkpoint lacks are drawn by the towers' own rules.
-
-        For custom code Transformers passes over modules without parameters of their own, and Whisper's positions come
-        out random, wav2vec2's positional convolution NaN.
-        """
+        """Say no: of custom code, Transformers draws Whisper's positions at random, and wav2vec2's come out NaN."""
         return False
 
     def _set_gradient_checkpointing(
@@ -191,9 +180,7 @@ class ReLLMPreTrainedModel(PreTrainedModel):
         towers: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> "ReLLMPreTrainedModel":
-        """As in Transformers, from safetensors only, full or light, and frozen again as [`ReLLMModel.freeze`] says.
-
-        Transformers makes every loaded parameter trainable, whatever `__init__` had set.
+        """Load as in Transformers, from safetensors only, full or light, and freeze again what `__init__` froze.
 
         Args:
             towers (`dict` of `str` to `str`, *optional*): For a light checkpoint, where towers are now, by
@@ -220,7 +207,7 @@ class ReLLMPreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: object, light: bool = False, **kwargs: Any
     ) -> None:
-        """As in Transformers; with the code files if [`relllm.register_for_auto_class`] has been called.
+        """Save as in Transformers; with the code files if [`relllm.register_for_auto_class`] has been called.
 
         Args:
             light (`bool`, *optional*, defaults to `False`): Leave out what the towers' sources have as well, and write
@@ -271,7 +258,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
         self.freeze()
 
     def freeze(self) -> None:
-        """What the paper freezes: both towers, and the LLM except its LoRA. The projector and the heads train."""
+        """Freeze what the paper freezes: both towers, and the LLM except its LoRA. Projector and heads train."""
         for tower in (self.audio_tower, self.emotion_tower):
             if tower is not None:
                 tower.requires_grad_(False)
@@ -324,15 +311,8 @@ class ReLLMModel(ReLLMPreTrainedModel):
             ValueError: If the emotion tower is there and `input_values` is not, or if not exactly one of
                 `input_features` and `tower_outputs` is given.
         """
-        audio = self._hear(
-            input_features,
-            input_features_mask,
-            input_values,
-            input_values_mask,
-            audio_num_windows,
-            tower_outputs,
-            **kwargs,
-        )
+        features = (input_features, input_features_mask, input_values, input_values_mask)
+        audio = self._hear(features, audio_num_windows, tower_outputs, **kwargs)
         # An index of a length that only the device knows: `forward` does without it.
         assert audio.last_hidden_state is not None and audio.lengths is not None
         audio.pooler_output = audio.last_hidden_state[frame_mask(audio.lengths, audio.last_hidden_state.shape[1])]
@@ -340,21 +320,15 @@ class ReLLMModel(ReLLMPreTrainedModel):
 
     def _hear(
         self,
-        input_features: Tensor | None,
-        input_features_mask: Tensor | None,
-        input_values: Tensor | None,
-        input_values_mask: Tensor | None,
+        features: tuple[Tensor | None, ...],
         audio_num_windows: Tensor | None,
         tower_outputs: TowerOutputs | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ReLLMAudioOutput:
         """[`~ReLLMModel.get_audio_features`] without `pooler_output`."""
-        if input_features is not None and tower_outputs is None:
-            towers = self.run_towers(input_features, input_features_mask, input_values, input_values_mask, **kwargs)
-        elif input_features is None and tower_outputs is not None:
-            towers = tower_outputs
-        else:
+        if (features[0] is None) == (tower_outputs is None):
             raise ValueError("Pass exactly one of input_features and tower_outputs.")
+        towers = tower_outputs if tower_outputs is not None else self.run_towers(*features, **kwargs)  # type: ignore[arg-type]
         projected = self._project(towers)
         valid = frame_mask(projected.lengths, projected.hidden_states.shape[1])
         pooled = (projected.hidden_states * valid.unsqueeze(-1)).sum(1) / projected.lengths[:, None]
@@ -386,7 +360,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
 
         While the towers are frozen this never changes, so it can be kept, and given to the model instead of features.
         """
-        with _frozen(self.audio_tower):
+        with without_graph(self.audio_tower):
             encoded, lengths = encode_audio(self.audio_tower, input_features, input_features_mask, **kwargs)
         outputs = TowerOutputs(
             encoded.last_hidden_state, lengths, hidden_states=encoded.hidden_states, attentions=encoded.attentions
@@ -394,7 +368,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
         if self.emotion_tower is not None:
             if input_values is None:
                 raise ValueError("input_features came without input_values, which the emotion tower reads. Pass both.")
-            with _frozen(self.emotion_tower):
+            with without_graph(self.emotion_tower):
                 emotion = self.emotion_tower(input_values.to(self.emotion_tower.dtype), input_values_mask)
             outputs.emotion_embedding, outputs.dimensions = emotion.embedding, emotion.dimensions
         return outputs
@@ -421,14 +395,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
         audio: ReLLMAudioOutput | None,
         past_key_values: Cache | None,
     ) -> tuple[Tensor, Tensor | bool | None]:
-        """Put projected frames where the placeholders are, and tell where the LoRA acts.
-
-        Returns:
-            `tuple`: Embeddings `(batch, sequence, d)`, and the mask for [`LoraScope`].
-
-        Raises:
-            ValueError: If placeholders and projected frames differ in number; the message has both counts.
-        """
+        """Put projected frames where the placeholders are; return `(batch, sequence, d)` and the mask of the LoRA."""
         if audio_mask is None:
             audio_mask = self._find_audio(input_ids, inputs_embeds, audio, past_key_values)
         if inputs_embeds is None:
@@ -502,14 +469,8 @@ class ReLLMModel(ReLLMPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         audio = (mm_encoder_outputs or {}).get("audio")
         if audio is None and (input_features is not None or tower_outputs is not None):
-            audio = self._hear(
-                input_features,
-                input_features_mask,
-                input_values,
-                input_values_mask,
-                audio_num_windows,
-                tower_outputs,
-            )
+            features = (input_features, input_features_mask, input_values, input_values_mask)
+            audio = self._hear(features, audio_num_windows, tower_outputs)
         inputs_embeds, lora_mask = self.place_audio(input_ids, inputs_embeds, audio_mask, audio, past_key_values)
         with self.lora_scope.use(lora_mask):
             outputs = (self.text_model if language_modeling else self.text_model.base_model)(
@@ -521,17 +482,16 @@ class ReLLMModel(ReLLMPreTrainedModel):
                 return_dict=True,
                 **kwargs,
             )
+        heard: dict[str, Tensor | None] = {}
+        if audio is not None:
+            heard = {"audio_hidden_states": audio.last_hidden_state, "audio_lengths": audio.lengths}
+            heard |= {name: getattr(audio, name) for name in READINGS}
         return ReLLMModelOutput(
             last_hidden_state=outputs.logits if language_modeling else outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            audio_hidden_states=audio.last_hidden_state if audio is not None else None,
-            audio_lengths=audio.lengths if audio is not None else None,
-            emotion_logits=audio.emotion_logits if audio is not None else None,
-            dimensions=audio.dimensions if audio is not None else None,
-            emotion_embedding=audio.emotion_embedding if audio is not None else None,
-            tower_dimensions=audio.tower_dimensions if audio is not None else None,
+            **heard,
         )
 
 
@@ -680,7 +640,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: object,
     ) -> dict:
-        """Transformers drops the audio tensors it knows after the first step; these are ours to drop.
+        """Drop our audio after the first step, as Transformers drops what it knows.
 
         It takes no step of an assistant (in assisted decoding) for the first; one before which nothing was read is.
         """
@@ -697,11 +657,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict]:
-        """Repeat rows for beams and `num_return_sequences`.
-
-        Audio has as many rows as there are windows, not as the batch has, so it is encoded once and its tokens are
-        repeated with the row of the batch that they belong to.
-        """
+        """Repeat rows for beams; audio, whose rows are windows, is encoded once and repeated with its row's tokens."""
         audio = (kwargs.pop("mm_encoder_outputs", None) or {}).get("audio")
         given = any(kwargs.get(name) is not None for name in ("input_features", "tower_outputs"))
         if expand_size > 1 and (audio is not None or given):
@@ -719,30 +675,11 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         return input_ids, kwargs
 
     def _get_candidate_generator(self, *, model_kwargs: dict, assistant_model: Any = None, **kwargs: Any) -> Any:
-        """Of assisted decoding: an assistant that only reads gets no audio, and sees the placeholders alone."""
+        """Give an assistant that only reads no audio: it sees the placeholders alone."""
         if assistant_model is not None and assistant_model.config.model_type != self.config.model_type:
             unread = {*AUDIO_INPUTS, "audio_mask", "mm_encoder_outputs"}
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in unread}
         return super()._get_candidate_generator(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
-
-
-def is_trained(module: nn.Module) -> bool:
-    """Whether any parameter of a module trains."""
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def clip_average(num_windows: Tensor, weights: Tensor) -> Tensor:
-    """`(clips, windows)`: row i averages the windows of clip i, each by its weight."""
-    clip_end = num_windows.cumsum(0)[:, None]
-    window = torch.arange(len(weights), device=weights.device)[None]
-    belongs = (window < clip_end) & (window >= clip_end - num_windows[:, None])
-    share = belongs * weights.float()
-    return share / share.sum(-1, keepdim=True)
-
-
-def _frozen(tower: nn.Module) -> AbstractContextManager:
-    """No graph through a tower that does not train, also where embeddings were hooked to require gradients."""
-    return nullcontext() if is_trained(tower) else torch.no_grad()
 
 
 def _averaged(by_frames: Tensor, values: Tensor | None) -> Tensor | None:

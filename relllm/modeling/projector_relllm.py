@@ -128,6 +128,15 @@ def count_message(placeholders: int, positions: int) -> str:
     )
 
 
+def clip_average(num_windows: Tensor, weights: Tensor) -> Tensor:
+    """`(clips, windows)`: row i averages the windows of clip i, each by its weight."""
+    clip_end = num_windows.cumsum(0)[:, None]
+    window = torch.arange(len(weights), device=weights.device)[None]
+    belongs = (window < clip_end) & (window >= clip_end - num_windows[:, None])
+    share = belongs * weights.float()
+    return share / share.sum(-1, keepdim=True)
+
+
 def _encoder_layers(config: ReLLMConfig, width: int, count: int) -> nn.ModuleList:
     """Pre-norm transformer layers as Whisper's, which is what the original code uses."""
     layer_config = WhisperConfig(
@@ -154,4 +163,12 @@ def _run_layers(layers: nn.ModuleList, hidden: Tensor, lengths: Tensor | None) -
     return hidden
 
 
-__all__ = ["ConvProjector", "ProjectorOutput", "check_counts", "count_message", "count_projected", "place_positions"]
+__all__ = [
+    "ConvProjector",
+    "ProjectorOutput",
+    "check_counts",
+    "clip_average",
+    "count_message",
+    "count_projected",
+    "place_positions",
+]
