@@ -34,13 +34,13 @@ Lengths = TypeVar("Lengths", int, Tensor)
 
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """An audio encoder with random weights; of an encoder-decoder (Whisper), its encoder."""
+    """Build an audio encoder with random weights; of an encoder-decoder (Whisper), its encoder."""
     tower = AutoModel.from_config(config)
     return tower.get_encoder() if config.is_encoder_decoder else tower
 
 
 def count_frames(config: PreTrainedConfig, lengths: Lengths) -> Lengths:
-    """Frames that a tower makes of inputs of these lengths.
+    """Count the frames that a tower makes of inputs of these lengths.
 
     Args:
         config (`PreTrainedConfig`): The tower's.
@@ -118,7 +118,7 @@ def frame_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def is_trained(module: nn.Module) -> bool:
-    """Whether any parameter of a module trains."""
+    """Tell whether any parameter of a module trains."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -210,7 +210,7 @@ def _wants_states(tower: PreTrainedModel, kwargs: Mapping[str, object]) -> bool:
 
 
 def _is_sharded(tower: PreTrainedModel) -> bool:
-    """Whether processes gather the weights layer by layer: then all must run the tower equally often, so once each."""
+    """Tell whether processes gather the weights layer by layer: all must then run the tower equally often, once."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel

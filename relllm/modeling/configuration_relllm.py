@@ -48,7 +48,7 @@ class ReLLMEmotionConfig(PreTrainedConfig):
 
     @classmethod
     def from_encoder_config(cls, config: PreTrainedConfig) -> "ReLLMEmotionConfig":
-        """The configuration of a checkpoint of audEERING's layout: an encoder's, with a head's labels in it."""
+        """Return the configuration of a checkpoint of audEERING's layout: an encoder's, with a head's labels in it."""
         labels = {int(index): name for index, name in (config.to_dict().get("id2label") or {}).items()}
         unnamed = set(labels.values()) == {f"LABEL_{index}" for index in labels}  # the layout's own order is ours
         return cls(encoder_config=config, final_dropout=config.final_dropout, id2label=None if unnamed else labels)
@@ -170,7 +170,7 @@ class ReLLMConfig(PreTrainedConfig):
 
 
 def _build_config(config: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:
-    """A sub-configuration as an object; what `config.json` holds is a `dict`, and `None` takes the defaults."""
+    """Return a sub-configuration as an object; what `config.json` holds is a `dict`, and `None` takes the defaults."""
     if config is None:
         return CONFIG_MAPPING[model_type]()
     if isinstance(config, dict):

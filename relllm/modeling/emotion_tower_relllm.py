@@ -76,7 +76,7 @@ class ReLLMEmotionModel(PreTrainedModel):
 
     @property
     def encoder(self) -> PreTrainedModel:
-        """The waveform encoder."""
+        """Return the waveform encoder."""
         return getattr(self, self.encoder_name)
 
     def forward(

@@ -40,7 +40,7 @@ class LoraScope:
 
     @property
     def positions(self) -> Tensor | None:
-        """The mask's True positions in `batch * sequence`; only on a CPU, because finding them waits for a device."""
+        """Return the mask's True positions in `batch * sequence`; on a CPU only, for finding them waits for a device."""
         return getattr(self._local, "positions", None)
 
     @contextlib.contextmanager
@@ -54,7 +54,7 @@ class LoraScope:
             self._local.mask, self._local.positions = before
 
     def wrap_checkpoint(self, checkpoint: Callable) -> Callable:
-        """A gradient-checkpointing function that runs again under the mask of the first run.
+        """Make a gradient-checkpointing function that runs again under the mask of the first run.
 
         The second run comes in the backward pass, long after `use` has ended, and maybe after a teacher pass with
         another mask.
@@ -150,7 +150,7 @@ class ScopedLinear(PeftLinear):
         return nn.functional.linear(x, base._parameters["weight"], base._parameters["bias"])
 
     def _is_plain(self) -> bool:
-        """Whether nothing but a matrix product can happen: no other adapter, no hook, no other kind of layer."""
+        """Tell whether nothing but a matrix product can happen: no other adapter, no hook, no other layer."""
         base = self._modules["base_layer"]
         return (
             self._active_adapter in (ADAPTER_NAME, [ADAPTER_NAME])
@@ -200,7 +200,7 @@ def inject_scoped_lora(text_model: nn.Module, lora_config: dict, scope_name: str
 
 
 def is_lora_parameter(name: str) -> bool:
-    """Whether a parameter name belongs to the LoRA that [`inject_scoped_lora`] makes."""
+    """Tell whether a parameter name belongs to the LoRA that [`inject_scoped_lora`] makes."""
     return f".{ADAPTER_NAME}." in name and "lora_" in name
 
 

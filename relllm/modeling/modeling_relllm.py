@@ -146,7 +146,7 @@ class ReLLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def post_init(self) -> None:
-        """The layers that are placed whole are those that are here: Whisper's encoder names its decoder's as well."""
+        """Name only layers that are here as those to place whole: Whisper's encoder names its decoder's as well."""
         super().post_init()
         self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
 

@@ -30,7 +30,7 @@ class ProjectorOutput:
 
 
 def count_projected(config: ReLLMConfig, frames: Tensor) -> Tensor:
-    """Positions that the projector makes of these frames: floor((L - 1)/2 + 1) a convolution."""
+    """Count the positions that the projector makes of these frames: floor((L - 1)/2 + 1) a convolution."""
     for _ in config.projector_kernel_sizes:
         frames = (frames - 1) // 2 + 1
     return frames
@@ -121,7 +121,7 @@ def check_counts(audio_mask: Tensor, positions: Tensor) -> None:
 
 
 def count_message(placeholders: int, positions: int) -> str:
-    """What the error says."""
+    """Return what the error says."""
     return (
         f"The text has {placeholders} audio placeholder tokens and the audio makes {positions} positions. "
         "Let ReLLMProcessor make both, and do not truncate its output."
