@@ -39,7 +39,7 @@ from relllm.demo.steps import (
     share,
     show_replies,
 )
-from relllm.demo.tiny_emotion_tower import train_emotion_tower
+from relllm.demo.tiny import train_emotion_tower
 from relllm.hub.licences import is_local
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor

@@ -1,12 +1,11 @@
 """eSpeak NG as a process of its own: utterances in, samples out, bit-identical whatever was said before.
 
-What lives here: `speak`, and the process that it starts (this same file, run as a script). What does not: what is
-said, and how (`synthetic.py`).
+The process that `speak` starts is this same file, run as a script.
 
 eSpeak NG's output depends on what the process has synthesised before, and initialising it again does not help. So one
 process initialises it once and forks for every utterance: each child starts from the same state, and seeds the noise
-in the voice, which eSpeak NG would seed by the clock. That process is
-started afresh and imports nothing big, because forking a process that runs torch's threads is slow and unsafe.
+in the voice, which eSpeak NG would seed by the clock. That process is started afresh and imports nothing big,
+because forking a process that runs torch's threads is slow and unsafe.
 """
 
 from __future__ import annotations
@@ -23,25 +22,17 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Utterance:
-    """What eSpeak NG is asked for.
+    """What eSpeak NG is asked for."""
 
-    Attributes:
-        text (`str`): English text.
-        voice (`str`): Accent and variant, for example `"en-us+f3"`.
-        pitch (`int`): 0 to 99; 50 is the voice's own.
-        pitch_range (`int`): 0 (monotone) to 99.
-        rate (`int`): Words a minute, 80 to 450.
-    """
-
-    text: str
-    voice: str
-    pitch: int
-    pitch_range: int
-    rate: int
+    text: str  # English
+    voice: str  # accent and variant, for example "en-us+f3"
+    pitch: int  # 0 to 99; 50 is the voice's own
+    pitch_range: int  # 0 (monotone) to 99
+    rate: int  # words a minute, 80 to 450
 
 
 def speak(utterances: Iterable[Utterance]) -> Iterator[tuple[bytes, int]]:
-    """Synthesises utterances one by one.
+    """Synthesise utterances one by one.
 
     Args:
         utterances (`Iterable[Utterance]`): What to say; read lazily, two ahead.
@@ -103,7 +94,7 @@ _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
 
 
 def _serve(library_path: str, data_path: str) -> None:
-    """Reads one utterance a line from standard input; writes a JSON line and the samples to standard output."""
+    """Read one utterance a line from standard input; write a JSON line and the samples to standard output."""
     library = ctypes.CDLL(library_path)
     rate = library.espeak_Initialize(_SYNCHRONOUS, 0, data_path.encode(), 0)
     if rate <= 0:
@@ -118,7 +109,7 @@ def _serve(library_path: str, data_path: str) -> None:
 
 
 def _in_a_fork(library: ctypes.CDLL, utterance: Utterance) -> tuple[bytes, str]:
-    """Synthesises in a child of this process, whose own state stays as it was; returns samples and error."""
+    """Synthesise in a child of this process, whose own state stays as it was; return samples and error."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:

@@ -31,7 +31,7 @@ NEAR_CHANCE = 0.10  # above 1 / classes: what a run that learned nothing stays b
 
 
 def claim_folder(out: Path, settings: Mapping[str, object]) -> None:
-    """A folder belongs to one set of settings: a step done under others must not be reused.
+    """Bind a folder to one set of settings: a step done under others must not be reused.
 
     Raises:
         ValueError: If the folder holds a run with other settings.
@@ -67,7 +67,7 @@ def once(path: Path, what: str, make: Callable[[Path], None], console: Console, 
 def evaluate_system(
     model: str | Path, data: Path, run: Path, system: str, console: Console, **options: object
 ) -> dict:
-    """`relllm evaluate` on unseen voices and unseen sentences, shown as the command.
+    """Run `relllm evaluate` on unseen voices and unseen sentences, shown as the command.
 
     Args:
         model (`str` or `Path`): A checkpoint, or an LLM for `text-only`.
@@ -84,7 +84,7 @@ def evaluate_system(
 
 
 def compare_systems(out: Path, systems: Mapping[str, object], console: Console) -> None:
-    """`relllm compare` of the runs in `out`, by the systems' names."""
+    """Run `relllm compare` over the runs in `out`, by the systems' names."""
     runs = [out / "runs" / system for system in systems]
     console.rule(f"$ relllm compare {' '.join(map(str, runs))} --baseline speech-only --out {out / 'comparison'}")
     comparison = compare_runs([read_run(run) for run in runs], ["speech-only"])
@@ -106,7 +106,7 @@ def share(model: Path, run: Path, training: dict, console: Console, *, repo_id: 
 
 
 def show_replies(rows: Dataset, out: Path, console: Console) -> None:
-    """Replies to a clip of each emotion, and by a fresh process to a file; then where the plots are."""
+    """Reply to a clip of each emotion, and by a fresh process to a file; then say where the plots are."""
     console.rule("What it replies")
     model = AutoModel.from_pretrained(out / "re-llm").eval()
     processor = ReLLMProcessor.from_pretrained(out / "re-llm")
@@ -123,7 +123,7 @@ def show_replies(rows: Dataset, out: Path, console: Console) -> None:
 
 
 def has_learned(metrics: Mapping, console: Console) -> bool:
-    """Whether the emotion head's UA on unseen voices is above chance by more than 0.10; says so if not."""
+    """Tell whether the emotion head's UA on unseen voices is above chance by more than 0.10; say so if not."""
     accuracy: float = metrics["recognition"]["head"]["ua"]
     learned = accuracy > 1 / len(EMOTIONS) + NEAR_CHANCE
     if not learned:

@@ -1,8 +1,5 @@
 """A small corpus of synthetic speech in five emotions, for the demo and for tests.
 
-What lives here: the plan (who says what, how, and what the reply is), making its audio, and the reader. What does not:
-the sentences and replies (`synthetic_text.py`), the synthesiser (`espeak.py`), writing the data set (`preparing.py`).
-
 This is rule-made prosody, not human emotion: a model that learns it shows that the pipeline learns from how something
 is said. Results on it say nothing about people, and everything built on it should say so.
 
@@ -197,15 +194,10 @@ def load_synthetic_corpus(directory: str | Path, split: str) -> Dataset:
 
 
 def plan_split(split: str, clips_per_emotion: int, *, seed: int = 0) -> Iterator[Clip]:
-    """What a split will hold, without synthesising it.
+    """Plan what a split will hold, without synthesising it.
 
-    Args:
-        split (`str`): `"train"`, `"validation"` or `"test"`.
-        clips_per_emotion (`int`): Clips of each emotion; beyond voices x sentences, pairs come again with another
-        prosody. seed (`int`, *optional*, defaults to 0): The seed.
-
-    Yields:
-        `Clip`: The emotions take turns; the five clips of a turn share voice and sentence.
+    The emotions take turns, and the five clips of a turn share voice and sentence; beyond voices x sentences, pairs
+    come again with another prosody.
 
     Raises:
         ValueError: `clips_per_emotion` is below 1.
@@ -217,7 +209,7 @@ def plan_split(split: str, clips_per_emotion: int, *, seed: int = 0) -> Iterator
 
 
 def plan_clip(split: str, number: int, *, seed: int = 0) -> Clip:
-    """One clip of [`plan_split`], by its place."""
+    """Plan one clip of [`plan_split`], by its place."""
     pairs = _ordered_pairs(split, seed)
     turn, index = divmod(number, len(EMOTIONS))
     voice, sentence = pairs[turn % len(pairs)]
@@ -252,22 +244,16 @@ def make_clip(
 
 @functools.cache
 def _ordered_pairs(split: str, seed: int) -> list[tuple[str, Sentence]]:
-    """Voices and sentences of a split in the order of their turns."""
+    """List voices and sentences of a split in the order of their turns."""
     pairs = list(itertools.product(VOICES[split], SENTENCES[split]))
     order = np.random.default_rng([seed, SPLITS.index(split)]).permutation(len(pairs))
     return [pairs[place] for place in order]
 
 
 def draw_prosody(emotion: str, rng: np.random.Generator) -> Prosody:
-    """Draws rate, pitch, pitch range and gain: normal around the means of the emotion, cut at two deviations and at
-    `LIMITS`.
+    """Draw prosody around the means of an emotion: normal, cut at two deviations and at `LIMITS`.
 
-    Args:
-        emotion (`str`): One of `EMOTIONS`.
-        rng (`np.random.Generator`): The source of randomness.
-
-    Returns:
-        `Prosody`: Pitch, pitch range and rate are whole numbers, which is what eSpeak NG takes.
+    Pitch, pitch range and rate are whole numbers, which is what eSpeak NG takes.
     """
     values = {}
     for name, (lowest, highest) in LIMITS.items():
@@ -281,16 +267,7 @@ def draw_prosody(emotion: str, rng: np.random.Generator) -> Prosody:
 
 
 def dimensions_of(emotion: str, prosody: Prosody) -> dict[str, float]:
-    """Arousal, dominance and valence of a clip: the emotion's means, moved by how this clip is said (see the
-    constants).
-
-    Args:
-        emotion (`str`): One of `EMOTIONS`.
-        prosody (`Prosody`): As drawn for that emotion.
-
-    Returns:
-        `dict[str, float]`: The three dimensions in [0, 1], by name.
-    """
+    """Compute a clip's dimensions in [0, 1], by name: the emotion's means, moved by how this clip is said."""
     mean, values = asdict(MEAN_PROSODY[emotion]), asdict(prosody)
     deviation = {name: (values[name] - mean[name]) / jitter for name, jitter in asdict(JITTER).items()}
     return {
@@ -302,27 +279,14 @@ def dimensions_of(emotion: str, prosody: Prosody) -> dict[str, float]:
 
 
 def speak_rows(rows: Sequence[Row], directory: Path, *, seed: int) -> None:
-    """Makes the audio of planned rows, as files in `directory`.
-
-    Args:
-        rows (`Sequence[Row]`): Of [`plan_split`].
-        directory (`Path`): What their paths are relative to.
-        seed (`int`): Of the plan.
-
-    Raises:
-        ImportError: eSpeak NG is missing (`pip install relllm[demo]`).
-    """
+    """Make the audio of rows of [`plan_split`] with the same seed; see [`speak_clips`]."""
     speak_clips(
         [plan_clip(str(row["split"]), int(row["id"].rpartition("-")[2]), seed=seed) for row in rows], directory
     )
 
 
 def speak_clips(clips: Sequence[Clip], directory: Path) -> None:
-    """Makes the audio of planned clips, as files in `directory`.
-
-    Args:
-        clips (`Sequence[Clip]`): Whatever planned them; `speaker` is the voice, and `text` is said.
-        directory (`Path`): What their paths are relative to.
+    """Make the audio of planned clips, as files in the `directory` that their paths are relative to.
 
     Raises:
         ImportError: eSpeak NG is missing (`pip install relllm[demo]`).

@@ -1,6 +1,6 @@
 """The sentences of the synthetic corpus and the replies to them.
 
-What lives here: words only. A sentence tells a plain fact, so that the emotion is in the voice alone. A reply does
+A sentence tells a plain fact, so that the emotion is in the voice alone. A reply does
 what the paper asks of empathy: it reacts to the emotion and it explores, with a question about the topic of the
 sentence.
 """

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 from rich.console import Console
-from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,16 +24,20 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from relllm.labels import EMOTIONS
+from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
+from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT, build_chat_template
+from relllm.training.checkpoints import checkpoint_to_resume
 from relllm.training.config import ReLLMSFTConfig
+from relllm.training.emotion_training import EmotionTowerTrainer
 from relllm.training.trainer import ReLLMSFTTrainer
 
 from .demo_settings import DemoSettings
 from .steps import claim_folder, compare_systems, evaluate_system, has_learned, once, share, show_replies
 from .synthetic import synthesize_corpus
-from .tiny_emotion_tower import train_emotion_tower
+from .tiny_towers import train_byte_tokenizer
 
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}  # the paper's
 REPO_ID = "org/re-llm-demo"  # in the card; nothing is sent
@@ -132,25 +135,54 @@ def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
 
 def _train_tokenizer(rows: Dataset) -> PreTrainedTokenizerFast:
     texts = [SYSTEM_PROMPT, WRITER_PROMPT, *rows["text"], *rows["response"], *EMOTIONS, "system\nuser\nassistant\n"]
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|audio|>"]
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=1000, min_frequency=2, special_tokens=special, show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
-        pad_token="<|pad|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>", "<|audio|>"],
-        clean_up_tokenization_spaces=False,
-    )
+    tokenizer = train_byte_tokenizer(texts, vocab_size=1000, min_frequency=2)
     tokenizer.chat_template = build_chat_template(tokenizer.get_vocab(), tokenizer.eos_token)
     return tokenizer
 
 
 def _train_tower(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
-    """A small wav2vec2 with a head, on 1 - CCC."""
     set_seed(settings.seed)
     arguments = TrainingArguments(**_arguments(settings, path, epochs=settings.emotion_epochs))
     train_emotion_tower(corpus["train"], arguments, path, width=96, layers=2)
+
+
+def train_emotion_tower(rows: Dataset, arguments: TrainingArguments, path: Path, *, width: int, layers: int) -> None:
+    """Train and save a small wav2vec2 with a head, on 1 - CCC of arousal, dominance and valence.
+
+    Args:
+        rows (`datasets.Dataset`): With `audio` and the three dimensions.
+        arguments (`TrainingArguments`): Of Transformers; the seed is set already.
+        path (`Path`): Where it goes; a checkpoint that is there is gone on from.
+        width (`int`): Of its frames, and of the embedding that RE-LLM sets beside the speech; a multiple of 4.
+        layers (`int`): Transformer layers.
+    """
+    encoder = AutoConfig.for_model(
+        "wav2vec2",
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=2 * width,
+        conv_dim=(32, 64, 64, 96),
+        conv_kernel=(10, 8, 8, 4),
+        conv_stride=(5, 4, 4, 4),  # 320 samples a frame, as in the real ones
+        num_feat_extract_layers=4,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        conv_bias=True,
+        mask_time_prob=0.0,
+        layerdrop=0.0,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    trainer = EmotionTowerTrainer(
+        model=ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder, final_dropout=0.0)),
+        args=arguments,
+        train_dataset=rows,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(path, "auto"))
+    trainer.save_model(str(path))
 
 
 def _train_speech(corpus: DatasetDict, settings: DemoSettings, path: Path, fusion: str) -> None:

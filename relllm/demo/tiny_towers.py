@@ -3,6 +3,7 @@
 A run on them shows that data, model, losses, checkpoints and resume work on a machine; its metrics mean nothing.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer
@@ -75,7 +76,7 @@ def make_tiny_towers(out: str | Path, *, seed: int = 0) -> None:
     )
     ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder)).save_pretrained(out / "emotion")
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(out / "emotion")
-    tokenizer = _tokenizer()
+    tokenizer = train_byte_tokenizer(CORPUS, vocab_size=500, min_frequency=1)
     llm = AutoConfig.for_model(
         "llama",
         vocab_size=len(tokenizer),
@@ -94,11 +95,13 @@ def make_tiny_towers(out: str | Path, *, seed: int = 0) -> None:
     tokenizer.save_pretrained(out / "llm")
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes and a few merges: any text survives it."""
+def train_byte_tokenizer(texts: Iterable[str], *, vocab_size: int, min_frequency: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer of bytes and a few merges, which any text survives, with the tokens of a chat and of audio."""
     bpe = ByteLevelBPETokenizer()
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|audio|>"]
-    bpe.train_from_iterator(CORPUS, vocab_size=500, min_frequency=1, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(
+        texts, vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special, show_progress=False
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer,
         pad_token="<|pad|>",
@@ -106,6 +109,3 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=["<|im_start|>", "<|audio|>"],
         clean_up_tokenization_spaces=False,
     )
-
-
-__all__ = ["make_tiny_towers"]
