@@ -210,7 +210,7 @@ def _wants_states(tower: PreTrainedModel, kwargs: Mapping[str, object]) -> bool:
 
 
 def _is_sharded(tower: PreTrainedModel) -> bool:
-    """Tell whether processes gather the weights layer by layer: all must then run the tower equally often, once."""
+    """Tell whether processes gather the weights layer by layer: all must then run the tower equally often."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel

@@ -23,7 +23,7 @@ class ConvLayer(Protocol):
 
 
 def can_convolve(layers: Sequence[ConvLayer], waveforms: Tensor) -> bool:
-    """Tell whether [`convolve`] gives what the layers give: float32 on a CPU, no graph, plain layers, layer norms."""
+    """Tell whether [`convolve`] gives what the layers give: float32 on a CPU, no graph, plain layers, layer norm."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
     if waveforms.device.type != "cpu" or waveforms.dtype != torch.float32:

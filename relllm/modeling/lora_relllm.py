@@ -40,7 +40,7 @@ class LoraScope:
 
     @property
     def positions(self) -> Tensor | None:
-        """Return the mask's True positions in `batch * sequence`; on a CPU only, for finding them waits for a device."""
+        """Return the mask's True positions in `batch * sequence`; on a CPU only, as finding them waits elsewhere."""
         return getattr(self._local, "positions", None)
 
     @contextlib.contextmanager
