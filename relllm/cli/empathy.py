@@ -19,9 +19,9 @@ empathy = typer.Typer(help="Train scorers of empathy, and score responses with t
 app.add_typer(empathy, name="empathy")
 
 
-@empathy.command()
+@empathy.command("train")
 @from_settings
-def train(settings: EmpathySettings) -> None:
+def train_command(settings: EmpathySettings) -> None:
     """Train a scorer of one mechanism of empathy (EPITOME), and measure it on pairs with unseen seeker posts.
 
     Killed, the same command goes on from the last epoch.
@@ -34,9 +34,9 @@ def train(settings: EmpathySettings) -> None:
         _show_training(train_scorer(settings), settings.output_dir / settings.mechanism)
 
 
-@empathy.command()
+@empathy.command("score")
 @from_settings
-def score(settings: ScoringSettings) -> None:
+def score_command(settings: ScoringSettings) -> None:
     """Give each response a level of every mechanism there is a scorer for; print mean levels and histograms.
 
     Example: relllm empathy score replies.csv --scorers runs/empathy --out scored.csv

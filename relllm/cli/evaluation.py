@@ -13,9 +13,9 @@ app = typer.Typer()
 console = Console()
 
 
-@app.command()
+@app.command("evaluate")
 @from_settings
-def evaluate(
+def evaluate_command(
     settings: EvaluationSettings,
     folds: Annotated[
         str | None,
@@ -31,11 +31,11 @@ def evaluate(
 
     Example: relllm evaluate runs/iemocap data/iemocap --out runs/iemocap-test
     """
-    from relllm.evaluation.evaluating import evaluate as measure
+    from relllm.evaluation.evaluating import evaluate
     from relllm.evaluation.folds import evaluate_folds
     from relllm.evaluation.terminal import report_run
 
-    metrics = measure(settings) if folds is None else evaluate_folds(settings, folds)
+    metrics = evaluate(settings) if folds is None else evaluate_folds(settings, folds)
     report_run(metrics, settings.output_dir, console)
     if metrics["data"]["num_failed"] == metrics["data"]["num_clips"]:
         raise typer.Exit(1)

@@ -109,7 +109,7 @@ def compare_runs(
         by_label = {labels[run.path]: run for run in sorted(members, key=lambda run: systems.index(labels[run.path]))}
         pairs = _pairs(list(by_label), chosen)
         notes += [f"{corpus}: no run of the baseline {name}." for name in chosen if name not in by_label]
-        for measured, units, ids in _measure(corpus, by_label, resample, notes):
+        for measured, units, ids in _measure_parts(corpus, by_label, resample, notes):
             resampler = Resampler(units, num_resamples=num_resamples, seed=seed) if len(set(units)) > 1 else None
             for metric, of_system in measured.items():
                 cells += [
@@ -173,7 +173,7 @@ def _pairs(present: Sequence[str], baselines: Sequence[str]) -> list[tuple[str, 
     return list(dict.fromkeys(pairs))
 
 
-def _measure(
+def _measure_parts(
     corpus: str, by_label: Mapping[str, Run], resample: str, notes: list[str]
 ) -> Iterator[tuple[dict[Metric, dict[str, Measured]], list[str], list[str]]]:
     """For each part of each table: its metrics by system, what the bootstrap draws, and the clips."""

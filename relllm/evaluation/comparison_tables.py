@@ -105,7 +105,7 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
         if panels:
             written.append(plot_forest(panels, out / f"forest_{name}.png", title=GAIN_TITLES[name]))
     for corpus in comparison.runs:
-        if levels := _levels(comparison, corpus):
+        if levels := _count_levels(comparison, corpus):
             written.append(plot_levels(levels, out / f"levels_{corpus}.png", title=corpus))
     return written
 
@@ -245,7 +245,7 @@ def _published_beside(comparison: Comparison, gain: Gain) -> float | None:
     return None
 
 
-def _levels(comparison: Comparison, corpus: str) -> dict[str, dict[str, list[int]]]:
+def _count_levels(comparison: Comparison, corpus: str) -> dict[str, dict[str, list[int]]]:
     """How many replies of each system have each level, of all its clips."""
     found: dict[str, dict[str, list[int]]] = {}
     for run in comparison.runs[corpus]:

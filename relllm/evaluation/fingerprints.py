@@ -54,7 +54,7 @@ def model_fingerprint(model: str, *, revision: str = "main") -> str:
     """
     config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
     with ThreadPoolExecutor() as pool:
-        parts = sorted(pool.map(_file_digest, weight_files(model, revision=revision)))
+        parts = sorted(pool.map(_digest_of_file, weight_files(model, revision=revision)))
     parts.append(json.dumps({name: config.get(name) for name in BEHAVIOUR}, sort_keys=True))
     if config.get("light_checkpoint"):
         parts += [f"{kind} {config['towers'][kind].get('fingerprint')}" for kind in sorted(config["towers"])]
@@ -71,7 +71,7 @@ def folder_fingerprint(path: str) -> str:
     files = sorted(file for file in folder.rglob("*.safetensors") if UNFINISHED not in file.as_posix())
     if not files:
         raise FileNotFoundError(f"No safetensors in {path}. Give the folder that `relllm empathy train` wrote.")
-    parts = [f"{file.relative_to(folder).as_posix()} {_file_digest(file)}" for file in files]
+    parts = [f"{file.relative_to(folder).as_posix()} {_digest_of_file(file)}" for file in files]
     return combine_fingerprints(parts)
 
 
@@ -124,10 +124,10 @@ def _audio_digest(audio: object) -> str:
     source = str(audio).removeprefix("file://")
     if "://" in source:
         return source
-    return _file_digest(Path(source)) if Path(source).is_file() else "missing"
+    return _digest_of_file(Path(source)) if Path(source).is_file() else "missing"
 
 
-def _file_digest(path: Path) -> str:
+def _digest_of_file(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

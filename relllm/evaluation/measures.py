@@ -42,15 +42,15 @@ def measure_part(
 ) -> Iterator[tuple[Metric, Measured]]:
     """Yield the metrics of one part of one table, from lines of predictions.jsonl that have it and its label."""
     if table == "empathy":
-        yield Metric(table, part, "mean_level"), _levels(clips, part)
+        yield Metric(table, part, "mean_level"), _levels_measured(clips, part)
     elif table == "dimensions":
         yield Metric(table, part, "ccc"), _concordance(clips, part)
     else:
-        for name, one in _recognition(clips, part, list(class_names[part])).items():
+        for name, one in _recognition_measured(clips, part, list(class_names[part])).items():
             yield Metric(table, part, name), one
 
 
-def _levels(clips: Sequence[dict], mechanism: str) -> Measured:
+def _levels_measured(clips: Sequence[dict], mechanism: str) -> Measured:
     for clip in clips:
         level = clip["empathy"][mechanism]["level"]
         if level not in range(LEVELS):
@@ -63,7 +63,7 @@ def _levels(clips: Sequence[dict], mechanism: str) -> Measured:
     return Measured(float(levels.mean()), summands, lambda sums: sums[:, 0] / sums[:, 1], levels)
 
 
-def _recognition(clips: Sequence[dict], way: str, names: list[str]) -> dict[str, Measured]:
+def _recognition_measured(clips: Sequence[dict], way: str, names: list[str]) -> dict[str, Measured]:
     truth = [clip["emotion"] for clip in clips]
     answers = [clip["recognition"][way] for clip in clips]
     if way == "generated":

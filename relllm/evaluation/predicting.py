@@ -131,12 +131,14 @@ class SpeechPredictor(Predictor):
         self.prompts = render_prompts(self.tokenizer, self.template, questions, audio=True)
 
     def read(self, row: Mapping, result: dict) -> Any:
+        """Read the clip, whose duration is a part of the line."""
         extractor = self.processor.feature_extractor
         clip = extractor.read_clip(row["audio"])
         result["duration_s"] = round(len(clip) / extractor.sampling_rate, 3)
         return clip
 
     def answer(self, subjects: list) -> list[dict]:
+        """Answer for clips, which are encoded once."""
         heard, counts = encode_clips(self.model, self.processor, subjects)
         token = self.processor.audio_token
 
@@ -175,11 +177,13 @@ class TextPredictor(Predictor):
     """
 
     def read(self, row: Mapping, result: dict) -> Any:
+        """Return the transcript."""
         if not (row.get("text") or "").strip():
             raise ValueError("no transcript")
         return row["text"]
 
     def answer(self, subjects: list) -> list[dict]:
+        """Answer for transcripts."""
         asked = [conversations(self.questions, {"type": "text", "text": text}) for text in subjects]
         return self.ask(
             lambda name: [render(self.tokenizer, self.template, one[name]) for one in asked], len(subjects)

@@ -40,7 +40,7 @@ def read_run(path: Path) -> Run:
                 f"{path} has no {name}: it is no complete run. `relllm evaluate … --out {path}` writes one, and goes "
                 "on where it was interrupted."
             )
-    metrics = _parse((path / METRICS).read_text(encoding="utf-8"), f"{path / 'metrics.json'}")
+    metrics = _parse_object((path / METRICS).read_text(encoding="utf-8"), f"{path / 'metrics.json'}")
     if metrics.get("format") != FORMAT or not isinstance(metrics.get("data"), dict):
         raise ValueError(
             f"{path / 'metrics.json'} has the format {metrics.get('format')!r}, expected {FORMAT!r}. Evaluate again."
@@ -111,7 +111,7 @@ def _read_clips(path: Path) -> dict[str, dict]:
     clips: dict[str, dict] = {}
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
-        clip = _parse(line, f"{path}:{number}")
+        clip = _parse_object(line, f"{path}:{number}")
         if "settings" in clip and "id" not in clip:
             continue
         if not isinstance(clip.get("id"), str):
@@ -122,7 +122,7 @@ def _read_clips(path: Path) -> dict[str, dict]:
     return clips
 
 
-def _parse(text: str, where: str) -> dict:
+def _parse_object(text: str, where: str) -> dict:
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
     except ValueError as error:

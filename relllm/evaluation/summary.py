@@ -28,7 +28,7 @@ def summarize_clips(lines: Sequence[Mapping], labels: Sequence[str]) -> dict:
         lines (`Sequence[Mapping]`): Of `predictions.jsonl`, without the settings.
         labels (`Sequence[str]`): The emotions that were to choose from.
     """
-    recognition = {way: part for way in WAYS if (part := _recognition(lines, labels, way)) is not None}
+    recognition = {way: part for way in WAYS if (part := _recognition_of(lines, labels, way)) is not None}
     parts = {
         "recognition": recognition or None,
         "dimensions": _dimensions(lines),
@@ -120,7 +120,7 @@ def _with_unparsed(lines: Sequence[Mapping], part: Mapping, way: str) -> tuple[l
     return [*rows, [0] * (len(names) + 1)], [*names, "unparsed"]
 
 
-def _recognition(lines: Sequence[Mapping], labels: Sequence[str], way: str) -> dict | None:
+def _recognition_of(lines: Sequence[Mapping], labels: Sequence[str], way: str) -> dict | None:
     asked = [line for line in lines if line["emotion"] in labels and way in line.get("recognition", {})]
     if not asked:
         return None

@@ -21,7 +21,7 @@ def report_run(metrics: Mapping, out: Path, console: Console) -> None:
     data, folds = metrics["data"], metrics["folds"]
     pooled = f", pooled over {len(folds['values'])} folds of {folds['column']}" if folds else ""
     console.print(f"[bold]{metrics['name']}[/bold] ({metrics['system']}): {data['num_clips']} clips{pooled}")
-    for table in _tables(metrics):
+    for table in _number_tables(metrics):
         console.print(table)
     for task, reason in metrics["left_out"].items():
         console.print(f"not measured: {task}: {reason}")
@@ -38,7 +38,7 @@ def report_run(metrics: Mapping, out: Path, console: Console) -> None:
     console.print(f"Predictions, metrics and plots: [bold]{out}[/bold]")
 
 
-def _tables(metrics: Mapping) -> list[Table]:
+def _number_tables(metrics: Mapping) -> list[Table]:
     tables = []
     if recognition := metrics.get("recognition"):
         table = Table("emotion by", "UA", "WA", "macro-F1", "ECE", "unparsed", "clips", title_justify="left")

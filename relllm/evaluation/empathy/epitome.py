@@ -228,11 +228,11 @@ class PairCollator:
         batch: dict[str, Tensor] = {}
         for side in ("seeker", "response"):
             rows = [feature[f"{side}_input_ids"] for feature in features]
-            batch[f"{side}_input_ids"] = _pad(rows, self.pad_token_id)
-            batch[f"{side}_attention_mask"] = _pad([[1] * len(row) for row in rows], 0)
+            batch[f"{side}_input_ids"] = _pad_right(rows, self.pad_token_id)
+            batch[f"{side}_attention_mask"] = _pad_right([[1] * len(row) for row in rows], 0)
         if "level_labels" in features[0]:
             batch["level_labels"] = torch.tensor([feature["level_labels"] for feature in features])
-            batch["rationale_labels"] = _pad([feature["rationale_labels"] for feature in features], IGNORED)
+            batch["rationale_labels"] = _pad_right([feature["rationale_labels"] for feature in features], IGNORED)
         return batch
 
 
@@ -279,7 +279,7 @@ def _overlaps(offset: tuple[int, int], spans: Iterable[tuple[int, int]]) -> bool
     return any(offset[0] < end and start < offset[1] for start, end in spans)
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+def _pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 

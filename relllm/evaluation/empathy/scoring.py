@@ -97,7 +97,7 @@ def score_pairs(
                 part[mechanism] = {"level": 0, "probabilities": [1.0, *[0.0] * (LEVELS - 1)]}
             for start in range(0, len(spoken), batch_size):
                 batch = spoken[start : start + batch_size]
-                for index, row in zip(batch, _probabilities(scorer, [pairs[one] for one in batch]), strict=True):
+                for index, row in zip(batch, _level_probabilities(scorer, [pairs[one] for one in batch]), strict=True):
                     found[index][mechanism] = {"level": max(range(LEVELS), key=row.__getitem__), "probabilities": row}
                 bar.update(len(batch))
     return found
@@ -173,7 +173,7 @@ def _load_scorer(folder: Path) -> LoadedScorer:
 
 
 @torch.no_grad()
-def _probabilities(scorer: LoadedScorer, pairs: Sequence[tuple[str, str]]) -> list[list[float]]:
+def _level_probabilities(scorer: LoadedScorer, pairs: Sequence[tuple[str, str]]) -> list[list[float]]:
     features = encode_posts(pairs, scorer.tokenizer, scorer.model.config.max_length)
     batch = PairCollator(scorer.tokenizer.pad_token_id)(features)
     output = scorer.model(**{name: tensor.to(scorer.model.device) for name, tensor in batch.items()})
