@@ -16,6 +16,7 @@ import numpy as np
 from relllm.data.preparing import prepare_corpus
 from relllm.data.rows import Corpus, CorpusFacts, Row
 from relllm.demo.synthetic import FACTS, SPLITS, VOICES, Clip, make_clip, speak_clips
+from relllm.demo.synthetic_settings import SyntheticSettings
 from relllm.demo.synthetic_text import Sentence
 from relllm.labels import EMOTIONS
 
@@ -38,7 +39,6 @@ WHEN = (
     *("this morning", "last night", "yesterday", "on Sunday", "on Monday", "last week", "in the evening", "at noon"),
     *("after school", "before dinner", "in the summer", "an hour ago"),
 )
-VERSION = 1  # of the plan: raise it when the same settings would give other clips
 
 
 def synthesize_sentences(directory: Path, clips_per_emotion: Mapping[str, int], *, seed: int) -> None:
@@ -55,10 +55,10 @@ def synthesize_sentences(directory: Path, clips_per_emotion: Mapping[str, int], 
     """
     rows = [clip.row for split in SPLITS for clip in plan_sentences(split, clips_per_emotion[split], seed=seed)]
     facts = CorpusFacts(**{**vars(FACTS), "name": "synthetic-sentences", "title": "Synthetic emotional sentences"})
+    counts = {f"{split}_clips": clips_per_emotion[split] for split in SPLITS}
     prepare_corpus(
         Corpus(facts, rows, dropped=[], notes=[]),
-        directory,
-        options={"plan": VERSION, "seed": seed, "clips_per_emotion": dict(clips_per_emotion)},
+        SyntheticSettings(output_dir=directory, seed=seed, **counts),
         make_audio=functools.partial(speak_sentences, seed=seed),
     )
 

@@ -1,20 +1,33 @@
-"""Corpora: `relllm prepare …` and `relllm inspect`."""
+"""Corpora: `relllm prepare …`, `inspect`, `write-targets` and `annotate`."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from relllm.data.data_settings import (
+    AnnotateSettings,
+    CorpusSettings,
+    EsdSettings,
+    FolderSettings,
+    IemocapSettings,
+    InspectSettings,
+    MspPodcastSettings,
+    WriteTargetsSettings,
+)
+from relllm.demo.synthetic_settings import SyntheticSettings, TinyTowersSettings
+
+from .options import from_settings
+
 if TYPE_CHECKING:
-    from relllm.data.clips import ClipSettings
     from relllm.data.inspection import Finding, Inspection
     from relllm.data.rows import Corpus
 
@@ -22,189 +35,156 @@ app = typer.Typer()
 console = Console()
 prepare = typer.Typer(help="Write corpora in the form that training reads.", no_args_is_help=True)
 app.add_typer(prepare, name="prepare")
-
-
-Root = Annotated[Path, typer.Argument(help="Where the corpus was unpacked.")]
-LabelSetOption = Annotated[
-    Literal["4", "5", "all"], typer.Option(help="4: neutral, happy, angry, sad; 5: and surprise; all: every name.")
-]
-Embed = Annotated[bool, typer.Option(help="Put the audio into the Parquet files, at 16 kHz, instead of its path.")]
-NumProc = Annotated[int | None, typer.Option(min=1, help="Processes; by default one for each core.")]
-Shortest = Annotated[float, typer.Option(help="Shorter clips are left out, in seconds.")]
-Longest = Annotated[float, typer.Option(help="Longer clips are left out, in seconds.")]
+Settings = TypeVar("Settings", bound=CorpusSettings)
 
 
 @prepare.command()
-def iemocap(
-    root: Root,
-    out: Annotated[Path, typer.Option(help="Folder of the data set.")] = Path("data/iemocap"),
-    label_set: LabelSetOption = "4",
-    merge_excited: Annotated[bool, typer.Option(help="Excited counts as happy.")] = True,
-    held_out_session: Annotated[int, typer.Option(min=0, max=5, help="The split test; 0 for none.")] = 5,
-    validation_session: Annotated[int | None, typer.Option(min=1, max=5, help="The split validation.")] = None,
-    embed_audio: Embed = False,
-    min_seconds: Shortest = 0.025,
-    max_seconds: Longest = 600.0,
-    num_proc: NumProc = None,
-) -> None:
+@from_settings
+def iemocap(settings: IemocapSettings) -> None:
     """Write IEMOCAP: five sessions of two actors each. Killed, the same command goes on where it was.
 
     Example: relllm prepare iemocap corpora/IEMOCAP_full_release --out data/iemocap
     """
-    from relllm.data.clips import ClipSettings
     from relllm.data.corpora.iemocap import parse_iemocap
 
-    options = {
-        "label_set": label_set,
-        "merge_excited": merge_excited,
-        "held_out_session": held_out_session,
-        "validation_session": validation_session,
-    }
-    with _plain_errors():
-        corpus = parse_iemocap(
-            root,
-            label_set=label_set,
-            merge_excited=merge_excited,
-            held_out_session=held_out_session,
-            validation_session=validation_session,
-        )
-        _write(corpus, out, options, ClipSettings(embed_audio, min_seconds, max_seconds), num_proc)
+    _prepare(parse_iemocap, settings)
 
 
 @prepare.command()
-def esd(
-    root: Root,
-    out: Annotated[Path, typer.Option(help="Folder of the data set.")] = Path("data/esd"),
-    label_set: LabelSetOption = "5",
-    language: Annotated[Literal["en", "zh", "all"], typer.Option(help="Whose speakers.")] = "en",
-    splits: Annotated[
-        Literal["auto", "numbers", "folders"], typer.Option(help="auto: the folder of a clip if any, else its number.")
-    ] = "auto",
-    leave_speakers_out: Annotated[
-        str | None, typer.Option(help="Speakers of the split test, for example 0019,0020.")
-    ] = None,
-    embed_audio: Embed = False,
-    min_seconds: Shortest = 0.025,
-    max_seconds: Longest = 600.0,
-    num_proc: NumProc = None,
-) -> None:
+@from_settings
+def esd(settings: EsdSettings) -> None:
     """Write ESD: the same sentences in five emotions. Killed, the same command goes on where it was.
 
     Example: relllm prepare esd "corpora/Emotion Speech Dataset" --leave-speakers-out 0019,0020
     """
-    from relllm.data.clips import ClipSettings
     from relllm.data.corpora.esd import parse_esd
 
-    held_out = [name.strip() for name in leave_speakers_out.split(",")] if leave_speakers_out else []
-    options = {"label_set": label_set, "language": language, "splits": splits, "leave_speakers_out": held_out}
-    with _plain_errors():
-        corpus = parse_esd(root, label_set=label_set, language=language, splits=splits, held_out_speakers=held_out)
-        _write(corpus, out, options, ClipSettings(embed_audio, min_seconds, max_seconds), num_proc)
+    _prepare(parse_esd, settings)
 
 
 @prepare.command("msp-podcast")
-def msp_podcast(
-    root: Root,
-    out: Annotated[Path, typer.Option(help="Folder of the data set.")] = Path("data/msp-podcast"),
-    label_set: LabelSetOption = "5",
-    embed_audio: Embed = False,
-    min_seconds: Shortest = 0.025,
-    max_seconds: Longest = 600.0,
-    num_proc: NumProc = None,
-) -> None:
+@from_settings
+def msp_podcast(settings: MspPodcastSettings) -> None:
     """Write MSP-Podcast with its own splits. Killed, the same command goes on where it was.
 
     Example: relllm prepare msp-podcast corpora/MSP-Podcast --out data/msp-podcast
     """
-    from relllm.data.clips import ClipSettings
     from relllm.data.corpora.msp_podcast import parse_msp_podcast
 
-    with _plain_errors():
-        corpus = parse_msp_podcast(root, label_set=label_set)
-        _write(corpus, out, {"label_set": label_set}, ClipSettings(embed_audio, min_seconds, max_seconds), num_proc)
+    _prepare(parse_msp_podcast, settings)
 
 
 @prepare.command()
-def folder(
-    root: Annotated[Path, typer.Argument(help="A .csv or .jsonl table with paths, or a folder of audio files.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the data set; by default data/NAME.")] = None,
-    label_set: LabelSetOption = "all",
-    split: Annotated[str | None, typer.Option(help="Of the rows that name none.")] = None,
-    language: Annotated[str | None, typer.Option(help="Of the rows that name none, for example en.")] = None,
-    vad: Annotated[bool, typer.Option(help="Cut each file into turns: for long recordings.")] = False,
-    embed_audio: Embed = False,
-    min_seconds: Shortest = 0.025,
-    max_seconds: Longest = 600.0,
-    num_proc: NumProc = None,
-) -> None:
+@from_settings
+def folder(settings: FolderSettings) -> None:
     """Write your own speech: a table with paths and any of the columns, or a bare folder of audio files.
 
     Example: relllm prepare folder recordings/labels.csv --out data/ours --split train
     """
-    from relllm.data.clips import ClipSettings
     from relllm.data.corpora.folder import parse_folder
 
-    with _plain_errors():
-        corpus = parse_folder(root, label_set=label_set, split=split, language=language)
-        options = {"label_set": label_set, "split": split, "language": language}
-        clips = ClipSettings(embed_audio, min_seconds, max_seconds, vad)
-        _write(corpus, out or Path("data") / root.absolute().stem, options, clips, num_proc)
+    _prepare(parse_folder, settings)
 
 
 @prepare.command()
-def synthetic(
-    out: Annotated[Path, typer.Option(help="Folder of the data set.")] = Path("data/synthetic"),
-    train_clips: Annotated[int, typer.Option(min=1, help="Of each of the five emotions.")] = 180,
-    validation_clips: Annotated[int, typer.Option(min=1, help="Of each of the five emotions.")] = 30,
-    test_clips: Annotated[int, typer.Option(min=1, help="Of each of the five emotions.")] = 40,
-    seed: Annotated[int, typer.Option(help="The same settings give the same bytes.")] = 0,
-    num_proc: NumProc = None,
-) -> None:
+@from_settings
+def synthetic(settings: SyntheticSettings) -> None:
     """Synthesise speech in five emotions with replies and all labels: rule-made prosody, not human emotion.
 
     Example: relllm prepare synthetic --train-clips 2000 --out data/synthetic
     """
     from relllm.demo.synthetic import prepare_synthetic
 
-    counts = {"train": train_clips, "validation": validation_clips, "test": test_clips}
     with _plain_errors():
-        _show(prepare_synthetic(out, counts, seed=seed, num_proc=num_proc), out)
-
-
-@prepare.command()
-def examples(out: Annotated[Path, typer.Option(help="Folder of the clips.")] = Path("data/examples")) -> None:
-    """Synthesise eight short clips to talk with: one sentence in five emotions, and three others.
-
-    Rule-made prosody (eSpeak NG), not human emotion. `relllm web --examples` shows them; WAV files and an index.
-    """
-    from relllm.demo.examples import write_examples
-
-    with _plain_errors():
-        table = Table("emotion", "words")
-        for example in write_examples(out):
-            table.add_row(example.emotion, example.text)
-    console.print(table)
-    console.print(f"in [bold]{escape(str(out))}[/bold]")
+        _show_report(prepare_synthetic(settings), settings.directory)
 
 
 @prepare.command("tiny-towers")
-def tiny_towers(
-    out: Annotated[Path, typer.Option(help="Folder of the three towers.")] = Path("data/tiny-towers"),
-    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
-) -> None:
+@from_settings
+def tiny_towers(settings: TinyTowersSettings) -> None:
     """Write three tiny towers with random weights, for recipes/smoke.yaml."""
     from relllm.demo.tiny_towers import make_tiny_towers
 
-    make_tiny_towers(out, seed=seed)
-    console.print(f"speech, emotion and llm in [bold]{out}[/bold]")
+    make_tiny_towers(settings.output_dir, seed=settings.seed)
+    console.print(f"speech, emotion and llm in [bold]{settings.output_dir}[/bold]")
 
 
-def _write(
-    corpus: Corpus, out: Path, options: Mapping[str, object], clips: ClipSettings, num_proc: int | None
-) -> None:
+@app.command()
+@from_settings
+def inspect(settings: InspectSettings) -> None:
+    """Look at a data set: counts, durations, a valence-arousal plot, a few rows, and what may be wrong with it.
+
+    Checked, by id: ids used more than once; speakers in several splits;
+    emotions that contradict a dimension (happy with valence below 0.35, angry
+    or sad with valence above 0.65, angry with arousal below 0.35). Of the
+    audio: what cannot be read; the same samples twice, in whatever container;
+    clipped (three samples in a row at full scale); silent (a peak below
+    -60 dB); long clips. Nothing is written into the data set.
+
+    Example: relllm inspect data/iemocap
+    """
+    from relllm.data.inspection import inspect_corpus, write_report
+
+    inspection = inspect_corpus(settings)
+    _show_splits(inspection)
+    _show_rows(inspection, settings.show)
+    _show_findings(inspection)
+    out = settings.output_dir or Path("runs/inspect") / Path(settings.data).absolute().name
+    for path in write_report(inspection, out):
+        console.print(f"written: [bold]{escape(str(path))}[/bold]")
+    if settings.strict and inspection.findings:
+        raise typer.Exit(1)
+
+
+@app.command("write-targets")
+@from_settings
+def write_targets(settings: WriteTargetsSettings) -> None:
+    """Have a chat LLM write the replies to learn, from transcript and emotion.
+
+    Refusals and junk are dropped; what and why is in NAME.report.json. Killed, the same command goes on where it was.
+
+    Example: relllm write-targets corpora/esd --text-model Qwen/Qwen2.5-7B-Instruct --out corpora/esd/targets.jsonl
+    """
+    from relllm.data.journal import report_path
+    from relllm.data.replies.targets import run_write_targets, target_table
+
+    try:
+        report = run_write_targets(settings)
+    except (PermissionError, ConnectionError) as error:  # of the endpoint; the message says what to do
+        console.print(f"[red]stopped:[/red] {escape(str(error))}")
+        raise typer.Exit(1) from error
+    console.print(target_table(report))
+    written = (
+        f"Replies: [bold]{settings.out}[/bold]; what was dropped, with ids and texts: {report_path(settings.out)}"
+    )
+    console.print(written)
+    if not report["written"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+@from_settings
+def annotate(settings: AnnotateSettings) -> None:
+    """Read arousal, dominance and valence with an emotion tower where a corpus has none.
+
+    The column `dimension_source` says of each row whether its numbers are labels or a model's. Clips that cannot be
+    read are in NAME.report.json. Killed, the same command goes on where it was.
+
+    Example: relllm annotate corpora/esd --emotion-model audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim
+    --out corpora/esd/annotated.jsonl
+    """
+    from relllm.data.annotate import annotation_table, run_annotate
+    from relllm.data.journal import report_path
+
+    console.print(annotation_table(run_annotate(settings)))
+    console.print(f"Rows: [bold]{settings.out}[/bold]; clipped and unread ones by id: {report_path(settings.out)}")
+
+
+def _prepare(parse: Callable[[Settings], Corpus], settings: Settings) -> None:
     from relllm.data.preparing import prepare_corpus
 
-    _show(prepare_corpus(corpus, out, options=options, clips=clips, num_proc=num_proc), out)
+    with _plain_errors():
+        _show_report(prepare_corpus(parse(settings), settings), settings.directory)
 
 
 @contextmanager
@@ -217,7 +197,7 @@ def _plain_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _show(report: dict, out: Path) -> None:
+def _show_report(report: dict, out: Path) -> None:
     from relllm.data.report import UNLABELLED
 
     table = Table("split", "rows", "hours", "speakers", "emotions")
@@ -234,40 +214,6 @@ def _show(report: dict, out: Path) -> None:
     for note in report["notes"]:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
     console.print(f"Data set in [bold]{out}[/bold]; what was left out, by id: [bold]{out / 'report.json'}[/bold]")
-
-
-@app.command()
-def inspect(
-    data: Annotated[str, typer.Argument(help="A data set: a folder, a .jsonl/.csv/.parquet file, or a Hub id.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of report and plot; else runs/inspect/NAME.")] = None,
-    audio: Annotated[bool, typer.Option(help="Decode every clip; --no-audio looks at the table alone.")] = True,
-    num_proc: Annotated[int | None, typer.Option(min=1, help="Processes that decode; else one for each core.")] = None,
-    max_seconds: Annotated[float, typer.Option(min=0, help="Longer clips are a finding.")] = 30.0,
-    show: Annotated[int, typer.Option(min=0, help="Rows to show, from all over the data set.")] = 5,
-    strict: Annotated[bool, typer.Option(help="Exit with 1 if there is a finding.")] = False,
-) -> None:
-    """Look at a data set: counts, durations, a valence-arousal plot, a few rows, and what may be wrong with it.
-
-    Checked, by id: ids used more than once; speakers in several splits;
-    emotions that contradict a dimension (happy with valence below 0.35, angry
-    or sad with valence above 0.65, angry with arousal below 0.35). Of the
-    audio: what cannot be read; the same samples twice, in whatever container;
-    clipped (three samples in a row at full scale); silent (a peak below
-    -60 dB); long clips. Nothing is written into the data set.
-
-    Example: relllm inspect data/iemocap
-    """
-    from relllm.data.inspection import inspect_corpus, write_report
-
-    inspection = inspect_corpus(data, read_audio=audio, num_proc=num_proc, max_duration_s=max_seconds)
-    _show_splits(inspection)
-    _show_rows(inspection, show)
-    _show_findings(inspection)
-    out = out or Path("runs/inspect") / Path(data).absolute().name
-    for path in write_report(inspection, out):
-        console.print(f"written: [bold]{escape(str(path))}[/bold]")
-    if strict and inspection.findings:
-        raise typer.Exit(1)
 
 
 def _show_splits(inspection: Inspection) -> None:

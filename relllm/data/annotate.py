@@ -6,12 +6,10 @@ A model's reading is no label: every row says in `dimension_source` where its th
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset, Features, Value
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from transformers import Wav2Vec2FeatureExtractor
@@ -22,6 +20,7 @@ from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 from relllm.processing.audio_relllm import AudioSource
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 
+from .data_settings import AnnotateSettings, AnnotationSettings
 from .journal import (
     Journal,
     check_out,
@@ -33,31 +32,10 @@ from .journal import (
     write_rows,
 )
 from .loading import load_corpus
-from .rows import LABEL_SOURCE, PSEUDO_SOURCE
+from .rows import LABEL_SOURCE
 
 DIGITS = 6  # of a reading; more would differ between machines
 MARGIN = 0.5  # beyond [0, 1] by more than this is no reading of the scale
-
-
-@dataclass(frozen=True)
-class AnnotationSettings:
-    """What makes the readings of one file comparable; a resumed run must have the same.
-
-    Args:
-        emotion_model (`str`): Id or path of the tower.
-        revision (`str`, *optional*, defaults to `"main"`): Of the tower on the Hub.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether numbers that are there are replaced.
-    """
-
-    emotion_model: str
-    revision: str = "main"
-    overwrite: bool = False
-
-    @property
-    def source(self) -> str:
-        """What `dimension_source` says of a reading."""
-        revision = "" if self.revision == "main" else f"@{self.revision}"
-        return f"{PSEUDO_SOURCE}{self.emotion_model}{revision}"
 
 
 def annotate_rows(
@@ -69,7 +47,7 @@ def annotate_rows(
     batch_size: int = 16,
     progress: bool = True,
 ) -> dict:
-    """Fills in arousal, dominance and valence of the rows that have none of the three, and says so in the data.
+    """Fill in arousal, dominance and valence of the rows that have none of the three, and say so in the data.
 
     The output has every row of the input, in its order, with the three columns and `dimension_source`: `"label"` where
     the corpus had numbers, `"pseudo:<model>"` where the tower read them, `None` where there are none. A row with one
@@ -99,7 +77,7 @@ def annotate_rows(
     if lacking := sorted({"id", "audio"} - set(rows.column_names)):
         raise ValueError(f"The data lacks the columns {lacking}; it has {rows.column_names}.")
     check_out(rows, out)
-    run = {"task": "annotate", **asdict(settings), "data": rows_fingerprint(rows, ("id", *DIMENSIONS))}
+    run = {"task": "annotate", **settings.identity, "data": rows_fingerprint(rows, ("id", *DIMENSIONS))}
     if (complete := find_complete(out, run)) is not None:
         return complete
     rows = _with_columns(rows)
@@ -123,13 +101,9 @@ def annotate_rows(
 
 
 def read_dimensions(model: ReLLMEmotionModel, clips: Sequence[AudioSource]) -> list[list[float] | str]:
-    """Arousal, dominance and valence of each clip, or why it cannot be read.
+    """Return arousal, dominance and valence of each clip, or why it cannot be read.
 
     A clip is normalised as in RE-LLM; one longer than 30 s is cut into windows, averaged by their frames.
-
-    Args:
-        model ([`ReLLMEmotionModel`]): The tower.
-        clips: Paths, URLs, bytes, arrays or tensors.
     """
     cutter = ReLLMFeatureExtractor()
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
@@ -158,34 +132,19 @@ def read_dimensions(model: ReLLMEmotionModel, clips: Sequence[AudioSource]) -> l
     return results
 
 
-def run_annotate(
-    data: str,
-    out: Path,
-    settings: AnnotationSettings,
-    *,
-    split: str | None,
-    batch_size: int,
-    device: str,
-    console: Console,
-) -> dict:
-    """The command `relllm annotate`; its options are described there.
-
-    Returns:
-        `dict`: The report of [`annotate_rows`].
-    """
-    rows = load_corpus(data, split or "all")
+def run_annotate(settings: AnnotateSettings) -> dict:
+    """Do what `relllm annotate` does, and return the report of [`annotate_rows`]."""
+    rows = load_corpus(settings.data, settings.split or "all")
+    device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ReLLMEmotionModel.from_pretrained(settings.emotion_model, revision=settings.revision)
     assert isinstance(model, ReLLMEmotionModel)  # with `output_loading_info` it would be a pair
-    report = annotate_rows(rows, out, model.to(device).eval(), settings, batch_size=batch_size)
-    console.print(report_table(report))
-    console.print(f"Rows: [bold]{out}[/bold]; clipped and unread ones by id: {report_path(out)}")
-    return report
+    return annotate_rows(rows, settings.out, model.to(device).eval(), settings, batch_size=settings.batch_size)
 
 
-def report_table(report: Mapping) -> Table:
-    """The counts of a report of [`annotate_rows`], for the terminal."""
+def annotation_table(report: Mapping) -> Table:
+    """Return the counts of a report of [`annotate_rows`], for the terminal."""
     settings = report["settings"]
     table = Table("", "rows", title=f"Dimensions read by {settings['emotion_model']}", title_justify="left")
     table.add_row("in the data", str(report["rows"]))
@@ -273,6 +232,3 @@ def _replace_columns(rows: Dataset, annotated: Sequence[Mapping]) -> Dataset:
     for name, dtype in types.items():
         rows = rows.add_column(name, [row[name] for row in annotated], feature=dtype)
     return rows.select_columns(order)
-
-
-__all__ = ["AnnotationSettings", "annotate_rows", "read_dimensions", "report_table", "run_annotate"]

@@ -1,7 +1,7 @@
 """The data card: `README.md` of a prepared data set, as the Hub and a reader want it.
 
-What lives here: its words. It holds counts, and never a transcript, a name of an utterance or a path: a card may be
-published where the corpus may not.
+It holds counts, and never a transcript, a name of an utterance or a path: a card may be published where the corpus may
+not.
 """
 
 from __future__ import annotations
@@ -22,20 +22,13 @@ _PUBLIC_SETTINGS = (
     "splits",
     "language",
     "embed_audio",
-    "min_duration_s",
-    "max_duration_s",
-    "vad",
+    "min_seconds",
+    "max_seconds",
 )
 
 
 def write_card(facts: CorpusFacts, report: Mapping, path: Path) -> None:
-    """Writes the card of a data set.
-
-    Args:
-        facts ([`CorpusFacts`]): Of the corpus.
-        report (`Mapping`): As [`~relllm.data.report.build_report`] gives it.
-        path (`Path`): The file.
-    """
+    """Write the card of a data set from its `report.json`."""
     path.write_text(_front_matter(facts, report) + _body(facts, report), encoding="utf-8")
 
 

@@ -1,8 +1,7 @@
 """Looking at a data set before a model does: what is in it, and what is wrong with it.
 
-What lives here: reading every row and every clip of whatever `load_corpus` reads, the checks, and the report. What
-does not: showing it (`relllm inspect`), drawing (`plots.py`), and mending anything. Findings are about rows by id;
-they are warnings, because some are as the corpus's owners meant them (ESD has every speaker in every split).
+Findings are about rows by id; they are warnings, because some are as the corpus's owners meant them (ESD has every
+speaker in every split). Nothing is mended.
 """
 
 from __future__ import annotations
@@ -11,11 +10,9 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,15 +23,16 @@ from tqdm import tqdm
 from relllm.labels import DIMENSIONS
 from relllm.processing.audio_relllm import SAMPLING_RATE, AudioSource, load_audio
 
-from .clips import CLIPPED_LEVEL, CLIPPED_SAMPLES, SILENT_PEAK
+from .clips import CLIPPED_SAMPLES, SILENT_PEAK, measure_loudness
+from .data_settings import InspectSettings
 from .journal import write_json
 from .loading import load_corpus
-from .preparing import UNSPLIT, available_cores
+from .processes import available_cores, run_in_processes
+from .report import UNSPLIT
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MAX_DURATION_S = 30.0  # Whisper's window: longer clips are cut into several
 LOW, HIGH = 0.35, 0.65
 # Emotion, dimension, and the side of LOW or HIGH where the two do not go together.
 CONTRADICTIONS = (
@@ -101,44 +99,29 @@ class Inspection:
     findings: list[Finding]
 
 
-def inspect_corpus(
-    data: str,
-    *,
-    read_audio: bool = True,
-    num_proc: int | None = None,
-    max_duration_s: float = MAX_DURATION_S,
-    progress: bool = True,
-) -> Inspection:
-    """Reads a data set and checks it.
+def inspect_corpus(settings: InspectSettings, *, progress: bool = True) -> Inspection:
+    """Read all splits of whatever [`load_corpus`] reads, and check them; nothing is written.
 
-    Args:
-        data (`str`): Whatever [`load_corpus`] reads; all its splits are read.
-        read_audio (`bool`, *optional*, defaults to `True`): Whether to decode every clip.
-        num_proc (`int`, *optional*): Processes that decode; by default as many as this process may use cores. With
-            more than one a script needs `if __name__ == "__main__":`.
-        max_duration_s (`float`, *optional*, defaults to 30.0): Longer clips are a finding.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
-
-    Returns:
-        `Inspection`: Nothing is written.
+    With more than one process a script needs `if __name__ == "__main__":`.
 
     Raises:
         FileNotFoundError: Nothing is at `data`.
         ValueError: `data` is no data set, or has no column `audio` and the audio is to be read.
     """
+    data = settings.data
     tables = {split: _with_ids(load_corpus(data, split)) for split in _name_splits(data)}
     rows = [row for split, table in tables.items() for row in _read_rows(table, split)]
     findings = check_table(rows)
-    if read_audio:
+    if settings.audio:
         if lacking := [split for split, table in tables.items() if "audio" not in table.column_names]:
             raise ValueError(f"{data} has no column `audio` (splits: {lacking}). Look at the table alone: --no-audio.")
-        facts = list(_measure(list(tables.values()), num_proc or available_cores(), progress))
+        facts = _measure(list(tables.values()), settings.num_proc or available_cores(), progress)
         for row, measured in zip(rows, facts, strict=True):
             if measured.duration_s is not None:
                 row["duration_s"] = measured.duration_s
         findings += check_audio(rows, facts)
-    findings += check_durations(rows, max_duration_s)
-    return Inspection(data=data, rows=rows, audio_was_read=read_audio, findings=findings)
+    findings += check_durations(rows, settings.max_seconds)
+    return Inspection(data=data, rows=rows, audio_was_read=settings.audio, findings=findings)
 
 
 def check_table(rows: Sequence[Mapping]) -> list[Finding]:
@@ -220,15 +203,13 @@ def measure_clip(audio: AudioSource) -> ClipFacts:
         waveform = load_audio(audio, sampling_rate=rate, max_duration_s=math.inf)
     except (OSError, TypeError, ValueError) as error:
         return ClipFacts(error=str(error))
-    magnitude = np.abs(waveform)
-    # Where loud samples begin and end, in turns.
-    edges = np.flatnonzero(np.diff(magnitude >= CLIPPED_LEVEL, prepend=False, append=False))
+    peak, full_scale_run = measure_loudness(waveform)
     digest = hashlib.blake2b(waveform.tobytes(), digest_size=16, salt=rate.to_bytes(8, "little"))
     return ClipFacts(
         duration_s=len(waveform) / rate,
         digest=digest.hexdigest(),
-        peak=float(magnitude.max()),
-        full_scale_run=int((edges[1::2] - edges[::2]).max(initial=0)),
+        peak=peak,
+        full_scale_run=full_scale_run,
     )
 
 
@@ -336,43 +317,18 @@ def _read_rate(audio: AudioSource) -> int:
         return SAMPLING_RATE
 
 
-def _measure(tables: list[Dataset], num_proc: int, progress: bool) -> Iterator[ClipFacts]:
+def _measure(tables: list[Dataset], num_proc: int, progress: bool) -> list[ClipFacts]:
     """Facts of every clip in the order of the rows."""
-    chunks = [
-        (table, start, min(start + _CHUNK, len(tables[table])))
-        for table in range(len(tables))
-        for start in range(0, len(tables[table]), _CHUNK)
-    ]
+    places = [(table, start) for table in tables for start in range(0, len(table), _CHUNK)]
+    chunks = ((number, table[start : start + _CHUNK]["audio"]) for number, (table, start) in enumerate(places))
+    found: dict[int, list[ClipFacts]] = {}
     with tqdm(total=sum(map(len, tables)), desc="Reading audio", unit="clip", disable=not progress) as bar:
-        for facts in _run(tables, chunks, min(num_proc, len(chunks))):
-            yield from facts
+        num_proc = max(1, min(num_proc, len(places)))
+        for (number, _), facts in run_in_processes(_measure_chunk, chunks, num_proc, preload=__name__):
+            found[number] = facts
             bar.update(len(facts))
+    return [fact for number in sorted(found) for fact in found[number]]
 
 
-def _run(tables: list[Dataset], chunks: list[tuple[int, int, int]], num_proc: int) -> Iterator[list[ClipFacts]]:
-    if num_proc <= 1:
-        yield from (_measure_chunk(tables, chunk) for chunk in chunks)
-        return
-    context = multiprocessing.get_context("forkserver")  # a fork of a process with torch's threads may hang
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(num_proc, mp_context=context, initializer=_open, initargs=(tables,)) as pool:
-        yield from pool.map(_measure_opened, chunks)
-
-
-_opened: list[Dataset] = []  # of a process that reads: sent once, not with every chunk
-
-
-def _open(tables: list[Dataset]) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    _opened[:] = tables
-
-
-def _measure_opened(chunk: tuple[int, int, int]) -> list[ClipFacts]:
-    return _measure_chunk(_opened, chunk)
-
-
-def _measure_chunk(tables: Sequence[Dataset], chunk: tuple[int, int, int]) -> list[ClipFacts]:
-    table, start, stop = chunk
-    return [measure_clip(tables[table][index]["audio"]) for index in range(start, stop)]
+def _measure_chunk(chunk: tuple[int, list[AudioSource]]) -> list[ClipFacts]:
+    return [measure_clip(audio) for audio in chunk[1]]

@@ -1,8 +1,4 @@
-"""Writing rows: a journal that survives a kill, and the file of rows at the end.
-
-What lives here: `Journal`, one JSON line for each finished row; `write_rows`, a data set as JSON Lines or Parquet;
-`write_json`. What does not: what is written into the rows.
-"""
+"""Writing rows: a journal that survives a kill, and the file of rows at the end."""
 
 from __future__ import annotations
 
@@ -42,14 +38,19 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         try:
-            self._lock()
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._recover(json.loads(json.dumps(settings)))
+        except BlockingIOError as error:
+            self._file.close()
+            raise BlockingIOError(
+                f"Another process is writing {path}. Wait for it, or choose another --out."
+            ) from error
         except BaseException:
             self._file.close()
             raise
 
     def append(self, entries: Iterable[Mapping[str, object]]) -> None:
-        """Adds finished rows, each with its `id`; on disk when this returns."""
+        """Add finished rows, each with its `id`; they are on disk when this returns."""
         written = [dict(entry) for entry in entries]
         self._write(written)
         self.done |= {str(entry["id"]): entry for entry in written}
@@ -61,14 +62,6 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"Another process is writing {self.path}. Wait for it, or choose another --out."
-            ) from error
 
     def _recover(self, settings: dict[str, object]) -> None:
         self._file.seek(0)
@@ -96,7 +89,7 @@ class Journal:
 
 
 def write_rows(rows: Dataset, path: Path) -> None:
-    """Writes a data set; the file is complete or not there.
+    """Write a data set; the file is complete or not there.
 
     Args:
         rows (`datasets.Dataset`): With `audio` as paths, or undecoded.
@@ -120,7 +113,7 @@ def write_rows(rows: Dataset, path: Path) -> None:
 
 
 def write_json(content: Mapping[str, object], path: Path) -> None:
-    """Writes JSON with indents; the file is complete or not there."""
+    """Write JSON with indents; the file is complete or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -128,7 +121,7 @@ def write_json(content: Mapping[str, object], path: Path) -> None:
 
 
 def check_out(rows: Dataset, path: Path) -> None:
-    """Says before the work whether [`write_rows`] will be able to write these rows there.
+    """Say before the work whether [`write_rows`] will be able to write these rows there.
 
     Raises:
         ValueError: On another suffix, on audio bytes for a `.jsonl`, or on ids that are missing or not unique.
@@ -151,7 +144,7 @@ def check_out(rows: Dataset, path: Path) -> None:
 
 
 def rows_fingerprint(rows: Dataset, columns: Sequence[str]) -> str:
-    """A digest of some columns, so that a journal is not continued with another corpus; an absent one is `None`."""
+    """Return a digest of some columns, so that a journal is not continued with another corpus; absent: None."""
     digest = hashlib.sha256()
     values = [rows[name] if name in rows.column_names else [None] * len(rows) for name in columns]
     for row in zip(*values, strict=True):
@@ -160,17 +153,17 @@ def rows_fingerprint(rows: Dataset, columns: Sequence[str]) -> str:
 
 
 def report_path(out: Path) -> Path:
-    """Where the report of a run that writes `out` goes: `name.report.json` beside it."""
+    """Return where the report of a run that writes `out` goes: `name.report.json` beside it."""
     return out.with_name(out.stem + ".report.json")
 
 
 def journal_path(out: Path) -> Path:
-    """Where the journal of a run that writes `out` lies until it is complete."""
+    """Return where the journal of a run that writes `out` lies until it is complete."""
     return out.with_name(out.name + ".journal")
 
 
 def find_complete(out: Path, settings: Mapping[str, object]) -> dict | None:
-    """The report of a run that is complete already; `None` where there is something to do.
+    """Return the report of a run that is complete already; `None` where there is something to do.
 
     Raises:
         FileExistsError: If `out` is there and is not of these settings.
@@ -215,7 +208,7 @@ def _parse(line: bytes, path: Path, number: int) -> dict:
 
 
 def name_differences(found: object, wanted: Mapping[str, object]) -> str:
-    """Settings that differ, each with both values, for an error."""
+    """Return the settings that differ, each with both values, for an error."""
     if not isinstance(found, Mapping):
         return "none are known"
     names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
@@ -223,21 +216,7 @@ def name_differences(found: object, wanted: Mapping[str, object]) -> str:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Gives a finished file its name, once its bytes are on the disk."""
+    """Give a finished file its name, once its bytes are on the disk."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-__all__ = [
-    "Journal",
-    "check_out",
-    "find_complete",
-    "journal_path",
-    "name_differences",
-    "publish",
-    "report_path",
-    "rows_fingerprint",
-    "write_json",
-    "write_rows",
-]

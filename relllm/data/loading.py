@@ -363,6 +363,3 @@ def _leave_encoded(dataset: Dataset | IterableDataset) -> Dataset | IterableData
         if isinstance(feature, Audio) and feature.decode:
             dataset = dataset.cast_column(name, Audio(decode=False))
     return dataset
-
-
-__all__ = ["column_values", "load_corpus", "read_table"]

@@ -1,7 +1,6 @@
-"""What the parsers of corpora share: finding the tree, listing it, text of unknown encoding, the label set, the scale.
+"""What the parsers of corpora share: finding the tree, listing it, text of unknown encoding, and labels as rows.
 
-What lives here: that, and the reasons for which an utterance is left out. What does not: the format of any corpus (one
-file each). Nothing here opens audio, and a folder is listed in one pass without a `stat` for each file.
+Nothing here opens audio, and a folder is listed in one pass without a `stat` for each file.
 """
 
 from __future__ import annotations
@@ -9,10 +8,13 @@ from __future__ import annotations
 import codecs
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from .rows import LABEL_SETS
+from relllm.labels import canonical_emotion
+
+from .rows import LABEL_SETS, LABEL_SOURCE, Corpus, Dropped, LabelSet, Row, make_row
 
 # Reasons of `Dropped`: the same words for the same reason.
 NO_AUDIO = "no audio file"
@@ -24,31 +26,76 @@ OUTSIDE_SCALE = "dimension outside the scale"
 REPEATED = "repeated id"
 
 AUDIO_SUFFIX = ".wav"
+_NUMBER = re.compile(r"-?\d+(\.\d+)?", flags=re.ASCII)
 _SHOWN = 20  # names in a note or an error; the rest is counted
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
-def check_label_set(label_set: str) -> None:
-    """Raises `ValueError` for a label set that is not one of `LABEL_SETS`."""
-    if label_set not in LABEL_SETS:
-        raise ValueError(f"label_set is {label_set!r}, expected one of {', '.join(map(repr, LABEL_SETS))}.")
+@dataclass(frozen=True)
+class Label:
+    """What a corpus says of one utterance, as its files have it."""
+
+    id: str
+    emotion: str | None  # `None` where the labels are hidden
+    dimensions: dict[str, str]  # on the corpus's own scale
+    where: str  # file and line
+    speaker: str | None = None
+    session: str | None = None
+    split: str | None = None
 
 
-def is_outside(emotion: str | None, label_set: str) -> bool:
-    """Whether an utterance is to be kept out. `None`, "other" or "no agreement", has a place in `"all"` only."""
+def keep_first(found: Iterable[Label | Dropped], corpus: Corpus) -> dict[str, Label]:
+    """Return the labels by id; what does not parse and what comes again is dropped."""
+    labels: dict[str, Label] = {}
+    for entry in found:
+        if isinstance(entry, Dropped):
+            corpus.dropped.append(entry)
+        elif entry.id in labels:
+            corpus.dropped.append(Dropped(entry.id, REPEATED, f"{entry.where}, first in {labels[entry.id].where}"))
+        else:
+            labels[entry.id] = entry
+    return labels
+
+
+def label_to_row(
+    label: Label, audio: str | None, *, label_set: LabelSet, scale: tuple[float, float], merge_excited: bool = False
+) -> Row | Dropped:
+    """Return the row of a labelled utterance in English, or the reason why there is none."""
+    known: dict[str, object] = {}
+    if label.emotion is not None:
+        try:
+            emotion = canonical_emotion(label.emotion)
+        except ValueError as error:
+            return Dropped(label.id, UNKNOWN_EMOTION, f"{label.where}: {error}")
+        emotion = "happy" if merge_excited and emotion == "excited" else emotion
+        if is_outside(emotion, label_set):
+            return Dropped(label.id, OUTSIDE_SET, label.emotion)
+        if odd := {name: value for name, value in label.dimensions.items() if not _NUMBER.fullmatch(value)}:
+            return Dropped(label.id, BAD_LINE, f"{label.where}: {odd} is no number")
+        try:
+            dimensions = normalise({name: float(value) for name, value in label.dimensions.items()}, *scale)
+        except ValueError as error:
+            return Dropped(label.id, OUTSIDE_SCALE, f"{label.where}: {error} (emotion {label.emotion})")
+        known = {"emotion": emotion, **dimensions, "dimension_source": LABEL_SOURCE}
+    if audio is None:
+        return Dropped(label.id, NO_AUDIO, label.where)
+    of_label = {"speaker": label.speaker, "session": label.session, "split": label.split, "language": "en"}
+    return make_row(id=label.id, audio=audio, **of_label, **known)
+
+
+def drop_unlabelled(corpus: Corpus, labels: Iterable[str], audio: Mapping[str, str]) -> None:
+    """Count the audio files that no label is about."""
+    known = {*labels, *(entry.id for entry in corpus.dropped)}
+    corpus.dropped += [Dropped(name, NO_LABEL, path) for name, path in audio.items() if name not in known]
+
+
+def is_outside(emotion: str | None, label_set: LabelSet) -> bool:
+    """Return whether an utterance is kept out. `None`, "other" or "no agreement", has a place in `"all"` only."""
     return label_set != "all" if emotion is None else emotion not in LABEL_SETS[label_set]
 
 
 def normalise(values: Mapping[str, float], lowest: float, highest: float) -> dict[str, float]:
-    """Maps ratings from a corpus's scale to [0, 1].
-
-    Args:
-        values (`Mapping[str, float]`): Ratings by dimension.
-        lowest (`float`): Of the scale: becomes 0.
-        highest (`float`): Of the scale: becomes 1.
-
-    Returns:
-        `dict[str, float]`: In [0, 1].
+    """Map ratings by dimension from a corpus's scale to [0, 1].
 
     Raises:
         ValueError: A rating outside the scale, which is named; nothing is clipped.
@@ -60,19 +107,15 @@ def normalise(values: Mapping[str, float], lowest: float, highest: float) -> dic
 
 
 def find_tree(root: Path, locate: Callable[[Path], Path | None], wanted: str) -> Path:
-    """The folder where the tree of a corpus begins, absolute.
+    """Return the absolute folder where the tree of a corpus begins.
 
     Args:
         root (`Path`): What the user gave.
         locate (`Callable[[Path], Path | None]`): From a folder to where the tree begins, `None` if it is not there.
         wanted (`str`): The tree in words, for the error.
 
-    Returns:
-        `Path`: What `locate` gave.
-
     Raises:
-        ValueError: If there is no such tree. The message says what is there, and whether the tree is one level up or
-            down.
+        ValueError: If there is no such tree. The message says what is there, and whether it is one level up or down.
     """
     root = root.expanduser().absolute()
     if not root.is_dir():
@@ -98,7 +141,7 @@ def _is_tree(folder: Path, locate: Callable[[Path], Path | None]) -> bool:
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files in a folder, each sorted.
+    """Return the names of the folders and of the files in a folder, each sorted.
 
     What macOS leaves behind is no part of a corpus: `._*` and other dotfiles, and `__MACOSX`.
     """
@@ -112,16 +155,22 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(folders), sorted(files)
 
 
+def walk_folders(folder: Path) -> Iterator[Path]:
+    """Yield the folders beneath a folder and then the folder itself: deeper ones come first."""
+    for name in list_folder(folder)[0]:
+        yield from walk_folders(folder / name)
+    yield folder
+
+
 def list_audio(folder: Path) -> dict[str, str]:
-    """Audio files of a folder, not of the folders in it: name without suffix -> absolute path."""
-    _, files = list_folder(folder)
+    """Return the audio files of a folder, not of those in it: name without suffix -> absolute path."""
     prefix = f"{folder.absolute()}{os.sep}"
-    suffix_length = len(AUDIO_SUFFIX)
-    return {name[:-suffix_length]: prefix + name for name in files if name.lower().endswith(AUDIO_SUFFIX)}
+    names = (name for name in list_folder(folder)[1] if name.lower().endswith(AUDIO_SUFFIX))
+    return {name[: -len(AUDIO_SUFFIX)]: prefix + name for name in names}
 
 
 def read_lines(path: Path, fallbacks: Sequence[str] = ()) -> tuple[list[str], str]:
-    """The lines of a text file whose encoding nobody wrote down.
+    """Read a text file whose encoding nobody wrote down.
 
     Args:
         path (`Path`): The file.
@@ -143,8 +192,14 @@ def read_lines(path: Path, fallbacks: Sequence[str] = ()) -> tuple[list[str], st
     raise AssertionError("Latin-1 decodes every byte.")
 
 
+def note(corpus: Corpus, names: Iterable[str], text: str) -> None:
+    """Add a note with `{names}`, of which there are `{count}`, unless there are none."""
+    if listed := list(names):
+        corpus.notes.append(text.format(count=f"{len(listed):,}", names=name_some(listed)))
+
+
 def name_some(names: Iterable[str]) -> str:
-    """Names for a note or an error: the first ones, and how many more there are."""
+    """Return the first names for a note or an error, and how many more there are."""
     listed = list(names)
     more = f" and {len(listed) - _SHOWN:,} more" if len(listed) > _SHOWN else ""
     return ", ".join(listed[:_SHOWN]) + more

@@ -1,26 +1,19 @@
-"""What became of the rows of a corpus, as numbers.
-
-What lives here: counting. What does not: drawing (`plots.py`) and the data card (`card.py`), which says less: the
-report has ids and paths and is for the person who prepared the corpus.
-"""
+"""What became of the rows of a corpus, as numbers; with ids and paths, for the person who prepared it."""
 
 from __future__ import annotations
 
 import platform
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import Any
 
 import soundfile
 
 from relllm.labels import DIMENSIONS, EMOTIONS, FURTHER_EMOTIONS
 
 from .rows import Corpus
-
-if TYPE_CHECKING:
-    from .preparing import Shard
 
 FORMAT = "relllm-data-1"  # raise it when the same rows would give other bytes
 UNSPLIT = "unsplit"  # the files with the rows that belong to no split
@@ -29,64 +22,41 @@ UNLABELLED = "unlabelled"
 
 @dataclass
 class SplitSummary:
-    """What is known of the kept rows of a split.
-
-    Attributes:
-        durations_s (`list[float]`): Of each row, in seconds.
-        emotions, speakers, sessions (`Counter`): Rows by value; `"unlabelled"` for none.
-        dimensions (`dict[str, list[float]]`): Labels of the rows that have them.
-        points (`list[tuple[float, float, str]]`): Valence, arousal and emotion of the rows that have both numbers.
-    """
+    """What is known of the kept rows of a split; `"unlabelled"` counts what is not."""
 
     durations_s: list[float] = field(default_factory=list)
     emotions: Counter[str] = field(default_factory=Counter)
     speakers: Counter[str] = field(default_factory=Counter)
     sessions: Counter[str] = field(default_factory=Counter)
     dimensions: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in DIMENSIONS})
+    # Valence, arousal and emotion of the rows that have both numbers.
     points: list[tuple[float, float, str]] = field(default_factory=list)
 
 
-def summarise_shards(results: Sequence[tuple[Shard, Mapping]]) -> dict[str, SplitSummary]:
-    """Numbers of each split that has rows, from the shards and their journal's entries."""
+def summarise_rows(kept: Iterable[tuple[Mapping[str, Any], float]]) -> dict[str, SplitSummary]:
+    """Return the numbers of each split that has rows, from the rows and their durations in seconds."""
     summary: dict[str, SplitSummary] = defaultdict(SplitSummary)
-    for shard, entry in results:
-        for index, duration_s, _ in entry["kept"]:
-            row = shard.rows[index]
-            split = summary[row["split"] or UNSPLIT]
-            split.durations_s.append(duration_s)
-            split.emotions[row["emotion"] or UNLABELLED] += 1
-            split.speakers[row["speaker"] or UNLABELLED] += 1
-            split.sessions[row["session"] or UNLABELLED] += 1
-            for name, value in (
-                ("arousal", row["arousal"]),
-                ("dominance", row["dominance"]),
-                ("valence", row["valence"]),
-            ):
-                if value is not None:
-                    split.dimensions[name].append(value)
-            if row["valence"] is not None and row["arousal"] is not None:
-                split.points.append((row["valence"], row["arousal"], row["emotion"] or UNLABELLED))
+    for row, duration_s in kept:
+        split = summary[row["split"] or UNSPLIT]
+        split.durations_s.append(duration_s)
+        split.emotions[row["emotion"] or UNLABELLED] += 1
+        split.speakers[row["speaker"] or UNLABELLED] += 1
+        split.sessions[row["session"] or UNLABELLED] += 1
+        for name in DIMENSIONS:
+            if row[name] is not None:
+                split.dimensions[name].append(row[name])
+        if row["valence"] is not None and row["arousal"] is not None:
+            split.points.append((row["valence"], row["arousal"], row["emotion"] or UNLABELLED))
     return dict(summary)
 
 
 def build_report(
     corpus: Corpus,
-    results: Sequence[tuple[Shard, Mapping]],
+    entries: Sequence[Mapping],
     summary: Mapping[str, SplitSummary],
     settings: Mapping[str, object],
 ) -> dict:
-    """The content of `report.json`; the same rows and settings give the same report.
-
-    Args:
-        corpus ([`Corpus`]): With what the parser dropped.
-        results (`Sequence[tuple[Shard, Mapping]]`): Shards and their journal's entries.
-        summary (`Mapping[str, SplitSummary]`): Of the kept rows.
-        settings (`Mapping`): Of the run.
-
-    Returns:
-        `dict`: JSON can hold it.
-    """
-    entries = [entry for _, entry in results]
+    """Return the content of `report.json`, from the journal's entries; the same rows and settings give the same."""
     dropped: dict[str, list[dict]] = defaultdict(list)
     for item in [*map(asdict, corpus.dropped), *(item for entry in entries for item in entry["dropped"])]:
         dropped[item["reason"]].append({"id": item["id"], "detail": item["detail"]})
@@ -117,7 +87,7 @@ def build_report(
 
 
 def order_emotions(names: Sequence[str]) -> list[str]:
-    """Emotions in the package's order, unlabelled rows last."""
+    """Return emotions in the package's order, unlabelled rows last."""
     order = (*EMOTIONS, *FURTHER_EMOTIONS, UNLABELLED)
     return sorted(set(names), key=order.index)
 

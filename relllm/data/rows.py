@@ -1,48 +1,34 @@
-"""The row: what every corpus is turned into, and all that training and evaluation know of a corpus.
-
-What lives here: the columns with their types, the check of a row, and what the parser of a corpus returns. What does
-not: reading a corpus (one file each).
-"""
+"""The row: what every corpus is turned into, and all that training and evaluation know of a corpus."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 from relllm.labels import DIMENSIONS, EMOTIONS, FURTHER_EMOTIONS
-from relllm.processing.audio_relllm import AudioSource
+
+if TYPE_CHECKING:
+    from relllm.processing.audio_relllm import AudioSource
 
 
 class Row(TypedDict):
-    """One utterance.
+    """One utterance; `None` is what nobody knows."""
 
-    Attributes:
-        id (`str`): Unique in the corpus.
-        audio (`str`, or what `load_audio` takes): Read late; mono and 16 kHz once read.
-        text (`str` or `None`): Transcript.
-        response (`str` or `None`): The reply to learn.
-        emotion (`str` or `None`): One of `EMOTIONS` or `FURTHER_EMOTIONS`; `None` where unlabelled or outside the set.
-        arousal, dominance, valence (`float` or `None`): In [0, 1].
-        dimension_source (`str` or `None`): `"label"` where people gave the three, `"pseudo:<model id>"` where
-            `relllm annotate` did; `None` where nothing is known of them.
-        speaker, session, split, language (`str` or `None`): For splits without leaks.
-    """
-
-    id: str
-    audio: AudioSource
-    text: str | None
-    response: str | None
-    emotion: str | None
-    arousal: float | None
+    id: str  # unique in the corpus
+    audio: AudioSource  # read late; mono and 16 kHz once read
+    text: str | None  # transcript
+    response: str | None  # the reply to learn
+    emotion: str | None  # of `EMOTIONS` or `FURTHER_EMOTIONS`
+    arousal: float | None  # in [0, 1], as the next two
     dominance: float | None
     valence: float | None
-    dimension_source: str | None
+    dimension_source: str | None  # "label" where people gave the three, "pseudo:<model id>" where a tower did
     speaker: str | None
     session: str | None
     split: str | None
-    language: str | None
+    language: str | None  # BCP-47, for example "en"
 
 
 COLUMNS = tuple(Row.__annotations__)
@@ -59,70 +45,54 @@ LABEL_SETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Dropped:
-    """One utterance that is not in the data set.
+    """One utterance that is not in the data set."""
 
-    Attributes:
-        id (`str`): As the corpus names it.
-        reason (`str`): A category: the same words for the same reason.
-        detail (`str`): The value, the file, the line.
-    """
-
-    id: str
-    reason: str
-    detail: str = ""
+    id: str  # as the corpus names it
+    reason: str  # a category: the same words for the same reason
+    detail: str = ""  # the value, the file, the line
 
 
 @dataclass(frozen=True)
 class CorpusFacts:
-    """What the data card says of a corpus.
+    """What the data card says of a corpus."""
 
-    Attributes:
-        name (`str`): Short, as on the command line.
-        title (`str`): In full.
-        language (`str`): BCP-47, for example `"en"`.
-        licence (`str`): Hugging Face's id of the licence, mostly `"other"`.
-        terms (`str`): Under which terms people have it, and what may be published.
-        homepage (`str`): Where it is obtained.
-        citation (`str`): BibTeX.
-    """
-
-    name: str
+    name: str  # short, as on the command line
     title: str
-    language: str
-    licence: str
-    terms: str
-    homepage: str
-    citation: str
+    language: str  # BCP-47
+    licence: str  # Hugging Face's id of the licence, mostly "other"
+    terms: str  # under which terms people have it, and what may be published
+    homepage: str = ""
+    citation: str = ""  # BibTeX
 
 
 @dataclass
 class Corpus:
-    """What the parser of a corpus returns; nothing is decoded yet.
-
-    Attributes:
-        facts (`CorpusFacts`): Of the corpus.
-        rows (`list[Row]`): All columns; `audio` is an absolute path.
-        dropped (`list[Dropped]`): What the labels or the tree rule out.
-        notes (`list[str]`): What a person should know, for example a split folder that contradicts the number.
-    """
+    """What the parser of a corpus returns; nothing is decoded yet."""
 
     facts: CorpusFacts
-    rows: list[Row]
-    dropped: list[Dropped]
-    notes: list[str]
+    rows: list[Row]  # all columns; `audio` is an absolute path
+    dropped: list[Dropped]  # what the labels or the tree rule out
+    notes: list[str]  # what a person should know, for example a split folder that contradicts the number
+
+    def add(self, made: Row | Dropped) -> None:
+        """Keep a row, or count what is dropped."""
+        if isinstance(made, Dropped):
+            self.dropped.append(made)
+        else:
+            self.rows.append(made)
+
+
+def make_row(**known: object) -> Row:
+    """Return a row with `None` in the columns that are not given."""
+    return cast(Row, dict.fromkeys(COLUMNS) | known)
 
 
 def validate_row(row: Mapping[str, object]) -> None:
-    """Checks one row against the columns above. Columns other than `id` and `audio` may be missing, which means
-    `None`.
-
-    Args:
-        row (`Mapping[str, object]`): A row as a preparer made it.
+    """Check one row against the columns of [`Row`]; those other than `id` and `audio` may be missing.
 
     Raises:
-        ValueError: A column that is unknown, missing or of the wrong type, an emotion that is not canonical, a
-        dimension outside
-            [0, 1]. The message names the row's id.
+        ValueError: A column that is unknown or of the wrong type, an emotion that is not canonical, or a dimension
+            outside [0, 1]. The message names the row's id.
     """
     row_id = row.get("id")
     if not isinstance(row_id, str) or not row_id:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import wave
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ from relllm.labels import EMOTIONS
 from relllm.processing.audio_relllm import SAMPLING_RATE, resample
 
 from .espeak import Utterance, speak
+from .synthetic_settings import SyntheticSettings
 from .synthetic_text import REPLIES, SENTENCES, Sentence
 
 if TYPE_CHECKING:
@@ -60,8 +61,6 @@ VOICES = {
     "validation": ("en-gb-scotland", "en-gb-scotland+f2"),
     "test": ("en-us+m7", "en-gb-x-rp+m7", "en-us+f3", "en-gb-x-rp+f3"),
 }
-
-VERSION = 1  # of the plan: raise it when the same settings would give other clips
 
 
 @dataclass(frozen=True)
@@ -140,31 +139,26 @@ def synthesize_corpus(
     """
     from datasets import DatasetDict
 
-    counts = {
-        "train": train_clips_per_emotion,
-        "validation": validation_clips_per_emotion,
-        "test": test_clips_per_emotion,
-    }
-    prepare_synthetic(directory, counts, seed=seed, num_proc=num_proc, progress=progress)
+    settings = SyntheticSettings(
+        output_dir=Path(directory),
+        train_clips=train_clips_per_emotion,
+        validation_clips=validation_clips_per_emotion,
+        test_clips=test_clips_per_emotion,
+        seed=seed,
+        num_proc=num_proc,
+    )
+    prepare_synthetic(settings, progress=progress)
     return DatasetDict({split: load_synthetic_corpus(directory, split) for split in SPLITS})
 
 
-def prepare_synthetic(
-    directory: str | Path,
-    clips_per_emotion: Mapping[str, int],
-    *,
-    seed: int = 0,
-    num_proc: int | None = None,
-    progress: bool = True,
-) -> dict:
-    """What [`synthesize_corpus`] does, and the report in place of the rows; `clips_per_emotion` by split."""
-    rows = [clip.row for split in SPLITS for clip in plan_split(split, clips_per_emotion[split], seed=seed)]
+def prepare_synthetic(settings: SyntheticSettings, *, progress: bool = True) -> dict:
+    """Do what [`synthesize_corpus`] does, and return the report in place of the rows."""
+    counts = settings.clips_per_emotion
+    rows = [clip.row for split in SPLITS for clip in plan_split(split, counts[split], seed=settings.seed)]
     return prepare_corpus(
         Corpus(FACTS, rows, dropped=[], notes=[]),
-        directory,
-        options={"plan": VERSION, "seed": seed, "clips_per_emotion": dict(clips_per_emotion)},
-        make_audio=functools.partial(speak_rows, seed=seed),
-        num_proc=num_proc,
+        settings,
+        make_audio=functools.partial(speak_rows, seed=settings.seed),
         progress=progress,
     )
 

@@ -12,7 +12,8 @@ from tiny_models import RATE, clip, tiny_emotion_tower
 from typer.testing import CliRunner
 
 from relllm.cli import app
-from relllm.data.annotate import AnnotationSettings, annotate_rows, read_dimensions
+from relllm.data.annotate import annotate_rows, read_dimensions
+from relllm.data.data_settings import AnnotationSettings
 from relllm.data.journal import journal_path, report_path
 from relllm.data.loading import load_corpus
 from relllm.data.rows import validate_row

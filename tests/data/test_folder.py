@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from relllm.cli import app
 from relllm.data.corpora.folder import parse_folder
+from relllm.data.data_settings import FolderSettings
 from relllm.data.loading import load_corpus
 from relllm.data.rows import COLUMNS, validate_row
 
@@ -41,7 +42,7 @@ def write_csv(path: Path, rows: list[dict]) -> Path:
 
 
 def test_a_bare_folder_gives_a_row_for_each_audio_file(speech: Path) -> None:
-    corpus = parse_folder(speech, split="train", language="de")
+    corpus = parse_folder(FolderSettings(speech, split="train", language="de"))
     assert [row["id"] for row in corpus.rows] == ["a", "b", "deep/c"]
     assert [row["audio"] for row in corpus.rows] == [str(speech / name) for name in ("a.flac", "b.wav", "deep/c.WAV")]
     for row in corpus.rows:
@@ -55,7 +56,7 @@ def test_a_table_gives_the_columns_that_it_has(speech: Path) -> None:
         {"path": "b.wav", "emotion": "Angry", "arousal": "0.9", "speaker": "1", "split": "test", "age": "40"},
         {"path": str(speech / "a.flac"), "emotion": "", "text": "Hello, you"},
     ]
-    corpus = parse_folder(write_csv(speech / "table.csv", rows), split="train")
+    corpus = parse_folder(FolderSettings(write_csv(speech / "table.csv", rows), split="train"))
     first, second = corpus.rows
     assert (first["id"], first["emotion"], first["arousal"], first["speaker"]) == ("b", "angry", 0.9, "1")
     assert (first["dimension_source"], second["dimension_source"]) == ("label", None)
@@ -72,7 +73,7 @@ def test_a_table_gives_the_columns_that_it_has(speech: Path) -> None:
 def test_json_lines_are_read_alike_and_found_in_their_folder(speech: Path) -> None:
     lines = [{"id": 7, "audio": "b.wav", "session": 2, "valence": 1, "dimension_source": "pseudo:org/tower"}]
     (speech / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    row = parse_folder(speech).rows[0]
+    row = parse_folder(FolderSettings(speech)).rows[0]
     assert (row["id"], row["session"], row["valence"], row["dimension_source"]) == ("7", "2", 1, "pseudo:org/tower")
 
 
@@ -87,7 +88,7 @@ def test_bad_rows_are_dropped_with_their_line_and_value(speech: Path) -> None:
         {"id": "good", "audio": "a.flac"},
     ]
     (speech / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    corpus = parse_folder(speech)
+    corpus = parse_folder(FolderSettings(speech))
     assert [row["id"] for row in corpus.rows] == ["good"]
     assert {entry.id: entry.reason for entry in corpus.dropped} == {
         "grumpy": "unknown emotion name",
@@ -103,7 +104,7 @@ def test_bad_rows_are_dropped_with_their_line_and_value(speech: Path) -> None:
 
 def test_a_label_set_keeps_the_others_out(speech: Path) -> None:
     rows = [{"path": "b.wav", "emotion": "fear"}, {"path": "a.flac", "emotion": "sad"}]
-    corpus = parse_folder(write_csv(speech / "table.csv", rows), label_set="4")
+    corpus = parse_folder(FolderSettings(write_csv(speech / "table.csv", rows), label_set="4"))
     assert [row["id"] for row in corpus.rows] == ["a"]
     assert [(entry.id, entry.reason, entry.detail) for entry in corpus.dropped] == [
         ("b", "emotion outside the label set", "fear")
@@ -112,20 +113,20 @@ def test_a_label_set_keeps_the_others_out(speech: Path) -> None:
 
 def test_what_is_no_speech_is_an_error(speech: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="Nothing is at"):
-        parse_folder(tmp_path / "gone")
+        parse_folder(FolderSettings(tmp_path / "gone"))
     with pytest.raises(ValueError, match=r"is a \.txt file; expected \.csv, \.jsonl or a folder"):
-        parse_folder(speech / "notes.txt")
+        parse_folder(FolderSettings(speech / "notes.txt"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no audio files"):
-        parse_folder(tmp_path / "empty")
+        parse_folder(FolderSettings(tmp_path / "empty"))
     with pytest.raises(ValueError, match=r"has the columns \['name', 'emotion'\], none of audio, path"):
-        parse_folder(write_csv(tmp_path / "table.csv", [{"name": "b.wav", "emotion": "sad"}]))
+        parse_folder(FolderSettings(write_csv(tmp_path / "table.csv", [{"name": "b.wav", "emotion": "sad"}])))
     with pytest.raises(ValueError, match="label_set is '6'"):
-        parse_folder(speech, label_set="6")
+        parse_folder(FolderSettings(speech, label_set="6"))
     for name in ("metadata.csv", "metadata.jsonl"):
         (speech / name).write_text("audio\n")
     with pytest.raises(ValueError, match=r"holds metadata\.jsonl, metadata\.csv\. Give the one to read"):
-        parse_folder(speech)
+        parse_folder(FolderSettings(speech))
 
 
 def test_the_command_writes_a_data_set_and_says_what_it_left_out(

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from relllm.data.corpora.iemocap import parse_iemocap
+from relllm.data.data_settings import IemocapSettings
 from relllm.data.parsing import BAD_LINE, NO_AUDIO, NO_LABEL, OUTSIDE_SCALE, OUTSIDE_SET, REPEATED, UNKNOWN_EMOTION
 from relllm.data.rows import COLUMNS, Corpus, validate_row
 
@@ -34,7 +35,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_a_turn_becomes_a_row_with_its_dimensions_by_name(tree: Path) -> None:
-    corpus = parse_iemocap(tree, label_set="4")
+    corpus = parse_iemocap(IemocapSettings(tree, label_set="4"))
     row = next(row for row in corpus.rows if row["id"] == "Ses01F_impro01_M000")
     assert row == {
         "id": "Ses01F_impro01_M000",
@@ -58,7 +59,7 @@ def test_a_turn_becomes_a_row_with_its_dimensions_by_name(tree: Path) -> None:
 
 
 def test_the_usual_task_has_excited_as_happy_and_nothing_beyond_four_emotions(tree: Path) -> None:
-    corpus = parse_iemocap(tree, label_set="4")
+    corpus = parse_iemocap(IemocapSettings(tree, label_set="4"))
     assert emotions(corpus) == {
         "Ses01F_impro01_F000": "neutral",
         "Ses01F_impro01_M000": "angry",
@@ -72,18 +73,18 @@ def test_the_usual_task_has_excited_as_happy_and_nothing_beyond_four_emotions(tr
 
 
 def test_the_other_label_sets_keep_more(tree: Path) -> None:
-    assert emotions(parse_iemocap(tree, label_set="5"))["Ses05F_impro03_F007"] == "surprise"
-    everything = emotions(parse_iemocap(tree, label_set="all", merge_excited=False))
+    assert emotions(parse_iemocap(IemocapSettings(tree, label_set="5")))["Ses05F_impro03_F007"] == "surprise"
+    everything = emotions(parse_iemocap(IemocapSettings(tree, label_set="all", merge_excited=False)))
     assert len(everything) == len(IEMOCAP_TURNS)
     assert everything["Ses02M_script01_1_F003"] == "excited"
     assert everything["Ses05F_script02_2_MXX0"] == "frustrated"
     assert everything["Ses05M_impro01_M002"] is None  # no agreement of the raters
-    unmerged = parse_iemocap(tree, label_set="4", merge_excited=False)
+    unmerged = parse_iemocap(IemocapSettings(tree, label_set="4", merge_excited=False))
     assert reasons(unmerged)["Ses02M_script01_1_F003"] == OUTSIDE_SET
 
 
 def test_the_speaker_is_in_the_turn_and_not_in_the_dialog(tree: Path) -> None:
-    speakers = {row["id"]: row["speaker"] for row in parse_iemocap(tree, label_set="all").rows}
+    speakers = {row["id"]: row["speaker"] for row in parse_iemocap(IemocapSettings(tree, label_set="all")).rows}
     assert speakers["Ses02M_script01_1_F003"] == "Ses02F"
     assert speakers["Ses03F_impro02_M010"] == "Ses03M"
     assert speakers["Ses05F_script02_2_MXX0"] == "Ses05M"
@@ -92,7 +93,7 @@ def test_the_speaker_is_in_the_turn_and_not_in_the_dialog(tree: Path) -> None:
 def test_one_session_is_held_out_and_another_may_be_for_validation(tree: Path) -> None:
     def sessions(**kwargs: int | None) -> dict[str | None, set[str | None]]:
         found: dict[str | None, set[str | None]] = {}
-        for row in parse_iemocap(tree, label_set="all", **kwargs).rows:
+        for row in parse_iemocap(IemocapSettings(tree, label_set="all", **kwargs)).rows:
             found.setdefault(row["split"], set()).add(row["session"])
         return found
 
@@ -108,18 +109,18 @@ def test_one_session_is_held_out_and_another_may_be_for_validation(tree: Path) -
 @pytest.mark.parametrize("kwargs", [{"held_out_session": 6}, {"validation_session": 5}, {"validation_session": 9}])
 def test_a_session_that_is_not_there_is_refused(tree: Path, kwargs: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"expected a session that is there \(1, 2, 3, 4, 5\)"):
-        parse_iemocap(tree, label_set="4", **kwargs)
+        parse_iemocap(IemocapSettings(tree, label_set="4", **kwargs))
 
 
 def test_an_unknown_label_set_is_refused(tree: Path) -> None:
     with pytest.raises(ValueError, match="label_set is '6'"):
-        parse_iemocap(tree, label_set="6")  # type: ignore[arg-type]
+        parse_iemocap(IemocapSettings(tree, label_set="6"))  # type: ignore[arg-type]
 
 
 def test_labels_with_a_byte_order_mark_and_latin_1_transcripts_are_read(tmp_path: Path) -> None:
     tree = write_iemocap(tmp_path, [replace(TURN, text="Un café, señor.")], encoding="latin-1")
     write_text(tree / LABELS, (tree / LABELS).read_text().replace("%", TURN.line + "\n%"), "utf-8-sig")
-    corpus = parse_iemocap(tree, label_set="4", held_out_session=0)
+    corpus = parse_iemocap(IemocapSettings(tree, label_set="4", held_out_session=0))
     assert [row["text"] for row in corpus.rows] == ["Un café, señor."]
     assert corpus.notes == [
         "Transcripts that are not UTF-8 were read: Session1/dialog/transcriptions/Ses01F_impro01.txt as cp1252."
@@ -129,12 +130,12 @@ def test_labels_with_a_byte_order_mark_and_latin_1_transcripts_are_read(tmp_path
 def test_audio_is_not_opened(tmp_path: Path) -> None:
     tree = write_iemocap(tmp_path, [TURN])
     next(tree.glob("Session1/sentences/wav/*/Ses*.wav")).write_bytes(b"")
-    assert len(parse_iemocap(tree, label_set="4").rows) == 1
+    assert len(parse_iemocap(IemocapSettings(tree, label_set="4")).rows) == 1
 
 
 def test_a_rating_outside_the_scale_is_dropped_with_its_value(tmp_path: Path) -> None:
     turns = [replace(TURN, valence=5.5), Turn("Ses01F_impro01_F001", dominance=0.5), Turn("Ses01F_impro01_F002")]
-    corpus = parse_iemocap(write_iemocap(tmp_path, turns), label_set="4")
+    corpus = parse_iemocap(IemocapSettings(write_iemocap(tmp_path, turns), label_set="4"))
     assert [row["id"] for row in corpus.rows] == ["Ses01F_impro01_F002"]
     assert [(entry.reason, entry.detail) for entry in corpus.dropped] == [
         (OUTSIDE_SCALE, f"{LABELS}:3: valence is 5.5, expected 1 to 5 (emotion neu)"),
@@ -161,7 +162,7 @@ def test_a_line_that_is_wrong_is_dropped_with_file_and_number(
     content = (tree / LABELS).read_text().splitlines()
     content[content.index(Turn("Ses01F_impro01_F009").line)] = ""
     (tree / LABELS).write_text("\n".join([*content[:8], line, *content[8:]]))
-    corpus = parse_iemocap(tree, label_set="4")
+    corpus = parse_iemocap(IemocapSettings(tree, label_set="4"))
     assert [row["id"] for row in corpus.rows] == [TURN.name]
     found = next(entry for entry in corpus.dropped if entry.id == turn)
     assert found.reason == reason
@@ -174,7 +175,7 @@ def test_labels_without_audio_audio_without_labels_and_turns_without_text_are_to
     turns = [TURN, Turn("Ses01F_impro01_F001", audio=False), Turn("Ses01F_impro01_F002", text=None)]
     tree = write_iemocap(tmp_path, turns)
     write_wav(tree / "Session1/sentences/wav/Ses01F_impro01/Ses01F_impro01_M005.wav")
-    corpus = parse_iemocap(tree, label_set="4")
+    corpus = parse_iemocap(IemocapSettings(tree, label_set="4"))
     assert {row["id"]: row["text"] for row in corpus.rows} == {TURN.name: "Excuse me.", "Ses01F_impro01_F002": None}
     assert reasons(corpus) == {"Ses01F_impro01_F001": NO_AUDIO, "Ses01F_impro01_M005": NO_LABEL}
     assert corpus.notes == ["1 utterances have no transcript: Ses01F_impro01_F002."]
@@ -185,22 +186,24 @@ def test_a_release_with_fewer_sessions_says_so(tmp_path: Path) -> None:
     for number in (3, 5):
         (tree / f"Session{number}").rename(tree / f"gone{number}")
     with pytest.raises(ValueError, match=r"held_out_session is 5.*\(1, 2, 4\)"):
-        parse_iemocap(tree, label_set="4")
-    assert parse_iemocap(tree, label_set="4", held_out_session=4).notes == ["Sessions that are not there: 3, 5."]
+        parse_iemocap(IemocapSettings(tree, label_set="4"))
+    assert parse_iemocap(IemocapSettings(tree, label_set="4", held_out_session=4)).notes == [
+        "Sessions that are not there: 3, 5."
+    ]
 
 
 def test_a_wrong_root_is_refused_with_what_is_there_and_where_it_is(tree: Path) -> None:
     for wrong in (tree.parent, tree / "Session1"):
         with pytest.raises(ValueError, match=r"expected Session1/ … Session5/.*found ") as raised:
-            parse_iemocap(wrong, label_set="4")
+            parse_iemocap(IemocapSettings(wrong, label_set="4"))
         assert f"It is in {tree}: give that." in str(raised.value)
     with pytest.raises(ValueError, match="does not exist"):
-        parse_iemocap(tree / "gone", label_set="4")
+        parse_iemocap(IemocapSettings(tree / "gone", label_set="4"))
     with pytest.raises(ValueError, match="is a file"):
-        parse_iemocap(tree / LABELS, label_set="4")
+        parse_iemocap(IemocapSettings(tree / LABELS, label_set="4"))
     (tree.parent.parent / "empty" / "deep").mkdir(parents=True)
     with pytest.raises(ValueError, match="found nothing"):
-        parse_iemocap(tree.parent.parent / "empty" / "deep", label_set="4")
+        parse_iemocap(IemocapSettings(tree.parent.parent / "empty" / "deep", label_set="4"))
 
 
 rating = st.integers(10_000, 50_000).map(lambda value: value / 10_000)
@@ -227,7 +230,7 @@ names = st.builds(
 def test_every_well_formed_label_line_is_read_exactly(
     tmp_path_factory: pytest.TempPathFactory, turns: list[Turn]
 ) -> None:
-    corpus = parse_iemocap(write_iemocap(tmp_path_factory.mktemp("iemocap"), turns), label_set="4")
+    corpus = parse_iemocap(IemocapSettings(write_iemocap(tmp_path_factory.mktemp("iemocap"), turns), label_set="4"))
     found = {row["id"]: row for row in corpus.rows}
     assert corpus.dropped == []
     assert set(found) == {turn.name for turn in turns}
@@ -244,7 +247,7 @@ def test_no_line_crashes_the_parser_or_vanishes(tmp_path_factory: pytest.TempPat
     tree = write_iemocap(tmp_path_factory.mktemp("iemocap"), [TURN])
     with (tree / LABELS).open("a", encoding="utf-8", newline="") as file:
         file.write("\n".join(f"[{line}".replace("\n", " ").replace("\r", " ") for line in lines))
-    corpus = parse_iemocap(tree, label_set="4")
+    corpus = parse_iemocap(IemocapSettings(tree, label_set="4"))
     assert len(corpus.rows) == 1
     assert len(corpus.dropped) == len(lines)
 
@@ -252,14 +255,14 @@ def test_no_line_crashes_the_parser_or_vanishes(tmp_path_factory: pytest.TempPat
 @pytest.mark.slow
 @pytest.mark.skipif("RELLM_IEMOCAP" not in os.environ, reason="RELLM_IEMOCAP does not point at the real IEMOCAP")
 def test_the_real_corpus_has_its_known_counts() -> None:
-    corpus = parse_iemocap(Path(os.environ["RELLM_IEMOCAP"]), label_set="4")
+    corpus = parse_iemocap(IemocapSettings(Path(os.environ["RELLM_IEMOCAP"]), label_set="4"))
     counts = Counter(row["emotion"] for row in corpus.rows)
     names = {"neu": "neutral", "hap": "happy", "exc": "happy", "ang": "angry", "sad": "sad"}
     for entry in corpus.dropped:  # such rows are counted among the 5,531
         if entry.reason == OUTSIDE_SCALE:
             counts[names[entry.detail[-4:-1]]] += 1
     assert counts == {"neutral": 1708, "happy": 595 + 1041, "angry": 1103, "sad": 1084}
-    everything = parse_iemocap(Path(os.environ["RELLM_IEMOCAP"]), label_set="all")
+    everything = parse_iemocap(IemocapSettings(Path(os.environ["RELLM_IEMOCAP"]), label_set="all"))
     assert len(everything.rows) + sum(entry.reason == OUTSIDE_SCALE for entry in everything.dropped) == 10_039
     assert {entry.reason for entry in everything.dropped} <= {OUTSIDE_SCALE}
     assert len({row["speaker"] for row in everything.rows}) == 10

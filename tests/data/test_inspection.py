@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from relllm.cli import app
 from relllm.data import inspection
+from relllm.data.data_settings import InspectSettings
 from relllm.data.inspection import Inspection, check_table, inspect_corpus, measure_clip, summarize, write_report
 from relllm.plots import plot_valence_arousal_labels
 
@@ -62,7 +63,8 @@ def found(inspected: Inspection) -> dict[str, list[list[str]]]:
 
 
 def look(folder: Path, **kwargs: float | bool) -> Inspection:
-    return inspect_corpus(str(folder), progress=False, **{"num_proc": 1, **kwargs})  # type: ignore[arg-type]
+    settings = InspectSettings(str(folder), **{"num_proc": 1, **kwargs})  # type: ignore[arg-type]
+    return inspect_corpus(settings, progress=False)
 
 
 def test_nothing_is_found_in_a_sound_corpus(tmp_path: Path) -> None:
@@ -76,7 +78,7 @@ def test_each_fault_of_the_audio_is_found_by_id(tmp_path: Path) -> None:
     (folder / "audio/3.wav").unlink()
     (folder / "audio/4.wav").write_bytes((folder / "audio/4.wav").read_bytes()[:1000])
     soundfile.write(folder / "audio/6.wav", clip(2.0, seed=9), RATE)
-    inspected = look(folder, max_duration_s=1.5)
+    inspected = look(folder, max_seconds=1.5)
     assert found(inspected) == {
         "audio cannot be read": [["clip-3"], ["clip-4"]],
         "silent": [["clip-1"]],
@@ -177,7 +179,7 @@ def test_the_table_alone_is_looked_at_without_decoding(tmp_path: Path, monkeypat
         raise AssertionError("decoded")
 
     monkeypatch.setattr(inspection, "load_audio", refuse)
-    inspected = look(folder, read_audio=False)
+    inspected = look(folder, audio=False)
     assert found(inspected) == {"id used more than once": [["clip-0"]]}
     assert not inspected.audio_was_read
 
@@ -237,7 +239,7 @@ def test_the_report_has_every_id_and_the_plot_is_a_picture(tmp_path: Path) -> No
     rows = [
         row | {"split": "train" if index % 2 else "test", "speaker": "s"} for index, row in enumerate(make_rows(30))
     ]
-    inspected = look(write_corpus(tmp_path / "corpus", rows), read_audio=False)
+    inspected = look(write_corpus(tmp_path / "corpus", rows), audio=False)
     report, plot = write_report(inspected, tmp_path / "out")
     content = json.loads(report.read_text())
     assert content["num_findings"] == {"speaker in several splits": 1}
@@ -265,7 +267,7 @@ def test_data_without_audio_and_data_that_is_not_there_are_refused(tmp_path: Pat
     (tmp_path / "rows.jsonl").write_text('{"id": "a", "text": "Hello."}\n')
     with pytest.raises(ValueError, match="has no column `audio`.*--no-audio"):
         look(tmp_path / "rows.jsonl")
-    assert look(tmp_path / "rows.jsonl", read_audio=False).findings == []
+    assert look(tmp_path / "rows.jsonl", audio=False).findings == []
     with pytest.raises(FileNotFoundError, match="No data at"):
         look(tmp_path / "gone")
 

@@ -10,6 +10,7 @@ from datasets import Audio, Dataset, DatasetDict, IterableDataset, disable_progr
 from tiny_models import clip
 
 import relllm
+from relllm.data.data_settings import PrepareSettings
 from relllm.data.loading import column_values, load_corpus
 from relllm.data.preparing import prepare_corpus
 from relllm.data.rows import COLUMNS, Corpus, CorpusFacts, Row
@@ -172,7 +173,8 @@ def prepared(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
         for index, (session, split) in enumerate(zip(SESSIONS, SPLIT_OF, strict=True))
     ]
     facts = CorpusFacts("own", "Own", "en", "other", "", "", "")
-    prepare_corpus(Corpus(facts, rows, [], []), tmp_path / "own", options={}, num_proc=1, progress=False)
+    settings = PrepareSettings(output_dir=tmp_path / "own", num_proc=1)
+    prepare_corpus(Corpus(facts, rows, [], []), settings, progress=False)
     return tmp_path / "own"
 
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from relllm.data.corpora.msp_podcast import UNKNOWN_SPLIT, parse_msp_podcast
+from relllm.data.data_settings import MspPodcastSettings
 from relllm.data.parsing import BAD_LINE, NO_AUDIO, NO_LABEL, OUTSIDE_SCALE, OUTSIDE_SET, REPEATED, UNKNOWN_EMOTION
 from relllm.data.rows import COLUMNS, Corpus, validate_row
 
@@ -24,7 +25,7 @@ def reasons(corpus: Corpus) -> dict[str, str]:
 
 
 def test_a_turn_becomes_a_row_with_its_dimensions_by_name(tmp_path: Path) -> None:
-    corpus = parse_msp_podcast(write_msp_podcast(tmp_path), label_set="5")
+    corpus = parse_msp_podcast(MspPodcastSettings(write_msp_podcast(tmp_path), label_set="5"))
     row = corpus.rows[0]
     assert row | {"arousal": None, "dominance": None, "valence": None} == {
         "id": "MSP-PODCAST_0001_0008",
@@ -54,15 +55,17 @@ def test_old_and_new_releases_give_the_same_rows(tmp_path: Path, label_set: str)
     def strip(corpus: Corpus) -> list[dict]:
         return [dict(row) | {"audio": Path(row["audio"]).name} for row in corpus.rows]
 
-    new = parse_msp_podcast(write_msp_podcast(tmp_path / "new"), label_set=label_set)
-    old = parse_msp_podcast(write_msp_podcast(tmp_path / "old", release="txt"), label_set=label_set)
+    new = parse_msp_podcast(MspPodcastSettings(write_msp_podcast(tmp_path / "new"), label_set=label_set))
+    old = parse_msp_podcast(
+        MspPodcastSettings(write_msp_podcast(tmp_path / "old", release="txt"), label_set=label_set)
+    )
     assert strip(old) == strip(new)
     assert old.dropped == new.dropped
     assert old.notes == new.notes == ["The speaker of 1 turns is unknown: whether they overlap splits cannot be told."]
 
 
 def test_splits_are_the_corpus_s_own_and_test_is_test1(tmp_path: Path) -> None:
-    corpus = parse_msp_podcast(write_msp_podcast(tmp_path), label_set="5")
+    corpus = parse_msp_podcast(MspPodcastSettings(write_msp_podcast(tmp_path), label_set="5"))
     assert {row["id"][12:]: (row["emotion"], row["split"], row["speaker"]) for row in corpus.rows} == {
         "0001_0008": ("neutral", "test", "30"),
         "0001_0019": ("angry", "train", None),
@@ -74,7 +77,7 @@ def test_splits_are_the_corpus_s_own_and_test_is_test1(tmp_path: Path) -> None:
 
 
 def test_all_emotions_keep_other_and_no_agreement_without_an_emotion(tmp_path: Path) -> None:
-    corpus = parse_msp_podcast(write_msp_podcast(tmp_path), label_set="all")
+    corpus = parse_msp_podcast(MspPodcastSettings(write_msp_podcast(tmp_path), label_set="all"))
     emotions = {row["id"][12:]: row["emotion"] for row in corpus.rows}
     assert emotions["0004_0004"] == "fear"
     assert emotions["0004_0005"] is emotions["0004_0006"] is None
@@ -89,7 +92,7 @@ def test_the_turns_of_test3_have_no_labels(tmp_path: Path, hidden: str) -> None:
     write_wav(tree / "Audios" / f"{stem}.wav")
     if hidden == "in the partition":
         write_text(tree / "Partition.txt", f"Train; {FIRST.stem}.wav\n\nTest3; {stem}.wav\n")
-    corpus = parse_msp_podcast(tree, label_set="5")
+    corpus = parse_msp_podcast(MspPodcastSettings(tree, label_set="5"))
     if hidden == "in no file":  # then nothing says that it is of Test3
         assert reasons(corpus) == {stem: NO_LABEL}
         return
@@ -102,14 +105,14 @@ def test_the_turns_of_test3_have_no_labels(tmp_path: Path, hidden: str) -> None:
 
 def test_labels_that_are_missing_elsewhere_are_dropped(tmp_path: Path) -> None:
     tree = write_msp_podcast(tmp_path, [FIRST, Segment("MSP-PODCAST_0009_0001", "", "", "", "")])
-    assert reasons(parse_msp_podcast(tree, label_set="5")) == {"MSP-PODCAST_0009_0001": NO_LABEL}
+    assert reasons(parse_msp_podcast(MspPodcastSettings(tree, label_set="5"))) == {"MSP-PODCAST_0009_0001": NO_LABEL}
 
 
 def test_old_labels_without_partitions_and_speakers_say_what_is_lost(tmp_path: Path) -> None:
     tree = write_msp_podcast(tmp_path, [FIRST], release="txt")
     (tree / "Partitions.txt").unlink()
     (tree / "Speaker_ids.txt").unlink()
-    corpus = parse_msp_podcast(tree, label_set="5")
+    corpus = parse_msp_podcast(MspPodcastSettings(tree, label_set="5"))
     assert [(row["split"], row["speaker"]) for row in corpus.rows] == [(None, None)]
     assert corpus.notes[:2] == [
         "Labels.txt names no splits, and partitions.txt is not there: that of every turn is unknown.",
@@ -120,18 +123,18 @@ def test_old_labels_without_partitions_and_speakers_say_what_is_lost(tmp_path: P
 def test_the_misspelt_name_and_another_place_of_the_labels_are_found(tmp_path: Path) -> None:
     tree = write_msp_podcast(tmp_path / "csv", [FIRST])
     (tree / LABELS).rename(tree / "Labels" / "labels_concensus.csv")
-    assert len(parse_msp_podcast(tree, label_set="5").rows) == 1
+    assert len(parse_msp_podcast(MspPodcastSettings(tree, label_set="5")).rows) == 1
     tree = write_msp_podcast(tmp_path / "txt", [FIRST], release="txt")
     (tree / "label").mkdir()
     (tree / "Labels.txt").rename(tree / "label" / "labels.txt")
-    assert len(parse_msp_podcast(tree, label_set="5").rows) == 1
+    assert len(parse_msp_podcast(MspPodcastSettings(tree, label_set="5")).rows) == 1
 
 
 def test_labels_without_audio_audio_without_labels_and_turns_without_text_are_told(tmp_path: Path) -> None:
     silent = Segment("MSP-PODCAST_0008_0001", text=None)
     tree = write_msp_podcast(tmp_path, [FIRST, silent, Segment("MSP-PODCAST_0008_0002", audio=False)])
     write_wav(tree / "Audios" / "MSP-PODCAST_0008_0003.wav")
-    corpus = parse_msp_podcast(tree, label_set="5")
+    corpus = parse_msp_podcast(MspPodcastSettings(tree, label_set="5"))
     assert {row["id"]: row["text"] for row in corpus.rows} == {FIRST.stem: "And that was it.", silent.stem: None}
     assert reasons(corpus) == {"MSP-PODCAST_0008_0002": NO_AUDIO, "MSP-PODCAST_0008_0003": NO_LABEL}
     assert corpus.notes == [f"1 turns have no transcript: {silent.stem}."]
@@ -139,7 +142,7 @@ def test_labels_without_audio_audio_without_labels_and_turns_without_text_are_to
 
 def test_transcripts_in_latin_1_are_read_and_counted(tmp_path: Path) -> None:
     tree = write_msp_podcast(tmp_path, [replace(FIRST, text="  Señor\n Núñez ")], encoding="latin-1")
-    corpus = parse_msp_podcast(tree, label_set="5")
+    corpus = parse_msp_podcast(MspPodcastSettings(tree, label_set="5"))
     assert corpus.rows[0]["text"] == "Señor Núñez"
     assert corpus.notes == ["Transcripts that are not UTF-8 were read: 1 as cp1252."]
 
@@ -170,7 +173,7 @@ def test_a_line_that_is_wrong_is_dropped_with_file_and_number(
     tree = write_msp_podcast(tmp_path, [FIRST])
     write_wav(tree / "Audios" / "MSP-PODCAST_9.wav")
     write_text(tree / LABELS, "\n".join([MSP_HEADER, FIRST.csv_line, line]))
-    corpus = parse_msp_podcast(tree, label_set="5")
+    corpus = parse_msp_podcast(MspPodcastSettings(tree, label_set="5"))
     assert [row["id"] for row in corpus.rows] == [FIRST.stem]
     found = next(entry for entry in corpus.dropped if entry.id == name)
     assert found.reason == reason
@@ -190,7 +193,7 @@ def test_a_line_that_is_wrong_is_dropped_with_file_and_number(
 def test_a_line_of_old_labels_that_is_wrong_is_dropped(tmp_path: Path, line: str) -> None:
     tree = write_msp_podcast(tmp_path, [FIRST], release="txt")
     write_text(tree / "Labels.txt", f"{line}\n{FIRST.text_block}")
-    corpus = parse_msp_podcast(tree, label_set="5")
+    corpus = parse_msp_podcast(MspPodcastSettings(tree, label_set="5"))
     assert [row["id"] for row in corpus.rows] == [FIRST.stem]
     assert [(entry.reason, entry.detail) for entry in corpus.dropped] == [(BAD_LINE, f"Labels.txt:1: {line}")]
 
@@ -198,7 +201,7 @@ def test_a_line_of_old_labels_that_is_wrong_is_dropped(tmp_path: Path, line: str
 def test_old_labels_go_by_the_letters_and_not_by_the_order(tmp_path: Path) -> None:
     tree = write_msp_podcast(tmp_path, [FIRST], release="txt")
     write_text(tree / "Labels.txt", f"{FIRST.stem}.wav; N; D:7.0; A:1.0; V:4.0;\n")
-    row = parse_msp_podcast(tree, label_set="5").rows[0]
+    row = parse_msp_podcast(MspPodcastSettings(tree, label_set="5")).rows[0]
     assert (row["arousal"], row["dominance"], row["valence"]) == (0.0, 1.0, 0.5)
 
 
@@ -206,26 +209,26 @@ def test_a_csv_file_without_a_column_is_refused(tmp_path: Path) -> None:
     tree = write_msp_podcast(tmp_path, [FIRST])
     write_text(tree / LABELS, "FileName,EmoClass,EmoAct,EmoVal,EmoDom,Gender\n")
     with pytest.raises(ValueError, match="lacks the columns SpkrID, Split_Set; its first line is FileName,EmoClass"):
-        parse_msp_podcast(tree, label_set="5")
+        parse_msp_podcast(MspPodcastSettings(tree, label_set="5"))
 
 
 def test_audio_is_not_opened(tmp_path: Path) -> None:
     tree = write_msp_podcast(tmp_path, [FIRST])
     (tree / "Audios" / f"{FIRST.stem}.wav").write_bytes(b"")
-    assert len(parse_msp_podcast(tree, label_set="5").rows) == 1
+    assert len(parse_msp_podcast(MspPodcastSettings(tree, label_set="5")).rows) == 1
 
 
 def test_a_wrong_root_is_refused_with_what_is_there_and_where_it_is(tmp_path: Path) -> None:
     tree = write_msp_podcast(tmp_path / "podcast", [FIRST])
     with pytest.raises(ValueError, match=rf"found podcast/. It is in {tree}: give that"):
-        parse_msp_podcast(tmp_path, label_set="5")
+        parse_msp_podcast(MspPodcastSettings(tmp_path, label_set="5"))
     with pytest.raises(ValueError, match=rf"found {FIRST.stem}.wav. It is in {tree}: give that"):
-        parse_msp_podcast(tree / "Audios", label_set="5")
+        parse_msp_podcast(MspPodcastSettings(tree / "Audios", label_set="5"))
     (tree / LABELS).unlink()
     with pytest.raises(
         ValueError, match="expected Audios/ and Labels/labels_consensus.csv, or Labels.txt; found Audios/"
     ):
-        parse_msp_podcast(tree, label_set="5")
+        parse_msp_podcast(MspPodcastSettings(tree, label_set="5"))
 
 
 rating = st.integers(1000, 7000).map(lambda value: f"{value / 1000:.3f}")
@@ -251,7 +254,7 @@ def test_every_well_formed_label_line_is_read_exactly(
     tmp_path_factory: pytest.TempPathFactory, written: list[Segment], release: str
 ) -> None:
     tree = write_msp_podcast(tmp_path_factory.mktemp("msp"), written, release=release)
-    corpus = parse_msp_podcast(tree, label_set="all")
+    corpus = parse_msp_podcast(MspPodcastSettings(tree, label_set="all"))
     assert corpus.dropped == []
     rows = {row["id"]: row for row in corpus.rows}
     assert set(rows) == {segment.stem for segment in written}
@@ -268,7 +271,7 @@ def test_every_well_formed_label_line_is_read_exactly(
 def test_no_line_crashes_the_parser_or_vanishes(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> None:
     tree = write_msp_podcast(tmp_path_factory.mktemp("msp"), [FIRST])
     write_text(tree / LABELS, "\n".join([MSP_HEADER, FIRST.csv_line, *(f"?{line}" for line in lines)]))
-    corpus = parse_msp_podcast(tree, label_set="5")
+    corpus = parse_msp_podcast(MspPodcastSettings(tree, label_set="5"))
     assert len(corpus.rows) == 1
     assert len(corpus.dropped) == len(lines)
 
@@ -278,7 +281,7 @@ def test_no_line_crashes_the_parser_or_vanishes(tmp_path_factory: pytest.TempPat
     "RELLM_MSP_PODCAST" not in os.environ, reason="RELLM_MSP_PODCAST does not point at the real corpus"
 )
 def test_the_real_corpus_has_its_known_counts() -> None:
-    corpus = parse_msp_podcast(Path(os.environ["RELLM_MSP_PODCAST"]), label_set="all")
+    corpus = parse_msp_podcast(MspPodcastSettings(Path(os.environ["RELLM_MSP_PODCAST"]), label_set="all"))
     allowed = {OUTSIDE_SCALE, NO_LABEL}
     assert {entry.reason for entry in corpus.dropped} <= allowed, corpus.dropped[:5]
     counts = Counter(row["split"] for row in corpus.rows)

@@ -21,7 +21,8 @@ from scipy.signal import resample_poly
 from tiny_models import clip
 
 from relllm.data import preparing
-from relllm.data.clips import ClipSettings, to_16_bit
+from relllm.data.clips import to_16_bit
+from relllm.data.data_settings import FolderSettings
 from relllm.data.loading import load_corpus
 from relllm.data.preparing import prepare_corpus
 from relllm.data.rows import COLUMNS, Corpus, CorpusFacts, Dropped, Row
@@ -68,8 +69,9 @@ def corpus(tmp_path: Path) -> Corpus:
 
 
 def prepare(corpus: Corpus, out: Path, **options: object) -> dict:
-    given = {"options": {"label_set": "all"}, "num_proc": 1, "progress": False} | options
-    return prepare_corpus(corpus, out, **given)
+    make_audio = options.pop("make_audio", None)
+    settings = FolderSettings(out.parent / "wav", output_dir=out, **({"num_proc": 1} | options))
+    return prepare_corpus(corpus, settings, make_audio=make_audio, progress=False)
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -149,7 +151,7 @@ def embedded(out: Path, split: str = "train") -> dict[str, bytes]:
 
 
 def test_our_own_format_is_embedded_byte_for_byte(corpus: Corpus, tmp_path: Path, no_plots: None) -> None:
-    report = prepare(corpus, tmp_path / "out", clips=ClipSettings(embed_audio=True))
+    report = prepare(corpus, tmp_path / "out", embed_audio=True)
     for row in corpus.rows[:5]:
         assert embedded(tmp_path / "out")[row["id"]] == Path(row["audio"]).read_bytes()
     assert report["conversion"] == {"converted": 0, "samples_set_to_full_scale": {}}
@@ -160,7 +162,7 @@ def test_other_audio_becomes_16_bit_mono_at_16_khz(corpus: Corpus, tmp_path: Pat
     seconds = np.arange(48_000) / 48_000
     tone = 0.5 * np.sin(2 * np.pi * 440 * seconds)
     soundfile.write(path, np.stack([tone, 0.5 * tone], axis=1), 48_000, subtype="PCM_24")
-    report = prepare(corpus, tmp_path / "out", clips=ClipSettings(embed_audio=True))
+    report = prepare(corpus, tmp_path / "out", embed_audio=True)
     content = embedded(tmp_path / "out")["u0"]
     info = soundfile.info(io.BytesIO(content))
     assert (info.samplerate, info.channels, info.subtype, info.frames) == (16_000, 1, "PCM_16", 16_000)
@@ -173,7 +175,7 @@ def test_samples_beyond_full_scale_are_set_to_it_and_counted(corpus: Corpus, tmp
     wave = clip(0.1, seed=0)
     wave[[10, 20, 30]] = [1.2, -1.5, 1.0]
     soundfile.write(tmp_path / "wav/u0.wav", wave, 16_000, subtype="FLOAT")
-    report = prepare(corpus, tmp_path / "out", clips=ClipSettings(embed_audio=True))
+    report = prepare(corpus, tmp_path / "out", embed_audio=True)
     assert report["conversion"] == {"converted": 1, "samples_set_to_full_scale": {"u0": 2}}
     samples, _ = soundfile.read(io.BytesIO(embedded(tmp_path / "out")["u0"]), dtype="int16")
     assert samples[[10, 20, 30]].tolist() == [32767, -32768, 32767]
@@ -211,14 +213,14 @@ def test_bad_clips_are_counted_and_the_rest_goes_on(corpus: Corpus, tmp_path: Pa
 
 
 def test_the_limits_are_those_that_were_asked_for(corpus: Corpus, tmp_path: Path, no_plots: None) -> None:
-    report = prepare(corpus, tmp_path / "out", clips=ClipSettings(min_duration_s=0.115, max_duration_s=0.145))
+    report = prepare(corpus, tmp_path / "out", min_seconds=0.115, max_seconds=0.145)
     assert {reason: item["count"] for reason, item in report["dropped"].items()} == {
         "too long": 2,
         "too short": 2,
         "no label": 1,
     }
     with pytest.raises(ValueError, match="shortest clip < the longest, got 2 s and 1 s"):
-        ClipSettings(min_duration_s=2, max_duration_s=1)
+        FolderSettings(tmp_path, min_seconds=2, max_seconds=1)
 
 
 def test_silent_and_clipped_clips_are_named_and_kept(corpus: Corpus, tmp_path: Path, no_plots: None) -> None:
@@ -228,30 +230,12 @@ def test_silent_and_clipped_clips_are_named_and_kept(corpus: Corpus, tmp_path: P
     assert report["kept_but_marked"] == {"silent": ["u1"], "clipped": ["u2"]} and report["rows"]["kept"] == 7
 
 
-def test_a_recording_becomes_its_turns(
-    corpus: Corpus, tmp_path: Path, no_plots: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spans = {1600: [], 1760: [(0.0, 0.05), (0.06, 0.11)]}  # by the number of samples
-    monkeypatch.setattr("relllm.data.segmentation.cut_into_turns", lambda waveform, max_turn_s: spans[len(waveform)])
-    corpus.rows = corpus.rows[:2]
-    report = prepare(corpus, tmp_path / "out", clips=ClipSettings(vad=True))
-    rows = load_corpus(tmp_path / "out", "train").to_list()
-    assert [row["id"] for row in rows] == ["u1-0001", "u1-0002"] and rows[0]["speaker"] == "s1"
-    assert [row["text"] for row in rows] == [None, None]
-    whole, _ = soundfile.read(corpus.rows[1]["audio"], dtype="int16")
-    for row, (start, end) in zip(rows, spans[1760], strict=True):
-        turn, rate = soundfile.read(row["audio"], dtype="int16")
-        assert rate == 16_000 and np.array_equal(turn, whole[round(start * rate) : round(end * rate)])
-        assert Path(row["audio"]).is_relative_to(tmp_path / "out/audio")
-    assert [clip["id"] for clip in report["dropped"]["no speech found"]["clips"]] == ["u0"]
-
-
 def test_embedded_audio_comes_in_small_row_groups(
     corpus: Corpus, tmp_path: Path, no_plots: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparing, "GROUP_BYTES", 4000)  # more than one clip, less than two
     monkeypatch.setattr(preparing, "SHARD_ROWS", 7)
-    prepare(corpus, tmp_path / "out", clips=ClipSettings(embed_audio=True))
+    prepare(corpus, tmp_path / "out", embed_audio=True)
     table = pyarrow.parquet.ParquetFile(tmp_path / "out/data/train-00000-of-00001.parquet")
     assert [table.metadata.row_group(index).num_rows for index in range(table.num_row_groups)] == [2, 2, 1]
     assert len(embedded(tmp_path / "out")) == 5
@@ -277,7 +261,7 @@ def test_a_row_that_breaks_the_schema_is_named(corpus: Corpus, tmp_path: Path, c
 
 def test_nothing_to_keep_says_why_and_leaves_nothing(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"No utterance can be kept \(too short: 7\)"):
-        prepare(corpus, tmp_path / "out", clips=ClipSettings(min_duration_s=5))
+        prepare(corpus, tmp_path / "out", min_seconds=5)
     corpus.rows = []
     with pytest.raises(ValueError, match=r"No utterance can be kept \(no label: 1\)"):
         prepare(corpus, tmp_path / "out")
@@ -309,7 +293,7 @@ def test_killed_and_started_again_it_does_the_rest_with_the_same_bytes(
     out = tmp_path / "out"
     assert fork_server.start(prepare_and_be_killed, corpus, out).wait() == -signal.SIGKILL and not out.exists()
     with pytest.raises(ValueError, match="label_set: 'all', now '4'.*choose another --out"):
-        prepare(corpus, out, options={"label_set": "4"})
+        prepare(corpus, out, label_set="4")
     prepare(corpus, out, make_audio=note_shard)
     assert (tmp_path / "shards").read_text().split() == ["u4", "u5"]
     assert digests(out) == digests(tmp_path / "whole")
@@ -318,10 +302,9 @@ def test_killed_and_started_again_it_does_the_rest_with_the_same_bytes(
 
 def test_two_processes_write_the_bytes_of_one(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     soundfile.write(tmp_path / "wav/u3.wav", clip(0.3, seed=9), 44_100)  # whose resampling sums many products
-    settings = ClipSettings(embed_audio=True)
-    prepare(corpus, tmp_path / "one", clips=settings)
+    prepare(corpus, tmp_path / "one", embed_audio=True)
     monkeypatch.setattr(preparing, "SMALL", 0)
-    report = prepare(corpus, tmp_path / "two", clips=settings, num_proc=2)
+    report = prepare(corpus, tmp_path / "two", embed_audio=True, num_proc=2)
     assert digests(tmp_path / "two") == digests(tmp_path / "one") and report["conversion"]["converted"] == 1
 
 
@@ -354,7 +337,7 @@ def test_a_complete_data_set_is_left_alone(corpus: Corpus, tmp_path: Path, no_pl
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert prepare(corpus, tmp_path / "out") == report
     with pytest.raises(FileExistsError, match=re.escape("embed_audio: False, now True")):
-        prepare(corpus, tmp_path / "out", clips=ClipSettings(embed_audio=True))
+        prepare(corpus, tmp_path / "out", embed_audio=True)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
     assert not list(tmp_path.glob("out.*"))
 

@@ -15,9 +15,10 @@ from tiny_models import tiny_llm, tiny_tokenizer
 from typer.testing import CliRunner
 
 from relllm.cli import app
+from relllm.data.data_settings import Sampling, TargetSettings
 from relllm.data.journal import journal_path
-from relllm.data.replies.targets import TargetSettings, write_targets
-from relllm.data.replies.writers import EndpointWriter, LocalWriter, Request, Sampling
+from relllm.data.replies.targets import make_request, write_targets
+from relllm.data.replies.writers import EndpointWriter, LocalWriter, Request
 from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT
 
 SAMPLING = Sampling(max_new_tokens=8)
@@ -32,7 +33,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_batch_writes_what_each_prompt_alone_gives(chat_model: Path) -> None:
-    requests = [TargetSettings("m").request(row) for row in make_rows(5)]
+    requests = [make_request(row, TargetSettings("m")) for row in make_rows(5)]
     together = LocalWriter.from_pretrained(str(chat_model), SAMPLING, batch_size=4)
     alone = LocalWriter.from_pretrained(str(chat_model), SAMPLING, batch_size=1)
     batched = {reply.id: reply for batch in together.write(requests, ()) for reply in batch}
@@ -42,7 +43,7 @@ def test_a_batch_writes_what_each_prompt_alone_gives(chat_model: Path) -> None:
 
 def test_the_writer_reads_the_frozen_prompts_through_the_models_own_template(chat_model: Path) -> None:
     writer = LocalWriter.from_pretrained(str(chat_model), SAMPLING)
-    request = TargetSettings("m").request({"id": "a", "text": "The {bus} left.", "emotion": "sad"})
+    request = make_request({"id": "a", "text": "The {bus} left.", "emotion": "sad"}, TargetSettings("m"))
     asked = writer.tokenizer.decode(writer._prompt(request))
     assert asked == (
         f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
@@ -65,8 +66,10 @@ def test_a_model_without_a_chat_template_is_an_error() -> None:
 
 
 def test_sampling_is_the_same_whatever_was_done_before(chat_model: Path) -> None:
-    requests = [TargetSettings("m").request(row) for row in make_rows(6)]
-    writer = LocalWriter.from_pretrained(str(chat_model), Sampling(8, temperature=1.0, seed=3), batch_size=2)
+    requests = [make_request(row, TargetSettings("m")) for row in make_rows(6)]
+    writer = LocalWriter.from_pretrained(
+        str(chat_model), Sampling(max_new_tokens=8, temperature=1.0, seed=3), batch_size=2
+    )
     everything = {reply.id: reply for batch in writer.write(requests, ()) for reply in batch}
     rest = {reply.id: reply for batch in writer.write(requests, {"r1", "r4"}) for reply in batch}
     assert rest == {row_id: reply for row_id, reply in everything.items() if row_id not in {"r1", "r4"}}
@@ -129,7 +132,7 @@ def endpoint_writer(url: str, **options: object) -> EndpointWriter:
 
 
 def ask(writer: EndpointWriter, count: int = 5) -> dict[str, str]:
-    requests = [TargetSettings("m").request(row) for row in make_rows(count)]
+    requests = [make_request(row, TargetSettings("m")) for row in make_rows(count)]
     return {reply.id: reply.text for batch in writer.write(requests, ()) for reply in batch}
 
 

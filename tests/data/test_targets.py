@@ -12,10 +12,11 @@ from target_rows import TEXTS, make_rows, read_lines, save_chat_model, write_lin
 from typer.testing import CliRunner
 
 from relllm.cli import app
+from relllm.data.data_settings import TargetSettings
 from relllm.data.journal import Journal, journal_path, report_path
 from relllm.data.loading import load_corpus
-from relllm.data.replies.targets import TargetSettings, write_targets
-from relllm.data.replies.writers import Sampling, Written
+from relllm.data.replies.targets import make_request, write_targets
+from relllm.data.replies.writers import Written
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +89,16 @@ def test_an_interrupted_run_goes_on_and_a_half_written_line_is_done_again(tmp_pa
 @pytest.mark.parametrize(
     "changed",
     [
-        {"model": "other"},
+        {"text_model": "other"},
         {"prompt": "Answer in a {emotion} tone: "},
         {"system_prompt": ""},
-        {"sampling": Sampling(temperature=0.7)},
+        {"temperature": 0.7},
     ],
 )
 def test_other_settings_are_not_mixed_in(tmp_path: Path, changed: dict) -> None:
     rows, replies = Dataset.from_list(make_rows(3)), {f"r{i}": "That must be hard for you." for i in range(3)}
     out = tmp_path / "out.jsonl"
-    other = TargetSettings(**{"model": "m", **changed})
+    other = TargetSettings(**{"text_model": "m", **changed})
     with pytest.raises(KeyboardInterrupt):
         write_targets(rows, out, ScriptedWriter(replies, 1), TargetSettings("m"), progress=False)
     with pytest.raises(ValueError, match=rf"other settings \({next(iter(changed))}: "):
@@ -159,7 +160,7 @@ def test_a_prompt_has_no_field_but_the_emotion(prompt: str) -> None:
 def test_a_prompt_without_the_emotion_needs_none(tmp_path: Path) -> None:
     rows = Dataset.from_list([{name: row[name] for name in ("id", "audio", "text")} for row in make_rows(3)])
     settings = TargetSettings("m", prompt="Continue the following sentence in a coherent style: ")
-    assert settings.request(rows[0]).user == f"{settings.prompt}{TEXTS[0]} 0"
+    assert make_request(rows[0], settings).user == f"{settings.prompt}{TEXTS[0]} 0"
     writer = ScriptedWriter({f"r{i}": "And then it left again." for i in range(3)})
     assert write_targets(rows, tmp_path / "out.jsonl", writer, settings, progress=False)["written"] == 3
 

@@ -1,8 +1,5 @@
 """ESD as rows: twenty speakers who read the same 350 sentences in each of five emotions, in English and Mandarin.
 
-What lives here: the layouts that circulate, the transcript files, the blocks of numbers, and the splits. What does
-not: decoding audio, and writing the data set.
-
     [Emotion Speech Dataset/]0011/Angry/[train|test|evaluation/]0011_000351.wav
     [Emotion Speech Dataset/]0011/0011.txt               0011_000351<tab>text<tab>Angry
 
@@ -15,27 +12,28 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from relllm.labels import canonical_emotion
 
+from ..data_settings import EsdSettings
 from ..parsing import (
     BAD_LINE,
     NO_AUDIO,
     OUTSIDE_SET,
     REPEATED,
-    check_label_set,
     find_tree,
     is_outside,
     list_audio,
     list_folder,
     name_some,
+    note,
     read_lines,
+    walk_folders,
 )
-from ..rows import Corpus, CorpusFacts, Dropped, LabelSet, Row
+from ..rows import Corpus, CorpusFacts, Dropped, Row, make_row
 
 FACTS = CorpusFacts(
     name="esd",
@@ -79,6 +77,18 @@ class _Clip:
     folder_emotion: str | None
     folder_split: str | None
 
+    @property
+    def emotion(self) -> str:
+        return BLOCKS[(self.number - 1) // BLOCK_SIZE]
+
+    @property
+    def split(self) -> str:
+        """By the number; the folder may say otherwise."""
+        position = (self.number - 1) % BLOCK_SIZE  # 0 to 349, within the emotion
+        if position < NUM_EVALUATION:
+            return "validation"
+        return "test" if position < NUM_EVALUATION + NUM_TEST else "train"
+
 
 @dataclass(frozen=True)
 class _Line:
@@ -87,61 +97,33 @@ class _Line:
     where: str
 
 
-def parse_esd(
-    root: Path,
-    *,
-    label_set: LabelSet,
-    language: Literal["en", "zh", "all"] = "en",
-    splits: Literal["auto", "numbers", "folders"] = "auto",
-    held_out_speakers: Sequence[str] = (),
-) -> Corpus:
-    """Reads the listings and the transcripts of ESD.
+def parse_esd(settings: EsdSettings) -> Corpus:
+    """Read the listings and the transcripts of ESD.
 
     The emotion is that of the number's block, and a clip in the folder of another one is dropped. The transcripts
     are not needed for it: a clip without a line is kept without a text, and a line with another emotion is noted.
 
-    Args:
-        root (`Path`): The folder with the speakers' folders, or the one above it.
-        label_set (`LabelSet`): All of ESD's emotions are in `"5"`.
-        language (`"en"`, `"zh"` or `"all"`, *optional*, defaults to `"en"`): English are the speakers 0011 to 0020,
-            as in the paper; Mandarin are 0001 to 0010.
-        splits (`"auto"`, `"numbers"` or `"folders"`, *optional*, defaults to `"auto"`): Where the split is taken from.
-            `"auto"`: the folder of a clip that is in one, else its number. Speakers are the same in all splits.
-        held_out_speakers (`Sequence[str]`, *optional*): Their clips are the split `"test"`. Of the other speakers the
-            evaluation clips are `"validation"` and all else is `"train"`. The sentences are the same for everybody.
-
     Returns:
-        `Corpus`: Splits are `"train"`, `"validation"` (the folder `evaluation`) and `"test"`.
+        `Corpus`: Splits are `"train"`, `"validation"` (the folder `evaluation`) and `"test"`, with the same speakers
+        and sentences. With `leave_speakers_out` the clips of these are `"test"`; of the other speakers the evaluation
+        clips are `"validation"` and all else is `"train"`.
 
     Raises:
-        ValueError: If `root` is something else, a choice is unknown, nobody there speaks the language or is to be held
-            out, or `splits="folders"` where there are none.
+        ValueError: If `root` is something else, nobody there speaks the language or is to be left out, or
+            `splits="folders"` where there are none.
     """
-    check_label_set(label_set)
-    if language not in ("en", "zh", "all") or splits not in ("auto", "numbers", "folders"):
-        raise ValueError(
-            f"language is {language!r}, expected 'en', 'zh' or 'all'; splits is {splits!r}, expected 'auto', "
-            "'numbers' or 'folders'."
-        )
-    root = find_tree(root, _locate, _TREE)
-    speakers, notes = _choose_speakers(root, language, held_out_speakers)
-    corpus = Corpus(facts=FACTS if language == "en" else _facts_of(language), rows=[], dropped=[], notes=notes)
+    root = find_tree(settings.root, _locate, _TREE)
+    language = {"all": "mul"}.get(settings.language, settings.language)
+    corpus = Corpus(facts=replace(FACTS, language=language), rows=[], dropped=[], notes=[])
+    speakers = _choose_speakers(root, settings, corpus)
     clips = _find_clips(root, speakers, corpus.dropped)
     lines = _read_transcripts(root, speakers, corpus)
-    if splits == "folders" and not any(clip.folder_split for clip in clips.values()):
+    if settings.splits == "folders" and not any(clip.folder_split for clip in clips.values()):
         raise ValueError(f"splits='folders', but {root} has no folders {', '.join(SPLIT_FOLDERS)}. Use 'numbers'.")
     for clip in clips.values():
-        made = _make_row(clip, lines.get(clip.id), label_set=label_set)
-        split = _choose_split(clip, splits, held_out_speakers)
-        if isinstance(made, Dropped):
-            corpus.dropped.append(made)
-        elif split is None:
-            corpus.dropped.append(Dropped(clip.id, NO_SPLIT_FOLDER, clip.path))
-        else:
-            made["split"] = split
-            corpus.rows.append(made)
+        corpus.add(_make_row(clip, lines.get(clip.id), settings))
     corpus.dropped += [Dropped(name, NO_AUDIO, line.where) for name, line in lines.items() if name not in clips]
-    corpus.notes += _describe(corpus.rows, clips, lines, splits)
+    _describe(corpus, clips, lines, settings)
     return corpus
 
 
@@ -162,31 +144,29 @@ def _has_speakers(folder: Path) -> bool:
         return False
 
 
-def _facts_of(language: str) -> CorpusFacts:
-    return replace(FACTS, language="mul" if language == "all" else language)
-
-
 def _language_of(speaker: str) -> str | None:
     return next((language for language, numbers in _SPEAKERS_OF.items() if int(speaker) in numbers), None)
 
 
-def _choose_speakers(root: Path, language: str, held_out: Sequence[str]) -> tuple[list[str], list[str]]:
+def _choose_speakers(root: Path, settings: EsdSettings, corpus: Corpus) -> list[str]:
+    language = settings.language
     wanted = _SPEAKERS_OF if language == "all" else (language,)
     present = [name for name in list_folder(root)[0] if _SPEAKER.fullmatch(name)]
     chosen = [name for name in present if _language_of(name) in wanted]
     if not chosen:
         raise ValueError(f"{root} has the speakers {name_some(present)}, none of the language {language!r}.")
-    if strangers := [name for name in held_out if name not in chosen]:
-        raise ValueError(f"held_out_speakers has {name_some(strangers)}; the speakers are {name_some(chosen)}.")
+    if strangers := [name for name in settings.leave_speakers_out if name not in chosen]:
+        raise ValueError(f"leave_speakers_out has {name_some(strangers)}; the speakers are {name_some(chosen)}.")
     others = [name for name in present if name not in chosen]
-    return chosen, [f"Speakers left out, for language={language!r}: {name_some(others)}."] if others else []
+    note(corpus, others, f"Speakers left out, for language={language!r}: {{names}}.")
+    return chosen
 
 
 def _find_clips(root: Path, speakers: list[str], dropped: list[Dropped]) -> dict[str, _Clip]:
     """Clips by id. Deeper folders come first: of a clip that lies there twice, the one in a split folder is taken."""
     clips: dict[str, _Clip] = {}
     for speaker in speakers:
-        for folder in _walk(root / speaker):
+        for folder in walk_folders(root / speaker):
             parts = [part.lower() for part in folder.relative_to(root / speaker).parts]
             emotion = next((part for part in parts if part in BLOCKS), None)
             split = next((SPLIT_FOLDERS[part] for part in parts if part in SPLIT_FOLDERS), None)
@@ -199,12 +179,6 @@ def _find_clips(root: Path, speakers: list[str], dropped: list[Dropped]) -> dict
                 else:
                     clips[name] = _Clip(name, speaker, int(parsed[2]), path, emotion, split)
     return clips
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for name in list_folder(folder)[0]:
-        yield from _walk(folder / name)
-    yield folder
 
 
 def _read_transcripts(root: Path, speakers: list[str], corpus: Corpus) -> dict[str, _Line]:
@@ -230,12 +204,9 @@ def _read_transcripts(root: Path, speakers: list[str], corpus: Corpus) -> dict[s
                 emotion = _name_emotion(name)
                 strange[name] += emotion is None
                 lines[parsed[1]] = _Line(parsed[2], emotion, where)
-    if guessed:
-        corpus.notes.append(f"Transcripts that are not UTF-8 were read: {name_some(guessed)}.")
-    if unknown := [f"{name!r} ({count:,} lines)" for name, count in strange.items() if count]:
-        corpus.notes.append(
-            f"Emotions in the transcripts that are not compared with the number: {name_some(unknown)}."
-        )
+    note(corpus, guessed, "Transcripts that are not UTF-8 were read: {names}.")
+    unknown = [f"{name!r} ({count:,} lines)" for name, count in strange.items() if count]
+    note(corpus, unknown, "Emotions in the transcripts that are not compared with the number: {names}.")
     return lines
 
 
@@ -247,75 +218,47 @@ def _name_emotion(name: str) -> str | None:
     return emotion if emotion in BLOCKS else None
 
 
-def _make_row(clip: _Clip, line: _Line | None, *, label_set: LabelSet) -> Row | Dropped:
-    emotion = _emotion_of(clip.number)
-    if clip.folder_emotion not in (None, emotion):
-        return Dropped(clip.id, CONTRADICTION, f"number: {emotion}, folder: {clip.folder_emotion} ({clip.path})")
-    if is_outside(emotion, label_set):
-        return Dropped(clip.id, OUTSIDE_SET, emotion)
-    return Row(
+def _make_row(clip: _Clip, line: _Line | None, settings: EsdSettings) -> Row | Dropped:
+    if clip.folder_emotion not in (None, clip.emotion):
+        return Dropped(clip.id, CONTRADICTION, f"number: {clip.emotion}, folder: {clip.folder_emotion} ({clip.path})")
+    if is_outside(clip.emotion, settings.label_set):
+        return Dropped(clip.id, OUTSIDE_SET, clip.emotion)
+    split = clip.split if settings.splits == "numbers" else clip.folder_split
+    if split is None and settings.splits == "folders":
+        return Dropped(clip.id, NO_SPLIT_FOLDER, clip.path)
+    split = split or clip.split
+    if settings.leave_speakers_out:
+        others = "validation" if split == "validation" else "train"
+        split = "test" if clip.speaker in settings.leave_speakers_out else others
+    return make_row(
         id=clip.id,
         audio=clip.path,
         text=line.text if line else None,
-        response=None,
-        emotion=emotion,
-        arousal=None,
-        dominance=None,
-        valence=None,
-        dimension_source=None,
+        emotion=clip.emotion,
         speaker=clip.speaker,
-        session=None,
-        split=None,
+        split=split,
         language=_language_of(clip.speaker),
     )
 
 
-def _emotion_of(number: int) -> str:
-    return BLOCKS[(number - 1) // BLOCK_SIZE]
-
-
-def _split_of_number(number: int) -> str:
-    position = (number - 1) % BLOCK_SIZE  # 0 to 349, within the emotion
-    if position < NUM_EVALUATION:
-        return "validation"
-    return "test" if position < NUM_EVALUATION + NUM_TEST else "train"
-
-
-def _choose_split(clip: _Clip, splits: str, held_out_speakers: Sequence[str]) -> str | None:
-    """`None` where the split is to come from the folders and the clip is in none."""
-    by_number = _split_of_number(clip.number)
-    split = {"numbers": by_number, "folders": clip.folder_split, "auto": clip.folder_split or by_number}[splits]
-    if split is None or not held_out_speakers:
-        return split
-    if clip.speaker in held_out_speakers:
-        return "test"
-    return "validation" if split == "validation" else "train"
-
-
-def _describe(rows: Sequence[Row], clips: Mapping[str, _Clip], lines: Mapping[str, _Line], splits: str) -> list[str]:
-    notes = []
-    kept = [clips[row["id"]] for row in rows]
+def _describe(corpus: Corpus, clips: Mapping[str, _Clip], lines: Mapping[str, _Line], settings: EsdSettings) -> None:
+    kept = [clips[row["id"]] for row in corpus.rows]
     moved = [
-        f"{clip.id} (folder {clip.folder_split}, number {_split_of_number(clip.number)})"
+        f"{clip.id} (folder {clip.folder_split}, number {clip.split})"
         for clip in kept
-        if clip.folder_split not in (None, _split_of_number(clip.number))
+        if clip.folder_split not in (None, clip.split)
     ]
-    if moved:
-        winner = "the number" if splits == "numbers" else "the folder"
-        notes.append(
-            f"The split folder contradicts the number block of {len(moved):,} clips, and {winner} was taken: "
-            f"{name_some(moved)}."
-        )
+    winner = "the number" if settings.splits == "numbers" else "the folder"
+    contradicts = (
+        f"The split folder contradicts the number block of {{count}} clips, and {winner} was taken: {{names}}."
+    )
+    note(corpus, moved, contradicts)
     renamed = [
         f"{clip.id} ({line.where}: {line.emotion})"
         for clip in kept
-        if (line := lines.get(clip.id)) and line.emotion not in (None, _emotion_of(clip.number))
+        if (line := lines.get(clip.id)) and line.emotion not in (None, clip.emotion)
     ]
-    if renamed:
-        notes.append(
-            f"The transcripts name another emotion than number and folder for {len(renamed):,} clips, and the number "
-            f"was taken: {name_some(renamed)}."
-        )
-    if silent := [row["id"] for row in rows if row["text"] is None]:
-        notes.append(f"{len(silent):,} clips have no transcript: {name_some(silent)}.")
-    return notes
+    named = "The transcripts name another emotion than number and folder for {count} clips, and the number was taken"
+    note(corpus, renamed, f"{named}: {{names}}.")
+    silent = [row["id"] for row in corpus.rows if row["text"] is None]
+    note(corpus, silent, "{count} clips have no transcript: {names}.")

@@ -1,29 +1,28 @@
-"""Your own speech as rows: a table with paths and any of the columns, or a bare folder of audio files.
-
-What lives here: reading the table, and finding the files. What does not: decoding audio (`clips.py`).
-"""
+"""Your own speech as rows: a table with paths and any of the columns, or a bare folder of audio files."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 from relllm.labels import DIMENSIONS, canonical_emotion
 
+from ..data_settings import FolderSettings
 from ..loading import read_table
 from ..parsing import (
     OUTSIDE_SCALE,
     OUTSIDE_SET,
     REPEATED,
     UNKNOWN_EMOTION,
-    check_label_set,
     is_outside,
     list_folder,
     name_some,
+    note,
+    walk_folders,
 )
-from ..rows import COLUMNS, LABEL_SOURCE, Corpus, CorpusFacts, Dropped, LabelSet, Row, validate_row
+from ..rows import COLUMNS, LABEL_SOURCE, Corpus, CorpusFacts, Dropped, Row, validate_row
 
 TABLES = (".jsonl", ".csv")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".sph")
@@ -40,18 +39,12 @@ _TERMS = (
 )
 
 
-def parse_folder(
-    root: Path, *, label_set: LabelSet = "all", split: str | None = None, language: str | None = None
-) -> Corpus:
-    """Reads a table of utterances, or lists the audio files of a folder.
+def parse_folder(settings: FolderSettings) -> Corpus:
+    """Read a table of utterances, or list the audio files of a folder.
 
-    Args:
-        root (`Path`): A `.csv` or `.jsonl` file, whose audio paths are relative to its folder; or a folder, with
-            `metadata.jsonl` or `metadata.csv` in it, or else audio files at any depth. Where no table gives an id, it
-            is the path without its suffix.
-        label_set (`LabelSet`, *optional*, defaults to `"all"`): Rows of other emotions are left out; rows without one
-            stay with `"all"` only.
-        split, language (`str`, *optional*): Of the rows that name none.
+    Audio paths of a table are relative to its folder. A folder has `metadata.jsonl` or `metadata.csv` in it, or else
+    audio files at any depth. Where no table gives an id, it is the path without its suffix. Rows without an emotion
+    stay with label set `"all"` only.
 
     Returns:
         `Corpus`: Its notes name the columns of the table that a row has no place for.
@@ -61,25 +54,22 @@ def parse_folder(
         ValueError: `root` is another kind of file, a folder without audio, a table without a column of paths, or a
             line is no row.
     """
-    check_label_set(label_set)
-    root = root.expanduser().absolute()
+    root = settings.root.expanduser().absolute()
     table = _find_table(root)
     folder = root if table is None else table.parent
-    facts = CorpusFacts("folder", folder.name, language or "", "other", _TERMS, "", "")
-    corpus = Corpus(facts, [], [], [])
+    corpus = Corpus(CorpusFacts("folder", folder.name, settings.language or "", "other", _TERMS), [], [], [])
     found = _list_audio_files(folder, corpus) if table is None else _read_fields(table, corpus)
     seen: set[str] = set()
     for place, fields in found:
-        made = _make_row(fields, place, folder, defaults={"split": split, "language": language})
-        if isinstance(made, Dropped):
-            corpus.dropped.append(made)
-        elif made["id"] in seen:
-            corpus.dropped.append(Dropped(made["id"], REPEATED, place))
-        elif is_outside(made["emotion"], label_set):
-            corpus.dropped.append(Dropped(made["id"], OUTSIDE_SET, str(made["emotion"])))
-        else:
-            seen.add(made["id"])
-            corpus.rows.append(made)
+        made = _make_row(fields, place, folder, defaults={"split": settings.split, "language": settings.language})
+        if not isinstance(made, Dropped):
+            if made["id"] in seen:
+                made = Dropped(made["id"], REPEATED, place)
+            elif is_outside(made["emotion"], settings.label_set):
+                made = Dropped(made["id"], OUTSIDE_SET, str(made["emotion"]))
+            else:
+                seen.add(made["id"])
+        corpus.add(made)
     return corpus
 
 
@@ -99,28 +89,16 @@ def _find_table(root: Path) -> Path | None:
 
 def _list_audio_files(folder: Path, corpus: Corpus) -> list[tuple[str, dict[str, object]]]:
     """Place and fields of each audio file, sorted by path."""
-    found: list[tuple[str, dict[str, object]]] = []
-    others = 0
-    for path in _walk(folder):
-        if path.suffix.lower() in AUDIO_SUFFIXES + OTHER_SUFFIXES:
-            found.append((str(path), {"audio": str(path.relative_to(folder))}))
-        else:
-            others += 1
-    if not found:
+    paths = sorted(inner / name for inner in walk_folders(folder) for name in list_folder(inner)[1])
+    audio = [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES + OTHER_SUFFIXES]
+    if not audio:
         raise ValueError(
             f"{folder} holds no audio files ({', '.join(AUDIO_SUFFIXES)}) and no metadata.jsonl or metadata.csv. "
             "Give the table itself if it has another name."
         )
-    if others:
+    if others := len(paths) - len(audio):
         corpus.notes.append(f"Files that are no audio, left out: {others:,}.")
-    return found
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    folders, files = list_folder(folder)
-    yield from (folder / name for name in files)
-    for name in folders:
-        yield from _walk(folder / name)
+    return [(str(path), {"audio": str(path.relative_to(folder))}) for path in audio]
 
 
 def _read_fields(table: Path, corpus: Corpus) -> list[tuple[str, dict[str, object]]]:
@@ -134,8 +112,8 @@ def _read_fields(table: Path, corpus: Corpus) -> list[tuple[str, dict[str, objec
         raise ValueError(
             f"{table} has the columns {names}, none of {', '.join(PATH_COLUMNS)}. Name the paths `audio`."
         )
-    if strange := [name for name in names if name not in COLUMNS and name != column]:
-        corpus.notes.append(f"Columns that a row has no place for, left out: {name_some(strange)}.")
+    strange = [name for name in names if name not in COLUMNS and name != column]
+    note(corpus, strange, "Columns that a row has no place for, left out: {names}.")
     return [
         (
             place,

@@ -1,8 +1,5 @@
 """MSP-Podcast as rows: turns of podcasts with categories, dimensions, speakers and the corpus's own splits.
 
-What lives here: the layouts of old and new releases, and how their splits are named. What does not: decoding audio,
-and writing the data set.
-
     Audios/MSP-PODCAST_0001_0008.wav      Transcripts/MSP-PODCAST_0001_0008.txt
     Labels/labels_consensus.csv           FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set
     Labels.txt, Partitions.txt, Speaker_ids.txt     in the root or in Labels/; up to 1.8 instead of the CSV file
@@ -13,32 +10,28 @@ Test3 are "test2" and "test3". The labels of Test3 are hidden: its clips are row
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-from relllm.labels import DIMENSIONS, canonical_emotion
+from relllm.labels import DIMENSIONS
 
+from ..data_settings import MspPodcastSettings
 from ..parsing import (
     BAD_LINE,
-    NO_AUDIO,
     NO_LABEL,
-    OUTSIDE_SCALE,
-    OUTSIDE_SET,
-    REPEATED,
-    UNKNOWN_EMOTION,
-    check_label_set,
+    Label,
+    drop_unlabelled,
     find_tree,
-    is_outside,
+    keep_first,
+    label_to_row,
     list_audio,
     list_folder,
-    name_some,
-    normalise,
+    note,
     read_lines,
 )
-from ..rows import LABEL_SOURCE, Corpus, CorpusFacts, Dropped, LabelSet, Row
+from ..rows import Corpus, CorpusFacts, Dropped, Row
 
 FACTS = CorpusFacts(
     name="msp-podcast",
@@ -71,7 +64,7 @@ SPLITS = {
     "test3": "test3",
 }
 HIDDEN_SPLIT = "test3"
-LOWEST, HIGHEST = 1.0, 7.0
+SCALE = (1.0, 7.0)
 
 UNKNOWN_SPLIT = "unknown split"
 
@@ -83,32 +76,12 @@ SPEAKER_FILES = ("speaker_ids.txt",)
 COLUMNS_NEEDED = ("FileName", "EmoClass", "EmoAct", "EmoVal", "EmoDom", "SpkrID", "Split_Set")
 
 _TREE = "Audios/ and Labels/labels_consensus.csv, or Labels.txt"
-_NUMBER = re.compile(r"-?\d+(\.\d+)?", flags=re.ASCII)
 _LETTERS = {"A": "arousal", "V": "valence", "D": "dominance"}
 _HIDDEN = ("", "nan", "na")
 
 
-@dataclass(frozen=True)
-class _Label:
-    id: str
-    emotion: str  # as the file has it
-    dimensions: dict[str, str]  # as the file has them, 1 to 7
-    speaker: str
-    split: str
-    where: str
-
-    @property
-    def is_hidden(self) -> bool:
-        return all(value.lower() in _HIDDEN for value in (self.emotion, *self.dimensions.values()))
-
-
-def parse_msp_podcast(root: Path, *, label_set: LabelSet) -> Corpus:
-    """Reads the labels, the transcripts and the listings of MSP-Podcast.
-
-    Args:
-        root (`Path`): The folder with `Audios`.
-        label_set (`LabelSet`): Turns of another emotion, of "other" and of "no agreement" are kept out; `"all"` keeps
-            the last two with their dimensions.
+def parse_msp_podcast(settings: MspPodcastSettings) -> Corpus:
+    """Read the labels, the transcripts and the listings of MSP-Podcast.
 
     Returns:
         `Corpus`: The splits are `"train"`, `"validation"` (Development), `"test"` (Test1), `"test2"` and `"test3"`,
@@ -117,28 +90,24 @@ def parse_msp_podcast(root: Path, *, label_set: LabelSet) -> Corpus:
     Raises:
         ValueError: If `root` is something else, or the CSV file lacks a column.
     """
-    check_label_set(label_set)
-    root = find_tree(root, _locate, _TREE)
+    root = find_tree(settings.root, _locate, _TREE)
     corpus = Corpus(facts=FACTS, rows=[], dropped=[], notes=[])
     folder = _find(root, ("audios",), kind="folder")
     assert folder is not None  # or `find_tree` had refused
     audio = list_audio(folder)
-    labels = _read_labels(root, corpus)
+    labels = keep_first(_read_labels(root, corpus), corpus)
     partition = _read_pairs(root, PARTITION_FILES)
     for stem in audio:
         if stem not in labels and SPLITS.get(partition.get(stem, "").lower()) == HIDDEN_SPLIT:
-            hidden = dict.fromkeys(DIMENSIONS, "")
-            labels[stem] = _Label(stem, "", hidden, speaker="", split=partition[stem], where="Partitions")
+            labels[stem] = Label(stem, "", dict.fromkeys(DIMENSIONS, ""), "Partitions", split=partition[stem])
     for label in labels.values():
-        made = _make_row(label, audio.get(label.id), label_set=label_set)
-        if isinstance(made, Dropped):
-            corpus.dropped.append(made)
-        else:
-            corpus.rows.append(made)
-    known = set(labels) | {entry.id for entry in corpus.dropped}
-    corpus.dropped += [Dropped(stem, NO_LABEL, path) for stem, path in audio.items() if stem not in known]
+        corpus.add(_make_row(label, audio.get(label.id), settings))
+    drop_unlabelled(corpus, labels, audio)
     _add_transcripts(root, corpus)
-    _describe(corpus)
+    hidden = [row["id"] for row in corpus.rows if row["dimension_source"] is None]
+    note(corpus, hidden, f"The labels of {{count}} turns of {HIDDEN_SPLIT} are hidden; their rows have none.")
+    unknown = [row["id"] for row in corpus.rows if row["speaker"] is None]
+    note(corpus, unknown, "The speaker of {count} turns is unknown: whether they overlap splits cannot be told.")
     return corpus
 
 
@@ -163,31 +132,20 @@ def _find(root: Path, names: tuple[str, ...], kind: str = "file") -> Path | None
     return None
 
 
-def _read_labels(root: Path, corpus: Corpus) -> dict[str, _Label]:
-    path = _find(root, CSV_FILES)
-    if path is None:
-        path = _find(root, TEXT_FILES)
-        assert path is not None  # or `find_tree` had refused
-        found = _parse_text(path, root)
-        for names, lost in ((PARTITION_FILES, "splits"), (SPEAKER_FILES, "speakers")):
-            if _find(root, names) is None:
-                corpus.notes.append(
-                    f"{path.name} names no {lost}, and {names[0]} is not there: that of every turn is unknown."
-                )
-    else:
-        found = _parse_csv(path, root)
-    labels: dict[str, _Label] = {}
-    for entry in found:
-        if isinstance(entry, Dropped):
-            corpus.dropped.append(entry)
-        elif entry.id in labels:
-            corpus.dropped.append(Dropped(entry.id, REPEATED, f"{entry.where}, first in {labels[entry.id].where}"))
-        else:
-            labels[entry.id] = entry
-    return labels
+def _read_labels(root: Path, corpus: Corpus) -> Iterator[Label | Dropped]:
+    if path := _find(root, CSV_FILES):
+        return _parse_csv(path, root)
+    path = _find(root, TEXT_FILES)
+    assert path is not None  # or `find_tree` had refused
+    for names, lost in ((PARTITION_FILES, "splits"), (SPEAKER_FILES, "speakers")):
+        if _find(root, names) is None:
+            corpus.notes.append(
+                f"{path.name} names no {lost}, and {names[0]} is not there: that of every turn is unknown."
+            )
+    return _parse_text(path, root)
 
 
-def _parse_csv(path: Path, root: Path) -> Iterator[_Label | Dropped]:
+def _parse_csv(path: Path, root: Path) -> Iterator[Label | Dropped]:
     """Line by line: with the `csv` module one stray quotation mark would swallow the lines behind it."""
     lines = read_lines(path)[0]
     columns = _split_line(lines[0])
@@ -205,14 +163,14 @@ def _parse_csv(path: Path, root: Path) -> Iterator[_Label | Dropped]:
             continue
         row = dict(zip(columns, fields, strict=True))
         dimensions = {"arousal": row["EmoAct"], "dominance": row["EmoDom"], "valence": row["EmoVal"]}
-        yield _Label(stem, row["EmoClass"], dimensions, row["SpkrID"], row["Split_Set"], where)
+        yield Label(stem, row["EmoClass"], dimensions, where, speaker=row["SpkrID"], split=row["Split_Set"])
 
 
 def _split_line(line: str) -> list[str]:
     return [field.strip(' "') for field in line.split(",")]
 
 
-def _parse_text(path: Path, root: Path) -> Iterator[_Label | Dropped]:
+def _parse_text(path: Path, root: Path) -> Iterator[Label | Dropped]:
     """`MSP-PODCAST_0001_0008.wav; N; A:2.200000; V:4.000000; D:2.600000;` and then one line for each worker."""
     splits, speakers = _read_pairs(root, PARTITION_FILES), _read_pairs(root, SPEAKER_FILES)
     file = path.relative_to(root)
@@ -227,7 +185,7 @@ def _parse_text(path: Path, root: Path) -> Iterator[_Label | Dropped]:
             yield Dropped(stem or where, BAD_LINE, f"{where}: {line:.100}")
             continue
         dimensions = {_LETTERS[letter]: value.strip() for letter, value in ratings.items()}
-        yield _Label(stem, fields[1], dimensions, speakers.get(stem, ""), splits.get(stem, ""), where)
+        yield Label(stem, fields[1], dimensions, where, speaker=speakers.get(stem), split=splits.get(stem))
 
 
 def _stem(file_name: str) -> str:
@@ -250,51 +208,18 @@ def _read_pairs(root: Path, names: tuple[str, ...]) -> dict[str, str]:
     return pairs
 
 
-def _make_row(label: _Label, audio: str | None, *, label_set: LabelSet) -> Row | Dropped:
-    split = SPLITS.get(label.split.lower())
-    if split is None and label.split:
-        return Dropped(label.id, UNKNOWN_SPLIT, f"{label.where}: {label.split!r}, expected one of {', '.join(SPLITS)}")
-    labelled = _read_emotion(label, split, label_set)
-    if isinstance(labelled, Dropped):
-        return labelled
-    emotion, dimensions = labelled
-    if audio is None:
-        return Dropped(label.id, NO_AUDIO, label.where)
-    return Row(
-        id=label.id,
-        audio=audio,
-        text=None,
-        response=None,
-        emotion=emotion,
-        arousal=dimensions.get("arousal"),
-        dominance=dimensions.get("dominance"),
-        valence=dimensions.get("valence"),
-        dimension_source=LABEL_SOURCE if dimensions else None,
-        speaker=None if label.speaker.lower() in ("", "unknown") else label.speaker,
-        session=None,
-        split=split,
-        language=FACTS.language,
-    )
-
-
-def _read_emotion(
-    label: _Label, split: str | None, label_set: LabelSet
-) -> tuple[str | None, dict[str, float]] | Dropped:
-    """Emotion and dimensions in [0, 1]; nothing of either where the labels are hidden."""
-    if label.is_hidden:
-        return (None, {}) if split == HIDDEN_SPLIT else Dropped(label.id, NO_LABEL, label.where)
-    try:
-        emotion = canonical_emotion(label.emotion)
-    except ValueError as error:
-        return Dropped(label.id, UNKNOWN_EMOTION, f"{label.where}: {error}")
-    if is_outside(emotion, label_set):
-        return Dropped(label.id, OUTSIDE_SET, label.emotion)
-    if odd := {name: value for name, value in label.dimensions.items() if not _NUMBER.fullmatch(value)}:
-        return Dropped(label.id, BAD_LINE, f"{label.where}: {odd} is no number")
-    try:
-        return emotion, normalise({name: float(value) for name, value in label.dimensions.items()}, LOWEST, HIGHEST)
-    except ValueError as error:
-        return Dropped(label.id, OUTSIDE_SCALE, f"{label.where}: {error} (emotion {label.emotion})")
+def _make_row(label: Label, audio: str | None, settings: MspPodcastSettings) -> Row | Dropped:
+    written = label.split or ""
+    split = SPLITS.get(written.lower())
+    if split is None and written:
+        return Dropped(label.id, UNKNOWN_SPLIT, f"{label.where}: {written!r}, expected one of {', '.join(SPLITS)}")
+    speaker = None if (label.speaker or "").lower() in ("", "unknown") else label.speaker
+    label = replace(label, split=split, speaker=speaker)
+    if all((value or "").lower() in _HIDDEN for value in (label.emotion, *label.dimensions.values())):
+        if split != HIDDEN_SPLIT:
+            return Dropped(label.id, NO_LABEL, label.where)
+        label = replace(label, emotion=None)
+    return label_to_row(label, audio, label_set=settings.label_set, scale=SCALE)
 
 
 def _add_transcripts(root: Path, corpus: Corpus) -> None:
@@ -309,16 +234,7 @@ def _add_transcripts(root: Path, corpus: Corpus) -> None:
             lines, encoding = read_lines(folder / f"{row['id']}.txt")
             row["text"] = " ".join(" ".join(lines).split()) or None
             guessed[encoding] += not encoding.startswith("utf")
-    if silent := [row["id"] for row in corpus.rows if row["text"] is None and row["split"] != HIDDEN_SPLIT]:
-        corpus.notes.append(f"{len(silent):,} turns have no transcript: {name_some(silent)}.")
-    if odd := [f"{count:,} as {encoding}" for encoding, count in guessed.items() if count]:
-        corpus.notes.append(f"Transcripts that are not UTF-8 were read: {name_some(odd)}.")
-
-
-def _describe(corpus: Corpus) -> None:
-    if hidden := [row["id"] for row in corpus.rows if row["dimension_source"] is None]:
-        corpus.notes.append(f"The labels of {len(hidden):,} turns of {HIDDEN_SPLIT} are hidden; their rows have none.")
-    if unknown := sum(row["speaker"] is None for row in corpus.rows):
-        corpus.notes.append(
-            f"The speaker of {unknown:,} turns is unknown: whether they overlap splits cannot be told."
-        )
+    silent = [row["id"] for row in corpus.rows if row["text"] is None and row["split"] != HIDDEN_SPLIT]
+    note(corpus, silent, "{count} turns have no transcript: {names}.")
+    odd = [f"{count:,} as {encoding}" for encoding, count in guessed.items() if count]
+    note(corpus, odd, "Transcripts that are not UTF-8 were read: {names}.")

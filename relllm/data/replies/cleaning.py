@@ -139,6 +139,3 @@ def _scripts(text: str) -> Counter[str]:
     """Letters of each script, by the first word of their Unicode names: LATIN, CYRILLIC, CJK (kana with it), …"""
     scripts = (unicodedata.name(char, "?").split()[0] for char in text if char.isalpha())
     return Counter("CJK" if script in ("HIRAGANA", "KATAKANA") else script for script in scripts)
-
-
-__all__ = ["CleanedReply", "CleaningRules", "clean_reply"]

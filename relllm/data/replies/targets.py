@@ -1,23 +1,19 @@
 """Replies to learn, written by a chat LLM from transcript and emotion (as in RE-LLM and BLSP-Emo).
 
-The writer reads what was said and the emotion; the model that learns will have to hear both. What lives here: which
-rows are written, resuming, the report. What does not: the writers (`target_writers.py`), the rules of cleaning
-(`target_cleaning.py`).
+The writer reads what was said and the emotion; the model that learns will have to hear both. Here are
+which rows are written, resuming, and the report.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset, Features, Value
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT
-
+from ..data_settings import TargetSettings, WriteTargetsSettings
 from ..journal import (
     Journal,
     check_out,
@@ -30,49 +26,9 @@ from ..journal import (
 )
 from ..loading import load_corpus
 from .cleaning import CleaningRules, clean_reply
-from .writers import EndpointWriter, LocalWriter, Request, Sampling, Writer
+from .writers import EndpointWriter, LocalWriter, Request, Writer
 
 MISSING = {"text": "no_text", "emotion": "no_emotion"}  # an empty column -> the reason in the report
-
-
-@dataclass(frozen=True)
-class TargetSettings:
-    """What makes the replies of one file comparable; a resumed run must have the same.
-
-    Args:
-        model (`str`): Id or path of the writer; with an endpoint, its name there.
-        revision (`str`, *optional*, defaults to `"main"`): Of the writer on the Hub.
-        prompt (`str`, *optional*): Before the transcript. Where `{emotion}` stands in it, a row needs an emotion;
-            without it, as for the continuations of a first stage on ASR data, it does not.
-        system_prompt (`str`, *optional*): The writer's system turn; empty for none.
-        sampling ([`Sampling`], *optional*): How replies are drawn; greedy by default.
-        extra_body (`str`, *optional*): JSON of further fields of an endpoint's requests.
-
-    Raises:
-        ValueError: If the prompt holds another field than `{emotion}`.
-    """
-
-    model: str
-    revision: str = "main"
-    prompt: str = WRITER_PROMPT
-    system_prompt: str = SYSTEM_PROMPT
-    sampling: Sampling = Sampling()
-    extra_body: str | None = None
-
-    def __post_init__(self) -> None:
-        try:
-            self.prompt.format(emotion="")
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"The prompt may hold {{emotion}} and no other field, got {self.prompt!r}.") from error
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """What a row needs for its request."""
-        return ("text", "emotion") if self.prompt.format(emotion="A") != self.prompt.format(emotion="B") else ("text",)
-
-    def request(self, row: Mapping[str, str]) -> Request:
-        """What the writer is asked for a row with `id`, `text` and `emotion`."""
-        return Request(row["id"], self.system_prompt, self.prompt.format(emotion=row.get("emotion")) + row["text"])
 
 
 def write_targets(
@@ -85,7 +41,7 @@ def write_targets(
     max_words: int = 150,
     progress: bool = True,
 ) -> dict:
-    """Has a reply written for every row with a transcript and an emotion, and saves those that pass the rules.
+    """Have a reply written for every row with a transcript and an emotion, and save those that pass the rules.
 
     Without `{emotion}` in the prompt, the transcript is enough.
 
@@ -115,11 +71,11 @@ def write_targets(
     check_out(rows, out)
     rules = CleaningRules(min_words, max_words, prompts=(settings.prompt, settings.system_prompt))
     labels = rows.select_columns(["id", *settings.columns]).to_list()
-    run = {"task": "write-targets", **asdict(settings), "data": rows_fingerprint(rows, ("id", "text", "emotion"))}
+    run = {"task": "write-targets", **settings.identity, "data": rows_fingerprint(rows, ("id", "text", "emotion"))}
     if (complete := find_complete(out, run)) is not None:
         return complete
     dropped = {row["id"]: (reason, "") for row in labels if (reason := _lacks(row, settings)) is not None}
-    requests = [settings.request(row) for row in labels if row["id"] not in dropped]
+    requests = [make_request(row, settings) for row in labels if row["id"] not in dropped]
     with Journal(journal_path(out), run) as journal:
         rejected = _write_all(requests, writer, journal, progress)
         written = dict(journal.done)
@@ -142,50 +98,40 @@ def write_targets(
     return report
 
 
-def run_write_targets(
-    data: str,
-    out: Path,
-    text_model: str,
-    *,
-    split: str | None,
-    endpoint: str | None,
-    endpoint_options: Mapping,
-    extra_body: str | None,
-    batch_size: int,
-    device: str,
-    revision: str,
-    sampling: Mapping,
-    prompts: Mapping[str, str],
-    words: tuple[int, int],
-    console: Console,
-) -> dict:
-    """The command `relllm write-targets`; its options are described there.
+def make_request(row: Mapping[str, str], settings: TargetSettings) -> Request:
+    """Return what the writer is asked for a row with `id`, `text` and, where the prompt needs it, `emotion`."""
+    prompt = settings.prompt.format(emotion=row.get("emotion"))
+    return Request(row["id"], settings.system_prompt, prompt + row["text"])
 
-    Returns:
-        `dict`: The report of [`write_targets`].
-    """
-    rows = load_corpus(data, split or "all")
-    drawn = Sampling(**sampling)
-    settings = TargetSettings(text_model, revision=revision, sampling=drawn, extra_body=extra_body, **prompts)
+
+def run_write_targets(settings: WriteTargetsSettings) -> dict:
+    """Do what `relllm write-targets` does, and return the report of [`write_targets`]."""
+    rows = load_corpus(settings.data, settings.split or "all")
     writer: Writer
-    if endpoint is not None:
-        body = json.loads(extra_body) if extra_body else None
-        writer = EndpointWriter(endpoint, text_model, drawn, extra_body=body, **endpoint_options)
+    if settings.endpoint is not None:
+        writer = EndpointWriter(
+            settings.endpoint,
+            settings.text_model,
+            settings,
+            api_key_env=settings.api_key_env,
+            concurrency=settings.concurrency,
+            extra_body=json.loads(settings.extra_body) if settings.extra_body else None,
+        )
     else:
+        device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         writer = LocalWriter.from_pretrained(
-            text_model, drawn, revision=revision, batch_size=batch_size, device=device
+            settings.text_model, settings, revision=settings.revision, batch_size=settings.batch_size, device=device
         )
-    report = write_targets(rows, out, writer, settings, min_words=words[0], max_words=words[1])
-    console.print(report_table(report))
-    console.print(f"Replies: [bold]{out}[/bold]; what was dropped, with ids and texts: {report_path(out)}")
-    return report
+    return write_targets(
+        rows, settings.out, writer, settings, min_words=settings.min_words, max_words=settings.max_words
+    )
 
 
-def report_table(report: Mapping) -> Table:
-    """The counts of a report of [`write_targets`], for the terminal."""
-    table = Table("", "rows", title=f"Replies by {report['settings']['model']}", title_justify="left")
+def target_table(report: Mapping) -> Table:
+    """Return the counts of a report of [`write_targets`], for the terminal."""
+    table = Table("", "rows", title=f"Replies by {report['settings']['text_model']}", title_justify="left")
     table.add_row("in the data", str(report["rows"]))
     table.add_row("written", str(report["written"]))
     if report["replaced"]:
@@ -261,6 +207,3 @@ def _with_responses(rows: Dataset, replies: Mapping[str, str]) -> Dataset:
         kept = kept.remove_columns("response")
     kept = kept.add_column("response", [replies[row_id] for row_id in kept["id"]], feature=features["response"])
     return kept.select_columns(list(features))
-
-
-__all__ = ["TargetSettings", "report_table", "run_write_targets", "write_targets"]

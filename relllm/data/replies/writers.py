@@ -22,6 +22,8 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..data_settings import Sampling
+
 logger = logging.get_logger(__name__)
 
 RETRIED_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -66,27 +68,6 @@ class Written:
     text: str
     finished: bool
     rejected: str | None = None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How replies are drawn.
-
-    Args:
-        max_new_tokens (`int`, *optional*, defaults to 128): Longest reply, in tokens.
-        temperature (`float`, *optional*, defaults to 0.0): 0 takes the most probable token.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0:
-            raise ValueError(
-                f"Expected max_new_tokens >= 1 and temperature >= 0, got {self.max_new_tokens}, {self.temperature}."
-            )
 
 
 class Writer(Protocol):
@@ -336,6 +317,3 @@ class _Transient(Exception):
     def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
-
-
-__all__ = ["EndpointWriter", "LocalWriter", "Request", "Sampling", "Writer", "Written"]
