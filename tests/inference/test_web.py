@@ -1,5 +1,6 @@
 """The web page: a visitor's session without a browser, then the page in headless Chromium with a WAV as microphone."""
 
+import asyncio
 import gc
 import re
 import shutil
@@ -17,6 +18,16 @@ from relllm.inference.text_conversation import TextConversation
 from relllm.inference.web import EMPTY, Page, Session, Starts, Status
 
 TOKENS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_loops_left_open() -> Iterator[None]:
+    """Gradio makes an event loop for each of its locks, outside of one, and closes none."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("utils", "queueing", "routes"):
+            patch.setattr(f"gradio.{module}.safe_get_lock", asyncio.Lock, raising=False)
+            patch.setattr(f"gradio.{module}.safe_get_stop_event", asyncio.Event, raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -50,11 +50,12 @@ def create_app(service: Service) -> FastAPI:
     for kind in (ApiError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     routes = APIRouter(prefix="/v1", dependencies=[Depends(handlers.check_key)])
-    posts = {"/chat/completions": (handlers.chat, ChatRequest), "/emotion": (handlers.emotion, EmotionRequest)}
-    for path, (handler, request) in posts.items():
-        content = {"application/json": {"schema": request.model_json_schema()}}
-        schema = {"requestBody": {"required": True, "content": content}}
-        routes.add_api_route(path, handler, methods=["POST"], openapi_extra=schema)
+    for path, handler, schema in (
+        ("/chat/completions", handlers.chat, ChatRequest.model_json_schema()),
+        ("/emotion", handlers.emotion, EmotionRequest.model_json_schema()),
+    ):
+        body = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+        routes.add_api_route(path, handler, methods=["POST"], openapi_extra=body)
 
     @routes.get("/models")
     async def list_models() -> dict:
