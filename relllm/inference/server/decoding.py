@@ -28,7 +28,7 @@ _HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
-class Sampling:
+class ReplySampling:
     """How a reply is written."""
 
     max_tokens: int
@@ -46,7 +46,7 @@ class Prompt:
     num_windows: int  # of all of them
     audio_seconds: float  # of all of them
     token_ids: list[int] = field(default_factory=list)  # the conversation, with the placeholders of the clips
-    sampling: Sampling | None = None
+    sampling: ReplySampling | None = None
     clip_messages: list[int] = field(default_factory=list)  # index of the message that each clip is in
 
 
@@ -149,7 +149,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
 
 
-class Row:
+class BatchRow:
     """The reply of a job while it is written, with `padding` positions before its prompt; any end token ends it."""
 
     def __init__(
@@ -222,7 +222,7 @@ class RowChoices(LogitsProcessor):
     A checkpoint's repetition penalty is applied here: `generate` itself would apply it to the padding as well.
     """
 
-    def __init__(self, rows: Sequence[Row], repetition_penalty: float = 1.0) -> None:
+    def __init__(self, rows: Sequence[BatchRow], repetition_penalty: float = 1.0) -> None:
         self._rows = rows
         self._penalty = RepetitionPenaltyLogitsProcessor(repetition_penalty) if repetition_penalty != 1.0 else None
 
@@ -239,7 +239,7 @@ class RowChoices(LogitsProcessor):
 class RowEnds(StoppingCriteria):
     """Hands every row of the batch its new token and tells `generate` which rows have ended."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[BatchRow]) -> None:
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:

@@ -21,7 +21,7 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 
 from ..inference_settings import BatchSettings
 from ..replies import GREEDY, Heard, read_heard
-from .decoding import Event, Job, Prompt, Row, RowChoices, RowEnds
+from .decoding import BatchRow, Event, Job, Prompt, RowChoices, RowEnds
 from .errors import ApiError, stopping
 
 logger = logging.get_logger(__name__)
@@ -203,7 +203,7 @@ class Engine:
         mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
         own: dict[str, Any] = {"tokenizer": self._tokenizer, "end_tokens": self._end_tokens, "device": device}
         length = int(input_ids.shape[1])
-        rows = [Row(job, padding=length - len(ids), **own) for job, ids in zip(batch, prompts, strict=True)]
+        rows = [BatchRow(job, padding=length - len(ids), **own) for job, ids in zip(batch, prompts, strict=True)]
         audio: dict[str, object] = {}
         if positions is not None:
             audio["mm_encoder_outputs"] = {"audio": ReLLMAudioOutput(pooler_output=positions)}

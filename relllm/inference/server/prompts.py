@@ -17,7 +17,7 @@ from relllm.processing.audio_relllm import container_kind, has_pyav, load_audio
 from relllm.processing.processing_relllm import ReLLMProcessor
 
 from ..inference_settings import RequestLimits
-from .decoding import Prompt, Sampling
+from .decoding import Prompt, ReplySampling
 from .errors import ApiError, bad_request
 from .schema import AudioData, ChatRequest, EmotionRequest, TextPart
 
@@ -184,7 +184,7 @@ class PromptReader:
             raise bad_request(message, param="messages") from None
         return cast(BatchFeature, inputs)["input_ids"][0].tolist()
 
-    def _read_sampling(self, request: ChatRequest, prompt_tokens: int) -> Sampling:
+    def _read_sampling(self, request: ChatRequest, prompt_tokens: int) -> ReplySampling:
         limit, context = self.limits.max_tokens, self.limits.max_context
         room = limit if context is None else context - prompt_tokens
         asked = request.max_completion_tokens or request.max_tokens
@@ -198,7 +198,7 @@ class PromptReader:
                 "context_length_exceeded",
                 param="messages",
             )
-        return Sampling(
+        return ReplySampling(
             max_tokens=min(limit, room) if asked is None else asked,
             temperature=request.temperature or 0.0,
             top_p=1.0 if request.top_p is None else request.top_p,
