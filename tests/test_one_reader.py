@@ -18,7 +18,7 @@ from relllm.inference.inference_settings import RequestLimits
 from relllm.inference.replies import hear, reply
 from relllm.inference.server.prompts import PromptReader
 from relllm.inference.server.schema import ChatRequest
-from relllm.inference.web.session import EMPTY, Session
+from relllm.inference.web import EMPTY, Session
 from relllm.processing import audio_relllm
 from relllm.training.augmentation import Augmentation, AugmentationSettings
 from relllm.training.collator import ReLLMCollator
