@@ -1,7 +1,7 @@
 """A Hub on this machine: the HTTP endpoints that huggingface_hub uses for pushes and pulls, over files in memory.
 
-With LFS on request (single and multipart uploads, no Xet), revisions and tags, ranges, tokens, and failures on demand:
-a status, or a connection that breaks after some bytes.
+With LFS on request (single and multipart uploads, no Xet), revisions and tags, tokens, and failures on demand: a
+status, or an upload whose connection breaks after some bytes.
 """
 
 import base64
@@ -26,9 +26,8 @@ class Failure:
 
     pattern: str
     status: int | None = None  # None: the connection breaks
-    after_bytes: int = 0  # of the body, sent or received, before it breaks
+    after_bytes: int = 0  # of the body before it breaks
     times: int = 1
-    skip: int = 0  # so many go well first
 
 
 @dataclass
@@ -66,7 +65,6 @@ class FakeHub(ThreadingHTTPServer):
         self.failures: list[Failure] = []
         self.requests: list[str] = []
         self.received: Counter[str] = Counter()  # bytes of LFS bodies, whole or not, by path
-        self.sent: Counter[str] = Counter()  # bytes of files, by their name in the repository
 
 
 @contextlib.contextmanager
@@ -125,9 +123,6 @@ class _Handler(BaseHTTPRequestHandler):
         asked = f"{self.command} {path}"
         self.server.requests.append(asked)
         self.failure = next((f for f in self.server.failures if f.times and re.search(f.pattern, asked)), None)
-        if self.failure is not None and self.failure.skip:
-            self.failure.skip -= 1
-            self.failure = None
         if self.failure is not None:
             self.failure.times -= 1
             if self.failure.status is not None:
@@ -222,19 +217,14 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in repository.commits[commit]:
             return self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         content = repository.commits[commit][path]
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-")).group(1))
-        self.send_response(206 if start else 200)
+        self.send_response(200)
         etag = hashlib.sha256(content).hexdigest() if self.is_lfs(path) else _git_hash(content)
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        for header, value in {**headers, "Content-Length": str(len(content) - start)}.items():
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Content-Length": str(len(content))}
+        for header, value in headers.items():
             self.send_header(header, value)
         self.end_headers()
         if self.command == "GET":
-            end = start + self.failure.after_bytes if self.failure is not None else len(content)
-            self.wfile.write(content[start:end])
-            self.server.sent[path] += len(content[start:end])
+            self.wfile.write(content)
         return None
 
     # --- uploads -----------------------------------------------------------------------------------------------------
