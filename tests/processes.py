@@ -100,7 +100,10 @@ class ForkServer:
             output (`Path`, *optional*): A file for what it writes to both streams; by default each has its own.
             environment (`str`): Variables besides those of this process. What libraries read at import has been read.
         """
-        output = output or Path(tempfile.mkdtemp(dir=self._folder.name))
+        if output is None:
+            output = Path(tempfile.mkdtemp(dir=self._folder.name))
+            for name in ("stdout", "stderr"):
+                (output / name).touch()  # to be read before the child has come so far
         call = pickle.dumps((function, arguments))
         pid = self.ask((call, str(folder or Path.cwd()), dict(os.environ) | environment, str(output)))
         return Child(self, pid, output)
