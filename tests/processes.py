@@ -153,15 +153,20 @@ def serve(connection: Connection) -> None:
     with open(os.devnull, "r+") as nothing:
         for stream in range(3):
             os.dup2(nothing.fileno(), stream)
+    running: set[int] = set()
     while True:
         try:
             request = pickle.loads(connection.recv_bytes())
         except EOFError:
+            for pid in running:  # of tests that failed
+                os.kill(pid, signal.SIGKILL)
             os._exit(0)
         if isinstance(request, int):
             pid, status = os.waitpid(request, os.WNOHANG)
+            running.discard(pid)
             connection.send(os.waitstatus_to_exitcode(status) if pid else None)
         elif pid := fork():
+            running.add(pid)
             connection.send(pid)
         else:
             connection.close()
