@@ -1,8 +1,5 @@
-"""Metrics of speech emotion recognition (SER), as the field and the paper name them, on scikit-learn and audmetric.
-
-UA, WA, macro-F1 and the confusion matrix of emotions; CCC, Pearson's correlation and RMSE of dimensions; ECE and the
-reliability curve of probabilities. Training and evaluation take them from here. Nothing here makes predictions or
-pictures, and both libraries are imported on use.
+"""Metrics of speech emotion recognition (SER), as the field and the paper name them, on scikit-learn and audmetric,
+which are imported on use.
 """
 
 from __future__ import annotations
@@ -67,18 +64,9 @@ def recognition_metrics(
 ) -> RecognitionMetrics:
     """Return UA, WA, macro-F1, the recall of each class and the confusion matrix.
 
-    A class that does not occur in the labels has no recall and is left out of UA and macro-F1, as in scikit-learn's
-    balanced accuracy; predicting it is still wrong. Compare runs on the same labels only.
-
-    Args:
-        labels (`Sequence[str]` or `Sequence[int]`): True class of each clip, as name or index.
-        predictions (`Sequence[str | None]` or `Sequence[int | None]`): Predicted class of each clip, as name or index;
-            `None` where an answer names no class, which counts as wrong.
-        class_names (`Sequence[str]`): All classes, in the order of the indices.
-
-    Raises:
-        ValueError: No clips, different lengths, or a class that is not in `class_names`.
-        ImportError: scikit-learn is missing.
+    Classes are names of `class_names` or indices into them; a prediction of `None`, where an answer names no class, is
+    wrong. A class that does not occur in the labels has no recall and is left out of UA and macro-F1, as in
+    scikit-learn's balanced accuracy; predicting it is still wrong. Compare runs on the same labels only.
     """
     try:
         from sklearn.metrics import confusion_matrix, f1_score
@@ -121,14 +109,8 @@ def dimension_metrics(
 ) -> dict[str, DimensionMetrics]:
     """Return CCC, Pearson's correlation and RMSE of each dimension, in the order of `DIMENSIONS`.
 
-    Args:
-        labels (`Mapping[str, Sequence[float | None]]`): For each dimension (of `DIMENSIONS`) one value a clip; `None`
-            or NaN where a clip is unlabelled, which leaves it out of that dimension.
-        predictions (`Mapping[str, Sequence[float]]`): The same dimensions and clips; every value finite.
-
-    Raises:
-        ValueError: Other dimensions in one than in the other, different lengths, or a prediction that is not finite.
-        ImportError: audmetric is missing.
+    Both arguments have the same dimensions and clips. A label of `None` or NaN leaves its clip out of that dimension;
+    a prediction that is not finite is a `ValueError`.
     """
     if set(labels) != set(predictions) or not set(labels) <= set(DIMENSIONS) or not labels:
         raise ValueError(
@@ -141,12 +123,8 @@ def dimension_metrics(
 def concordances(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
     """Return `ccc_arousal`, `ccc_dominance` and `ccc_valence`, of each dimension with two labelled clips or more.
 
-    Args:
-        labels, predictions (`np.ndarray` of shape `(clips, 3)`): In the order of `DIMENSIONS`; labels are NaN where
-            unlabelled. NaN among the predictions gives NaN, and two constants give 0, so that training goes on.
-
-    Raises:
-        ImportError: audmetric is missing.
+    Labels and predictions are `(clips, 3)`, in the order of `DIMENSIONS`; labels are NaN where unlabelled. NaN among
+    the predictions gives NaN, and two constants give 0, so that training goes on.
     """
     concordance_cc, _ = _correlations()
     values = {}
@@ -168,18 +146,8 @@ def calibration_metrics(
 ) -> CalibrationMetrics:
     """Return the expected calibration error, over bins of equal width, and the bins.
 
-    A clip's confidence is its highest probability; its prediction is the class that has it, the first one of
-    `class_names` among equals.
-
-    Args:
-        labels (`Sequence[str]`): True class of each clip, one of `class_names`.
-        probabilities (`Sequence[Mapping[str, float]]`): For each clip the probability of every class, sum 1.
-        class_names (`Sequence[str]`): All classes.
-        num_bins (`int`, *optional*, defaults to 15): At least 1.
-
-    Raises:
-        ValueError: No clips, different lengths, an unknown label, a class without probability, or probabilities that
-            are not finite, lie outside [0, 1] or do not sum to 1.
+    Each clip has the probability of every class. Its confidence is the highest one; its prediction is the class that
+    has it, the first one of `class_names` among equals.
     """
     if num_bins < 1:
         raise ValueError(f"Expected at least one bin, got {num_bins}.")

@@ -1,8 +1,7 @@
 """Every picture of the package, as PNG files in one palette: of a run, of runs side by side, of a data set.
 
 Each function writes one file, whose folder it makes, and returns its path; `title` is drawn above. matplotlib is
-imported on use, without a display or global state: where it is missing, each raises `ImportError`. Nothing is counted
-or measured here.
+imported on use, without a display or global state. Nothing is counted or measured here.
 """
 
 from __future__ import annotations
@@ -46,14 +45,8 @@ def check_matplotlib() -> None:
 def plot_confusion_matrix(
     confusion_matrix: Sequence[Sequence[int]], class_names: Sequence[str], path: str | Path, *, title: str = ""
 ) -> Path:
-    """Draw a confusion matrix: colour and per cent by row (so the diagonal is the recall), with the counts.
-
-    Args:
-        confusion_matrix (`Sequence[Sequence[int]]` of shape `(classes, classes)`): Clips, true class by row.
-        class_names (`Sequence[str]`): Names of the classes, in that order.
-
-    Raises:
-        ValueError: The matrix is not square, or has another number of classes than names.
+    """Draw a confusion matrix, true class by row: colour and per cent by row (the diagonal is the recall), and the
+    counts.
     """
     figure = _new_figure(2.8 + 0.85 * len(class_names), 2.2 + 0.85 * len(class_names))
     from sklearn.metrics import ConfusionMatrixDisplay
@@ -80,11 +73,7 @@ def plot_confusion_matrix(
 
 
 def plot_reliability(bins: Sequence[CalibrationBin], path: str | Path, *, title: str = "") -> Path:
-    """Draw a reliability curve: the accuracy of each bin of confidence, and below how many clips it has.
-
-    Raises:
-        ValueError: No bin has a clip.
-    """
+    """Draw a reliability curve: the accuracy of each bin of confidence, and below how many clips it has."""
     filled = [one for one in bins if one["num_clips"]]
     if not filled:
         raise ValueError("No bin has a clip: there is no reliability curve to draw.")
@@ -117,9 +106,6 @@ def plot_valence_arousal(
 
     An arrow leads from the true mean of each emotion to the predicted one. There is one value a clip; labels are in
     [0, 1], predictions may lie beside it.
-
-    Raises:
-        ValueError: Different lengths, or no clips.
     """
     _check_lengths(true_valence, true_arousal, predicted_valence, predicted_arousal, emotions)
     true = np.stack([true_valence, true_arousal], axis=1)  # (clips, 2)
@@ -144,12 +130,8 @@ def plot_valence_arousal(
 def plot_levels(levels: Mapping[str, Mapping[str, Sequence[int]]], path: str | Path, *, title: str = "") -> Path:
     """Draw how many replies have each level of empathy: a panel for each mechanism, a bar for each system.
 
-    Args:
-        levels (`Mapping[str, Mapping[str, Sequence[int]]]`): For each system, for each mechanism (`"ER"`, `"IP"`,
-            `"EX"`), how many replies have level 0, 1, 2, …; the same mechanisms for all.
-
-    Raises:
-        ValueError: No system, other mechanisms or levels in one than in another, or no replies.
+    `levels` says for each system and each mechanism (`"ER"`, `"IP"`, `"EX"`, the same for all systems) how many
+    replies have level 0, 1, 2, ….
     """
     shapes = {tuple((name, len(counts)) for name, counts in of_system.items()) for of_system in levels.values()}
     if len(shapes) != 1 or shapes == {()}:
@@ -189,14 +171,8 @@ class ForestLine:
 
 
 def plot_forest(panels: Mapping[tuple[str, str], Sequence[ForestLine]], path: str | Path, *, title: str = "") -> Path:
-    """Draw gains with their intervals: a row of panels for each metric, a column for each data set.
-
-    Args:
-        panels (`Mapping[tuple[str, str], Sequence[ForestLine]]`): By metric and data set.
-        title (`str`, *optional*): Says what the axes are.
-
-    Raises:
-        ValueError: No panels.
+    """Draw gains with their intervals: a row of panels for each metric, a column for each data set, which are the
+    keys.
     """
     if not panels:
         raise ValueError("There is no gain to draw.")
@@ -231,12 +207,7 @@ class SplitNumbers(Protocol):
 
 
 def plot_report(summary: Mapping[str, SplitNumbers], folder: Path, *, title: str) -> list[Path]:
-    """Draw class counts, durations, and where there are labels the three dimensions and the valence-arousal plane.
-
-    Args:
-        summary (`Mapping[str, SplitNumbers]`): By split.
-        folder (`Path`): Where the files go.
-    """
+    """Draw class counts, durations, and where there are labels the three dimensions and the valence-arousal plane."""
     files = [_plot_class_counts(summary, folder / "class_counts.png", title)]
     durations = {"duration (s)": {name: split.durations_s for name, split in summary.items()}}
     files.append(_plot_histograms(durations, folder / "durations.png", title))
@@ -260,9 +231,6 @@ def plot_valence_arousal_labels(
 
     There is one value a clip, in [0, 1]. Of an emotion with many clips some are drawn, each moved a little; the means
     are of all, where they are.
-
-    Raises:
-        ValueError: Different lengths, or no clips.
     """
     _check_lengths(valence, arousal, emotions)
     points, of_clips = np.stack([valence, arousal], axis=1), np.array(emotions)  # (clips, 2)

@@ -1,7 +1,4 @@
-"""Runs side by side: each system's numbers on the clips that all have, gains over baselines, tests and intervals.
-
-Everything is counted anew from the clips, so that values, gains and intervals are of the same clips.
-"""
+"""Runs side by side, counted anew from the clips that all have: numbers, gains over baselines, tests and intervals."""
 
 from __future__ import annotations
 
@@ -78,23 +75,12 @@ def compare_runs(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Comparison:
-    """Set runs side by side, as the paper does: systems x corpora, gains over the baselines.
+    """Set two runs or more side by side, as the paper does: systems x corpora, gains over the baselines.
 
     Rows are the systems (text-only, speech-only, re-llm); where a corpus has two runs of one, rows are the runs'
-    names. Only clips count that every run of a corpus with that task has.
-
-    Args:
-        runs (`Sequence[Run]`): At least two.
-        baselines (`Sequence[str]`): Each a system, a run's name, or its folder.
-        resample (`str`, *optional*, defaults to `"auto"`): What the bootstrap draws: `"clips"`, `"speakers"`, or
-            `"auto"`, speakers where a corpus has 10 of them.
-        num_resamples (`int`, *optional*, defaults to 2000): Of the bootstrap.
-        seed (`int`, *optional*, defaults to 0): Of the resamples.
-
-    Raises:
-        ValueError: If the runs do not belong together, a baseline is not among them, or a run lacks more than 1 % of
-            the clips.
-        ImportError: If an extra is missing.
+    names. Only clips count that every run of a corpus with that task has; a run that lacks more than 1 % of them is
+    refused. A baseline is a system, a run's name, or its folder. The bootstrap draws `"clips"` or `"speakers"`;
+    `"auto"` takes speakers where a corpus has 10 of them.
     """
     if resample not in RESAMPLE:
         raise ValueError(f"--resample {resample}: expected one of {', '.join(RESAMPLE)}.")

@@ -1,7 +1,6 @@
-"""A comparison as tables, JSON and forest plots, with the paper's published numbers beside it.
+"""A comparison as tables, JSON and forest plots, with the paper's published numbers beside it, as printed.
 
-The published values and gains are as printed. Protocols, splits and scorers of the paper are not those of a run here,
-so no test sets the two against each other.
+Protocols, splits and scorers of the paper are not those of a run here, so no test sets the two against each other.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A metric of one system, in the three forms that a comparison needs: the value, summands, and values to pair.
-
-Each follows from sums over clips, which is what a bootstrap resample gives.
-"""
+"""A metric of one system, in the three forms that a comparison needs: the value, summands, and values to pair."""
 
 from __future__ import annotations
 

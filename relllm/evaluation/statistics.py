@@ -21,7 +21,7 @@ class PairedTest:
 
 
 def wilcoxon_test(differences: Sequence[float] | np.ndarray) -> PairedTest:
-    """Test the paired differences by Wilcoxon's signed ranks, two-sided.
+    """Test the paired differences, at least one and all finite, by Wilcoxon's signed ranks, two-sided.
 
     Pairs that do not differ are left out, as Wilcoxon did, and not ranked (Pratt): levels tie in most pairs, and ranks
     that start above all those ties would hardly tell a step of two levels from a step of one.
@@ -29,10 +29,6 @@ def wilcoxon_test(differences: Sequence[float] | np.ndarray) -> PairedTest:
     Where all steps have one size (right or wrong answers: +1, -1), the signed-rank test is the sign test, which is
     McNemar's; its p-value is the exact binomial one. Otherwise it is exact up to 50 differing pairs (13 if sizes tie),
     and the normal approximation, corrected for ties, beyond.
-
-    Raises:
-        ValueError: No pairs, or a difference that is not finite.
-        ImportError: scipy is missing (`pip install relllm[eval]`).
     """
     try:
         from scipy.stats import binomtest, wilcoxon
@@ -72,16 +68,8 @@ class Resampler:
     """Bootstrap resamples of a data set's clips, drawn once, so that all systems and metrics share them.
 
     Every metric here is a function of sums over clips, so a resample is how often each unit was drawn, times the
-    units' sums.
-
-    Args:
-        units (`Sequence[str]`): What is drawn with replacement, for each clip: its own id, or its speaker, whose clips
-            then come and go together.
-        num_resamples (`int`): How many.
-        seed (`int`): The same seed gives the same resamples.
-
-    Raises:
-        ValueError: Fewer than two units.
+    units' sums. `units` says for each clip what is drawn with replacement: its own id, or its speaker, whose clips
+    then come and go together; there must be two at least.
     """
 
     def __init__(self, units: Sequence[str], *, num_resamples: int, seed: int) -> None:
@@ -109,14 +97,7 @@ def percentile_interval(values: np.ndarray, num_units: int, *, confidence: float
     Student's; moving the two quantiles makes up for both (`ExpandProbs` of R's `resample`, after Hesterberg, arXiv
     1411.5279). With 100 units that is hardly seen, with 10 it is the difference between 89 % and 94 % coverage.
 
-    Args:
-        values (`np.ndarray` of shape `(num_resamples,)`): Not finite where a resample does not define the statistic.
-        num_units (`int`): How many units were resampled, at least 2.
-        confidence (`float`, *optional*, defaults to 0.95): The share inside.
-
-    Returns:
-        `tuple[float, float]` or `None`: Ends; `None` if any resample does not define the statistic, for its end could
-        then be anything.
+    It is `None` if any resample does not define the statistic (a value that is not finite): its end could be anything.
     """
     from scipy.stats import norm, t
 

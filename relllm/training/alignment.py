@@ -5,10 +5,10 @@ The teacher is the same LLM with its LoRA off, so there is no second copy in mem
 transcript in the place of the audio, without a gradient and in eval mode, inside `forward`, where DDP, FSDP and
 DeepSpeed expect every use of a weight.
 
-Since 1.16 TRL trains by a forward pass of its own, which runs the base model and returns fields of its own. Before (on
-Python 3.10) it trains by the model's forward, whose output has the heads' in it already. Where the reply's
-cross-entropy has no weight, a training pass ends before the LLM's head. On a GPU TRL runs that head at the reply's
-positions only; on a CPU it would run it at all, so there the base model hands on the reply's alone.
+Since 1.16 TRL trains by a forward pass of its own, which runs the base model and returns fields of its own; before (on
+Python 3.10) by the model's forward. Where the reply's cross-entropy has no weight, a training pass ends before the
+LLM's head. On a GPU TRL runs that head at the reply's positions only; on a CPU it would run it at all, so there the
+base model hands on the reply's alone.
 """
 
 import contextlib
@@ -52,10 +52,7 @@ if FusedCausalLMOutput is not None:
 
 @dataclass
 class ReLLMAlignedOutput(ReLLMCausalLMOutput):
-    """The model's output and the alignment loss; for passes that are not fused.
-
-    Of a pass without the head, `loss` is a zero with a gradient, and there are no logits.
-    """
+    """The output of a pass that is not fused; of one without the head, `loss` is a zero with a gradient."""
 
     response_kl: Tensor | None = None  # (): sum over positions
 
@@ -77,11 +74,9 @@ class Alignment:
 
 
 def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> None:
-    """Have the training forward return the heads' outputs and, where asked for, the alignment loss.
+    """Have the training forward return the heads' outputs and, with `alignment`, the alignment loss.
 
-    Args:
-        model (`PreTrainedModel`): After `SFTTrainer.__init__`, which patched its forward; changed in place.
-        alignment ([`Alignment`], *optional*): Without one, no teacher reads.
+    The model is changed in place, after `SFTTrainer.__init__`, which patches its forward.
     """
     inner_forward = model.forward
 
@@ -127,10 +122,7 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
 
 
 def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) -> Tensor:
-    """Return the teacher's logits where they are compared, `(positions, vocabulary)`, row after row.
-
-    The model's LLM reads the `TEACHER_INPUTS`.
-    """
+    """Return the teacher's logits where they are compared, `(positions, vocabulary)`, row after row."""
     llm = model.text_model
     # no LoRA anywhere, whatever its scope; outside a forward pass of ours that holds already
     with torch.no_grad(), model.lora_scope.use(None), _in_eval(llm):
@@ -146,10 +138,9 @@ def divergence(
 
     Args:
         llm (`PreTrainedModel`, *optional*): Whose head makes logits of the states; `None` if these are logits.
-        states (`torch.Tensor` of shape `(batch, sequence, d or vocabulary)`): Last hidden states of the branch that
-            hears.
-        labels (`torch.LongTensor` of shape `(batch, sequence)`): -100 outside the reply.
-        teacher_labels (`torch.LongTensor` of shape `(batch, T)`): Likewise; all -100 in a row without a transcript.
+        states (`torch.Tensor` of shape `(batch, sequence, d or vocabulary)`): Of the branch that hears.
+        labels, teacher_labels (`torch.LongTensor` of shapes `(batch, sequence)` and `(batch, T)`): -100 outside the
+            reply; the teacher's all over a row without a transcript.
         taught (`torch.Tensor` of shape `(positions, vocabulary)`): Of [`teach`].
         how ([`Alignment`]): Temperature and positions.
     """
@@ -173,8 +164,7 @@ def head_logits(llm: PreTrainedModel, hidden: Tensor) -> Tensor:
 def check_head(llm: PreTrainedModel) -> None:
     """Hold [`head_logits`] against the LLM's own forward pass, on four tokens.
 
-    Raises:
-        ValueError: If they differ: the LLM does to its logits what is not known here, and a KL would be wrong.
+    It is a `ValueError` if they differ: the LLM does to its logits what is not known here, and a KL would be wrong.
     """
     if is_deepspeed_zero3_enabled():  # the weights are spread over the processes, and there is no pass before the run
         return

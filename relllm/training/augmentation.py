@@ -1,14 +1,13 @@
 """Augmentation of training clips: the settings, the effects, which of them a clip gets, and the trainer's part.
 
-Only the loader of training rows augments. What a clip draws follows from the seed, the epoch, the row's id (without
-one: its samples) and the clip's place in the row, and from nothing else: not from the batch, the worker, the process,
-or what was drawn before. So a resumed run draws what an uninterrupted one would have, and two processes draw what one
-would. The epoch reaches the loader's workers in shared memory, because persistent ones keep their copy of the
-collator; it is set before the epoch's first row is asked for, when no worker is at work.
+What a clip draws follows from the seed, the epoch, the row's id (without one: its samples) and the clip's place in the
+row, and not from the batch, the worker, the process, or what was drawn before: a resumed run draws what an
+uninterrupted one would have. The epoch reaches the loader's workers in shared memory, because persistent ones keep
+their copy of the collator; it is set before the epoch's first row is asked for, when no worker is at work.
 
-Effects take waveforms `(samples,)`, float32, in [-1, 1], and give the same output for the same input. One whose result
-would exceed full scale scales the whole clip down to it, because clipping would add a distortion that nobody asked
-for. Every effect but speed keeps the length.
+Effects take waveforms `(samples,)`, float32, in [-1, 1]. One whose result would exceed full scale scales the whole
+clip down to it, because clipping would add a distortion that nobody asked for. Every effect but speed keeps the
+length.
 """
 
 import dataclasses
@@ -98,10 +97,6 @@ class Augmentation:
     """Gives each clip the effects that its row and the epoch draw.
 
     A clip that another speed would make longer than `max_duration_s`, or shorter than 25 ms, keeps its speed.
-
-    Raises:
-        FileNotFoundError: If the folder of noise is not there, or holds no audio.
-        ValueError: If one of its files cannot be read, or this libsndfile lacks a codec.
     """
 
     def __init__(
@@ -135,10 +130,7 @@ class Augmentation:
     def __call__(self, waveform: np.ndarray, *, row_id: object = None, clip: int = 0) -> np.ndarray:
         """Return the clip, `(samples,)` in float32, with what it draws; the one that is given stays as it is.
 
-        Args:
-            waveform (`np.ndarray` of shape `(samples,)`): float32 at `sampling_rate`.
-            row_id (*optional*): The row's `id`. Rows that share one draw alike; without one the samples say.
-            clip (`int`, *optional*, defaults to 0): The clip's place among those of the row.
+        Rows that share a `row_id` draw alike; without one the samples say. `clip` is its place among those of the row.
         """
         row = f"id {row_id}" if row_id is not None else hashlib.blake2b(waveform.tobytes()).hexdigest()
         settings, rate = self.settings, self.sampling_rate
@@ -243,10 +235,9 @@ def pass_telephone(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
 
 
 def pass_codec(waveform: np.ndarray, codec: str, compression: float, sampling_rate: int) -> np.ndarray:
-    """Encode and decode a clip in memory with libsndfile.
+    """Encode and decode a clip in memory with libsndfile; Opus takes 8, 12, 16, 24 and 48 kHz.
 
-    `"ulaw"` is the 8 bit of digital telephony. For MP3 and Opus, which takes 8, 12, 16, 24 and 48 kHz, `compression`
-    goes from 0 (best quality) to 0.99.
+    `"ulaw"` is the 8 bit of digital telephony. For MP3 and Opus, `compression` goes from 0 (best quality) to 0.99.
     """
     container, encoding = CODECS[codec]
     buffer = io.BytesIO()

@@ -1,7 +1,4 @@
-"""The model and the processor that a run trains: from a checkpoint, or new from towers.
-
-Also: a LoRA for a checkpoint of the first stage, which has none, and the LLM alone in 4 bit (QLoRA).
-"""
+"""The model and the processor that a run trains: from a checkpoint, or new from towers."""
 
 import copy
 import importlib.util
@@ -28,11 +25,8 @@ NEVER_QUANTIZED = (
 
 @whole_weights()
 def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGeneration, ReLLMProcessor]:
-    """Return the model and its processor.
-
-    Raises:
-        ValueError: If the checkpoint's architecture is another than the settings say.
-        ImportError: If `load_in_4bit` is set and bitsandbytes is missing.
+    """Return the model and its processor; a checkpoint of another architecture than the settings say is a
+    `ValueError`.
     """
     options: dict = {"dtype": getattr(torch, script.dtype)} if script.dtype else {}
     four_bit = four_bit_config() if script.load_in_4bit else None
@@ -68,7 +62,7 @@ def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGenera
 
 
 def build_config(script: ReLLMScriptArguments) -> ReLLMConfig:
-    """Return the configuration of the model that [`build_model`] gives, from configurations alone; errors as there."""
+    """Return the configuration of the model that [`build_model`] gives, from configurations alone."""
     if script.model_name_or_path is not None:
         config = AutoConfig.from_pretrained(script.model_name_or_path, revision=script.revision)
         _check_architecture(script, config)
@@ -117,10 +111,7 @@ def quantize_llm(model: ReLLMForConditionalGeneration, config: BitsAndBytesConfi
 def add_lora(model: ReLLMForConditionalGeneration, lora: dict, scope: str) -> ReLLMForConditionalGeneration:
     """Return the model, not to be used afterwards, with a fresh LoRA, which changes nothing until it is trained.
 
-    Args:
-        model ([`ReLLMForConditionalGeneration`]): Without a LoRA.
-        lora (`dict`): Arguments of `peft.LoraConfig`.
-        scope (`str`): `"audio"`, `"text"` or `"global"`.
+    `lora` are arguments of `peft.LoraConfig`, `scope` is `"audio"`, `"text"` or `"global"`.
     """
     config = copy.deepcopy(model.config)
     config.update({"lora_config": lora, "lora_scope": scope})

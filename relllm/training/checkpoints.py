@@ -1,8 +1,7 @@
 """How a run is saved and taken up again: light checkpoints, and none that is half written.
 
 A checkpoint is written beside the finished ones and takes its name `checkpoint-N` when it is complete, by one rename:
-a kill while saving leaves the last one as it was. What goes to the Hub is full where a light checkpoint would point at
-a folder of this machine.
+a kill while saving leaves the last one as it was.
 """
 
 import json
@@ -28,13 +27,7 @@ UNFINISHED = "_unfinished"  # `Trainer` pushes no file or folder whose name star
 def checkpoint_to_resume(output_dir: Path, resume: str) -> str | None:
     """Return the last complete `checkpoint-…` of a run: one whose state, which is written last, reads.
 
-    Args:
-        output_dir (`Path`): Folder of the run.
-        resume (`str`): `"auto"` takes one if there is one, `"true"` demands one, `"false"` refuses one.
-
-    Raises:
-        FileNotFoundError: With `"true"`, if there is none.
-        ValueError: With `"false"`, if there is one: two runs would mix in one folder.
+    `"auto"` takes one if there is one, `"true"` demands one, `"false"` refuses one: two runs would mix in one folder.
     """
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if _has_state(path)]
     last = max(checkpoints, key=lambda path: int(path.name.split("-")[1]), default=None)

@@ -46,11 +46,7 @@ class ReLLMCollator:
         Returns:
             `dict`: The model's inputs, padded on the right; `labels` `(batch, sequence)`; `emotion_labels` `(clips,)`,
             -100 where unlabelled; `dimension_labels` `(clips, 3)`, NaN where unlabelled; `clips_per_row` `(batch,)`.
-            With `teacher` those of `TEACHER_INPUTS`, with a `tower_cache` those of
-            [`~relllm.training.tower_cache.TowerCache.look_up`].
-
-        Raises:
-            ValueError: On a row without a reply, an unknown emotion or a target outside [0, 1]; it names the row.
+            With `teacher` those of `TEACHER_INPUTS`, with a `tower_cache` those of [`TowerCache.look_up`].
         """
         conversations = [self._conversation(row) for row in rows]
         clips = [len(audio_parts(conversation)) for conversation in conversations]

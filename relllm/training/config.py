@@ -117,9 +117,8 @@ class RowsSettings:
 class ReLLMScriptArguments(RowsSettings):
     """What `relllm train` takes beside [`ReLLMSFTConfig`]: the model to start from, its LoRA, and the data.
 
-    The architecture is either that of a ReLLM checkpoint (`model_name_or_path`), or built from towers. A checkpoint
-    without a LoRA (of the first stage) is given one where `lora_r` asks for it; otherwise the settings below must be
-    the checkpoint's.
+    The architecture is that of a ReLLM checkpoint, or built from towers. A checkpoint without a LoRA (of the first
+    stage) is given one where `lora_r` asks for it; otherwise the settings must be the checkpoint's.
     """
 
     _argument_group_name = "model and data"

@@ -137,14 +137,10 @@ class EmotionCollator:
 
 
 class EmotionTowerTrainer(AugmentationMixin, Trainer):
-    """Trains a [`ReLLMEmotionModel`] with 1 - CCC, averaged over the dimensions.
+    """Trains a [`ReLLMEmotionModel`] on rows with `audio` and the dimensions, with 1 - CCC, averaged over these.
 
     A CCC is a statistic of a batch: use a batch that holds a spread of emotions (16 clips or more), rather than
     gradient accumulation.
-
-    Args:
-        args (`TrainingArguments`): Of Transformers, perhaps with [`AugmentationSettings`].
-        kwargs: As in `transformers.Trainer`; rows have `audio`, `arousal`, `dominance`, `valence`.
     """
 
     def __init__(self, model: ReLLMEmotionModel, args: TrainingArguments, **kwargs: object) -> None:
@@ -168,12 +164,7 @@ class EmotionTowerTrainer(AugmentationMixin, Trainer):
 
 
 def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingConfig) -> EmotionTowerTrainer:
-    """Build, train, evaluate and save, as the settings say; tower and feature extractor are in `args.output_dir`.
-
-    Raises:
-        ValueError: If too few rows of a split are labelled, or the model is of another kind.
-        FileNotFoundError: If the data or the checkpoint to resume from is not there.
-    """
+    """Build, train, evaluate and save, as the settings say; tower and feature extractor are in `args.output_dir`."""
     checkpoint = args.resume_from_checkpoint or checkpoint_to_resume(Path(args.output_dir), script.resume)
     set_seed(args.seed)  # what is drawn for the head
     assert script.data is not None and script.model_name_or_path is not None
@@ -203,10 +194,7 @@ def build_emotion_tower(name: str, *, num_layers: int | None = None, final_dropo
     """Return an emotion tower to train: one that has its head, or an encoder with a fresh one.
 
     `name`, a directory or Hub id, counts as a tower if it is a [`ReLLMEmotionModel`] or labels its outputs arousal,
-    dominance and valence.
-
-    Raises:
-        ValueError: If the encoder is of another kind, or has fewer layers than are to be kept.
+    dominance and valence. Of more layers than `num_layers` the lowest are kept.
     """
     config = AutoConfig.from_pretrained(name)
     labels = set((config.to_dict().get("id2label") or {}).values())

@@ -30,17 +30,10 @@ class TrainableRow:
 def prepare_trainable(
     model: ReLLMForConditionalGeneration, unfreeze: Iterable[str] = (), unused: Collection[str] = ()
 ) -> None:
-    """Freeze what the paper freezes, unfreeze what is asked for, and hold what trains in float32.
+    """Freeze what the paper freezes, unfreeze what is asked for, and hold what trains in float32, in place.
 
-    What no loss reaches is frozen too: DDP waits for the gradient of everything that trains.
-
-    Args:
-        model ([`ReLLMForConditionalGeneration`]): Changed in place.
-        unfreeze (`list[str]`): Any of `"audio_tower"`, `"emotion_tower"`, `"text_model"`.
-        unused (`list[str]`): Any of `HEADS`, whose loss is switched off.
-
-    Raises:
-        ValueError: If a tower to unfreeze is not there.
+    Heads that no loss reaches (`unused`, of `HEADS`) are frozen too: DDP waits for the gradient of everything that
+    trains. `unfreeze` takes `"audio_tower"`, `"emotion_tower"` and `"text_model"`.
     """
     base = model.base_model
     base.freeze()
@@ -60,8 +53,8 @@ def prepare_trainable(
 def lora_counts_as_adapter(model: ReLLMForConditionalGeneration) -> Iterator[None]:
     """Mark a model that has a LoRA, for the length of the `with` block, as having an adapter.
 
-    Transformers' trainer refuses a quantised model without an adapter of its own making; ours is in the model. A mark
-    that stayed would have `save_pretrained` write the adapter alone.
+    Transformers' trainer refuses a quantised model without one; a mark that stayed would have `save_pretrained` write
+    the adapter alone.
     """
     before = model._hf_peft_config_loaded
     model._hf_peft_config_loaded = before or model.config.lora_config is not None

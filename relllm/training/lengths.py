@@ -1,7 +1,4 @@
-"""How long a row is, without decoding its audio: for batches of rows that are about equally long.
-
-Audio is measured by its header, text by its characters. The unit is the position in the LLM's sequence.
-"""
+"""How many positions a row takes in the LLM's sequence, by its audio's header and its characters, without decoding."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -24,11 +21,7 @@ def row_lengths(dataset: Dataset, extractor: ReLLMFeatureExtractor) -> list[int]
 
 
 def row_length(row: Mapping, extractor: ReLLMFeatureExtractor) -> int:
-    """Return about how many positions a row takes.
-
-    Raises:
-        ValueError: If a clip's header cannot be read; it names the row. A URL is not fetched.
-    """
+    """Return about how many positions a row takes; a clip whose header cannot be read (or a URL) is a `ValueError`."""
     texts, clips = _texts_and_clips(row)
     try:
         durations_s = [clip_duration(clip, extractor.sampling_rate) for clip in clips]
@@ -42,12 +35,7 @@ def row_length(row: Mapping, extractor: ReLLMFeatureExtractor) -> int:
 
 
 def clip_duration(source: object, sampling_rate: int) -> float:
-    """Return the seconds of a clip: a path, bytes, a `datasets` dictionary, or an array at `sampling_rate` Hz.
-
-    Raises:
-        TypeError: If the source is nothing of these.
-        OSError, RuntimeError: As soundfile raises them.
-    """
+    """Return the seconds of a clip: a path, bytes, a `datasets` dictionary, or an array at `sampling_rate` Hz."""
     if isinstance(source, Mapping):
         given = next((source[key] for key in ("bytes", "array", *AUDIO_KEYS) if source.get(key) is not None), None)
         return clip_duration(given, source.get("sampling_rate") or sampling_rate)

@@ -16,10 +16,7 @@ VARIANCE_FLOOR = 1e-8  # keeps the concordance of two equal constants finite
 def emotion_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Return the cross-entropy of the emotion, summed over clips (RE-LLM; `input_er` in the original code).
 
-    Args:
-        logits (`torch.Tensor` of shape `(clips, classes)`): Of the emotion head.
-        labels (`torch.LongTensor` of shape `(clips,)`): Class indices; -100 where unlabelled.
-        class_weights (`torch.Tensor` of shape `(classes,)`, *optional*): Weight of each class.
+    `logits` are `(clips, classes)`, `labels` `(clips,)` with -100 where unlabelled, `class_weights` `(classes,)`.
     """
     counted = labels != IGNORE_INDEX
     weights = None if class_weights is None else class_weights.to(logits.device, torch.float32)
@@ -29,24 +26,19 @@ def emotion_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = 
 def dimension_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Return the squared errors of the emotion dimensions, summed (RE-LLM; `input_er_avd` in the original code).
 
-    Args:
-        predicted (`torch.Tensor` of shape `(clips, 3)`): In the order of `DIMENSIONS`.
-        target (`torch.Tensor` of shape `(clips, 3)`): Values in [0, 1]; NaN where unlabelled, each value by itself.
+    Both are `(clips, 3)`, in the order of `DIMENSIONS`; targets are in [0, 1], or NaN, each value by itself.
     """
     labelled = ~target.isnan()
     return (predicted[labelled].float() - target[labelled].float()).square().sum()
 
 
 def ccc_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Return 1 - concordance correlation (Lin, 1989; population variances), averaged over the dimensions.
+    """Return 1 - concordance correlation (Lin, 1989; population variances), averaged over the dimensions, from 0
+    (equal) to 2.
 
-    It lies between 0 (equal) and 2. A concordance is of one batch as a whole and no sum over clips: with small
-    micro-batches prefer [`dimension_loss`].
-
-    Args:
-        predicted (`torch.Tensor` of shape `(clips, 3)`): In the order of `DIMENSIONS`.
-        target (`torch.Tensor` of shape `(clips, 3)`): NaN where unlabelled; a dimension with fewer than two labelled
-            clips counts for nothing.
+    Both are `(clips, 3)`; targets are NaN where unlabelled, and a dimension with fewer than two labelled clips counts
+    for nothing. A concordance is of one batch as a whole and no sum over clips: with small micro-batches prefer
+    [`dimension_loss`].
     """
     losses = []
     for x, y in zip(predicted.float().unbind(1), target.float().unbind(1), strict=True):
@@ -64,13 +56,7 @@ def response_kl(speech: Tensor, text: Tensor, temperature: float) -> Tensor:
     """Return KL(text ‖ speech), in nats, summed over positions: the LLM is to say after hearing what it says after
     reading (BLSP-Emo). As there, no factor of temperature squared; no gradient to the text's branch.
 
-    Args:
-        speech, text (`torch.Tensor` of shape `(positions, vocabulary)`): Logits of the branch that hears, and of the
-            one that reads the transcript.
-        temperature (`float`): Divides both.
-
-    Raises:
-        ValueError: If the branches have different numbers of positions.
+    Both are logits, `(positions, vocabulary)`, which the temperature divides.
     """
     if len(speech) != len(text):
         raise ValueError(

@@ -36,12 +36,7 @@ class Term:
 
 
 class Objective:
-    """The losses of a run beside the response's cross-entropy.
-
-    Raises:
-        ValueError: If the KL loss meets an LLM head that is not known, or the number of class weights is not that of
-            the classes.
-    """
+    """The losses of a run beside the response's cross-entropy."""
 
     def __init__(self, args: ReLLMSFTConfig, model: PreTrainedModel) -> None:
         self.weights = {
@@ -86,11 +81,8 @@ class Objective:
     ) -> Iterator[Term]:
         """Yield each loss that is on and that this micro-batch has the inputs of.
 
-        Args:
-            output (`ModelOutput`): Of the training forward.
-            batch (`dict`): The `TARGETS`.
-            local_counts (`torch.Tensor` of shape `(3,)`): Of [`~Objective.count`], of this micro-batch.
-            num_items (`torch.Tensor` of shape `(3,)`): The same, of all that the sums are to be divided by.
+        `batch` has the `TARGETS`. Both counts are `(3,)`, as of [`~Objective.count`]: of this micro-batch, and of all
+        that the sums are to be divided by.
         """
         items = dict(zip(self.weights, num_items.unbind(), strict=True))
         local = dict(zip(self.weights, local_counts.unbind(), strict=True))
@@ -123,9 +115,7 @@ class Objective:
 class RunningMeans:
     """Sums and counts by name, for training and evaluation apart; reduced over the processes only when read.
 
-    Args:
-        names (`list[str]`): All that may come: every process reduces the same ones.
-        device (`torch.device`): Where the sums are.
+    `names` are all that may come: every process reduces the same ones.
     """
 
     def __init__(self, names: list[str], device: torch.device) -> None:

@@ -64,13 +64,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ReLLMScriptArguments, ReL
 
 
 def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFTTrainer:
-    """Build, train, evaluate and save, as the settings say; model and processor are in `args.output_dir`.
-
-    Raises:
-        ValueError: If settings contradict each other, the data or the checkpoint.
-        FileNotFoundError: If the data or the checkpoint to resume from is not there.
-        ImportError: If bitsandbytes is asked for and missing.
-    """
+    """Build, train, evaluate and save, as the settings say; model and processor are in `args.output_dir`."""
     checkpoint = args.resume_from_checkpoint or checkpoint_to_resume(Path(args.output_dir), script.resume)
     set_seed(args.seed)  # what is drawn for the projector, the heads and the LoRA
     with args.main_process_first(desc="reading the rows"):

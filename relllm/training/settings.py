@@ -19,14 +19,7 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
 
 
 class SettingsParser(TrlParser):
-    """A TRL parser for one command.
-
-    Args:
-        dataclass_types (`tuple` of `type`): The dataclasses of the settings.
-        command (`str`): As the user types it, for example `"relllm train"`.
-        description (`str`): What `--help` says first.
-        sections (`dict[str, list[str]]`): Title -> names of the settings that `--help` lists under it.
-    """
+    """A TRL parser for one command; `sections` are the titles of `--help` and the settings listed under each."""
 
     def __init__(
         self,
@@ -49,8 +42,7 @@ class SettingsParser(TrlParser):
     def parse_settings(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """Read one instance of each dataclass from flags, and `--config file.yaml`, whose lines are their defaults.
 
-        Raises:
-            SystemExit: After `--help` (0), or on a setting that is unknown or wrong (2), which is printed.
+        It exits with 0 after `--help`, with 2 and a message on a setting that is unknown or wrong.
         """
         # TRL knows `--config file` and not `--config=file`; `--out` is short for `--output_dir`, as in other commands.
         apart = (text.split("=", 1) if text.startswith(("--config=", "--out=")) else [text] for text in arguments)

@@ -63,9 +63,7 @@ class TowerCacheSettings:
 class TowerCache:
     """The outputs of one pair of towers, clip by clip, in files that several processes share.
 
-    Args:
-        root (`Path`): Folder of all towers.
-        settings (`Mapping`): Of [`cache_settings`]; they name the folder of these.
+    The `settings`, of [`cache_settings`], name the folder of these towers within `root`.
     """
 
     def __init__(self, root: Path, settings: Mapping[str, object]) -> None:
@@ -115,14 +113,10 @@ class TowerCache:
             )
 
     def look_up(self, waveforms: Sequence[np.ndarray]) -> tuple[list[bool], dict[str, Tensor]]:
-        """Return what a batch carries of the cache.
+        """Return which clips are there, and what a batch carries of the cache.
 
-        Args:
-            waveforms (`Sequence[np.ndarray]`): The batch's clips, each `(samples,)` as the towers will hear it.
-
-        Returns:
-            `tuple`: Which clips are there, and entries of the batch: `tower_known` `(clips,)`, `tower_keys`
-            `(missing clips, 32)` and the outputs of the others, as of [`TowerOutputs`] under `tower_frames` and so on.
+        That is `tower_known` `(clips,)`, `tower_keys` `(missing clips, 32)` and the outputs of the others, as of
+        [`TowerOutputs`], under `tower_frames` and so on. Clips are `(samples,)`, as the towers will hear them.
         """
         keys = [clip_key(waveform) for waveform in waveforms]
         found = [self.get(key) for key in keys]
@@ -144,10 +138,8 @@ class TowerCacheMixin(Trainer):
     _tower_cache: TowerCache | None = None
 
     def open_tower_cache(self, model: ReLLMForConditionalGeneration, extractor: ReLLMFeatureExtractor) -> TowerCache:
-        """Return the cache of this model's towers, which [`put_towers`] then writes to.
-
-        Raises:
-            ValueError: If the run cannot have one; the message names the setting.
+        """Return the cache of this model's towers, which [`put_towers`] then writes to; `ValueError` if there can be
+        none.
         """
         if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError(
@@ -170,10 +162,8 @@ class TowerCacheMixin(Trainer):
         return self._tower_cache
 
     def put_towers(self, inputs: dict) -> None:
-        """Replace a batch's features by the towers' outputs, of the cache or computed now and kept; in place.
-
-        Args:
-            inputs (`dict`): A batch with the entries of [`TowerCache.look_up`], which leave it too.
+        """Replace, in place, the features and entries of [`TowerCache.look_up`] by the outputs, cached or computed and
+        kept.
         """
         known = inputs.pop("tower_known").tolist() if "tower_keys" in inputs else None
         given = {name: inputs.pop(f"tower_{name}") for name in OUTPUTS if f"tower_{name}" in inputs}

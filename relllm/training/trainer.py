@@ -45,18 +45,8 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
     An evaluation also measures the heads, on the outputs that gave the loss: `eval_ua`, `eval_wa`, `eval_macro_f1`,
     `eval_ccc_arousal`, `eval_ccc_dominance` and `eval_ccc_valence`, where there are labels.
 
-    Args:
-        model ([`ReLLMForConditionalGeneration`]): An instance, with its own LoRA in it.
-        args ([`ReLLMSFTConfig`], *optional*): Settings; by default the paper's.
-        train_dataset, eval_dataset: Rows as [`ReLLMCollator`] takes them.
-        processing_class ([`ReLLMProcessor`]): The model's processor.
-        kwargs: As in `trl.SFTTrainer`, but for `peft_config`.
-
-    Raises:
-        TypeError: If `model` is not an instance, or `processing_class` not a `ReLLMProcessor`.
-        ValueError: If `peft_config` is given: the model carries its LoRA, and a second one would deactivate it. Or if
-            a loss asks for what the model lacks. Or if clips are to be augmented or towers cached, and `data_collator`
-            is another one. Or if this run cannot have a cache of tower outputs.
+    Rows are as [`ReLLMCollator`] takes them; the settings are the paper's by default. What else `trl.SFTTrainer` takes
+    it takes too, but for `peft_config`: the model carries its LoRA, and a second one would deactivate it.
     """
 
     _tag_names = ["relllm", "trl", "sft"]

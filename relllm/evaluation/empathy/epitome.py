@@ -1,7 +1,6 @@
 """Pairs of a seeker's post and a response: reading EPITOME's CSV files, removing duplicates, splitting, tokens.
 
-Why the split is by seeker post: a post may have several responses, and a model that has seen the post in training has
-an easier time with its others. So all responses to a post are in one split, and duplicates are removed before.
+The split is by seeker post: a model that has seen a post in training has an easier time with its other responses.
 """
 
 from __future__ import annotations
@@ -43,16 +42,11 @@ class Pair:
 def read_pairs(path: Path) -> tuple[list[Pair], dict]:
     """Read labelled pairs, each once, and report what was dropped.
 
-    Of duplicates (the same post and the same response) the first is kept. Rows with an empty post or response are left
-    out. A pair whose rationale does not occur in its response, or whose level is above 0 without any, teaches its
-    level only. All of these are counted in the report.
-
-    Args:
-        path (`Path`): A CSV file with the columns `seeker_post`, `response_post`, `level` and `rationales`, which are
-            parts of the response, separated by `|`. Further columns (`sp_id`, `rp_id`) are not read.
-
-    Raises:
-        ValueError: If a column is missing, a level is none of 0, 1, 2, or the file is no CSV; with the line.
+    The CSV file has the columns `seeker_post`, `response_post`, `level` and `rationales`, which are parts of the
+    response, separated by `|`. Of duplicates (the same post and the same response) the first is kept. Rows with an
+    empty post or response are left out. A pair whose rationale does not occur in its response, or whose level is above
+    0 without any, teaches its level only. All of these are counted in the report; whatever else is wrong is a
+    `ValueError` with its line.
     """
     pairs: list[Pair] = []
     first: dict[tuple[str, str], Pair] = {}
@@ -126,15 +120,10 @@ def find_rationale(rationale: str, response: str) -> tuple[int, int] | None:
 def split_pairs(
     pairs: Sequence[Pair], *, seed: int, validation_share: float = 0.1, test_share: float = 0.2
 ) -> dict[str, list[Pair]]:
-    """Split by seeker post, so that no post is in two splits, and each level is in all where there are enough.
+    """Split by seeker post into `train`, `validation` and `test`, so that no post is in two of them.
 
-    The posts are taken by their highest level, shuffled, and cut. The order of the pairs does not matter.
-
-    Returns:
-        `dict[str, list[Pair]]`: `train`, `validation` and `test`, each in the order of `pairs`.
-
-    Raises:
-        ValueError: If the shares leave nothing for training, or a split gets no pairs.
+    The posts are taken by their highest level, shuffled, and cut, so that each level is in all splits where there are
+    enough. The order of the pairs does not matter, and is kept.
     """
     if validation_share <= 0 or test_share <= 0 or validation_share + test_share >= 1:
         raise ValueError(
@@ -178,10 +167,7 @@ def encode_pairs(
 ) -> list[dict[str, list[int] | int]]:
     """Return tokens and labels of each pair, for [`PairCollator`]; texts are cut to `max_length` tokens.
 
-    A token is in a rationale if it shares a character with one.
-
-    Raises:
-        ValueError: If the tokenizer is not a fast one, which knows a token's characters.
+    A token is in a rationale if it shares a character with one; which it has only a fast tokenizer knows.
     """
     if not tokenizer.is_fast:
         raise ValueError(
@@ -237,13 +223,10 @@ class PairCollator:
 
 
 def read_posts(path: Path) -> list[dict]:
-    """Read rows to be scored, with all their columns.
+    """Read rows with `seeker_post` and `response_post` to be scored, and all their columns, from a `.csv` or `.jsonl`
+    file.
 
-    Args:
-        path (`Path`): `.csv` with a header, or `.jsonl`; with `seeker_post` and `response_post`.
-
-    Raises:
-        ValueError: On another suffix, a missing column or value, an empty seeker post, or no rows; with the line.
+    Whatever is wrong (a missing column or value, an empty seeker post) is a `ValueError` with its line.
     """
     if path.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{path}: expected a file that ends in .csv or .jsonl.")

@@ -1,13 +1,11 @@
-"""The empathy scorer: a bi-encoder that reads a seeker's post and a response, and gives the response a level of one
-mechanism of empathy and marks the words that carry it (EPITOME, Sharma et al. 2020, arXiv 2009.08441).
+"""The empathy scorer: a bi-encoder that gives a response to a seeker's post a level of one mechanism of empathy, and
+marks the words that carry it (EPITOME, Sharma et al. 2020, arXiv 2009.08441).
 
-The architecture is that of the authors' public code (github.com/behavioral-data/Empathy-Mental-Health): two encoders
-of one kind; one head of attention from the response over the seeker's post, added to the response; on its first
-token dropout, dense, ReLU, dropout, projection to the levels; on every token dropout and a projection to "in a
-rationale" or not. The seeker's encoder is not trained. Where this differs from that code:
+The architecture is that of github.com/behavioral-data/Empathy-Mental-Health: two encoders of one kind, of which the
+seeker's is not trained; one head of attention from the response over the seeker's post, added to the response; on the
+first token a head for the levels; on every token one for "in a rationale" or not. Where this differs from that code:
 
-- The attention leaves out the padding of the seeker's post, which the code attends to: a pair's score does not depend
-  on the batch.
+- The attention leaves out the padding of the seeker's post: a pair's score does not depend on the batch.
 - The rationale loss and its metrics leave out special tokens, whose label is known beforehand.
 - The frozen encoder runs without dropout.
 - Both encoders start from any encoder of Transformers. The authors' are RoBERTa, pretrained further on their forum.
@@ -36,31 +34,16 @@ POSITIONS_AFTER_PADDING = ("camembert", "data2vec-text", "longformer", "mpnet", 
 
 @strict
 class EmpathyScorerConfig(PreTrainedConfig):
-    """Configuration of [`EmpathyScorer`].
-
-    Args:
-        mechanism (`str`, *optional*, defaults to `"ER"`): `"ER"` emotional reactions, `"IP"` interpretations, `"EX"`
-            explorations.
-        encoder_config (`dict` or `PreTrainedConfig`, *optional*, defaults to RoBERTa): Of both encoders.
-        max_length (`int`, *optional*, defaults to 64): Tokens of a post or response, special ones included; what is
-            longer is cut.
-        dropout (`float`, *optional*, defaults to 0.1): In the attention and the heads, in [0, 1).
-        level_loss_weight (`float`, *optional*, defaults to 1.0): Of the cross-entropy over levels.
-        rationale_loss_weight (`float`, *optional*, defaults to 0.5): Of the cross-entropy over tokens.
-
-    Raises:
-        ValueError: On an unknown mechanism, a model that is no encoder, more tokens than it has positions, or a number
-            outside its range.
-    """
+    """Configuration of [`EmpathyScorer`]: what it scores, its encoders (RoBERTa by default), and how it is trained."""
 
     model_type = "relllm_empathy_scorer"
     sub_configs = {"encoder_config": AutoConfig}
     keys_to_ignore_at_inference = ["level_loss", "rationale_loss"]
 
-    mechanism: str = "ER"
+    mechanism: str = "ER"  # ER emotional reactions, IP interpretations, EX explorations
     encoder_config: dict | PreTrainedConfig | None = None
-    max_length: int = 64
-    dropout: float = 0.1
+    max_length: int = 64  # tokens of a post or response, special ones included; what is longer is cut
+    dropout: float = 0.1  # in the attention and the heads
     level_loss_weight: float = 1.0
     rationale_loss_weight: float = 0.5
     initializer_range: float = 0.02
@@ -84,23 +67,13 @@ class EmpathyScorerConfig(PreTrainedConfig):
 
 @dataclass
 class EmpathyScorerOutput(ModelOutput):
-    """What [`EmpathyScorer`] returns.
+    """What [`EmpathyScorer`] returns; the losses where their labels were given."""
 
-    Args:
-        loss (`torch.Tensor` of shape `()`, *optional*): The weighted sum of the two, of those whose labels were given.
-        level_loss (`torch.Tensor` of shape `()`, *optional*): Cross-entropy, mean over pairs.
-        rationale_loss (`torch.Tensor` of shape `()`, *optional*): Cross-entropy, mean over labelled tokens; zero, with
-            a gradient, if none is labelled.
-        level_logits (`torch.Tensor` of shape `(pairs, 3)`): Of levels 0, 1, 2.
-        rationale_logits (`torch.Tensor` of shape `(pairs, T, 2)`): Of each token of the response: outside a rationale,
-            inside one. Past a response's own tokens, padding.
-    """
-
-    loss: Tensor | None = None
-    level_loss: Tensor | None = None
-    rationale_loss: Tensor | None = None
-    level_logits: Tensor | None = None
-    rationale_logits: Tensor | None = None
+    loss: Tensor | None = None  # (): the weighted sum of the two
+    level_loss: Tensor | None = None  # (): cross-entropy, mean over pairs
+    rationale_loss: Tensor | None = None  # (): mean over labelled tokens; zero, with a gradient, if there are none
+    level_logits: Tensor | None = None  # (pairs, 3)
+    rationale_logits: Tensor | None = None  # (pairs, T, 2): each token outside a rationale, inside one; then padding
 
 
 class SeekerAttention(nn.Module):
@@ -141,11 +114,7 @@ class LevelHead(nn.Module):
 
 
 class EmpathyScorer(PreTrainedModel):
-    """Level and rationale of one mechanism of empathy in a response to a seeker's post.
-
-    Args:
-        config ([`EmpathyScorerConfig`]): The encoders, the heads' dropout, the weights of the losses.
-    """
+    """Level and rationale of one mechanism of empathy in a response to a seeker's post."""
 
     config: EmpathyScorerConfig
     base_model_prefix = "scorer"
@@ -179,10 +148,9 @@ class EmpathyScorer(PreTrainedModel):
         """Give each pair a level, and each token of its response a place in a rationale or outside.
 
         Args:
-            seeker_input_ids (`torch.Tensor` of shape `(pairs, S)`): Tokens of the post, padded on the right.
-            response_input_ids (`torch.Tensor` of shape `(pairs, T)`): Tokens of the response, padded on the right.
-            seeker_attention_mask, response_attention_mask (`torch.Tensor` of the same shapes, *optional*): 1 on a
-                text's own tokens; without them every token counts.
+            seeker_input_ids (`torch.Tensor` of shape `(pairs, S)`): Padded on the right, as the response.
+            response_input_ids (`torch.Tensor` of shape `(pairs, T)`): Tokens of the response.
+            seeker_attention_mask, response_attention_mask (*optional*): 1 on a text's own tokens; by default on all.
             level_labels (`torch.Tensor` of shape `(pairs,)`, *optional*): 0, 1 or 2.
             rationale_labels (`torch.Tensor` of shape `(pairs, T)`, *optional*): 1 in a rationale, 0 outside, -100 on
                 special tokens, padding, and all over a response whose rationale is not known.
@@ -230,17 +198,9 @@ class EmpathyScorer(PreTrainedModel):
 
     @classmethod
     def from_encoder(cls, encoder: str, *, revision: str = "main", **settings: object) -> "EmpathyScorer":
-        """Build a scorer to train: both encoders pretrained, attention and heads fresh.
+        """Build a scorer to train: both encoders pretrained (from safetensors), attention and heads fresh.
 
-        Args:
-            encoder (`str`): An encoder of Transformers, such as `"roberta-base"`: a Hub id or a directory, safetensors
-                only.
-            settings: Of [`EmpathyScorerConfig`].
-            revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit on the Hub.
-
-        Raises:
-            ValueError: See [`EmpathyScorerConfig`]; before weights are read.
-            OSError: If there is no such encoder, or it has no safetensors.
+        `settings` are those of [`EmpathyScorerConfig`], which is checked before weights are read.
         """
         config = EmpathyScorerConfig(encoder_config=AutoConfig.from_pretrained(encoder, revision=revision), **settings)
         if os.path.isdir(encoder):

@@ -1,7 +1,4 @@
-"""Scoring pairs of a seeker's post and a response with trained scorers.
-
-A run of `score_table` is not resumable: a pair is two short texts, and a table takes one pass of a small encoder each.
-"""
+"""Scoring pairs of a seeker's post and a response with trained scorers."""
 
 from __future__ import annotations
 
@@ -29,17 +26,9 @@ class LoadedScorer:
 
 
 def load_scorers(path: str | Path) -> dict[str, LoadedScorer]:
-    """Load trained scorers.
+    """Load trained scorers by mechanism, in the order ER, IP, EX.
 
-    Args:
-        path (`str` or `Path`): A folder with `ER/`, `IP/`, `EX/` or some of them inside, or that of one scorer.
-
-    Returns:
-        `dict[str, LoadedScorer]`: By mechanism, in the order ER, IP, EX.
-
-    Raises:
-        FileNotFoundError: If there is no scorer.
-        ValueError: If a folder holds another model, a scorer of another mechanism than its name, or lacks weights.
+    `path` is a folder with `ER/`, `IP/`, `EX/` or some of them inside, or that of one scorer.
     """
     root = Path(path)
     if (root / "config.json").is_file():
@@ -71,19 +60,11 @@ def score_pairs(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> list[dict[str, dict]]:
-    """Give each pair a level and probabilities, by each scorer.
+    """Give each pair (seeker post, response) a level and probabilities, by each scorer; the scorers move to `device`.
 
-    An empty response says nothing: it has level 0 with probability 1 by definition, no scorer reads it.
-
-    Args:
-        scorers (`Mapping[str, LoadedScorer]`): From [`load_scorers`]; they move to `device`.
-        pairs (`Sequence[tuple[str, str]]`): Seeker post and response.
-
-    Returns:
-        `list[dict[str, dict]]`: For each pair `{mechanism: {"level": 0 | 1 | 2, "probabilities": [p0, p1, p2]}}`.
-
-    Raises:
-        ValueError: If a seeker post is empty, with its position; or a scorer gives what is no number.
+    Returns `{mechanism: {"level": 0 | 1 | 2, "probabilities": [p0, p1, p2]}}` for each pair. An empty response says
+    nothing: it has level 0 with probability 1 by definition, no scorer reads it. An empty seeker post is a
+    `ValueError`.
     """
     for position, (seeker, _) in enumerate(pairs):
         if not seeker.strip():
@@ -112,21 +93,11 @@ def score_table(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> dict[str, dict]:
-    """Score a table and write it with new columns; the file is complete or not there.
+    """Score a `.csv` or `.jsonl` table and write it with new columns; the file is complete or not there.
 
-    The columns are `ER_level`, `ER_p0`, `ER_p1`, `ER_p2`, and so on; the others stay as they are.
-
-    Args:
-        path (`Path`): As [`read_posts`] takes it.
-        scorers (`Mapping[str, LoadedScorer]`): From [`load_scorers`].
-        out (`Path`): `.csv` or `.jsonl`.
-
-    Returns:
-        `dict[str, dict]`: For each mechanism `mean_level`, `levels` (how many responses have 0, 1, 2), `num_pairs` and
-        `num_empty` (empty responses, which count as level 0).
-
-    Raises:
-        ValueError: On another suffix of `out`, if the table has one of the new columns already, or is not readable.
+    The columns are `ER_level`, `ER_p0`, `ER_p1`, `ER_p2`, and so on; the others stay as they are. Returns for each
+    mechanism `mean_level`, `levels` (how many responses have 0, 1, 2), `num_pairs` and `num_empty` (empty responses,
+    which count as level 0).
     """
     if out.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"--out {out}: expected a file that ends in .csv or .jsonl.")
