@@ -1,4 +1,4 @@
-"""Who may import whom inside the package, read from the syntax tree without importing anything.
+"""Who may import whom, and how large the house may be, read from the syntax tree without importing anything.
 
 Data flows one way: labels → processing, modeling → data, training, evaluation, inference, conversion → demo →
 cli. The Hub rooms, `modeling/` and `processing/`, are copied as flat files beside a checkpoint: they import only
@@ -127,9 +127,75 @@ def load_errors(path: Path, package: Path) -> Iterator[str]:
             yield f"{path.relative_to(package)}:{line}: imports {name} at load. Import it where it is used."
 
 
+def top_level_names(path: Path) -> Iterator[str]:
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            yield node.name
+
+
+def name_errors(package: Path) -> Iterator[str]:
+    """Two files of one name, or two public functions or classes of one name: neither can be searched for."""
+    files: dict[str, Path] = {}
+    names: dict[str, Path] = {}
+    for path in sorted(package.rglob("*.py")):
+        where = path.relative_to(package)
+        if path.stem not in ("__init__", "__main__"):
+            if path.name in files:
+                yield f"{where}: {files[path.name]} has the same name. Rename one."
+            files.setdefault(path.name, where)
+        for name in top_level_names(path):
+            if name in names:
+                yield f"{where}: {name} is also in {names[name]}. Give one a more telling name."
+            names.setdefault(name, where)
+
+
+def imported_files(path: Path, package: Path) -> set[Path]:
+    """The files of the package that a file imports, also inside functions and for type checking."""
+    own = [package.name, *path.relative_to(package).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        base = own[: len(own) - node.level + 1] if node.level else []
+        base = [*base, *(node.module or "").split(".")] if node.module else base
+        if base[0] == package.name:
+            targets = (package.joinpath(*base[1:], name) for name in ("", *(alias.name for alias in node.names)))
+            found |= {target.with_suffix(".py") for target in targets if target.with_suffix(".py").is_file()}
+    return found - {path}
+
+
+def circle_errors(package: Path) -> Iterator[str]:
+    """Files that import each other, over however many steps."""
+    reached = {path: imported_files(path, package) for path in sorted(package.rglob("*.py"))}
+    grown = True
+    while grown:
+        grown = False
+        for path, seen in reached.items():
+            further = set().union(*(reached[other] for other in seen), seen)
+            grown |= further != seen
+            reached[path] = further
+    for path, seen in reached.items():
+        if path in seen:
+            with_it = sorted(str(other.relative_to(package)) for other in seen if path in reached[other])
+            yield f"{path.relative_to(package)}: imports in a circle: {', '.join(with_it)}."
+
+
+MOST_LINES, MOST_FILES = 700, 18
+
+
+def size_errors(package: Path) -> Iterator[str]:
+    """Files and folders that have outgrown a reader."""
+    for path in sorted(package.rglob("*.py")):
+        if (lines := len(path.read_text().splitlines())) > MOST_LINES:
+            yield f"{path.relative_to(package)}: {lines} lines, at most {MOST_LINES}. Split it by what it does."
+    for folder in sorted({path.parent for path in package.rglob("*.py")}):
+        if (count := len(list(folder.glob("*.py")))) > MOST_FILES:
+            yield f"{folder.relative_to(package)}/: {count} files, at most {MOST_FILES}. Merge some."
+
+
 def layering_errors(package: Path) -> list[str]:
     """Reads a package's files and returns one message for each broken rule, with file and line."""
-    errors = list(flatness_errors(package))
+    errors = [*flatness_errors(package), *name_errors(package), *circle_errors(package), *size_errors(package)]
     for path in sorted(package.rglob("*.py")):
         room = room_of(path, package)
         errors += direction_errors(path, package)
@@ -185,6 +251,17 @@ BROKEN = {
     "a Hub room has a subfolder": ({"modeling/deep/a.py": ""}, "Move the file up"),
     "two Hub files share a name": ({"modeling/sound.py": ""}, "Rename one"),
     "peft at load in modeling": ({"modeling/a.py": "import peft.tuners\n"}, "imports peft at load"),
+    "two files share a name": ({"data/trainer.py": ""}, "Rename one"),
+    "two public names are one": (
+        {"data/a.py": "class Tower:\n    pass\n", "data/b.py": "def Tower(): ...\n"},
+        "telling",
+    ),
+    "a circle of two": (
+        {"data/a.py": "from .b import f\n", "data/b.py": "def f():\n    from .a import g\n"},
+        "circle: data/a.py, data/b.py",
+    ),
+    "a file without end": ({"data/a.py": "x = 1\n" * 701}, "701 lines"),
+    "a crowded folder": ({f"data/a{number}.py": "" for number in range(18)}, "19 files"),
     "trl at load in cli": ({"cli.py": "if True:\n    from trl import SFTTrainer\n"}, "imports trl at load"),
 }
 
