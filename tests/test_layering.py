@@ -15,10 +15,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "relllm"
 HUB_ROOMS = ("modeling", "processing")
 # A room is a folder of the package or a module beside it; it may import the rooms listed here, and itself.
-BASE = {"labels", "processing", "modeling"}
+BASE = {"labels", "setting", "processing", "modeling"}
 BELOW_DEMO = BASE | {"data", "inference", "training", "evaluation", "conversion", "hub", "metrics", "plots"}
 MAY_IMPORT = {
     "labels": set(),
+    "setting": set(),
     "metrics": {"labels"},
     "plots": {"labels", "metrics"},
     "processing": set(),

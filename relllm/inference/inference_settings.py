@@ -1,27 +1,27 @@
 """The settings of the commands that use a model, each declared once. Nothing heavy is imported here."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from relllm.setting import REQUIRED, setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
     """Which model, and where it runs."""
 
-    model: str = field(metadata={"help": "A ReLLM checkpoint: a directory or a Hub id.", "argument": True})
-    device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, … or auto."})
-    dtype: str = field(
-        default="auto", metadata={"help": "float32, bfloat16, float16, or auto for the checkpoint's own."}
-    )
-    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    model: str = setting(REQUIRED, "A ReLLM checkpoint: a directory or a Hub id.", argument=True)
+    device: str = setting("auto", "cpu, cuda, cuda:1, … or auto.")
+    dtype: str = setting("auto", "float32, bfloat16, float16, or auto for the checkpoint's own.")
+    revision: str = setting("main", "Branch, tag or commit of the model on the Hub.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplySettings(CheckpointSettings):
     """What a model that replies is told."""
 
-    instruction: str | None = field(default=None, metadata={"help": "Text before a clip; empty for none."})
-    system_prompt: str | None = field(default=None, metadata={"help": "System turn; empty for none."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest reply, in tokens.", "min": 1})
+    instruction: str | None = setting(None, "Text before a clip; empty for none.")
+    system_prompt: str | None = setting(None, "System turn; empty for none.")
+    max_new_tokens: int = setting(128, "Longest reply, in tokens.", min=1)
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -34,71 +34,54 @@ class ReplySettings(CheckpointSettings):
 class TalkSettings(ReplySettings):
     """Who talks beside the model."""
 
-    baseline: str | None = field(
-        default=None,
-        metadata={"help": "Also ask a second ReLLM, for example a speech-only.", "flags": ["--speech-only"]},
+    baseline: str | None = setting(
+        None, "Also ask a second ReLLM, for example a speech-only.", flags=["--speech-only"]
     )
-    text_only: str | None = field(
-        default=None,
-        metadata={"help": "Also ask a bare LLM: a directory, a Hub id, or `own` for the one inside the model."},
+    text_only: str | None = setting(
+        None, "Also ask a bare LLM: a directory, a Hub id, or `own` for the one inside the model."
     )
-    transcriber: str | None = field(
-        default=None, metadata={"help": "Speech recognition that writes spoken turns down for --text-only."}
-    )
+    transcriber: str | None = setting(None, "Speech recognition that writes spoken turns down for --text-only.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PageSettings(TalkSettings):
     """Where the page is."""
 
-    host: str = field(
-        default="127.0.0.1", metadata={"help": "Address to serve on; 127.0.0.1 is seen from this machine only."}
-    )
-    port: int = field(default=7860, metadata={"help": "Port to serve on.", "min": 1, "max": 65535})
+    host: str = setting("127.0.0.1", "Address to serve on; 127.0.0.1 is seen from this machine only.")
+    port: int = setting(7860, "Port to serve on.", min=1, max=65535)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(CheckpointSettings):
     """Where the server is, and for whom."""
 
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 lets other machines in."})
-    port: int = field(default=8000, metadata={"help": "0 takes a free one and prints it.", "min": 0, "max": 65535})
-    name: str | None = field(
-        default=None, metadata={"help": "What clients call the model; by default the id, or the folder's name."}
-    )
-    api_key: str | None = field(
-        default=None,
-        metadata={"help": "What clients must send; a flag is seen in `ps`.", "envvar": "RELLLM_API_KEY"},
-    )
-    grace_period: float = field(default=30.0, metadata={"help": "After SIGTERM, seconds to finish in.", "min": 0})
+    host: str = setting("127.0.0.1", "Address to listen on; 0.0.0.0 lets other machines in.")
+    port: int = setting(8000, "0 takes a free one and prints it.", min=0, max=65535)
+    name: str | None = setting(None, "What clients call the model; by default the id, or the folder's name.")
+    api_key: str | None = setting(None, "What clients must send; a flag is seen in `ps`.", envvar="RELLLM_API_KEY")
+    grace_period: float = setting(30.0, "After SIGTERM, seconds to finish in.", min=0)
 
 
 @dataclass(frozen=True)
 class BatchSettings:
     """How requests are batched."""
 
-    max_batch_size: int = field(default=16, metadata={"help": "Requests worked on together.", "min": 1})
-    max_batch_windows: int = field(
-        default=64,
-        metadata={"help": "Windows of audio (30 s each for Whisper) worked on together: memory.", "min": 1},
-    )
-    batch_wait_ms: float = field(default=10.0, metadata={"help": "The first request waits so long.", "min": 0})
-    max_queue: int = field(default=64, metadata={"help": "Requests that may wait; more get 429.", "min": 1})
+    max_batch_size: int = setting(16, "Requests worked on together.", min=1)
+    max_batch_windows: int = setting(64, "Windows of audio (30 s each for Whisper) worked on together: memory.", min=1)
+    batch_wait_ms: float = setting(10.0, "The first request waits so long.", min=0)
+    max_queue: int = setting(64, "Requests that may wait; more get 429.", min=1)
 
 
 @dataclass(frozen=True)
 class RequestLimits:
     """What a request may hold. Everything beyond is refused with a reason."""
 
-    max_tokens: int = field(default=512, metadata={"help": "Longest reply a request may ask for.", "min": 1})
-    max_context: int | None = field(
-        default=None,
-        metadata={"help": "Longest conversation with its reply, in tokens; by default the LLM's.", "min": 2},
+    max_tokens: int = setting(512, "Longest reply a request may ask for.", min=1)
+    max_context: int | None = setting(
+        None, "Longest conversation with its reply, in tokens; by default the LLM's.", min=2
     )
-    max_body_mib: float = field(default=32.0, metadata={"help": "Largest body, in MiB; more gets 413.", "min": 0.001})
-    max_audio_seconds: float = field(
-        default=120.0, metadata={"help": "Of all clips of a request together.", "min": 0.025}
-    )
-    max_clips: int = field(default=16, metadata={"help": "Clips in a request.", "min": 1})
-    min_sampling_rate: int = field(default=8_000, metadata={"help": "Of a clip, in Hz.", "min": 4_000})
-    max_sampling_rate: int = field(default=96_000, metadata={"help": "Of a clip, in Hz.", "max": 768_000})
+    max_body_mib: float = setting(32.0, "Largest body, in MiB; more gets 413.", min=0.001)
+    max_audio_seconds: float = setting(120.0, "Of all clips of a request together.", min=0.025)
+    max_clips: int = setting(16, "Clips in a request.", min=1)
+    min_sampling_rate: int = setting(8_000, "Of a clip, in Hz.", min=4_000)
+    max_sampling_rate: int = setting(96_000, "Of a clip, in Hz.", max=768_000)

@@ -26,8 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from relllm.processing.audio_relllm import MAX_DURATION_S, MIN_DURATION_S, SAMPLING_RATE, load_audio, resample
-
-from .settings import setting
+from relllm.setting import setting
 
 # Smallest and largest value that a range may hold; outside, it was meant in another unit.
 RANGES = {

@@ -7,9 +7,9 @@ import torch
 from trl import SFTConfig
 
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
+from relllm.setting import setting
 
 from .augmentation import AugmentationSettings
-from .settings import setting
 from .tower_cache import TowerCacheSettings
 
 TOWERS = ("audio_tower", "emotion_tower", "text_model")

@@ -30,12 +30,13 @@ from relllm.metrics import concordances
 from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 from relllm.processing.audio_relllm import load_audio
+from relllm.setting import setting
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
 from .checkpoints import checkpoint_to_resume
 from .config import RowsSettings
 from .losses import ccc_loss
-from .settings import SettingsParser, setting
+from .settings import SettingsParser
 
 logger = logging.getLogger(__name__)
 

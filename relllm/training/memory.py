@@ -25,9 +25,9 @@ from relllm.modeling.audio_tower_relllm import count_frames
 from relllm.modeling.configuration_relllm import ReLLMConfig
 from relllm.modeling.lora_relllm import is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.setting import setting
 
 from .freezing import prepare_trainable
-from .settings import setting
 
 NF4_BYTES = 0.516  # a weight in 4 bit with double quantisation: 4 + 0.127 bits (QLoRA)
 HEAD_TILE_POSITIONS, HEAD_TILE_WORDS = 4096, 32768  # of the buffer of TRL's fused head

@@ -1,21 +1,12 @@
 """Settings of a run from a YAML file and flags: TRL's parser, with a help page that puts what matters first."""
 
 import argparse
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from trl import TrlParser
 
 REST = "everything else that TRL and Transformers know"
-
-
-def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """Declare a field of a dataclass of settings: its default, and what `--help` says of it."""
-    metadata |= {"help": help}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 class SettingsParser(TrlParser):

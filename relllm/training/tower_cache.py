@@ -34,8 +34,7 @@ from transformers.utils import logging
 
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration, ReLLMModel, TowerOutputs
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
-
-from .settings import setting
+from relllm.setting import setting
 
 logger = logging.get_logger(__name__)
 
