@@ -138,7 +138,7 @@ def inspect(settings: InspectSettings) -> None:
 
 @app.command("write-targets")
 @from_settings
-def write_targets(settings: WriteTargetsSettings) -> None:
+def write_replies(settings: WriteTargetsSettings) -> None:
     """Have a chat LLM write the replies to learn, from transcript and emotion.
 
     Refusals and junk are dropped; what and why is in NAME.report.json. Killed, the same command goes on where it was.
