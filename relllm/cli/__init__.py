@@ -1,4 +1,4 @@
-"""The `relllm` command, one file for each group of commands.
+"""The `relllm` command, one file for each group of commands; their flags are made by `options.py` from dataclasses.
 
 Heavy imports are inside the commands, so that `--help` answers at once.
 """

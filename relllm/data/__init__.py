@@ -1,1 +1,5 @@
-"""Corpora as rows: `rows.py` is the row, one file reads each corpus, `preparing.py` writes what `loading.py` reads."""
+"""Corpora as rows: read `rows.py` first, the row that all others make or take.
+
+`corpora/` reads each corpus (with `parsing.py`), `preparing.py` writes a data set (`clips.py`, `report.py`, `card.py`),
+`loading.py` reads it, `inspection.py` looks at it; `replies/` and `annotate.py` add columns. `data_settings.py`: flags.
+"""

@@ -1,1 +1,5 @@
-"""The OpenAI-compatible server: `relllm serve`. It needs the extra `relllm[serve]`."""
+"""The OpenAI-compatible server of `relllm serve`, which needs the extra `relllm[serve]`.
+
+A request goes from `app.py` (routes; `schema.py`, `errors.py`) through `prompts.py` (clips, conversation, limits) to
+`engine.py` (the queue and the model's thread; one row of a batch in `decoding.py`). `server.py` starts and ends it.
+"""
