@@ -154,10 +154,8 @@ def write_replies(settings: WriteTargetsSettings) -> None:
         console.print(f"[red]stopped:[/red] {escape(str(error))}")
         raise typer.Exit(1) from error
     console.print(target_table(report))
-    written = (
-        f"Replies: [bold]{settings.out}[/bold]; what was dropped, with ids and texts: {report_path(settings.out)}"
-    )
-    console.print(written)
+    dropped = report_path(settings.out)
+    console.print(f"Replies: [bold]{settings.out}[/bold]; what was dropped, with ids and texts: {dropped}")
     if not report["written"]:
         raise typer.Exit(1)
 
@@ -255,10 +253,8 @@ def _show_findings(inspection: Inspection) -> None:
     by_check: dict[str, list[Finding]] = {}
     for finding in inspection.findings:
         by_check.setdefault(finding.check, []).append(finding)
-    table = Table("check", title="Findings", title_justify="left")
-    table.add_column("findings", justify="right")
-    table.add_column("clips", justify="right")
-    table.add_column("for example")
+    table = Table("check", "findings", "clips", "for example", title="Findings", title_justify="left")
+    table.columns[1].justify = table.columns[2].justify = "right"
     for check, found in by_check.items():
         clips = len({row_id for finding in found for row_id in finding.ids})
         example = f"{', '.join(found[0].ids[:3])}: {found[0].detail}"

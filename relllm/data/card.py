@@ -1,8 +1,4 @@
-"""The data card: `README.md` of a prepared data set, as the Hub and a reader want it.
-
-It holds counts, and never a transcript, a name of an utterance or a path: a card may be published where the corpus may
-not.
-"""
+"""The data card, `README.md` of a data set: counts, and never a transcript, an utterance's name or a path."""
 
 from __future__ import annotations
 
@@ -15,15 +11,8 @@ from .rows import CorpusFacts
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _PUBLIC_SETTINGS = (
-    "label_set",
-    "merge_excited",
-    "held_out_session",
-    "validation_session",
-    "splits",
-    "language",
-    "embed_audio",
-    "min_seconds",
-    "max_seconds",
+    *("label_set", "merge_excited", "held_out_session", "validation_session", "splits", "language"),
+    *("embed_audio", "min_seconds", "max_seconds"),
 )
 
 
@@ -58,7 +47,9 @@ def _body(facts: CorpusFacts, report: Mapping) -> str:
     parts += ["## Splits", _split_table(report), _shared(report), "## Emotions", _emotion_table(report)]
     parts += ["## Arousal, dominance and valence", _dimension_table(report)]
     parts += ["## Left out", _dropped_table(report), _audio_notes(report), "## Columns", _columns(report)]
-    parts += ["## How it was made", _settings(report["settings"])]
+    settings = report["settings"]
+    made = [f"- {name}: `{json.dumps(settings[name])}`" for name in _PUBLIC_SETTINGS if name in settings]
+    parts += ["## How it was made", "\n".join(made)]
     if facts.citation:
         parts += ["## Citation", f"```bibtex\n{facts.citation}\n```"]
     return "\n".join(f"{part}\n" for part in parts if part)
@@ -98,9 +89,8 @@ def _dimension_table(report: Mapping) -> str:
 
 
 def _dropped_table(report: Mapping) -> str:
-    if not report["dropped"]:
-        return "Nothing."
-    return _table(["reason", "utterances"], [[name, f"{item['count']:,}"] for name, item in report["dropped"].items()])
+    rows = [[name, f"{item['count']:,}"] for name, item in report["dropped"].items()]
+    return _table(["reason", "utterances"], rows) if rows else "Nothing."
 
 
 def _audio_notes(report: Mapping) -> str:
@@ -121,11 +111,6 @@ def _columns(report: Mapping) -> str:
         '```python\nimport relllm\n\nrows = relllm.load_corpus("…", split="'
         f'{next(iter(report["splits"]))}")\n```'
     )
-
-
-def _settings(settings: Mapping) -> str:
-    lines = [f"- {name}: `{json.dumps(settings[name])}`" for name in _PUBLIC_SETTINGS if name in settings]
-    return "\n".join(lines)
 
 
 def _hours(hours: float) -> str:

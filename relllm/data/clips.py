@@ -1,9 +1,7 @@
 """One recording on its way into a data set: read once, checked, measured, and encoded where it is to be embedded.
 
-A clip that cannot be used is a `Dropped` with a reason; the others go on. Silent and clipped ones are marked and kept:
-people are silent, and microphones clip. A 16-bit mono file of 16 kHz is embedded as it is, byte for byte. Everything
-else is averaged to mono, resampled and stored as 16-bit FLAC. Samples beyond full scale, from a resampling filter's
-overshoot or a floating-point file, are set to full scale. The clip is not made quieter: loudness carries emotion.
+Silent and clipped clips are marked and kept. A 16-bit mono file of 16 kHz is embedded byte for byte, everything else
+as 16-bit FLAC; samples beyond full scale are set to it, and never is a clip made quieter: loudness carries emotion.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What each command of this folder can be told, declared once: the parsers and writers take these dataclasses.
-
-Nothing heavy is imported here, because `relllm --help` reads them all.
-"""
+"""What each command of this folder can be told, declared once; nothing heavy is imported for `relllm --help`."""
 
 from __future__ import annotations
 
@@ -18,11 +15,7 @@ SHORTEST_S, LONGEST_S = 0.025, 600.0  # what `load_audio` accepts
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
-    """Where a data set goes and what is done with its audio.
-
-    Raises:
-        ValueError: If the durations leave nothing.
-    """
+    """Where a data set goes and what is done with its audio."""
 
     output_dir: Path | None = field(default=None, metadata={"help": "Folder of the data set; by default data/NAME."})
     embed_audio: bool = field(
@@ -184,11 +177,7 @@ class Sampling:
 class TargetSettings(Sampling):
     """What makes the replies of one file comparable; a resumed run must have the same.
 
-    Where `{emotion}` stands in the prompt, a row needs an emotion; without it, as for the continuations of a first
-    stage on ASR data, it does not.
-
-    Raises:
-        ValueError: If the prompt holds another field than `{emotion}`.
+    Where `{emotion}` stands in the prompt, a row needs an emotion; another field in it is a `ValueError`.
     """
 
     text_model: str = field(metadata={"help": "The chat LLM that writes: an id, a path, or its name at the endpoint."})

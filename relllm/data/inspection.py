@@ -1,8 +1,4 @@
-"""Looking at a data set before a model does: what is in it, and what is wrong with it.
-
-Findings are about rows by id; they are warnings, because some are as the corpus's owners meant them (ESD has every
-speaker in every split). Nothing is mended.
-"""
+"""Look at a data set before a model does: what is in it, and what may be wrong with it; nothing is mended."""
 
 from __future__ import annotations
 
@@ -50,63 +46,39 @@ _CHUNK = 32  # clips that a process reads before it reports
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to look at.
+    """Something to look at."""
 
-    Attributes:
-        check (`str`): A category: the same words for the same check.
-        ids (`list[str]`): The rows it is about; all of them.
-        detail (`str`): The value, the speaker, the splits.
-    """
-
-    check: str
-    ids: list[str]
-    detail: str
+    check: str  # a category: the same words for the same check
+    ids: list[str]  # all the rows it is about
+    detail: str  # the value, the speaker, the splits
 
 
 @dataclass(frozen=True)
 class ClipFacts:
-    """What was measured of a clip, mono and at its own rate.
+    """What was measured of a clip, mono and at its own rate."""
 
-    Attributes:
-        error (`str` or `None`): Why it could not be read; then nothing else is known.
-        duration_s (`float` or `None`): In seconds.
-        digest (`str` or `None`): Of rate and samples: a FLAC and a WAV file of the same samples have the same.
-        peak (`float` or `None`): Largest magnitude; 1 is full scale.
-        full_scale_run (`int` or `None`): Most samples in a row at full scale.
-    """
-
-    error: str | None = None
+    error: str | None = None  # why it could not be read; then nothing else is known
     duration_s: float | None = None
-    digest: str | None = None
-    peak: float | None = None
-    full_scale_run: int | None = None
+    digest: str | None = None  # of rate and samples, whatever the container
+    peak: float | None = None  # largest magnitude; 1 is full scale
+    full_scale_run: int | None = None  # most samples in a row at full scale
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A data set's rows without their audio, and what was found.
+    """A data set's rows without their audio, and what was found."""
 
-    Attributes:
-        data (`str`): As it was named.
-        rows (`list[dict]`): Columns of the data set but `audio`; with `id`, `split` and, where known, `duration_s`.
-        audio_was_read (`bool`): Whether the checks of the audio were made.
-        findings (`list[Finding]`): In the order of the checks.
-    """
-
-    data: str
-    rows: list[dict]
+    data: str  # as it was named
+    rows: list[dict]  # with `id`, `split` and, where known, `duration_s`
     audio_was_read: bool
-    findings: list[Finding]
+    findings: list[Finding]  # in the order of the checks
 
 
 def inspect_corpus(settings: InspectSettings, *, progress: bool = True) -> Inspection:
     """Read all splits of whatever [`load_corpus`] reads, and check them; nothing is written.
 
-    With more than one process a script needs `if __name__ == "__main__":`.
-
-    Raises:
-        FileNotFoundError: Nothing is at `data`.
-        ValueError: `data` is no data set, or has no column `audio` and the audio is to be read.
+    With more than one process a script needs `if __name__ == "__main__":`. Raises as [`load_corpus`] does, and
+    `ValueError` where there is no column `audio` and the audio is to be read.
     """
     data = settings.data
     tables = {split: _with_ids(load_corpus(data, split)) for split in _name_splits(data)}
@@ -125,13 +97,9 @@ def inspect_corpus(settings: InspectSettings, *, progress: bool = True) -> Inspe
 
 
 def check_table(rows: Sequence[Mapping]) -> list[Finding]:
-    """Ids that are not unique, speakers in several splits, and emotions that contradict their dimensions.
+    """Find ids used twice, speakers in several splits, and emotions that contradict their dimensions.
 
-    Args:
-        rows (`Sequence[Mapping]`): With `id` and `split`; other columns may be missing.
-
-    Returns:
-        `list[Finding]`: Nothing for what is unknown: a speaker or a split that is `None` leaks nowhere.
+    Rows need `id` and `split`; a speaker or a split that is `None` leaks nowhere.
     """
     findings = [
         Finding("id used more than once", [row_id], f"{count} rows")
@@ -149,23 +117,15 @@ def check_table(rows: Sequence[Mapping]) -> list[Finding]:
     for row in rows:
         for emotion, dimension, side in CONTRADICTIONS:
             value = row.get(dimension) if row.get("emotion") == emotion else None
-            if value is not None and (value < LOW if side == "below" else value > HIGH):
-                limit = LOW if side == "below" else HIGH
+            limit = LOW if side == "below" else HIGH
+            if value is not None and (value < limit if side == "below" else value > limit):
                 detail = f"{emotion}, {dimension} {value:.2f} is {side} {limit}"
                 findings.append(Finding("emotion contradicts a dimension", [row["id"]], detail))
     return findings
 
 
 def check_audio(rows: Sequence[Mapping], facts: Sequence[ClipFacts]) -> list[Finding]:
-    """Clips that cannot be read, are the same as another, clipped or silent.
-
-    Args:
-        rows (`Sequence[Mapping]`): With `id` and `split`.
-        facts (`Sequence[ClipFacts]`): Of each row.
-
-    Returns:
-        `list[Finding]`: Clips with the same samples are one finding.
-    """
+    """Find clips that cannot be read, are clipped or silent, or the same as others (one finding for all)."""
     findings = []
     by_digest: dict[str, list[Mapping]] = defaultdict(list)
     for row, measured in zip(rows, facts, strict=True):
@@ -173,10 +133,8 @@ def check_audio(rows: Sequence[Mapping], facts: Sequence[ClipFacts]) -> list[Fin
             findings.append(Finding("audio cannot be read", [row["id"]], measured.error))
         if measured.digest is not None:
             by_digest[measured.digest].append(row)
-        if measured.full_scale_run is not None and measured.full_scale_run >= CLIPPED_SAMPLES:
-            findings.append(
-                Finding("clipped", [row["id"]], f"{measured.full_scale_run} samples in a row at full scale")
-            )
+        if (run := measured.full_scale_run or 0) >= CLIPPED_SAMPLES:
+            findings.append(Finding("clipped", [row["id"]], f"{run} samples in a row at full scale"))
         if measured.peak is not None and measured.peak < SILENT_PEAK:
             findings.append(Finding("silent", [row["id"]], f"peak {measured.peak:.1e} of full scale"))
     for same in by_digest.values():
@@ -188,7 +146,7 @@ def check_audio(rows: Sequence[Mapping], facts: Sequence[ClipFacts]) -> list[Fin
 
 
 def check_durations(rows: Iterable[Mapping], max_duration_s: float) -> list[Finding]:
-    """Clips longer than `max_duration_s` seconds, where the duration is known."""
+    """Find clips longer than `max_duration_s` seconds, where the duration is known."""
     return [
         Finding("long", [row["id"]], f"{row['duration_s']:.1f} s")
         for row in rows
@@ -197,7 +155,7 @@ def check_durations(rows: Iterable[Mapping], max_duration_s: float) -> list[Find
 
 
 def measure_clip(audio: AudioSource) -> ClipFacts:
-    """Decodes a clip and measures it; one that cannot be read is described, not raised."""
+    """Decode a clip and measure it; one that cannot be read is described, not raised."""
     try:
         rate = _read_rate(audio)
         waveform = load_audio(audio, sampling_rate=rate, max_duration_s=math.inf)
@@ -205,21 +163,11 @@ def measure_clip(audio: AudioSource) -> ClipFacts:
         return ClipFacts(error=str(error))
     peak, full_scale_run = measure_loudness(waveform)
     digest = hashlib.blake2b(waveform.tobytes(), digest_size=16, salt=rate.to_bytes(8, "little"))
-    return ClipFacts(
-        duration_s=len(waveform) / rate,
-        digest=digest.hexdigest(),
-        peak=peak,
-        full_scale_run=full_scale_run,
-    )
+    return ClipFacts(None, len(waveform) / rate, digest.hexdigest(), peak, full_scale_run)
 
 
 def summarize(inspection: Inspection) -> dict[str, dict]:
-    """Counts and durations of each split.
-
-    Returns:
-        `dict[str, dict]`: For each split `num_clips`, `num_speakers`, `num_with_text`, `num_with_dimensions`, `hours`
-        and `duration_s` (`min`, `median`, `max`; `None` where no duration is known) and `emotions`, the clips of each.
-    """
+    """Return counts, hours, durations in seconds and emotions of each split; `None` where nothing is known."""
     by_split: dict[str, list[dict]] = defaultdict(list)
     for row in inspection.rows:
         by_split[row["split"] or _NO_SPLIT].append(row)
@@ -242,14 +190,7 @@ def summarize(inspection: Inspection) -> dict[str, dict]:
 
 
 def write_report(inspection: Inspection, out: Path) -> list[Path]:
-    """Writes `report.json`, the summary of each split and every finding with all its ids, and the plot of the labels.
-
-    Returns:
-        `list[Path]`: The report and, where some rows have valence and arousal, `valence_arousal.png`.
-
-    Raises:
-        ImportError: If there is something to plot and matplotlib is missing (`pip install relllm[data]`).
-    """
+    """Write `report.json`, with all findings, and a plot where rows have valence and arousal; return the paths."""
     from relllm.plots import plot_valence_arousal_labels
 
     content = {
@@ -266,9 +207,8 @@ def write_report(inspection: Inspection, out: Path) -> list[Path]:
         valence, arousal = [row["valence"] for row in rated], [row["arousal"] for row in rated]
         emotions = [row.get("emotion") or "none" for row in rated]
         title = f"{Path(inspection.data).name}: {len(rated):,} clips"
-        written.append(
-            plot_valence_arousal_labels(valence, arousal, emotions, out / "valence_arousal.png", title=title)
-        )
+        plot = out / "valence_arousal.png"
+        written.append(plot_valence_arousal_labels(valence, arousal, emotions, plot, title=title))
     return written
 
 
@@ -304,7 +244,7 @@ def _read_rows(table: Dataset, split: str | None) -> Iterator[dict]:
 
 
 def _read_rate(audio: AudioSource) -> int:
-    """Of the file, so that nothing is resampled for a look; what is no file is read at the package's rate."""
+    """Return the file's own rate, so that nothing is resampled for a look; the package's for what is no file."""
     import soundfile
 
     if isinstance(audio, Mapping):

@@ -1,8 +1,4 @@
-"""Reads rows from wherever they lie: a prepared corpus, a file, a saved data set, the Hub.
-
-What does not live here: making rows of a corpus, and decoding audio. Paths and bytes are passed on as they are, so
-that each clip is decoded once, where a batch is made.
-"""
+"""Read rows from a prepared corpus, a file, a saved data set or the Hub; the audio is not decoded here."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,48 +33,36 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # of a prepared data set, 
 def load_corpus(
     data: str | Path, split: str | None = None, *, held_out: str | None = None, streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """Rows as [`relllm.data.rows.Row`] has them, or with TRL's `messages`; further columns are kept.
+    """Return rows as [`relllm.data.rows.Row`] has them, or with TRL's `messages`; further columns are kept.
 
     Args:
-        data (`str` or `Path`): One of
-            - a directory that `relllm prepare` wrote, or one with `metadata.jsonl` (audio paths are relative to it),
-            - a directory that `datasets.save_to_disk` wrote, or one of Parquet files,
-            - a `.jsonl`, `.csv` or `.parquet` file (audio paths are relative to its folder),
-            - the id of a data set on the Hub.
+        data (`str` or `Path`): A directory that `relllm prepare` or `datasets.save_to_disk` wrote, or one with
+            `metadata.jsonl` or Parquet files; a `.jsonl`, `.csv` or `.parquet` file; or the id of a data set on the
+            Hub. Audio paths are relative to the folder.
         split (`str`, *optional*): Name of a split of the data set, or else a value of the rows' column `split`.
             Not needed where there is only one; `"all"` for the rows of every split.
         held_out (`str`, *optional*): Makes the splits anew from all rows: `"session=Ses05"` or
-            `"speaker=0019,0020"` are the rows of `"test"`, all others are `"train"`. With
-            `"session=Ses05;validation:session=Ses04"` there is a `"validation"` too. Rows without a value in such a
-            column are in none: nobody knows whether they are held out.
-        streaming (`bool`, *optional*, defaults to `False`): Whether to read rows when they are asked for. Values in
+            `"speaker=0019,0020"` are `"test"`, all others `"train"`; with `"session=Ses05;validation:session=Ses04"`
+            there is a `"validation"` too. Rows without a value in such a column are in none.
+        streaming (`bool`, *optional*, defaults to `False`): Whether to return an `IterableDataset`. Values in
             `held_out` that no row has cannot be noticed then.
-
-    Returns:
-        `datasets.Dataset`, or `datasets.IterableDataset` with `streaming=True`: Audio is not decoded.
 
     Raises:
         FileNotFoundError: `data` looks like a path, and nothing is there.
-        ValueError: The split is unknown or empty, several splits are there and none is named, a line is not a JSON
-            object, the kind of file is unknown, or `held_out` has another form, names a column or a value that is not
-            there, or holds a row out twice. The message names what is there.
+        ValueError: The split is unknown, empty or has to be named, the file cannot be read as rows, or `held_out` does
+            not fit the rows. The message names what is there.
     """
     if held_out is None:
-        everything = split == ALL
-        return _load(str(data), None if everything else split, streaming, everything=everything)
+        return _load(str(data), split, streaming)
     wanted = _parse_held_out(held_out)
     if split not in ("train", *wanted):
         raise ValueError(f"held_out={held_out!r} makes the splits train, {', '.join(wanted)}; got split={split!r}.")
-    return _hold_out(_load(str(data), None, streaming, everything=True), split, wanted, str(data))
+    return _hold_out(_load(str(data), ALL, streaming), split, wanted, str(data))
 
 
 def column_values(data: str | Path, column: str) -> list[str]:
-    """The values that the rows of all splits have in a column, sorted; missing ones are left out.
-
-    Raises:
-        FileNotFoundError, ValueError: As [`load_corpus`]; or there is no such column.
-    """
-    dataset = _load(str(data), None, True, everything=True)
+    """Return the values of a column in the rows of all splits, sorted; missing ones are left out."""
+    dataset = _load(str(data), ALL, True)
     names = list(dataset.features or {})
     if column not in names:
         raise ValueError(f"{data} has no column {column!r}; its columns are {names}.")
@@ -87,52 +70,34 @@ def column_values(data: str | Path, column: str) -> list[str]:
 
 
 def read_table(path: Path) -> Iterator[tuple[int, dict]]:
-    """Number of the line and fields of each row of a `.jsonl` or `.csv` file.
-
-    Raises:
-        ValueError: A line is no row; the message names it.
-    """
+    """Yield number of the line and fields of each row of a `.jsonl` or `.csv` file; errors name the line."""
     return _read_jsonl(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)
 
 
-def _load(data: str, split: str | None, streaming: bool, *, everything: bool) -> Dataset | IterableDataset:
-    """One split, or with `everything` the rows of all of them."""
+def _load(data: str, split: str | None, streaming: bool) -> Dataset | IterableDataset:
+    from datasets import load_dataset, load_from_disk
+
     path = Path(data).expanduser()
     if not path.exists():
-        if _looks_like_a_path(data):
+        if data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith((".jsonl", ".csv", ".parquet")):
             raise FileNotFoundError(f"No data at {data}. Give an existing path, or the id of a data set on the Hub.")
-        return _leave_encoded(_load_hub(data, split, streaming, everything))
+        return _leave_encoded(_choose(load_dataset(data, streaming=streaming), split, data))
     if path.is_dir() and (path / METADATA).is_file():
         path = path / METADATA
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
-        return _leave_encoded(_load_saved(path, split, streaming, everything))
+        return _leave_encoded(_stream(_choose(load_from_disk(str(path)), split, str(path)), streaming))
     if path.is_dir() or path.suffix == ".parquet":
-        return _leave_encoded(_load_parquet(path, split, streaming, everything))
+        return _leave_encoded(_load_parquet(path, split, streaming))
     if path.suffix in (".jsonl", ".csv"):
-        return _load_table(path, split, streaming)
+        return _stream(_load_table(path, split), streaming)
     raise ValueError(f"{data} is a {path.suffix or 'nameless kind of'} file; expected .jsonl, .csv or .parquet.")
 
 
-def _looks_like_a_path(data: str) -> bool:
-    return data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith((".jsonl", ".csv", ".parquet"))
-
-
-def _load_hub(name: str, split: str | None, streaming: bool, everything: bool) -> Dataset | IterableDataset:
-    from datasets import load_dataset
-
-    loaded = load_dataset(name, streaming=streaming)
-    return _join(loaded) if everything else _choose(loaded, split, name)
-
-
-def _load_saved(path: Path, split: str | None, streaming: bool, everything: bool) -> Dataset | IterableDataset:
-    from datasets import load_from_disk
-
-    loaded = load_from_disk(str(path))
-    dataset = _join(loaded) if everything else _choose(loaded, split, str(path))
+def _stream(dataset: Dataset, streaming: bool) -> Dataset | IterableDataset:
     return dataset.to_iterable_dataset(num_shards=min(SHARDS, len(dataset))) if streaming else dataset
 
 
-def _load_parquet(path: Path, split: str | None, streaming: bool, everything: bool) -> Dataset | IterableDataset:
+def _load_parquet(path: Path, split: str | None, streaming: bool) -> Dataset | IterableDataset:
     from datasets import Value, load_dataset
 
     folder = path if path.is_dir() else path.parent
@@ -142,7 +107,7 @@ def _load_parquet(path: Path, split: str | None, streaming: bool, everything: bo
             f"It holds {sorted(entry.name for entry in path.iterdir())[:8]}."
         )
     if path.is_dir() and (shards := _list_shards(path)):
-        files = shards if not everything else {"all": [file for of_split in shards.values() for file in of_split]}
+        files = shards if split != ALL else {ALL: [file for of_split in shards.values() for file in of_split]}
         if split in files:
             files = {split: files[split]}  # the others are not read, and not copied into the cache
         # `datasets` keeps some names of splits for itself, so each is loaded as its only one.
@@ -154,7 +119,7 @@ def _load_parquet(path: Path, split: str | None, streaming: bool, everything: bo
         loaded = load_dataset("parquet", data_dir=str(path), streaming=streaming)
     else:  # which `datasets` calls "train", whatever is in it
         loaded = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
-    dataset = _join(loaded) if everything else _choose(loaded, split, str(path))
+    dataset = _choose(loaded, split, str(path))
     if isinstance((dataset.features or {}).get("audio"), Value):
         dataset = dataset.map(
             lambda audio: {"audio": [value if value is None else _located(value, folder) for value in audio]},
@@ -189,34 +154,28 @@ def _join(loaded: dict | Dataset | IterableDataset) -> Dataset | IterableDataset
     return concatenate_datasets(parts)
 
 
-@dataclass(frozen=True)
-class _Held:
-    column: str
-    values: tuple[str, ...]
-
-
-def _parse_held_out(held_out: str) -> dict[str, _Held]:
+def _parse_held_out(held_out: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     """`"session=Ses05;validation:session=Ses04"` -> what is `"test"` and what is `"validation"`."""
-    wanted: dict[str, _Held] = {}
+    wanted: dict[str, tuple[str, tuple[str, ...]]] = {}
     for part in held_out.split(";"):
         named = re.fullmatch(r"(?:(test|validation):)?(\w+)=(.+)", part.strip())
         values = tuple(value.strip() for value in named[3].split(",")) if named else ()
         if named is None or not all(values) or (named[1] or "test") in wanted:
             raise ValueError(f"held_out is {held_out!r}, expected {HELD_OUT_FORM}.")
-        wanted[named[1] or "test"] = _Held(named[2], values)
+        wanted[named[1] or "test"] = (named[2], values)
     if "test" not in wanted:
         raise ValueError(f"held_out is {held_out!r} and holds nothing out for test; expected {HELD_OUT_FORM}.")
     return wanted
 
 
 def _hold_out(
-    dataset: Dataset | IterableDataset, split: str, wanted: dict[str, _Held], source: str
+    dataset: Dataset | IterableDataset, split: str, wanted: dict[str, tuple[str, tuple[str, ...]]], source: str
 ) -> Dataset | IterableDataset:
     """The rows of a split that is made from columns, with the column `split` saying so."""
     names = list(dataset.features or {})
-    if absent := [held.column for held in wanted.values() if held.column not in names]:
+    columns = [column for column, _ in wanted.values()]
+    if absent := [column for column in columns if column not in names]:
         raise ValueError(f"{source} has no column {absent[0]!r} to hold out by; its columns are {names}.")
-    columns = [held.column for held in wanted.values()]
 
     def assign(*values: Sequence[str | None]) -> list[str | None]:
         return [_assign(row, wanted) for row in zip(*values, strict=True)]
@@ -226,10 +185,10 @@ def _hold_out(
             lambda *values: [name == split for name in assign(*values)], input_columns=columns, batched=True
         )
     else:
-        for held in wanted.values():
-            if missing := sorted({*held.values} - {*dataset.unique(held.column)}):
-                found = sorted(str(value) for value in dataset.unique(held.column))
-                raise ValueError(f"{source} has no rows with {held.column} {missing}; there are {found[:40]}.")
+        for column, values in wanted.values():
+            if missing := sorted({*values} - {*dataset.unique(column)}):
+                found = sorted(str(value) for value in dataset.unique(column))
+                raise ValueError(f"{source} has no rows with {column} {missing}; there are {found[:40]}.")
         assigned = assign(*(dataset[column] for column in columns))
         if unknown := assigned.count(None):
             logger.warning("%d rows of %s have no %s: they are in no split.", unknown, source, " or ".join(columns))
@@ -243,11 +202,11 @@ def _hold_out(
     )
 
 
-def _assign(values: Sequence[str | None], wanted: dict[str, _Held]) -> str | None:
+def _assign(values: Sequence[str | None], wanted: dict[str, tuple[str, tuple[str, ...]]]) -> str | None:
     """The split of a row, by its values in the columns of `wanted`; `None` where one is missing."""
     if None in values:
         return None
-    found = [name for value, (name, held) in zip(values, wanted.items(), strict=True) if value in held.values]
+    found = [name for value, (name, (_, held)) in zip(values, wanted.items(), strict=True) if value in held]
     if len(found) > 1:
         raise ValueError(
             f"held_out has rows with {list(values)} both in {' and in '.join(found)}. Hold them out once."
@@ -255,7 +214,7 @@ def _assign(values: Sequence[str | None], wanted: dict[str, _Held]) -> str | Non
     return found[0] if found else "train"
 
 
-def _load_table(path: Path, split: str | None, streaming: bool) -> Dataset | IterableDataset:
+def _load_table(path: Path, split: str | None) -> Dataset:
     from datasets import Dataset, Features, Value
 
     rows = [row for _, row in read_table(path)]
@@ -267,10 +226,8 @@ def _load_table(path: Path, split: str | None, streaming: bool) -> Dataset | Ite
     rows = [{name: row.get(name) for name in names} for row in rows]
     if all(name in COLUMNS for name in names):  # which keep their types where every value is missing
         types = {name: Value("float64" if name in DIMENSIONS else "string") for name in names}
-        dataset = Dataset.from_list(rows, features=Features(types))
-    else:
-        dataset = Dataset.from_list(rows)
-    return dataset.to_iterable_dataset(num_shards=min(SHARDS, len(dataset))) if streaming else dataset
+        return Dataset.from_list(rows, features=Features(types))
+    return Dataset.from_list(rows)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
@@ -308,7 +265,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _rows_of_split(rows: list[dict], split: str | None, source: str) -> list[dict]:
-    if split is None:
+    if split in (None, ALL):
         return rows
     found = sorted({str(row["split"]) for row in rows if row.get("split") is not None})
     if split not in found:
@@ -317,7 +274,9 @@ def _rows_of_split(rows: list[dict], split: str | None, source: str) -> list[dic
 
 
 def _choose(loaded: dict | Dataset | IterableDataset, split: str | None, source: str) -> Dataset | IterableDataset:
-    """A split of a `DatasetDict`, or the rows whose column `split` says so."""
+    """Return a split of a `DatasetDict`, the rows whose column `split` says so, or all of them."""
+    if split == ALL:
+        return _join(loaded)
     if isinstance(loaded, dict):
         if split in loaded:
             return loaded[split]

@@ -1,7 +1,4 @@
-"""What the parsers of corpora share: finding the tree, listing it, text of unknown encoding, and labels as rows.
-
-Nothing here opens audio, and a folder is listed in one pass without a `stat` for each file.
-"""
+"""What the parsers of corpora share. Nothing here opens audio; a folder is listed without a `stat` for each file."""
 
 from __future__ import annotations
 
@@ -95,11 +92,7 @@ def is_outside(emotion: str | None, label_set: LabelSet) -> bool:
 
 
 def normalise(values: Mapping[str, float], lowest: float, highest: float) -> dict[str, float]:
-    """Map ratings by dimension from a corpus's scale to [0, 1].
-
-    Raises:
-        ValueError: A rating outside the scale, which is named; nothing is clipped.
-    """
+    """Map ratings by dimension from a corpus's scale to [0, 1]; one outside it is a `ValueError`, not clipped."""
     for dimension, value in values.items():
         if not lowest <= value <= highest:
             raise ValueError(f"{dimension} is {value:g}, expected {lowest:g} to {highest:g}")
@@ -107,15 +100,9 @@ def normalise(values: Mapping[str, float], lowest: float, highest: float) -> dic
 
 
 def find_tree(root: Path, locate: Callable[[Path], Path | None], wanted: str) -> Path:
-    """Return the absolute folder where the tree of a corpus begins.
+    """Return the absolute folder where `locate` finds the tree of a corpus, `wanted` in words.
 
-    Args:
-        root (`Path`): What the user gave.
-        locate (`Callable[[Path], Path | None]`): From a folder to where the tree begins, `None` if it is not there.
-        wanted (`str`): The tree in words, for the error.
-
-    Raises:
-        ValueError: If there is no such tree. The message says what is there, and whether it is one level up or down.
+    Without such a tree a `ValueError` says what is there, and whether it is one level up or down.
     """
     root = root.expanduser().absolute()
     if not root.is_dir():
@@ -126,9 +113,8 @@ def find_tree(root: Path, locate: Callable[[Path], Path | None], wanted: str) ->
         return found
     folders, files = list_folder(root)
     near = [path for path in (root.parent, *(root / name for name in folders)) if _is_tree(path, locate)]
-    remedy = (
-        f"It is in {name_some(str(path) for path in near)}: give that." if near else "Give the folder that has them."
-    )
+    there = name_some(map(str, near))
+    remedy = f"It is in {there}: give that." if near else "Give the folder that has them."
     content = name_some([f"{name}/" for name in folders] + files) or "nothing"
     raise ValueError(f"{root}: expected {wanted}; found {content}. {remedy}")
 
@@ -141,10 +127,7 @@ def _is_tree(folder: Path, locate: Callable[[Path], Path | None]) -> bool:
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the folders and of the files in a folder, each sorted.
-
-    What macOS leaves behind is no part of a corpus: `._*` and other dotfiles, and `__MACOSX`.
-    """
+    """Return the sorted names of the folders and of the files, without what macOS leaves behind."""
     folders: list[str] = []
     files: list[str] = []
     with os.scandir(folder) as entries:
@@ -170,15 +153,9 @@ def list_audio(folder: Path) -> dict[str, str]:
 
 
 def read_lines(path: Path, fallbacks: Sequence[str] = ()) -> tuple[list[str], str]:
-    """Read a text file whose encoding nobody wrote down.
+    """Return the stripped lines of a text file whose encoding nobody wrote down, and the encoding.
 
-    Args:
-        path (`Path`): The file.
-        fallbacks (`Sequence[str]`, *optional*): Encodings to try, in this order, after a byte order mark and UTF-8.
-            Windows-1252 and Latin-1, which knows every byte, come last.
-
-    Returns:
-        `tuple[list[str], str]`: The lines, stripped, without a byte order mark; the encoding that read them.
+    After a byte order mark and UTF-8 the `fallbacks` are tried, then Windows-1252 and Latin-1, which knows every byte.
     """
     content = path.read_bytes()
     marked = [encoding for mark, encoding in _BOMS if content.startswith(mark)]

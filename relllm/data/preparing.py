@@ -45,7 +45,7 @@ def prepare_corpus(
 
     Args:
         corpus ([`Corpus`]): As its parser returned it.
-        settings ([`PrepareSettings`]): What the parser was told. The data set appears when it is complete.
+        settings ([`PrepareSettings`]): What the parser was told.
         make_audio (`Callable[[Sequence[Row], Path], None]`, *optional*): Makes the audio of these rows in this folder
             before it is read, for a corpus whose audio does not exist yet; processes must be able to pickle it.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
@@ -54,11 +54,9 @@ def prepare_corpus(
         `dict`: The report, as in `report.json`. Of a data set that is complete already it is read.
 
     Raises:
-        ValueError: A row that breaks the schema, an id that comes twice, no row that could be kept, or a half-made
-            data set of other settings. The message names the row or the settings.
+        ValueError: A row that breaks the schema, a repeated id, or no row that could be kept.
         FileExistsError: The folder holds something else, or a data set of other settings.
         BlockingIOError: Another process is writing the data set.
-        ImportError: `datasets` or matplotlib is missing (`pip install relllm[data]`).
     """
     from relllm.plots import check_matplotlib, plot_report
 
@@ -109,11 +107,10 @@ def plan_shards(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def write_shard(
     shard: Shard, *, partial: Path, settings: PrepareSettings, make_audio: MakeAudio | None
 ) -> dict[str, object]:
-    """Read the rows of a shard and write those that can be kept into `partial/data`, in any process.
+    """Write those rows of a shard that can be kept into `partial/data`, and return the journal's entry.
 
-    Returns:
-        `dict`: The journal's entry: `id`, the shard's name; `kept`, index in the shard and duration in seconds of each
-        row; `dropped`; ids that are `silent` or `clipped`; the number `converted`; `overshoot`, samples by id.
+    It has `id`, the shard's name; `kept`, index in the shard and duration in seconds of each row; `dropped`; ids that
+    are `silent` or `clipped`; the number `converted`; `overshoot`, samples by id.
     """
     import pyarrow.parquet
 
@@ -246,11 +243,7 @@ def _table_schema(embed_audio: bool) -> pyarrow.Schema:
 
 
 def _number_files(partial: Path, entries: Mapping[str, Mapping]) -> dict[str, int]:
-    """Gives the files their final names, empty ones left out; what an earlier run renamed already stays.
-
-    Returns:
-        `dict[str, int]`: Files by split.
-    """
+    """Give the files their final names, empty ones left out, and return the number of files by split."""
     by_split: dict[str, list[str]] = defaultdict(list)
     for name, entry in entries.items():
         if entry["kept"]:

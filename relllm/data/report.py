@@ -51,15 +51,13 @@ def summarise_rows(kept: Iterable[tuple[Mapping[str, Any], float]]) -> dict[str,
 
 
 def build_report(
-    corpus: Corpus,
-    entries: Sequence[Mapping],
-    summary: Mapping[str, SplitSummary],
-    settings: Mapping[str, object],
+    corpus: Corpus, entries: Sequence[Mapping], summary: Mapping[str, SplitSummary], settings: Mapping[str, object]
 ) -> dict:
     """Return the content of `report.json`, from the journal's entries; the same rows and settings give the same."""
     dropped: dict[str, list[dict]] = defaultdict(list)
     for item in [*map(asdict, corpus.dropped), *(item for entry in entries for item in entry["dropped"])]:
         dropped[item["reason"]].append({"id": item["id"], "detail": item["detail"]})
+    voices = Counter(name for split in summary.values() for name in split.speakers if name != UNLABELLED)
     overshoot = {name: samples for entry in entries for name, samples in entry["overshoot"].items()}
     return {
         "format": FORMAT,
@@ -68,7 +66,7 @@ def build_report(
         "rows": {"kept": sum(len(entry["kept"]) for entry in entries), "dropped": sum(map(len, dropped.values()))},
         "hours": round(sum(sum(split.durations_s) for split in summary.values()) / 3600, 4),
         "splits": {name: _describe_split(split) for name, split in summary.items()},
-        "speakers_in_several_splits": _shared_speakers(summary),
+        "speakers_in_several_splits": sorted(name for name, count in voices.items() if count > 1),
         "dropped": {
             reason: {"count": len(clips), "clips": clips}
             for reason, clips in sorted(dropped.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -106,11 +104,6 @@ def _describe_split(split: SplitSummary) -> dict:
         "speakers": dict(sorted(split.speakers.items())),
         "sessions": dict(sorted(split.sessions.items())),
     }
-
-
-def _shared_speakers(summary: Mapping[str, SplitSummary]) -> list[str]:
-    counts = Counter(name for split in summary.values() for name in split.speakers if name != UNLABELLED)
-    return sorted(name for name, num_splits in counts.items() if num_splits > 1)
 
 
 def _versions() -> dict[str, str]:

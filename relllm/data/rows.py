@@ -88,11 +88,9 @@ def make_row(**known: object) -> Row:
 
 
 def validate_row(row: Mapping[str, object]) -> None:
-    """Check one row against the columns of [`Row`]; those other than `id` and `audio` may be missing.
+    """Raise `ValueError`, with the row's id, where a row breaks the types and ranges of [`Row`].
 
-    Raises:
-        ValueError: A column that is unknown or of the wrong type, an emotion that is not canonical, or a dimension
-            outside [0, 1]. The message names the row's id.
+    Columns other than `id` and `audio` may be missing.
     """
     row_id = row.get("id")
     if not isinstance(row_id, str) or not row_id:

@@ -18,21 +18,8 @@ from pathlib import Path
 
 from relllm.labels import canonical_emotion
 
+from .. import parsing
 from ..data_settings import EsdSettings
-from ..parsing import (
-    BAD_LINE,
-    NO_AUDIO,
-    OUTSIDE_SET,
-    REPEATED,
-    find_tree,
-    is_outside,
-    list_audio,
-    list_folder,
-    name_some,
-    note,
-    read_lines,
-    walk_folders,
-)
 from ..rows import Corpus, CorpusFacts, Dropped, Row, make_row
 
 FACTS = CorpusFacts(
@@ -46,8 +33,7 @@ FACTS = CorpusFacts(
   title = {Seen and unseen emotional style transfer for voice conversion with a new emotional speech dataset},
   author = {Zhou, Kun and Sisman, Berrak and Liu, Rui and Li, Haizhou},
   booktitle = {ICASSP 2021 - 2021 IEEE International Conference on Acoustics, Speech and Signal Processing (ICASSP)},
-  pages = {920--924},
-  year = {2021}
+  pages = {920--924}, year = {2021}
 }""",
 )
 BLOCKS = ("neutral", "angry", "happy", "sad", "surprise")  # of 350 numbers each, from 1
@@ -100,19 +86,14 @@ class _Line:
 def parse_esd(settings: EsdSettings) -> Corpus:
     """Read the listings and the transcripts of ESD.
 
-    The emotion is that of the number's block, and a clip in the folder of another one is dropped. The transcripts
-    are not needed for it: a clip without a line is kept without a text, and a line with another emotion is noted.
+    The emotion is that of the number's block, and a clip in the folder of another one is dropped. A clip without a
+    transcript is kept without a text. With `leave_speakers_out` the clips of these are `"test"`; of the other speakers
+    the evaluation clips are `"validation"` and all else is `"train"`.
 
-    Returns:
-        `Corpus`: Splits are `"train"`, `"validation"` (the folder `evaluation`) and `"test"`, with the same speakers
-        and sentences. With `leave_speakers_out` the clips of these are `"test"`; of the other speakers the evaluation
-        clips are `"validation"` and all else is `"train"`.
-
-    Raises:
-        ValueError: If `root` is something else, nobody there speaks the language or is to be left out, or
-            `splits="folders"` where there are none.
+    Raises `ValueError` if `root` is something else, nobody there speaks the language or is to be left out, or
+    `splits="folders"` where there are none.
     """
-    root = find_tree(settings.root, _locate, _TREE)
+    root = parsing.find_tree(settings.root, _locate, _TREE)
     language = {"all": "mul"}.get(settings.language, settings.language)
     corpus = Corpus(facts=replace(FACTS, language=language), rows=[], dropped=[], notes=[])
     speakers = _choose_speakers(root, settings, corpus)
@@ -122,7 +103,9 @@ def parse_esd(settings: EsdSettings) -> Corpus:
         raise ValueError(f"splits='folders', but {root} has no folders {', '.join(SPLIT_FOLDERS)}. Use 'numbers'.")
     for clip in clips.values():
         corpus.add(_make_row(clip, lines.get(clip.id), settings))
-    corpus.dropped += [Dropped(name, NO_AUDIO, line.where) for name, line in lines.items() if name not in clips]
+    corpus.dropped += [
+        Dropped(name, parsing.NO_AUDIO, line.where) for name, line in lines.items() if name not in clips
+    ]
     _describe(corpus, clips, lines, settings)
     return corpus
 
@@ -133,13 +116,13 @@ def _locate(folder: Path) -> Path | None:
         return None
     if _has_speakers(folder):
         return folder
-    inner = [name for name in list_folder(folder)[0] if _has_speakers(folder / name)]
+    inner = [name for name in parsing.list_folder(folder)[0] if _has_speakers(folder / name)]
     return folder / inner[0] if len(inner) == 1 else None
 
 
 def _has_speakers(folder: Path) -> bool:
     try:
-        return any(_SPEAKER.fullmatch(name) for name in list_folder(folder)[0])
+        return any(_SPEAKER.fullmatch(name) for name in parsing.list_folder(folder)[0])
     except PermissionError:  # a disk's `lost+found` beside the corpus
         return False
 
@@ -151,14 +134,16 @@ def _language_of(speaker: str) -> str | None:
 def _choose_speakers(root: Path, settings: EsdSettings, corpus: Corpus) -> list[str]:
     language = settings.language
     wanted = _SPEAKERS_OF if language == "all" else (language,)
-    present = [name for name in list_folder(root)[0] if _SPEAKER.fullmatch(name)]
+    present = [name for name in parsing.list_folder(root)[0] if _SPEAKER.fullmatch(name)]
     chosen = [name for name in present if _language_of(name) in wanted]
     if not chosen:
-        raise ValueError(f"{root} has the speakers {name_some(present)}, none of the language {language!r}.")
+        raise ValueError(f"{root} has the speakers {parsing.name_some(present)}, none of the language {language!r}.")
     if strangers := [name for name in settings.leave_speakers_out if name not in chosen]:
-        raise ValueError(f"leave_speakers_out has {name_some(strangers)}; the speakers are {name_some(chosen)}.")
+        raise ValueError(
+            f"leave_speakers_out has {parsing.name_some(strangers)}; the speakers are {parsing.name_some(chosen)}."
+        )
     others = [name for name in present if name not in chosen]
-    note(corpus, others, f"Speakers left out, for language={language!r}: {{names}}.")
+    parsing.note(corpus, others, f"Speakers left out, for language={language!r}: {{names}}.")
     return chosen
 
 
@@ -166,16 +151,16 @@ def _find_clips(root: Path, speakers: list[str], dropped: list[Dropped]) -> dict
     """Clips by id. Deeper folders come first: of a clip that lies there twice, the one in a split folder is taken."""
     clips: dict[str, _Clip] = {}
     for speaker in speakers:
-        for folder in walk_folders(root / speaker):
+        for folder in parsing.walk_folders(root / speaker):
             parts = [part.lower() for part in folder.relative_to(root / speaker).parts]
             emotion = next((part for part in parts if part in BLOCKS), None)
             split = next((SPLIT_FOLDERS[part] for part in parts if part in SPLIT_FOLDERS), None)
-            for name, path in list_audio(folder).items():
+            for name, path in parsing.list_audio(folder).items():
                 parsed = _CLIP.fullmatch(name)
                 if parsed is None or parsed[1] != speaker or not 1 <= int(parsed[2]) <= BLOCK_SIZE * len(BLOCKS):
                     dropped.append(Dropped(name, NO_CLIP_NAME, path))
                 elif name in clips:
-                    dropped.append(Dropped(name, REPEATED, f"{path}, taken from {clips[name].path}"))
+                    dropped.append(Dropped(name, parsing.REPEATED, f"{path}, taken from {clips[name].path}"))
                 else:
                     clips[name] = _Clip(name, speaker, int(parsed[2]), path, emotion, split)
     return clips
@@ -189,24 +174,26 @@ def _read_transcripts(root: Path, speakers: list[str], corpus: Corpus) -> dict[s
         if not path.is_file():
             corpus.notes.append(f"No transcripts of speaker {speaker}: there is no {speaker}{os.sep}{speaker}.txt.")
             continue
-        content, encoding = read_lines(path, _ENCODINGS if _language_of(speaker) == "zh" else ())
+        content, encoding = parsing.read_lines(path, _ENCODINGS if _language_of(speaker) == "zh" else ())
         if not encoding.startswith("utf"):
             guessed.append(f"{path.name} as {encoding}")
         for number, line in enumerate(content, start=1):
             where = f"{path.relative_to(root)}:{number}"
             parsed = _LINE.fullmatch(line)
             if line and parsed is None:
-                corpus.dropped.append(Dropped(where, BAD_LINE, f"{line:.100}"))
+                corpus.dropped.append(Dropped(where, parsing.BAD_LINE, f"{line:.100}"))
             elif parsed and parsed[1] in lines:
-                corpus.dropped.append(Dropped(where, REPEATED, f"{parsed[1]}, first in {lines[parsed[1]].where}"))
+                corpus.dropped.append(
+                    Dropped(where, parsing.REPEATED, f"{parsed[1]}, first in {lines[parsed[1]].where}")
+                )
             elif parsed:
                 name = parsed[3] or parsed[4]
                 emotion = _name_emotion(name)
                 strange[name] += emotion is None
                 lines[parsed[1]] = _Line(parsed[2], emotion, where)
-    note(corpus, guessed, "Transcripts that are not UTF-8 were read: {names}.")
+    parsing.note(corpus, guessed, "Transcripts that are not UTF-8 were read: {names}.")
     unknown = [f"{name!r} ({count:,} lines)" for name, count in strange.items() if count]
-    note(corpus, unknown, "Emotions in the transcripts that are not compared with the number: {names}.")
+    parsing.note(corpus, unknown, "Emotions in the transcripts that are not compared with the number: {names}.")
     return lines
 
 
@@ -221,8 +208,8 @@ def _name_emotion(name: str) -> str | None:
 def _make_row(clip: _Clip, line: _Line | None, settings: EsdSettings) -> Row | Dropped:
     if clip.folder_emotion not in (None, clip.emotion):
         return Dropped(clip.id, CONTRADICTION, f"number: {clip.emotion}, folder: {clip.folder_emotion} ({clip.path})")
-    if is_outside(clip.emotion, settings.label_set):
-        return Dropped(clip.id, OUTSIDE_SET, clip.emotion)
+    if parsing.is_outside(clip.emotion, settings.label_set):
+        return Dropped(clip.id, parsing.OUTSIDE_SET, clip.emotion)
     split = clip.split if settings.splits == "numbers" else clip.folder_split
     if split is None and settings.splits == "folders":
         return Dropped(clip.id, NO_SPLIT_FOLDER, clip.path)
@@ -249,16 +236,14 @@ def _describe(corpus: Corpus, clips: Mapping[str, _Clip], lines: Mapping[str, _L
         if clip.folder_split not in (None, clip.split)
     ]
     winner = "the number" if settings.splits == "numbers" else "the folder"
-    contradicts = (
-        f"The split folder contradicts the number block of {{count}} clips, and {winner} was taken: {{names}}."
-    )
-    note(corpus, moved, contradicts)
+    contradicts = "The split folder contradicts the number block of {count} clips"
+    parsing.note(corpus, moved, f"{contradicts}, and {winner} was taken: {{names}}.")
     renamed = [
         f"{clip.id} ({line.where}: {line.emotion})"
         for clip in kept
         if (line := lines.get(clip.id)) and line.emotion not in (None, clip.emotion)
     ]
     named = "The transcripts name another emotion than number and folder for {count} clips, and the number was taken"
-    note(corpus, renamed, f"{named}: {{names}}.")
+    parsing.note(corpus, renamed, f"{named}: {{names}}.")
     silent = [row["id"] for row in corpus.rows if row["text"] is None]
-    note(corpus, silent, "{count} clips have no transcript: {names}.")
+    parsing.note(corpus, silent, "{count} clips have no transcript: {names}.")

@@ -9,19 +9,9 @@ from typing import cast
 
 from relllm.labels import DIMENSIONS, canonical_emotion
 
+from .. import parsing
 from ..data_settings import FolderSettings
 from ..loading import read_table
-from ..parsing import (
-    OUTSIDE_SCALE,
-    OUTSIDE_SET,
-    REPEATED,
-    UNKNOWN_EMOTION,
-    is_outside,
-    list_folder,
-    name_some,
-    note,
-    walk_folders,
-)
 from ..rows import COLUMNS, LABEL_SOURCE, Corpus, CorpusFacts, Dropped, Row, validate_row
 
 TABLES = (".jsonl", ".csv")
@@ -44,15 +34,7 @@ def parse_folder(settings: FolderSettings) -> Corpus:
 
     Audio paths of a table are relative to its folder. A folder has `metadata.jsonl` or `metadata.csv` in it, or else
     audio files at any depth. Where no table gives an id, it is the path without its suffix. Rows without an emotion
-    stay with label set `"all"` only.
-
-    Returns:
-        `Corpus`: Its notes name the columns of the table that a row has no place for.
-
-    Raises:
-        FileNotFoundError: Nothing is at `root`.
-        ValueError: `root` is another kind of file, a folder without audio, a table without a column of paths, or a
-            line is no row.
+    stay with label set `"all"` only. Raises `FileNotFoundError` or `ValueError` where there is nothing to read.
     """
     root = settings.root.expanduser().absolute()
     table = _find_table(root)
@@ -64,9 +46,9 @@ def parse_folder(settings: FolderSettings) -> Corpus:
         made = _make_row(fields, place, folder, defaults={"split": settings.split, "language": settings.language})
         if not isinstance(made, Dropped):
             if made["id"] in seen:
-                made = Dropped(made["id"], REPEATED, place)
-            elif is_outside(made["emotion"], settings.label_set):
-                made = Dropped(made["id"], OUTSIDE_SET, str(made["emotion"]))
+                made = Dropped(made["id"], parsing.REPEATED, place)
+            elif parsing.is_outside(made["emotion"], settings.label_set):
+                made = Dropped(made["id"], parsing.OUTSIDE_SET, str(made["emotion"]))
             else:
                 seen.add(made["id"])
         corpus.add(made)
@@ -78,7 +60,7 @@ def _find_table(root: Path) -> Path | None:
     if root.is_dir():
         found = [root / f"metadata{suffix}" for suffix in TABLES if (root / f"metadata{suffix}").is_file()]
         if len(found) > 1:
-            raise ValueError(f"{root} holds {name_some(path.name for path in found)}. Give the one to read.")
+            raise ValueError(f"{root} holds {parsing.name_some(path.name for path in found)}. Give the one to read.")
         return found[0] if found else None
     if not root.exists():
         raise FileNotFoundError(f"Nothing is at {root}. Give a .csv or .jsonl table, or a folder of audio files.")
@@ -89,7 +71,7 @@ def _find_table(root: Path) -> Path | None:
 
 def _list_audio_files(folder: Path, corpus: Corpus) -> list[tuple[str, dict[str, object]]]:
     """Place and fields of each audio file, sorted by path."""
-    paths = sorted(inner / name for inner in walk_folders(folder) for name in list_folder(inner)[1])
+    paths = sorted(inner / name for inner in parsing.walk_folders(folder) for name in parsing.list_folder(inner)[1])
     audio = [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES + OTHER_SUFFIXES]
     if not audio:
         raise ValueError(
@@ -113,14 +95,9 @@ def _read_fields(table: Path, corpus: Corpus) -> list[tuple[str, dict[str, objec
             f"{table} has the columns {names}, none of {', '.join(PATH_COLUMNS)}. Name the paths `audio`."
         )
     strange = [name for name in names if name not in COLUMNS and name != column]
-    note(corpus, strange, "Columns that a row has no place for, left out: {names}.")
-    return [
-        (
-            place,
-            {name: fields.get(column if name == "audio" else name) for name in COLUMNS if name in {*fields, "audio"}},
-        )
-        for place, fields in lines
-    ]
+    parsing.note(corpus, strange, "Columns that a row has no place for, left out: {names}.")
+    sources = {name: column if name == "audio" else name for name in COLUMNS if name in {*names, "audio"}}
+    return [(place, {name: fields.get(source) for name, source in sources.items()}) for place, fields in lines]
 
 
 def _make_row(
@@ -140,12 +117,12 @@ def _make_row(
     for name in known:
         value = row[name]
         if isinstance(value, (int, float)) and not 0 <= value <= 1:
-            return Dropped(str(row["id"]), OUTSIDE_SCALE, f"{place}: {name} is {value}, expected [0, 1]")
+            return Dropped(str(row["id"]), parsing.OUTSIDE_SCALE, f"{place}: {name} is {value}, expected [0, 1]")
     try:
         if isinstance(row["emotion"], str):
             row["emotion"] = canonical_emotion(row["emotion"])
     except ValueError as error:
-        return Dropped(str(row["id"]), UNKNOWN_EMOTION, f"{place}: {error}")
+        return Dropped(str(row["id"]), parsing.UNKNOWN_EMOTION, f"{place}: {error}")
     try:
         validate_row(row)
     except ValueError as error:

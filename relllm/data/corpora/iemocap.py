@@ -11,19 +11,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from .. import parsing
 from ..data_settings import IemocapSettings
-from ..parsing import (
-    BAD_LINE,
-    Label,
-    drop_unlabelled,
-    find_tree,
-    keep_first,
-    label_to_row,
-    list_audio,
-    list_folder,
-    note,
-    read_lines,
-)
 from ..rows import Corpus, CorpusFacts, Dropped
 
 FACTS = CorpusFacts(
@@ -41,9 +30,7 @@ FACTS = CorpusFacts(
   author = {Busso, Carlos and Bulut, Murtaza and Lee, Chi-Chun and Kazemzadeh, Abe and Mower, Emily and Kim, Samuel and
             Chang, Jeannette N. and Lee, Sungbok and Narayanan, Shrikanth S.},
   journal = {Language Resources and Evaluation},
-  volume = {42},
-  pages = {335--359},
-  year = {2008}
+  volume = {42}, pages = {335--359}, year = {2008}
 }""",
 )
 SESSIONS = (1, 2, 3, 4, 5)
@@ -64,21 +51,18 @@ _TRANSCRIPT = re.compile(r"(Ses\w+)\s*(?:\[[^\]]*\])?\s*:\s*(.*)")
 def parse_iemocap(settings: IemocapSettings) -> Corpus:
     """Read the labels, the transcripts and the listings of IEMOCAP.
 
-    Returns:
-        `Corpus`: Speakers are the session and the letter of the turn, `"Ses01F"`; sessions are `"Ses01"` and so on.
-
-    Raises:
-        ValueError: If `root` is something else, or a session is not there or named twice.
+    Speakers are the session and the letter of the turn, `"Ses01F"`. Raises `ValueError` if `root` is something else,
+    or a session is not there or named twice.
     """
-    root = find_tree(settings.root, _locate, _TREE)
+    root = parsing.find_tree(settings.root, _locate, _TREE)
     present = [number for number in SESSIONS if _evaluations(root, number).is_dir()]
     splits = _name_splits(present, settings.held_out_session, settings.validation_session)
     corpus = Corpus(facts=FACTS, rows=[], dropped=[], notes=[])
-    labels = keep_first(_read_labels(root, present, splits), corpus)
+    labels = parsing.keep_first(_read_labels(root, present, splits), corpus)
     audio = _find_audio(root, present)
     transcripts = _read_transcripts(root, present, corpus)
     for label in labels.values():
-        made = label_to_row(
+        made = parsing.label_to_row(
             label,
             audio.get(label.id),
             label_set=settings.label_set,
@@ -88,12 +72,11 @@ def parse_iemocap(settings: IemocapSettings) -> Corpus:
         if not isinstance(made, Dropped):
             made["text"] = transcripts.get(label.id) or None
         corpus.add(made)
-    drop_unlabelled(corpus, labels, audio)
-    note(
-        corpus, (str(number) for number in SESSIONS if number not in present), "Sessions that are not there: {names}."
-    )
+    parsing.drop_unlabelled(corpus, labels, audio)
+    absent = [str(number) for number in SESSIONS if number not in present]
+    parsing.note(corpus, absent, "Sessions that are not there: {names}.")
     silent = [row["id"] for row in corpus.rows if row["text"] is None]
-    note(corpus, silent, "{count} utterances have no transcript: {names}.")
+    parsing.note(corpus, silent, "{count} utterances have no transcript: {names}.")
     return corpus
 
 
@@ -118,30 +101,32 @@ def _name_splits(present: list[int], held_out: int, validation: int | None) -> d
     return {f"Ses{number:02d}": split for number, split in ((held_out, "test"), (validation, "validation")) if number}
 
 
-def _read_labels(root: Path, sessions: list[int], splits: dict[str, str]) -> Iterator[Label | Dropped]:
+def _read_labels(root: Path, sessions: list[int], splits: dict[str, str]) -> Iterator[parsing.Label | Dropped]:
     for path in _text_files(root, sessions, "EmoEvaluation"):
-        for number, line in enumerate(read_lines(path)[0], start=1):
+        for number, line in enumerate(parsing.read_lines(path)[0], start=1):
             if line and not line.startswith("%") and not _RATER.match(line):
                 yield _parse_label(line, f"{path.relative_to(root)}:{number}", splits)
 
 
-def _parse_label(line: str, where: str, splits: dict[str, str]) -> Label | Dropped:
+def _parse_label(line: str, where: str, splits: dict[str, str]) -> parsing.Label | Dropped:
     parsed = _LABEL.fullmatch(line)
     turn = _TURN.fullmatch(parsed[3]) if parsed else _TURN.search(line)
     if parsed is None or turn is None:
-        return Dropped(turn[0] if turn else where, BAD_LINE, f"{where}: {line:.100}")
+        return Dropped(turn[0] if turn else where, parsing.BAD_LINE, f"{where}: {line:.100}")
     dimensions = {"arousal": parsed[6], "dominance": parsed[7], "valence": parsed[5]}
     split = splits.get(turn[1], "train")
-    return Label(turn[0], parsed[4], dimensions, where, speaker=turn[1] + turn[2], session=turn[1], split=split)
+    return parsing.Label(
+        turn[0], parsed[4], dimensions, where, speaker=turn[1] + turn[2], session=turn[1], split=split
+    )
 
 
 def _find_audio(root: Path, sessions: list[int]) -> dict[str, str]:
     audio: dict[str, str] = {}
     for number in sessions:
         folder = root / f"Session{number}" / "sentences" / "wav"
-        dialogs = list_folder(folder)[0] if folder.is_dir() else []
+        dialogs = parsing.list_folder(folder)[0] if folder.is_dir() else []
         for dialog in dialogs:
-            audio |= list_audio(folder / dialog)
+            audio |= parsing.list_audio(folder / dialog)
     return audio
 
 
@@ -150,11 +135,11 @@ def _read_transcripts(root: Path, sessions: list[int], corpus: Corpus) -> dict[s
     transcripts: dict[str, str] = {}
     guessed = []
     for path in _text_files(root, sessions, "transcriptions"):
-        lines, encoding = read_lines(path)
+        lines, encoding = parsing.read_lines(path)
         if not encoding.startswith("utf"):
             guessed.append(f"{path.relative_to(root)} as {encoding}")
         transcripts |= {parsed[1]: parsed[2] for line in lines if (parsed := _TRANSCRIPT.fullmatch(line))}
-    note(corpus, guessed, "Transcripts that are not UTF-8 were read: {names}.")
+    parsing.note(corpus, guessed, "Transcripts that are not UTF-8 were read: {names}.")
     return transcripts
 
 
@@ -162,5 +147,5 @@ def _text_files(root: Path, sessions: list[int], kind: str) -> Iterator[Path]:
     """The dialogs' files, and not those in the raters' folders beside them."""
     for number in sessions:
         folder = root / f"Session{number}" / "dialog" / kind
-        names = list_folder(folder)[1] if folder.is_dir() else []
+        names = parsing.list_folder(folder)[1] if folder.is_dir() else []
         yield from (folder / name for name in names if name.endswith(".txt"))

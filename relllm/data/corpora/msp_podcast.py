@@ -17,20 +17,8 @@ from pathlib import Path
 
 from relllm.labels import DIMENSIONS
 
+from .. import parsing
 from ..data_settings import MspPodcastSettings
-from ..parsing import (
-    BAD_LINE,
-    NO_LABEL,
-    Label,
-    drop_unlabelled,
-    find_tree,
-    keep_first,
-    label_to_row,
-    list_audio,
-    list_folder,
-    note,
-    read_lines,
-)
 from ..rows import Corpus, CorpusFacts, Dropped, Row
 
 FACTS = CorpusFacts(
@@ -48,10 +36,7 @@ FACTS = CorpusFacts(
            Podcast Recordings},
   author = {Lotfian, Reza and Busso, Carlos},
   journal = {IEEE Transactions on Affective Computing},
-  volume = {10},
-  number = {4},
-  pages = {471--483},
-  year = {2019},
+  volume = {10}, number = {4}, pages = {471--483}, year = {2019},
   doi = {10.1109/TAFFC.2017.2736999}
 }""",
 )
@@ -83,31 +68,29 @@ _HIDDEN = ("", "nan", "na")
 def parse_msp_podcast(settings: MspPodcastSettings) -> Corpus:
     """Read the labels, the transcripts and the listings of MSP-Podcast.
 
-    Returns:
-        `Corpus`: The splits are `"train"`, `"validation"` (Development), `"test"` (Test1), `"test2"` and `"test3"`,
-        whose labels are hidden: these rows have none. The speaker of a turn may be unknown, `None`.
-
-    Raises:
-        ValueError: If `root` is something else, or the CSV file lacks a column.
+    The speaker of a turn may be unknown, `None`. Raises `ValueError` if `root` is something else, or the CSV file
+    lacks a column.
     """
-    root = find_tree(settings.root, _locate, _TREE)
+    root = parsing.find_tree(settings.root, _locate, _TREE)
     corpus = Corpus(facts=FACTS, rows=[], dropped=[], notes=[])
     folder = _find(root, ("audios",), kind="folder")
     assert folder is not None  # or `find_tree` had refused
-    audio = list_audio(folder)
-    labels = keep_first(_read_labels(root, corpus), corpus)
+    audio = parsing.list_audio(folder)
+    labels = parsing.keep_first(_read_labels(root, corpus), corpus)
     partition = _read_pairs(root, PARTITION_FILES)
     for stem in audio:
         if stem not in labels and SPLITS.get(partition.get(stem, "").lower()) == HIDDEN_SPLIT:
-            labels[stem] = Label(stem, "", dict.fromkeys(DIMENSIONS, ""), "Partitions", split=partition[stem])
+            labels[stem] = parsing.Label(stem, "", dict.fromkeys(DIMENSIONS, ""), "Partitions", split=partition[stem])
     for label in labels.values():
         corpus.add(_make_row(label, audio.get(label.id), settings))
-    drop_unlabelled(corpus, labels, audio)
+    parsing.drop_unlabelled(corpus, labels, audio)
     _add_transcripts(root, corpus)
     hidden = [row["id"] for row in corpus.rows if row["dimension_source"] is None]
-    note(corpus, hidden, f"The labels of {{count}} turns of {HIDDEN_SPLIT} are hidden; their rows have none.")
+    parsing.note(corpus, hidden, f"The labels of {{count}} turns of {HIDDEN_SPLIT} are hidden; their rows have none.")
     unknown = [row["id"] for row in corpus.rows if row["speaker"] is None]
-    note(corpus, unknown, "The speaker of {count} turns is unknown: whether they overlap splits cannot be told.")
+    parsing.note(
+        corpus, unknown, "The speaker of {count} turns is unknown: whether they overlap splits cannot be told."
+    )
     return corpus
 
 
@@ -119,12 +102,11 @@ def _locate(folder: Path) -> Path | None:
 
 def _find(root: Path, names: tuple[str, ...], kind: str = "file") -> Path | None:
     """The first of the names that is in the root or in `Labels`, whatever its case."""
-    folders, files = list_folder(root)
+    folders, files = parsing.list_folder(root)
     places = [(root, files if kind == "file" else folders)]
     if kind == "file":
-        places += [
-            (root / name, list_folder(root / name)[1]) for name in folders if name.lower() in ("labels", "label")
-        ]
+        inner = [root / name for name in folders if name.lower() in ("labels", "label")]
+        places += [(path, parsing.list_folder(path)[1]) for path in inner]
     for wanted in names:
         for folder, present in places:
             if found := [name for name in present if name.lower() == wanted]:
@@ -132,7 +114,7 @@ def _find(root: Path, names: tuple[str, ...], kind: str = "file") -> Path | None
     return None
 
 
-def _read_labels(root: Path, corpus: Corpus) -> Iterator[Label | Dropped]:
+def _read_labels(root: Path, corpus: Corpus) -> Iterator[parsing.Label | Dropped]:
     if path := _find(root, CSV_FILES):
         return _parse_csv(path, root)
     path = _find(root, TEXT_FILES)
@@ -145,9 +127,9 @@ def _read_labels(root: Path, corpus: Corpus) -> Iterator[Label | Dropped]:
     return _parse_text(path, root)
 
 
-def _parse_csv(path: Path, root: Path) -> Iterator[Label | Dropped]:
+def _parse_csv(path: Path, root: Path) -> Iterator[parsing.Label | Dropped]:
     """Line by line: with the `csv` module one stray quotation mark would swallow the lines behind it."""
-    lines = read_lines(path)[0]
+    lines = parsing.read_lines(path)[0]
     columns = _split_line(lines[0])
     if missing := [name for name in COLUMNS_NEEDED if name not in columns]:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}; its first line is {lines[0]:.200}.")
@@ -159,22 +141,22 @@ def _parse_csv(path: Path, root: Path) -> Iterator[Label | Dropped]:
         fields = _split_line(line)
         stem = _stem(fields[name_column]) if name_column < len(fields) else ""
         if not stem or len(fields) != len(columns):
-            yield Dropped(stem or where, BAD_LINE, f"{where}: {line:.100}")
+            yield Dropped(stem or where, parsing.BAD_LINE, f"{where}: {line:.100}")
             continue
         row = dict(zip(columns, fields, strict=True))
         dimensions = {"arousal": row["EmoAct"], "dominance": row["EmoDom"], "valence": row["EmoVal"]}
-        yield Label(stem, row["EmoClass"], dimensions, where, speaker=row["SpkrID"], split=row["Split_Set"])
+        yield parsing.Label(stem, row["EmoClass"], dimensions, where, speaker=row["SpkrID"], split=row["Split_Set"])
 
 
 def _split_line(line: str) -> list[str]:
     return [field.strip(' "') for field in line.split(",")]
 
 
-def _parse_text(path: Path, root: Path) -> Iterator[Label | Dropped]:
+def _parse_text(path: Path, root: Path) -> Iterator[parsing.Label | Dropped]:
     """`MSP-PODCAST_0001_0008.wav; N; A:2.200000; V:4.000000; D:2.600000;` and then one line for each worker."""
     splits, speakers = _read_pairs(root, PARTITION_FILES), _read_pairs(root, SPEAKER_FILES)
     file = path.relative_to(root)
-    for number, line in enumerate(read_lines(path)[0], start=1):
+    for number, line in enumerate(parsing.read_lines(path)[0], start=1):
         if not line or line.upper().startswith("WORKER"):
             continue
         where = f"{file}:{number}"
@@ -182,10 +164,10 @@ def _parse_text(path: Path, root: Path) -> Iterator[Label | Dropped]:
         stem = _stem(fields[0])
         ratings = dict(field.split(":", 1) for field in fields[2:] if field.count(":") == 1)
         if not stem or len(fields) != 5 or set(ratings) != set(_LETTERS):
-            yield Dropped(stem or where, BAD_LINE, f"{where}: {line:.100}")
+            yield Dropped(stem or where, parsing.BAD_LINE, f"{where}: {line:.100}")
             continue
         dimensions = {_LETTERS[letter]: value.strip() for letter, value in ratings.items()}
-        yield Label(stem, fields[1], dimensions, where, speaker=speakers.get(stem), split=splits.get(stem))
+        yield parsing.Label(stem, fields[1], dimensions, where, speaker=speakers.get(stem), split=splits.get(stem))
 
 
 def _stem(file_name: str) -> str:
@@ -197,7 +179,7 @@ def _read_pairs(root: Path, names: tuple[str, ...]) -> dict[str, str]:
     """Stem -> split, from `Train; MSP-PODCAST_0023_0048.wav`, or speaker, from `MSP-PODCAST_0023_0048.wav; 127`."""
     path = _find(root, names)
     pairs = {}
-    for line in read_lines(path)[0] if path else ():
+    for line in parsing.read_lines(path)[0] if path else ():
         fields = [field.strip() for field in line.rstrip("; ").split(";")]
         if len(fields) == 2:  # else a heading
             first, second = map(_stem, fields)
@@ -208,7 +190,7 @@ def _read_pairs(root: Path, names: tuple[str, ...]) -> dict[str, str]:
     return pairs
 
 
-def _make_row(label: Label, audio: str | None, settings: MspPodcastSettings) -> Row | Dropped:
+def _make_row(label: parsing.Label, audio: str | None, settings: MspPodcastSettings) -> Row | Dropped:
     written = label.split or ""
     split = SPLITS.get(written.lower())
     if split is None and written:
@@ -217,9 +199,9 @@ def _make_row(label: Label, audio: str | None, settings: MspPodcastSettings) -> 
     label = replace(label, split=split, speaker=speaker)
     if all((value or "").lower() in _HIDDEN for value in (label.emotion, *label.dimensions.values())):
         if split != HIDDEN_SPLIT:
-            return Dropped(label.id, NO_LABEL, label.where)
+            return Dropped(label.id, parsing.NO_LABEL, label.where)
         label = replace(label, emotion=None)
-    return label_to_row(label, audio, label_set=settings.label_set, scale=SCALE)
+    return parsing.label_to_row(label, audio, label_set=settings.label_set, scale=SCALE)
 
 
 def _add_transcripts(root: Path, corpus: Corpus) -> None:
@@ -227,14 +209,14 @@ def _add_transcripts(root: Path, corpus: Corpus) -> None:
     if folder is None:
         corpus.notes.append("There is no folder Transcripts: no turn has a transcript.")
         return
-    names = set(list_folder(folder)[1])
+    names = set(parsing.list_folder(folder)[1])
     guessed = Counter[str]()
     for row in corpus.rows:
         if f"{row['id']}.txt" in names:
-            lines, encoding = read_lines(folder / f"{row['id']}.txt")
+            lines, encoding = parsing.read_lines(folder / f"{row['id']}.txt")
             row["text"] = " ".join(" ".join(lines).split()) or None
             guessed[encoding] += not encoding.startswith("utf")
     silent = [row["id"] for row in corpus.rows if row["text"] is None and row["split"] != HIDDEN_SPLIT]
-    note(corpus, silent, "{count} turns have no transcript: {names}.")
+    parsing.note(corpus, silent, "{count} turns have no transcript: {names}.")
     odd = [f"{count:,} as {encoding}" for encoding, count in guessed.items() if count]
-    note(corpus, odd, "Transcripts that are not UTF-8 were read: {names}.")
+    parsing.note(corpus, odd, "Transcripts that are not UTF-8 were read: {names}.")
