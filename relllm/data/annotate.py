@@ -3,13 +3,13 @@
 A model's reading is no label: every row says in `dimension_source` where its three numbers come from.
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Value
 from rich.table import Table
 from tqdm import tqdm
 from transformers import Wav2Vec2FeatureExtractor
@@ -21,21 +21,13 @@ from relllm.processing.audio_relllm import AudioSource
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 
 from .data_settings import AnnotateSettings, AnnotationSettings
-from .journal import (
-    Journal,
-    check_out,
-    find_complete,
-    journal_path,
-    report_path,
-    rows_fingerprint,
-    write_json,
-    write_rows,
-)
+from .journal import Journal, add_columns, check_columns, replace_columns, rows_fingerprint
 from .loading import load_corpus
 from .rows import LABEL_SOURCE
 
 DIGITS = 6  # of a reading; more would differ between machines
 MARGIN = 0.5  # beyond [0, 1] by more than this is no reading of the scale
+TYPES = {**{name: Value("float64") for name in DIMENSIONS}, "dimension_source": Value("string")}
 
 
 def annotate_rows(
@@ -61,10 +53,7 @@ def annotate_rows(
     Args:
         rows (`datasets.Dataset`): With `id` and `audio`, undecoded.
         out (`Path`): `.jsonl` or `.parquet`.
-        model ([`ReLLMEmotionModel`]): On the device it is to run on.
-        settings ([`AnnotationSettings`]): Whose readings, and whether they replace what is there.
-        batch_size (`int`, *optional*, defaults to 16): Windows (of up to 30 s) read at once.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+        batch_size (`int`, *optional*, defaults to 16): Clips read at once.
 
     Returns:
         `dict`: The report: `settings`, `rows`, `read`, `kept` (source -> count), `partly_labelled`, `clipped` and
@@ -74,30 +63,21 @@ def annotate_rows(
         ValueError: If the data lacks `id` or `audio`, or `out` belongs to a run with other settings.
         FileExistsError: If `out` is there from another run.
     """
-    if lacking := sorted({"id", "audio"} - set(rows.column_names)):
-        raise ValueError(f"The data lacks the columns {lacking}; it has {rows.column_names}.")
-    check_out(rows, out)
-    run = {"task": "annotate", **settings.identity, "data": rows_fingerprint(rows, ("id", *DIMENSIONS))}
-    if (complete := find_complete(out, run)) is not None:
-        return complete
-    rows = _with_columns(rows)
-    labels = rows.remove_columns("audio").to_list()
+    check_columns(rows, {"id", "audio"})
+    blank = dict.fromkeys(TYPES)
+    labels = [blank | row for row in rows.remove_columns("audio").to_list()]
     todo = [index for index, row in enumerate(labels) if settings.overwrite or not _values(row)]
-    with Journal(journal_path(out), run) as journal:
-        bar = tqdm(
-            total=len(todo), initial=len(journal.done), desc="Reading emotion", unit="clip", disable=not progress
-        )
-        with bar:
-            for entries in _read(model, rows, todo, journal.done, batch_size):
-                journal.append(entries)
-                bar.update(len(entries))
-        found = dict(journal.done)
-    annotated = [_annotate(row, found.get(row["id"]), settings) for row in labels]
-    report = _report(run, labels, annotated, found)
-    write_json(report, report_path(out))
-    write_rows(_replace_columns(rows, annotated), out)
-    journal_path(out).unlink()
-    return report
+
+    def fill(journal: Journal) -> None:
+        _read(model, rows, todo, journal, batch_size, progress)
+
+    def finish(found: Mapping[str, dict]) -> tuple[dict, Dataset]:
+        annotated = [_annotate(row, found.get(row["id"], {}), settings) for row in labels]
+        columns = {name: [row[name] for row in annotated] for name in TYPES}
+        return _report(labels, annotated, found), replace_columns(rows, columns, TYPES)
+
+    run = {"task": "annotate", **settings.identity, "data": rows_fingerprint(rows, ("id", *DIMENSIONS))}
+    return add_columns(rows, out, run, fill, finish)
 
 
 def read_dimensions(model: ReLLMEmotionModel, clips: Sequence[AudioSource]) -> list[list[float] | str]:
@@ -160,18 +140,23 @@ def annotation_table(report: Mapping) -> Table:
 
 
 def _read(
-    model: ReLLMEmotionModel, rows: Dataset, todo: Sequence[int], done: Mapping[str, dict], batch_size: int
-) -> Iterator[list[dict]]:
-    """Journal entries batch by batch. Batches are planned over all rows, so that a resumed run reads the same ones."""
-    for start in range(0, len(todo), batch_size):
-        batch = rows.select(todo[start : start + batch_size])
-        if all(row_id in done for row_id in batch["id"]):
-            continue
-        entries = []
-        for row_id, result in zip(batch["id"], read_dimensions(model, list(batch["audio"])), strict=True):
-            reason = result if isinstance(result, str) else _off_scale(result)
-            entries.append({"id": row_id, **({"reason": reason} if reason else {"values": result})})
-        yield [entry for entry in entries if entry["id"] not in done]
+    model: ReLLMEmotionModel, rows: Dataset, todo: Sequence[int], journal: Journal, batch_size: int, progress: bool
+) -> None:
+    """Fill the journal. Batches are planned over all rows, so that a resumed run reads the same ones."""
+    with tqdm(
+        total=len(todo), initial=len(journal.done), desc="Reading emotion", unit="clip", disable=not progress
+    ) as bar:
+        for start in range(0, len(todo), batch_size):
+            batch = rows.select(todo[start : start + batch_size])
+            if all(row_id in journal.done for row_id in batch["id"]):
+                continue
+            entries = []
+            for row_id, result in zip(batch["id"], read_dimensions(model, list(batch["audio"])), strict=True):
+                reason = result if isinstance(result, str) else _off_scale(result)
+                if row_id not in journal.done:
+                    entries.append({"id": row_id, **({"reason": reason} if reason else {"values": result})})
+            journal.append(entries)
+            bar.update(len(entries))
 
 
 def _off_scale(values: Sequence[float]) -> str | None:
@@ -180,9 +165,9 @@ def _off_scale(values: Sequence[float]) -> str | None:
     return f"The tower gives {[float(f'{value:.3g}') for value in values]}, which is not on the scale [0, 1]."
 
 
-def _annotate(row: Mapping, entry: Mapping | None, settings: AnnotationSettings) -> dict:
-    """The three numbers and their source, of one row."""
-    if entry is not None and "values" in entry:
+def _annotate(row: Mapping, entry: Mapping, settings: AnnotationSettings) -> dict:
+    """Return the three numbers of one row and their source."""
+    if "values" in entry:
         clipped = (min(max(value, 0.0), 1.0) for value in entry["values"])
         return {**dict(zip(DIMENSIONS, clipped, strict=True)), "dimension_source": settings.source}
     source = (row["dimension_source"] or LABEL_SOURCE) if _values(row) else None
@@ -193,42 +178,18 @@ def _values(row: Mapping) -> list[float]:
     return [row[name] for name in DIMENSIONS if row[name] is not None]
 
 
-def _report(run: Mapping, labels: Sequence[Mapping], annotated: Sequence[Mapping], found: Mapping[str, dict]) -> dict:
-    kept: dict[str, int] = {}
-    partly = []
-    for row, result in zip(labels, annotated, strict=True):
-        if "values" in found.get(row["id"], {}) or not _values(row):
-            continue
-        kept[result["dimension_source"]] = kept.get(result["dimension_source"], 0) + 1
-        if len(_values(row)) < len(DIMENSIONS):
-            partly.append(row["id"])
-    readings = {row["id"]: found[row["id"]]["values"] for row in labels if "values" in found.get(row["id"], {})}
+def _report(labels: Sequence[Mapping], annotated: Sequence[Mapping], found: Mapping[str, dict]) -> dict:
+    entries = {row["id"]: found[row["id"]] for row in labels if row["id"] in found}
+    readings = {row_id: entry["values"] for row_id, entry in entries.items() if "values" in entry}
     clipped = {row_id: values for row_id, values in readings.items() if min(values) < 0 or max(values) > 1}
-    reasons = {row["id"]: found[row["id"]]["reason"] for row in labels if "reason" in found.get(row["id"], {})}
+    reasons = {row_id: entry["reason"] for row_id, entry in entries.items() if "reason" in entry}
+    kept = [(row, result) for row, result in zip(labels, annotated, strict=True) if row["id"] not in readings]
+    kept = [(row, result) for row, result in kept if _values(row)]
+    partly = [row["id"] for row, _ in kept if len(_values(row)) < len(DIMENSIONS)]
     return {
-        "settings": json.loads(json.dumps(run)),
-        "rows": len(labels),
         "read": len(readings),
-        "kept": kept,
+        "kept": dict(Counter(result["dimension_source"] for _, result in kept)),
         "partly_labelled": {"count": len(partly), "ids": partly},
         "clipped": {"count": len(clipped), "raw_values": clipped},
         "not_read": {"count": len(reasons), "reasons": reasons},
     }
-
-
-def _with_columns(rows: Dataset) -> Dataset:
-    """With the three dimensions and their source, empty where the data lacks them."""
-    for name in (*DIMENSIONS, "dimension_source"):
-        if name not in rows.column_names:
-            dtype = "string" if name == "dimension_source" else "float64"
-            rows = rows.add_column(name, [None] * len(rows), feature=Value(dtype))
-    return rows
-
-
-def _replace_columns(rows: Dataset, annotated: Sequence[Mapping]) -> Dataset:
-    types = {name: Value("float64") for name in DIMENSIONS} | {"dimension_source": Value("string")}
-    order = list(Features({**rows.features, **types}))
-    rows = rows.remove_columns(list(types))
-    for name, dtype in types.items():
-        rows = rows.add_column(name, [row[name] for row in annotated], feature=dtype)
-    return rows.select_columns(order)

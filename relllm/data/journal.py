@@ -6,26 +6,22 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Value
 
 SUFFIXES = (".jsonl", ".parquet")
 
 
 class Journal:
-    """Finished rows of a run, one JSON line each behind a line with the run's settings.
+    """Finished rows of a run, one JSON line each behind a line with the settings that its runs must share.
 
-    Used as a context manager. Opened again after a kill, it has what was finished in `done`; a half-written last line
-    is dropped. One process at a time.
-
-    Args:
-        path (`Path`): Made if it is not there.
-        settings (`Mapping`): What must not change between the runs that share the journal; JSON can hold it.
+    Used as a context manager, by one process at a time. Opened again after a kill, it has what was finished in `done`;
+    a half-written last line is dropped.
 
     Raises:
         ValueError: If the journal is of other settings, which it names, or a line before the last is no JSON.
@@ -89,17 +85,11 @@ class Journal:
 
 
 def write_rows(rows: Dataset, path: Path) -> None:
-    """Write a data set; the file is complete or not there.
+    """Write a data set with undecoded `audio`; the file is complete or not there.
 
-    Args:
-        rows (`datasets.Dataset`): With `audio` as paths, or undecoded.
-        path (`Path`): `.jsonl`: audio beneath the file's folder is named relative to it, other audio by its absolute
-            path. `.parquet`: audio as it is, bytes included.
-
-    Raises:
-        ValueError: See [`check_out`].
+    `.jsonl` names audio beneath the file's folder relative to it and other audio by its absolute path; `.parquet`
+    holds audio as it is, bytes included.
     """
-    check_out(rows, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     if path.suffix == ".parquet":
@@ -120,17 +110,12 @@ def write_json(content: Mapping[str, object], path: Path) -> None:
     publish(partial, path)
 
 
-def check_out(rows: Dataset, path: Path) -> None:
-    """Say before the work whether [`write_rows`] will be able to write these rows there.
-
-    Raises:
-        ValueError: On another suffix, on audio bytes for a `.jsonl`, or on ids that are missing or not unique.
-    """
+def _check_out(rows: Dataset, path: Path) -> None:
+    """Say before the work whether [`write_rows`] will be able to write these rows there."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"--out {path}: expected a file that ends in one of {', '.join(SUFFIXES)}.")
-    ids = rows["id"] if "id" in rows.column_names else []
     seen: set[str] = set()
-    for row_id in ids:
+    for row_id in rows["id"]:
         if not isinstance(row_id, str) or not row_id or row_id in seen:
             raise ValueError(
                 f"Every row needs an `id` of its own, a string; got {row_id!r} (again). Make them unique."
@@ -138,7 +123,7 @@ def check_out(rows: Dataset, path: Path) -> None:
         seen.add(row_id)
     if not seen:
         raise ValueError(f"The data has no rows with an `id`; its columns are {rows.column_names}.")
-    first = rows[0].get("audio")
+    first = rows[0]["audio"]
     if path.suffix == ".jsonl" and isinstance(first, Mapping) and first.get("bytes") is not None:
         raise ValueError(f"The data holds its audio as bytes, which JSON cannot. Use --out {path.stem}.parquet.")
 
@@ -162,23 +147,56 @@ def journal_path(out: Path) -> Path:
     return out.with_name(out.name + ".journal")
 
 
-def find_complete(out: Path, settings: Mapping[str, object]) -> dict | None:
-    """Return the report of a run that is complete already; `None` where there is something to do.
+def add_columns(
+    rows: Dataset,
+    out: Path,
+    settings: Mapping[str, object],
+    fill: Callable[[Journal], None],
+    finish: Callable[[Mapping[str, dict]], tuple[dict, Dataset]],
+) -> dict:
+    """Add columns to rows with `id` and `audio`, and return the report, which is written beside `out`.
+
+    `fill` puts what a row gets into the journal, beside what is `done`; `finish` makes the report and the rows from
+    all entries. A run that is complete is not done again.
 
     Raises:
-        FileExistsError: If `out` is there and is not of these settings.
+        ValueError: If rows cannot be written there, or an unfinished run has other settings.
+        FileExistsError: If `out` is there from another run.
     """
-    if not out.exists() or journal_path(out).exists():
-        return None
-    report = report_path(out)
-    found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    _check_out(rows, out)
     wanted = json.loads(json.dumps(settings))
-    if found.get("settings") != wanted:
-        raise FileExistsError(
-            f"{out} is there already, from a run with other settings "
-            f"({name_differences(found.get('settings'), wanted)}). Choose another --out, or delete it."
-        )
-    return found
+    if out.exists() and not journal_path(out).exists():
+        known = report_path(out)
+        found = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+        if found.get("settings") != wanted:
+            raise FileExistsError(
+                f"{out} is there already, from a run with other settings "
+                f"({name_differences(found.get('settings'), wanted)}). Choose another --out, or delete it."
+            )
+        return found
+    with Journal(journal_path(out), wanted) as journal:
+        fill(journal)
+    counts, written = finish(journal.done)
+    report = {"settings": wanted, "rows": len(rows), **counts}
+    write_json(report, report_path(out))
+    write_rows(written, out)
+    journal_path(out).unlink()
+    return report
+
+
+def check_columns(rows: Dataset, needed: Iterable[str]) -> None:
+    """Raise a `ValueError` that names the columns which the rows lack."""
+    if lacking := sorted(set(needed) - set(rows.column_names)):
+        raise ValueError(f"The data lacks the columns {lacking}; it has {rows.column_names}.")
+
+
+def replace_columns(rows: Dataset, columns: Mapping[str, Sequence], types: Mapping[str, Value]) -> Dataset:
+    """Return the rows with columns of these types in the place of those they have, new ones at the end."""
+    order = list({**rows.features, **types})
+    rows = rows.remove_columns([name for name in types if name in rows.column_names])
+    for name, dtype in types.items():
+        rows = rows.add_column(name, list(columns[name]), feature=dtype)
+    return rows.select_columns(order)
 
 
 def _audio_path(audio: object, folder: Path) -> str:
@@ -188,10 +206,9 @@ def _audio_path(audio: object, folder: Path) -> str:
         audio = audio.get("path")
     if not isinstance(audio, str):
         raise ValueError(f"A row's audio is {type(audio).__name__}, expected a path. Use an --out ending in .parquet.")
-    path = Path(audio)
     if "://" in audio:
         return audio
-    path = path.absolute()
+    path = Path(audio).absolute()
     return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 

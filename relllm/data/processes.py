@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -26,14 +26,8 @@ def run_in_processes(
 ) -> Iterator[tuple[Item, Result]]:
     """Yield items with their results as they come; of the items only a few are held at once.
 
-    Args:
-        work (`Callable`): What is done with an item; with more than one process they must be able to pickle it.
-        items (`Iterable`): Read as processes become free.
-        num_proc (`int`): With 1 the work is done here. With more a script needs `if __name__ == "__main__":`.
-        preload (`str`): Module that is imported once for all processes.
-
-    Raises:
-        RuntimeError: A process was killed.
+    With one process the work is done here; with more it must be picklable, and a script needs
+    `if __name__ == "__main__":`. The module `preload` is imported once for all. A killed process is a `RuntimeError`.
     """
     if num_proc == 1:
         yield from _run_here(work, items)
@@ -41,20 +35,33 @@ def run_in_processes(
     context = multiprocessing.get_context("forkserver")  # a fork of a process with torch's threads may hang
     context.set_forkserver_preload([preload])
     pool = ProcessPoolExecutor(num_proc, mp_context=context, initializer=_begin_process)
-    items = iter(items)
-    waiting: dict[Future[Result], Item] = {}
     try:
-        while True:
-            waiting |= {pool.submit(work, item): item for item in itertools.islice(items, 2 * num_proc - len(waiting))}
-            if not waiting:
-                return
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                yield waiting.pop(future), future.result()
+        for item, future in run_ahead(pool, work, items, 2 * num_proc):
+            yield item, future.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
             "A process ended in the middle of its work, perhaps killed for memory. What is finished is kept: start "
             "the same command again, with a smaller --num-proc if memory is short."
         ) from error
+
+
+def run_ahead(
+    pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[tuple[Item, Future[Result]]]:
+    """Yield items with their finished futures, failures after what came with them; `ahead` items are held at most.
+
+    The pool is shut down at the end, and what has not begun is cancelled.
+    """
+    items = iter(items)
+    waiting: dict[Future[Result], Item] = {}
+    try:
+        while True:
+            waiting |= {pool.submit(work, item): item for item in itertools.islice(items, ahead - len(waiting))}
+            if not waiting:
+                return
+            finished = wait(waiting, return_when=FIRST_COMPLETED).done
+            for future in sorted(finished, key=lambda future: future.exception() is not None):
+                yield waiting.pop(future), future
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -77,7 +78,13 @@ def test_sampling_is_the_same_whatever_was_done_before(chat_model: Path) -> None
 
 # --- an endpoint -----------------------------------------------------------------------------------------------------
 
-Answer = Callable[[dict, dict[str, str], int], tuple[int, object]]
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+
+
+Answer = Callable[[dict, Message, int], tuple[int, object]]
 
 
 @pytest.fixture
@@ -94,7 +101,7 @@ def serve() -> Iterator[Callable[[Answer], str]]:
                 with lock:
                     counted.append(self.path)
                     number = len(counted)
-                status, content = answer(body, dict(self.headers), number)
+                status, content = answer(body, self.headers, number)
                 if content == "drop":
                     self.close_connection = True
                     return
@@ -123,12 +130,12 @@ def completion(text: str, reason: str = "stop") -> dict:
     return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": reason}]}
 
 
-def echo(body: dict, headers: dict[str, str], number: int) -> tuple[int, dict]:
+def echo(body: dict, headers: Message, number: int) -> tuple[int, dict]:
     return 200, completion(f"You told me about number {body['messages'][-1]['content'].split()[-1]}.")
 
 
 def endpoint_writer(url: str, **options: object) -> EndpointWriter:
-    return EndpointWriter(url, "chat", SAMPLING, **{"first_wait_s": 0.01, "concurrency": 3, **options})
+    return EndpointWriter(url, "chat", SAMPLING, **{"concurrency": 3, **options})
 
 
 def ask(writer: EndpointWriter, count: int = 5) -> dict[str, str]:
@@ -157,6 +164,18 @@ def test_the_endpoint_gets_openais_request_with_the_key(serve, monkeypatch) -> N
             {"role": "user", "content": WRITER_PROMPT.format(emotion="neutral") + "The bus left. 0"},
         ],
     }
+
+
+def test_without_a_variable_no_key_is_sent_not_even_openais_own(serve, monkeypatch) -> None:
+    seen = []
+
+    def answer(body, headers, number):
+        seen.append(headers)
+        return echo(body, headers, number)
+
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    ask(endpoint_writer(serve(answer)), 1)
+    assert "Authorization" not in seen[0] and "s3cret" not in str(seen)
 
 
 @pytest.mark.parametrize("failure", [(500, {}), (429, {}), (503, {}), (200, "drop")])

@@ -35,17 +35,11 @@ LOOP_WORDS, LOOP_TIMES = 4, 5  # the same four words five times over
 
 @dataclass(frozen=True)
 class CleaningRules:
-    """The limits of the rules.
-
-    Args:
-        min_words, max_words (`int`, *optional*, defaults to 3 and 150): A Chinese or Japanese character counts as a
-            word.
-        prompts (`tuple[str, ...]`, *optional*): What a reply must not repeat.
-    """
+    """The limits of the rules; a Chinese or Japanese character counts as a word."""
 
     min_words: int = 3
     max_words: int = 150
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()  # what a reply must not repeat
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_words <= self.max_words:
@@ -54,20 +48,15 @@ class CleaningRules:
 
 @dataclass(frozen=True)
 class CleanedReply:
-    """
-    Args:
-        text (`str`): The reply, mended where a mend applies.
-        dropped (`str` or `None`): The first rule that speaks against it; `None` for a good one.
-        mended (`tuple[str, ...]`): `"thinking_removed"`, `"cut_at_sentence"`.
-    """
+    """A reply, mended where a mend applies."""
 
     text: str
-    dropped: str | None
-    mended: tuple[str, ...] = ()
+    dropped: str | None  # the first rule that speaks against it; None for a good one
+    mended: tuple[str, ...] = ()  # "thinking_removed", "cut_at_sentence"
 
 
 def clean_reply(text: str, transcript: str, *, finished: bool, rules: CleaningRules) -> CleanedReply:
-    """Mends a reply and says whether it may be learned.
+    """Mend a reply to a transcript, and say whether it may be learned; `finished`: the LLM ended it, not the limit.
 
     Mends: a reasoning block `<think>…</think>` goes; a reply that ran into the token limit ends at its last sentence.
 
@@ -75,12 +64,6 @@ def clean_reply(text: str, transcript: str, *, finished: bool, rules: CleaningRu
     reasoning), `refusal`, `role_marker` (turns of a chat), `prompt_echo`, `transcript_echo` (the transcript and
     nothing else), `too_short`, `too_long`, `repetition` (the same words over and over), `wrong_script` (most letters
     are of another script than the transcript's).
-
-    Args:
-        text (`str`): As the LLM wrote it.
-        transcript (`str`): What it replies to.
-        finished (`bool`): Whether the LLM ended it, rather than the limit.
-        rules ([`CleaningRules`]): The limits.
     """
     mended = []
     reply = THINKING.sub("", text)
@@ -105,7 +88,7 @@ def _broken_rule(reply: str, transcript: str, finished: bool, rules: CleaningRul
         "transcript_echo": words == _words(transcript),
         "too_short": len(words) < rules.min_words,
         "too_long": len(words) > rules.max_words,
-        "repetition": _loops(words),
+        "repetition": max(Counter(_windows(words, LOOP_WORDS)).values(), default=0) >= LOOP_TIMES,
         "wrong_script": _changes_script(reply, transcript),
     }
     return next((name for name, broken in checks.items() if broken), None)
@@ -122,11 +105,6 @@ def _windows(words: list[str], length: int) -> list[tuple[str, ...]]:
 
 def _shares_words(reply: list[str], prompt: list[str]) -> bool:
     return not set(_windows(prompt, ECHO_WORDS)).isdisjoint(_windows(reply, ECHO_WORDS))
-
-
-def _loops(words: list[str]) -> bool:
-    counts = Counter(_windows(words, LOOP_WORDS))
-    return max(counts.values(), default=0) >= LOOP_TIMES
 
 
 def _changes_script(reply: str, transcript: str) -> bool:

@@ -1,21 +1,15 @@
 """Who writes the replies to learn: a causal LM in this process, or an OpenAI-compatible endpoint (vLLM and the like).
 
-Both take the same requests and yield replies in batches, in any order. What does not live here: which rows are
-written, cleaning, files (`targets.py`).
+Both take the same requests and yield replies in batches, in any order.
 """
 
-import http.client
-import itertools
-import json
+from __future__ import annotations
+
 import os
-import random
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Container, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from jinja2 import TemplateError
@@ -23,17 +17,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from ..data_settings import Sampling
+from ..processes import run_ahead
+
+if TYPE_CHECKING:
+    from openai import APIStatusError
 
 logger = logging.get_logger(__name__)
 
-RETRIED_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)
 FATAL_STATUSES = {
     401: "The key is missing or wrong: --api-key-env names the environment variable that holds it.",
     403: "The key may not use this model.",
     404: "Is the address right (it usually ends in /v1), and does the server have this model?",
 }
 MAX_REJECTED_IN_A_ROW = 10
-LONGEST_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Request:
     user: str
 
     def messages(self, *, system_role: bool = True) -> list[dict[str, str]]:
-        """As a chat; without a system role, its text goes before the user's."""
+        """Return it as a chat; without a system role, its text goes before the user's."""
         if not self.system:
             return [{"role": "user", "content": self.user}]
         if not system_role:
@@ -55,26 +51,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Written:
-    """A reply.
-
-    Args:
-        id (`str`): Of the row.
-        text (`str`): As the LLM wrote it.
-        finished (`bool`): Whether the LLM ended it, rather than the token limit.
-        rejected (`str`, *optional*): Why the endpoint refused this row; there is no text then.
-    """
+    """A reply to the request `id`, as the LLM wrote it."""
 
     id: str
     text: str
-    finished: bool
-    rejected: str | None = None
+    finished: bool  # by the LLM, rather than by the token limit
+    rejected: str | None = None  # why the endpoint refused this row; there is no text then
 
 
 class Writer(Protocol):
     """What [`write_targets`] needs of a writer."""
 
     def write(self, requests: Sequence[Request], done: Container[str]) -> Iterator[list[Written]]:
-        """Yields replies to the requests whose id is not in `done`."""
+        """Yield replies to the requests whose id is not in `done`."""
         ...
 
 
@@ -82,23 +71,11 @@ class LocalWriter:
     """A causal LM with its own chat template, in padded batches of like length.
 
     Batches are planned over all requests, done or not, so that an interrupted run writes what an uninterrupted one
-    would have written.
-
-    Args:
-        model (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): A chat model and its tokenizer.
-        sampling ([`Sampling`]): How replies are drawn.
-        batch_size (`int`, *optional*, defaults to 16): Replies written at once.
-
-    Raises:
-        ValueError: If the tokenizer has no chat template.
+    would have written. A tokenizer without a chat template is a `ValueError`.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
-        batch_size: int = 16,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, batch_size: int = 16
     ) -> None:
         if not tokenizer.chat_template:
             raise ValueError(f"{tokenizer.name_or_path} has no chat template: replies need a chat (instruct) model.")
@@ -116,14 +93,14 @@ class LocalWriter:
     @classmethod
     def from_pretrained(
         cls, name: str, sampling: Sampling, *, revision: str = "main", batch_size: int = 16, device: str = "cpu"
-    ) -> "LocalWriter":
-        """Loads a model (safetensors only) in its own dtype, and its tokenizer."""
+    ) -> LocalWriter:
+        """Load a model (safetensors only) in its own dtype, and its tokenizer."""
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype="auto", use_safetensors=True)
         return cls(model.to(device), tokenizer, sampling, batch_size)
 
     def write(self, requests: Sequence[Request], done: Container[str]) -> Iterator[list[Written]]:
-        """Yields batch by batch, the longest prompts first: what does not fit in memory shows at once."""
+        """Yield batch by batch, the longest prompts first: what does not fit in memory shows at once."""
         prompts = [self._prompt(request) for request in requests]
         order = sorted(range(len(requests)), key=lambda index: (-len(prompts[index]), index))
         for number, start in enumerate(range(0, len(order), self.batch_size)):
@@ -136,7 +113,6 @@ class LocalWriter:
 
     @torch.no_grad()
     def _generate(self, prompts: list[list[int]], number: int) -> list[tuple[str, bool]]:
-        """Text of each prompt's reply, and whether the LLM ended it."""
         batch = self.tokenizer.pad({"input_ids": prompts}, padding=True, return_tensors="pt").to(self.model.device)
         torch.manual_seed(self.sampling.seed + number)  # a batch is drawn the same whatever was done before
         draw = {"do_sample": True, "temperature": self.sampling.temperature}
@@ -148,7 +124,8 @@ class LocalWriter:
             **(draw if self.sampling.temperature else greedy),
         )
         replies = output[:, batch["input_ids"].shape[1] :].tolist()
-        ends = self._end_tokens()
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends if ends is not None else self.tokenizer.eos_token_id])
         texts = self.tokenizer.batch_decode(replies, skip_special_tokens=True)
         return [(text, not ends.isdisjoint(reply)) for text, reply in zip(texts, replies, strict=True)]
 
@@ -170,31 +147,18 @@ class LocalWriter:
             return False
         return True
 
-    def _end_tokens(self) -> set[int]:
-        ends = self.model.generation_config.eos_token_id
-        return set(ends if isinstance(ends, list) else [ends if ends is not None else self.tokenizer.eos_token_id])
-
 
 class EndpointWriter:
-    """An OpenAI-compatible endpoint: POST {endpoint}/chat/completions, several requests at once.
+    """An OpenAI-compatible endpoint, asked for several chat completions at once.
 
-    Rate limits, server errors, dropped connections and time-outs are tried again, later each time; a server that says
-    how long to wait (Retry-After) is heard. A rejected request (HTTP 400, 413, 422) concerns its row, unless nothing
-    else comes back.
-
-    Args:
-        endpoint (`str`): Such as `http://host:8000/v1`.
-        model (`str`): The model's name at the endpoint.
-        sampling ([`Sampling`]): How replies are drawn.
-        api_key_env (`str`, *optional*): Environment variable that holds the key; without it, none is sent.
-        concurrency (`int`, *optional*, defaults to 16): Requests at once.
-        max_retries (`int`, *optional*, defaults to 8): After the first try, a request.
-        first_wait_s (`float`, *optional*, defaults to 1.0): Before the second try; it doubles, up to a minute.
-        timeout_s (`float`, *optional*, defaults to 120.0): Of one try.
-        extra_body (`Mapping`, *optional*): Further fields of the request; `None` takes one out.
+    Rate limits, server errors, dropped connections and time-outs are tried again, later each time and as Retry-After
+    says. A rejected request (HTTP 400, 413, 422) concerns its row, unless nothing else comes back. Without
+    `api_key_env`, which names an environment variable, no key is sent; `extra_body` holds further fields of the
+    request, and `None` takes one out; `timeout_s` is of one try.
 
     Raises:
         ValueError: If the address is no `http(s)://`, or the environment variable is empty.
+        ImportError: If the client `openai` is missing.
     """
 
     def __init__(
@@ -206,30 +170,34 @@ class EndpointWriter:
         api_key_env: str | None = None,
         concurrency: int = 16,
         max_retries: int = 8,
-        first_wait_s: float = 1.0,
         timeout_s: float = 120.0,
         extra_body: Mapping[str, object] | None = None,
     ) -> None:
+        try:
+            from openai import Omit, OpenAI
+        except ImportError as error:
+            raise ImportError("Replies from an endpoint need its client: `pip install relllm[data]`.") from error
         if not endpoint.startswith(("http://", "https://")):
             raise ValueError(f"endpoint must start with http:// or https://, got {endpoint!r}.")
+        if api_key_env is not None and not os.environ.get(api_key_env):
+            raise ValueError(f"The environment variable {api_key_env} is empty. Put the endpoint's key there.")
+        self.client = OpenAI(
+            base_url=endpoint,
+            api_key=os.environ[api_key_env] if api_key_env else "none",
+            max_retries=max_retries,
+            timeout=timeout_s,
+        )
+        self.headers = {} if api_key_env else {"Authorization": Omit()}
         self.url = endpoint.rstrip("/") + "/chat/completions"
-        self.headers = {"Content-Type": "application/json"}
-        if api_key_env is not None:
-            if not os.environ.get(api_key_env):
-                raise ValueError(f"The environment variable {api_key_env} is empty. Put the endpoint's key there.")
-            self.headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
-        self.body = {"model": model, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        self.model = model
+        body = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         if sampling.temperature:
-            self.body["seed"] = sampling.seed
-        self.body |= extra_body or {}
+            body["seed"] = sampling.seed
+        self.body = {name: value for name, value in {**body, **(extra_body or {})}.items() if value is not None}
         self.concurrency = concurrency
-        self.max_retries = max_retries
-        self.first_wait_s = first_wait_s
-        self.timeout_s = timeout_s
-        self._stopped = threading.Event()
 
     def write(self, requests: Sequence[Request], done: Container[str]) -> Iterator[list[Written]]:
-        """Yields replies as they come.
+        """Yield replies as they come.
 
         Raises:
             PermissionError: On HTTP 401 or 403.
@@ -237,83 +205,52 @@ class EndpointWriter:
             ConnectionError: If a request failed `max_retries` times more.
         """
         waiting = (request for request in requests if request.id not in done)
-        self._stopped.clear()
         rejected = 0
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            running: set[Future[Written]] = set()
-            try:
-                while True:
-                    free = 2 * self.concurrency - len(running)
-                    running |= {pool.submit(self._ask, request) for request in itertools.islice(waiting, free)}
-                    if not running:
-                        return
-                    finished, running = wait(running, return_when=FIRST_COMPLETED)
-                    written = [future.result() for future in finished if future.exception() is None]
-                    for reply in written:
-                        rejected = rejected + 1 if reply.rejected else 0
-                    yield written
-                    for future in finished:  # what came back beside a failure is kept first
-                        future.result()
-                    if rejected >= MAX_REJECTED_IN_A_ROW:
-                        raise ValueError(f"{self.url} rejected {rejected} rows in a row: {written[-1].rejected}")
-            finally:
-                self._stopped.set()  # a request that waits to be tried again gives up
-                for future in running:
-                    future.cancel()
+        pool = ThreadPoolExecutor(self.concurrency)
+        for _, future in run_ahead(pool, self._ask, waiting, 2 * self.concurrency):
+            reply = future.result()
+            yield [reply]
+            rejected = rejected + 1 if reply.rejected else 0
+            if rejected >= MAX_REJECTED_IN_A_ROW:
+                raise ValueError(f"{self.url} rejected {rejected} rows in a row: {reply.rejected}")
 
     def _ask(self, request: Request) -> Written:
-        wait_s = self.first_wait_s
-        for attempt in itertools.count():
-            try:
-                return self._post(request)
-            except _Transient as error:
-                if attempt >= self.max_retries or self._stopped.is_set():
-                    raise ConnectionError(
-                        f"{self.url} failed {attempt + 1} times for row {request.id!r}, last with: {error}. What is "
-                        "written is kept: run the same command again when the endpoint is back."
-                    ) from error
-                self._stopped.wait(max(error.retry_after_s, wait_s * random.uniform(0.5, 1.0)))
-                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-        raise AssertionError("unreachable: the loop returns or raises")
+        from openai import APIConnectionError, APIStatusError
 
-    def _post(self, request: Request) -> Written:
-        body = {**self.body, "messages": request.messages()}
-        data = json.dumps({name: value for name, value in body.items() if value is not None}).encode()
-        post = urllib.request.Request(self.url, data=data, headers=self.headers, method="POST")
         try:
-            with urllib.request.urlopen(post, timeout=self.timeout_s) as response:
-                answer = json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            with error:
-                return self._refused(request, error)
-        except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, cut off, no JSON
-            raise _Transient(f"{type(error).__name__}: {error}") from error
+            answer = self.client.chat.completions.create(
+                model=self.model,
+                messages=request.messages(),  # type: ignore[arg-type]
+                extra_headers=self.headers,
+                extra_body=self.body,
+            )
+        except APIStatusError as error:
+            return self._refused(request, error)
+        except APIConnectionError as error:
+            raise self._failed(request, f"{error} {error.__cause__}") from error
         try:
-            choice = answer["choices"][0]
-            text, reason = choice["message"]["content"], choice.get("finish_reason")
-        except (KeyError, IndexError, TypeError) as error:
+            choice = answer.choices[0]
+            text, reason = choice.message.content, choice.finish_reason
+        except (AttributeError, IndexError, TypeError) as error:
             raise ValueError(f"{self.url} answered with no chat completion: {answer!r:.300}") from error
         text = (text or "").encode(errors="replace").decode()  # JSON may hold half a character, UTF-8 may not
         if reason == "content_filter":
             return Written(request.id, text, True, rejected="content_filter")
         return Written(request.id, text, reason != "length")
 
-    def _refused(self, request: Request, error: urllib.error.HTTPError) -> Written:
-        said = error.read(2000).decode(errors="replace").strip()
-        message = f"HTTP {error.code} {error.reason}: {said:.300}"
-        if error.code in RETRIED_STATUSES:
-            seconds = error.headers.get("Retry-After", "")
-            raise _Transient(message, min(float(seconds), LONGEST_WAIT_S) if seconds.isdigit() else 0.0)
-        if error.code in (401, 403):
-            raise PermissionError(f"{self.url}: {message} {FATAL_STATUSES[error.code]}")
-        if error.code in (400, 413, 422):
+    def _refused(self, request: Request, error: APIStatusError) -> Written:
+        status = error.status_code
+        message = f"HTTP {status} {error.response.reason_phrase}: {error.response.text.strip():.300}"
+        if status in (408, 409, 429) or status >= 500:  # which the client has tried again
+            raise self._failed(request, message) from error
+        if status in (401, 403):
+            raise PermissionError(f"{self.url}: {message} {FATAL_STATUSES[status]}") from error
+        if status in (400, 413, 422):
             return Written(request.id, "", False, rejected=message)
-        raise ValueError(f"{self.url}: {message} {FATAL_STATUSES.get(error.code, '')}".rstrip())
+        raise ValueError(f"{self.url}: {message} {FATAL_STATUSES.get(status, '')}".rstrip()) from error
 
-
-class _Transient(Exception):
-    """A failure that may pass; `retry_after_s` is what the server asks for."""
-
-    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
+    def _failed(self, request: Request, message: str) -> ConnectionError:
+        return ConnectionError(
+            f"{self.url} failed {self.client.max_retries + 1} times for row {request.id!r}, last with: {message}. "
+            "What is written is kept: run the same command again when the endpoint is back."
+        )
