@@ -96,7 +96,7 @@ def register_for_auto_class(enabled: bool = True) -> None:
 
 
 # `relllm …` and `python -m relllm.cli …` (which is still "-m" now) register when a command runs: help needs no model.
-if Path(sys.argv[0]).stem not in ("relllm", "-m"):
+if Path(*sys.argv[:1]).stem not in ("relllm", "-m"):
     register_with_transformers()
 
 

@@ -99,3 +99,8 @@ def test_every_public_name_can_be_had(said):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'relllm' has no attribute 'ReLLMTrainer'"):
         relllm.ReLLMTrainer  # noqa: B018
+
+
+def test_an_interpreter_without_arguments_imports_it():
+    done = run("import sys; sys.argv = []; import relllm, transformers; transformers.AutoConfig.for_model('relllm')")
+    assert done.returncode == 0, done.stderr

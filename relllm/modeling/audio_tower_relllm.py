@@ -1,12 +1,10 @@
-"""Audio encoders of any supported kind behind one function: features and mask in, frames and their counts out.
+"""Whisper, wav2vec2, HuBERT and WavLM behind one function: features and mask in, frames and their counts out.
 
-Whisper (log-mel) and wav2vec2, HuBERT, WavLM (waveform). Padding never reaches a clip's own frames: a clip encodes to
-the same frames alone and in a batch. Clips of a ragged batch run in groups of like length, so little is computed for
-padding, whatever the batch's order.
+A clip encodes to the same frames alone and in a batch; a ragged batch runs in groups of like length.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
@@ -22,11 +20,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .convolution_relllm import can_convolve, convolve
 
-# 32 MiB in float32, up to where glibc keeps freed memory. More it takes from the system each time: with 8 clips of 5 s
-# in wav2vec2 a third of the time goes into that, and a batch is slower than its clips one by one.
+# 32 MiB in float32: glibc takes more from the system each time, which is a third of the time of 8 clips in wav2vec2.
 MAX_CPU_VALUES = 2**23
-# How much shorter than the longest of its group a clip may be, as a share of it. A CPU runs small groups as fast as
-# large ones; an accelerator does not, so there a batch is split only where more than this share of it is padding.
+# How much shorter than the longest of its group a clip may be, as a share of it. An accelerator runs small groups no
+# faster than large ones, so there a batch is split only where more than this share of it is padding.
 CPU_SLACK = 0.1
 ACCELERATOR_SLACK, ACCELERATOR_PADDING = 0.5, 0.25
 
@@ -40,12 +37,7 @@ def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def count_frames(config: PreTrainedConfig, lengths: Lengths) -> Lengths:
-    """Count the frames that a tower makes of inputs of these lengths.
-
-    Args:
-        config (`PreTrainedConfig`): The tower's.
-        lengths (`int` or `torch.LongTensor` of any shape): Mel frames for Whisper, samples for the waveform encoders.
-    """
+    """Count the frames that a tower makes of these lengths: mel frames for Whisper, else samples."""
     if config.model_type == "whisper":
         return (lengths - 1) // 2 + 1
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
@@ -56,18 +48,13 @@ def count_frames(config: PreTrainedConfig, lengths: Lengths) -> Lengths:
 def encode_audio(
     tower: PreTrainedModel, inputs: Tensor, mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
 ) -> tuple[BaseModelOutput, Tensor]:
-    """Run a tower.
+    """Run a tower; return its output, with `last_hidden_state` `(clips, T, width)`, and the frame counts `(clips,)`.
 
     Args:
-        tower (`PreTrainedModel`): From [`build_tower`].
         inputs (`torch.Tensor`): Log-mel `(clips, mels, frames)` for Whisper, else waveforms `(clips, samples)`.
         mask (`torch.Tensor` of shape `(clips, frames or samples)`, *optional*): 1 on what belongs to the clip.
-        kwargs: `output_hidden_states` and `output_attentions`, as of any model. With them the batch runs as a whole;
-            encoders with a group norm give none for a ragged one.
-
-    Returns:
-        `tuple`: The tower's output, with frames `(clips, T, width)` in `last_hidden_state` and T the longest clip's,
-        and each clip's own frame count `(clips,)`.
+        kwargs: `output_hidden_states` and `output_attentions`. With them the batch runs as a whole; encoders with a
+            group norm give none for a ragged one.
     """
     if mask is None:
         mask = torch.ones(inputs.shape[0], inputs.shape[-1], dtype=torch.long, device=inputs.device)
@@ -88,19 +75,24 @@ def encode_audio(
     groups = group_by_length(sizes, *_limits(tower, sizes, inputs.device, kwargs))
     if len(groups) == 1:
         return encode(tower, inputs[..., :longest], mask[:, :longest], return_dict=True, **kwargs), lengths
-    return BaseModelOutput(last_hidden_state=_encode_groups(encode, tower, inputs, mask, sizes, groups)), lengths
+    places = [torch.tensor(group, device=inputs.device) for group in groups]
+    parts = []
+    for own, group in zip(places, groups, strict=True):
+        longest = sizes[group[0]]
+        output = encode(tower, inputs[own, ..., :longest], mask[own, :longest], return_dict=True)
+        parts.append(output.last_hidden_state)
+    frames = parts[0].new_zeros(len(sizes), *parts[0].shape[1:])  # the first has the longest clip
+    for own, part in zip(places, parts, strict=True):
+        frames[own, : part.shape[1]] = part
+    return BaseModelOutput(last_hidden_state=frames), lengths
 
 
 def group_by_length(sizes: Sequence[int], slack: float, most: float) -> list[list[int]]:
-    """Clips in groups of like length, so that a group has little padding.
+    """Group clips of like length, as places in `sizes`, the longest first.
 
     Args:
-        sizes (`Sequence[int]`): Of each clip.
         slack (`float`): How much shorter than the longest of its group a clip may be, as a share of it.
         most (`float`): Values in a group's rectangle of clips x longest size; a group has one clip at least.
-
-    Returns:
-        `list[list[int]]`: Places in `sizes`, the longest clip first.
     """
     groups: list[list[int]] = []
     for place in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
@@ -113,7 +105,7 @@ def group_by_length(sizes: Sequence[int], slack: float, most: float) -> list[lis
 
 
 def frame_mask(lengths: Tensor, width: int) -> Tensor:
-    """`(clips, width)`, True on the first `lengths[i]` positions of row i."""
+    """Return a mask `(clips, width)`, True on the first `lengths[i]` positions of row i."""
     return torch.arange(width, device=lengths.device)[None] < lengths[:, None]
 
 
@@ -123,18 +115,24 @@ def is_trained(module: nn.Module) -> bool:
 
 
 def without_graph(tower: nn.Module) -> AbstractContextManager:
-    """No graph through a tower that does not train, also where embeddings were hooked to require gradients."""
+    """Keep no graph of a tower that does not train, also where embeddings were hooked to require gradients."""
     return nullcontext() if is_trained(tower) else torch.no_grad()
 
 
 def _limits(
     tower: PreTrainedModel, sizes: Sequence[int], device: torch.device, kwargs: Mapping[str, object]
 ) -> tuple[float, float]:
-    """`slack` and `most` of [`group_by_length`], for this batch."""
+    """Return `slack` and `most` of [`group_by_length`] for this batch."""
+    config = tower.config
+    is_whisper = config.model_type == "whisper"
     whole = _wants_states(tower, kwargs) or _is_sharded(tower)
     on_cpu = device.type == "cpu"
-    most = MAX_CPU_VALUES / _widest(tower.config) if on_cpu and not whole else math.inf
-    if tower.config.model_type != "whisper" and tower.config.feat_extract_norm == "group":
+    most = math.inf
+    if on_cpu and not whole:  # the values of the largest activation for each mel frame or sample
+        most = MAX_CPU_VALUES / (
+            config.encoder_ffn_dim / 2 if is_whisper else config.conv_dim[0] / config.conv_stride[0]
+        )
+    if not is_whisper and config.feat_extract_norm == "group":
         return 0.0, most  # such a norm takes its statistics over time, padding included: none may be there
     padding = 1 - sum(sizes) / (len(sizes) * max(sizes))
     if whole or not (on_cpu or padding > ACCELERATOR_PADDING):
@@ -142,37 +140,9 @@ def _limits(
     return CPU_SLACK if on_cpu else ACCELERATOR_SLACK, most
 
 
-def _widest(config: PreTrainedConfig) -> float:
-    """Values that the largest activation has for each mel frame or sample."""
-    if config.model_type == "whisper":
-        return config.encoder_ffn_dim / 2
-    return config.conv_dim[0] / config.conv_stride[0]
-
-
-def _encode_groups(
-    encode: Callable[..., BaseModelOutput],
-    tower: PreTrainedModel,
-    inputs: Tensor,
-    mask: Tensor,
-    sizes: Sequence[int],
-    groups: Sequence[Sequence[int]],
-) -> Tensor:
-    """Groups in turn, each as long as its own longest clip; `(clips, T, width)` in the batch's order."""
-    places = [torch.tensor(group, device=inputs.device) for group in groups]
-    parts = []
-    for own, group in zip(places, groups, strict=True):
-        longest = sizes[group[0]]
-        output = encode(tower, inputs[own, ..., :longest], mask[own, :longest], return_dict=True)
-        parts.append(output.last_hidden_state)
-    frames = parts[0].new_zeros(len(sizes), parts[0].shape[1], parts[0].shape[2])  # the first has the longest clip
-    for own, part in zip(places, parts, strict=True):
-        frames[own, : part.shape[1]] = part
-    return frames
-
-
 @capture_outputs  # on Whisper's own layers: the tower is what Transformers takes for `self`
 def _encode_mel(tower: PreTrainedModel, features: Tensor, mask: Tensor, **kwargs: object) -> BaseModelOutput:
-    """Whisper's encoder over as many positions as the batch needs."""
+    """Run Whisper's encoder over as many positions as the batch needs."""
     longest = count_frames(tower.config, features.shape[-1])
     # Padding is set to zero before each convolution, where a lone clip would have the convolution's own zeros.
     hidden = nn.functional.gelu(tower.conv1(features * mask[:, None].to(features.dtype)))

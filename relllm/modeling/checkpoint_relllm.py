@@ -1,9 +1,7 @@
 """Putting a ReLLM together from towers, and light checkpoints, which leave out what the towers' sources have.
 
-In a light checkpoint are every trained parameter, everything outside the towers, and those tower weights that differ
-from their source (resized embeddings, a tower that was trained before). The rest comes back from the sources, and a
-fingerprint of their files guards it: the SHA-256 that the Hub has of each file, or that of a local one, which is read
-for it once. The first light save of a model loads each source once more to compare; later saves only write.
+It has what was trained, what is outside the towers, and tower weights that differ from their source. A fingerprint of
+the sources' files guards the rest. A model's first light save loads each source to compare; later saves only write.
 """
 
 import contextlib
@@ -12,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -45,11 +44,7 @@ TOWERS = ("audio_tower", "emotion_tower", "text_model")
 
 @contextlib.contextmanager
 def whole_weights() -> Iterator[None]:
-    """Every model made in the `with` block comes whole into this process, in a run with DeepSpeed's ZeRO 3 as well.
-
-    There Transformers spreads a model over the processes as it makes it. But a ReLLM is put together from whole
-    weights, and the process that saves a light checkpoint reads its sources alone. DeepSpeed spreads it afterwards.
-    """
+    """Have each model made in the `with` block come whole into this process, also with DeepSpeed's ZeRO 3."""
     running = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
@@ -61,12 +56,7 @@ def whole_weights() -> Iterator[None]:
 def load_tower(
     kind: str, source: str | os.PathLike | PreTrainedModel, *, dtype: torch.dtype | None = None, **options: Any
 ) -> PreTrainedModel:
-    """Return a model as it is, or load an id or a path from safetensors; of Whisper return the encoder.
-
-    Args:
-        kind (`str`): One of `TOWERS`.
-        dtype (`torch.dtype`, *optional*): Of a tower that is loaded; by default its own.
-    """
+    """Return a model as it is, or load a tower (one of `TOWERS`) from safetensors; of Whisper return the encoder."""
     if not isinstance(source, PreTrainedModel):
         loaders = {"audio_tower": AutoModel, "emotion_tower": ReLLMEmotionModel, "text_model": AutoModelForCausalLM}
         options |= {"use_safetensors": True, **({"dtype": dtype} if dtype else {})}
@@ -97,11 +87,7 @@ def place_of(name: str | os.PathLike) -> str:
 
 
 def name_tower_weights(names: Iterable[str], towers: Mapping[str, PreTrainedModel | None]) -> dict[str, Tensor]:
-    """Return the towers' weights by their `names` in [`ReLLMModel`], where a LoRA moves a weight to `base_layer`.
-
-    Raises:
-        ValueError: If a tower has a weight that the model has no place for.
-    """
+    """Return the towers' weights by their `names` in [`ReLLMModel`], where a LoRA moves a weight to `base_layer`."""
     renamed = {name.replace(".base_layer.", "."): name for name in names}
     weights: dict[str, Tensor] = {}
     for kind, tower in towers.items():
@@ -140,8 +126,7 @@ def find_audio_token(tokenizer: str | os.PathLike | PreTrainedTokenizerBase | Pr
 def source_fingerprint(source: Mapping[str, Any], hub: Mapping[str, Any] | None = None) -> str:
     """Hash the SHA-256 of each safetensors file of a tower (`name` and `revision`, as in `config.towers`).
 
-    In the Hub's cache a file of weights has its SHA-256 for a name; one elsewhere is read, and remembered as long as
-    its size and time stay.
+    In the Hub's cache a file has its SHA-256 for a name; one elsewhere is read once, while its size and time stay.
     """
     digests = []
     for path in _weight_files(source["name"], _source_options(source, hub)):
@@ -180,16 +165,7 @@ def why_not_light(model: PreTrainedModel) -> str | None:
 
 
 def light_state(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], dict]:
-    """Return the weights that a light checkpoint of a model holds, and the record of the towers for `config.towers`.
-
-    Args:
-        model ([`ReLLMForConditionalGeneration`] or [`ReLLMModel`]): With `config.towers`.
-        state_dict (`dict` of `str` to `torch.Tensor`, *optional*): Its weights, by default `model.state_dict()`.
-
-    Raises:
-        ValueError: If a tower with frozen weights has no known source, or the model is quantised.
-        OSError: If a source cannot be loaded.
-    """
+    """Return the weights that a light checkpoint of a model holds, and its `config.towers`."""
     if reason := why_not_light(model):
         raise ValueError(reason)
     state = dict(model.state_dict() if state_dict is None else state_dict)
@@ -203,9 +179,11 @@ def light_state(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None)
         if not frozen:  # no such tower, or all of it trained
             continue
         source = model.config.towers[tower]
-        dtype = _main_dtype(frozen.values())
-        shared = _shared_with_source(model, tower, source, dtype, frozen, prefix)
-        for name in shared:
+        numbers: Counter[torch.dtype] = Counter()
+        for weight in frozen.values():
+            numbers[weight.dtype] += weight.numel() if weight.is_floating_point() else 0
+        dtype = numbers.most_common(1)[0][0]  # of most of them
+        for name in _shared_with_source(model, tower, source, dtype, frozen, prefix):
             del state[name]
         left_out = {"dtype": str(dtype).removeprefix("torch."), "fingerprint": source_fingerprint(source)}
         record[tower] = {**source, **left_out}
@@ -222,7 +200,11 @@ def _shared_with_source(
     if key not in cache or cache[key][0] != states:
         expected = _load_source(tower, source, dtype, {}).state_dict()
         bare = {name: name.removeprefix(prefix).replace(".base_layer.", ".") for name in frozen}
-        shared = {name for name in frozen if _equal(expected.get(bare[name]), frozen[name])}
+        shared = set()
+        for name, weight in frozen.items():
+            other = expected.get(bare[name])
+            if other is not None and other.dtype == weight.dtype and torch.equal(other, weight.to(other.device)):
+                shared.add(name)
         cache[key] = (states, shared)
         if own := sorted(bare[name] for name in frozen.keys() - shared):
             logger.warning_once(
@@ -232,20 +214,10 @@ def _shared_with_source(
     return cache[key][1]
 
 
-def _equal(expected: Tensor | None, weight: Tensor) -> bool:
-    return (
-        expected is not None and expected.dtype == weight.dtype and torch.equal(expected, weight.to(expected.device))
-    )
-
-
 def read_light_record(
     path: str | os.PathLike | None, given: Mapping[str, str | os.PathLike] | None, options: Mapping[str, Any]
 ) -> dict | None:
-    """Read the towers that a light checkpoint names, each from `given` where it is there; `None` for a full one.
-
-    Raises:
-        ValueError: If `given` names something that is no tower, or the checkpoint is a full one.
-    """
+    """Read the towers that a light checkpoint names, each from `given` where it is there; `None` for a full one."""
     config: PreTrainedConfig | None = options.get("config")
     if given is None and isinstance(config, PreTrainedConfig) and config.towers:
         # The Auto classes take an argument that is also a field of the configuration for the field.
@@ -253,9 +225,9 @@ def read_light_record(
     if path is None:
         return None
     recorded, _ = PreTrainedConfig.get_config_dict(path, **_hub_options(options))
-    if given and not recorded.get("light_checkpoint"):
-        raise ValueError(f"towers={dict(given)} is for light checkpoints, and {path} is a full one. Leave it out.")
     if not recorded.get("light_checkpoint"):
+        if given:
+            raise ValueError(f"towers={dict(given)} is for light checkpoints, and {path} is a full one. Leave it out.")
         return None
     if unknown := sorted(set(given or {}) - recorded["towers"].keys()):
         raise ValueError(f"towers has {unknown}; this checkpoint has the towers {sorted(recorded['towers'])}.")
@@ -266,12 +238,7 @@ def read_light_record(
 def load_light(
     cls: type[PreTrainedModel], path: str | os.PathLike, record: Mapping[str, dict], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return arguments for `from_pretrained(None, …)` that build the whole model of a light checkpoint.
-
-    Raises:
-        OSError: If a tower cannot be loaded; the message names it and the remedy.
-        ValueError: If a tower's weights are not the ones that were left out, or weights are missing.
-    """
+    """Return arguments for `from_pretrained(None, …)` that build the whole model of a light checkpoint."""
     hub = _hub_options(options)
     options = {name: value for name, value in options.items() if name not in HUB_OPTIONS}
     config = options.pop("config", None)
@@ -286,14 +253,18 @@ def load_light(
         base = cls(copy.deepcopy(config)).base_model
     missing = {name for name in base.state_dict() if prefix + name not in state} - base.all_tied_weights_keys.keys()
     for tower, source in record.items():
-        left_out = sorted(name for name in missing if name.startswith(f"{tower}."))
-        if left_out:
-            loaded = _load_source(tower, source, getattr(torch, source["dtype"]), hub)
-            weights = name_tower_weights(base.state_dict(), {tower: loaded})
-            found = {name: weights[name] for name in left_out if name in weights}
-            _check_fingerprint(tower, source, hub)
-            state |= {prefix + name: weight for name, weight in found.items()}
-            missing -= found.keys()
+        if not any(name.startswith(f"{tower}.") for name in missing):
+            continue
+        loaded = _load_source(tower, source, getattr(torch, source["dtype"]), hub)
+        if (found := source_fingerprint(source, hub)) != source["fingerprint"]:
+            raise ValueError(
+                f"The {tower} at {source['name']} is not the one that this light checkpoint was trained with: its "
+                f"files have the fingerprint {found[:16]}…, expected {source['fingerprint'][:16]}…. Bring the "
+                f"original back, or say where it is: from_pretrained(…, towers={{{tower!r}: DIRECTORY_OR_HUB_ID}})."
+            )
+        weights = name_tower_weights(base.state_dict(), {tower: loaded})
+        state |= {prefix + name: weight for name, weight in weights.items() if name in missing}
+        missing -= weights.keys()
     if missing:
         raise ValueError(f"{path} and its towers lack {len(missing)} weights: {sorted(missing)[:4]}. It is damaged.")
     return {**options, "config": config, "state_dict": state}
@@ -317,18 +288,13 @@ def finish_light(model: PreTrainedModel, path: str | os.PathLike, options: Mappi
     """Read what Transformers reads beside the weights of a full checkpoint: generation settings, and the place."""
     model.config.name_or_path = model.name_or_path = str(path)
     hub = _hub_options(options)
-    if model.can_generate() and cached_file(
-        path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub
-    ):
+    found = cached_file(path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if found and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(path, **hub)
 
 
 def check_left_out(model: PreTrainedModel, path: str | os.PathLike) -> None:
-    """Hold a model's towers against those that a light checkpoint at `path` left out, before it goes on training.
-
-    Raises:
-        ValueError: If they come from other files, or are not what these hold; the message names the tower.
-    """
+    """Raise a `ValueError` if a model that is to go on training has other towers than a light checkpoint left out."""
     config, _ = PreTrainedConfig.get_config_dict(path)
     if not config.get("light_checkpoint"):
         return
@@ -384,24 +350,6 @@ def _source_options(source: Mapping[str, Any], hub: Mapping[str, Any] | None) ->
     return options | ({"revision": source["revision"]} if source.get("revision") else {})
 
 
-def _check_fingerprint(tower: str, source: Mapping[str, Any], hub: Mapping[str, Any]) -> None:
-    if (found := source_fingerprint(source, hub)) != source["fingerprint"]:
-        raise ValueError(
-            f"The {tower} at {source['name']} is not the one that this light checkpoint was trained with: its files "
-            f"have the fingerprint {found[:16]}…, expected {source['fingerprint'][:16]}…. Bring the original back, or "
-            f"say where it is: from_pretrained(…, towers={{{tower!r}: DIRECTORY_OR_HUB_ID}})."
-        )
-
-
-def _main_dtype(weights: Iterable[Tensor]) -> torch.dtype:
-    """Return the floating type of most of the numbers."""
-    counts: dict[torch.dtype, int] = {}
-    for weight in weights:
-        if weight.is_floating_point():
-            counts[weight.dtype] = counts.get(weight.dtype, 0) + weight.numel()
-    return max(counts, key=lambda dtype: counts[dtype])
-
-
 def _hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
 
@@ -409,18 +357,9 @@ def _hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
 __all__ = [
     "TOWERS",
     "check_left_out",
-    "config_fields",
     "find_audio_token",
     "find_commit",
-    "finish_light",
-    "light_state",
-    "load_light",
     "load_parts",
-    "load_tower",
-    "name_tower_weights",
-    "read_light_record",
-    "read_weights",
-    "tower_source",
     "whole_weights",
     "why_not_light",
 ]

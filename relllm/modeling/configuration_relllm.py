@@ -1,7 +1,4 @@
-"""Configuration of RE-LLM: the towers, how they are joined, the scoped LoRA and the auxiliary heads.
-
-Architecture only. What a training run chooses (loss weights, learning rate, what is unfrozen) is `ReLLMSFTConfig`.
-"""
+"""Configuration of RE-LLM's architecture; what a training run chooses is in `ReLLMSFTConfig`."""
 
 from typing import Literal
 
@@ -19,12 +16,8 @@ class ReLLMEmotionConfig(PreTrainedConfig):
     """Configuration of [`ReLLMEmotionModel`], the tower that reads arousal, dominance and valence from a waveform.
 
     Args:
-        encoder_config (`dict` or `PreTrainedConfig`, *optional*, defaults to wav2vec2):
-            A waveform encoder: `wav2vec2`, `hubert` or `wavlm`.
+        encoder_config (`dict` or `PreTrainedConfig`, *optional*, defaults to wav2vec2): Or `hubert`, or `wavlm`.
         final_dropout (`float`, *optional*, defaults to 0.1): Dropout around the head's hidden layer, in [0, 1).
-
-    Raises:
-        ValueError: If the encoder is of another kind, or carries a length-changing adapter.
     """
 
     model_type = "relllm_emotion"
@@ -55,7 +48,7 @@ class ReLLMEmotionConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the utterance embedding, d_e."""
+        """Return the width of the utterance embedding, d_e."""
         return self.encoder_config.hidden_size
 
 
@@ -76,12 +69,10 @@ class ReLLMConfig(PreTrainedConfig):
         projector_kernel_sizes (`list[int]`, *optional*, defaults to `[5, 5, 5]`):
             One stride-2 convolution for each; odd, because the length rule floor((L - 1)/2 + 1) holds for odd only.
         projector_inner_dim (`int`, *optional*, defaults to 512): Width of the bottleneck after the convolutions.
-        projector_layers (`int`, *optional*, defaults to 0): Transformer layers in the bottleneck instead of a GELU.
-        projector_heads (`int`, *optional*, defaults to 8): Attention heads of those layers.
-        projector_ffn_dim (`int`, *optional*, defaults to 2048): Feed-forward width of those layers.
+        projector_layers (`int`, *optional*, defaults to 0): Transformer layers in the bottleneck instead of a GELU,
+            with `projector_heads` (8) attention heads and a feed-forward width of `projector_ffn_dim` (2048).
         projector_masking (`bool`, *optional*, defaults to `True`):
-            Keeps padding out of the projector, so that a clip's tokens do not depend on its batch. `False` reproduces
-            the original code.
+            Keep padding out of the projector, so that a clip's positions depend on no batch. `False`: as the original.
         emotion_labels (`list[str]`, *optional*): Class names of the emotion head, in the order of its outputs.
         lora_config (`dict`, *optional*):
             Arguments of `peft.LoraConfig` for the LLM; `None` for no LoRA. The paper: r 16, alpha 16, dropout 0.05.
@@ -90,11 +81,7 @@ class ReLLMConfig(PreTrainedConfig):
         towers (`dict`, *optional*):
             Where each tower came from, `{"name": …, "revision": …}` by `"audio_tower"`, `"emotion_tower"` and
             `"text_model"`; in a light checkpoint also the `"dtype"` and the `"fingerprint"` of what was left out.
-        light_checkpoint (`bool`, *optional*, defaults to `False`):
-            In a `config.json`: the weights beside it are not all; the rest is in the towers.
-
-    Raises:
-        ValueError: On a value outside the stated ones; the message names the argument and what is allowed.
+        light_checkpoint (`bool`, *optional*, defaults to `False`): Of a `config.json` beside which some weights lack.
     """
 
     model_type = "relllm"
@@ -131,16 +118,6 @@ class ReLLMConfig(PreTrainedConfig):
         self.emotion_labels = list(self.emotion_labels)
         self.projector_kernel_sizes = list(self.projector_kernel_sizes)
         _check_tower("audio_config", self.audio_config, AUDIO_TOWERS)
-        self._check_fusion()
-        self._check_projector()
-        if self.audio_token_id < 0:
-            raise ValueError(f"audio_token_id must be a token id (>= 0), got {self.audio_token_id}.")
-        if not self.emotion_labels or len(set(self.emotion_labels)) != len(self.emotion_labels):
-            raise ValueError(f"emotion_labels must be distinct names, at least one, got {self.emotion_labels}.")
-        if self.lora_config is not None and int(self.lora_config.get("r", 8)) < 1:
-            raise ValueError(f"lora_config['r'] must be at least 1, got {self.lora_config['r']}.")
-
-    def _check_fusion(self) -> None:
         if self.emotion_fusion != "none" and self.emotion_config is None:
             raise ValueError(
                 f"emotion_fusion={self.emotion_fusion!r} needs an emotion_config. "
@@ -148,6 +125,13 @@ class ReLLMConfig(PreTrainedConfig):
             )
         if self.emotion_fusion == "none" and self.emotion_config is not None:
             raise ValueError("emotion_fusion='none' takes no emotion_config: its tower would never be used.")
+        self._check_projector()
+        if self.audio_token_id < 0:
+            raise ValueError(f"audio_token_id must be a token id (>= 0), got {self.audio_token_id}.")
+        if not self.emotion_labels or len(set(self.emotion_labels)) != len(self.emotion_labels):
+            raise ValueError(f"emotion_labels must be distinct names, at least one, got {self.emotion_labels}.")
+        if self.lora_config is not None and int(self.lora_config.get("r", 8)) < 1:
+            raise ValueError(f"lora_config['r'] must be at least 1, got {self.lora_config['r']}.")
 
     def _check_projector(self) -> None:
         even = [size for size in self.projector_kernel_sizes if size % 2 == 0 or size < 1]
@@ -164,13 +148,13 @@ class ReLLMConfig(PreTrainedConfig):
 
     @property
     def projector_input_size(self) -> int:
-        """Width of the frames that enter the projector: d_s, and d_e beside it with `emotion_fusion="concat"`."""
+        """Return the width of the projector's input: d_s, and d_e beside it with `emotion_fusion="concat"`."""
         width = self.audio_config.hidden_size
         return width + self.emotion_config.hidden_size if self.emotion_fusion == "concat" else width
 
 
 def _build_config(config: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:
-    """Return a sub-configuration as an object; what `config.json` holds is a `dict`, and `None` takes the defaults."""
+    """Return a sub-configuration as an object; `None` takes the defaults."""
     if config is None:
         return CONFIG_MAPPING[model_type]()
     if isinstance(config, dict):
@@ -182,9 +166,7 @@ def _check_tower(name: str, config: PreTrainedConfig, allowed: tuple[str, ...]) 
     if config.model_type not in allowed:
         raise ValueError(f"{name} must be of one of the kinds {allowed}, got {config.model_type!r}.")
     if getattr(config, "add_adapter", False):
-        raise ValueError(
-            f"{name} has add_adapter=True: its extra layers change the frame count. Use the bare encoder."
-        )
+        raise ValueError(f"{name} has add_adapter=True, which changes the frame count. Use the bare encoder.")
 
 
 __all__ = ["ReLLMConfig", "ReLLMEmotionConfig"]

@@ -1,7 +1,4 @@
-"""wav2vec2's feature encoder as matrix products: the same numbers as Transformers' modules, in less time on a CPU.
-
-Only without a gradient and with layer norms, clip by clip. What is here reads the modules' weights and holds none.
-"""
+"""wav2vec2's feature encoder as matrix products: the same numbers as Transformers' modules, in less time on a CPU."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -9,13 +6,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-# Frames convolved together (2 s in wav2vec2): their activations stay in the processor's caches, and in memory that the
-# C library hands out again. Those of a whole clip it would take from the system anew, layer by layer.
+# Frames convolved together (2 s in wav2vec2): their activations stay in the processor's caches.
 FRAMES_AT_ONCE = 100
 
 
 class ConvLayer(Protocol):
-    """Of Transformers' wav2vec2, HuBERT and WavLM: convolution, layer norm, activation."""
+    """A layer of wav2vec2, HuBERT or WavLM in Transformers: convolution, layer norm, activation."""
 
     conv: nn.Conv1d
     layer_norm: nn.LayerNorm
@@ -32,17 +28,10 @@ def can_convolve(layers: Sequence[ConvLayer], waveforms: Tensor) -> bool:
 
 
 def convolve(layers: Sequence[ConvLayer], clips: Sequence[Tensor]) -> list[Tensor]:
-    """Runs the convolutions, their layer norms and activations.
+    """Run layers for which [`can_convolve`] holds on waveforms `(samples,)`; return `(frames, channels)` of each.
 
     A convolution without padding is a matrix product over the signal with its channels last. oneDNN's, over channels
     first, takes half as long again, and the layer norm then needs a transposed copy of its output and one back.
-
-    Args:
-        layers (`Sequence[ConvLayer]`): `tower.feature_extractor.conv_layers`, for which [`can_convolve`] holds.
-        clips (`Sequence[torch.Tensor]`): Waveforms `(samples,)`, each as long as the receptive field at least.
-
-    Returns:
-        `list[torch.Tensor]`: `(frames, channels)` of each.
     """
     weights = [layer.conv.weight.transpose(1, 2).flatten(1) for layer in layers]  # (out, kernel * in)
     hop, field = 1, 1  # samples from one frame to the next; samples that a frame sees
@@ -52,25 +41,22 @@ def convolve(layers: Sequence[ConvLayer], clips: Sequence[Tensor]) -> list[Tenso
     outputs = []
     for clip in clips:
         num_frames = (len(clip) - field) // hop + 1
-        starts = range(0, num_frames, FRAMES_AT_ONCE)
-        ends = [min(start + FRAMES_AT_ONCE, num_frames) for start in starts]
-        pieces = [clip[start * hop : (end - 1) * hop + field] for start, end in zip(starts, ends, strict=True)]
-        outputs.append(torch.cat([_convolve_piece(layers, weights, piece) for piece in pieces]))
+        pieces = []
+        for start in range(0, num_frames, FRAMES_AT_ONCE):
+            end = min(start + FRAMES_AT_ONCE, num_frames)
+            hidden = clip[start * hop : (end - 1) * hop + field].contiguous()[:, None]  # (samples, 1 channel)
+            for layer, weight in zip(layers, weights, strict=True):
+                hidden = layer.activation(layer.layer_norm(_product(hidden, weight, layer.conv)))
+            pieces.append(hidden)
+        outputs.append(torch.cat(pieces))
     return outputs
 
 
-def _convolve_piece(layers: Sequence[ConvLayer], weights: Sequence[Tensor], piece: Tensor) -> Tensor:
-    hidden = piece.contiguous()[:, None]  # (samples, 1 channel)
-    for layer, weight in zip(layers, weights, strict=True):
-        hidden = layer.activation(layer.layer_norm(_product(hidden, weight, layer.conv)))
-    return hidden
-
-
 def _product(hidden: Tensor, weight: Tensor, conv: nn.Conv1d) -> Tensor:
-    """`(steps, channels)` to `(steps out, channels out)`.
+    """Convolve `(steps, channels)` to `(steps out, channels out)`.
 
-    A step's inputs lie one after the other in memory, but those of neighbouring steps overlap, which no BLAS takes. So
-    the kernel is cut into pieces of one stride, whose steps do not overlap, and their products are added up.
+    The inputs of neighbouring steps overlap, which no BLAS takes: the kernel is cut into pieces of one stride, whose
+    steps do not overlap, and their products are added up.
     """
     kernel, stride, channels = conv.kernel_size[0], conv.stride[0], hidden.shape[1]
     steps = (len(hidden) - kernel) // stride + 1
@@ -87,7 +73,7 @@ def _product(hidden: Tensor, weight: Tensor, conv: nn.Conv1d) -> Tensor:
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    """No adapter around it, no weight elsewhere (offloaded or sharded), nothing that a product leaves out."""
+    """Tell whether no adapter is around it, no weight elsewhere (offloaded, sharded), and a product says all."""
     if type(conv) is not nn.Conv1d or conv.weight.device.type != "cpu" or conv.weight.ndim != 3:
         return False
     return conv.padding == (0,) and conv.dilation == (1,) and conv.groups == 1

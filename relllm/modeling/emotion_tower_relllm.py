@@ -1,7 +1,6 @@
 """The emotion tower: arousal, dominance and valence of a waveform, and the utterance embedding that RE-LLM fuses.
 
-Submodule names are those of audEERING's `wav2vec2-large-robust-12-ft-emotion-msp-dim` (`wav2vec2.…`, `classifier.…`),
-which loads as it is.
+audEERING's `wav2vec2-large-robust-12-ft-emotion-msp-dim` loads as it is: `wav2vec2.…`, `classifier.…`.
 """
 
 import os
@@ -51,11 +50,7 @@ class EmotionHead(nn.Module):
 
 
 class ReLLMEmotionModel(PreTrainedModel):
-    """A waveform encoder, the mean over its valid frames, and a head for arousal, dominance and valence.
-
-    Args:
-        config ([`ReLLMEmotionConfig`]): The encoder and the head's dropout.
-    """
+    """A waveform encoder, the mean over its valid frames, and a head for arousal, dominance and valence."""
 
     config: ReLLMEmotionConfig
     base_model_prefix = "encoder"
@@ -89,16 +84,14 @@ class ReLLMEmotionModel(PreTrainedModel):
         """
         Args:
             input_values (`torch.Tensor` of shape `(clips, samples)`): 16 kHz, zero mean and unit variance each.
-            input_values_mask (`torch.Tensor` of shape `(clips, samples)`, *optional*): 1 on the clip's own samples.
-                Without it every sample counts, as in the original code, which ran clip by clip.
+            input_values_mask (`torch.Tensor` of shape `(clips, samples)`, *optional*): 1 on the clip; by default all.
         """
         encoded, lengths = encode_audio(self.encoder, input_values, input_values_mask, **kwargs)
         hidden = encoded.last_hidden_state
         valid = frame_mask(lengths, hidden.shape[1]).unsqueeze(-1).to(hidden.dtype)
         embedding = (hidden * valid).sum(1) / valid.sum(1)
-        output = EmotionTowerOutput(
-            embedding, self.classifier(embedding), hidden, encoded.hidden_states, encoded.attentions
-        )
+        dimensions = self.classifier(embedding)
+        output = EmotionTowerOutput(embedding, dimensions, hidden, encoded.hidden_states, encoded.attentions)
         return output if return_dict is not False else output.to_tuple()
 
     @classmethod
@@ -109,25 +102,18 @@ class ReLLMEmotionModel(PreTrainedModel):
         config: ReLLMEmotionConfig | None = None,
         **kwargs: Any,
     ) -> "ReLLMEmotionModel | tuple[ReLLMEmotionModel, dict]":
-        """Load a tower saved by this class, or any checkpoint of the audEERING layout.
+        """Load a tower saved by this class, or any checkpoint of the audEERING layout, from safetensors only.
 
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): A Hub id or a directory, safetensors only.
-            config ([`ReLLMEmotionConfig`], *optional*): By default read from the checkpoint.
-
-        Raises:
-            ValueError: If a weight of the encoder or of the head is missing: an emotion tower with random parts gives
-                numbers that look right.
+        A missing weight is a `ValueError`: an emotion tower with random parts gives numbers that look right.
         """
         from transformers import AutoConfig
 
         wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False would unpickle the checkpoint. Convert it to safetensors first.")
-        hub = {
-            k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only", "subfolder") if k in kwargs
-        }
         if config is None:
+            names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+            hub = {name: kwargs[name] for name in names if name in kwargs}
             config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if config.model_type != cls.config_class.model_type:
             config = cls.config_class.from_encoder_config(config)

@@ -1,7 +1,6 @@
 """LoRA that acts only at some positions of the sequence (RE-LLM and BLSP-Emo: at audio positions).
 
-PEFT owns the layers, their parameters and their saving. Here is only the rule of where they act: a mask that the model
-sets for the length of one forward pass.
+PEFT owns the layers, their parameters and their saving; here is a mask of where they act in one forward pass.
 """
 
 import contextlib
@@ -24,41 +23,28 @@ except ImportError:
 ADAPTER_NAME = "relllm"  # not "default": a downstream `get_peft_model` takes that name and would overwrite ours
 
 
-class LoraScope:
-    """Where the LoRA acts in the running forward pass; one object for each model.
+class LoraScope(threading.local):
+    """Where the LoRA acts in the running forward pass; one object for each model, and a mask for each thread.
 
-    `mask` is `None` (nowhere), `True` (everywhere) or a bool tensor of shape `(batch, sequence)`. It is kept for each
-    thread, so that two threads may run the model at once.
+    `mask` is `None` (nowhere), `True` (everywhere) or a bool tensor of shape `(batch, sequence)`; `positions` are its
+    True ones in `batch * sequence`, on a CPU only, as finding them waits elsewhere.
     """
 
-    def __init__(self) -> None:
-        self._local = threading.local()
-
-    @property
-    def mask(self) -> Tensor | bool | None:
-        return getattr(self._local, "mask", None)
-
-    @property
-    def positions(self) -> Tensor | None:
-        """Return the mask's True positions in `batch * sequence`; on a CPU only, as finding them waits elsewhere."""
-        return getattr(self._local, "positions", None)
+    mask: Tensor | bool | None = None
+    positions: Tensor | None = None
 
     @contextlib.contextmanager
     def use(self, mask: Tensor | bool | None) -> Iterator[None]:
         """Set the mask for the length of a `with` block."""
         before = self.mask, self.positions
-        self._local.mask, self._local.positions = mask, _find_positions(mask)
+        self.mask, self.positions = mask, _find_positions(mask)
         try:
             yield
         finally:
-            self._local.mask, self._local.positions = before
+            self.mask, self.positions = before
 
     def wrap_checkpoint(self, checkpoint: Callable) -> Callable:
-        """Make a gradient-checkpointing function that runs again under the mask of the first run.
-
-        The second run comes in the backward pass, long after `use` has ended, and maybe after a teacher pass with
-        another mask.
-        """
+        """Make a gradient-checkpointing function that runs again, after `use`, under the mask of the first run."""
 
         def scoped_checkpoint(function: Callable, *args: object, **kwargs: object) -> object:
             mask = self.mask
@@ -71,19 +57,12 @@ class LoraScope:
 
         return scoped_checkpoint
 
-    def __deepcopy__(self, memo: dict) -> "LoraScope":
-        return type(self)()
-
     def __reduce__(self) -> tuple:
         return type(self), ()
 
 
 class ScopedLora:
-    """What PEFT calls a LoRA variant: our forward pass on PEFT's layers and parameters.
-
-    It has the methods of `peft.tuners.lora.layer.LoraVariant`, which PEFT calls private ("prone to change"): hence the
-    pinned range and a test of its own.
-    """
+    """Our forward pass on PEFT's layers, a `LoraVariant`; PEFT calls that private, hence the pinned range."""
 
     def __init__(self, scope_name: str, scope: LoraScope):
         self.scope_name = scope_name
@@ -93,7 +72,7 @@ class ScopedLora:
         return self.scope_name == "global"
 
     def forward(self, module: "LoraLayer", active_adapter: str, x: Tensor, result: Tensor, **kwargs: object) -> Tensor:
-        """`result` of the base layer, plus the LoRA where the scope's mask says so."""
+        """Return `result` of the base layer, plus the LoRA where the scope's mask says so."""
         mask = self.scope.mask
         if mask is None:  # a decode step of audio scope: the bare LLM
             return result
@@ -134,16 +113,15 @@ class ScopedLora:
 
 
 class ScopedLinear(PeftLinear):
-    """A LoRA layer of PEFT that is its base layer where the LoRA acts nowhere, at no cost.
+    """A LoRA layer of PEFT that is its base layer where the LoRA acts nowhere.
 
-    PEFT's own `forward` asks, of every layer in every decode step, which adapters are active, merged or mixed, and
-    then calls the base layer as a module. That is a tenth of a small LLM's step.
+    PEFT's own `forward` asks in every decode step which adapters are active or merged: a tenth of a small LLM's time.
     """
 
     lora_scope: LoraScope
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """As PEFT's; the shortest way to the same result where only our adapter is there, and its scope is nowhere."""
+        """Return what PEFT's does, by the shortest way where only our adapter is there, and its scope is nowhere."""
         if self.lora_scope.mask is not None or torch.is_grad_enabled() or args or kwargs or not self._is_plain():
             return super().forward(x, *args, **kwargs)
         base = self._modules["base_layer"]
@@ -163,21 +141,12 @@ class ScopedLinear(PeftLinear):
 
 
 def inject_scoped_lora(text_model: nn.Module, lora_config: dict, scope_name: str, scope: LoraScope) -> dict:
-    """Put a LoRA into a language model, in place.
+    """Put a plain LoRA into a causal LM, in place; return `lora_config` with `target_modules` spelled out.
 
     Args:
-        text_model (`nn.Module`): Any causal LM of Transformers.
         lora_config (`dict`): Arguments of `peft.LoraConfig`; `target_modules` defaults to all linear layers but the
             output embeddings, which are the ones of the paper (attention and MLP, input and output projections).
         scope_name (`str`): `"audio"`, `"text"` or `"global"`.
-        scope ([`LoraScope`]): The model's.
-
-    Returns:
-        `dict`: `lora_config` with `target_modules` spelled out, so that it rebuilds the same layers.
-
-    Raises:
-        ImportError: If PEFT is not installed.
-        ValueError: If a kind of LoRA is asked for that has its own forward pass (DoRA and the like).
     """
     if PeftLinear is nn.Module:
         raise ImportError('This model carries a LoRA. Install PEFT with `pip install "peft>=0.21,<0.22"`.')
@@ -185,17 +154,14 @@ def inject_scoped_lora(text_model: nn.Module, lora_config: dict, scope_name: str
     peft_config = LoraConfig(**{"target_modules": "all-linear", "fan_in_fan_out": transposed, **lora_config})
     inject_adapter_in_model(peft_config, text_model, ADAPTER_NAME)
     variant = ScopedLora(scope_name, scope)
-    for name, module in text_model.named_modules():
-        if isinstance(module, LoraLayer):
-            if ADAPTER_NAME in module.lora_variant:
-                raise ValueError(
-                    f"lora_config asks for {module.lora_variant[ADAPTER_NAME]} at {name}; only plain LoRA."
-                )
-            module.lora_variant[ADAPTER_NAME] = variant
-            if type(module) is PeftLinear:
-                module.__class__ = ScopedLinear
-                module.lora_scope = scope
-    layers = [name for name, module in text_model.named_modules() if isinstance(module, LoraLayer)]
+    layers = {name: module for name, module in text_model.named_modules() if isinstance(module, LoraLayer)}
+    for name, module in layers.items():
+        if ADAPTER_NAME in module.lora_variant:
+            raise ValueError(f"lora_config asks for {module.lora_variant[ADAPTER_NAME]} at {name}; only plain LoRA.")
+        module.lora_variant[ADAPTER_NAME] = variant
+        if type(module) is PeftLinear:
+            module.__class__ = ScopedLinear
+            module.lora_scope = scope
     return {**lora_config, "target_modules": sorted({name.rsplit(".", 1)[-1] for name in layers})}
 
 
@@ -218,12 +184,4 @@ def _find_positions(mask: Tensor | bool | None) -> Tensor | None:
     return mask.flatten().nonzero().squeeze(1) if on_cpu and not torch.compiler.is_compiling() else None
 
 
-__all__ = [
-    "ADAPTER_NAME",
-    "LoraScope",
-    "ScopedLinear",
-    "ScopedLora",
-    "inject_scoped_lora",
-    "is_lora_parameter",
-    "plain_lora_config",
-]
+__all__ = ["ADAPTER_NAME", "LoraScope", "ScopedLinear", "ScopedLora", "inject_scoped_lora", "is_lora_parameter"]

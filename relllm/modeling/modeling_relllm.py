@@ -1,8 +1,4 @@
-"""RE-LLM: a speech tower and an emotion tower, fused and projected into a causal LLM with a scoped LoRA.
-
-Top to bottom: the pretrained base, [`ReLLMModel`] (towers, fusion, projector, heads, LLM body) and
-[`ReLLMForConditionalGeneration`] (logits, loss, generation, building from pretrained towers).
-"""
+"""RE-LLM: a speech tower and an emotion tower, fused and projected into a causal LLM with a scoped LoRA."""
 
 import copy
 import os
@@ -13,13 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -42,14 +32,7 @@ from .checkpoint_relllm import (
 from .configuration_relllm import DIMENSIONS, ReLLMConfig
 from .emotion_tower_relllm import ReLLMEmotionModel
 from .lora_relllm import LoraScope, inject_scoped_lora, is_lora_parameter, plain_lora_config
-from .projector_relllm import (
-    ConvProjector,
-    ProjectorOutput,
-    check_counts,
-    clip_average,
-    count_message,
-    place_positions,
-)
+from .projector_relllm import ConvProjector, ProjectorOutput, check_counts, count_message, place_positions
 
 FEATURES = ("input_features", "input_features_mask", "input_values", "input_values_mask")
 AUDIO_INPUTS = (*FEATURES, "audio_num_windows", "tower_outputs")
@@ -59,8 +42,7 @@ AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForSpeechSeq2
 
 @dataclass
 class TowerOutputs(ModelOutput):
-    """What the two towers make of each window.
-
+    """
     Args:
         frames (`torch.Tensor` of shape `(windows, T, d_s)`): Of the speech tower; past a window's own count, padding.
         lengths (`torch.LongTensor` of shape `(windows,)`): Each window's own frame count.
@@ -79,12 +61,10 @@ class TowerOutputs(ModelOutput):
 
 @dataclass
 class ReLLMAudioOutput(BaseModelOutputWithPooling):
-    """What the model hears, before the LLM.
-
+    """
     Args:
         last_hidden_state (`torch.Tensor` of shape `(windows, L, d)`): Projected positions, padded on the right.
-        pooler_output (`torch.Tensor` of shape `(tokens, d)`): The valid ones in one row, clip after clip; of
-            `get_audio_features` alone.
+        pooler_output (`torch.Tensor` of shape `(tokens, d)`): The valid ones; of `get_audio_features` alone.
         lengths (`torch.LongTensor` of shape `(windows,)`): Valid positions of each window.
         hidden_states, attentions (`tuple` of `torch.Tensor`, *optional*): Of the speech tower, layer by layer.
         emotion_logits (`torch.Tensor` of shape `(clips, classes)`): Of `config.emotion_labels`.
@@ -102,8 +82,7 @@ class ReLLMAudioOutput(BaseModelOutputWithPooling):
 
 @dataclass
 class ReLLMModelOutput(BaseModelOutputWithPast):
-    """What [`ReLLMModel`] returns.
-
+    """
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch, sequence, d)`): The LLM's last hidden states.
         audio_hidden_states (`torch.Tensor` of shape `(windows, L, d)`, *optional*): Projected, padded on the right.
@@ -146,13 +125,13 @@ class ReLLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def post_init(self) -> None:
-        """Name only layers that are here as those to place whole: Whisper's encoder names its decoder's as well."""
+        """Have only layers that are here placed whole: Whisper's encoder names its decoder's as well."""
         super().post_init()
         self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Transformers draws every linear layer that no checkpoint filled, and LoRA's B is to start at zero."""
+        """Start LoRA's B at zero, after Transformers has drawn each linear layer that no checkpoint filled."""
         super().initialize_weights()
         with init.guard_torch_init_functions():  # leaves loaded tensors alone
             for module in self.modules():
@@ -183,11 +162,8 @@ class ReLLMPreTrainedModel(PreTrainedModel):
         """Load as in Transformers, from safetensors only, full or light, and freeze again what `__init__` froze.
 
         Args:
-            towers (`dict` of `str` to `str`, *optional*): For a light checkpoint, where towers are now, by
-                `"audio_tower"`, `"emotion_tower"` or `"text_model"`: Hub ids or paths.
-
-        Raises:
-            OSError, ValueError: If a tower of a light checkpoint does not load, or is not the one that was left out.
+            towers (`dict` of `str` to `str`, *optional*): Hub ids or paths of a light checkpoint's `"audio_tower"`,
+                `"emotion_tower"` or `"text_model"`, where they are no more where they were.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False would unpickle the checkpoint. Convert it to safetensors first.")
@@ -210,11 +186,8 @@ class ReLLMPreTrainedModel(PreTrainedModel):
         """Save as in Transformers; with the code files if [`relllm.register_for_auto_class`] has been called.
 
         Args:
-            light (`bool`, *optional*, defaults to `False`): Leave out what the towers' sources have as well, and write
-                where those are. It loads like a full one.
-
-        Raises:
-            ValueError: If `light` and a tower with frozen weights came from nowhere that is known.
+            light (`bool`, *optional*, defaults to `False`): Leave out what the towers' sources have as well; an error
+                if one is not known.
         """
         fields: dict[str, object] = {}
         if self._auto_class is not None:
@@ -230,17 +203,13 @@ class ReLLMPreTrainedModel(PreTrainedModel):
 
 
 class ReLLMModel(ReLLMPreTrainedModel):
-    """RE-LLM without the language-modelling head: hears the audio, places it, runs the LLM's body.
-
-    Args:
-        config ([`ReLLMConfig`]): The architecture.
-    """
+    """RE-LLM without the language-modelling head: hears the audio, places it, runs the LLM's body."""
 
     def __init__(self, config: ReLLMConfig):
         super().__init__(config)
         hidden_size = config.text_config.hidden_size
         self.audio_tower = build_tower(config.audio_config)
-        emotion_config: PreTrainedConfig | None = config.emotion_config
+        emotion_config: Any = config.emotion_config
         self.emotion_tower = ReLLMEmotionModel(emotion_config) if emotion_config is not None else None
         self.multi_modal_projector = ConvProjector(config)
         if config.emotion_fusion == "token":
@@ -266,7 +235,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
             parameter.requires_grad_(is_lora_parameter(name))
 
     def train(self, mode: bool = True) -> "ReLLMModel":
-        """As in PyTorch, but a frozen tower stays in eval: no dropout or SpecAugment in what cannot adapt."""
+        """Set the mode as in PyTorch, but leave a frozen tower in eval, without dropout and SpecAugment."""
         super().train(mode)
         for tower in (self.audio_tower, self.emotion_tower):
             if tower is not None and not is_trained(tower):
@@ -301,15 +270,9 @@ class ReLLMModel(ReLLMPreTrainedModel):
             input_features_mask (`torch.Tensor` of shape `(windows, frames or samples)`, *optional*): 1 on the clip.
             input_values (`torch.Tensor` of shape `(windows, samples)`, *optional*): Waveforms for the emotion tower.
             input_values_mask (`torch.Tensor` of shape `(windows, samples)`, *optional*): 1 on the clip.
-            audio_num_windows (`torch.LongTensor` of shape `(clips,)`, *optional*):
-                Windows that each clip was cut into; one each by default.
-            tower_outputs ([`TowerOutputs`], *optional*):
-                Of [`~ReLLMModel.run_towers`], in the place of features and waveforms: no tower runs.
+            audio_num_windows (`torch.LongTensor` of shape `(clips,)`, *optional*): Windows of each clip, by default 1.
+            tower_outputs ([`TowerOutputs`], *optional*): In the place of features and waveforms; no tower then runs.
             kwargs: `output_hidden_states` and `output_attentions`, for the speech tower.
-
-        Raises:
-            ValueError: If the emotion tower is there and `input_values` is not, or if not exactly one of
-                `input_features` and `tower_outputs` is given.
         """
         features = (input_features, input_features_mask, input_values, input_values_mask)
         audio = self._hear(features, audio_num_windows, tower_outputs, **kwargs)
@@ -325,7 +288,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
         tower_outputs: TowerOutputs | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ReLLMAudioOutput:
-        """[`~ReLLMModel.get_audio_features`] without `pooler_output`."""
+        """Return what [`~ReLLMModel.get_audio_features`] does, without `pooler_output`."""
         if (features[0] is None) == (tower_outputs is None):
             raise ValueError("Pass exactly one of input_features and tower_outputs.")
         towers = tower_outputs if tower_outputs is not None else self.run_towers(*features, **kwargs)  # type: ignore[arg-type]
@@ -356,10 +319,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
         input_values_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TowerOutputs:
-        """Return what the towers make of the audio; the arguments are those of [`~ReLLMModel.get_audio_features`].
-
-        While the towers are frozen this never changes, so it can be kept, and given to the model instead of features.
-        """
+        """Return what the towers make of the audio, to keep as `tower_outputs` while they are frozen."""
         with without_graph(self.audio_tower):
             encoded, lengths = encode_audio(self.audio_tower, input_features, input_features_mask, **kwargs)
         outputs = TowerOutputs(
@@ -396,18 +356,22 @@ class ReLLMModel(ReLLMPreTrainedModel):
         past_key_values: Cache | None,
     ) -> tuple[Tensor, Tensor | bool | None]:
         """Put projected frames where the placeholders are; return `(batch, sequence, d)` and the mask of the LoRA."""
-        if audio_mask is None:
-            audio_mask = self._find_audio(input_ids, inputs_embeds, audio, past_key_values)
-        if inputs_embeds is None:
+        if input_ids is not None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+            decoding = input_ids.shape[1] == 1 and past_key_values is not None and audio is None
+            if audio_mask is None and not decoding:
+                audio_mask = input_ids == self.config.audio_token_id
+        assert inputs_embeds is not None
+        if audio_mask is None and input_ids is None and audio is not None:  # as in Transformers: by its embedding
+            token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
+            audio_mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         scope = self.config.lora_scope
         if audio_mask is None:  # no audio position: of audio scope, a decode step is the bare LLM's
             return inputs_embeds, None if scope == "audio" else True
         if audio is not None:
-            if audio.pooler_output is not None:
-                inputs_embeds = place_positions(inputs_embeds, audio_mask, audio.pooler_output)
-            else:
-                inputs_embeds = place_positions(inputs_embeds, audio_mask, audio.last_hidden_state, audio.lengths)
+            packed = audio.pooler_output is not None
+            positions, lengths = (audio.pooler_output, None) if packed else (audio.last_hidden_state, audio.lengths)
+            inputs_embeds = place_positions(inputs_embeds, audio_mask, positions, lengths)
         elif input_ids is not None:
             check_counts(audio_mask, torch.zeros((), dtype=torch.long, device=audio_mask.device))
             if scope == "audio" and not torch.is_grad_enabled():  # in training the LoRA stays in the graph
@@ -415,22 +379,6 @@ class ReLLMModel(ReLLMPreTrainedModel):
         if scope == "global":
             return inputs_embeds, True
         return inputs_embeds, ~audio_mask if scope == "text" else audio_mask
-
-    def _find_audio(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        audio: ReLLMAudioOutput | None,
-        past_key_values: Cache | None,
-    ) -> Tensor | None:
-        """`(batch, sequence)`, True at the placeholders; `None` where there can be none, as in a decode step."""
-        if input_ids is not None:
-            decoding = input_ids.shape[1] == 1 and past_key_values is not None and audio is None
-            return None if decoding else input_ids == self.config.audio_token_id
-        if audio is None:
-            return None
-        token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)  # as in Transformers: by its embedding
 
     @can_return_tuple
     def forward(
@@ -462,8 +410,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
                 where the placeholders are, or their embedding in `inputs_embeds` that come with audio.
             mm_encoder_outputs (`dict`, *optional*): `{"audio": ReLLMAudioOutput}`, encoded before.
             language_modeling (`bool`, *optional*, defaults to `False`):
-                Run the whole causal LM (its head, with its own scaling and soft-capping); `last_hidden_state` is then
-                its logits.
+                Run the whole causal LM, with its own scaling and soft-capping; `last_hidden_state` is then its logits.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -496,11 +443,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
 
 
 class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
-    """RE-LLM that replies: text and audio in, text out, with the emotion and the three dimensions beside it.
-
-    Args:
-        config ([`ReLLMConfig`]): The architecture.
-    """
+    """RE-LLM that replies: text and audio in, text out, with the emotion and the three dimensions beside it."""
 
     def __init__(self, config: ReLLMConfig):
         super().__init__(config)
@@ -528,18 +471,12 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         Args:
             audio (`str`, `os.PathLike` or `PreTrainedModel`): Whisper, wav2vec2, HuBERT or WavLM.
             text (`str`, `os.PathLike` or `PreTrainedModel`): Any causal LM.
-            emotion (`str`, `os.PathLike` or `ReLLMEmotionModel`, *optional*):
-                A tower of the audEERING layout. Without one, `emotion_fusion` defaults to `"none"`.
-            lora (`dict` or `peft.LoraConfig`, *optional*): For the LLM; the paper's is
-                `{"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}`.
-            tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*):
-                The LLM's, by default the one beside `text`. It decides the id of `<|audio|>`: its own, or the first
-                free one, which [`ReLLMProcessor.from_config`] then gives it.
+            emotion (`str`, `os.PathLike` or `ReLLMEmotionModel`, *optional*): A tower of the audEERING layout.
+            lora (`dict` or `peft.LoraConfig`, *optional*): The paper's is r 16, lora_alpha 16, lora_dropout 0.05.
+            tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*): The LLM's, by default the one
+                beside `text`; needed with a loaded model. Its `<|audio|>`, or its first free id, is the placeholder.
             dtype (`torch.dtype`, *optional*): Of all weights; by default the LLM's.
             config_kwargs: Further fields of [`ReLLMConfig`].
-
-        Raises:
-            ValueError: If `text` is a loaded model and `tokenizer` is missing.
         """
         audio_token_id = find_audio_token(tokenizer if tokenizer is not None else text)
         given = {"audio_tower": audio, "emotion_tower": emotion, "text_model": text}
@@ -600,10 +537,8 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         Args:
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Target token ids, -100 where none;
                 shifted inside. The loss is next-token cross-entropy; auxiliary losses belong to the trainer.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Logits of the last so many positions, or of these; 0 for all.
-
-        The other arguments are those of [`ReLLMModel.forward`].
+            logits_to_keep (`int` or `torch.Tensor`, *optional*): Logits of the last so many positions, or of these.
+            The other arguments are those of [`ReLLMModel.forward`].
         """
         loss_kwargs = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
         outputs = self.model(
@@ -640,10 +575,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: object,
     ) -> dict:
-        """Drop our audio after the first step, as Transformers drops what it knows.
-
-        It takes no step of an assistant (in assisted decoding) for the first; one before which nothing was read is.
-        """
+        """Drop our audio after the first step, which is also that of an assistant before which nothing was read."""
         cache = kwargs.get("past_key_values")
         is_first_iteration = is_first_iteration or (isinstance(cache, Cache) and cache.get_seq_length() == 0)
         inputs = super().prepare_inputs_for_generation(
@@ -657,7 +589,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict]:
-        """Repeat rows for beams; audio, whose rows are windows, is encoded once and repeated with its row's tokens."""
+        """Repeat rows for beams; encode audio, whose rows are windows, once and repeat it with its row's tokens."""
         audio = (kwargs.pop("mm_encoder_outputs", None) or {}).get("audio")
         given = any(kwargs.get(name) is not None for name in ("input_features", "tower_outputs"))
         if expand_size > 1 and (audio is not None or given):
@@ -680,6 +612,15 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             unread = {*AUDIO_INPUTS, "audio_mask", "mm_encoder_outputs"}
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in unread}
         return super()._get_candidate_generator(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
+
+
+def clip_average(num_windows: Tensor, weights: Tensor) -> Tensor:
+    """Return `(clips, windows)`: row i averages the windows of clip i, each by its weight."""
+    clip_end = num_windows.cumsum(0)[:, None]
+    window = torch.arange(len(weights), device=weights.device)[None]
+    belongs = (window < clip_end) & (window >= clip_end - num_windows[:, None])
+    share = belongs * weights.float()
+    return share / share.sum(-1, keepdim=True)
 
 
 def _averaged(by_frames: Tensor, values: Tensor | None) -> Tensor | None:

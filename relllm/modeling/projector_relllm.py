@@ -1,8 +1,6 @@
-"""The projector from tower frames to LLM positions: the convolutional subsampler of RE-LLM and BLSP-Emo.
+"""The projector from tower frames to LLM positions (BLSP-Emo's `modeling_adapter.py`), and their place in the text.
 
-It returns padded positions with each clip's own count, and `place_positions` puts them into the LLM's sequence with no
-shape that depends on a value: an accelerator never waits for the host, and the pass compiles as one graph. Source:
-`modeling_adapter.py` of BLSP-Emo's code.
+No shape depends on a value: an accelerator never waits for the host, and the pass compiles as one graph.
 """
 
 from dataclasses import dataclass
@@ -50,7 +48,13 @@ class ConvProjector(nn.Module):
         )
         self.fc1 = nn.Linear(out, config.projector_inner_dim, bias=False)
         self.fc2 = nn.Linear(config.projector_inner_dim, out, bias=False)
-        self.layers = _encoder_layers(config, config.projector_inner_dim, config.projector_layers)
+        layer_config = WhisperConfig(  # pre-norm, as in the original code
+            d_model=config.projector_inner_dim,
+            encoder_attention_heads=config.projector_heads,
+            encoder_ffn_dim=config.projector_ffn_dim,
+            attn_implementation="sdpa",
+        )
+        self.layers = nn.ModuleList(WhisperEncoderLayer(layer_config) for _ in range(config.projector_layers))
         self.layer_norm = nn.LayerNorm(out, eps=1e-5)
 
     def forward(self, frames: Tensor, lengths: Tensor) -> ProjectorOutput:
@@ -67,30 +71,29 @@ class ConvProjector(nn.Module):
             lengths = (lengths - 1) // 2 + 1
         hidden = hidden.transpose(1, 2)
         inner = self.fc1(hidden)
-        if self.layers:
-            inner = _run_layers(self.layers, inner, lengths if self.config.projector_masking else None)
-        else:
+        if not self.layers:
             inner = nn.functional.gelu(inner)
+        mask = None
+        if self.layers and self.config.projector_masking:
+            valid = frame_mask(lengths, inner.shape[1])
+            attention_config = self.layers[0].self_attn.config
+            mask = create_bidirectional_mask(config=attention_config, inputs_embeds=inner, attention_mask=valid)
+        for layer in self.layers:
+            inner = layer(inner, mask)
         return ProjectorOutput(self.layer_norm(hidden + self.fc2(inner)), lengths)
 
 
 def place_positions(
     inputs_embeds: Tensor, audio_mask: Tensor, positions: Tensor, lengths: Tensor | None = None
 ) -> Tensor:
-    """Put audio positions where the placeholders are: the k-th valid one at the k-th placeholder, row after row.
+    """Put the k-th valid position at the k-th placeholder, row after row; return `(batch, sequence, d)`.
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `(batch, sequence, d)`): Embeddings of the text.
         audio_mask (`torch.BoolTensor` of shape `(batch, sequence)`): True at the placeholders.
         positions (`torch.Tensor`): `(windows, L, d)`, padded on the right, or `(tokens, d)` without padding.
-        lengths (`torch.LongTensor` of shape `(windows,)`, *optional*): Valid positions of each window.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, sequence, d)`.
-
-    Raises:
-        ValueError: If placeholders and valid positions differ in number, with both counts. On an accelerator the check
-            runs there, as an assertion of the device, and the host does not wait for it.
+        lengths (`torch.LongTensor` of shape `(windows,)`, *optional*): Valid positions of each window, as many in all
+            as there are placeholders; see [`check_counts`].
     """
     count = torch.tensor(positions.shape[0], device=audio_mask.device) if lengths is None else lengths.sum()
     check_counts(audio_mask, count.to(audio_mask.device))
@@ -106,11 +109,9 @@ def place_positions(
 
 
 def check_counts(audio_mask: Tensor, positions: Tensor) -> None:
-    """Holds the number of placeholders against that of audio positions; see [`place_positions`].
+    """Raise a `ValueError` if the number of placeholders is not that of audio positions `()`.
 
-    Args:
-        audio_mask (`torch.BoolTensor` of shape `(batch, sequence)`): True at the placeholders.
-        positions (`torch.LongTensor` of shape `()`): Audio positions.
+    On an accelerator the check runs there, as an assertion of the device, and the host does not wait for it.
     """
     placeholders = audio_mask.sum()
     if audio_mask.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -121,54 +122,11 @@ def check_counts(audio_mask: Tensor, positions: Tensor) -> None:
 
 
 def count_message(placeholders: int, positions: int) -> str:
-    """Return what the error says."""
+    """Return what the error says of numbers that differ."""
     return (
         f"The text has {placeholders} audio placeholder tokens and the audio makes {positions} positions. "
         "Let ReLLMProcessor make both, and do not truncate its output."
     )
 
 
-def clip_average(num_windows: Tensor, weights: Tensor) -> Tensor:
-    """`(clips, windows)`: row i averages the windows of clip i, each by its weight."""
-    clip_end = num_windows.cumsum(0)[:, None]
-    window = torch.arange(len(weights), device=weights.device)[None]
-    belongs = (window < clip_end) & (window >= clip_end - num_windows[:, None])
-    share = belongs * weights.float()
-    return share / share.sum(-1, keepdim=True)
-
-
-def _encoder_layers(config: ReLLMConfig, width: int, count: int) -> nn.ModuleList:
-    """Pre-norm transformer layers as Whisper's, which is what the original code uses."""
-    layer_config = WhisperConfig(
-        d_model=width,
-        encoder_attention_heads=config.projector_heads,
-        encoder_ffn_dim=config.projector_ffn_dim,
-        attn_implementation="sdpa",
-    )
-    return nn.ModuleList(WhisperEncoderLayer(layer_config) for _ in range(count))
-
-
-def _run_layers(layers: nn.ModuleList, hidden: Tensor, lengths: Tensor | None) -> Tensor:
-    if not layers:
-        return hidden
-    mask = None
-    if lengths is not None:
-        mask = create_bidirectional_mask(
-            config=layers[0].self_attn.config,
-            inputs_embeds=hidden,
-            attention_mask=frame_mask(lengths, hidden.shape[1]),
-        )
-    for layer in layers:
-        hidden = layer(hidden, mask)
-    return hidden
-
-
-__all__ = [
-    "ConvProjector",
-    "ProjectorOutput",
-    "check_counts",
-    "clip_average",
-    "count_message",
-    "count_projected",
-    "place_positions",
-]
+__all__ = ["ConvProjector", "ProjectorOutput", "count_projected", "place_positions"]
