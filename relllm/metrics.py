@@ -13,7 +13,6 @@ from .labels import DIMENSIONS
 
 NUM_BINS = 15
 _SUM_TOLERANCE = 1e-3  # half-precision softmaxes sum to one only about
-_NO_CLIPS = "There are no clips to measure. Check the split, and that its rows have an emotion."
 _INSTALL = "Metrics need scikit-learn and audmetric: `pip install relllm[eval]`, or `relllm[train]`."
 
 
@@ -73,21 +72,13 @@ def recognition_metrics(
     except ImportError as error:
         raise ImportError(_INSTALL) from error
 
-    if len(labels) != len(predictions):
-        raise ValueError(
-            f"Got {len(labels)} labels and {len(predictions)} predictions; expected one of each for a clip."
-        )
-    if len(labels) == 0:
-        raise ValueError(_NO_CLIPS)
+    _check_clips(labels, predictions, "predictions")
     names = list(class_names)
     true = np.array([_index(value, names, "label", position) for position, value in enumerate(labels)])
-    unparsed = len(names)  # one index further: the class of no prediction
-    predicted = np.array(
-        [
-            unparsed if value is None else _index(value, names, "prediction", position)
-            for position, value in enumerate(predictions)
-        ]
-    )
+    # One index further stands for no prediction.
+    numbered = enumerate(predictions)
+    indices = [len(names) if one is None else _index(one, names, "prediction", at) for at, one in numbered]
+    predicted = np.array(indices)
     matrix = confusion_matrix(true, predicted, labels=range(len(names)))  # leaves out the unparsed
     support = np.bincount(true, minlength=len(names))
     present = np.flatnonzero(support)
@@ -100,7 +91,7 @@ def recognition_metrics(
         confusion_matrix=matrix.tolist(),
         class_names=names,
         num_clips=len(true),
-        num_unparsed=int(np.sum(predicted == unparsed)),
+        num_unparsed=int(np.sum(predicted == len(names))),
     )
 
 
@@ -151,13 +142,7 @@ def calibration_metrics(
     """
     if num_bins < 1:
         raise ValueError(f"Expected at least one bin, got {num_bins}.")
-    if len(labels) != len(probabilities):
-        raise ValueError(
-            f"Got {len(labels)} labels and {len(probabilities)} rows of probabilities; expected one of each for a "
-            "clip."
-        )
-    if not labels:
-        raise ValueError(_NO_CLIPS)
+    _check_clips(labels, probabilities, "rows of probabilities")
     names = list(class_names)
     table = np.array([_probabilities(position, row, names) for position, row in enumerate(probabilities)])
     true = np.array([_index(label, names, "label", position) for position, label in enumerate(labels)])
@@ -169,6 +154,13 @@ def calibration_metrics(
         if one["accuracy"] is not None and one["confidence"] is not None
     ]
     return CalibrationMetrics(ece=float(sum(gaps) / len(labels)), bins=bins, num_clips=len(labels))
+
+
+def _check_clips(labels: Sequence, given: Sequence, what: str) -> None:
+    if len(labels) != len(given):
+        raise ValueError(f"Got {len(labels)} labels and {len(given)} {what}; expected one of each for a clip.")
+    if len(labels) == 0:
+        raise ValueError("There are no clips to measure. Check the split, and that its rows have an emotion.")
 
 
 def _index(value: object, names: list[str], what: str, position: int) -> int:
@@ -193,20 +185,14 @@ def _correlations() -> tuple[Callable[..., float], Callable[..., float]]:
 def _dimension(name: str, labels: Sequence[float | None], predictions: Sequence[float]) -> DimensionMetrics:
     concordance_cc, pearson_cc = _correlations()
     if len(labels) != len(predictions):
-        raise ValueError(
-            f"{name}: got {len(labels)} labels and {len(predictions)} predictions; expected one for each clip."
-        )
+        raise ValueError(f"{name}: got {len(labels)} labels and {len(predictions)} predictions; expected one a clip.")
     truth = np.array([np.nan if value is None else value for value in labels], dtype=float)
     predicted = np.array(predictions, dtype=float)
     bad = np.flatnonzero(~np.isfinite(predicted))
     if len(bad):
-        raise ValueError(
-            f"{name}: the prediction for clip {bad[0]} is {predicted[bad[0]]}; the model's output is broken."
-        )
+        raise ValueError(f"{name}: the prediction for clip {bad[0]} is {predicted[bad[0]]}: the model is broken.")
     if np.isinf(truth).any():
-        raise ValueError(
-            f"{name}: the label of clip {np.flatnonzero(np.isinf(truth))[0]} is infinite; use None or NaN."
-        )
+        raise ValueError(f"{name}: the label of clip {np.flatnonzero(np.isinf(truth))[0]} is infinite; use None, NaN.")
     labelled = ~np.isnan(truth)
     truth, predicted = truth[labelled], predicted[labelled]
     # Compared exactly: the mean of equal floats may differ from them by rounding.
@@ -233,9 +219,7 @@ def _finite(measure: Callable[..., float], truth: np.ndarray, predicted: np.ndar
 
 def _probabilities(position: int, row: Mapping[str, float], names: Sequence[str]) -> list[float]:
     if set(row) != set(names):
-        raise ValueError(
-            f"Clip {position} has probabilities for {sorted(row)}, expected one for each of {sorted(names)}."
-        )
+        raise ValueError(f"Clip {position} has probabilities for {sorted(row)}, expected those of {sorted(names)}.")
     values = [float(row[name]) for name in names]
     in_range = all(0 <= value <= 1 + _SUM_TOLERANCE for value in values)  # false for NaN too
     if not in_range or abs(sum(values) - 1) > _SUM_TOLERANCE:

@@ -360,9 +360,7 @@ def _draw_readings(
 
 
 def _draw_mean(axes: Axes, mean: np.ndarray, colour: str, marker: str) -> PathCollection:
-    return axes.scatter(
-        mean[0], mean[1], s=120, marker=marker, color=colour, edgecolors=_INK, linewidths=1.3, zorder=4
-    )
+    return axes.scatter(*mean, 120, marker=marker, color=colour, edgecolors=_INK, linewidths=1.3, zorder=4)
 
 
 def _draw_plane(axes: Axes) -> None:

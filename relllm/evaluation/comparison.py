@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from relllm.labels import DIMENSIONS
+from relllm.metrics import dimension_metrics, recognition_metrics
 
-from .evaluation_settings import MECHANISMS, SYSTEMS, WAYS
-from .measures import Measured, Metric, measure_part
+from .evaluation_settings import LEVELS, MECHANISMS, SYSTEMS, WAYS
 from .runs import Run, group_by_corpus
 from .statistics import PairedTest, Resampler, holm, percentile_interval, wilcoxon_test
 
 MAX_MISSING = 0.01  # of the clips of a data set; with more, the runs are not of one evaluation
 RESAMPLE = ("auto", "clips", "speakers")
 MIN_SPEAKERS = 10  # fewer make no interval that holds
+PARTS = (
+    *(("empathy", name) for name in MECHANISMS),
+    *(("recognition", way) for way in WAYS),
+    *(("dimensions", name) for name in DIMENSIONS),
+)
 SYSTEM_TITLES = {
     "text-only": "Text-only LLM on transcripts",
     "speech-only": "Speech-LLM without the emotion module",
     "re-llm": "RE-LLM",
 }
+# From sums over clips, `(resamples, values)`, to the metric of each resample; not finite where it is not defined.
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of the tables."""
+
+    table: str  # "empathy", "recognition" or "dimensions"
+    part: str  # the mechanism, the way of recognition, or the dimension
+    name: str  # "mean_level", "ua", "wa", "macro_f1" or "ccc"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A system's metric."""
+
+    value: float | None  # in the metric's own unit; None where it is not defined
+    summands: np.ndarray  # (clips, values): what `statistic` needs the sums of
+    statistic: Statistic  # the metric from these sums
+    paired: np.ndarray | None  # (clips,): values whose mean is the metric; None where it is none
 
 
 @dataclass(frozen=True)
@@ -98,19 +124,16 @@ def compare_runs(
         for measured, units, ids in _measure_parts(corpus, by_label, resample, notes):
             resampler = Resampler(units, num_resamples=num_resamples, seed=seed) if len(set(units)) > 1 else None
             for metric, of_system in measured.items():
-                cells += [
-                    Cell(corpus, label, metric, one.value, len(ids), _fold_mean(by_label[label], metric))
-                    for label, one in of_system.items()
-                ]
+                for label, one in of_system.items():
+                    of_folds = by_label[label].fold_means.get(metric.table, {}).get(metric.part, {})
+                    cells.append(Cell(corpus, label, metric, one.value, len(ids), of_folds.get(metric.name)))
                 gains += [
                     _gain(corpus, pair, metric, (of_system[pair[0]], of_system[pair[1]]), resampler)
                     for pair in pairs
                     if pair[0] in of_system and pair[1] in of_system
                 ]
     if not gains:
-        raise ValueError(
-            f"Nothing to compare: no corpus has both a baseline ({', '.join(baselines)}) and another run."
-        )
+        raise ValueError(f"Nothing to compare: no corpus has a baseline ({', '.join(baselines)}) and another run.")
     settings = {"baselines": chosen, "resample": resample, "num_resamples": num_resamples, "seed": seed}
     return Comparison(systems, kinds, groups, cells, _correct(gains), list(dict.fromkeys(notes)), settings)
 
@@ -118,9 +141,7 @@ def compare_runs(
 def _row_labels(groups: Mapping[str, Sequence[Run]]) -> tuple[dict[Path, str], dict[str, str]]:
     """What row each run is in, and the system of each row, in the order of the rows."""
     by_system = all(len({run.system for run in members}) == len(members) for members in groups.values())
-    everyone = sorted(
-        (run for members in groups.values() for run in members), key=lambda run: SYSTEMS.index(run.system)
-    )
+    everyone = sorted((run for group in groups.values() for run in group), key=lambda run: SYSTEMS.index(run.system))
     labels = {run.path: SYSTEM_TITLES[run.system] if by_system else run.name for run in everyone}
     for corpus, members in groups.items():
         names = [labels[run.path] for run in members]
@@ -163,7 +184,7 @@ def _measure_parts(
     corpus: str, by_label: Mapping[str, Run], resample: str, notes: list[str]
 ) -> Iterator[tuple[dict[Metric, dict[str, Measured]], list[str], list[str]]]:
     """For each part of each table: its metrics by system, what the bootstrap draws, and the clips."""
-    for table, part in _parts():
+    for table, part in PARTS:
         having = {label: _ids_with(run, table, part) for label, run in by_label.items()}
         having = {label: ids for label, ids in having.items() if ids}
         if not having:
@@ -175,24 +196,16 @@ def _measure_parts(
         if not any(labelled):
             continue
         ids = [clip_id for clip_id, keep in zip(ids, labelled, strict=True) if keep]
-        sources = {str(by_label[first].clips[clip_id].get("dimension_source") or "label") for clip_id in ids} - {
-            "label"
-        }
+        origins = (by_label[first].clips[clip_id].get("dimension_source") for clip_id in ids)
+        sources = {str(origin) for origin in origins if origin not in (None, "", "label")}
         if table == "dimensions" and sources:
             notes.append(f"{corpus}: dimensions are partly or wholly no labels, but readings of {sorted(sources)}.")
-        kept = {
-            label: [row for row, keep in zip(rows, labelled, strict=True) if keep] for label, rows in clips.items()
-        }
+        kept = {name: [row for row, keep in zip(rows, labelled, strict=True) if keep] for name, rows in clips.items()}
         measured: dict[Metric, dict[str, Measured]] = {}
         for label, rows in kept.items():
             for metric, one in measure_part(rows, table, part, by_label[label].class_names):
                 measured.setdefault(metric, {})[label] = one
         yield measured, _units(corpus, ids, kept[first], resample, notes), ids
-
-
-def _parts() -> list[tuple[str, str]]:
-    recognition = [("recognition", way) for way in WAYS]
-    return [*(("empathy", name) for name in MECHANISMS), *recognition, *(("dimensions", name) for name in DIMENSIONS)]
 
 
 def _ids_with(run: Run, table: str, part: str) -> set[str]:
@@ -282,14 +295,84 @@ def _correct(gains: Sequence[Gain]) -> list[Gain]:
     """Holm's correction; the family is all tests of one table: its metrics, corpora and pairs of systems."""
     corrected = list(gains)
     for table in ("empathy", "recognition"):
-        tests = {
-            at: gain.test for at, gain in enumerate(gains) if gain.metric.table == table and gain.test is not None
-        }
+        tests = {at: one.test for at, one in enumerate(gains) if one.metric.table == table and one.test is not None}
         adjusted = holm([test.p_value for test in tests.values()])
         for at, p_value in zip(tests, adjusted, strict=True):
             corrected[at] = replace(corrected[at], p_holm=p_value)
     return corrected
 
 
-def _fold_mean(run: Run, metric: Metric) -> float | None:
-    return run.fold_means.get(metric.table, {}).get(metric.part, {}).get(metric.name)
+def measure_part(
+    clips: Sequence[dict], table: str, part: str, class_names: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[Metric, Measured]]:
+    """Yield the metrics of one part of one table, from lines of predictions.jsonl that have it and its label."""
+    if table == "empathy":
+        yield Metric(table, part, "mean_level"), _levels_measured(clips, part)
+    elif table == "dimensions":
+        yield Metric(table, part, "ccc"), _concordance(clips, part)
+    else:
+        for name, one in _recognition_measured(clips, part, list(class_names[part])).items():
+            yield Metric(table, part, name), one
+
+
+def _levels_measured(clips: Sequence[dict], mechanism: str) -> Measured:
+    for clip in clips:
+        level = clip["empathy"][mechanism]["level"]
+        if level not in range(LEVELS):
+            where = f"Clip {clip['id']!r}: the level of {mechanism} is {level!r}"
+            raise ValueError(f"{where}, expected 0 to {LEVELS - 1}. Evaluate again.")
+    levels = np.array([clip["empathy"][mechanism]["level"] for clip in clips], dtype=float)
+    summands = np.stack([levels, np.ones(len(levels))], axis=1)
+    return Measured(float(levels.mean()), summands, lambda sums: sums[:, 0] / sums[:, 1], levels)
+
+
+def _recognition_measured(clips: Sequence[dict], way: str, names: list[str]) -> dict[str, Measured]:
+    truth = [clip["emotion"] for clip in clips]
+    answers = [clip["recognition"][way] for clip in clips]
+    if way == "generated":
+        predictions = [answer["emotion"] for answer in answers]
+    else:
+        predictions = [max(names, key=answer.__getitem__) for answer in answers]
+    values = recognition_metrics(truth, predictions, names)
+    true = np.array([names.index(name) for name in truth])[:, None] == np.arange(len(names))  # (clips, classes)
+    predicted = np.array([[name == prediction for name in names] for prediction in predictions])
+    right = (true & predicted).any(axis=1).astype(float)
+    # Weighted so that the mean over all clips is UA.
+    support = true.sum(axis=0)
+    weights = (len(clips) / (np.count_nonzero(support) * np.maximum(support, 1)))[true.argmax(axis=1)]
+    summands = np.concatenate([true & predicted, true, predicted], axis=1).astype(float)
+    paired = {"ua": right * weights, "wa": right, "macro_f1": None}
+    statistics: dict[str, Statistic] = {"ua": _ua, "wa": _wa, "macro_f1": _macro_f1}
+    found = {"ua": values["ua"], "wa": values["wa"], "macro_f1": values["macro_f1"]}
+    return {name: Measured(found[name], summands, statistics[name], paired[name]) for name in found}
+
+
+def _ua(sums: np.ndarray) -> np.ndarray:
+    hits, true, _ = np.split(sums, 3, axis=1)
+    return (hits / np.maximum(true, 1)).sum(axis=1) / (true > 0).sum(axis=1)
+
+
+def _wa(sums: np.ndarray) -> np.ndarray:
+    hits, true, _ = np.split(sums, 3, axis=1)
+    return hits.sum(axis=1) / true.sum(axis=1)
+
+
+def _macro_f1(sums: np.ndarray) -> np.ndarray:
+    hits, true, predicted = np.split(sums, 3, axis=1)
+    scores = np.where(true > 0, 2 * hits / np.maximum(true + predicted, 1), 0)
+    return scores.sum(axis=1) / (true > 0).sum(axis=1)
+
+
+def _concordance(clips: Sequence[dict], dimension: str) -> Measured:
+    truth = [float(clip[dimension]) for clip in clips]
+    predicted = [float(clip["dimensions"][dimension]) for clip in clips]
+    value = dimension_metrics({dimension: truth}, {dimension: predicted})[dimension]["ccc"]
+    x, y = np.array(truth) - np.mean(truth), np.array(predicted) - np.mean(truth)  # small sums of squares
+    return Measured(value, np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], axis=1), _ccc, None)
+
+
+def _ccc(sums: np.ndarray) -> np.ndarray:
+    count, x, y, xx, yy, xy = sums.T
+    spread = xx + yy - 2 * x * y / count  # n (var x + var y + (mean x - mean y)^2)
+    with np.errstate(all="ignore"):
+        return np.where(spread > 1e-12, 2 * (xy - x * y / count) / spread, np.nan)

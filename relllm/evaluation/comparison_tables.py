@@ -13,9 +13,8 @@ from typing import Literal
 from relllm.data.journal import write_json
 from relllm.plots import ForestLine, plot_forest, plot_levels
 
-from .comparison import SYSTEM_TITLES, Cell, Comparison, Gain
+from .comparison import SYSTEM_TITLES, Cell, Comparison, Gain, Metric
 from .evaluation_settings import LEVELS, MECHANISMS
-from .measures import Metric
 from .tables import Table, to_latex, to_markdown
 
 COMPARISON_FORMAT = "relllm-comparison-1"
@@ -145,11 +144,8 @@ def _value_table(comparison: Comparison, name: str) -> Table:
     rows = []
     for system in comparison.systems:
         for by in dict.fromkeys(_row(metric) for _, label, metric in cells if label == system):
-            of_row = {
-                (key[0], _column(key[2])): cell
-                for key, cell in cells.items()
-                if (key[1], _row(key[2])) == (system, by)
-            }
+            wanted = [key for key in cells if (key[1], _row(key[2])) == (system, by)]
+            of_row = {(key[0], _column(key[2])): cells[key] for key in wanted}
             stubs = [system, by][:num_stubs]
             rows.append([*stubs, *(_show_cell(of_row.get(column)) for column in columns)])
             if any(cell.fold_mean is not None for cell in of_row.values()):
@@ -161,9 +157,7 @@ def _value_table(comparison: Comparison, name: str) -> Table:
     notes = []
     if name != "dimensions" and any(text != DASH for text in known):
         rows.append([PUBLISHED, *[DASH] * (num_stubs - 1), *known])
-        notes.append(
-            f"{PUBLISHED}: printed in {SOURCE}, not measured here; its splits, replies and scorers are its own."
-        )
+        notes.append(f"{PUBLISHED}: printed in {SOURCE}, not measured here; splits, replies and scorers are its own.")
     return Table(name, TITLES[name], header, num_stubs, rows, notes + _count_notes(cells))
 
 

@@ -50,12 +50,8 @@ class AugmentationSettings:
     They act in the order in which they stand here, each on its own share of the clips.
     """
 
-    augment_speed: list[float] | None = setting(
-        None, "Range of speed, say 0.9 1.1; changes pitch and duration. Off by default."
-    )
-    augment_reverb: list[float] | None = setting(
-        None, "Range of the reverberation time (RT60) in seconds, say 0.2 0.6."
-    )
+    augment_speed: list[float] | None = setting(None, "Range of speed, say 0.9 1.1; changes pitch and duration.")
+    augment_reverb: list[float] | None = setting(None, "Range of reverberation time (RT60) in seconds, say 0.2 0.6.")
     augment_noise_snr_db: list[float] | None = setting(None, "Range of the signal-to-noise ratio in dB, say 5 30.")
     augment_noise_dir: str | None = setting(None, "Noise recordings; by default white and pink noise.")
     augment_gain_db: list[float] | None = setting(None, "Range of gain in dB, say -10 6; never beyond full scale.")
@@ -70,20 +66,13 @@ class AugmentationSettings:
             if given is None:
                 continue
             if len(given) != 2 or not smallest <= given[0] <= given[1] <= largest:
-                raise ValueError(
-                    f"{name} must be a range [low, high] within [{smallest:g}, {largest:g}], got {given}."
-                )
+                raise ValueError(f"{name} must be a range [low, high] in [{smallest:g}, {largest:g}], got {given}.")
         if unknown := sorted(set(self.augment_codec or []) - set(CODECS)):
             raise ValueError(f"augment_codec has {unknown}; it takes any of {list(CODECS)}.")
         if not 0 < self.augment_probability <= 1:
-            raise ValueError(
-                f"augment_probability must be in (0, 1], got {self.augment_probability}. An effect that is not set is "
-                "off."
-            )
+            raise ValueError(f"augment_probability must be in (0, 1], got {self.augment_probability}.")
         if self.augment_noise_dir is not None and self.augment_noise_snr_db is None:
-            raise ValueError(
-                "augment_noise_dir says which noise and not how loud: set augment_noise_snr_db, for example [5, 30]."
-            )
+            raise ValueError("augment_noise_dir is set without augment_noise_snr_db: set that too, say to [5, 30].")
 
     @property
     def augments(self) -> bool:

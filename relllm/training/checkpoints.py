@@ -138,7 +138,7 @@ class CheckpointMixin(Trainer):
         known = self.model.state_dict().keys()
         # what bitsandbytes keeps beside a 4-bit weight (`….weight.absmax`) is the frozen weight's own, and is there
         unexpected = [
-            key for key in load_result.unexpected_keys if key.rpartition(".weight.")[0] + ".weight" not in known
+            key for key in load_result.unexpected_keys if f"{key.rpartition('.weight.')[0]}.weight" not in known
         ]
         if lost or unexpected:
             raise ValueError(

@@ -171,9 +171,7 @@ def _group_clips(conversation: Sequence[dict]) -> list[int]:
 
 def _dimension_targets(row: Mapping, num_clips: int) -> list[list[float]]:
     columns = [_per_clip(row, name, num_clips) for name in DIMENSIONS]
-    targets = [
-        [float("nan") if value is None else float(value) for value in clip] for clip in zip(*columns, strict=True)
-    ]
+    targets = [[float("nan") if one is None else float(one) for one in clip] for clip in zip(*columns, strict=True)]
     for clip in targets:
         outside = [value for value in clip if value < 0 or value > 1]
         if outside:

@@ -28,13 +28,9 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
     gradient_accumulation_steps: int = setting(8, "Steps an update (paper: 8).")
     max_length: int | None = setting(None, "Must stay unset: a cut would go through audio.")
     loss_type: str = setting("nll", "Of the response; TRL before 1.16 defaults to another.")
-    emotion_loss_weight: float = setting(
-        1.0, "Weight of the emotion cross-entropy. A loss of weight 0 is not computed."
-    )
+    emotion_loss_weight: float = setting(1.0, "Weight of the emotion cross-entropy; 0: the loss is not computed.")
     dimension_loss_weight: float = setting(1.0, "Weight of the dimension loss.")
-    dimension_loss: Literal["mse", "ccc"] = setting(
-        "mse", "'mse' (paper), or 'ccc': one minus the concordance over the micro-batch."
-    )
+    dimension_loss: Literal["mse", "ccc"] = setting("mse", "mse (paper), or ccc: 1 - concordance of the micro-batch.")
     emotion_class_weights: list[float] | None = setting(None, "One for each emotion class.")
     response_loss_weight: float = setting(1.0, "Weight of the reply's cross-entropy.")
     response_kl_weight: float = setting(0.0, "Weight of KL(text || speech) over the reply (BLSP-Emo); rows need text.")
@@ -76,20 +72,12 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
 
     def _check_tower_cache(self) -> None:
         if towers := sorted(set(self.unfreeze) & {"audio_tower", "emotion_tower"}):
-            raise ValueError(
-                f"tower_cache_dir is for frozen towers, and unfreeze has {towers}. Leave out one of the two."
-            )
+            raise ValueError(f"tower_cache_dir is for frozen towers, and unfreeze has {towers}. Leave one out.")
         if self.augments:
-            raise ValueError(
-                "tower_cache_dir is set, and augmented clips are never heard twice. Leave it out, or the augment_… "
-                "settings."
-            )
+            raise ValueError("tower_cache_dir is set, and augmented clips are never heard twice. Leave one out.")
         for name in ("bf16_full_eval", "fp16_full_eval"):
             if getattr(self, name):
-                raise ValueError(
-                    f"tower_cache_dir is set, and {name} gives the towers another precision in evaluation. Leave out "
-                    "one of the two."
-                )
+                raise ValueError(f"tower_cache_dir is set, and {name} gives the towers another precision. Choose.")
 
     def __getstate__(self) -> dict[str, object]:
         """Without the token: the trainer pickles its settings to `training_args.bin`, which a push sends along."""
@@ -103,9 +91,7 @@ class RowsSettings:
     data: str | None = setting(None, "Prepared corpus, .jsonl/.csv/.parquet, save_to_disk folder or Hub id.")
     train_split: str = setting("train", "Split to train on; empty for all rows.")
     held_out: str | None = setting(None, "Splits of data from columns: session=Ses05;validation:session=Ses04.")
-    resume: str = setting(
-        "auto", "auto: from the last complete checkpoint if any; true: demand one; false: refuse one."
-    )
+    resume: str = setting("auto", "auto: from the last complete checkpoint if any; true: demand it; false: refuse.")
 
     def __post_init__(self) -> None:
         self.resume = str(self.resume).lower()  # YAML reads `true` as a bool
@@ -121,11 +107,7 @@ class ReLLMScriptArguments(RowsSettings):
     stage) is given one where `lora_r` asks for it; otherwise the settings must be the checkpoint's.
     """
 
-    _argument_group_name = "model and data"
-
-    model_name_or_path: str | None = setting(
-        None, "A ReLLM to go on with, full or light: directory or Hub id. Wins over the towers."
-    )
+    model_name_or_path: str | None = setting(None, "A ReLLM to go on with: directory or Hub id. Wins over the towers.")
     revision: str = setting("main", "Branch, tag or commit of that checkpoint on the Hub.")
     audio_tower: str | None = setting(None, "Whisper, wav2vec2, HuBERT, WavLM: id or path.")
     emotion_tower: str | None = setting(None, "Arousal, dominance, valence: id or path.")
@@ -137,12 +119,8 @@ class ReLLMScriptArguments(RowsSettings):
     lora_r: int = setting(16, "Rank of the LLM's LoRA (paper: 16); 0 for no LoRA.")
     lora_alpha: int = setting(16, "LoRA's alpha (paper: 16).")
     lora_dropout: float = setting(0.05, "LoRA's dropout (paper: 0.05).")
-    lora_scope: Literal["audio", "text", "global"] = setting(
-        "audio", "Positions where the LoRA acts: audio (paper), text, global."
-    )
-    lora_target_modules: list[str] | None = setting(
-        None, "Layers by name; by default all linear ones, which are the paper's."
-    )
+    lora_scope: Literal["audio", "text", "global"] = setting("audio", "Where LoRA acts: audio (paper), text, global.")
+    lora_target_modules: list[str] | None = setting(None, "Layers by name; by default all linear ones (paper).")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
         None, "Of the frozen weights; by default the LLM's own. What trains is in float32."
     )
@@ -150,14 +128,10 @@ class ReLLMScriptArguments(RowsSettings):
     load_in_4bit: bool = setting(False, "QLoRA: the LLM alone in 4 bit (bitsandbytes).")
     full_window: bool = setting(True, "Whisper over its whole 30 s, as it was trained. Of a new model.")
     max_duration_s: float = setting(600.0, "Longest clip accepted, in seconds. Of a new model.")
-    eval_split: str | None = setting(
-        None, "Split to evaluate on, at the end and as eval_strategy says; never the test split."
-    )
+    eval_split: str | None = setting(None, "Split to evaluate on, as eval_strategy says; never the test split.")
     eval_data: str | None = setting(None, "Where eval_split is, if not in data.")
     streaming: bool = setting(False, "Read rows as they are needed; needs max_steps.")
-    early_stopping_patience: int | None = setting(
-        None, "Stop after so many evaluations without a better metric_for_best_model."
-    )
+    early_stopping_patience: int | None = setting(None, "Stop after so many evaluations without a better metric.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,18 +146,14 @@ class ReLLMScriptArguments(RowsSettings):
         if self.data is None:
             raise ValueError("data is missing: where the rows are. Give --data, or a line `data: …` in the recipe.")
         if self.model_name_or_path is None and (self.audio_tower is None or self.text_model is None):
-            raise ValueError(
-                "Nothing to start from. Give model_name_or_path (a ReLLM), or audio_tower and text_model (a new one)."
-            )
+            raise ValueError("Nothing to start from: give model_name_or_path, or audio_tower and text_model.")
         if self.model_name_or_path is None and self.emotion_fusion != "none" and self.emotion_tower is None:
             raise ValueError(
                 f"emotion_fusion={self.emotion_fusion!r} needs an emotion_tower. Give one, or emotion_fusion='none' "
                 "for the speech-LLM baseline."
             )
         if self.lora_r < 0 or not 0 <= self.lora_dropout < 1:
-            raise ValueError(
-                f"Expected lora_r >= 0 and lora_dropout in [0, 1), got {self.lora_r}, {self.lora_dropout}."
-            )
+            raise ValueError(f"Expected lora_r >= 0, lora_dropout in [0, 1), got {self.lora_r}, {self.lora_dropout}.")
         if self.max_duration_s <= 0:
             raise ValueError(f"max_duration_s must be positive, got {self.max_duration_s}.")
 

@@ -55,9 +55,7 @@ goes on from the last complete checkpoint. Every setting may stand in a YAML fil
 class EmotionScriptArguments(RowsSettings):
     """What `relllm train-emotion` takes beside [`EmotionTrainingConfig`]."""
 
-    model_name_or_path: str | None = setting(
-        None, "A wav2vec2, HuBERT or WavLM encoder, or a tower: directory or Hub id, safetensors only."
-    )
+    model_name_or_path: str | None = setting(None, "A wav2vec2, HuBERT or WavLM encoder, or a tower: path or Hub id.")
     num_layers: int | None = setting(None, "Keep so many Transformer layers from the bottom (audEERING: 12 of 24).")
     train_feature_encoder: bool = setting(False, "Also train the convolutions.")
     final_dropout: float = setting(0.1, "In a fresh head (audEERING: 0.1).")
@@ -80,9 +78,7 @@ class EmotionTrainingConfig(AugmentationSettings, TrainingArguments):
     learning_rate: float = setting(1e-4, "Fixed (audEERING: 1e-4).")
     lr_scheduler_type: str = setting("constant", "audEERING: a fixed learning rate.")
     num_train_epochs: float = setting(5.0, "Epochs (audEERING: 5).")
-    per_device_train_batch_size: int = setting(
-        32, "Clips a step (audEERING: 32). A CCC needs a batch, not accumulation."
-    )
+    per_device_train_batch_size: int = setting(32, "Clips a step (audEERING: 32): a CCC needs a batch.")
     per_device_eval_batch_size: int = setting(32, "Clips a step in evaluation.")
     eval_strategy: str = setting("epoch", "When to evaluate: no, steps, epoch.")
     save_strategy: str = setting("epoch", "When to save: no, steps, epoch, best.")
@@ -173,9 +169,8 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     eval_rows = _load_labelled(script.data, script.eval_split, script.held_out) if script.eval_split else None
     if eval_rows is None:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
-    model = build_emotion_tower(
-        script.model_name_or_path, num_layers=script.num_layers, final_dropout=script.final_dropout
-    )
+    name, num_layers = script.model_name_or_path, script.num_layers
+    model = build_emotion_tower(name, num_layers=num_layers, final_dropout=script.final_dropout)
     if not script.train_feature_encoder:
         model.encoder.feature_extractor._freeze_parameters()
     data = {"train_dataset": train_rows, "eval_dataset": eval_rows}

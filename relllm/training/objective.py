@@ -50,10 +50,8 @@ class Objective:
         if args.emotion_class_weights is not None:
             self.class_weights = torch.tensor(args.emotion_class_weights, device=args.device)
             if len(self.class_weights) != len(model.config.emotion_labels):
-                raise ValueError(
-                    f"emotion_class_weights has {len(self.class_weights)} values for the classes "
-                    f"{model.config.emotion_labels}."
-                )
+                given, classes = len(self.class_weights), model.config.emotion_labels
+                raise ValueError(f"emotion_class_weights has {given} values, expected one for each of {classes}.")
         self.alignment: Alignment | None = None
         if "response_kl" in self.active:
             check_head(model.base_model.text_model)

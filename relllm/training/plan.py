@@ -35,8 +35,6 @@ It takes every setting of `relllm train`, from the same YAML file, and those of 
 class PlanArguments(RowSize):
     """What `relllm plan` assumes of the GPU and of a typical row."""
 
-    _argument_group_name = "the GPU and the rows"
-
     gpu_memory: str = setting("80GB", "Of one GPU, such as 24GB or 80GiB.")
     reserve: float = setting(0.1, "Share of it left for CUDA and fragmentation.")
     peak_tflops: float = setting(312.0, "Dense bfloat16 peak (A100: 312, H100: 989).")

@@ -56,9 +56,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ReLLMScriptArguments, ReL
         "augmentation of the training clips (off by default)": list(AugmentationSettings.__annotations__),
         "cache of the frozen towers' outputs (off by default)": list(TowerCacheSettings.__annotations__),
     }
-    parser = SettingsParser(
-        (ReLLMScriptArguments, ReLLMSFTConfig), command="relllm train", description=DESCRIPTION, sections=sections
-    )
+    kinds = (ReLLMScriptArguments, ReLLMSFTConfig)
+    parser = SettingsParser(kinds, command="relllm train", description=DESCRIPTION, sections=sections)
     script, args = parser.parse_settings(arguments)
     return script, args
 
@@ -107,9 +106,8 @@ def training_record(script: ReLLMScriptArguments, args: ReLLMSFTConfig, state: T
     own = {*ReLLMSFTConfig.__annotations__, *(AugmentationSettings.__annotations__ if args.augments else ())}
     of_model = [name for name in MODEL_SETTINGS if script.model_name_or_path is None or name not in OF_A_NEW_MODEL]
     names = [field.name for field in fields(args) if field.name in own or field.name in TRAINER_SETTINGS]
-    record: dict[str, object] = {name: getattr(script, name) for name in of_model} | {
-        name: getattr(args, name) for name in names
-    }
+    record: dict[str, object] = {name: getattr(script, name) for name in of_model}
+    record |= {name: getattr(args, name) for name in names}
     record["world_size"] = args.world_size
     for name in (*PLACES, "augment_noise_dir"):
         place = record.get(name)
@@ -129,9 +127,7 @@ def _load_data(
     if script.streaming and args.max_steps <= 0:
         raise ValueError("streaming=True needs max_steps: the number of rows is not known beforehand.")
     if script.eval_split is None and args.eval_strategy != "no":
-        raise ValueError(
-            f"eval_strategy={args.eval_strategy.value!r} needs an eval_split (and eval_data if elsewhere)."
-        )
+        raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_split (or eval_data as well).")
     assert script.data is not None
     train_rows = load_corpus(
         script.data, script.train_split or "all", held_out=script.held_out, streaming=script.streaming

@@ -99,9 +99,8 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
             self._set_up_clips(model, processing_class.feature_extractor)
         self.add_callback(_ShortStreamCallback)
         self._num_items = torch.zeros(len(self.objective.weights))
-        self._means = RunningMeans(
-            ["response_loss", "emotion_accuracy", "tower_cache_hits", *self.objective.active], self.args.device
-        )
+        names = ["response_loss", "emotion_accuracy", "tower_cache_hits", *self.objective.active]
+        self._means = RunningMeans(names, self.args.device)
         self._heard: list[Tensor] = []  # of the running evaluation; see `_remember`
 
     def _set_up_clips(self, model: ReLLMForConditionalGeneration, extractor: ReLLMFeatureExtractor) -> None:
@@ -211,9 +210,8 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
         if not grouped or self.args.length_column_name in dataset.column_names:
             return super()._get_train_sampler(train_dataset)
         lengths = row_lengths(dataset, self.processing_class.feature_extractor)
-        return LengthGroupedSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps, dataset=dataset, lengths=lengths
-        )
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(size, dataset=dataset, lengths=lengths)
 
     def _log_response(self, loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> None:
         """Log the mean over the reply's tokens; in training TRL's loss is this micro-batch's share of that."""

@@ -13,14 +13,13 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from typer.testing import CliRunner
 
 from relllm.cli import app
-from relllm.evaluation.comparison import Comparison, Gain, compare_runs
+from relllm.evaluation.comparison import Comparison, Gain, compare_runs, measure_part
 from relllm.evaluation.comparison_tables import (
     PUBLISHED_GAINS,
     PUBLISHED_VALUES,
     comparison_tables,
     write_comparison,
 )
-from relllm.evaluation.measures import measure_part
 from relllm.evaluation.runs import read_run
 from relllm.evaluation.statistics import holm
 from relllm.evaluation.tables import Table, to_latex, to_markdown

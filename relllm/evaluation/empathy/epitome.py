@@ -94,9 +94,7 @@ def _read_strict_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, 
         try:
             header = list(reader.fieldnames or [])
             if lacking := [name for name in columns if name not in header]:
-                raise ValueError(
-                    f"{path} lacks the columns {lacking}; it has {header}. Rename them in its first line."
-                )
+                raise ValueError(f"{path} lacks the columns {lacking}; it has {header}. Rename them in line 1.")
             for row in reader:
                 if None in row or None in row.values():
                     raise ValueError(
@@ -126,9 +124,7 @@ def split_pairs(
     enough. The order of the pairs does not matter, and is kept.
     """
     if validation_share <= 0 or test_share <= 0 or validation_share + test_share >= 1:
-        raise ValueError(
-            f"validation_share={validation_share} and test_share={test_share}: each must be above 0, the sum below 1."
-        )
+        raise ValueError(f"{validation_share=} and {test_share=}: each must be above 0, the sum below 1.")
     highest: dict[str, int] = {}
     for pair in pairs:
         key = _post_key(pair)
@@ -145,9 +141,7 @@ def split_pairs(
     splits = {name: [pair for pair in pairs if split_of[_post_key(pair)] == name] for name in SPLITS}
     for name, members in splits.items():
         if not members:
-            raise ValueError(
-                f"{len(highest)} seeker posts are too few: the {name} split gets none. Use more data or other shares."
-            )
+            raise ValueError(f"{len(highest)} seeker posts are too few: the {name} split gets none. Use more data.")
     return splits
 
 
@@ -162,9 +156,7 @@ def describe_split(pairs: Sequence[Pair]) -> dict:
     }
 
 
-def encode_pairs(
-    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[dict[str, list[int] | int]]:
+def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
     """Return tokens and labels of each pair, for [`PairCollator`]; texts are cut to `max_length` tokens.
 
     A token is in a rationale if it shares a character with one; which it has only a fast tokenizer knows.
@@ -192,16 +184,12 @@ def encode_pairs(
     return features
 
 
-def encode_posts(
-    pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[dict[str, list[int] | int]]:
+def encode_posts(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
     """Return the tokens of each `(seeker post, response)`, cut to `max_length`."""
     cut = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
     seekers, responses = (tokenizer([pair[side] for pair in pairs], **cut)["input_ids"] for side in (0, 1))
-    return [
-        {"seeker_input_ids": seeker, "response_input_ids": response}
-        for seeker, response in zip(seekers, responses, strict=True)
-    ]
+    both = zip(seekers, responses, strict=True)
+    return [{"seeker_input_ids": seeker, "response_input_ids": response} for seeker, response in both]
 
 
 @dataclass(frozen=True)

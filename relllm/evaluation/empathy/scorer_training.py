@@ -47,19 +47,16 @@ def train_scorer(settings: EmpathySettings, *, progress: bool = True) -> dict:
     if folder.exists():
         return _read_complete(folder, identity)
     pairs, report = read_pairs(settings.data)
-    splits = split_pairs(
-        pairs, seed=settings.seed, validation_share=settings.validation_share, test_share=settings.test_share
-    )
+    shares = {"validation_share": settings.validation_share, "test_share": settings.test_share}
+    splits = split_pairs(pairs, seed=settings.seed, **shares)
     work = settings.output_dir / f"{settings.mechanism}.unfinished"
     with Journal(work / "settings.jsonl", identity):
         tokenizer = AutoTokenizer.from_pretrained(settings.encoder, revision=settings.revision)
         features = {name: encode_pairs(of, tokenizer, settings.max_length) for name, of in splits.items()}
         trainer = _build_trainer(settings, tokenizer, features, work / "checkpoints", progress=progress)
         trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
-        measured = {
-            name: measure(*_predicted(trainer.predict(features[name], metric_key_prefix=name)))
-            for name in ("validation", "test")
-        }
+        predicted = {name: trainer.predict(features[name], metric_key_prefix=name) for name in ("validation", "test")}
+        measured = {name: measure(*_predicted(prediction)) for name, prediction in predicted.items()}
         split_report = {name: describe_split(of) for name, of in splits.items()}
         metrics = {
             "format": SCORER_FORMAT,
@@ -212,9 +209,7 @@ def _training_identity(settings: EmpathySettings) -> dict:
 def _read_complete(folder: Path, identity: Mapping) -> dict:
     found = json.loads((folder / METRICS).read_text(encoding="utf-8")) if (folder / METRICS).is_file() else {}
     if found.get("settings") != identity:
-        raise FileExistsError(
-            f"{folder} is there already, from other data or settings. Choose another --out, or delete it."
-        )
+        raise FileExistsError(f"{folder} is there, from other data or settings. Choose another --out, or delete it.")
     return found
 
 

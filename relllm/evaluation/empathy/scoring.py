@@ -40,9 +40,7 @@ def load_scorers(path: str | Path) -> dict[str, LoadedScorer]:
             continue
         scorer = _load_scorer(root / mechanism)
         if scorer.model.config.mechanism != mechanism:
-            raise ValueError(
-                f"{root / mechanism} holds a scorer of {scorer.model.config.mechanism}. Rename the folder to that."
-            )
+            raise ValueError(f"{root / mechanism} holds a scorer of {scorer.model.config.mechanism}. Rename it.")
         scorers[mechanism] = scorer
     if not scorers:
         raise FileNotFoundError(
@@ -130,16 +128,11 @@ def score_table(
 def _load_scorer(folder: Path) -> LoadedScorer:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != EmpathyScorer.config_class.model_type:
-        raise ValueError(
-            f"{folder} holds a {config.get('model_type')!r} model, expected one of `relllm empathy train`."
-        )
-    model, info = EmpathyScorer.from_pretrained(
-        folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-    )
+        raise ValueError(f"{folder} holds a {config.get('model_type')!r} model, none of `relllm empathy train`.")
+    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    model, info = EmpathyScorer.from_pretrained(folder, **options)
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{folder} lacks {len(missing)} weights of the scorer, such as {missing[0]}. Copy or train it again."
-        )
+        raise ValueError(f"{folder} lacks {len(missing)} weights of the scorer, such as {missing[0]}. Train it again.")
     return LoadedScorer(model.eval(), AutoTokenizer.from_pretrained(folder))
 
 
