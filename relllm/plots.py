@@ -360,8 +360,8 @@ def _draw_readings(
 
 
 def _draw_mean(axes: Axes, mean: np.ndarray, colour: str, marker: str) -> PathCollection:
-    look = {"marker": marker, "color": colour, "edgecolors": _INK, "linewidths": 1.3}
-    return axes.scatter(mean[0], mean[1], s=120, zorder=4, **look)
+    x, y = mean
+    return axes.scatter(x, y, s=120, marker=marker, color=colour, edgecolors=_INK, linewidths=1.3, zorder=4)
 
 
 def _draw_plane(axes: Axes) -> None:

@@ -65,9 +65,8 @@ class Alignment:
     shifted: bool
 
     def positions(self, labels: Tensor) -> Tensor:
-        """Return `(batch, sequence)`, True at the positions that predict a reply's token.
-
-        Without `shifted` at those that hold one, as in the original code: one late, and the last predicts none of it.
+        """Return `(batch, sequence)`, True where a reply's token is predicted; without `shifted` where one stands (the
+        original).
         """
         is_reply = labels != IGNORE_INDEX
         return functional.pad(is_reply[:, 1:], (0, 1)) if self.shifted else is_reply
@@ -162,10 +161,7 @@ def head_logits(llm: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(llm: PreTrainedModel) -> None:
-    """Hold [`head_logits`] against the LLM's own forward pass, on four tokens.
-
-    It is a `ValueError` if they differ: the LLM does to its logits what is not known here, and a KL would be wrong.
-    """
+    """Refuse an LLM whose own logits differ from [`head_logits`] on four tokens: its KL would be wrong."""
     if is_deepspeed_zero3_enabled():  # the weights are spread over the processes, and there is no pass before the run
         return
     tokens = torch.arange(4, device=llm.device)[None]

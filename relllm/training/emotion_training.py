@@ -136,8 +136,7 @@ class EmotionCollator:
 class EmotionTowerTrainer(AugmentationMixin, Trainer):
     """Trains a [`ReLLMEmotionModel`] on rows with `audio` and the dimensions, with 1 - CCC, averaged over these.
 
-    A CCC is a statistic of a batch: use a batch that holds a spread of emotions (16 clips or more), rather than
-    gradient accumulation.
+    A CCC is a statistic of a batch: prefer 16 clips or more, of many emotions, to gradient accumulation.
     """
 
     def __init__(self, model: ReLLMEmotionModel, args: TrainingArguments, **kwargs: object) -> None:

@@ -51,11 +51,7 @@ def prepare_trainable(
 
 @contextmanager
 def lora_counts_as_adapter(model: ReLLMForConditionalGeneration) -> Iterator[None]:
-    """Mark a model that has a LoRA, for the length of the `with` block, as having an adapter.
-
-    Transformers' trainer refuses a quantised model without one; a mark that stayed would have `save_pretrained` write
-    the adapter alone.
-    """
+    """Mark a model with a LoRA as having an adapter within the `with` block: a quantised one does not train without."""
     before = model._hf_peft_config_loaded
     model._hf_peft_config_loaded = before or model.config.lora_config is not None
     try:

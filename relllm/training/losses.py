@@ -1,8 +1,7 @@
 """The losses of RE-LLM beside the reply's cross-entropy, which TRL computes, as pure functions of tensors.
 
-Every function computes in float32 (the original summed its total in bfloat16) and returns a zero with a gradient where
-nothing is labelled. All but the concordance are sums: over the count of the whole accumulated batch, those of
-micro-batches add up to the mean over that batch.
+All compute in float32 and return a zero with a gradient where nothing is labelled. All but the concordance are sums:
+those of micro-batches add up, over the count of the whole accumulated batch.
 """
 
 import torch

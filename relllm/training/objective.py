@@ -1,9 +1,6 @@
 """The objective: which losses a run has, over how many items each is normalised, and how they add up.
 
-    loss = w · response CE + w · emotion CE + w · dimension loss + w · response KL
-
-Each but the first (which TRL computes) is here, from the outputs of the same forward pass. A loss of weight 0 is not
-computed.
+loss = w · response CE (TRL's) + w · emotion CE + w · dimension loss + w · response KL; none of weight 0 is computed.
 """
 
 from collections.abc import Iterator, Mapping

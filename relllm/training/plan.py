@@ -59,10 +59,7 @@ def parse_bytes(text: str) -> float:
 
 
 def parse_plan(arguments: Sequence[str]) -> tuple[PlanArguments, ReLLMScriptArguments, ReLLMSFTConfig]:
-    """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does.
-
-    The machine that plans is not the one that trains: where neither names a precision, it is the GPU's bfloat16.
-    """
+    """Read settings; where neither flags nor file name a precision, it is bfloat16, whatever the machine that plans."""
     given = list(arguments)
     if not {"bf16", "fp16"} & _named_settings(given):
         given += ["--bf16", "true"]

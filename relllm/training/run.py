@@ -98,10 +98,8 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
 
 
 def training_record(script: ReLLMScriptArguments, args: ReLLMSFTConfig, state: TrainerState) -> dict[str, object]:
-    """Return the settings that a reader needs to repeat a run, and how far it went; JSON can hold them.
-
-    They have no path and no token: a setting that is a folder of this machine is `"a local folder"`. The trainer's own
-    `training_args.bin` is a pickle, and has both.
+    """Return the settings that a reader needs to repeat a run, and how far it went, without a path of this machine or
+    a token.
     """
     own = {*ReLLMSFTConfig.__annotations__, *(AugmentationSettings.__annotations__ if args.augments else ())}
     of_model = [name for name in MODEL_SETTINGS if script.model_name_or_path is None or name not in OF_A_NEW_MODEL]

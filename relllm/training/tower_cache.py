@@ -1,12 +1,9 @@
 """Cache of the frozen towers' outputs: computed in the first epoch, read from the disk in the later ones.
 
-- A file is named by the SHA-256 of its clip's samples, decoded and resampled; its folder by all else that the outputs
-  follow from: the towers' weights and configurations, the features' settings, the precision, the release of
-  Transformers. So another tower never reads what this one wrote.
-- The loader's workers read. The process that trains runs the towers over the clips that are missing, and writes them.
-- A file is written under a name of its own and renamed: processes may write the same clip at once, and a kill leaves
-  none that is half written. One that does not read counts as missing and is replaced.
-- Nothing is evicted. A full disk ends the writing; what is there goes on being read, the rest is computed.
+A file is named by its clip's samples, its folder by all else that the outputs follow from, so another tower never
+reads what this one wrote. The loader's workers read; the process that trains computes and writes what is missing,
+under a name of its own, and renames it: a kill leaves no half. A damaged file counts as missing. Nothing is evicted; a
+full disk ends the writing.
 """
 
 import contextlib

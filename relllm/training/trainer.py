@@ -176,10 +176,7 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
     def evaluation_loop(
         self, dataloader: DataLoader, *args: object, metric_key_prefix: str = "eval", **kwargs: object
     ) -> EvalLoopOutput:
-        """Do as Transformers, with the means of the losses and the metrics of the heads.
-
-        The loss is the objective over the whole set: each mean with its weight, not the mean over batches.
-        """
+        """Do as Transformers, with the heads' metrics and the objective over the whole set, not the mean over batches."""
         self._heard.clear()
         if self.accelerator.num_processes > 1 and not has_length(dataloader):
             logger.warning(

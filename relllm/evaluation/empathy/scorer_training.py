@@ -1,8 +1,7 @@
 """`relllm empathy train`: a scorer of one mechanism from EPITOME's pairs, in a folder with its metrics.
 
-The recipe is that of the authors' public code: AdamW at 2e-5 falling linearly to 0, batch 32, 4 epochs, gradient norm
-1, no weight decay, the seeker's encoder frozen. It differs in one thing: the kept checkpoint is the one with the best
-macro-F1 on the validation split, where the code keeps the last. The test split is read once, after that choice.
+The recipe is that of the authors' public code, but the checkpoint with the best macro-F1 on the validation split is
+kept, not the last. The test split is read once, after that choice.
 """
 
 import hashlib
