@@ -65,9 +65,7 @@ class Alignment:
     shifted: bool
 
     def positions(self, labels: Tensor) -> Tensor:
-        """Return `(batch, sequence)`, True where a reply's token is predicted; without `shifted` where one stands (the
-        original).
-        """
+        """Return `(batch, sequence)`, True where a reply's token is predicted; without `shifted` where one stands."""
         is_reply = labels != IGNORE_INDEX
         return functional.pad(is_reply[:, 1:], (0, 1)) if self.shifted else is_reply
 

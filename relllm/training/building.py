@@ -98,7 +98,7 @@ def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytes
 
 
 def quantize_llm(model: ReLLMForConditionalGeneration, config: BitsAndBytesConfig) -> ReLLMForConditionalGeneration:
-    """Return the model, not to be used afterwards, with its LLM quantised on bitsandbytes' device, by way of the CPU."""
+    """Return the model, not to be used afterwards, with its LLM quantised on bitsandbytes' device."""
     whole = {"config": model.config, "state_dict": model.state_dict(), "dtype": model.dtype}
     quantized = type(model).from_pretrained(None, **whole, quantization_config=config)
     quantized.generation_config = copy.deepcopy(model.generation_config)

@@ -51,7 +51,7 @@ def prepare_trainable(
 
 @contextmanager
 def lora_counts_as_adapter(model: ReLLMForConditionalGeneration) -> Iterator[None]:
-    """Mark a model with a LoRA as having an adapter within the `with` block: a quantised one does not train without."""
+    """Mark a model with a LoRA as having an adapter within the `with` block: one in 4 bit does not train without."""
     before = model._hf_peft_config_loaded
     model._hf_peft_config_loaded = before or model.config.lora_config is not None
     try:

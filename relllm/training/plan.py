@@ -59,7 +59,7 @@ def parse_bytes(text: str) -> float:
 
 
 def parse_plan(arguments: Sequence[str]) -> tuple[PlanArguments, ReLLMScriptArguments, ReLLMSFTConfig]:
-    """Read settings; where neither flags nor file name a precision, it is bfloat16, whatever the machine that plans."""
+    """Read settings; where neither flags nor file name a precision, it is bfloat16, wherever the plan is made."""
     given = list(arguments)
     if not {"bf16", "fp16"} & _named_settings(given):
         given += ["--bf16", "true"]

@@ -176,7 +176,7 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
     def evaluation_loop(
         self, dataloader: DataLoader, *args: object, metric_key_prefix: str = "eval", **kwargs: object
     ) -> EvalLoopOutput:
-        """Do as Transformers, with the heads' metrics and the objective over the whole set, not the mean over batches."""
+        """Do as Transformers, with the heads' metrics and the objective over the whole set, no mean of batches."""
         self._heard.clear()
         if self.accelerator.num_processes > 1 and not has_length(dataloader):
             logger.warning(
