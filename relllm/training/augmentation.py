@@ -61,12 +61,12 @@ class AugmentationSettings:
 
     def check_augmentation(self) -> None:
         """Raise `ValueError` on a setting that cannot be, naming it; called when the configuration is made."""
-        for name, (smallest, largest) in RANGES.items():
+        for name, (least, most) in RANGES.items():
             given = getattr(self, name)
             if given is None:
                 continue
-            if len(given) != 2 or not smallest <= given[0] <= given[1] <= largest:
-                raise ValueError(f"{name} must be a range [low, high] in [{smallest:g}, {largest:g}], got {given}.")
+            if len(given) != 2 or not least <= given[0] <= given[1] <= most:
+                raise ValueError(f"{name} must be a range [low, high] within [{least:g}, {most:g}], got {given}.")
         if unknown := sorted(set(self.augment_codec or []) - set(CODECS)):
             raise ValueError(f"augment_codec has {unknown}; it takes any of {list(CODECS)}.")
         if not 0 < self.augment_probability <= 1:
