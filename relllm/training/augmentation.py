@@ -72,7 +72,7 @@ class AugmentationSettings:
         if not 0 < self.augment_probability <= 1:
             raise ValueError(f"augment_probability must be in (0, 1], got {self.augment_probability}.")
         if self.augment_noise_dir is not None and self.augment_noise_snr_db is None:
-            raise ValueError("augment_noise_dir is set without augment_noise_snr_db: set that too, say to [5, 30].")
+            raise ValueError("augment_noise_dir is not all: set augment_noise_snr_db too, for example to [5, 30].")
 
     @property
     def augments(self) -> bool:
