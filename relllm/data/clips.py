@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import soundfile
 
 from relllm.processing.audio_relllm import SAMPLING_RATE, load_audio, resample
 
@@ -69,7 +70,9 @@ def read_row(row: Row, settings: PrepareSettings, directory: Path) -> ReadClip |
         audio = {"bytes": path.read_bytes(), "path": path.name}
     elif settings.embed_audio:
         samples, overshoot = to_16_bit(resample(waveform, rate, SAMPLING_RATE))
-        audio = {"bytes": _encode(samples), "path": f"{path.stem}.flac"}
+        buffer = io.BytesIO()
+        soundfile.write(buffer, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+        audio = {"bytes": buffer.getvalue(), "path": f"{path.stem}.flac"}
     peak, full_scale_run = measure_loudness(waveform)
     return ReadClip(
         audio=audio,
@@ -100,8 +103,6 @@ def to_16_bit(waveform: np.ndarray) -> tuple[np.ndarray, int]:
 
 def _read_header(path: Path) -> tuple[int, bool]:
     """The rate, and whether it is 16-bit mono audio at ours; where there is no header `load_audio` then says why."""
-    import soundfile
-
     try:
         with path.open("rb") as file:
             info = soundfile.info(file)
@@ -109,11 +110,3 @@ def _read_header(path: Path) -> tuple[int, bool]:
         return SAMPLING_RATE, False
     is_ours = (info.subtype, info.channels, info.samplerate) == ("PCM_16", 1, SAMPLING_RATE)
     return info.samplerate, is_ours and info.format in _UNTOUCHED
-
-
-def _encode(samples: np.ndarray) -> bytes:
-    import soundfile
-
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
-    return buffer.getvalue()

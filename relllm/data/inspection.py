@@ -220,16 +220,13 @@ def _name_splits(data: str) -> list[str | None]:
         return list(json.loads(saved.read_text(encoding="utf-8"))["splits"])
     if path.is_dir():
         names = {match[1] for file in path.rglob("*.parquet") if (match := _SHARD.fullmatch(file.name))}
-        return [*sorted(names, key=_split_order)] if len(names) > 1 else [None]
+        first = [name for name in _FIRST_SPLITS if name in names]
+        return [*first, *sorted(names.difference(first))] if len(names) > 1 else [None]
     if not path.exists() and "/" in data and not data.startswith((".", "/", "~")):
         from datasets import get_dataset_split_names
 
         return list(get_dataset_split_names(data))
     return [None]
-
-
-def _split_order(name: str) -> tuple[int, str]:
-    return (_FIRST_SPLITS.index(name) if name in _FIRST_SPLITS else len(_FIRST_SPLITS), name)
 
 
 def _with_ids(table: Dataset) -> Dataset:

@@ -172,6 +172,8 @@ def _hold_out(
     dataset: Dataset | IterableDataset, split: str, wanted: dict[str, tuple[str, tuple[str, ...]]], source: str
 ) -> Dataset | IterableDataset:
     """The rows of a split that is made from columns, with the column `split` saying so."""
+    from datasets import Dataset
+
     names = list(dataset.features or {})
     columns = [column for column, _ in wanted.values()]
     if absent := [column for column in columns if column not in names]:
@@ -180,7 +182,7 @@ def _hold_out(
     def assign(*values: Sequence[str | None]) -> list[str | None]:
         return [_assign(row, wanted) for row in zip(*values, strict=True)]
 
-    if _is_streamed(dataset):
+    if not isinstance(dataset, Dataset):
         dataset = dataset.filter(
             lambda *values: [name == split for name in assign(*values)], input_columns=columns, batched=True
         )
@@ -275,6 +277,8 @@ def _rows_of_split(rows: list[dict], split: str | None, source: str) -> list[dic
 
 def _choose(loaded: dict | Dataset | IterableDataset, split: str | None, source: str) -> Dataset | IterableDataset:
     """Return a split of a `DatasetDict`, the rows whose column `split` says so, or all of them."""
+    from datasets import Dataset
+
     if split == ALL:
         return _join(loaded)
     if isinstance(loaded, dict):
@@ -288,15 +292,9 @@ def _choose(loaded: dict | Dataset | IterableDataset, split: str | None, source:
     if "split" not in (loaded.features or {}):
         raise ValueError(f"{source} has no split {split!r} and no column `split`. Leave the split out, or add it.")
     chosen = loaded.filter(lambda value: value == split, input_columns="split")
-    if not _is_streamed(loaded) and len(chosen) == 0:
+    if isinstance(loaded, Dataset) and len(chosen) == 0:
         raise ValueError(f"{source} has no rows of the split {split!r}; its rows are of {loaded.unique('split')}.")
     return chosen
-
-
-def _is_streamed(dataset: Dataset | IterableDataset) -> bool:
-    from datasets import IterableDataset
-
-    return isinstance(dataset, IterableDataset)
 
 
 def _with_located_audio(row: dict, folder: Path) -> dict:
