@@ -23,6 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, PreTrainedModel
 
 from relllm import ReLLMFeatureExtractor
+from relllm.demo.demo_settings import SyntheticSettings
 from relllm.demo.synthetic import synthesize_corpus
 from relllm.modeling.audio_tower_relllm import encode_audio
 
@@ -43,13 +44,9 @@ def main(folder: str, *, train: int = 40, test: int = 40) -> None:
         for mode, full in MODES.items()
     }
     with tempfile.TemporaryDirectory() as directory:
-        corpus = synthesize_corpus(
-            Path(directory) / "corpus",
-            train_clips_per_emotion=train,
-            validation_clips_per_emotion=1,
-            test_clips_per_emotion=test,
-            progress=False,
-        )
+        sizes = {"train_clips": train, "validation_clips": 1, "test_clips": test}
+        settings = SyntheticSettings(output_dir=Path(directory) / "corpus", **sizes)
+        corpus = synthesize_corpus(settings, progress=False)
         features = {
             (split, mode): np.stack([_features(tower, extractor, path) for path in corpus[split]["audio"]])
             for split in ("train", "test")

@@ -15,8 +15,8 @@ import numpy as np
 
 from relllm.data.preparing import prepare_corpus
 from relllm.data.rows import Corpus, CorpusFacts, Row
+from relllm.demo.demo_settings import SyntheticSettings
 from relllm.demo.synthetic import FACTS, SPLITS, VOICES, Clip, make_clip, speak_clips
-from relllm.demo.synthetic_settings import SyntheticSettings
 from relllm.demo.synthetic_text import Sentence
 from relllm.labels import EMOTIONS
 

@@ -23,7 +23,7 @@ from relllm.data.data_settings import (
     MspPodcastSettings,
     WriteTargetsSettings,
 )
-from relllm.demo.synthetic_settings import SyntheticSettings, TinyTowersSettings
+from relllm.demo.demo_settings import SyntheticSettings, TinyTowersSettings
 
 from .options import from_settings
 

@@ -1,18 +1,56 @@
-"""The settings of `relllm demo`; nothing heavy is imported, because the command line is made from them."""
+"""The settings of `relllm demo`, `prepare synthetic` and `prepare tiny-towers`; nothing heavy is imported here."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
+
+from relllm.data.data_settings import PrepareSettings
+
+VERSION = 1  # of the plan of a synthetic corpus: raise it when the same settings would give other clips
 
 
-@dataclass(frozen=True)
-class DemoSettings:
-    """The sizes and the place of a run; the defaults fit two CPU cores and a few minutes."""
+@dataclass(frozen=True, kw_only=True)
+class CorpusSize:
+    """How large the synthetic corpus is, and which one of them it is."""
 
-    output_dir: Path = field(default=Path("runs/demo"), metadata={"help": "Folder of the run."})
-    seed: int = field(default=0, metadata={"help": "Of the corpus and of every weight."})
     train_clips: int = field(default=180, metadata={"help": "Of each of the five emotions.", "min": 1})
     validation_clips: int = field(default=30, metadata={"help": "Of each of the five emotions.", "min": 1})
     test_clips: int = field(default=40, metadata={"help": "Of each of the five emotions.", "min": 1})
+    seed: int = field(default=0, metadata={"help": "The same settings give the same bytes."})
+
+    @property
+    def clips_per_emotion(self) -> dict[str, int]:
+        """By split."""
+        return {"train": self.train_clips, "validation": self.validation_clips, "test": self.test_clips}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(CorpusSize):
+    """The sizes and the place of a run; the defaults fit two CPU cores and a few minutes."""
+
+    output_dir: Path = field(default=Path("runs/demo"), metadata={"help": "Folder of the run."})
     text_epochs: float = field(default=3.0, metadata={"help": "Epochs of the LLM over the training rows."})
     emotion_epochs: float = field(default=6.0, metadata={"help": "The same of the emotion tower."})
     speech_epochs: float = field(default=3.0, metadata={"help": "The same of RE-LLM, and of its baseline."})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSettings(CorpusSize, PrepareSettings):
+    """Those of a synthetic corpus by itself."""
+
+    NAME: ClassVar[str] = "synthetic"
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What two runs must share to make one data set."""
+        return {"plan": VERSION, **super().identity}
+
+
+@dataclass(frozen=True)
+class TinyTowersSettings:
+    """Where three random towers go."""
+
+    output_dir: Path = field(default=Path("data/tiny-towers"), metadata={"help": "Folder of the three towers."})
+    seed: int = field(default=0, metadata={"help": "Of the weights."})

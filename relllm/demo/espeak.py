@@ -1,11 +1,9 @@
 """eSpeak NG as a process of its own: utterances in, samples out, bit-identical whatever was said before.
 
-The process that `speak` starts is this same file, run as a script.
-
-eSpeak NG's output depends on what the process has synthesised before, and initialising it again does not help. So one
-process initialises it once and forks for every utterance: each child starts from the same state, and seeds the noise
-in the voice, which eSpeak NG would seed by the clock. That process is started afresh and imports nothing big,
-because forking a process that runs torch's threads is slow and unsafe.
+eSpeak NG's output depends on what the process has synthesised before, and initialising it again does not help. So the
+process that `speak` starts, this same file run as a script, initialises it once and forks for every utterance: each
+child starts from the same state, and seeds the noise in the voice, which eSpeak NG would seed by the clock. It
+imports nothing big, because forking a process that runs torch's threads is slow and unsafe.
 """
 
 from __future__ import annotations
@@ -32,14 +30,7 @@ class Utterance:
 
 
 def speak(utterances: Iterable[Utterance]) -> Iterator[tuple[bytes, int]]:
-    """Synthesise utterances one by one.
-
-    Args:
-        utterances (`Iterable[Utterance]`): What to say; read lazily, two ahead.
-
-    Yields:
-        `tuple` of `bytes` (16-bit little-endian mono samples) and `int` (their rate in Hz), in the order of
-        `utterances`.
+    """Synthesise utterances, read two ahead; yield the 16-bit little-endian mono samples of each and their rate in Hz.
 
     Raises:
         ImportError: `espeakng_loader`, which carries eSpeak NG, is missing.

@@ -31,11 +31,7 @@ NEAR_CHANCE = 0.10  # above 1 / classes: what a run that learned nothing stays b
 
 
 def claim_folder(out: Path, settings: Mapping[str, object]) -> None:
-    """Bind a folder to one set of settings: a step done under others must not be reused.
-
-    Raises:
-        ValueError: If the folder holds a run with other settings.
-    """
+    """Bind a folder to one set of settings, because a step done under others must not be reused."""
     path = out / "settings.json"
     wanted = json.loads(json.dumps(settings))
     if path.exists() and (found := json.loads(path.read_text(encoding="utf-8"))) != wanted:
@@ -44,14 +40,9 @@ def claim_folder(out: Path, settings: Mapping[str, object]) -> None:
 
 
 def once(path: Path, what: str, make: Callable[[Path], None], console: Console, *, goes_on: bool = False) -> None:
-    """Make a folder under another name and rename it when it is complete; leave one that is there.
+    """Have `make` fill a folder under another name, and rename it when it is complete; leave one that is there.
 
-    Args:
-        path (`Path`): The folder.
-        what (`str`): Shown above the step.
-        make (`Callable`): Fills the folder that it is given.
-        console (`rich.console.Console`): Where the report goes.
-        goes_on (`bool`, *optional*, defaults to `False`): `make` goes on with what an interrupted one left.
+    With `goes_on`, `make` goes on with what an interrupted one left.
     """
     if path.exists():
         console.print(f"[green]{path.name}[/green]: there already")
@@ -67,15 +58,7 @@ def once(path: Path, what: str, make: Callable[[Path], None], console: Console, 
 def evaluate_system(
     model: str | Path, data: Path, run: Path, system: str, console: Console, **options: object
 ) -> dict:
-    """Run `relllm evaluate` on unseen voices and unseen sentences, shown as the command.
-
-    Args:
-        model (`str` or `Path`): A checkpoint, or an LLM for `text-only`.
-        data (`Path`), run (`Path`): The corpus, and where the run goes.
-        system (`str`): `"re-llm"`, `"speech-only"` or `"text-only"`.
-        console (`rich.console.Console`): Where the report goes.
-        options: Of [`EvaluationSettings`].
-    """
+    """Run `relllm evaluate` on unseen voices and sentences, shown as the command; an LLM alone is `text-only`."""
     console.rule(f"$ relllm evaluate {model} {data} --system {system} --out {run}")
     settings = EvaluationSettings(str(model), str(data), run, system=system, **options)  # type: ignore[arg-type]
     metrics = evaluate(settings)

@@ -3,12 +3,9 @@
 This is rule-made prosody, not human emotion: a model that learns it shows that the pipeline learns from how something
 is said. Results on it say nothing about people, and everything built on it should say so.
 
-Design:
-- An emotion is a distribution of rate, pitch, pitch range and loudness. The distributions overlap, so no rule gets all
-  right.
-- Every emotion is said by the same voices in the same sentences, so neither gives the emotion away.
-- Splits share no voice and no sentence. A clip depends on the seed and its own place only, never on the size of the
-  corpus.
+An emotion is a distribution of rate, pitch, pitch range and loudness; they overlap, so no rule gets all right. Every
+emotion is said by the same voices in the same sentences, so neither gives it away. Splits share no voice and no
+sentence. A clip depends on the seed and its own place only, never on the size of the corpus.
 """
 
 from __future__ import annotations
@@ -29,8 +26,8 @@ from relllm.data.rows import COLUMNS, LABEL_SOURCE, Corpus, CorpusFacts, Row
 from relllm.labels import EMOTIONS
 from relllm.processing.audio_relllm import SAMPLING_RATE, resample
 
+from .demo_settings import SyntheticSettings
 from .espeak import Utterance, speak
-from .synthetic_settings import SyntheticSettings
 from .synthetic_text import REPLIES, SENTENCES, Sentence
 
 if TYPE_CHECKING:
@@ -108,47 +105,20 @@ class Clip:
     prosody: Prosody
 
 
-def synthesize_corpus(
-    directory: str | Path,
-    *,
-    train_clips_per_emotion: int = 180,
-    validation_clips_per_emotion: int = 30,
-    test_clips_per_emotion: int = 40,
-    seed: int = 0,
-    num_proc: int | None = None,
-    progress: bool = True,
-) -> DatasetDict:
-    """Writes the corpus (16 kHz, 16-bit mono WAV), or reuses the one that is there already.
+def synthesize_corpus(settings: SyntheticSettings, *, progress: bool = True) -> DatasetDict:
+    """Write the corpus (16 kHz, 16-bit mono WAV), or reuse the one that is there already, and return its splits.
 
-    Args:
-        directory (`str` or `Path`): Where it goes. It appears when it is complete; interrupted, the same call goes on.
-        train_clips_per_emotion (`int`, *optional*, defaults to 180): Clips of each of the five emotions.
-        validation_clips_per_emotion (`int`, *optional*, defaults to 30): The same for validation.
-        test_clips_per_emotion (`int`, *optional*, defaults to 40): The same for test.
-        seed (`int`, *optional*, defaults to 0): Two runs with the same settings give the same bytes.
-        num_proc (`int`, *optional*): Processes; by default as many as there are cores.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
-
-    Returns:
-        `datasets.DatasetDict`: `train`, `validation` and `test`, as `load_synthetic_corpus` reads them.
+    Its folder appears when it is complete; interrupted, the same call goes on.
 
     Raises:
-        FileExistsError: `directory` holds something else, or a corpus with other settings.
+        FileExistsError: The folder holds something else, or a corpus with other settings.
         ValueError: A number of clips below 1, or a half-made corpus of other settings.
         ImportError: eSpeak NG is missing (`pip install relllm[demo]`).
     """
     from datasets import DatasetDict
 
-    settings = SyntheticSettings(
-        output_dir=Path(directory),
-        train_clips=train_clips_per_emotion,
-        validation_clips=validation_clips_per_emotion,
-        test_clips=test_clips_per_emotion,
-        seed=seed,
-        num_proc=num_proc,
-    )
     prepare_synthetic(settings, progress=progress)
-    return DatasetDict({split: load_synthetic_corpus(directory, split) for split in SPLITS})
+    return DatasetDict({split: load_synthetic_corpus(settings.directory, split) for split in SPLITS})
 
 
 def prepare_synthetic(settings: SyntheticSettings, *, progress: bool = True) -> dict:
@@ -164,14 +134,7 @@ def prepare_synthetic(settings: SyntheticSettings, *, progress: bool = True) -> 
 
 
 def load_synthetic_corpus(directory: str | Path, split: str) -> Dataset:
-    """Reads one split of a corpus that `synthesize_corpus` wrote.
-
-    Args:
-        directory (`str` or `Path`): The corpus.
-        split (`str`): `"train"`, `"validation"` or `"test"`.
-
-    Returns:
-        `datasets.Dataset`: The columns of `relllm.data.rows.Row`; `audio` is an absolute path, not decoded.
+    """Return one split of a corpus that `synthesize_corpus` wrote, in the columns of `Row`; `audio` is a path.
 
     Raises:
         FileNotFoundError: No complete corpus there.
@@ -181,9 +144,7 @@ def load_synthetic_corpus(directory: str | Path, split: str) -> Dataset:
         raise ValueError(f"Expected a split of {', '.join(SPLITS)}, got {split!r}.")
     directory = Path(directory).absolute()
     if not (directory / "report.json").is_file():
-        raise FileNotFoundError(
-            f"No synthetic corpus in {directory}. Write it with `synthesize_corpus({directory!s})`."
-        )
+        raise FileNotFoundError(f"No synthetic corpus in {directory}. Write it with `synthesize_corpus`.")
     return load_corpus(directory, split).select_columns(list(COLUMNS))
 
 
@@ -192,9 +153,6 @@ def plan_split(split: str, clips_per_emotion: int, *, seed: int = 0) -> Iterator
 
     The emotions take turns, and the five clips of a turn share voice and sentence; beyond voices x sentences, pairs
     come again with another prosody.
-
-    Raises:
-        ValueError: `clips_per_emotion` is below 1.
     """
     if clips_per_emotion < 1:
         raise ValueError(f"Expected at least 1 {split} clip for each emotion, got {clips_per_emotion}.")
@@ -280,31 +238,20 @@ def speak_rows(rows: Sequence[Row], directory: Path, *, seed: int) -> None:
 
 
 def speak_clips(clips: Sequence[Clip], directory: Path) -> None:
-    """Make the audio of planned clips, as files in the `directory` that their paths are relative to.
-
-    Raises:
-        ImportError: eSpeak NG is missing (`pip install relllm[demo]`).
-    """
+    """Make the audio of planned clips, as files in the `directory` that their paths are relative to."""
     (directory / "audio").mkdir(parents=True, exist_ok=True)
     for clip, (samples, rate) in zip(clips, speak(map(_utterance, clips)), strict=True):
         write_wav(directory / str(clip.row["audio"]), samples, rate, clip.prosody.gain)
 
 
 def _utterance(clip: Clip) -> Utterance:
-    pitch, pitch_range, rate = (
-        int(value) for value in (clip.prosody.pitch, clip.prosody.pitch_range, clip.prosody.rate)
-    )
-    return Utterance(str(clip.row["text"]), str(clip.row["speaker"]), pitch, pitch_range, rate)
+    said = clip.prosody
+    text, voice = str(clip.row["text"]), str(clip.row["speaker"])
+    return Utterance(text, voice, int(said.pitch), int(said.pitch_range), int(said.rate))
 
 
 def write_wav(path: Path, samples: bytes, rate: int, gain: float) -> None:
-    """Write what [`speak`] gave as 16-bit mono WAV at 16 kHz.
-
-    Args:
-        path (`Path`): Of the file.
-        samples (`bytes`), rate (`int`): 16-bit little-endian mono samples and their rate in Hz.
-        gain (`float`): Factor on the samples, at most 1.
-    """
+    """Write what [`speak`] gave (16-bit mono samples, and their rate in Hz), times a gain, as WAV at 16 kHz."""
     waveform = gain * np.frombuffer(samples, "<i2").astype(np.float32) / 32768
     waveform = resample(waveform, rate, SAMPLING_RATE)
     # The resampling filter may overshoot full scale by a little.

@@ -2,19 +2,17 @@
 
 Everything is small and made here, so every step is real and nothing is pretrained: the tokenizer and the LLM learn
 the corpus's own replies as text, the emotion tower learns the dimensions, then RE-LLM and its speech-only baseline
-learn to hear. Corpus, evaluation, comparison, card and the check before a push are those of the `relllm` commands,
-which are shown as they come. One folder for each step; a step that is done is not done again.
+learn to hear. One folder for each step; a step that is done is not done again.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 from rich.console import Console
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
@@ -34,10 +32,10 @@ from relllm.training.config import ReLLMSFTConfig
 from relllm.training.emotion_training import EmotionTowerTrainer
 from relllm.training.trainer import ReLLMSFTTrainer
 
-from .demo_settings import DemoSettings
+from .demo_settings import CorpusSize, DemoSettings, SyntheticSettings
 from .steps import claim_folder, compare_systems, evaluate_system, has_learned, once, share, show_replies
 from .synthetic import synthesize_corpus
-from .tiny_towers import train_byte_tokenizer
+from .tiny_towers import llama_config, train_byte_tokenizer, wav2vec2_config, whisper_config
 
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}  # the paper's
 REPO_ID = "org/re-llm-demo"  # in the card; nothing is sent
@@ -53,14 +51,7 @@ SYSTEMS = {"text-only": "llm", "speech-only": "speech-only", "re-llm": "re-llm"}
 
 
 def run_demo(settings: DemoSettings, console: Console) -> bool:
-    """Run every step that is not done yet, and report.
-
-    Args:
-        settings ([`DemoSettings`]): Sizes and place.
-        console (`rich.console.Console`): Where the report goes.
-
-    Returns:
-        `bool`: Whether the model learned: its UA on unseen voices and sentences is above chance by more than 0.10.
+    """Run every step that is not done yet; return whether UA on unseen voices and sentences is above chance by 0.10.
 
     Raises:
         ValueError: If the folder holds a run with other settings.
@@ -69,13 +60,8 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
     out = settings.output_dir
     claim_folder(out, {**asdict(settings), "output_dir": None})
     set_seed(settings.seed)
-    corpus = synthesize_corpus(
-        out / "corpus",
-        train_clips_per_emotion=settings.train_clips,
-        validation_clips_per_emotion=settings.validation_clips,
-        test_clips_per_emotion=settings.test_clips,
-        seed=settings.seed,
-    )
+    sizes = {entry.name: getattr(settings, entry.name) for entry in fields(CorpusSize)}
+    corpus = synthesize_corpus(SyntheticSettings(output_dir=out / "corpus", **sizes))
     steps: list[tuple[str, str, Callable[[Path], None]]] = [
         ("llm", "a small LLM learns the replies as text", lambda path: _train_llm(corpus, settings, path)),
         ("emotion-tower", "it learns the dimensions", lambda path: _train_tower(corpus, settings, path)),
@@ -99,20 +85,7 @@ def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
     """A tokenizer and a small Llama from the corpus's own text: writer's prompt and transcript in, reply out."""
     set_seed(settings.seed)
     tokenizer = _train_tokenizer(corpus["train"])
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    config = llama_config(tokenizer, 128, layers=4, num_key_value_heads=4)
     rows = [
         {
             "prompt": [
@@ -149,28 +122,16 @@ def _train_tower(corpus: DatasetDict, settings: DemoSettings, path: Path) -> Non
 def train_emotion_tower(rows: Dataset, arguments: TrainingArguments, path: Path, *, width: int, layers: int) -> None:
     """Train and save a small wav2vec2 with a head, on 1 - CCC of arousal, dominance and valence.
 
-    Args:
-        rows (`datasets.Dataset`): With `audio` and the three dimensions.
-        arguments (`TrainingArguments`): Of Transformers; the seed is set already.
-        path (`Path`): Where it goes; a checkpoint that is there is gone on from.
-        width (`int`): Of its frames, and of the embedding that RE-LLM sets beside the speech; a multiple of 4.
-        layers (`int`): Transformer layers.
+    The seed is set already, and a checkpoint that is in `path` is gone on from. `width`, a multiple of 4, is that of
+    its frames, and of the embedding that RE-LLM sets beside the speech.
     """
-    encoder = AutoConfig.for_model(
-        "wav2vec2",
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        intermediate_size=2 * width,
+    encoder = wav2vec2_config(
+        width,
+        layers=layers,
+        heads=4,
         conv_dim=(32, 64, 64, 96),
         conv_kernel=(10, 8, 8, 4),
-        conv_stride=(5, 4, 4, 4),  # 320 samples a frame, as in the real ones
-        num_feat_extract_layers=4,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4,
-        feat_extract_norm="layer",
-        do_stable_layer_norm=True,
-        conv_bias=True,
+        conv_stride=(5, 4, 4, 4),
         mask_time_prob=0.0,
         layerdrop=0.0,
         hidden_dropout=0.0,
@@ -189,24 +150,8 @@ def _train_speech(corpus: DatasetDict, settings: DemoSettings, path: Path, fusio
     """RE-LLM on the trained parts. The speech tower is fresh (nothing pretrained is at hand), so it trains as well."""
     set_seed(settings.seed)
     llm, tower = settings.output_dir / "llm", settings.output_dir / "emotion-tower"
-    speech = AutoConfig.for_model(
-        "whisper",
-        d_model=96,
-        encoder_layers=2,
-        encoder_attention_heads=4,
-        encoder_ffn_dim=192,
-        decoder_layers=1,
-        decoder_attention_heads=1,
-        decoder_ffn_dim=8,
-        num_mel_bins=40,
-        vocab_size=8,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-        decoder_start_token_id=0,
-    )
     model = ReLLMForConditionalGeneration.from_towers(
-        audio=AutoModel.from_config(speech),
+        audio=AutoModel.from_config(whisper_config(96, heads=4)),
         text=llm,
         emotion=None if fusion == "none" else tower,
         lora=LORA,

@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Wav2Vec2FeatureExtractor,
     set_seed,
@@ -31,68 +32,84 @@ CORPUS = (
 
 
 def make_tiny_towers(out: str | Path, *, seed: int = 0) -> None:
-    """Writes `speech` (Whisper with a window of 10 s), `emotion` (wav2vec2 with a head) and `llm` (Llama with a
+    """Write `speech` (Whisper with a window of 10 s), `emotion` (wav2vec2 with a head) and `llm` (Llama with a
     byte-level tokenizer), which `relllm train` takes as `audio_tower`, `emotion_tower` and `text_model`.
-
-    Args:
-        out (`str` or `Path`): Folder for the three; those that are there are written anew.
-        seed (`int`, *optional*, defaults to 0): Of the weights.
     """
     out = Path(out)
     set_seed(seed)
-    speech = AutoConfig.for_model(
+    speech = whisper_config(32, heads=2, max_source_positions=500)
+    AutoModel.from_config(speech).save_pretrained(out / "speech")
+    encoder = wav2vec2_config(
+        32, layers=2, heads=2, conv_dim=(16, 16, 32), conv_kernel=(10, 8, 8), conv_stride=(10, 8, 4)
+    )
+    ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder)).save_pretrained(out / "emotion")
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(out / "emotion")
+    tokenizer = train_byte_tokenizer(CORPUS, vocab_size=500, min_frequency=1)
+    llm = llama_config(tokenizer, 64, layers=2, num_key_value_heads=2)
+    AutoModelForCausalLM.from_config(llm).save_pretrained(out / "llm")
+    tokenizer.save_pretrained(out / "llm")
+
+
+def whisper_config(width: int, *, heads: int, **options: object) -> PreTrainedConfig:
+    """Return the configuration of a Whisper of two layers; its decoder, which nobody reads, is next to none."""
+    return AutoConfig.for_model(
         "whisper",
-        d_model=32,
+        d_model=width,
         encoder_layers=2,
-        encoder_attention_heads=2,
-        encoder_ffn_dim=64,
+        encoder_attention_heads=heads,
+        encoder_ffn_dim=2 * width,
         decoder_layers=1,
         decoder_attention_heads=1,
         decoder_ffn_dim=8,
         num_mel_bins=40,
-        max_source_positions=500,
         vocab_size=8,
         pad_token_id=0,
         bos_token_id=0,
         eos_token_id=0,
         decoder_start_token_id=0,
+        **options,
     )
-    AutoModel.from_config(speech).save_pretrained(out / "speech")
-    encoder = AutoConfig.for_model(
+
+
+def wav2vec2_config(
+    width: int, *, layers: int, heads: int, conv_stride: tuple[int, ...], **options: object
+) -> PreTrainedConfig:
+    """Return the configuration of a wav2vec2 of the strides given: 320 samples a frame, as in the real ones."""
+    return AutoConfig.for_model(
         "wav2vec2",
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        conv_dim=(16, 16, 32),
-        conv_kernel=(10, 8, 8),
-        conv_stride=(10, 8, 4),  # 320 samples a frame, as in the real ones
-        num_feat_extract_layers=3,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=2 * width,
+        conv_stride=conv_stride,
+        num_feat_extract_layers=len(conv_stride),
         num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
+        num_conv_pos_embedding_groups=heads,
         feat_extract_norm="layer",
         do_stable_layer_norm=True,
         conv_bias=True,
+        **options,
     )
-    ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder)).save_pretrained(out / "emotion")
-    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(out / "emotion")
-    tokenizer = train_byte_tokenizer(CORPUS, vocab_size=500, min_frequency=1)
-    llm = AutoConfig.for_model(
+
+
+def llama_config(
+    tokenizer: PreTrainedTokenizerFast, width: int, *, layers: int, num_key_value_heads: int
+) -> PreTrainedConfig:
+    """Return the configuration of a Llama of four heads for the tokens of a tokenizer."""
+    return AutoConfig.for_model(
         "llama",
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=num_key_value_heads,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    AutoModelForCausalLM.from_config(llm).save_pretrained(out / "llm")
-    tokenizer.save_pretrained(out / "llm")
 
 
 def train_byte_tokenizer(texts: Iterable[str], *, vocab_size: int, min_frequency: int) -> PreTrainedTokenizerFast:

@@ -13,6 +13,7 @@ import pytest
 import soundfile
 
 from relllm.data.rows import COLUMNS, Row, validate_row
+from relllm.demo.demo_settings import SyntheticSettings
 from relllm.demo.espeak import Utterance, speak
 from relllm.demo.synthetic import (
     SPLITS,
@@ -31,13 +32,10 @@ pytest.importorskip("espeakng_loader")
 datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()
 
-TINY = {
-    "train_clips_per_emotion": 2,
-    "validation_clips_per_emotion": 1,
-    "test_clips_per_emotion": 1,
-    "progress": False,
-    "num_proc": 1,
-}
+
+def synthesize_tiny(directory: Path, seed: int = 0) -> None:
+    sizes = {"train_clips": 2, "validation_clips": 1, "test_clips": 1}
+    synthesize_corpus(SyntheticSettings(output_dir=directory, seed=seed, num_proc=1, **sizes), progress=False)
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -48,7 +46,7 @@ def digests(directory: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("synthetic") / "corpus"
-    synthesize_corpus(directory, **TINY)
+    synthesize_tiny(directory)
     return directory
 
 
@@ -57,7 +55,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_corpus_is_bit_identical_when_written_again_later(corpus: Path, tmp_path: Path) -> None:
     time.sleep(1.1)  # eSpeak NG seeds its noise by the second, unless told otherwise; each call starts a process of it
-    synthesize_corpus(tmp_path / "again", **TINY)
+    synthesize_tiny(tmp_path / "again")
     assert digests(tmp_path / "again") == digests(corpus)
     assert sum(name.startswith("audio") for name in digests(corpus)) == 20
 
@@ -109,13 +107,13 @@ def test_the_reader_gives_valid_rows(corpus: Path) -> None:
 
 def test_a_complete_corpus_is_reused_and_another_one_is_not_overwritten(corpus: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
-    synthesize_corpus(corpus, **TINY)
+    synthesize_tiny(corpus)
     assert {path: path.stat().st_mtime_ns for path in corpus.rglob("*")} == before
     with pytest.raises(FileExistsError, match="Choose another --out"):
-        synthesize_corpus(corpus, **TINY, seed=1)
+        synthesize_tiny(corpus, seed=1)
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(FileExistsError, match="holds no data set"):
-        synthesize_corpus(tmp_path, **TINY)
+        synthesize_tiny(tmp_path)
 
 
 def test_interrupted_it_goes_on_with_the_splits_that_are_missing(
@@ -128,11 +126,11 @@ def test_interrupted_it_goes_on_with_the_splits_that_are_missing(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("relllm.demo.synthetic.speak_rows", stop_at_validation)
-        synthesize_corpus(tmp_path / "corpus", **TINY)
+        synthesize_tiny(tmp_path / "corpus")
     assert {path.name for path in tmp_path.glob("corpus*")} == {"corpus.journal", "corpus.partial"}
     first = tmp_path / "corpus.partial/audio/train-00000.wav"
     made = first.stat().st_mtime_ns
-    synthesize_corpus(tmp_path / "corpus", **TINY)
+    synthesize_tiny(tmp_path / "corpus")
     assert (tmp_path / "corpus/audio/train-00000.wav").stat().st_mtime_ns == made
     assert digests(tmp_path / "corpus") == digests(corpus)
 
