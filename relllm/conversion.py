@@ -3,10 +3,8 @@
     model = convert_original_checkpoint("original/", emotion_config="wav2vec2/config.json", audio_token_id=151646)
     model.save_pretrained("re-llm/")
 
-The towers and the projector keep their weights under other names. The original's LLM is Qwen (the first), which is
-Qwen2 with three projections fused into one and two names swapped; its LoRA is split along, which computes the same
-(trained further, the three copies of its A part, where the original's one A took the sum of their gradients). Weights
-that the original carries and never uses are logged. Safetensors only: nothing is unpickled.
+The original's LLM is Qwen (the first): Qwen2 with three projections fused into one and two names swapped. Its LoRA is
+split along, which computes the same (trained further, A's three copies part, where one A took the sum of gradients).
 """
 
 import json
@@ -79,8 +77,8 @@ def convert_original_checkpoint(
         projector_masking (`bool`, *optional*, defaults to `True`): See [`ReLLMConfig`]; `False` is the original.
 
     Raises:
-        ValueError: If the weights are pickled; if a weight is missing, unknown or of another shape than the
-            configuration says; if the configuration asks for what Qwen2 cannot do. The message has the names.
+        ValueError: If weights are pickled, missing, unknown or of another shape than configured, or Qwen2 cannot
+            compute what the configuration says. Weights that the original never uses are logged instead.
     """
     if not isinstance(checkpoint, Mapping):
         path = Path(checkpoint)
@@ -109,10 +107,7 @@ def convert_config(
     emotion_labels: Sequence[str] = EMOTIONS,
     projector_masking: bool = True,
 ) -> ReLLMConfig:
-    """Return the configuration of ours that computes what the original computes, by its `config.json`.
-
-    The other arguments and the errors are those of [`convert_original_checkpoint`].
-    """
+    """Return our configuration of what the original's computes; see [`convert_original_checkpoint`]."""
     if (adapter := original.get("adapter_type", "subsampler")) != "subsampler":
         raise ValueError(f"adapter_type is {adapter!r}; only checkpoints with a 'subsampler' can be converted.")
     num_emotions = original.get("num_emotions", len(EMOTIONS))
@@ -141,11 +136,7 @@ def convert_config(
 
 
 def convert_weights(original: Mapping[str, Tensor], config: ReLLMConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the original's state dict under our names, and the names of what its forward pass never reads.
-
-    Raises:
-        ValueError: If a weight is missing, unknown or of another shape than `config` says; the message has the names.
-    """
+    """Return the original's state dict under our names, and the names of what its forward pass never reads."""
     converted: dict[str, Tensor] = {}
     left: list[str] = []
     for name, weight in original.items():
@@ -194,10 +185,8 @@ def _convert_qwen_weight(name: str, weight: Tensor) -> dict[str, Tensor]:
             end = rest.removeprefix(f"{stem}.").replace(".default.", f".{ADAPTER_NAME}.")
             # LoRA's A reads the same input for all three; B, like weight and bias, has their rows one after another.
             parts = [weight] * len(targets) if end.startswith("lora_A.") else weight.chunk(len(targets))
-            return {
-                f"{prefix}model.layers.{number}.{target}.{end}": part.clone()
-                for target, part in zip(targets, parts, strict=True)
-            }
+            named = zip(targets, parts, strict=True)
+            return {f"{prefix}model.layers.{number}.{target}.{end}": part.clone() for target, part in named}
     return {}
 
 
@@ -230,10 +219,8 @@ def _convert_qwen_config(qwen: Mapping) -> Qwen2Config:
         if qwen.get(name, value) != value:
             raise ValueError(f"qwen_config has {name}={qwen[name]!r}, and Qwen2 computes {name}={value!r} only.")
     hidden_size, heads = qwen["hidden_size"], qwen["num_attention_heads"]
-    if qwen.get("kv_channels", hidden_size // heads) * heads != hidden_size:
-        raise ValueError(
-            f"qwen_config has {heads} heads of {qwen['kv_channels']}, not hidden_size {hidden_size} in all."
-        )
+    if (size := qwen.get("kv_channels", hidden_size // heads)) * heads != hidden_size:
+        raise ValueError(f"qwen_config has {heads} heads of {size}, not hidden_size {hidden_size} in all.")
     return Qwen2Config(
         vocab_size=qwen["vocab_size"],
         hidden_size=hidden_size,
@@ -258,18 +245,10 @@ def _convert_lora_config(lora: Mapping) -> dict | None:
         return None
     if lora.get("bias", "none") != "none":
         raise ValueError(f"lora_config trains biases ({lora['bias']!r}); a LoRA limited to some positions cannot.")
-    targets = {
-        ours.rpartition(".")[2]
-        for theirs, renamed in QWEN_LAYER.items()
-        if theirs.rpartition(".")[2] in lora["target_modules"]
-        for ours in renamed
-    }
-    return {
-        "r": lora["r"],
-        "lora_alpha": lora["lora_alpha"],
-        "lora_dropout": lora.get("lora_dropout", 0.0),
-        "target_modules": sorted(targets),
-    }
+    trained = [ours for old, ours in QWEN_LAYER.items() if old.rpartition(".")[2] in lora["target_modules"]]
+    targets = sorted({name.rpartition(".")[2] for names in trained for name in names})
+    sizes = {"r": lora["r"], "lora_alpha": lora["lora_alpha"], "lora_dropout": lora.get("lora_dropout", 0.0)}
+    return {**sizes, "target_modules": targets}
 
 
 def _load_weights(path: Path) -> dict[str, Tensor]:

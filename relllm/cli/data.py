@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,7 +24,7 @@ from relllm.data.data_settings import (
 )
 from relllm.demo.demo_settings import SyntheticSettings, TinyTowersSettings
 
-from .options import from_settings
+from .options import from_settings, plain_errors
 
 if TYPE_CHECKING:
     from relllm.data.inspection import Finding, Inspection
@@ -95,7 +94,7 @@ def synthetic(settings: SyntheticSettings) -> None:
     """
     from relllm.demo.synthetic import prepare_synthetic
 
-    with _plain_errors():
+    with plain_errors():
         _show_report(prepare_synthetic(settings), settings.directory)
 
 
@@ -148,11 +147,8 @@ def write_replies(settings: WriteTargetsSettings) -> None:
     from relllm.data.journal import report_path
     from relllm.data.replies.targets import run_write_targets, target_table
 
-    try:
+    with plain_errors(PermissionError, ConnectionError):  # of the endpoint; the message says what to do
         report = run_write_targets(settings)
-    except (PermissionError, ConnectionError) as error:  # of the endpoint; the message says what to do
-        console.print(f"[red]stopped:[/red] {escape(str(error))}")
-        raise typer.Exit(1) from error
     console.print(target_table(report))
     dropped = report_path(settings.out)
     console.print(f"Replies: [bold]{settings.out}[/bold]; what was dropped, with ids and texts: {dropped}")
@@ -181,18 +177,8 @@ def annotate(settings: AnnotateSettings) -> None:
 def _prepare(parse: Callable[[Settings], Corpus], settings: Settings) -> None:
     from relllm.data.preparing import prepare_corpus
 
-    with _plain_errors():
+    with plain_errors():
         _show_report(prepare_corpus(parse(settings), settings), settings.directory)
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What is wrong with the input, without the lines of code that found it."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        console.print(f"[red]stopped:[/red] {escape(str(error))}")
-        raise typer.Exit(1) from error
 
 
 def _show_report(report: dict, out: Path) -> None:

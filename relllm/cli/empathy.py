@@ -1,7 +1,5 @@
 """Scorers of empathy: `relllm empathy train` and `relllm empathy score`."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import typer
@@ -11,7 +9,7 @@ from rich.table import Table
 
 from relllm.evaluation.evaluation_settings import EmpathySettings, ScoringSettings
 
-from .options import from_settings
+from .options import from_settings, pick_device, plain_errors
 
 app = typer.Typer()
 console = Console()
@@ -30,7 +28,7 @@ def train_command(settings: EmpathySettings) -> None:
     """
     from relllm.evaluation.empathy.scorer_training import train_scorer
 
-    with _plain_errors():
+    with plain_errors():
         _show_training(train_scorer(settings), settings.output_dir / settings.mechanism)
 
 
@@ -41,15 +39,12 @@ def score_command(settings: ScoringSettings) -> None:
 
     Example: relllm empathy score replies.csv --scorers runs/empathy --out scored.csv
     """
-    import torch
-
     from relllm.evaluation.empathy.scoring import load_scorers, score_table
 
     pairs = settings.pairs
     out = settings.out or pairs.with_name(f"{pairs.stem}.scored{pairs.suffix}")
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    device = automatic if settings.device == "auto" else settings.device
-    with _plain_errors():
+    device = pick_device(settings.device)
+    with plain_errors():
         found = score_table(pairs, load_scorers(settings.scorers), out, batch_size=settings.batch_size, device=device)
     table = Table("empathy", "mean level", "level 0 / 1 / 2", "pairs")
     for name, part in found.items():
@@ -68,10 +63,8 @@ def _show_training(metrics: dict, folder: Path) -> None:
         counts = " / ".join(f"{count:,}" for count in part["levels"])
         table.add_row(name, f"{part['num_pairs']:,}", f"{part['num_seeker_posts']:,}", counts)
     console.print(table)
-    duplicates, contradicting = (
-        data[name]["count"] for name in ("duplicates_removed", "duplicates_with_another_level")
-    )
-    console.print(f"{data['num_rows']:,} rows, {duplicates:,} duplicates removed, {contradicting:,} of another level")
+    same, other = data["duplicates_removed"]["count"], data["duplicates_with_another_level"]["count"]
+    console.print(f"{data['num_rows']:,} rows, {same:,} duplicates removed, {other:,} of another level")
     for title, found in (("left out", data["dropped"]), ("teaches its level only", data["rationale_not_known"])):
         for reason, part in found.items():
             if part["count"]:
@@ -83,13 +76,3 @@ def _show_training(metrics: dict, folder: Path) -> None:
     numbers.add_row(f"always {baseline['level']}", f"{baseline['accuracy']:.3f}", f"{baseline['macro_f1']:.3f}", "")
     console.print(numbers)
     console.print(f"Scorer and metrics: [bold]{escape(str(folder))}[/bold]")
-
-
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What is wrong with the input, without the lines of code that found it."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        Console(stderr=True).print(f"[red]stopped:[/red] {escape(str(error))}", highlight=False)
-        raise typer.Exit(1) from error

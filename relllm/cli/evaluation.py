@@ -33,7 +33,7 @@ def evaluate_command(
     """
     from relllm.evaluation.evaluating import evaluate
     from relllm.evaluation.folds import evaluate_folds
-    from relllm.evaluation.terminal import report_run
+    from relllm.evaluation.summary import report_run
 
     metrics = evaluate(settings) if folds is None else evaluate_folds(settings, folds)
     report_run(metrics, settings.output_dir, console)

@@ -1,15 +1,11 @@
 """Checkpoints to keep and to share: `relllm merge`, `card` and `push`."""
 
-import contextlib
-from collections.abc import Iterator
-
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from relllm.hub.sharing import CardSettings, MergeSettings, PushSettings
 
-from .options import from_settings
+from .options import from_settings, plain_errors
 
 app = typer.Typer()
 console = Console()
@@ -35,9 +31,11 @@ def card(settings: CardSettings) -> None:
 
     Example: relllm card runs/eval-iemocap runs/eval-esd --model re-llm --repo-id org/re-llm
     """
+    from huggingface_hub.errors import HTTPError
+
     from relllm.hub.cards import write_model_card
 
-    with _clear_failure():
+    with plain_errors(HTTPError, OSError, RuntimeError, ValueError):
         path = write_model_card(settings)
     console.print(f"Card: [bold]{path}[/bold]{'' if settings.runs else ' (no run given: it says “not evaluated”)'}")
 
@@ -49,9 +47,11 @@ def push(settings: PushSettings) -> None:
 
     Example: relllm push re-llm org/re-llm --with-code --dry-run
     """
+    from huggingface_hub.errors import HTTPError
+
     from relllm.hub.push import push_checkpoint
 
-    with _clear_failure():
+    with plain_errors(HTTPError, OSError, RuntimeError, ValueError):
         done = push_checkpoint(settings)
     for name, size in done.files.items():
         console.print(f"{size:>15,}  {name}", highlight=False)
@@ -59,16 +59,3 @@ def push(settings: PushSettings) -> None:
     if done.left_out:
         console.print(f"Stays here: {', '.join(done.left_out)}", highlight=False, markup=False)
     console.print(f"[bold]{done.url}[/bold]" if done.url else "Nothing was sent (--dry-run).")
-
-
-@contextlib.contextmanager
-def _clear_failure() -> Iterator[None]:
-    """Show the message of a failed check or of the Hub, and exit with status 1."""
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        yield
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        cause = f" {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else ""  # of an upload
-        Console(stderr=True).print(f"[red]stopped:[/red] {escape(f'{error}{cause}')}", highlight=False)
-        raise typer.Exit(1) from error

@@ -11,10 +11,13 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 ALIASES = {"output_dir": ["--out"]}
 
@@ -61,15 +64,34 @@ def same_flag(name: str) -> str:
     return name.replace("_", "-")
 
 
+@contextmanager
+def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Show an error of these kinds, by default `OSError` and `ValueError`, without a traceback; exit with status 1."""
+    kinds = kinds or (OSError, ValueError)
+    try:
+        yield
+    except kinds as error:
+        cause = f" {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else ""  # of an upload
+        Console(stderr=True).print(f"[red]stopped:[/red] {escape(f'{error}{cause}')}", highlight=False)
+        raise typer.Exit(1) from error
+
+
+def pick_device(device: str) -> str:
+    """Return a device's name; `auto` is the first GPU if there is one."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 def _parameter(field: dataclasses.Field, kind: Any) -> inspect.Parameter:
     """One option or argument, as Typer takes it from a signature."""
     told: Mapping[str, Any] = field.metadata
     limits = {name: told[name] for name in ("min", "max", "envvar") if name in told}
     default = field.default
-    if default is dataclasses.MISSING:
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    elif default is dataclasses.MISSING:
         default = inspect.Parameter.empty
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
     if _is_tuple(kind):
         kind = str if default is inspect.Parameter.empty else str | None
         default = ",".join(default) if isinstance(default, tuple) else default

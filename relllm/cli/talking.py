@@ -15,7 +15,7 @@ from rich.markup import escape
 from relllm.demo.demo_settings import DemoSettings
 from relllm.inference.inference_settings import CheckpointSettings, PageSettings, ReplySettings, TalkSettings
 
-from .options import from_settings
+from .options import from_settings, pick_device, plain_errors
 
 if TYPE_CHECKING:
     from relllm.inference.conversation import Conversation
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 app = typer.Typer()
 console = Console(highlight=False)
 
-OWN = "own"  # of --text-only: the LLM inside the model
 HELP = """\
 Type a line and press Enter, or:
   /wav FILE [TEXT]   say what is in an audio file (a path or URL), with text before it if you like
@@ -117,13 +116,10 @@ def web(settings: PageSettings) -> None:
     """
     from relllm.inference.web import Page
 
-    try:
+    with plain_errors(ImportError, OSError):  # Gradio is missing, the port is taken
         page = Page(load_systems(settings), max_new_tokens=settings.max_new_tokens)
         console.print(f"{escape(settings.model)}: http://{settings.host}:{settings.port}  (Ctrl-C ends)")
         page.launch(host=settings.host, port=settings.port)
-    except (ImportError, OSError) as error:  # Gradio is missing, the port is taken
-        console.print(f"[red]stopped:[/red] {escape(str(error))}")
-        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -221,15 +217,11 @@ def load_relllm(settings: CheckpointSettings) -> tuple[ReLLMForConditionalGenera
     model = AutoModel.from_pretrained(place, revision=revision, dtype=settings.dtype)
     if not isinstance(model, ReLLMForConditionalGeneration):
         raise typer.BadParameter(f"{place} holds a {type(model).__name__}, not a ReLLM.", param_hint="MODEL")
-    return model.to(_pick_device(settings.device)).eval(), processor
+    return model.to(pick_device(settings.device)).eval(), processor
 
 
 def load_systems(settings: TalkSettings) -> dict[str, Callable[[], System]]:
-    """Return what begins a conversation with each system, by name, RE-LLM first.
-
-    Raises:
-        typer.BadParameter: If a checkpoint is of the wrong kind, or there is a transcriber and nobody to read.
-    """
+    """Return what begins a conversation with each system, by name, RE-LLM first; wrong flags: `typer.BadParameter`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from relllm.inference.conversation import Conversation
@@ -239,7 +231,7 @@ def load_systems(settings: TalkSettings) -> dict[str, Callable[[], System]]:
         message = "It writes spoken turns down for --text-only, which is missing."
         raise typer.BadParameter(message, param_hint="--transcriber")
     model, processor = load_relllm(settings)
-    device, prompts = _pick_device(settings.device), settings.prompts
+    device, prompts = pick_device(settings.device), settings.prompts
     systems: dict[str, Callable[[], System]] = {"RE-LLM": partial(Conversation, model, processor, **prompts)}
     if settings.baseline is not None:
         where = CheckpointSettings(model=settings.baseline, device=settings.device, dtype=settings.dtype)
@@ -249,15 +241,8 @@ def load_systems(settings: TalkSettings) -> dict[str, Callable[[], System]]:
     if settings.text_only is not None:
         writer = None if settings.transcriber is None else Transcriber(settings.transcriber, device=device)
         start: Callable[..., System] = partial(TextConversation.inside, model, processor)
-        if settings.text_only != OWN:
+        if settings.text_only != "own":
             llm = AutoModelForCausalLM.from_pretrained(settings.text_only, use_safetensors=True).to(device).eval()
             start = partial(TextConversation, llm, AutoTokenizer.from_pretrained(settings.text_only))
         systems["text only"] = partial(start, transcriber=writer, **prompts)
     return systems
-
-
-def _pick_device(device: str) -> str:
-    """Return a device's name; `auto` is the first GPU if there is one."""
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

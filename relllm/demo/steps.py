@@ -18,8 +18,8 @@ from relllm.evaluation.comparison_tables import comparison_tables, write_compari
 from relllm.evaluation.evaluating import evaluate
 from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.runs import read_run
+from relllm.evaluation.summary import report_run
 from relllm.evaluation.tables import to_rich
-from relllm.evaluation.terminal import report_run
 from relllm.hub.cards import SETTINGS_NAME, write_model_card
 from relllm.hub.push import push_checkpoint
 from relllm.hub.sharing import CardSettings, PushSettings

@@ -1,7 +1,4 @@
-"""The two questions to a language model: which emotion is this, and what do you reply?
-
-Prompts and answers as the tokenizer gets them, and the emotion that an answer names.
-"""
+"""The two questions to a language model (which emotion is this, and what do you reply?) and how answers are read."""
 
 import math
 import re
@@ -61,11 +58,7 @@ def render_prompts(
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, template: str, answer: str) -> list[int]:
-    """Return the token ids of an answer up to and including the end of the turn, as they follow a prompt.
-
-    Raises:
-        ValueError: If the template does not put an answer right behind a prompt.
-    """
+    """Return the token ids of an answer up to and including the end of the turn, as they follow a prompt."""
     user: Turns = [{"role": "user", "content": "?"}]
     prompt = render(tokenizer, template, user)
     whole = render(tokenizer, template, [*user, {"role": "assistant", "content": answer}], answered=True)
@@ -102,10 +95,7 @@ def number(value: float) -> float:
 
 
 def recognition_prompt(labels: Sequence[str]) -> str:
-    """Return the frozen prompt with the labels in use as its options.
-
-    With the original's five it is the original's prompt. Fewer than two are a `ValueError`.
-    """
+    """Return the frozen prompt with the labels in use as its options; with the original's five it is unchanged."""
     if len(labels) < 2:
         raise ValueError(f"Recognition needs at least two labels to choose from, got {list(labels)}.")
     options = [name for name in _ORDER if name in labels] + [name for name in labels if name not in _ORDER]
@@ -114,16 +104,12 @@ def recognition_prompt(labels: Sequence[str]) -> str:
 
 
 def parse_emotion(answer: str, labels: Sequence[str]) -> str | None:
-    """Return the emotion that an answer names.
+    """Return the one of `labels` that an answer names, or `None`.
 
-    The rules: upper and lower case and punctuation do not matter. Every word of three letters or more that
-    [`~relllm.labels.canonical_emotion`] knows is a mention ("anger" is angry, "joy" is happy). A mention behind a
-    negation in the same clause ("not happy", "isn't sad or angry") does not count; a comma, a full stop or "but" ends
-    a clause. The answer names an emotion if exactly one is left, however often: one that lists several has not chosen,
-    and an emotion outside `labels` is no answer to the question.
-
-    Returns:
-        `str` or `None`: One of `labels`; `None` where the answer names none of them, or several.
+    Every word of three letters or more that [`~relllm.labels.canonical_emotion`] knows is a mention ("anger" is angry,
+    "joy" is happy), in upper or lower case. A mention behind a negation in the same clause ("not happy", "isn't sad or
+    angry") does not count; punctuation or "but" ends a clause. The answer names an emotion if exactly one is left,
+    however often, and it is one of `labels`.
     """
     found: set[str] = set()
     for clause in _CLAUSE_END.split(answer.lower().replace("\u2019", "'")):

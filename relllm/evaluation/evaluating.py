@@ -1,9 +1,8 @@
 """`relllm evaluate`: a system over a data set, into a folder with predictions, metrics and plots.
 
-Everything that can be checked is checked before a model is loaded. Then every process appends what it has finished
-to a journal of its own; the main one's is `predictions.jsonl`. At the end, and when a killed run goes on, the main
-process collects the others' journals, and once every clip is there it writes `predictions.jsonl` anew in the order of
-the data. Batches are planned over all rows, done or not, so a clip is always in the company it would have had.
+Everything is checked before a model is loaded. Every process appends what it has finished to its own journal; at the
+end, and when a killed run goes on, the main one collects them into its own, `predictions.jsonl`. Batches are planned
+over all rows, done or not, so a clip is always in the company it would have had.
 """
 
 import io
@@ -21,7 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import set_seed
+from transformers import AutoConfig, set_seed
 
 from relllm.data.journal import Journal, write_json
 from relllm.data.loading import load_corpus
@@ -40,7 +39,7 @@ from .fingerprints import (
     folder_fingerprint,
     model_fingerprint,
 )
-from .predicting import Predictor, load_config, load_predictor, load_tokenizer, resolve_system
+from .predicting import Predictor, load_predictor, load_tokenizer, resolve_system
 from .summary import count_clips, draw_plots, summarize_clips
 
 PLOTS = "plots"
@@ -67,12 +66,8 @@ def evaluate(settings: EvaluationSettings, *, score: Score | None = None, progre
     Killed, the same call goes on where it was; complete, it returns what is there. In several processes
     (`accelerate launch`) they share the clips and the files are the same.
 
-    Args:
-        settings ([`EvaluationSettings`]): What to measure of which model on which data.
-        score (`Callable`, *optional*): Scores `(seeker post, reply)` pairs, in place of `settings.empathy_scorers`.
-
-    Returns:
-        `dict`: The content of `metrics.json`, in every process.
+    `score` takes `(seeker post, reply)` pairs, in place of `settings.empathy_scorers`. Every process returns the
+    content of `metrics.json`.
 
     Raises:
         ValueError: If a task cannot be measured, the system contradicts the checkpoint, or the folder belongs to a run
@@ -84,22 +79,19 @@ def evaluate(settings: EvaluationSettings, *, score: Score | None = None, progre
     state = PartialState(cpu=settings.device == "cpu", timeout=PATIENCE)
     plan = _plan_run(settings, with_scorers=score is not None or settings.empathy_scorers is not None)
     plan.identity = _from_main(state, lambda: _run_identity(settings, plan))
-    if _from_main(state, lambda: _is_complete(settings.output_dir, plan.identity)):
-        return json.loads((settings.output_dir / METRICS).read_text(encoding="utf-8"))
-    _answer(settings, plan, state, score, progress=progress)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _finish(settings, plan)
-    state.wait_for_everyone()
+    if not _from_main(state, lambda: _is_complete(settings.output_dir, plan.identity)):
+        _answer(settings, plan, state, score, progress=progress)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _finish(settings, plan)
+        state.wait_for_everyone()
     return json.loads((settings.output_dir / METRICS).read_text(encoding="utf-8"))
 
 
 def collect_journals(out: Path, identity: Mapping) -> dict[str, dict]:
-    """Return all finished lines by id. Those that other processes left in journals of their own move to the main one.
+    """Return all finished lines by id; those in journals of other processes move to the main one.
 
-    Raises:
-        ValueError: If they are of other settings.
-        BlockingIOError: If another run is writing there.
+    Lines of other settings are a `ValueError`, another run writing there is a `BlockingIOError`.
     """
     with Journal(out / PREDICTIONS, identity) as journal:
         for path in sorted(out.glob("predictions.part*.jsonl")):
@@ -126,13 +118,12 @@ def write_predictions(out: Path, identity: Mapping, lines: Sequence[Mapping]) ->
 
 def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     """Read data and configuration, and check that every task can be measured."""
-    config = load_config(settings.model, settings.revision)
+    config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
     system = resolve_system(config, settings.system, settings.model)
     rows = _load_rows(settings)
+    labels = tuple(config.emotion_labels) if config.model_type == "relllm" else EMOTIONS
     if settings.label_set is not None:
         labels = LABEL_SETS[settings.label_set]
-    else:
-        labels = tuple(config.emotion_labels) if config.model_type == "relllm" else EMOTIONS
     obstacles = _obstacles(rows, system, labels, with_scorers)
     for task in settings.tasks or ():
         if task in obstacles:
@@ -143,8 +134,7 @@ def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     questions = Questions(tuple(task for task in TASKS if task in tasks), labels, settings.max_new_tokens)
     tokenizer, template, _ = load_tokenizer(settings.model, settings.revision)
     prompts = render_prompts(tokenizer, template, questions, audio=system != "text-only")
-    left_out = {} if settings.tasks else obstacles
-    return Plan(rows, system, questions, prompts, left_out=left_out)
+    return Plan(rows, system, questions, prompts, left_out={} if settings.tasks else obstacles)
 
 
 def plan_batches(rows: Dataset, batch_size: int, system: System) -> list[list[int]]:
@@ -213,7 +203,7 @@ def _length(row: Mapping, system: System) -> float:
 def _answer(
     settings: EvaluationSettings, plan: Plan, state: PartialState, score: Score | None, *, progress: bool
 ) -> None:
-    """Appends a line for every clip of this process that has none yet; without one, no model is loaded."""
+    """Append a line for every clip of this process that has none yet; without one, no model is loaded."""
     done = _from_main(state, lambda: set(collect_journals(settings.output_dir, plan.identity)))
     batches = plan_batches(plan.rows, settings.batch_size, plan.system)[state.process_index :: state.num_processes]
     ids = plan.rows["id"]
@@ -244,7 +234,8 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
     summary = summarize_clips(lines, plan.questions.labels)
     name = settings.name or settings.output_dir.name
     draw_plots(lines, summary, settings.output_dir / PLOTS, title=name)
-    towers = getattr(load_config(settings.model, settings.revision), "towers", None) or {}
+    config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
+    towers = getattr(config, "towers", None) or {}
     greedy = {name: value for name, value in GREEDY.items() if value is not None}
     limits = {"recognition": RECOGNITION_TOKENS, "reply": plan.questions.max_new_tokens}
     packages = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "audmetric")
@@ -280,31 +271,25 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
         "folds": None,
     }
     if "empathy" in metrics:
-        metrics["empathy"]["scorers"] = {
-            "id": settings.empathy_scorers,
-            "fingerprint": plan.identity["scorers_fingerprint"],
-        }
+        fingerprint = plan.identity["scorers_fingerprint"]
+        metrics["empathy"]["scorers"] = {"id": settings.empathy_scorers, "fingerprint": fingerprint}
     write_json(metrics, settings.output_dir / METRICS)
 
 
 def _predict(
     predictor: Predictor, rows: Dataset, batches: Sequence[Sequence[int]], done: Container[str], score: Score | None
 ) -> Iterator[list[dict]]:
-    """Lines batch by batch, without those of clips that are done."""
+    """Yield the lines of each batch, without those of clips that are done."""
     for batch in batches:
         asked = list(rows.select(batch))
-        lines = [
-            {**{name: row.get(name) for name in COLUMNS}, **parts}
-            for row, parts in zip(asked, predictor.predict(asked), strict=True)
-        ]
+        found = zip(asked, predictor.predict(asked), strict=True)
+        lines = [{**{name: row.get(name) for name in COLUMNS}, **parts} for row, parts in found]
         if score is not None:
-            pairs = {
-                index: (row["text"], lines[index]["reply"])
-                for index, row in enumerate(asked)
-                if "reply" in lines[index] and (row["text"] or "").strip()
-            }
-            for index, empathy in zip(pairs, score(list(pairs.values())) if pairs else [], strict=True):
-                lines[index]["empathy"] = empathy
+            both = zip(asked, lines, strict=True)
+            replied = [(row["text"], line) for row, line in both if "reply" in line and (row["text"] or "").strip()]
+            levels = score([(text, line["reply"]) for text, line in replied]) if replied else []
+            for (_, line), empathy in zip(replied, levels, strict=True):
+                line["empathy"] = empathy
         yield [line for line in lines if line["id"] not in done]
 
 

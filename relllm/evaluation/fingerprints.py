@@ -31,10 +31,9 @@ COVERED = ("id", "text", "emotion", *DIMENSIONS)  # of a row, beside its audio
 
 
 def data_fingerprint(rows: Iterable[Mapping]) -> str:
-    """Return SHA-256 over each row's id, transcript, emotion, dimensions and the bytes of its audio file, in order.
+    """Return SHA-256 over each row's id, transcript, emotion, dimensions and undecoded audio, in order.
 
-    A copy of the data elsewhere has the same fingerprint; one denoised file, one label or another order gives
-    another. A file that is not there counts as such, audio behind a URL by its address. Audio is undecoded.
+    A file that is not there counts as missing, audio behind a URL by its address.
     """
     digest, remaining = hashlib.sha256(), iter(rows)
     with ThreadPoolExecutor() as pool:  # hashing leaves other threads the interpreter
@@ -47,14 +46,11 @@ def data_fingerprint(rows: Iterable[Mapping]) -> str:
 def model_fingerprint(model: str, *, revision: str = "main") -> str:
     """Return SHA-256 over a checkpoint's safetensors files and what its configuration makes of them (`BEHAVIOUR`).
 
-    For a light one also over the fingerprints of the tower weights that it leaves out, which it records.
-
-    Raises:
-        OSError: If the checkpoint has no safetensors.
+    For a light one also over the fingerprints that it records of the tower weights that it leaves out.
     """
     config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
     with ThreadPoolExecutor() as pool:
-        parts = sorted(pool.map(_digest_of_file, weight_files(model, revision=revision)))
+        parts = sorted(pool.map(_digest_of_file, _weight_files(model, revision)))
     parts.append(json.dumps({name: config.get(name) for name in BEHAVIOUR}, sort_keys=True))
     if config.get("light_checkpoint"):
         parts += [f"{kind} {config['towers'][kind].get('fingerprint')}" for kind in sorted(config["towers"])]
@@ -62,17 +58,12 @@ def model_fingerprint(model: str, *, revision: str = "main") -> str:
 
 
 def folder_fingerprint(path: str) -> str:
-    """Return SHA-256 over every safetensors file beneath a folder, with its place there.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
+    """Return SHA-256 over every safetensors file beneath a folder, with its place there."""
     folder = Path(path)
     files = sorted(file for file in folder.rglob("*.safetensors") if UNFINISHED not in file.as_posix())
     if not files:
         raise FileNotFoundError(f"No safetensors in {path}. Give the folder that `relllm empathy train` wrote.")
-    parts = [f"{file.relative_to(folder).as_posix()} {_digest_of_file(file)}" for file in files]
-    return combine_fingerprints(parts)
+    return combine_fingerprints([f"{file.relative_to(folder).as_posix()} {_digest_of_file(file)}" for file in files])
 
 
 def combine_fingerprints(parts: Sequence[str]) -> str:
@@ -80,8 +71,7 @@ def combine_fingerprints(parts: Sequence[str]) -> str:
     return f"sha256:{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
 
 
-def weight_files(model: str, *, revision: str = "main") -> list[Path]:
-    """Return the safetensors files of a checkpoint, downloaded if they are on the Hub."""
+def _weight_files(model: str, revision: str) -> list[Path]:
     index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     names = [SAFE_WEIGHTS_NAME]
     if index is not None:

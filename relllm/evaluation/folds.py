@@ -15,8 +15,6 @@ from .fingerprints import combine_fingerprints
 from .summary import count_clips, draw_plots, mean_over_folds, summarize_clips
 
 PLACE = "{fold}"
-POOLED = "the numbers above are pooled over all folds"
-MEAN = "the unweighted mean over folds"
 
 
 def evaluate_folds(
@@ -24,19 +22,14 @@ def evaluate_folds(
 ) -> dict:
     """Measure every fold and pool them: the predictions of all folds make the main numbers, beside the mean.
 
-    Each fold is a run of its own in `folds/<value>`, so a killed evaluation goes on in the fold it was in.
+    Each fold is a run of its own in `folds/<value>`, so a killed evaluation goes on in the fold it was in. Every
+    process returns the content of `metrics.json`.
 
     Args:
-        settings ([`EvaluationSettings`]): With `{fold}` in `model`, in the place of the column's value; a text-only
-            system may be the same for all folds. `held_out` is made from the folds.
+        settings ([`EvaluationSettings`]): With `{fold}` in `model`, in the place of the column's value, unless the
+            system is text-only. `held_out` is made from the folds.
         folds (`str`): A column, `"session"`, for all of its values; or `"session=Ses01,Ses02"`.
-        score (`Callable`, *optional*): See [`~relllm.evaluation.evaluating.evaluate`].
-
-    Returns:
-        `dict`: The content of `metrics.json`, in every process.
-
-    Raises:
-        ValueError: If the model is the same for all folds, the column has no values, or a fold cannot be measured.
+        score (`Callable`, *optional*): See [`evaluate`].
     """
     if settings.held_out is not None:
         raise ValueError(f"--folds {folds} makes the held-out rows itself; leave --held-out {settings.held_out} out.")
@@ -71,11 +64,7 @@ def evaluate_folds(
 
 
 def fold_values(data: str, folds: str) -> tuple[str, list[str]]:
-    """Return column and values of `--folds`, in sorted order where the data give them.
-
-    Raises:
-        ValueError: If there are fewer than two values, or no such column.
-    """
+    """Return column and values of `--folds`, at least two; in sorted order where the data give them."""
     column, named, given = folds.partition("=")
     listed = [value.strip() for value in given.split(",") if value.strip()]
     values = listed if named else column_values(data, column)
@@ -87,7 +76,7 @@ def fold_values(data: str, folds: str) -> tuple[str, list[str]]:
 def _pool(
     settings: EvaluationSettings, name: str, column: str, by_fold: Mapping[str, dict], lines: Sequence[Mapping]
 ) -> dict:
-    """The content of `metrics.json`, of the metrics of each fold and the lines of all."""
+    """Return the content of `metrics.json`, from the metrics of each fold and the lines of all."""
     runs = list(by_fold.values())
     first = runs[0]
     for key in ("system", "label_set", "prompts"):
@@ -124,8 +113,8 @@ def _pool(
             "values": list(by_fold),
             "by_fold": dict(zip(by_fold, parts, strict=True)),
             "mean": mean_over_folds(parts),
-            "mean_is": MEAN,
-            "pooled": POOLED,
+            "mean_is": "the unweighted mean over folds",
+            "pooled": "the numbers above are pooled over all folds",
         },
     }
 

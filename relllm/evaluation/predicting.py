@@ -38,15 +38,7 @@ from .evaluation_settings import SYSTEMS, System
 
 
 class Predictor:
-    """The two questions to a language model, whatever the audio or text in them is; its kinds say what is asked about.
-
-    Args:
-        model (`PreTrainedModel`): A ReLLM or any causal LM, in evaluation.
-        tokenizer (`PreTrainedTokenizerBase`): Its own.
-        template (`str`): Its own chat template.
-        questions ([`Questions`]): What to ask.
-        options: Of `generate`.
-    """
+    """The two questions to a ReLLM or any causal LM; its kinds say what is asked about. `options` are `generate`'s."""
 
     def __init__(
         self,
@@ -102,7 +94,6 @@ class Predictor:
         return found
 
     def _recognise(self, inputs: dict[str, Tensor], audio: ReLLMAudioOutput | None) -> list[dict]:
-        """`generated` and `likelihood` of each prompt."""
         texts = self._generate(inputs, audio, RECOGNITION_TOKENS)
         scores = score_answers(self.model, inputs, self.label_tokens, audio=audio)
         labels = self.questions.labels
@@ -120,10 +111,7 @@ class Predictor:
 
 
 class SpeechPredictor(Predictor):
-    """A ReLLM that hears the clips: system `re-llm`, or `speech-only` without an emotion tower.
-
-    A batch of clips is read once and encoded once, for every task.
-    """
+    """A ReLLM that hears the clips, read and encoded once for every task: `re-llm`, or `speech-only`."""
 
     def __init__(self, model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, questions: Questions) -> None:
         super().__init__(model, processor.tokenizer, _template_of(processor), questions)
@@ -138,7 +126,6 @@ class SpeechPredictor(Predictor):
         return clip
 
     def answer(self, subjects: list) -> list[dict]:
-        """Answer for clips, which are encoded once."""
         heard, counts = encode_clips(self.model, self.processor, subjects)
         token = self.processor.audio_token
 
@@ -156,10 +143,7 @@ class SpeechPredictor(Predictor):
         return found
 
     def _head_probabilities(self, heard: ReLLMAudioOutput) -> list[dict[str, float]]:
-        """Over the labels in use: those that the head lacks have probability 0, those it has beside them no share.
-
-        Without a label that the head has, there are none.
-        """
+        """Share probability among the labels in use that the head has, if any; the others in use have 0."""
         assert heard.emotion_logits is not None  # the heads always run
         classes = list(self.model.config.emotion_labels)
         known = [name for name in self.questions.labels if name in classes]
@@ -171,19 +155,14 @@ class SpeechPredictor(Predictor):
 
 
 class TextPredictor(Predictor):
-    """A causal LM that reads the transcripts: system `text-only`. No audio is opened.
-
-    Of a ReLLM it is the `text_model`, whose LoRA is off outside the ReLLM.
-    """
+    """A causal LM, a ReLLM's `text_model` or another, that reads the transcripts: `text-only`. No audio is opened."""
 
     def read(self, row: Mapping, result: dict) -> Any:
-        """Return the transcript."""
         if not (row.get("text") or "").strip():
             raise ValueError("no transcript")
         return row["text"]
 
     def answer(self, subjects: list) -> list[dict]:
-        """Answer for transcripts."""
         asked = [conversations(self.questions, {"type": "text", "text": text}) for text in subjects]
         return self.ask(
             lambda name: [render(self.tokenizer, self.template, one[name]) for one in asked], len(subjects)
@@ -193,14 +172,10 @@ class TextPredictor(Predictor):
 def load_predictor(
     model: str, system: System, questions: Questions, *, revision: str, dtype: str, device: str | torch.device
 ) -> Predictor:
-    """Load a system, ready to be asked, as [`resolve_system`] names it.
-
-    `dtype` is `"auto"`, for the one of the checkpoint, or a name such as `"bfloat16"`.
-    """
-    precision = dtype if dtype == "auto" else getattr(torch, dtype)
-    loader = AutoModel if _is_relllm(load_config(model, revision)) else AutoModelForCausalLM
-    loaded = loader.from_pretrained(model, revision=revision, dtype=precision, use_safetensors=True).to(device).eval()
+    """Load a system, ready to be asked, as [`resolve_system`] names it."""
     tokenizer, template, processor = load_tokenizer(model, revision)
+    loader = AutoModelForCausalLM if processor is None else AutoModel
+    loaded = loader.from_pretrained(model, revision=revision, dtype=dtype, use_safetensors=True).to(device).eval()
     if processor is not None and system != "text-only":
         return SpeechPredictor(loaded, processor, questions)
     if processor is None:
@@ -215,7 +190,7 @@ def load_tokenizer(model: str, revision: str) -> tuple[PreTrainedTokenizerBase, 
 
     A bare LLM gets the template that a ReLLM built on it has, so that only the hearing differs between the two.
     """
-    if _is_relllm(load_config(model, revision)):
+    if AutoConfig.from_pretrained(model, revision=revision).model_type == "relllm":
         processor = AutoProcessor.from_pretrained(model, revision=revision)
         return processor.tokenizer, _template_of(processor), processor
     tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
@@ -224,20 +199,11 @@ def load_tokenizer(model: str, revision: str) -> tuple[PreTrainedTokenizerBase, 
     return tokenizer, build_chat_template(tokenizer.get_vocab(), tokenizer.eos_token or ""), None
 
 
-def load_config(model: str, revision: str) -> PreTrainedConfig:
-    """Load the configuration of a checkpoint."""
-    return AutoConfig.from_pretrained(model, revision=revision)
-
-
 def resolve_system(config: PreTrainedConfig, system: System | None, model: str) -> System:
-    """Return which system a checkpoint is, or the one asked for if the checkpoint can be that.
-
-    Raises:
-        ValueError: If the checkpoint is something else, with what to do; it calls the checkpoint `model`.
-    """
+    """Return which system a checkpoint is, or the one asked for; `ValueError` says what to do if it is another."""
     if system is not None and system not in SYSTEMS:
         raise ValueError(f"Unknown system {system!r}; expected one of {', '.join(SYSTEMS)}.")
-    if not _is_relllm(config):
+    if config.model_type != "relllm":
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(f"{model} holds a {config.model_type!r} model; expected a ReLLM or a causal LM.")
         if system not in (None, "text-only"):
@@ -273,7 +239,3 @@ def encode_clips(
 def _template_of(processor: ReLLMProcessor) -> str:
     assert isinstance(processor.chat_template, str)  # the processor makes one if none is given
     return processor.chat_template
-
-
-def _is_relllm(config: PreTrainedConfig) -> bool:
-    return config.model_type == "relllm"

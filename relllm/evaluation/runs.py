@@ -28,26 +28,21 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read metrics.json and predictions.jsonl of a run.
-
-    Raises:
-        FileNotFoundError: If one of them is not there: the run is not complete.
-        ValueError: On another format, an unknown system, or a line that is no clip.
-    """
+    """Read metrics.json and predictions.jsonl of a complete run."""
     for name in (METRICS, PREDICTIONS):
         if not (path / name).is_file():
             raise FileNotFoundError(
                 f"{path} has no {name}: it is no complete run. `relllm evaluate … --out {path}` writes one, and goes "
                 "on where it was interrupted."
             )
-    metrics = _parse_object((path / METRICS).read_text(encoding="utf-8"), f"{path / 'metrics.json'}")
-    if metrics.get("format") != FORMAT or not isinstance(metrics.get("data"), dict):
-        raise ValueError(
-            f"{path / 'metrics.json'} has the format {metrics.get('format')!r}, expected {FORMAT!r}. Evaluate again."
-        )
+    metrics = _parse_object((path / METRICS).read_text(encoding="utf-8"), str(path / METRICS))
+    found = metrics.get("format")
+    if found != FORMAT or not isinstance(metrics.get("data"), dict):
+        raise ValueError(f"{path / METRICS} has the format {found!r}, expected {FORMAT!r}. Evaluate again.")
     if metrics.get("system") not in SYSTEMS:
         raise ValueError(f"{path}: the system is {metrics.get('system')!r}, expected one of {', '.join(SYSTEMS)}.")
     clips = _read_clips(path / PREDICTIONS)
+    folds = metrics.get("folds") or {}
     return Run(
         path=path,
         name=str(metrics.get("name") or path.name),
@@ -57,18 +52,13 @@ def read_run(path: Path) -> Run:
         failed=tuple(clip_id for clip_id, clip in clips.items() if "error" in clip),
         class_names={way: numbers["class_names"] for way, numbers in metrics.get("recognition", {}).items()},
         scorers=(metrics.get("empathy", {}).get("scorers") or {}).get("fingerprint"),
-        fold_column=(metrics.get("folds") or {}).get("column"),
-        fold_means=(metrics.get("folds") or {}).get("mean", {}),
+        fold_column=folds.get("column"),
+        fold_means=folds.get("mean", {}),
     )
 
 
 def group_by_corpus(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Return the runs of each corpus, which must be on the same clips and scored alike.
-
-    Raises:
-        ValueError: If two runs of a corpus are on other splits or data, have other classes, scorers or folds, or a
-            label differs; it names both.
-    """
+    """Return the runs of each corpus, which must have the same clips, labels, classes, scorers and folds."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(str(run.data.get("corpus") or run.data.get("id")), []).append(run)
@@ -80,9 +70,8 @@ def group_by_corpus(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def _check_same_data(corpus: str, first: Run, other: Run) -> None:
-    pairs: list[tuple[str, object, object]] = [
-        (name, first.data.get(name), other.data.get(name)) for name in ("split", "held_out", "fingerprint")
-    ]
+    names = ("split", "held_out", "fingerprint")
+    pairs: list[tuple] = [(name, first.data.get(name), other.data.get(name)) for name in names]
     pairs.append(("folds", first.fold_column, other.fold_column))
     if first.scorers is not None and other.scorers is not None:
         pairs.append(("empathy scorers", first.scorers, other.scorers))
@@ -109,8 +98,7 @@ def _check_same_labels(first: Run, other: Run) -> None:
 
 def _read_clips(path: Path) -> dict[str, dict]:
     clips: dict[str, dict] = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         clip = _parse_object(line, f"{path}:{number}")
         if "settings" in clip and "id" not in clip:
             continue

@@ -1,13 +1,14 @@
-"""From the lines of `predictions.jsonl` to the numbers of `metrics.json`, and to its plots.
-
-It decides which clips count for which number. Everything is computed from the lines alone.
-"""
+"""From the lines of `predictions.jsonl` alone to the numbers of `metrics.json`, its plots and the terminal."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
 
 from relllm.labels import DIMENSIONS
 from relllm.metrics import calibration_metrics, dimension_metrics, recognition_metrics
@@ -15,18 +16,19 @@ from relllm.plots import plot_confusion_matrix, plot_levels, plot_reliability, p
 
 from .evaluation_settings import LEVELS, MECHANISMS, WAYS
 
-SCALE = "[0, 1]"
+MEASURES = {  # whose mean over folds is told
+    "recognition": ("ua", "wa", "macro_f1", "ece"),
+    "dimensions": ("ccc", "pearson", "rmse"),
+    "empathy": ("mean_level",),
+}
+SHOWN = 10  # clips that could not be read
 
 
 def summarize_clips(lines: Sequence[Mapping], labels: Sequence[str]) -> dict:
     """Return the keys `recognition`, `dimensions` and `empathy` of `metrics.json`, those that the lines allow.
 
     An answer that names no emotion counts as wrong. Clips that could not be read count for nothing here; neither do
-    clips without an emotion of the label set for recognition, or without the dimension for that dimension.
-
-    Args:
-        lines (`Sequence[Mapping]`): Of `predictions.jsonl`, without the settings.
-        labels (`Sequence[str]`): The emotions that were to choose from.
+    clips without an emotion of `labels` for recognition, or without the dimension for that dimension.
     """
     recognition = {way: part for way in WAYS if (part := _recognition_of(lines, labels, way)) is not None}
     parts = {
@@ -55,33 +57,19 @@ def count_clips(lines: Sequence[Mapping], labels: Sequence[str]) -> dict:
 
 
 def mean_over_folds(folds: Sequence[Mapping]) -> dict:
-    """Return the unweighted mean over folds of every number that [`summarize_clips`] gives.
-
-    It is `None` where a fold has none.
-    """
-    measures: dict[str, Callable[[Mapping], Mapping]] = {
-        "recognition": lambda part: {name: part.get(name) for name in ("ua", "wa", "macro_f1", "ece") if name in part},
-        "dimensions": lambda part: {name: part[name] for name in ("ccc", "pearson", "rmse")},
-        "empathy": lambda part: {"mean_level": part["mean_level"]},
-    }
+    """Return the unweighted mean over folds of every number of [`summarize_clips`]; `None` where a fold has none."""
     found: dict[str, dict] = {}
-    for task, measure in measures.items():
+    for task, measures in MEASURES.items():
         rows = [fold[task] for fold in folds if task in fold]
         if len(rows) < len(folds):
             continue
         shared = [name for name in rows[0] if all(isinstance(row.get(name), Mapping) for row in rows)]
-        found[task] = {name: _mean([measure(row[name]) for row in rows]) for name in shared}
+        found[task] = {name: _mean([row[name] for row in rows], measures) for name in shared}
     return found
 
 
 def draw_plots(lines: Sequence[Mapping], metrics: Mapping, folder: Path, *, title: str) -> list[Path]:
-    """Draw confusion matrix and reliability curve of each way, the valence-arousal plane, the levels of empathy.
-
-    Args:
-        lines (`Sequence[Mapping]`): Of `predictions.jsonl`, without the settings.
-        metrics (`Mapping`): What [`summarize_clips`] made of them.
-        folder (`Path`): Where the PNG files go.
-    """
+    """Draw confusion matrix and reliability curve of each way, the valence-arousal plane, the levels of empathy."""
     drawn = []
     for way, part in metrics.get("recognition", {}).items():
         heading = f"{title}: {way}, UA {part['ua']:.3f}"
@@ -90,27 +78,43 @@ def draw_plots(lines: Sequence[Mapping], metrics: Mapping, folder: Path, *, titl
         if "bins" in part:
             heading = f"{title}: {way}, ECE {part['ece']:.3f}"
             drawn.append(plot_reliability(part["bins"], folder / f"reliability_{way}.png", title=heading))
-    plane = [line for line in lines if _in_plane(line)]
+    plane = [line for line in lines if "dimensions" in line and None not in (line["valence"], line["arousal"])]
     if plane:
-        drawn.append(
-            plot_valence_arousal(
-                [line["valence"] for line in plane],
-                [line["arousal"] for line in plane],
-                [line["dimensions"]["valence"] for line in plane],
-                [line["dimensions"]["arousal"] for line in plane],
-                [line["emotion"] or "no emotion" for line in plane],
-                folder / "valence_arousal.png",
-                title=title,
-            )
-        )
+        valence, arousal = ([line[name] for line in plane] for name in ("valence", "arousal"))
+        heard = [[line["dimensions"][name] for line in plane] for name in ("valence", "arousal")]
+        emotions = [line["emotion"] or "no emotion" for line in plane]
+        path = folder / "valence_arousal.png"
+        drawn.append(plot_valence_arousal(valence, arousal, heard[0], heard[1], emotions, path, title=title))
     if "empathy" in metrics:
         levels = {title: {name: part["levels"] for name, part in metrics["empathy"].items() if name in MECHANISMS}}
         drawn.append(plot_levels(levels, folder / "levels.png"))
     return drawn
 
 
+def report_run(metrics: Mapping, out: Path, console: Console) -> None:
+    """Print a run's numbers, what they leave out, and the clips that could not be read; in the main process."""
+    if not PartialState().is_main_process:
+        return
+    data, folds = metrics["data"], metrics["folds"]
+    pooled = f", pooled over {len(folds['values'])} folds of {folds['column']}" if folds else ""
+    console.print(f"[bold]{metrics['name']}[/bold] ({metrics['system']}): {data['num_clips']} clips{pooled}")
+    for table in _number_tables(metrics):
+        console.print(table)
+    for task, reason in metrics["left_out"].items():
+        console.print(f"not measured: {task}: {reason}")
+    without, outside = "without an emotion", "with an emotion outside the label set"
+    for count, which in ((data["num_without_emotion"], without), (data["num_outside_label_set"], outside)):
+        if count:
+            console.print(f"{count} clips {which} count for no recognition number")
+    if data["num_failed"]:
+        console.print(f"[red]{data['num_failed']} clips could not be read[/red] and count for nothing:")
+        for row_id, reason in list(data["failed"].items())[:SHOWN]:
+            console.print(f"  {row_id}: {reason}", markup=False)
+    console.print(f"Predictions, metrics and plots: [bold]{out}[/bold]")
+
+
 def _with_unparsed(lines: Sequence[Mapping], part: Mapping, way: str) -> tuple[list[list[int]], list[str]]:
-    """The confusion matrix with a class for answers that name no emotion, so that a row has all clips of its class."""
+    """Return the confusion matrix with a class for answers that name no emotion."""
     matrix, names = part["confusion_matrix"], list(part["class_names"])
     if not part["num_unparsed"]:
         return matrix, names
@@ -130,11 +134,8 @@ def _recognition_of(lines: Sequence[Mapping], labels: Sequence[str], way: str) -
         return {**recognition_metrics(truth, [answer["emotion"] for answer in answers], labels)}
     likeliest = [max(labels, key=lambda name, row=answer: row[name]) for answer in answers]  # type: ignore[misc]
     calibration = calibration_metrics(truth, answers, labels)
-    return {
-        **recognition_metrics(truth, likeliest, labels),
-        "ece": calibration["ece"],
-        "bins": calibration["bins"],
-    }
+    scores = recognition_metrics(truth, likeliest, labels)
+    return {**scores, "ece": calibration["ece"], "bins": calibration["bins"]}
 
 
 def _dimensions(lines: Sequence[Mapping]) -> dict | None:
@@ -143,24 +144,47 @@ def _dimensions(lines: Sequence[Mapping]) -> dict | None:
         return None
     labels = {name: [line[name] for line in read] for name in DIMENSIONS}
     predictions = {name: [line["dimensions"][name] for line in read] for name in DIMENSIONS}
-    return {**dimension_metrics(labels, predictions), "scale": SCALE}
+    return {**dimension_metrics(labels, predictions), "scale": "[0, 1]"}
 
 
 def _empathy(lines: Sequence[Mapping], mechanism: str) -> dict | None:
     levels = [line["empathy"][mechanism]["level"] for line in lines if mechanism in line.get("empathy", {})]
     if not levels:
         return None
-    return {
-        "mean_level": sum(levels) / len(levels),
-        "levels": [levels.count(level) for level in range(LEVELS)],
-        "num_replies": len(levels),
-    }
+    counts = [levels.count(level) for level in range(LEVELS)]
+    return {"mean_level": sum(levels) / len(levels), "levels": counts, "num_replies": len(levels)}
 
 
-def _in_plane(line: Mapping) -> bool:
-    return "dimensions" in line and line["valence"] is not None and line["arousal"] is not None
-
-
-def _mean(rows: Sequence[Mapping]) -> dict[str, float | None]:
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
+def _mean(rows: Sequence[Mapping], measures: Sequence[str]) -> dict[str, float | None]:
+    columns = {name: [row[name] for row in rows] for name in measures if name in rows[0]}
     return {name: None if None in values else sum(values) / len(values) for name, values in columns.items()}
+
+
+def _number_tables(metrics: Mapping) -> list[Table]:
+    tables = []
+    if recognition := metrics.get("recognition"):
+        table = Table("emotion by", "UA", "WA", "macro-F1", "ECE", "unparsed", "clips", title_justify="left")
+        for way in (way for way in WAYS if way in recognition):
+            part = recognition[way]
+            scores = [_decimals(part[name]) for name in ("ua", "wa", "macro_f1")]
+            ece = _decimals(part["ece"]) if "ece" in part else ""
+            table.add_row(way, *scores, ece, str(part["num_unparsed"]), str(part["num_clips"]))
+        tables.append(table)
+    if dimensions := metrics.get("dimensions"):
+        table = Table(f"dimension, {dimensions['scale']}".replace("[", r"\["), "CCC", "Pearson", "RMSE", "clips")
+        for name in DIMENSIONS:
+            part = dimensions[name]
+            table.add_row(name, *(_decimals(part[key]) for key in ("ccc", "pearson", "rmse")), str(part["num_clips"]))
+        tables.append(table)
+    if empathy := metrics.get("empathy"):
+        table = Table("empathy", "mean level", "level 0 / 1 / 2", "replies")
+        for name in (name for name in MECHANISMS if name in empathy):
+            part = empathy[name]
+            counts = " / ".join(str(count) for count in part["levels"])
+            table.add_row(name, _decimals(part["mean_level"]), counts, str(part["num_replies"]))
+        tables.append(table)
+    return tables
+
+
+def _decimals(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3f}"
