@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT
+from relllm.setting import REQUIRED, setting
 
 from .rows import LABEL_SETS, PSEUDO_SOURCE, LabelSet
 
@@ -17,15 +18,11 @@ SHORTEST_S, LONGEST_S = 0.025, 600.0  # what `load_audio` accepts
 class PrepareSettings:
     """Where a data set goes and what is done with its audio."""
 
-    output_dir: Path | None = field(default=None, metadata={"help": "Folder of the data set; by default data/NAME."})
-    embed_audio: bool = field(
-        default=False, metadata={"help": "Put the audio into the Parquet files, at 16 kHz, instead of its path."}
-    )
-    min_seconds: float = field(default=SHORTEST_S, metadata={"help": "Shorter clips are left out."})
-    max_seconds: float = field(default=LONGEST_S, metadata={"help": "Longer clips are left out."})
-    num_proc: int | None = field(
-        default=None, metadata={"help": "Processes of one thread each; by default one for each core.", "min": 1}
-    )
+    output_dir: Path | None = setting(None, "Folder of the data set; by default data/NAME.")
+    embed_audio: bool = setting(False, "Put the audio into the Parquet files, at 16 kHz, instead of its path.")
+    min_seconds: float = setting(SHORTEST_S, "Shorter clips are left out.")
+    max_seconds: float = setting(LONGEST_S, "Longer clips are left out.")
+    num_proc: int | None = setting(None, "Processes of one thread each; by default one for each core.", min=1)
     NAME: ClassVar[str] = "data-set"
 
     def __post_init__(self) -> None:
@@ -51,10 +48,8 @@ class PrepareSettings:
 class CorpusSettings(PrepareSettings):
     """What the parsers of corpora share."""
 
-    root: Path = field(metadata={"help": "Where the corpus was unpacked.", "argument": True})
-    label_set: LabelSet = field(
-        default="5", metadata={"help": "4: neutral, happy, angry, sad; 5: and surprise; all: every name."}
-    )
+    root: Path = setting(REQUIRED, "Where the corpus was unpacked.", argument=True)
+    label_set: LabelSet = setting("5", "4: neutral, happy, angry, sad; 5: and surprise; all: every name.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,12 +62,10 @@ class IemocapSettings(CorpusSettings):
     """IEMOCAP's; label set 4 with excited as happy is the usual task of 5,531 utterances."""
 
     label_set: LabelSet = field(default="4", metadata=CorpusSettings.__dataclass_fields__["label_set"].metadata)
-    merge_excited: bool = field(default=True, metadata={"help": "Excited counts as happy."})
+    merge_excited: bool = setting(True, "Excited counts as happy.")
     # The paper's files hold out session 5.
-    held_out_session: int = field(default=5, metadata={"help": "The split test; 0 for none.", "min": 0, "max": 5})
-    validation_session: int | None = field(
-        default=None, metadata={"help": "The split validation.", "min": 1, "max": 5}
-    )
+    held_out_session: int = setting(5, "The split test; 0 for none.", min=0, max=5)
+    validation_session: int | None = setting(None, "The split validation.", min=1, max=5)
     NAME: ClassVar[str] = "iemocap"
 
 
@@ -80,13 +73,11 @@ class IemocapSettings(CorpusSettings):
 class EsdSettings(CorpusSettings):
     """ESD's; English are the speakers 0011 to 0020, as in the paper, and Mandarin are 0001 to 0010."""
 
-    language: Literal["en", "zh", "all"] = field(default="en", metadata={"help": "Whose speakers."})
-    splits: Literal["auto", "numbers", "folders"] = field(
-        default="auto", metadata={"help": "auto: the folder of a clip if any, else its number."}
+    language: Literal["en", "zh", "all"] = setting("en", "Whose speakers.")
+    splits: Literal["auto", "numbers", "folders"] = setting(
+        "auto", "auto: the folder of a clip if any, else its number."
     )
-    leave_speakers_out: tuple[str, ...] = field(
-        default=(), metadata={"help": "Speakers of the split test, for example 0019,0020."}
-    )
+    leave_speakers_out: tuple[str, ...] = setting((), "Speakers of the split test, for example 0019,0020.")
     NAME: ClassVar[str] = "esd"
 
     def __post_init__(self) -> None:
@@ -109,12 +100,10 @@ class MspPodcastSettings(CorpusSettings):
 class FolderSettings(CorpusSettings):
     """Those of one's own speech."""
 
-    root: Path = field(
-        metadata={"help": "A .csv or .jsonl table with paths, or a folder of audio files.", "argument": True}
-    )
+    root: Path = setting(REQUIRED, "A .csv or .jsonl table with paths, or a folder of audio files.", argument=True)
     label_set: LabelSet = field(default="all", metadata=CorpusSettings.__dataclass_fields__["label_set"].metadata)
-    split: str | None = field(default=None, metadata={"help": "Of the rows that name none."})
-    language: str | None = field(default=None, metadata={"help": "Of the rows that name none, for example en."})
+    split: str | None = setting(None, "Of the rows that name none.")
+    language: str | None = setting(None, "Of the rows that name none, for example en.")
     NAME: ClassVar[str] = "folder"
 
     @property
@@ -127,44 +116,34 @@ class FolderSettings(CorpusSettings):
 class InspectSettings:
     """What a look at a data set reads, finds and shows."""
 
-    data: str = field(
-        metadata={"help": "A data set: a folder, a .jsonl/.csv/.parquet file, or a Hub id.", "argument": True}
-    )
-    output_dir: Path | None = field(
-        default=None, metadata={"help": "Folder of report and plot; else runs/inspect/NAME."}
-    )
-    audio: bool = field(default=True, metadata={"help": "Decode every clip; --no-audio looks at the table alone."})
-    num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that decode; else one for each core.", "min": 1}
-    )
+    data: str = setting(REQUIRED, "A data set: a folder, a .jsonl/.csv/.parquet file, or a Hub id.", argument=True)
+    output_dir: Path | None = setting(None, "Folder of report and plot; else runs/inspect/NAME.")
+    audio: bool = setting(True, "Decode every clip; --no-audio looks at the table alone.")
+    num_proc: int | None = setting(None, "Processes that decode; else one for each core.", min=1)
     # Whisper's window: longer clips are cut into several.
-    max_seconds: float = field(default=30.0, metadata={"help": "Longer clips are a finding.", "min": 0})
-    show: int = field(default=5, metadata={"help": "Rows to show, from all over the data set.", "min": 0})
-    strict: bool = field(default=False, metadata={"help": "Exit with 1 if there is a finding."})
+    max_seconds: float = setting(30.0, "Longer clips are a finding.", min=0)
+    show: int = setting(5, "Rows to show, from all over the data set.", min=0)
+    strict: bool = setting(False, "Exit with 1 if there is a finding.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """What the commands that add a column to a data set share."""
 
-    data: str = field(
-        metadata={"help": "A corpus: a directory, a .jsonl/.csv/.parquet file, or a Hub id.", "argument": True}
-    )
-    out: Path = field(metadata={"help": "The rows with what is added: .jsonl or .parquet."})
-    split: str | None = field(default=None, metadata={"help": "Split of the data; by default every one."})
-    batch_size: int = field(
-        default=16, metadata={"help": "Clips read, or replies written by a local LLM, at once.", "min": 1}
-    )
-    device: str = field(default="auto", metadata={"help": "Of a local model: cpu, cuda, cuda:1, … or auto."})
+    data: str = setting(REQUIRED, "A corpus: a directory, a .jsonl/.csv/.parquet file, or a Hub id.", argument=True)
+    out: Path = setting(REQUIRED, "The rows with what is added: .jsonl or .parquet.")
+    split: str | None = setting(None, "Split of the data; by default every one.")
+    batch_size: int = setting(16, "Clips read, or replies written by a local LLM, at once.", min=1)
+    device: str = setting("auto", "Of a local model: cpu, cuda, cuda:1, … or auto.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How replies are drawn."""
 
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest reply, in tokens.", "min": 1})
-    temperature: float = field(default=0.0, metadata={"help": "0 takes the most probable token.", "min": 0})
-    seed: int = field(default=0, metadata={"help": "Of the draws, with a temperature."})
+    max_new_tokens: int = setting(128, "Longest reply, in tokens.", min=1)
+    temperature: float = setting(0.0, "0 takes the most probable token.", min=0)
+    seed: int = setting(0, "Of the draws, with a temperature.")
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0:
@@ -180,11 +159,11 @@ class TargetSettings(Sampling):
     Where `{emotion}` stands in the prompt, a row needs an emotion; another field in it is a `ValueError`.
     """
 
-    text_model: str = field(metadata={"help": "The chat LLM that writes: an id, a path, or its name at the endpoint."})
-    revision: str = field(default="main", metadata={"help": "Of a local LLM: branch, tag or commit on the Hub."})
-    prompt: str = field(default=WRITER_PROMPT, metadata={"help": "Before the transcript; {emotion} may stand in it."})
-    system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "System turn of the writer; empty for none."})
-    extra_body: str | None = field(default=None, metadata={"help": "JSON: further fields of the endpoint's requests."})
+    text_model: str = setting(REQUIRED, "The chat LLM that writes: an id, a path, or its name at the endpoint.")
+    revision: str = setting("main", "Of a local LLM: branch, tag or commit on the Hub.")
+    prompt: str = setting(WRITER_PROMPT, "Before the transcript; {emotion} may stand in it.")
+    system_prompt: str = setting(SYSTEM_PROMPT, "System turn of the writer; empty for none.")
+    extra_body: str | None = setting(None, "JSON: further fields of the endpoint's requests.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,20 +187,20 @@ class TargetSettings(Sampling):
 class WriteTargetsSettings(TargetSettings, RunSettings):
     """Where replies come from, and what becomes of them."""
 
-    endpoint: str | None = field(default=None, metadata={"help": "OpenAI-compatible, such as http://host:8000/v1."})
-    api_key_env: str | None = field(default=None, metadata={"help": "Environment variable with the endpoint's key."})
-    concurrency: int = field(default=16, metadata={"help": "Requests to the endpoint at once.", "min": 1})
-    min_words: int = field(default=3, metadata={"help": "Shorter replies are dropped.", "min": 1})
-    max_words: int = field(default=150, metadata={"help": "Longer replies are dropped.", "min": 1})
+    endpoint: str | None = setting(None, "OpenAI-compatible, such as http://host:8000/v1.")
+    api_key_env: str | None = setting(None, "Environment variable with the endpoint's key.")
+    concurrency: int = setting(16, "Requests to the endpoint at once.", min=1)
+    min_words: int = setting(3, "Shorter replies are dropped.", min=1)
+    max_words: int = setting(150, "Longer replies are dropped.", min=1)
 
 
 @dataclass(frozen=True)
 class AnnotationSettings:
     """What makes the readings of one file comparable; a resumed run must have the same."""
 
-    emotion_model: str = field(metadata={"help": "The emotion tower: an id or a path."})
-    revision: str = field(default="main", metadata={"help": "Of the tower: branch, tag or commit on the Hub."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace numbers that are there."})
+    emotion_model: str = setting(REQUIRED, "The emotion tower: an id or a path.")
+    revision: str = setting("main", "Of the tower: branch, tag or commit on the Hub.")
+    overwrite: bool = setting(False, "Replace numbers that are there.")
 
     @property
     def identity(self) -> dict[str, object]:

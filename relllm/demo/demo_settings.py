@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from relllm.data.data_settings import PrepareSettings
+from relllm.setting import setting
 
 VERSION = 1  # of the plan of a synthetic corpus: raise it when the same settings would give other clips
 
@@ -15,10 +16,10 @@ VERSION = 1  # of the plan of a synthetic corpus: raise it when the same setting
 class CorpusSize:
     """How large the synthetic corpus is, and which one of them it is."""
 
-    train_clips: int = field(default=180, metadata={"help": "Of each of the five emotions.", "min": 1})
-    validation_clips: int = field(default=30, metadata={"help": "Of each of the five emotions.", "min": 1})
-    test_clips: int = field(default=40, metadata={"help": "Of each of the five emotions.", "min": 1})
-    seed: int = field(default=0, metadata={"help": "The same settings give the same bytes."})
+    train_clips: int = setting(180, "Of each of the five emotions.", min=1)
+    validation_clips: int = setting(30, "Of each of the five emotions.", min=1)
+    test_clips: int = setting(40, "Of each of the five emotions.", min=1)
+    seed: int = setting(0, "The same settings give the same bytes.")
 
     @property
     def clips_per_emotion(self) -> dict[str, int]:
@@ -30,10 +31,10 @@ class CorpusSize:
 class DemoSettings(CorpusSize):
     """The sizes and the place of a run; the defaults fit two CPU cores and a few minutes."""
 
-    output_dir: Path = field(default=Path("runs/demo"), metadata={"help": "Folder of the run."})
-    text_epochs: float = field(default=3.0, metadata={"help": "Epochs of the LLM over the training rows."})
-    emotion_epochs: float = field(default=6.0, metadata={"help": "The same of the emotion tower."})
-    speech_epochs: float = field(default=3.0, metadata={"help": "The same of RE-LLM, and of its baseline."})
+    output_dir: Path = setting(Path("runs/demo"), "Folder of the run.")
+    text_epochs: float = setting(3.0, "Epochs of the LLM over the training rows.")
+    emotion_epochs: float = setting(6.0, "The same of the emotion tower.")
+    speech_epochs: float = setting(3.0, "The same of RE-LLM, and of its baseline.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,5 +53,5 @@ class SyntheticSettings(CorpusSize, PrepareSettings):
 class TinyTowersSettings:
     """Where three random towers go."""
 
-    output_dir: Path = field(default=Path("data/tiny-towers"), metadata={"help": "Folder of the three towers."})
-    seed: int = field(default=0, metadata={"help": "Of the weights."})
+    output_dir: Path = setting(Path("data/tiny-towers"), "Folder of the three towers.")
+    seed: int = setting(0, "Of the weights.")

@@ -3,9 +3,11 @@
 Nothing heavy is imported here: the command line is made from these classes.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
+
+from relllm.setting import REQUIRED, setting
 
 Task: TypeAlias = Literal["ser", "dimensions", "empathy"]
 System: TypeAlias = Literal["text-only", "speech-only", "re-llm"]
@@ -25,36 +27,27 @@ FORMAT, PREDICTIONS, METRICS = "relllm-run-1", "predictions.jsonl", "metrics.jso
 class EvaluationSettings:
     """One run of `relllm evaluate`. Raises `ValueError` on a task, a precision or a number that is none."""
 
-    model: str = field(
-        metadata={"argument": True, "help": "A checkpoint, or for text-only any causal LM: a directory or Hub id."}
+    model: str = setting(
+        REQUIRED, "A checkpoint, or for text-only any causal LM: a directory or Hub id.", argument=True
     )
-    data: str = field(
-        metadata={"argument": True, "help": "A corpus: a directory, a .jsonl/.csv/.parquet file, or a Hub id."}
+    data: str = setting(REQUIRED, "A corpus: a directory, a .jsonl/.csv/.parquet file, or a Hub id.", argument=True)
+    output_dir: Path = setting(REQUIRED, "Folder for predictions, metrics and plots.")
+    tasks: tuple[Task, ...] | None = setting(
+        None, "Of ser, dimensions, empathy, with commas; by default all that can be measured."
     )
-    output_dir: Path = field(metadata={"help": "Folder for predictions, metrics and plots."})
-    tasks: tuple[Task, ...] | None = field(
-        default=None,
-        metadata={"help": "Of ser, dimensions, empathy, with commas; by default all that can be measured."},
-    )
-    system: System | None = field(default=None, metadata={"help": "By default what the checkpoint is."})
-    label_set: LabelSetName | None = field(
-        default=None, metadata={"help": "Emotions to choose from; by default the checkpoint's."}
-    )
-    split: str = field(default="test", metadata={"help": "Split of the data; all, or empty, for all rows."})
-    held_out: str | None = field(
-        default=None, metadata={"help": "The test split made at reading, such as session=Ses05."}
-    )
-    empathy_scorers: str | None = field(default=None, metadata={"help": "Folder of trained scorers of ER, IP, EX."})
-    batch_size: int = field(default=16, metadata={"min": 1, "help": "Clips at once, in each process."})
-    max_new_tokens: int = field(default=128, metadata={"min": 1, "help": "Longest reply, in tokens."})
-    limit: int | None = field(default=None, metadata={"min": 1, "help": "Only the first so many rows."})
-    device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, … or auto."})
-    dtype: Precision = field(default="auto", metadata={"help": "Auto is the checkpoint's own."})
-    revision: str = field(default="main", metadata={"help": "Of the model: branch, tag or commit on the Hub."})
-    seed: int = field(default=0, metadata={"help": "Recorded; answers are greedy."})
-    name: str | None = field(
-        default=None, metadata={"help": "What tables call the run; by default the folder's name."}
-    )
+    system: System | None = setting(None, "By default what the checkpoint is.")
+    label_set: LabelSetName | None = setting(None, "Emotions to choose from; by default the checkpoint's.")
+    split: str = setting("test", "Split of the data; all, or empty, for all rows.")
+    held_out: str | None = setting(None, "The test split made at reading, such as session=Ses05.")
+    empathy_scorers: str | None = setting(None, "Folder of trained scorers of ER, IP, EX.")
+    batch_size: int = setting(16, "Clips at once, in each process.", min=1)
+    max_new_tokens: int = setting(128, "Longest reply, in tokens.", min=1)
+    limit: int | None = setting(None, "Only the first so many rows.", min=1)
+    device: str = setting("auto", "cpu, cuda, cuda:1, … or auto.")
+    dtype: Precision = setting("auto", "Auto is the checkpoint's own.")
+    revision: str = setting("main", "Of the model: branch, tag or commit on the Hub.")
+    seed: int = setting(0, "Recorded; answers are greedy.")
+    name: str | None = setting(None, "What tables call the run; by default the folder's name.")
 
     def __post_init__(self) -> None:
         unknown = [task for task in self.tasks or () if task not in TASKS]
@@ -73,40 +66,36 @@ class EvaluationSettings:
 class ComparisonSettings:
     """One run of `relllm compare`."""
 
-    runs: list[Path] = field(metadata={"argument": True, "help": "Folders that `relllm evaluate` wrote."})
-    baseline: list[str] = field(
-        metadata={"help": "What gains are over: a system, a run's name or its folder. May be repeated."}
+    runs: list[Path] = setting(REQUIRED, "Folders that `relllm evaluate` wrote.", argument=True)
+    baseline: list[str] = setting(
+        REQUIRED, "What gains are over: a system, a run's name or its folder. May be repeated."
     )
-    output_dir: Path = field(default=Path("runs/comparison"), metadata={"help": "Folder for the tables and plots."})
-    resample: Literal["auto", "clips", "speakers"] = field(
-        default="auto", metadata={"help": "What the bootstrap draws; auto: speakers where there are 10."}
+    output_dir: Path = setting(Path("runs/comparison"), "Folder for the tables and plots.")
+    resample: Literal["auto", "clips", "speakers"] = setting(
+        "auto", "What the bootstrap draws; auto: speakers where there are 10."
     )
-    seed: int = field(default=0, metadata={"help": "Of the bootstrap."})
+    seed: int = setting(0, "Of the bootstrap.")
 
 
 @dataclass(frozen=True)
 class EmpathySettings:
     """One scorer to train. Raises `ValueError` on an unknown mechanism or device, or a number outside its range."""
 
-    data: Path = field(metadata={"help": "EPITOME's CSV file of the mechanism."})
-    mechanism: Mechanism = field(metadata={"help": "Emotional reactions, interpretations or explorations."})
-    encoder: str = field(
-        default="roberta-base", metadata={"help": "Any encoder of Transformers: a Hub id or a directory."}
-    )
-    output_dir: Path = field(
-        default=Path("runs/empathy"), metadata={"help": "The scorer goes into a folder MECHANISM in it."}
-    )
-    revision: str = field(default="main", metadata={"help": "Of the encoder: branch, tag or commit on the Hub."})
-    max_length: int = field(default=64, metadata={"min": 3, "help": "Tokens of a post or response; the rest is cut."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "Falls linearly to 0."})
-    batch_size: int = field(default=32, metadata={"min": 1, "help": "Pairs a step."})
-    epochs: int = field(default=4, metadata={"min": 1, "help": "The best on the validation split is kept."})
-    level_weight: float = field(default=1.0, metadata={"min": 0, "help": "Of the level's loss."})
-    rationale_weight: float = field(default=0.5, metadata={"min": 0, "help": "Of the rationale's loss."})
-    validation_share: float = field(default=0.1, metadata={"help": "Of the seeker posts."})
-    test_share: float = field(default=0.2, metadata={"help": "Of the seeker posts."})
-    seed: int = field(default=0, metadata={"help": "Of the split, the fresh weights, the order and the dropout."})
-    device: Literal["auto", "cpu"] = field(default="auto", metadata={"help": "Auto takes a GPU if there is one."})
+    data: Path = setting(REQUIRED, "EPITOME's CSV file of the mechanism.")
+    mechanism: Mechanism = setting(REQUIRED, "Emotional reactions, interpretations or explorations.")
+    encoder: str = setting("roberta-base", "Any encoder of Transformers: a Hub id or a directory.")
+    output_dir: Path = setting(Path("runs/empathy"), "The scorer goes into a folder MECHANISM in it.")
+    revision: str = setting("main", "Of the encoder: branch, tag or commit on the Hub.")
+    max_length: int = setting(64, "Tokens of a post or response; the rest is cut.", min=3)
+    learning_rate: float = setting(2e-5, "Falls linearly to 0.")
+    batch_size: int = setting(32, "Pairs a step.", min=1)
+    epochs: int = setting(4, "The best on the validation split is kept.", min=1)
+    level_weight: float = setting(1.0, "Of the level's loss.", min=0)
+    rationale_weight: float = setting(0.5, "Of the rationale's loss.", min=0)
+    validation_share: float = setting(0.1, "Of the seeker posts.")
+    test_share: float = setting(0.2, "Of the seeker posts.")
+    seed: int = setting(0, "Of the split, the fresh weights, the order and the dropout.")
+    device: Literal["auto", "cpu"] = setting("auto", "Auto takes a GPU if there is one.")
 
     def __post_init__(self) -> None:
         if self.mechanism not in MECHANISMS:
@@ -124,12 +113,8 @@ class EmpathySettings:
 class ScoringSettings:
     """One table of `relllm empathy score`."""
 
-    pairs: Path = field(
-        metadata={"argument": True, "help": "A .csv or .jsonl table with seeker_post and response_post."}
-    )
-    scorers: Path = field(default=Path("runs/empathy"), metadata={"help": "Folder of trained scorers, or of one."})
-    out: Path | None = field(
-        default=None, metadata={"help": "The table with levels; by default PAIRS.scored beside it."}
-    )
-    batch_size: int = field(default=32, metadata={"min": 1, "help": "Pairs at once."})
-    device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, … or auto."})
+    pairs: Path = setting(REQUIRED, "A .csv or .jsonl table with seeker_post and response_post.", argument=True)
+    scorers: Path = setting(Path("runs/empathy"), "Folder of trained scorers, or of one.")
+    out: Path | None = setting(None, "The table with levels; by default PAIRS.scored beside it.")
+    batch_size: int = setting(32, "Pairs at once.", min=1)
+    device: str = setting("auto", "cpu, cuda, cuda:1, … or auto.")
