@@ -1,8 +1,4 @@
-"""`relllm card`: the `README.md` of a checkpoint, written from its files and from runs that measured it.
-
-A number comes into a card only from a run on the same weights, and the check before a push goes over that again. The
-words are in `template.md`, with a link to it in `model_cards/`.
-"""
+"""`relllm card`: the `README.md` of a checkpoint, with numbers only from runs that measured the same weights."""
 
 import json
 import re
@@ -38,13 +34,7 @@ IMAGE = re.compile(r"!\[[^]]*\]\((?!https?://)([^)]+)\)")
 def write_model_card(settings: CardSettings) -> Path:
     """Write `README.md`, and where there are runs `evaluation.json` and `plots/`, into a checkpoint's folder.
 
-    Returns:
-        `Path`: The card.
-
-    Raises:
-        FileNotFoundError: If `model` has no `config.json`, or a run is not finished.
-        FileExistsError: If there is a `README.md`, and `overwrite` is not set.
-        ValueError: If a run measured another model, or `license` is weaker than a tower's.
+    A run that measured another model, and a `license` weaker than a tower's, are a `ValueError`.
     """
     model, runs = settings.model, settings.runs
     card_path = model / "README.md"
@@ -62,8 +52,7 @@ def write_model_card(settings: CardSettings) -> Path:
         shutil.copyfile(plot, model / name)
     (model / EVIDENCE_NAME).unlink(missing_ok=True)
     if public:
-        evidence = {"format": EVIDENCE_FORMAT, "fingerprint": fingerprint, "runs": public}
-        write_json(evidence, model / EVIDENCE_NAME)
+        write_json({"format": EVIDENCE_FORMAT, "fingerprint": fingerprint, "runs": public}, model / EVIDENCE_NAME)
     partial = card_path.with_name("README.md.partial")
     partial.write_text(re.sub(r"\n{3,}", "\n\n", str(card)), encoding="utf-8")  # of conditions that were not met
     partial.replace(card_path)
@@ -113,13 +102,7 @@ def _make_card(
 
 
 def check_card(folder: Path) -> None:
-    """Hold the card in a checkpoint's folder against the checkpoint, before it goes to the Hub.
-
-    Raises:
-        FileNotFoundError: If there is no card, or a figure in it is not there.
-        ValueError: If its front matter is invalid, its licence weaker than a tower's, or it has a metric that no run
-            on these weights measured.
-    """
+    """Hold the card in a checkpoint's folder against the checkpoint, before it goes to the Hub."""
     path = folder / "README.md"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no README.md. Write one with `relllm card RUN --model {folder}`.")
@@ -145,10 +128,10 @@ def _check_metrics(card: ModelCard, folder: Path) -> None:
     measured = {_identity(result) for result in eval_results(evidence["runs"])} if evidence else set()
     for result in claimed:
         if _identity(result) not in measured:
+            claim = f"{result.metric_name or result.metric_type} = {result.metric_value} on {result.dataset_name}"
             raise ValueError(
-                f"{folder / 'README.md'} has {result.metric_name or result.metric_type} = {result.metric_value} on "
-                f"{result.dataset_name}, and no run in {EVIDENCE_NAME} measured that. Take it out, or write the card "
-                "from the run: `relllm card RUN --model …`."
+                f"{folder / 'README.md'} has {claim}, and no run in {EVIDENCE_NAME} measured that. Take it out, or "
+                "write the card from the run: `relllm card RUN --model …`."
             )
     if evidence and (found := model_fingerprint(str(folder))) != evidence["fingerprint"]:
         raise ValueError(

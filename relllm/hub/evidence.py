@@ -1,7 +1,6 @@
-"""The evidence of a card: what runs of `relllm evaluate` measured on one checkpoint, without anything of the corpora.
+"""The evidence of a card: what runs measured on one checkpoint, without anything of the corpora.
 
-It is kept in `evaluation.json` beside the card; the metrics of the card's front matter and its tables are made from
-it. `predictions.jsonl`, which has a corpus's ids and words, is never opened.
+It is kept in `evaluation.json` beside the card. `predictions.jsonl`, with a corpus's ids and words, is never opened.
 """
 
 import json
@@ -37,22 +36,11 @@ METRIC_NAMES = {"ua": "UA", "wa": "WA", "macro_f1": "macro-F1"}
 
 
 def read_public_run(folder: Path, fingerprint: str) -> dict[str, object]:
-    """Read what may be published of one run.
-
-    Args:
-        folder (`Path`): Of a finished `relllm evaluate`.
-        fingerprint (`str`): Of the card's model.
-
-    Raises:
-        FileNotFoundError: If the run is not finished.
-        ValueError: If the run measured another model, or its file is not of this format.
-    """
+    """Read what may be published of one run; one that measured another model is a `ValueError`."""
     path = folder / "metrics.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: that run is not finished. Go on with `relllm evaluate` first.")
-    metrics = _load_json(path)
-    if metrics.get("format") != RUN_FORMAT:
-        raise ValueError(f"{path} has the format {metrics.get('format')!r}, expected {RUN_FORMAT!r}.")
+    metrics = _load_json(path, RUN_FORMAT)
     found = metrics["model"].get("fingerprint")
     if found != fingerprint:
         raise ValueError(
@@ -61,9 +49,7 @@ def read_public_run(folder: Path, fingerprint: str) -> dict[str, object]:
             "Evaluate this one with `relllm evaluate`."
         )
     data = metrics["data"]
-    public: dict[str, object] = {
-        key: _without_paths(metrics[key]) for key in PUBLIC_KEYS if metrics.get(key) is not None
-    }
+    public = {key: _without_paths(metrics[key]) for key in PUBLIC_KEYS if metrics.get(key) is not None}
     corpus = data.get("corpus")
     public["data"] = {
         "corpus": corpus if isinstance(corpus, str) and CORPUS_NAME.fullmatch(corpus) else "private",
@@ -78,18 +64,9 @@ def read_public_run(folder: Path, fingerprint: str) -> dict[str, object]:
 
 
 def read_evidence(folder: Path) -> dict | None:
-    """Read the `evaluation.json` of a checkpoint's folder; `None` if there is none.
-
-    Raises:
-        ValueError: If it is not of this format.
-    """
+    """Read the `evaluation.json` of a checkpoint's folder; `None` if there is none."""
     path = folder / EVIDENCE_NAME
-    if not path.is_file():
-        return None
-    evidence = _load_json(path)
-    if evidence.get("format") != EVIDENCE_FORMAT:
-        raise ValueError(f"{path} has the format {evidence.get('format')!r}, expected {EVIDENCE_FORMAT!r}.")
-    return evidence
+    return _load_json(path, EVIDENCE_FORMAT) if path.is_file() else None
 
 
 def eval_results(runs: Sequence[Mapping]) -> list[EvalResult]:
@@ -166,13 +143,15 @@ def _rounded(value: object) -> float | None:
     return None
 
 
-def _load_json(path: Path) -> dict:
+def _load_json(path: Path, expected: str) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected an object.")
+    if content.get("format") != expected:
+        raise ValueError(f"{path} has the format {content.get('format')!r}, expected {expected!r}.")
     return content
 
 

@@ -1,7 +1,6 @@
 """What of a folder belongs to a checkpoint on the Hub, what stays behind, and what stops a push.
 
-A list of what goes, not of what does not: a file that nobody thought of stays here, and is named. Secrets and a
-corpus's recordings or rows stop the push, although they would not go: whoever finds them there should know.
+Only what is listed goes. Secrets and a corpus's files stop the push although they would not go: somebody should know.
 """
 
 import fnmatch
@@ -41,12 +40,7 @@ class Inventory:
 
 
 def take_inventory(folder: Path) -> Inventory:
-    """Sort the files of a checkpoint's folder, or of a folder in which a run ended.
-
-    Raises:
-        NotADirectoryError: If it is no folder.
-        ValueError: If it holds secrets or a corpus's files; the message names every one of them.
-    """
+    """Sort the files of a checkpoint's folder; secrets or a corpus's files in it are a `ValueError` that names all."""
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder. Give a checkpoint's folder.")
     upload: list[str] = []
@@ -58,11 +52,8 @@ def take_inventory(folder: Path) -> Inventory:
         belongs = name in CODE_FILES or _matches(name, CHECKPOINT_FILES)
         (upload if belongs else left_out).append(name)
     if problems:
-        raise ValueError(
-            f"{folder} holds what must not go to the Hub:\n"
-            + "\n".join(problems)
-            + "\nMove it elsewhere; if a token was in a file, revoke it."
-        )
+        remedy = "Move it elsewhere; if a token was in a file, revoke it."
+        raise ValueError("\n".join([f"{folder} holds what must not go to the Hub:", *problems, remedy]))
     return Inventory(upload, left_out)
 
 

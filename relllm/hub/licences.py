@@ -1,7 +1,6 @@
-"""Licences of the towers, and the one that the whole model carries.
+"""Licences of the towers, as ids of the Hub, and the one that the whole model carries.
 
-A licence here is an id as the front matter of a card on the Hub has it. Towers that people often use are listed, as
-we know their pages; look at the page before you publish. Any other tower counts as unknown, and the card says so.
+Towers that people often use are listed as we know their pages; any other counts as unknown, and the card says so.
 """
 
 import os
@@ -16,15 +15,8 @@ UNKNOWN = "unknown"
 TOWER_LICENCES = {
     MSP_TOWER: "cc-by-nc-sa-4.0",
     "Qwen/Qwen-7B-Chat": "other",  # Tongyi Qianwen licence agreement
-    "Qwen/Qwen2.5-0.5B-Instruct": "apache-2.0",
-    "Qwen/Qwen2.5-1.5B-Instruct": "apache-2.0",
-    "Qwen/Qwen2.5-7B-Instruct": "apache-2.0",
-    "openai/whisper-base": "apache-2.0",
-    "openai/whisper-large-v2": "apache-2.0",
-    "openai/whisper-large-v3": "apache-2.0",
-    "openai/whisper-medium": "apache-2.0",
-    "openai/whisper-small": "apache-2.0",
-    "openai/whisper-tiny": "apache-2.0",
+    **{f"Qwen/Qwen2.5-{size}-Instruct": "apache-2.0" for size in ("0.5B", "1.5B", "7B")},
+    **{f"openai/whisper-{size}": "apache-2.0" for size in ("tiny", "base", "small", "medium", "large-v2", "large-v3")},
 }
 # From the one that asks least to the one that asks most of those who use the model.
 STRICTNESS = ("mit", "apache-2.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
@@ -46,11 +38,8 @@ def read_towers(config: Mapping) -> list[Tower]:
     A tower in a folder of this machine has the licence of the `README.md` there; its path goes into no card.
     """
     towers = []
-    for part, section in {
-        "audio_tower": "audio_config",
-        "emotion_tower": "emotion_config",
-        "text_model": "text_config",
-    }.items():
+    sections = {"audio_tower": "audio_config", "emotion_tower": "emotion_config", "text_model": "text_config"}
+    for part, section in sections.items():
         if config.get(section) is None:
             continue
         name = (config.get("towers") or {}).get(part, {}).get("name")
@@ -67,18 +56,10 @@ def is_local(name: str) -> bool:
 
 
 def model_licence(towers: Sequence[Tower], chosen: str | None = None) -> str:
-    """Find the licence of the whole: the strictest of its towers'.
+    """Find the licence of the whole: the strictest of its towers', or `chosen`, or `"unknown"`.
 
-    Args:
-        towers (`Sequence[Tower]`): From [`read_towers`].
-        chosen (`str`, *optional*): The publisher's wish. It may ask for more than the towers do, never for less.
-
-    Returns:
-        `str`: An id of the Hub. Where no tower's licence is known and none is chosen, `"unknown"`.
-
-    Raises:
-        ValueError: If `chosen` asks for less than a tower, or cannot be compared with a tower's that forbids
-            commercial use or binds what is built on it.
+    A `chosen` that asks for less than a tower is a `ValueError`, and so is one that cannot be compared with a tower's
+    that forbids commercial use or binds what is built on it.
     """
     known = [tower for tower in towers if tower.licence in STRICTNESS]
     strictest = max(known, key=lambda tower: STRICTNESS.index(tower.licence), default=None)
@@ -100,6 +81,5 @@ def model_licence(towers: Sequence[Tower], chosen: str | None = None) -> str:
 def _licence_of_folder(folder: Path) -> str:
     """Read it in the card in a tower's folder, if there is one."""
     card = folder / "README.md"
-    metadata = metadata_load(card) if card.is_file() else None
-    licence = (metadata or {}).get("license")
+    licence = ((metadata_load(card) if card.is_file() else None) or {}).get("license")
     return licence if isinstance(licence, str) else UNKNOWN

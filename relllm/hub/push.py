@@ -1,7 +1,6 @@
-"""`relllm push`: the checks, and the transfer.
+"""`relllm push`: the checks, and the transfer as one commit: others see the whole checkpoint or the one before.
 
-The transfer is huggingface_hub's, with its retries and its errors. A push is one commit: others see the whole
-checkpoint or the one before. Run again after an interruption, it sends only the files that the Hub does not have yet.
+Run again after an interruption, it sends only the files that the Hub does not have yet.
 """
 
 import os
@@ -48,12 +47,7 @@ class Push:
 
 
 def push_checkpoint(settings: PushSettings) -> Push:
-    """Check a checkpoint that has a card, and send it to the Hub.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError, RuntimeError, ValueError: If a check fails; nothing was sent.
-        huggingface_hub.errors.HfHubHTTPError, HTTPError: If the Hub refuses, or cannot be reached.
-    """
+    """Check a checkpoint that has a card, and send it to the Hub; where a check fails, nothing was sent."""
     check_card(settings.model)
     left_out = take_inventory(settings.model).left_out
     with stage(settings.model, form=settings.form, with_code=settings.with_code) as staged:
@@ -66,14 +60,9 @@ def push_checkpoint(settings: PushSettings) -> Push:
 
 
 def check_loads(folder: Path, *, without_package: bool) -> None:
-    """Load model and processor in a fresh process: does it load for somebody else?
+    """Load model and processor in a fresh process, a full checkpoint offline, with this package or the code files.
 
-    Args:
-        folder (`Path`): The checkpoint. A light one loads its towers from the Hub; a full one must load offline.
-        without_package (`bool`): With the code files in `folder` instead of this package.
-
-    Raises:
-        RuntimeError: If it does not load; with the last line of the other process.
+    One that does not load is a `RuntimeError` with the last line of the other process.
     """
     light = '"light_checkpoint": true' in (folder / "config.json").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="relllm-load-") as place:
@@ -93,16 +82,13 @@ def check_loads(folder: Path, *, without_package: bool) -> None:
 def send_files(folder: Path, repo_id: str, *, private: bool = False) -> str:
     """Send every file of a folder, or what links there point at, as one commit, and return the repository's URL.
 
-    Not by `upload_folder`: with Xet, huggingface_hub makes several commits of it.
-
-    Raises:
-        ValueError: If the repository is there already, is public, and must be `private`.
-        huggingface_hub.errors.HfHubHTTPError, HTTPError: If the Hub refuses, or cannot be reached.
+    A public repository that must be `private` is a `ValueError`.
     """
     api = HfApi()
     repository = api.create_repo(repo_id, private=private or None, exist_ok=True)
     if private and not api.repo_info(repo_id).private:
         raise ValueError(f"--private: {repo_id} is there already, and it is public. Make it private first.")
+    # not by `upload_folder`: with Xet, huggingface_hub makes several commits of it
     operations = [CommitOperationAdd(name, str(folder / name)) for name in file_sizes(folder)]
     api.create_commit(repo_id, operations, commit_message="Upload a ReLLM with relllm")
     return str(repository)

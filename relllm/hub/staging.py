@@ -1,7 +1,6 @@
 """Checkpoints in another form: `relllm merge`, and a folder with exactly what goes to the Hub.
 
-That folder is made of links to a checkpoint's files and of those that change: a light checkpoint into a full one or
-back, the code files and the lines that point at them, and the towers' places where they are folders of this machine.
+That folder is made of links to a checkpoint's files, and of those that change on the way.
 """
 
 import contextlib
@@ -10,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import custom_object_save
@@ -31,9 +31,7 @@ PROCESSOR_CODE = "processing_relllm.ReLLMProcessor"
 def merge_checkpoint(settings: MergeSettings) -> None:
     """Write the full checkpoint of a light one, with the processor's files; a full one is copied.
 
-    Raises:
-        OSError: If a tower or a file of the checkpoint cannot be loaded.
-        ValueError: If a tower is not the one that was trained with, or `output_dir` is `light`.
+    A tower that is not the one that was trained with is a `ValueError`.
     """
     light, out = settings.light, settings.output_dir
     if os.path.abspath(light) == os.path.abspath(out):
@@ -48,17 +46,9 @@ def merge_checkpoint(settings: MergeSettings) -> None:
 
 @contextlib.contextmanager
 def stage(folder: Path, *, form: Form | None = None, with_code: bool = False) -> Iterator[Path]:
-    """Lay out the files to upload, for the length of a `with` block.
+    """Lay out the files to upload, for the length of a `with` block; a light checkpoint of local towers must not go.
 
-    Args:
-        folder (`Path`): A checkpoint.
-        form (`str`, *optional*): `"light"` or `"full"`; by default what it is. A conversion loads the model and needs
-            room for its weights where `TMPDIR` points.
-        with_code (`bool`, *optional*, defaults to `False`): Add the code files, for `trust_remote_code=True`.
-
-    Raises:
-        ValueError: If a light checkpoint would go whose towers only this machine has, or the folder holds what must
-            not go; see [`take_inventory`].
+    A conversion into another `form` loads the model and needs room for its weights where `TMPDIR` points.
     """
     inventory = take_inventory(folder)
     with tempfile.TemporaryDirectory(prefix="relllm-push-") as place:
@@ -129,8 +119,7 @@ def _name_public_towers(staged: Path) -> None:
             f"({own[needed[0]]['name']}): nobody else could load it. Push it with --full, or make a full one with "
             "`relllm merge`, or train from towers that are on the Hub."
         )
-    public = _without_places(config)
-    assert isinstance(public, dict)
+    public = cast(dict, _without_places(config))
     if own:
         public["towers"] = {part: source for part, source in towers.items() if part not in own}
     if public != config:
@@ -151,8 +140,7 @@ def _without_places(value: object) -> object:
 def _read(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path.name} is missing: expected a whole checkpoint, with its processor's files.")
-    content: dict = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return cast(dict, json.loads(path.read_text(encoding="utf-8")))
 
 
 def _rewrite(path: Path, content: dict) -> None:
