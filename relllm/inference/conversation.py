@@ -1,10 +1,7 @@
 """A conversation of many turns with one model: no clip is encoded twice, and the LLM reads only what is new.
 
-The rule: every turn renders the whole conversation and compares its token ids with those that the key-value cache
-holds. What agrees from the start is kept, the rest of the cache is cut off, and the LLM reads on from there. So a
-reply is the one that a fresh pass over the whole conversation gives, also where a chat template writes earlier turns
-in another way than before, or where a reply's text does not encode to the tokens that it was made of. The cut is
-never inside a clip; a clip behind it is read again from its stored positions, which are the projector's output.
+Every turn renders the whole conversation and keeps of the key-value cache what agrees with it from the start, so a
+reply is the one that a fresh pass gives. A clip behind the cut is read again from its stored positions.
 """
 
 from __future__ import annotations
@@ -26,32 +23,17 @@ from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from .replies import Heard, Reply, read_heard
 
 # Options of `generate` that the conversation sets itself, or whose output is more than one reply.
-RESERVED_OPTIONS = frozenset(
-    {
-        "attention_mask",
-        "cache_implementation",
-        "generation_config",
-        "input_ids",
-        "mm_encoder_outputs",
-        "num_return_sequences",
-        "past_key_values",
-        "return_dict_in_generate",
-        "use_cache",
-    }
-)
+RESERVED_OPTIONS = {
+    *("input_ids", "attention_mask", "mm_encoder_outputs", "generation_config", "num_return_sequences"),
+    *("past_key_values", "use_cache", "cache_implementation", "return_dict_in_generate"),
+}
 
 
 class Conversation:
     """A conversation with one model that remembers its earlier turns and does not compute them again.
 
-    It is for one thread at a time, and so is its model: several conversations may share a model if their turns do not
-    overlap.
-
-    Args:
-        model ([`ReLLMForConditionalGeneration`]), processor ([`ReLLMProcessor`]): Of one checkpoint.
-        system_prompt (`str`, *optional*): The system turn; empty for none.
-        instruction (`str`, *optional*): The text before the clip of a spoken turn that comes without text of its own;
-            empty for none.
+    Several conversations may share a model if their turns do not overlap. `instruction` stands before the clip of a
+    spoken turn that comes without text of its own; it and `system_prompt` may be empty for none.
     """
 
     def __init__(
@@ -97,17 +79,9 @@ class Conversation:
     ) -> Reply:
         """Say something and get the reply. A turn that fails or is interrupted has not been said.
 
-        Args:
-            audio (*optional*): What was spoken: a path, URL, bytes, array or tensor.
-            text (`str`, *optional*): What was typed. Beside a clip it stands before it, in the instruction's place.
-            streamer (`BaseStreamer`, *optional*): Gets the reply token by token.
-            max_new_tokens (`int`, *optional*, defaults to 128): Longest reply.
-            options: Of `generate`; greedy by default. With beams every turn reads the whole conversation (and encodes
-                no clip twice).
-
-        Raises:
-            ValueError: If there is neither audio nor text, on bad audio (the message names it), on an option that the
-                conversation sets itself, or if the conversation is longer than the LLM reads.
+        A text beside a clip stands before it, in the instruction's place. `options` are those of `generate`, greedy by
+        default. With beams every turn reads the whole conversation (and encodes no clip twice). What cannot be said
+        is a `ValueError`, also a conversation that is longer than the LLM reads.
         """
         check_turn(audio, text)
         if reserved := sorted(RESERVED_OPTIONS & options.keys()):
@@ -122,7 +96,12 @@ class Conversation:
             content.append({"type": "audio", "waveform": waveform})
         messages = [*self._messages, {"role": "user", "content": content}]
         ids = self._render(messages, len(positions))
-        self._check_length(ids.shape[1], max_new_tokens)
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        if limit is not None and ids.shape[1] + max_new_tokens > limit:
+            raise ValueError(
+                f"The conversation has {ids.shape[1]} positions and the reply may take {max_new_tokens} more; the LLM "
+                f"reads {limit}. Begin anew with `reset()`, or allow a shorter reply."
+            )
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, "streamer": streamer, **options}
         reply_ids = self._generate(ids, positions, options)
         reply = self.tokenizer.decode(reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -151,14 +130,6 @@ class Conversation:
         )
         return cast(BatchFeature, inputs)["input_ids"]
 
-    def _check_length(self, length: int, max_new_tokens: int) -> None:
-        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        if limit is not None and length + max_new_tokens > limit:
-            raise ValueError(
-                f"The conversation has {length} positions and the reply may take {max_new_tokens} more; the LLM reads "
-                f"{limit}. Begin anew with `reset()`, or allow a shorter reply."
-            )
-
     def _generate(self, ids: Tensor, positions: list[Tensor], options: dict) -> Tensor:
         """Return the reply's token ids `(tokens,)`; the cache then holds everything but the last of them."""
         num_beams = options.get("num_beams", self.model.generation_config.num_beams) or 1
@@ -179,10 +150,7 @@ class Conversation:
         return said[ids.shape[1] :].cpu()
 
     def _take_cache(self, ids: Tensor) -> tuple[Cache, int]:
-        """Return a cache for these ids and the number of positions in it that are theirs.
-
-        It is taken out of the conversation, so that a turn that fails half-way leaves none behind.
-        """
+        """Take the cache out of the conversation (a turn may fail); return it and how many of its positions hold."""
         cache, cached = self._cache, self._cached_ids
         self._cache, self._cached_ids = None, cached[:0]
         start = _cut(ids[0], cached, self.model.config.audio_token_id)
@@ -214,11 +182,8 @@ def _cut(ids: Tensor, cached: Tensor, audio_token_id: int) -> int:
 
 
 def _crop(cache: Cache, length: int) -> bool:
-    """Cut the cache to a length; return `False` if it has to be made anew.
-
-    A layer with a sliding window has forgotten what a cut would bring back, but may go on where it is. Any other kind
-    (a recurrent state) is not trusted to go on with several positions at once.
-    """
+    """Cut the cache to a length; return `False` if it has to be made anew."""
+    # a sliding window has forgotten what a cut would bring back, but may go on where it is; a recurrent state may not
     surplus = cache.get_seq_length() - length
     kinds = {type(layer) for layer in cache.layers}
     if not kinds <= ({DynamicLayer} if surplus else {DynamicLayer, DynamicSlidingWindowLayer}):

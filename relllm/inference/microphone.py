@@ -10,12 +10,7 @@ import numpy as np
 def record(until: Callable[[], object]) -> dict[str, object]:
     """Record, mono, at the device's own rate, until `until()` returns (`input`, for example).
 
-    Returns:
-        `dict`: `{"array": np.ndarray of shape (samples,), "sampling_rate": int}`, which every reader of audio takes.
-
-    Raises:
-        ImportError: If `sounddevice` or PortAudio, which it calls, is missing; the message says what to install.
-        OSError: If there is no microphone, or it does not open.
+    Return `{"array": (samples,), "sampling_rate": …}`; without a microphone that opens it is an `OSError`.
     """
     try:
         import sounddevice
@@ -27,12 +22,8 @@ def record(until: Callable[[], object]) -> dict[str, object]:
     blocks: list[np.ndarray] = []
     try:
         rate = int(sounddevice.query_devices(kind="input")["default_samplerate"])
-        with sounddevice.InputStream(
-            samplerate=rate,
-            channels=1,
-            dtype="float32",
-            callback=lambda block, *_: blocks.append(block[:, 0].copy()),
-        ):
+        options = {"samplerate": rate, "channels": 1, "dtype": "float32"}
+        with sounddevice.InputStream(**options, callback=lambda block, *_: blocks.append(block[:, 0].copy())):
             until()
     except (sounddevice.PortAudioError, ValueError) as error:  # ValueError: no such device
         raise OSError(

@@ -1,7 +1,4 @@
-"""Using a trained model: replies to spoken turns, emotions of many clips, and how likely given answers are.
-
-`generate_answers` and `score_answers` take any causal LM as well, so that a text-only system is asked alike.
-"""
+"""Using a trained model: replies to spoken turns, emotions of many clips, and how likely given answers are."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +15,8 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 
 # Whatever sampling or penalty a checkpoint's generation settings have: a measured answer is the most probable one.
 GREEDY = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
+    **{"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0},
+    **dict.fromkeys(("temperature", "top_p", "top_k")),
 }
 
 
@@ -64,15 +57,7 @@ def reply(
 ) -> Reply:
     """Answer one spoken turn. The audio is encoded once, for the reply and for the emotion.
 
-    Args:
-        model ([`ReLLMForConditionalGeneration`]), processor ([`ReLLMProcessor`]): Of one checkpoint.
-        audio: A path, URL, bytes, array or tensor.
-        streamer (`BaseStreamer`, *optional*): Gets the reply token by token.
-        max_new_tokens (`int`, *optional*, defaults to 128): Longest reply.
-        request: `instruction` and `system_prompt`, as in [`~ReLLMProcessor.build_conversation`].
-
-    Raises:
-        ValueError: On bad audio; the message names it.
+    `request` is `instruction` and `system_prompt`; a `streamer` gets the reply token by token.
     """
     inputs = processor.apply_request(audio, **request).to(model.device)
     text_inputs = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
@@ -113,17 +98,10 @@ def generate_answers(
     max_new_tokens: int = 128,
     **options: object,
 ) -> Tensor:
-    """Return the greedy answers to prompts, without any penalty of the checkpoint's generation settings.
+    """Return the greedy answers `(batch, tokens)` of a ReLLM or any causal LM, without the checkpoint's penalties.
 
-    Args:
-        model (`PreTrainedModel`): A [`ReLLMForConditionalGeneration`] or any causal LM.
-        inputs (`Mapping`): `input_ids` and `attention_mask` of shape `(batch, sequence)`, padded on the left.
-        audio ([`ReLLMAudioOutput`], *optional*): What fills the placeholders, encoded before.
-        max_new_tokens (`int`, *optional*, defaults to 128): Longest answer.
-        options: Of `generate`, such as `pad_token_id`.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch, tokens)`: The answers alone.
+    `inputs` are `input_ids` and `attention_mask` `(batch, sequence)`, padded on the left; `audio`, encoded before,
+    fills the placeholders.
     """
     encoded = {"mm_encoder_outputs": {"audio": audio}} if audio is not None else {}
     output = model.generate(**inputs, **encoded, max_new_tokens=max_new_tokens, **{**GREEDY, **options})
@@ -138,36 +116,18 @@ def score_answers(
     *,
     audio: ReLLMAudioOutput | None = None,
 ) -> Tensor:
-    """Return the log-probability of each answer to each prompt: the sum over the answer's tokens.
+    """Return the log-probability of each answer to each prompt, `(batch, answers)`, in nats: the sum over its tokens.
 
-    The prompt runs once; all answers go on from its key-value cache in one batch.
-
-    Args:
-        model (`PreTrainedModel`): A [`ReLLMForConditionalGeneration`] or any causal LM.
-        inputs (`Mapping`): `input_ids` and `attention_mask` of shape `(batch, sequence)`, padded on the left.
-        answers (`Sequence[Sequence[int]]`): Token ids of each answer. End each with the end of the turn: a sum over
-            "sad" alone would count what begins with it ("sadness") as well.
-        audio ([`ReLLMAudioOutput`], *optional*): What fills the placeholders, encoded before.
-
-    Returns:
-        `torch.FloatTensor` of shape `(batch, answers)`: In nats.
-
-    Raises:
-        ValueError: If an answer is empty.
+    The prompt, as in [`generate_answers`], runs once; all answers go on from its key-value cache in one batch. End
+    each with the end of the turn: a sum over "sad" alone would count "sadness" as well.
     """
     if not all(answers):
         raise ValueError(f"Expected at least one token in every answer, got {[list(answer) for answer in answers]}.")
     encoded = {"mm_encoder_outputs": {"audio": audio}} if audio is not None else {}
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    prompt = model(
-        input_ids=inputs["input_ids"],
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=True,
-        logits_to_keep=1,
-        **encoded,
-    )
+    kept = {"use_cache": True, "logits_to_keep": 1, **encoded}
+    prompt = model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=positions, **kept)
     batch, device = mask.shape[0], mask.device
     lengths = torch.tensor([len(answer) for answer in answers], device=device)
     longest = int(lengths.max())

@@ -22,12 +22,7 @@ class NoWordsError(ValueError):
 
 
 class Transcriber:
-    """Writes down what is said.
-
-    Args:
-        model (`str`): A directory or a Hub id: Whisper, or wav2vec2 and its like with a CTC head.
-        device (`str`, *optional*, defaults to `"cpu"`): Where it runs.
-    """
+    """Writes down what is said, with Whisper, or wav2vec2 and its like with a CTC head: a directory or a Hub id."""
 
     def __init__(self, model: str, *, device: str = "cpu"):
         from transformers import pipeline
@@ -45,15 +40,8 @@ class Transcriber:
 class TextConversation:
     """A conversation with a causal LM. A spoken turn is its transcript, after the same instruction that RE-LLM gets.
 
-    Each turn reads the whole conversation: it is short, for it holds no audio.
-
-    Args:
-        llm (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): Any causal LM and its own.
-        chat_template (`str`, *optional*): Jinja; by default the one that a ReLLM built on this LLM would have, so that
-            only the hearing differs.
-        transcriber ([`Transcriber`], *optional*): Without one a spoken turn is an error.
-        system_prompt, instruction (`str`, *optional*): As in [`Conversation`].
-        generation_options: Of `generate`.
+    Each turn reads the whole conversation. The Jinja `chat_template` is by default the one that a ReLLM built on this
+    LLM would have, so that only the hearing differs. Without a `transcriber` a spoken turn is an error.
     """
 
     def __init__(
@@ -100,25 +88,15 @@ class TextConversation:
         max_new_tokens: int = 128,
         **options: object,
     ) -> Reply:
-        """As [`Conversation.say`]; `heard` is always `None`. A turn that fails has not been said.
-
-        Raises:
-            NoWordsError: If there is audio and no transcriber, or the transcriber finds no words.
-            ValueError: If there is neither audio nor text, or on bad audio.
-        """
+        """Say as [`Conversation.say`] does; `heard` is always `None`, and a clip without words a [`NoWordsError`]."""
         check_turn(audio, text)
         content = text or ""
         if audio is not None:
             content = (text or self.instruction) + self._transcribe(audio)
         messages = [*self.messages, {"role": "user", "content": content}]
+        form = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "sanitize_control_tokens": True}
         inputs = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-            sanitize_control_tokens=True,
+            messages, chat_template=self.chat_template, add_generation_prompt=True, **form
         )
         inputs = cast(BatchFeature, inputs).to(self.llm.device)
         options = {"do_sample": False, **self.generation_options, **options}

@@ -1,8 +1,7 @@
 """The page of `relllm web`: a visitor's conversation with one or more systems, and what Gradio shows of it.
 
-The model is shared by all visitors, so a turn runs in a thread of its own that holds the lock, and never the other way
-round: a visitor who goes away in the middle of a reply leaves nothing locked. Nothing leaves the machine that serves
-the page: no analytics, no fonts or scripts from elsewhere.
+A turn runs in a thread of its own that holds the model's lock: a visitor who goes away leaves nothing locked. Nothing
+leaves the machine that serves the page.
 """
 
 from __future__ import annotations
@@ -47,6 +46,7 @@ COLUMN: dict[str, Any] = {
     "feedback_options": None,
     "render_markdown": False,  # what was said, letter by letter
 }
+AUDIO: dict[str, Any] = {"sources": ["microphone", "upload"], "file_types": ["audio"]}
 LARGEST_UPLOAD = "64mb"
 DELETE_RECORDINGS_S = (600, 3600)  # looks every ten minutes for uploads and recordings that are an hour old
 MOST_SESSIONS = 32  # each keeps a key-value cache; beyond them the one that was idle longest is dropped
@@ -85,10 +85,7 @@ class _StoppableStreamer(TextIteratorStreamer):
 class Session:
     """A visitor's conversation with each system, and what the page shows: `shown`, `heard` and `status`.
 
-    Args:
-        systems (`Mapping`): What begins a conversation, by name; the first is the one whose hearing is drawn.
-        lock (`threading.Lock`): One for all sessions that share a model.
-        max_new_tokens (`int`): Longest reply.
+    The hearing of the first system is drawn. Sessions that share a model share the `lock`.
     """
 
     def __init__(self, systems: Starts, lock: threading.Lock, *, max_new_tokens: int):
@@ -216,19 +213,10 @@ class Page:
         theme = self.gradio.themes.Base(
             primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"]
         )
-        _, url, _ = self.blocks.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=not block,
-            share=False,
-            ssr_mode=False,
-            quiet=True,
-            footer_links=[],
-            max_file_size=LARGEST_UPLOAD,
-            state_session_capacity=MOST_SESSIONS,
-            theme=theme,
-            css=CSS,
-        )
+        where: dict[str, Any] = {"server_name": host, "server_port": port, "prevent_thread_lock": not block}
+        shut: dict[str, Any] = {"share": False, "ssr_mode": False, "quiet": True, "footer_links": []}
+        limits = {"max_file_size": LARGEST_UPLOAD, "state_session_capacity": MOST_SESSIONS}
+        _, url, _ = self.blocks.launch(**where, **shut, **limits, theme=theme, css=CSS)
         return url
 
     def close(self) -> None:
@@ -245,12 +233,7 @@ class Page:
                     with gr.Row():
                         columns = [gr.Chatbot(label=name, **COLUMN) for name in self.systems]
                     status = gr.HTML()
-                    box = gr.MultimodalTextbox(
-                        label="Say something",
-                        placeholder="Type, record or upload",
-                        sources=["microphone", "upload"],
-                        file_types=["audio"],
-                    )
+                    box = gr.MultimodalTextbox(label="Say something", placeholder="Type, record or upload", **AUDIO)
                     reset = gr.Button("Reset")
                 with gr.Column(scale=1, min_width=280):
                     emotion = gr.Label(label="Emotion in the last spoken turn")
@@ -298,11 +281,11 @@ class Page:
     def _show(self, session: Session, box: dict[str, Any]) -> list:
         gr = self.gradio
         busy = session.status.kind == "busy"
+        columns = (
+            [{**turn, "content": escape(turn["content"])} for turn in turns] for turns in session.shown.values()
+        )
         return [
-            *(
-                [{**message, "content": escape(message["content"])} for message in messages]
-                for messages in session.shown.values()
-            ),
+            *columns,
             _as_html(session.status),
             gr.Label(session.heard[-1].probabilities if session.heard else None, visible=bool(session.heard)),
             self._plot(session.heard),
