@@ -1,11 +1,7 @@
-"""One request while it is answered: its events, its draws, its text, and when it ends.
-
-Every row of a batch has settings and random numbers of its own, so a batch mixes requests of any settings and a row
-writes what it would write alone.
-"""
+"""One request while it is answered: every row of a batch has settings and random numbers of its own."""
 
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -79,23 +75,18 @@ class Job:
 
     def send(self, event: Event) -> None:
         """Hand on an event, if somebody waits for it."""
-        if self.cancelled:
-            return
         try:
-            self._emit(event)
+            if not self.cancelled:
+                self._emit(event)
         except RuntimeError:  # the event loop that waited for it is closed
             self.cancelled = True
 
-    def end(self, reason: FinishReason | None, num_tokens: int) -> None:
+    def end(self, reason: FinishReason | None = None, num_tokens: int = 0, error: ApiError | None = None) -> None:
         """Send the last event, once: of a failure instead, if there was one."""
+        self.failure = self.failure or error
         if not self.finished:
             self.finished = True
             self.send(self.failure or Ended(reason, num_tokens))
-
-    def fail(self, error: ApiError) -> None:
-        """End with an error."""
-        self.failure = self.failure or error
-        self.end(None, 0)
 
 
 class TextWriter:
@@ -135,10 +126,8 @@ class TextWriter:
         found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._stop if stop in text]
         if found:
             self.stopped = True
-            _, start = min(found)  # the one that was complete first
-            return text[:start]
-        held = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
-        split = len(text) - held
+            return text[: min(found)[1]]  # before the one that was complete first
+        split = len(text) if last else len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[split:]
         return text[:split]
 
@@ -153,13 +142,7 @@ class BatchRow:
     """The reply of a job while it is written, with `padding` positions before its prompt; any end token ends it."""
 
     def __init__(
-        self,
-        job: Job,
-        *,
-        tokenizer: PreTrainedTokenizerBase,
-        end_tokens: Collection[int],
-        padding: int,
-        device: torch.device,
+        self, job: Job, tokenizer: PreTrainedTokenizerBase, end_tokens: set[int], padding: int, device: torch.device
     ) -> None:
         sampling = job.prompt.sampling
         assert sampling is not None  # those that hear only are answered before
@@ -198,12 +181,12 @@ class BatchRow:
         self._num_tokens += 1
         if token in self._end_tokens:
             self.end("stop")
-            return
-        self._write(self._writer.add(token))
-        if self._writer.stopped:
-            self._job.end("stop", self._num_tokens)
-        elif self._num_tokens >= self._max_tokens:
-            self.end("length")
+        else:
+            self._write(self._writer.add(token))
+            if self._writer.stopped:
+                self._job.end("stop", self._num_tokens)
+            elif self._num_tokens >= self._max_tokens:
+                self.end("length")
 
     def end(self, reason: FinishReason) -> None:
         """Write what was held back; a stop string in it is what ended the reply."""

@@ -1,14 +1,13 @@
 """The queue and the one thread that owns the model. Nothing of the web is here.
 
-What waits is taken together, up to `max_batch_size` requests, encoded once, padded on the left and generated together;
-the next batch starts when the last reply of this one has ended. Rows do not influence each other.
+What waits is encoded and generated together; the next batch starts when the last reply of this one has ended.
 """
 
 import copy
 import threading
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ class Engine:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="relllm-model", daemon=True)
         end = model.generation_config.eos_token_id
-        self._end_tokens = frozenset([end] if isinstance(end, int) else end or [])
+        self._end_tokens = {end} if isinstance(end, int) else set(end or ())
         self._repetition_penalty = model.generation_config.repetition_penalty or 1.0
 
     def start(self) -> None:
@@ -65,12 +64,8 @@ class Engine:
         if not self.is_ready:
             raise stopping()
         if self.num_waiting >= self._settings.max_queue:
-            raise ApiError(
-                429,
-                f"{self.num_waiting} requests wait, which is as many as this server lets wait. Try again later.",
-                "queue_full",
-                headers={"Retry-After": "1"},
-            )
+            message = f"{self.num_waiting} requests wait, which is as many as this server lets wait. Try again later."
+            raise ApiError(429, message, "queue_full", headers={"Retry-After": "1"})
 
     def reserve(self) -> None:
         """Take a place in the queue, to be filled by [`~Engine.submit`] or given back by [`~Engine.release`]."""
@@ -101,7 +96,7 @@ class Engine:
             job.cancelled = True
             if job in self._queue:
                 self._queue.remove(job)
-                job.end(None, 0)
+                job.end()
 
     def drain(self) -> None:
         """Accept nothing more; finish what is accepted."""
@@ -132,7 +127,7 @@ class Engine:
                 logger.exception("A batch of %d requests failed.", len(batch))
                 message = "The model failed on this batch of requests; the server's log says why."
                 for job in batch:
-                    job.fail(ApiError(500, message, "model_failed"))  # does nothing to those that have ended
+                    job.end(error=ApiError(500, message, "model_failed"))  # does nothing to those that have ended
             with self._changed:
                 self._running = []
 
@@ -147,15 +142,13 @@ class Engine:
             windows = 0
             while self._queue and len(batch) < self._settings.max_batch_size:
                 job = self._queue[0]
+                if not job.is_wanted:
+                    self._queue.popleft().end()
+                    continue
                 windows += job.prompt.num_windows
                 if batch and windows > self._settings.max_batch_windows:
                     break
-                self._queue.popleft()
-                if job.is_wanted:
-                    batch.append(job)
-                else:
-                    windows -= job.prompt.num_windows
-                    job.end(None, 0)
+                batch.append(self._queue.popleft())
             self._running = batch
             return batch
 
@@ -166,33 +159,26 @@ class Engine:
 
     @torch.no_grad()
     def _answer(self, batch: list[Job]) -> None:
-        clips = self._encode(batch)
-        writing = [job for job in batch if job.prompt.sampling is not None]
-        spoken = [clip for job, own in zip(batch, clips, strict=True) if job in writing for clip in own]
-        for job in batch:
-            if job not in writing:
-                job.end(None, 0)
-        if writing:
-            self._generate(writing, torch.cat(spoken) if spoken else None)
-
-    def _encode(self, batch: list[Job]) -> list[list[Tensor]]:
-        """Tell every request what was heard; return the positions `(tokens, d)` of each clip of each request."""
+        """Tell every request what was heard, then write the replies of those that want one."""
         waveforms = [waveform for job in batch for waveform in job.prompt.waveforms]
-        clips: list[Tensor] = []
-        heard: list[Heard] = []
+        clips: Iterator[Tensor] = iter(())  # positions `(tokens, d)` of each
+        heard: Iterator[Heard] = iter(())
         if waveforms:
             features = self._extractor.extract(waveforms)
             counts = [int(count) for count in features.pop("num_audio_tokens")]
             encoded = self._model.get_audio_features(**features.to(self._model.device), return_dict=True)
-            clips, heard = list(encoded.pooler_output.split(counts)), read_heard(self._model, encoded)
-        by_job = []
-        start = 0
+            clips, heard = iter(encoded.pooler_output.split(counts)), iter(read_heard(self._model, encoded))
+        writing, spoken = [], []
         for job in batch:
-            end = start + len(job.prompt.waveforms)
-            job.send(heard[start:end])
-            by_job.append(clips[start:end])
-            start = end
-        return by_job
+            own = list(islice(clips, len(job.prompt.waveforms)))
+            job.send(list(islice(heard, len(own))))
+            if job.prompt.sampling is None:
+                job.end()
+            else:
+                writing.append(job)
+                spoken += own
+        if writing:
+            self._generate(writing, torch.cat(spoken) if spoken else None)
 
     def _generate(self, batch: list[Job], positions: Tensor | None) -> None:
         """Write the replies of requests whose clips make `positions` `(tokens, d)`, in order."""
@@ -201,16 +187,16 @@ class Engine:
         pad_token = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else 0
         input_ids = pad_sequence(prompts, batch_first=True, padding_value=pad_token, padding_side="left")
         mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
-        own: dict[str, Any] = {"tokenizer": self._tokenizer, "end_tokens": self._end_tokens, "device": device}
-        length = int(input_ids.shape[1])
-        rows = [BatchRow(job, padding=length - len(ids), **own) for job, ids in zip(batch, prompts, strict=True)]
-        audio: dict[str, object] = {}
-        if positions is not None:
-            audio["mm_encoder_outputs"] = {"audio": ReLLMAudioOutput(pooler_output=positions)}
+        paddings = [input_ids.shape[1] - len(ids) for ids in prompts]
+        rows = [
+            BatchRow(job, self._tokenizer, self._end_tokens, padding, device)
+            for job, padding in zip(batch, paddings, strict=True)
+        ]
+        audio = {"audio": ReLLMAudioOutput(pooler_output=positions)} if positions is not None else None
         self._model.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
-            **audio,
+            mm_encoder_outputs=audio,
             **GREEDY,
             max_new_tokens=max(job.prompt.sampling.max_tokens for job in batch if job.prompt.sampling is not None),
             pad_token_id=pad_token,

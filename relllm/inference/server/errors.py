@@ -2,15 +2,7 @@
 
 
 class ApiError(Exception):
-    """A request that gets an error.
-
-    Args:
-        status (`int`): HTTP status, 4xx or 5xx.
-        message (`str`): What was found, what is expected, what to do.
-        code (`str`): For programs, such as `"context_length_exceeded"`.
-        param (`str`, *optional*): The field that is wrong.
-        headers (`dict[str, str]`, *optional*): Of the answer.
-    """
+    """A request that gets an error, with `code` for programs and in `param` the field that is wrong."""
 
     def __init__(
         self, status: int, message: str, code: str, *, param: str | None = None, headers: dict[str, str] | None = None
