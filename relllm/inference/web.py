@@ -215,7 +215,7 @@ class Page:
         )
         where: dict[str, Any] = {"server_name": host, "server_port": port, "prevent_thread_lock": not block}
         shut: dict[str, Any] = {"share": False, "ssr_mode": False, "quiet": True, "footer_links": []}
-        limits = {"max_file_size": LARGEST_UPLOAD, "state_session_capacity": MOST_SESSIONS}
+        limits: dict[str, Any] = {"max_file_size": LARGEST_UPLOAD, "state_session_capacity": MOST_SESSIONS}
         _, url, _ = self.blocks.launch(**where, **shut, **limits, theme=theme, css=CSS)
         return url
 
@@ -281,9 +281,8 @@ class Page:
     def _show(self, session: Session, box: dict[str, Any]) -> list:
         gr = self.gradio
         busy = session.status.kind == "busy"
-        columns = (
-            [{**turn, "content": escape(turn["content"])} for turn in turns] for turns in session.shown.values()
-        )
+        shown = session.shown.values()
+        columns = ([{**turn, "content": escape(turn["content"])} for turn in turns] for turns in shown)
         return [
             *columns,
             _as_html(session.status),

@@ -1,13 +1,10 @@
-"""From a request to what the engine takes: clips decoded and checked against the limits, the conversation as tokens.
-
-Clips are bytes that the client sent. Nothing here opens a path or an address.
-"""
+"""From a request to what the engine takes. Clips are bytes that the client sent: no path or address is opened."""
 
 import base64
 import binascii
 import io
 import threading
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from jinja2 import TemplateError
@@ -18,7 +15,7 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 
 from ..inference_settings import RequestLimits
 from .decoding import Prompt, ReplySampling
-from .errors import ApiError, bad_request
+from .errors import bad_request
 from .schema import AudioData, ChatRequest, EmotionRequest, TextPart
 
 MAX_CHANNELS = 8  # a FLAC file's most; a few bytes of silence could hold a thousand
@@ -44,11 +41,14 @@ class PromptReader:
             parts: list[dict] = []
             for position, part in enumerate(message.content):
                 name = f"messages.{index}.content.{position}"
-                if isinstance(part, TextPart):
-                    parts.append({"type": "text", "text": self._checked_text(part.text, name)})
-                else:
+                if not isinstance(part, TextPart):
                     clips.append((name, part.input_audio))
                     parts.append({"type": "audio"})
+                    continue
+                if (token := self._processor.audio_token) in part.text:
+                    message = f"{token!r} stands for a clip and cannot be in a text. Send the clip as an 'input_audio'"
+                    raise bad_request(f"{name}: {message} part.", param=name)
+                parts.append({"type": "text", "text": part.text})
             conversation.append({"role": role, "content": parts})
         self._check_length(conversation)
         prompt = self._read_clips(clips)
@@ -66,32 +66,18 @@ class PromptReader:
         """Return the clips of a request to hear only; bad audio and exceeded limits are an [`ApiError`]."""
         return self._read_clips([(f"input.{index}", part.input_audio) for index, part in enumerate(request.input)])
 
-    def _checked_text(self, text: str, name: str) -> str:
-        if self._processor.audio_token in text:
-            raise bad_request(
-                f"{name}: {self._processor.audio_token!r} stands for a clip and cannot be in a text. Send the clip "
-                "as an 'input_audio' part.",
-                param=name,
-            )
-        return text
-
     def _check_length(self, conversation: list[dict]) -> None:
         """Refuse texts that no tokenizer needs to be asked about: it would keep the others waiting."""
         context = self.limits.max_context
         length = sum(len(part.get("text", "")) for turn in conversation for part in turn["content"])
         if context is not None and length > CHARACTERS_A_TOKEN * context:
-            raise bad_request(
-                f"The texts have {length} characters; the model's context is {context} tokens. Send fewer turns.",
-                "context_length_exceeded",
-                param="messages",
-            )
+            message = f"The texts have {length} characters; the model's context is {context} tokens. Send fewer turns."
+            raise bad_request(message, "context_length_exceeded", param="messages")
 
     def _read_clips(self, clips: list[tuple[str, AudioData]]) -> Prompt:
         if len(clips) > self.limits.max_clips:
-            raise bad_request(
-                f"{len(clips)} clips were sent; this server takes up to {self.limits.max_clips} a request.",
-                "too_many_clips",
-            )
+            message = f"{len(clips)} clips were sent; this server takes up to {self.limits.max_clips} a request."
+            raise bad_request(message, "too_many_clips")
         extractor = self._processor.feature_extractor
         waveforms: list[np.ndarray] = []
         seconds = 0.0
@@ -106,24 +92,24 @@ class PromptReader:
         try:
             data = base64.b64decode(clip.data, validate=True)
         except (binascii.Error, ValueError) as error:
-            raise bad_request(
-                f"{name}: 'data' is not base64 ({error}). Send the bytes of an audio file in base64; addresses, "
-                "paths and data: URLs are not read.",
-                "invalid_audio",
-                param=name,
-            ) from None
-        seconds = self._check_header(data, name)
-        if seconds is not None and seconds > seconds_left + ROUNDING_S:
-            raise self._too_long(name, f"lasts {seconds:.1f} s")
+            remedy = "Send the bytes of an audio file in base64; addresses, paths and data: URLs are not read."
+            message = f"{name}: 'data' is not base64 ({error}). {remedy}"
+            raise bad_request(message, "invalid_audio", param=name) from None
+        self._check_seconds(self._check_header(data, name) or 0.0, seconds_left, name)
         extractor = self._processor.feature_extractor
         longest_s = min(max(seconds_left, 0.0) + 0.1, extractor.max_duration_s)
         try:
             waveform = load_audio(data, sampling_rate=extractor.sampling_rate, max_duration_s=longest_s, name=name)
         except ValueError as error:
             raise bad_request(str(error), "invalid_audio", param=name) from None
-        if len(waveform) / extractor.sampling_rate > seconds_left + ROUNDING_S:
-            raise self._too_long(name, f"lasts {len(waveform) / extractor.sampling_rate:.1f} s")
+        self._check_seconds(len(waveform) / extractor.sampling_rate, seconds_left, name)
         return waveform
+
+    def _check_seconds(self, seconds: float, left: float, name: str) -> None:
+        if seconds > left + ROUNDING_S:
+            longest = f"all clips of a request may last {self.limits.max_audio_seconds:g} s together"
+            message = f"{name}: the clip lasts {seconds:.1f} s; {longest}. Send less."
+            raise bad_request(message, "audio_too_long", param=name)
 
     def _check_header(self, data: bytes, name: str) -> float | None:
         """Refuse rates and channels before anything is decoded; return the stated length in seconds if there is one.
@@ -159,26 +145,13 @@ class PromptReader:
             raise bad_request(message, "too_many_channels", param=name)
         return seconds
 
-    def _too_long(self, name: str, found: str) -> ApiError:
-        return bad_request(
-            f"{name}: the clip {found}; all clips of a request may last {self.limits.max_audio_seconds:g} s together. "
-            "Send less.",
-            "audio_too_long",
-            param=name,
-        )
-
     def _tokenize(self, conversation: list[dict], num_clips: int) -> list[int]:
         """Return the prompt as `generate` gets it alone; the clips are only counted here."""
         options = {"audio_kwargs": {"only_counted": [True] * num_clips}} if num_clips else None
         try:
             with self._tokenizing:
-                inputs = self._processor.apply_chat_template(
-                    [conversation],
-                    tokenize=True,
-                    return_dict=True,
-                    add_generation_prompt=True,
-                    processor_kwargs=options,
-                )
+                form: dict[str, Any] = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+                inputs = self._processor.apply_chat_template([conversation], processor_kwargs=options, **form)
         except TemplateError as error:  # some want turns to alternate, or no system turn
             message = f"The model's chat template refuses the conversation: {error}"
             raise bad_request(message, param="messages") from None
@@ -192,12 +165,10 @@ class PromptReader:
             message = f"max_tokens is {asked}; this server writes up to {limit} tokens. Ask for fewer."
             raise bad_request(message, "max_tokens_too_large", param="max_tokens")
         if room < (asked or 1):
-            raise bad_request(
-                f"The conversation has {prompt_tokens} tokens and the reply may have {asked or 1}; the model's "
-                f"context is {context}. Send fewer turns or shorter clips, or ask for a shorter reply.",
-                "context_length_exceeded",
-                param="messages",
-            )
+            found = f"The conversation has {prompt_tokens} tokens and the reply may have {asked or 1}"
+            remedy = "Send fewer turns or shorter clips, or ask for a shorter reply."
+            message = f"{found}; the model's context is {context}. {remedy}"
+            raise bad_request(message, "context_length_exceeded", param="messages")
         return ReplySampling(
             max_tokens=min(limit, room) if asked is None else asked,
             temperature=request.temperature or 0.0,

@@ -1,7 +1,4 @@
-"""What a client may send, as OpenAI's chat completions have it, and what is refused by name.
-
-Fields that change the answer and that this server cannot honour are errors, not ignored.
-"""
+"""What a client may send, as OpenAI's chat completions have it; what the server cannot honour is refused by name."""
 
 from typing import Annotated, Literal, TypeAlias
 
@@ -13,19 +10,11 @@ MAX_STOP_STRINGS = 4  # OpenAI's limit
 MAX_ITEMS = 1024  # messages of a conversation, parts of a message
 # Fields of OpenAI's that are accepted where they ask for nothing: each with the values that do.
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none",),
+    **{"n": (1,), "logit_bias": ({},), "logprobs": (False,)},
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "top_logprobs"), (0,)),
+    **{"response_format": ({"type": "text"},), "modalities": (["text"],)},
+    **{"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)},
+    **{"functions": ([],), "function_call": ("none",)},
 }
 IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}  # not of the answer
 
