@@ -65,6 +65,8 @@ def _make_card(
     """Fill in the template from the checkpoint's files, `read_public_run`s, and figures by their name there."""
     model = settings.model
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    trained = model / SETTINGS_NAME
+    settings_of_run = json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else {}
     repo_id = settings.repo_id or f"org/{model.resolve().name}"
     towers = read_towers(config)
     results = eval_results(runs)
@@ -90,7 +92,7 @@ def _make_card(
         towers=towers,
         unclear=[f"the {tower.part}" for tower in towers if tower.licence in (UNKNOWN, "other")],
         msp_tower=any(tower.hub_id == MSP_TOWER for tower in towers),
-        training=_training_settings(model),
+        training={name: " ".join(str(value).replace("|", "\\|").split()) for name, value in settings_of_run.items()},
         runs=[describe_run(run, towers) for run in runs],
         readings=READINGS,
         mechanisms=MECHANISMS,
@@ -152,9 +154,3 @@ def _plots_by_name(runs: Sequence[Path]) -> dict[str, Path]:
         for number, run in enumerate(runs, start=1)
         for plot in sorted((run / "plots").glob("*.png"))
     }
-
-
-def _training_settings(model: Path) -> dict[str, object]:
-    path = model / SETTINGS_NAME
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {name: " ".join(str(value).replace("|", "\\|").split()) for name, value in settings.items()}

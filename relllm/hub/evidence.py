@@ -31,8 +31,7 @@ READINGS = {
 }
 CORPUS_NAME = re.compile(r"[\w.-]+")
 MECHANISMS = ("ER", "IP", "EX")  # of empathy
-METRIC_TYPES = {"ua": "recall", "wa": "accuracy", "macro_f1": "f1"}
-METRIC_NAMES = {"ua": "UA", "wa": "WA", "macro_f1": "macro-F1"}
+PUBLISHED_METRICS = {"ua": ("recall", "UA"), "wa": ("accuracy", "WA"), "macro_f1": ("f1", "macro-F1")}  # type, name
 
 
 def read_public_run(folder: Path, fingerprint: str) -> dict[str, object]:
@@ -115,8 +114,8 @@ def _results_of_run(run: Mapping) -> Iterator[EvalResult]:
         )
 
     for reading, scores in run.get("recognition", {}).items():
-        for key, metric in METRIC_TYPES.items():
-            name = f"{METRIC_NAMES[key]}, {READINGS.get(reading, reading)}"
+        for key, (metric, short) in PUBLISHED_METRICS.items():
+            name = f"{short}, {READINGS.get(reading, reading)}"
             yield result("audio-classification", "Speech emotion recognition", metric, name, scores.get(key))
     for dimension, scores in run.get("dimensions", {}).items():
         if isinstance(scores, Mapping):

@@ -84,10 +84,8 @@ def add_code(folder: Path) -> None:
     _rewrite(folder / "config.json", config)
     processor = _read(folder / "processor_config.json")
     processor["auto_map"] = {"AutoProcessor": PROCESSOR_CODE}
-    processor["feature_extractor"]["auto_map"] = {
-        "AutoFeatureExtractor": "feature_extraction_relllm.ReLLMFeatureExtractor",
-        "AutoProcessor": PROCESSOR_CODE,
-    }
+    own = {"AutoFeatureExtractor": "feature_extraction_relllm.ReLLMFeatureExtractor"}
+    processor["feature_extractor"]["auto_map"] = {**own, "AutoProcessor": PROCESSOR_CODE}
     _rewrite(folder / "processor_config.json", processor)
     tokenizer = _read(folder / "tokenizer_config.json")
     _rewrite(folder / "tokenizer_config.json", {**tokenizer, "auto_map": {"AutoProcessor": PROCESSOR_CODE}})

@@ -6,7 +6,7 @@ reply is the one that a fresh pass gives. A clip behind the cut is read again fr
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -120,14 +120,10 @@ class Conversation:
 
     def _render(self, messages: list[dict], num_clips: int) -> Tensor:
         """Return token ids `(1, sequence)` with the assistant's header at the end; clips are only counted."""
-        inputs = self.processor.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=True,
-            sanitize_control_tokens=True,  # a typed <|audio|> is text
-            processor_kwargs={"only_counted": [True] * num_clips} if num_clips else {},
-        )
+        form: dict[str, Any] = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+        form["sanitize_control_tokens"] = True  # a typed <|audio|> is text
+        options = {"only_counted": [True] * num_clips} if num_clips else {}
+        inputs = self.processor.apply_chat_template(messages, processor_kwargs=options, **form)
         return cast(BatchFeature, inputs)["input_ids"]
 
     def _generate(self, ids: Tensor, positions: list[Tensor], options: dict) -> Tensor:

@@ -62,13 +62,8 @@ def reply(
     inputs = processor.apply_request(audio, **request).to(model.device)
     text_inputs = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
     encoded = model.get_audio_features(**inputs, return_dict=True)
-    generated = model.generate(
-        **text_inputs,
-        mm_encoder_outputs={"audio": encoded},
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        streamer=streamer,
-    )
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
+    generated = model.generate(**text_inputs, mm_encoder_outputs={"audio": encoded}, **options)
     prompt_length = text_inputs["input_ids"].shape[1]
     text = processor.tokenizer.decode(generated[0, prompt_length:], skip_special_tokens=True).strip()
     return Reply(text, read_heard(model, encoded)[0])
@@ -139,14 +134,10 @@ def score_answers(
         cache = prompt.past_key_values
         cache.batch_repeat_interleave(len(answers))
         seen = mask.repeat_interleave(len(answers), dim=0)
-        offsets = torch.arange(longest - 1, device=device)
-        rest = model(
-            input_ids=tokens[:, :-1],
-            attention_mask=torch.cat([seen, valid[:, :-1].to(seen.dtype)], dim=1),
-            position_ids=seen.sum(-1, keepdim=True) + offsets,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        positions = seen.sum(-1, keepdim=True) + torch.arange(longest - 1, device=device)
+        seen = torch.cat([seen, valid[:, :-1].to(seen.dtype)], dim=1)
+        kept = {"use_cache": True, "past_key_values": cache}
+        rest = model(input_ids=tokens[:, :-1], attention_mask=seen, position_ids=positions, **kept)
         logits = torch.cat([logits, rest.logits], dim=1)
     scores = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (batch * answers, longest)
     return (scores * valid).sum(-1).reshape(batch, len(answers))

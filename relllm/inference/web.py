@@ -38,13 +38,8 @@ CSS = """
 """
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 COLUMN: dict[str, Any] = {
-    "height": 340,
-    "min_width": 260,
-    "elem_classes": "chat",
-    "buttons": [],
-    "placeholder": "Nothing has been said yet.",
-    "feedback_options": None,
-    "render_markdown": False,  # what was said, letter by letter
+    **{"height": 340, "min_width": 260, "elem_classes": "chat", "buttons": [], "feedback_options": None},
+    **{"placeholder": "Nothing has been said yet.", "render_markdown": False},  # what was said, letter by letter
 }
 AUDIO: dict[str, Any] = {"sources": ["microphone", "upload"], "file_types": ["audio"]}
 LARGEST_UPLOAD = "64mb"

@@ -233,19 +233,16 @@ class _Completion:
             **self._head,
             "object": "chat.completion",
             "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": ended.reason}],
-            "usage": self._usage(ended),
+            "usage": self.usage(ended),
             "emotion": _emotions(heard, self.prompt),
         }
 
-    def chunk(self, delta: dict[str, str], reason: str | None = None, **more: object) -> bytes:
+    def chunk(self, delta: dict[str, str] | None, reason: str | None = None, **more: object) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return _sse({**self._head, "object": "chat.completion.chunk", "choices": [choice], **more})
+        choices = [] if delta is None else [choice]
+        return _sse({**self._head, "object": "chat.completion.chunk", "choices": choices, **more})
 
-    def usage(self, ended: Ended) -> bytes:
-        """Return what `stream_options.include_usage` asks for: without choices."""
-        return _sse({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage(ended)})
-
-    def _usage(self, ended: Ended) -> dict[str, object]:
+    def usage(self, ended: Ended) -> dict[str, object]:
         read = len(self.prompt.token_ids)
         return {
             "prompt_tokens": read,
@@ -266,7 +263,7 @@ async def _stream(
         ended = cast(Ended, event)
         yield completion.chunk({}, ended.reason)
         if include_usage:
-            yield completion.usage(ended)
+            yield completion.chunk(None, usage=completion.usage(ended))
         yield b"data: [DONE]\n\n"
     except ApiError as error:  # the status is sent; OpenAI's clients raise on this
         yield _sse(error.body())

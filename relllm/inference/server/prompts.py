@@ -46,8 +46,8 @@ class PromptReader:
                     parts.append({"type": "audio"})
                     continue
                 if (token := self._processor.audio_token) in part.text:
-                    message = f"{token!r} stands for a clip and cannot be in a text. Send the clip as an 'input_audio'"
-                    raise bad_request(f"{name}: {message} part.", param=name)
+                    found = f"{name}: {token!r} stands for a clip and cannot be in a text"
+                    raise bad_request(f"{found}. Send the clip as an 'input_audio' part.", param=name)
                 parts.append({"type": "text", "text": part.text})
             conversation.append({"role": role, "content": parts})
         self._check_length(conversation)

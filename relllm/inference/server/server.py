@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import uvicorn
 from transformers import PreTrainedConfig
@@ -27,24 +27,13 @@ MOST_CONNECTIONS = 1024  # beyond them uvicorn answers 503
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that starts and stops an engine along with itself.
-
-    After a signal to stop, accepted requests have `grace_s` to be finished. `announce` is called once requests are
-    accepted.
-    """
+    """A uvicorn server and its engine: `announce` is called once it accepts requests, `grace_s` is to finish them."""
 
     def __init__(self, service: Service, *, grace_s: float = 30.0, announce: Callable[[], None] | None = None) -> None:
-        config = uvicorn.Config(
-            create_app(service),
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_level="warning",
-            server_header=False,
-            limit_concurrency=MOST_CONNECTIONS,
-            timeout_graceful_shutdown=grace_s + LAST_ANSWERS_S,  # type: ignore[arg-type]  # a float waits as well
-        )
-        super().__init__(config)
+        quiet: dict[str, Any] = {"http": "h11", "ws": "none", "lifespan": "off", "log_level": "warning"}
+        quiet |= {"server_header": False, "limit_concurrency": MOST_CONNECTIONS}
+        quiet["timeout_graceful_shutdown"] = grace_s + LAST_ANSWERS_S  # a float waits as well
+        super().__init__(uvicorn.Config(create_app(service), **quiet))
         self._engine, self._grace_s, self._announce = service.engine, grace_s, announce
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -74,31 +63,19 @@ def build_service(
     settings: BatchSettings | None = None,
     limits: RequestLimits | None = None,
 ) -> Service:
-    """Put the parts together for the model and the processor of one checkpoint, in eval mode.
-
-    `name` and `api_key` are as in [`Service`]; without a limit of the context it is the LLM's.
-    """
+    """Put the parts together for one checkpoint in eval mode; without a limit of the context it is the LLM's."""
     limits = limits or RequestLimits()
     if limits.max_context is None:
         text_config = cast(PreTrainedConfig, model.config.text_config).to_dict()
         names = ("max_position_embeddings", "n_positions")  # neither where positions are relative
         context = next((text_config[name] for name in names if name in text_config), None)
         limits = replace(limits, max_context=context)
-    return Service(
-        name=name,
-        engine=Engine(model, processor, settings or BatchSettings()),
-        reader=PromptReader(processor, limits),
-        audio_token_id=processor.audio_token_id,
-        api_key=api_key,
-    )
+    engine = Engine(model, processor, settings or BatchSettings())
+    return Service(name, engine, PromptReader(processor, limits), processor.audio_token_id, api_key)
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that is not listening yet: clients are refused until the model is loaded.
-
-    Raises:
-        OSError: If the port is taken or the address is not of this machine.
-    """
+    """Return a socket that is not listening yet: clients are refused until the model is loaded."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     sock = socket.socket(family, kind, protocol)
     try:
@@ -111,11 +88,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def serve_until_stopped(server: Server, sock: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C, finish what the grace period allows, and return.
-
-    If the model is in the middle of a step that takes longer, the process exits here, with 0: its thread cannot be
-    interrupted, and the interpreter must not be torn down around it.
-    """
+    """Serve until SIGTERM or Ctrl-C and finish what the grace period allows; a longer step ends the process with 0."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn handles them while it runs, and raises them again at its end
     server.run(sockets=[sock])
@@ -123,4 +96,4 @@ def serve_until_stopped(server: Server, sock: socket.socket) -> None:
         logger.warning("The model was still in a step at the end of the grace period.")
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(0)  # its thread cannot be interrupted, and the interpreter must not be torn down around it
