@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .. import parsing
 from ..data_settings import IemocapSettings
+from ..parsing import Label, note
 from ..rows import Corpus, CorpusFacts, Dropped
 
 FACTS = CorpusFacts(
@@ -20,23 +21,17 @@ FACTS = CorpusFacts(
     title="IEMOCAP: Interactive Emotional Dyadic Motion Capture database",
     language="en",
     licence="other",
-    terms=(
-        "Given on request by SAIL at the University of Southern California under a release agreement, for academic "
-        "use; it may not be redistributed."
-    ),
+    terms="Given on request by SAIL at the University of Southern California under a release agreement, for academic "
+    "use; it may not be redistributed.",
     homepage="https://sail.usc.edu/iemocap/",
     citation="""@article{busso2008iemocap,
   title = {{IEMOCAP}: Interactive emotional dyadic motion capture database},
   author = {Busso, Carlos and Bulut, Murtaza and Lee, Chi-Chun and Kazemzadeh, Abe and Mower, Emily and Kim, Samuel and
             Chang, Jeannette N. and Lee, Sungbok and Narayanan, Shrikanth S.},
-  journal = {Language Resources and Evaluation},
-  volume = {42}, pages = {335--359}, year = {2008}
+  journal = {Language Resources and Evaluation}, volume = {42}, pages = {335--359}, year = {2008}
 }""",
 )
 SESSIONS = (1, 2, 3, 4, 5)
-SCALE = (1.0, 5.0)
-
-_TREE = "Session1/ … Session5/, each with dialog/EmoEvaluation/ and sentences/wav/"
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 # [6.2901 - 8.2357]<tab>Ses01F_impro01_F000<tab>neu<tab>[2.5000, 2.5000, 2.5000]: valence, activation, dominance
 _LABEL = re.compile(
@@ -54,29 +49,29 @@ def parse_iemocap(settings: IemocapSettings) -> Corpus:
     Speakers are the session and the letter of the turn, `"Ses01F"`. Raises `ValueError` if `root` is something else,
     or a session is not there or named twice.
     """
-    root = parsing.find_tree(settings.root, _locate, _TREE)
+    wanted = "Session1/ … Session5/, each with dialog/EmoEvaluation/ and sentences/wav/"
+    root = parsing.find_tree(settings.root, _locate, wanted)
     present = [number for number in SESSIONS if _evaluations(root, number).is_dir()]
     splits = _name_splits(present, settings.held_out_session, settings.validation_session)
     corpus = Corpus(facts=FACTS, rows=[], dropped=[], notes=[])
     labels = parsing.keep_first(_read_labels(root, present, splits), corpus)
-    audio = _find_audio(root, present)
+    audio: dict[str, str] = {}
+    for dialogs in (root / f"Session{number}" / "sentences" / "wav" for number in present):
+        for dialog in parsing.list_folder(dialogs)[0] if dialogs.is_dir() else ():
+            audio |= parsing.list_audio(dialogs / dialog)
     transcripts = _read_transcripts(root, present, corpus)
+    label_set, merge = settings.label_set, settings.merge_excited
     for label in labels.values():
-        made = parsing.label_to_row(
-            label,
-            audio.get(label.id),
-            label_set=settings.label_set,
-            scale=SCALE,
-            merge_excited=settings.merge_excited,
-        )
+        path = audio.get(label.id)
+        made = parsing.label_to_row(label, path, label_set=label_set, scale=(1.0, 5.0), merge_excited=merge)
         if not isinstance(made, Dropped):
             made["text"] = transcripts.get(label.id) or None
         corpus.add(made)
     parsing.drop_unlabelled(corpus, labels, audio)
-    absent = [str(number) for number in SESSIONS if number not in present]
-    parsing.note(corpus, absent, "Sessions that are not there: {names}.")
-    silent = [row["id"] for row in corpus.rows if row["text"] is None]
-    parsing.note(corpus, silent, "{count} utterances have no transcript: {names}.")
+    absent = (str(number) for number in SESSIONS if number not in present)
+    note(corpus, absent, "Sessions that are not there: {names}.")
+    silent = (row["id"] for row in corpus.rows if row["text"] is None)
+    note(corpus, silent, "{count} utterances have no transcript: {names}.")
     return corpus
 
 
@@ -120,16 +115,6 @@ def _parse_label(line: str, where: str, splits: dict[str, str]) -> parsing.Label
     )
 
 
-def _find_audio(root: Path, sessions: list[int]) -> dict[str, str]:
-    audio: dict[str, str] = {}
-    for number in sessions:
-        folder = root / f"Session{number}" / "sentences" / "wav"
-        dialogs = parsing.list_folder(folder)[0] if folder.is_dir() else []
-        for dialog in dialogs:
-            audio |= parsing.list_audio(folder / dialog)
-    return audio
-
-
 def _read_transcripts(root: Path, sessions: list[int], corpus: Corpus) -> dict[str, str]:
     """Turn -> text; other lines (noises without a turn's name) are no transcript of an utterance."""
     transcripts: dict[str, str] = {}
@@ -145,7 +130,6 @@ def _read_transcripts(root: Path, sessions: list[int], corpus: Corpus) -> dict[s
 
 def _text_files(root: Path, sessions: list[int], kind: str) -> Iterator[Path]:
     """The dialogs' files, and not those in the raters' folders beside them."""
-    for number in sessions:
-        folder = root / f"Session{number}" / "dialog" / kind
+    for folder in (root / f"Session{number}" / "dialog" / kind for number in sessions):
         names = parsing.list_folder(folder)[1] if folder.is_dir() else []
         yield from (folder / name for name in names if name.endswith(".txt"))
