@@ -1,4 +1,4 @@
-"""What the parsers of corpora share. Nothing here opens audio; a folder is listed without a `stat` for each file."""
+"""What the parsers of corpora share. Nothing here opens audio, and no file is asked for its `stat`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ OUTSIDE_SET = "emotion outside the label set"
 OUTSIDE_SCALE = "dimension outside the scale"
 REPEATED = "repeated id"
 
-AUDIO_SUFFIX = ".wav"
 _NUMBER = re.compile(r"-?\d+(\.\d+)?", flags=re.ASCII)
 _SHOWN = 20  # names in a note or an error; the rest is counted
-_BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
 @dataclass(frozen=True)
@@ -69,15 +67,18 @@ def label_to_row(
             return Dropped(label.id, OUTSIDE_SET, label.emotion)
         if odd := {name: value for name, value in label.dimensions.items() if not _NUMBER.fullmatch(value)}:
             return Dropped(label.id, BAD_LINE, f"{label.where}: {odd} is no number")
-        try:
-            dimensions = normalise({name: float(value) for name, value in label.dimensions.items()}, *scale)
-        except ValueError as error:
-            return Dropped(label.id, OUTSIDE_SCALE, f"{label.where}: {error} (emotion {label.emotion})")
-        known = {"emotion": emotion, **dimensions, "dimension_source": LABEL_SOURCE}
+        low, high = scale
+        ratings = {name: float(value) for name, value in label.dimensions.items()}
+        for name, rating in ratings.items():  # nothing is clipped
+            if not low <= rating <= high:
+                wrong = f"{name} is {rating:g}, expected {low:g} to {high:g}"
+                return Dropped(label.id, OUTSIDE_SCALE, f"{label.where}: {wrong} (emotion {label.emotion})")
+        known = {name: (rating - low) / (high - low) for name, rating in ratings.items()}
+        known |= {"emotion": emotion, "dimension_source": LABEL_SOURCE}
     if audio is None:
         return Dropped(label.id, NO_AUDIO, label.where)
-    of_label = {"speaker": label.speaker, "session": label.session, "split": label.split, "language": "en"}
-    return make_row(id=label.id, audio=audio, **of_label, **known)
+    known |= {"speaker": label.speaker, "session": label.session, "split": label.split, "language": "en"}
+    return make_row(id=label.id, audio=audio, **known)
 
 
 def drop_unlabelled(corpus: Corpus, labels: Iterable[str], audio: Mapping[str, str]) -> None:
@@ -91,35 +92,29 @@ def is_outside(emotion: str | None, label_set: LabelSet) -> bool:
     return label_set != "all" if emotion is None else emotion not in LABEL_SETS[label_set]
 
 
-def normalise(values: Mapping[str, float], lowest: float, highest: float) -> dict[str, float]:
-    """Map ratings by dimension from a corpus's scale to [0, 1]; one outside it is a `ValueError`, not clipped."""
-    for dimension, value in values.items():
-        if not lowest <= value <= highest:
-            raise ValueError(f"{dimension} is {value:g}, expected {lowest:g} to {highest:g}")
-    return {dimension: (value - lowest) / (highest - lowest) for dimension, value in values.items()}
-
-
 def find_tree(root: Path, locate: Callable[[Path], Path | None], wanted: str) -> Path:
-    """Return the absolute folder where `locate` finds the tree of a corpus, `wanted` in words.
+    """Return the absolute folder where the tree of a corpus begins, which `locate` finds in a folder.
 
-    Without such a tree a `ValueError` says what is there, and whether it is one level up or down.
+    Raises:
+        ValueError: If there is no such tree. The message has it in words (`wanted`), and says what is there instead,
+            and whether it is one level up or down.
     """
     root = root.expanduser().absolute()
     if not root.is_dir():
         state = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"{root} {state}; expected a folder with {wanted}.")
-    found = locate(root)
-    if found is not None:
+    if found := locate(root):
         return found
     folders, files = list_folder(root)
-    near = [path for path in (root.parent, *(root / name for name in folders)) if _is_tree(path, locate)]
-    there = name_some(map(str, near))
-    remedy = f"It is in {there}: give that." if near else "Give the folder that has them."
+    near = name_some(
+        str(path) for path in (root.parent, *(root / name for name in folders)) if _has_tree(path, locate)
+    )
+    remedy = f"It is in {near}: give that." if near else "Give the folder that has them."
     content = name_some([f"{name}/" for name in folders] + files) or "nothing"
     raise ValueError(f"{root}: expected {wanted}; found {content}. {remedy}")
 
 
-def _is_tree(folder: Path, locate: Callable[[Path], Path | None]) -> bool:
+def _has_tree(folder: Path, locate: Callable[[Path], Path | None]) -> bool:
     try:
         return locate(folder) is not None
     except PermissionError:  # somebody else's folder beside the corpus
@@ -127,15 +122,11 @@ def _is_tree(folder: Path, locate: Callable[[Path], Path | None]) -> bool:
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted names of the folders and of the files, without what macOS leaves behind."""
-    folders: list[str] = []
-    files: list[str] = []
+    """Return the sorted names of the folders and of the files in a folder, without dotfiles and `__MACOSX`."""
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            (folders if entry.is_dir() else files).append(entry.name)
-    return sorted(folders), sorted(files)
+        kept = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    files = [name for name, is_folder in kept if not is_folder]
+    return [name for name, is_folder in kept if is_folder and name != "__MACOSX"], files
 
 
 def walk_folders(folder: Path) -> Iterator[Path]:
@@ -146,20 +137,20 @@ def walk_folders(folder: Path) -> Iterator[Path]:
 
 
 def list_audio(folder: Path) -> dict[str, str]:
-    """Return the audio files of a folder, not of those in it: name without suffix -> absolute path."""
+    """Return the WAV files of a folder, not of those in it: name without suffix -> absolute path."""
     prefix = f"{folder.absolute()}{os.sep}"
-    names = (name for name in list_folder(folder)[1] if name.lower().endswith(AUDIO_SUFFIX))
-    return {name[: -len(AUDIO_SUFFIX)]: prefix + name for name in names}
+    return {name[:-4]: prefix + name for name in list_folder(folder)[1] if name.lower().endswith(".wav")}
 
 
 def read_lines(path: Path, fallbacks: Sequence[str] = ()) -> tuple[list[str], str]:
-    """Return the stripped lines of a text file whose encoding nobody wrote down, and the encoding.
+    """Return the stripped lines of a text file and the encoding that read them, which nobody wrote down.
 
-    After a byte order mark and UTF-8 the `fallbacks` are tried, then Windows-1252 and Latin-1, which knows every byte.
+    A byte order mark and UTF-8 come first, then the fallbacks, and last Windows-1252 and Latin-1, which knows every
+    byte.
     """
     content = path.read_bytes()
-    marked = [encoding for mark, encoding in _BOMS if content.startswith(mark)]
-    for encoding in (*marked, "utf-8", *fallbacks, "cp1252", "latin-1"):
+    marked = ("utf-16",) if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ()
+    for encoding in (*marked, "utf-8-sig", *fallbacks, "cp1252", "latin-1"):
         try:
             text = content.decode(encoding)
         except UnicodeDecodeError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
@@ -92,7 +91,7 @@ def validate_row(row: Mapping[str, object]) -> None:
 
     Columns other than `id` and `audio` may be missing.
     """
-    row_id = row.get("id")
+    row_id, emotion, source = row.get("id"), row.get("emotion"), row.get("dimension_source")
     if not isinstance(row_id, str) or not row_id:
         raise ValueError(f"Every row needs an 'id', a non-empty string; got {row_id!r} in the row {dict(row)!r:.200}.")
     if unknown := [column for column in row if column not in COLUMNS]:
@@ -100,29 +99,23 @@ def validate_row(row: Mapping[str, object]) -> None:
     if row.get("audio") in (None, ""):
         raise ValueError(f"Row {row_id!r}: no audio. Give a path, a waveform, or leave the row out.")
     for column in ("text", "response", "emotion", "dimension_source", "speaker", "session", "split", "language"):
-        value = row.get(column)
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"Row {row_id!r}: {column} is {value!r}, expected a string or None. Convert it.")
-    emotion = row.get("emotion")
-    if emotion is not None and emotion not in EMOTIONS + FURTHER_EMOTIONS:
+        if not isinstance(row.get(column, ""), str | None):
+            raise ValueError(f"Row {row_id!r}: {column} is {row[column]!r}, expected a string or None. Convert it.")
+    if emotion not in (*LABEL_SETS["all"], None):
         raise ValueError(
-            f"Row {row_id!r}: emotion {emotion!r} is not canonical; expected one of "
-            f"{', '.join(EMOTIONS + FURTHER_EMOTIONS)} or None. Use `relllm.labels.canonical_emotion`."
+            f"Row {row_id!r}: emotion {emotion!r} is not canonical; expected one of {', '.join(LABEL_SETS['all'])} or "
+            "None. Use `relllm.labels.canonical_emotion`."
         )
-    source = row.get("dimension_source")
     if source not in (None, LABEL_SOURCE) and not str(source).startswith(PSEUDO_SOURCE):
         raise ValueError(
             f"Row {row_id!r}: dimension_source is {source!r}, expected {LABEL_SOURCE!r}, "
             f"'{PSEUDO_SOURCE}<model id>' or None. Rename it."
         )
-    for dimension in DIMENSIONS:
-        value = row.get(dimension)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"Row {row_id!r}: {dimension} is {value!r}, expected a number in [0, 1] or None.")
-        if not (math.isfinite(value) and 0 <= value <= 1):
+    for name in DIMENSIONS:
+        value = row.get(name, 0)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 <= value <= 1):
             raise ValueError(
-                f"Row {row_id!r}: {dimension} is {value}, expected [0, 1] or None. Normalise the corpus's own scale, "
-                "for example (x - 1) / 6 for MSP-Podcast and (x - 1) / 4 for IEMOCAP."
+                f"Row {row_id!r}: {name} is {value!r}, expected [0, 1] as a number, or None. Normalise the corpus's "
+                "own scale, for example (x - 1) / 6 for MSP-Podcast and (x - 1) / 4 for IEMOCAP."
             )

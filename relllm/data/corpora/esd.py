@@ -1,10 +1,7 @@
 """ESD as rows: twenty speakers who read the same 350 sentences in each of five emotions, in English and Mandarin.
 
-    [Emotion Speech Dataset/]0011/Angry/[train|test|evaluation/]0011_000351.wav
-    [Emotion Speech Dataset/]0011/0011.txt               0011_000351<tab>text<tab>Angry
-
-The number says the emotion, and within the 350 of an emotion the split: 20 evaluation, 30 test, 300 train. There are
-no dimensions: `relllm annotate` writes pseudo-labels, as the paper used.
+[Emotion Speech Dataset/]0011/Angry/[train|test|evaluation/]0011_000351.wav
+[Emotion Speech Dataset/]0011/0011.txt               0011_000351<tab>text<tab>Angry
 """
 
 from __future__ import annotations
@@ -15,8 +12,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from relllm.labels import canonical_emotion
 
 from .. import parsing
 from ..data_settings import EsdSettings
@@ -38,42 +33,27 @@ FACTS = CorpusFacts(
 )
 BLOCKS = ("neutral", "angry", "happy", "sad", "surprise")  # of 350 numbers each, from 1
 BLOCK_SIZE = 350
-NUM_EVALUATION, NUM_TEST = 20, 30  # at the beginning of a block; the rest is for training
 SPLIT_FOLDERS = {"train": "train", "test": "test", "evaluation": "validation"}  # as this package names the splits
 
 CONTRADICTION = "folder contradicts the number"
 NO_SPLIT_FOLDER = "not in a split folder"
 NO_CLIP_NAME = "file name is not of the corpus"
 
-_TREE = "speakers' folders 0001/ to 0020/, or one folder that has them"
 _SPEAKER = re.compile(r"\d{4}", flags=re.ASCII)
 _CLIP = re.compile(r"(\d{4})_(\d{6})", flags=re.ASCII)
 # The emotion stands behind a tab. Behind a space only what is certainly one: a text must not lose its last word.
 _LINE = re.compile(r"(\d{4}_\d{6})\s+(.*\S)(?:\s*\t\s*(\S+)|\s+(Neutral|Angry|Happy|Sad|Surprise))")
 _SPEAKERS_OF = {"zh": range(1, 11), "en": range(11, 21)}
-_ENCODINGS = ("gb18030",)  # of Mandarin files that are not Unicode; it holds GB2312
 
 
 @dataclass(frozen=True)
 class _Clip:
     id: str
-    speaker: str
-    number: int  # 1 to 1750
     path: str
+    emotion: str  # this and the split by the number; the folders may say otherwise
+    split: str
     folder_emotion: str | None
     folder_split: str | None
-
-    @property
-    def emotion(self) -> str:
-        return BLOCKS[(self.number - 1) // BLOCK_SIZE]
-
-    @property
-    def split(self) -> str:
-        """By the number; the folder may say otherwise."""
-        position = (self.number - 1) % BLOCK_SIZE  # 0 to 349, within the emotion
-        if position < NUM_EVALUATION:
-            return "validation"
-        return "test" if position < NUM_EVALUATION + NUM_TEST else "train"
 
 
 @dataclass(frozen=True)
@@ -84,7 +64,7 @@ class _Line:
 
 
 def parse_esd(settings: EsdSettings) -> Corpus:
-    """Read the listings and the transcripts of ESD.
+    """Read the listings and the transcripts of ESD, which has no dimensions.
 
     The emotion is that of the number's block, and a clip in the folder of another one is dropped. A clip without a
     transcript is kept without a text. With `leave_speakers_out` the clips of these are `"test"`; of the other speakers
@@ -93,7 +73,7 @@ def parse_esd(settings: EsdSettings) -> Corpus:
     Raises `ValueError` if `root` is something else, nobody there speaks the language or is to be left out, or
     `splits="folders"` where there are none.
     """
-    root = parsing.find_tree(settings.root, _locate, _TREE)
+    root = parsing.find_tree(settings.root, _locate, "speakers' folders 0001/ to 0020/, or one folder that has them")
     language = {"all": "mul"}.get(settings.language, settings.language)
     corpus = Corpus(facts=replace(FACTS, language=language), rows=[], dropped=[], notes=[])
     speakers = _choose_speakers(root, settings, corpus)
@@ -102,11 +82,10 @@ def parse_esd(settings: EsdSettings) -> Corpus:
     if settings.splits == "folders" and not any(clip.folder_split for clip in clips.values()):
         raise ValueError(f"splits='folders', but {root} has no folders {', '.join(SPLIT_FOLDERS)}. Use 'numbers'.")
     for clip in clips.values():
-        corpus.add(_make_row(clip, lines.get(clip.id), settings))
-    corpus.dropped += [
-        Dropped(name, parsing.NO_AUDIO, line.where) for name, line in lines.items() if name not in clips
-    ]
-    _describe(corpus, clips, lines, settings)
+        corpus.add(_clip_to_row(clip, lines.get(clip.id), settings))
+    unheard = [Dropped(name, parsing.NO_AUDIO, line.where) for name, line in lines.items() if name not in clips]
+    corpus.dropped += unheard
+    _describe(corpus, clips, lines, "the number" if settings.splits == "numbers" else "the folder")
     return corpus
 
 
@@ -132,18 +111,16 @@ def _language_of(speaker: str) -> str | None:
 
 
 def _choose_speakers(root: Path, settings: EsdSettings, corpus: Corpus) -> list[str]:
-    language = settings.language
-    wanted = _SPEAKERS_OF if language == "all" else (language,)
+    wanted = _SPEAKERS_OF if settings.language == "all" else (settings.language,)
     present = [name for name in parsing.list_folder(root)[0] if _SPEAKER.fullmatch(name)]
     chosen = [name for name in present if _language_of(name) in wanted]
+    show = parsing.name_some
     if not chosen:
-        raise ValueError(f"{root} has the speakers {parsing.name_some(present)}, none of the language {language!r}.")
+        raise ValueError(f"{root} has the speakers {show(present)}, none of the language {settings.language!r}.")
     if strangers := [name for name in settings.leave_speakers_out if name not in chosen]:
-        raise ValueError(
-            f"leave_speakers_out has {parsing.name_some(strangers)}; the speakers are {parsing.name_some(chosen)}."
-        )
+        raise ValueError(f"leave_speakers_out has {show(strangers)}; the speakers are {show(chosen)}.")
     others = [name for name in present if name not in chosen]
-    parsing.note(corpus, others, f"Speakers left out, for language={language!r}: {{names}}.")
+    parsing.note(corpus, others, f"Speakers left out, for language={settings.language!r}: {{names}}.")
     return chosen
 
 
@@ -162,8 +139,14 @@ def _find_clips(root: Path, speakers: list[str], dropped: list[Dropped]) -> dict
                 elif name in clips:
                     dropped.append(Dropped(name, parsing.REPEATED, f"{path}, taken from {clips[name].path}"))
                 else:
-                    clips[name] = _Clip(name, speaker, int(parsed[2]), path, emotion, split)
+                    clips[name] = _Clip(name, path, *_read_number(int(parsed[2])), emotion, split)
     return clips
+
+
+def _read_number(number: int) -> tuple[str, str]:
+    """Emotion and split of 1 to 1750: within an emotion 20 are for evaluation, 30 for the test, 300 for training."""
+    block, position = divmod(number - 1, BLOCK_SIZE)
+    return BLOCKS[block], "validation" if position < 20 else "test" if position < 50 else "train"
 
 
 def _read_transcripts(root: Path, speakers: list[str], corpus: Corpus) -> dict[str, _Line]:
@@ -174,7 +157,8 @@ def _read_transcripts(root: Path, speakers: list[str], corpus: Corpus) -> dict[s
         if not path.is_file():
             corpus.notes.append(f"No transcripts of speaker {speaker}: there is no {speaker}{os.sep}{speaker}.txt.")
             continue
-        content, encoding = parsing.read_lines(path, _ENCODINGS if _language_of(speaker) == "zh" else ())
+        # Mandarin that is not Unicode is in GB2312, which GB18030 holds.
+        content, encoding = parsing.read_lines(path, ["gb18030"] if _language_of(speaker) == "zh" else ())
         if not encoding.startswith("utf"):
             guessed.append(f"{path.name} as {encoding}")
         for number, line in enumerate(content, start=1):
@@ -182,13 +166,11 @@ def _read_transcripts(root: Path, speakers: list[str], corpus: Corpus) -> dict[s
             parsed = _LINE.fullmatch(line)
             if line and parsed is None:
                 corpus.dropped.append(Dropped(where, parsing.BAD_LINE, f"{line:.100}"))
-            elif parsed and parsed[1] in lines:
-                corpus.dropped.append(
-                    Dropped(where, parsing.REPEATED, f"{parsed[1]}, first in {lines[parsed[1]].where}")
-                )
+            elif parsed and (first := lines.get(parsed[1])):
+                corpus.dropped.append(Dropped(where, parsing.REPEATED, f"{parsed[1]}, first in {first.where}"))
             elif parsed:
                 name = parsed[3] or parsed[4]
-                emotion = _name_emotion(name)
+                emotion = name.lower() if name.lower() in BLOCKS else None
                 strange[name] += emotion is None
                 lines[parsed[1]] = _Line(parsed[2], emotion, where)
     parsing.note(corpus, guessed, "Transcripts that are not UTF-8 were read: {names}.")
@@ -197,53 +179,39 @@ def _read_transcripts(root: Path, speakers: list[str], corpus: Corpus) -> dict[s
     return lines
 
 
-def _name_emotion(name: str) -> str | None:
-    try:
-        emotion = canonical_emotion(name)
-    except ValueError:
-        return None
-    return emotion if emotion in BLOCKS else None
-
-
-def _make_row(clip: _Clip, line: _Line | None, settings: EsdSettings) -> Row | Dropped:
+def _clip_to_row(clip: _Clip, line: _Line | None, settings: EsdSettings) -> Row | Dropped:
     if clip.folder_emotion not in (None, clip.emotion):
         return Dropped(clip.id, CONTRADICTION, f"number: {clip.emotion}, folder: {clip.folder_emotion} ({clip.path})")
     if parsing.is_outside(clip.emotion, settings.label_set):
         return Dropped(clip.id, parsing.OUTSIDE_SET, clip.emotion)
-    split = clip.split if settings.splits == "numbers" else clip.folder_split
-    if split is None and settings.splits == "folders":
+    splits = {"numbers": clip.split, "folders": clip.folder_split, "auto": clip.folder_split or clip.split}
+    split, speaker = splits[settings.splits], clip.id[:4]
+    if split is None:
         return Dropped(clip.id, NO_SPLIT_FOLDER, clip.path)
-    split = split or clip.split
-    if settings.leave_speakers_out:
-        others = "validation" if split == "validation" else "train"
-        split = "test" if clip.speaker in settings.leave_speakers_out else others
-    return make_row(
-        id=clip.id,
-        audio=clip.path,
-        text=line.text if line else None,
-        emotion=clip.emotion,
-        speaker=clip.speaker,
-        split=split,
-        language=_language_of(clip.speaker),
-    )
+    if speaker in settings.leave_speakers_out:
+        split = "test"
+    elif settings.leave_speakers_out and split != "validation":
+        split = "train"
+    known = {"emotion": clip.emotion, "speaker": speaker, "split": split, "language": _language_of(speaker)}
+    return make_row(id=clip.id, audio=clip.path, text=line.text if line else None, **known)
 
 
-def _describe(corpus: Corpus, clips: Mapping[str, _Clip], lines: Mapping[str, _Line], settings: EsdSettings) -> None:
-    kept = [clips[row["id"]] for row in corpus.rows]
+def _describe(corpus: Corpus, clips: Mapping[str, _Clip], lines: Mapping[str, _Line], winner: str) -> None:
+    kept = [(clips[row["id"]], lines.get(row["id"])) for row in corpus.rows]
     moved = [
         f"{clip.id} (folder {clip.folder_split}, number {clip.split})"
-        for clip in kept
+        for clip, _ in kept
         if clip.folder_split not in (None, clip.split)
     ]
-    winner = "the number" if settings.splits == "numbers" else "the folder"
-    contradicts = "The split folder contradicts the number block of {count} clips"
-    parsing.note(corpus, moved, f"{contradicts}, and {winner} was taken: {{names}}.")
+    contradicts = (
+        f"The split folder contradicts the number block of {{count}} clips, and {winner} was taken: {{names}}."
+    )
+    parsing.note(corpus, moved, contradicts)
     renamed = [
         f"{clip.id} ({line.where}: {line.emotion})"
-        for clip in kept
-        if (line := lines.get(clip.id)) and line.emotion not in (None, clip.emotion)
+        for clip, line in kept
+        if line and line.emotion not in (None, clip.emotion)
     ]
     named = "The transcripts name another emotion than number and folder for {count} clips, and the number was taken"
     parsing.note(corpus, renamed, f"{named}: {{names}}.")
-    silent = [row["id"] for row in corpus.rows if row["text"] is None]
-    parsing.note(corpus, silent, "{count} clips have no transcript: {names}.")
+    parsing.note(corpus, (clip.id for clip, line in kept if not line), "{count} clips have no transcript: {names}.")
