@@ -112,9 +112,8 @@ def validate_row(row: Mapping[str, object]) -> None:
             f"'{PSEUDO_SOURCE}<model id>' or None. Rename it."
         )
     for name in DIMENSIONS:
-        value = row.get(name, 0)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (is_number and 0 <= value <= 1):
+        value = 0 if row.get(name) is None else row[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(
                 f"Row {row_id!r}: {name} is {value!r}, expected [0, 1] as a number, or None. Normalise the corpus's "
                 "own scale, for example (x - 1) / 6 for MSP-Podcast and (x - 1) / 4 for IEMOCAP."

@@ -23,34 +23,34 @@ PATH_COLUMNS = ("audio", "path", "file_name")  # the last is that of the audio f
 BAD_ROW = "row does not validate"
 NO_PATH = "no path of a local file"
 
-_TERMS = (
-    "Your own recordings: nothing is known here of the consent of those who speak. Publish neither audio nor "
-    "transcripts unless they agreed to it."
-)
-
 
 def parse_folder(settings: FolderSettings) -> Corpus:
-    """Read a table of utterances, or list the audio files of a folder.
+    """Read a table of utterances, whose paths are relative to its folder, or list the audio files of a folder.
 
-    Audio paths of a table are relative to its folder. A folder has `metadata.jsonl` or `metadata.csv` in it, or else
-    audio files at any depth. Where no table gives an id, it is the path without its suffix. Rows without an emotion
-    stay with label set `"all"` only. Raises `FileNotFoundError` or `ValueError` where there is nothing to read.
+    Where no table gives an id, it is the path without its suffix. Rows without an emotion stay with label set `"all"`
+    only. The notes name the columns of the table that a row has no place for.
+
+    Raises:
+        FileNotFoundError: Nothing is at `root`.
+        ValueError: `root` is another kind of file, a folder without audio, a table without a column of paths, or a
+            line is no row.
     """
     root = settings.root.expanduser().absolute()
     table = _find_table(root)
     folder = root if table is None else table.parent
-    corpus = Corpus(CorpusFacts("folder", folder.name, settings.language or "", "other", _TERMS), [], [], [])
+    terms = (
+        "Your own recordings: nothing is known here of the consent of those who speak. Publish neither audio nor "
+        "transcripts unless they agreed to it."
+    )
+    corpus = Corpus(CorpusFacts("folder", folder.name, settings.language or "", "other", terms), [], [], [])
     found = _list_audio_files(folder, corpus) if table is None else _read_fields(table, corpus)
     seen: set[str] = set()
     for place, fields in found:
-        made = _make_row(fields, place, folder, defaults={"split": settings.split, "language": settings.language})
-        if not isinstance(made, Dropped):
-            if made["id"] in seen:
-                made = Dropped(made["id"], parsing.REPEATED, place)
-            elif parsing.is_outside(made["emotion"], settings.label_set):
-                made = Dropped(made["id"], parsing.OUTSIDE_SET, str(made["emotion"]))
-            else:
-                seen.add(made["id"])
+        made = _fields_to_row(fields, place, folder, settings)
+        if not isinstance(made, Dropped) and made["id"] in seen:
+            made = Dropped(made["id"], parsing.REPEATED, place)
+        elif not isinstance(made, Dropped):
+            seen.add(made["id"])
         corpus.add(made)
     return corpus
 
@@ -74,10 +74,8 @@ def _list_audio_files(folder: Path, corpus: Corpus) -> list[tuple[str, dict[str,
     paths = sorted(inner / name for inner in parsing.walk_folders(folder) for name in parsing.list_folder(inner)[1])
     audio = [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES + OTHER_SUFFIXES]
     if not audio:
-        raise ValueError(
-            f"{folder} holds no audio files ({', '.join(AUDIO_SUFFIXES)}) and no metadata.jsonl or metadata.csv. "
-            "Give the table itself if it has another name."
-        )
+        wanted = f"no audio files ({', '.join(AUDIO_SUFFIXES)}) and no metadata.jsonl or metadata.csv"
+        raise ValueError(f"{folder} holds {wanted}. Give the table itself if it has another name.")
     if others := len(paths) - len(audio):
         corpus.notes.append(f"Files that are no audio, left out: {others:,}.")
     return [(str(path), {"audio": str(path.relative_to(folder))}) for path in audio]
@@ -91,43 +89,41 @@ def _read_fields(table: Path, corpus: Corpus) -> list[tuple[str, dict[str, objec
     names = list(dict.fromkeys(name for _, fields in lines for name in fields))
     column = next((name for name in PATH_COLUMNS if name in names), None)
     if column is None:
-        raise ValueError(
-            f"{table} has the columns {names}, none of {', '.join(PATH_COLUMNS)}. Name the paths `audio`."
-        )
+        wanted = ", ".join(PATH_COLUMNS)
+        raise ValueError(f"{table} has the columns {names}, none of {wanted}. Name the paths `audio`.")
     strange = [name for name in names if name not in COLUMNS and name != column]
     parsing.note(corpus, strange, "Columns that a row has no place for, left out: {names}.")
-    sources = {name: column if name == "audio" else name for name in COLUMNS if name in {*names, "audio"}}
-    return [(place, {name: fields.get(source) for name, source in sources.items()}) for place, fields in lines]
+    return [(place, fields | {"audio": fields.get(column)}) for place, fields in lines]
 
 
-def _make_row(
-    fields: Mapping[str, object], place: str, folder: Path, *, defaults: Mapping[str, str | None]
-) -> Row | Dropped:
+def _fields_to_row(fields: Mapping[str, object], place: str, folder: Path, settings: FolderSettings) -> Row | Dropped:
     """A valid row, or why it is none."""
     audio = fields["audio"]
     if not isinstance(audio, str) or not audio or "://" in audio:
         return Dropped(str(fields.get("id") or place), NO_PATH, f"{place}: {audio!r:.200}")
     row: dict[str, object] = {name: _as_text(name, fields.get(name)) for name in COLUMNS}
-    row |= {name: value for name, value in defaults.items() if row[name] is None}
-    row["id"] = row["id"] or os.path.splitext(audio)[0]
+    row_id = row["id"] = row["id"] or os.path.splitext(audio)[0]
     row["audio"] = str(folder / audio)
-    known = [name for name in DIMENSIONS if row[name] is not None]
+    for name, default in (("split", settings.split), ("language", settings.language)):
+        row[name] = default if row[name] is None else row[name]
+    known = {name: row[name] for name in DIMENSIONS if row[name] is not None}
     if known and row["dimension_source"] is None:
         row["dimension_source"] = LABEL_SOURCE
-    for name in known:
-        value = row[name]
+    for name, value in known.items():
         if isinstance(value, (int, float)) and not 0 <= value <= 1:
-            return Dropped(str(row["id"]), parsing.OUTSIDE_SCALE, f"{place}: {name} is {value}, expected [0, 1]")
+            return Dropped(str(row_id), parsing.OUTSIDE_SCALE, f"{place}: {name} is {value}, expected [0, 1]")
+    reason = parsing.UNKNOWN_EMOTION
     try:
         if isinstance(row["emotion"], str):
             row["emotion"] = canonical_emotion(row["emotion"])
-    except ValueError as error:
-        return Dropped(str(row["id"]), parsing.UNKNOWN_EMOTION, f"{place}: {error}")
-    try:
+        reason = BAD_ROW
         validate_row(row)
     except ValueError as error:
-        return Dropped(str(row["id"]), BAD_ROW, f"{place}: {error}")
-    return cast(Row, row)
+        return Dropped(str(row_id), reason, f"{place}: {error}")
+    valid = cast(Row, row)
+    if parsing.is_outside(valid["emotion"], settings.label_set):
+        return Dropped(valid["id"], parsing.OUTSIDE_SET, str(valid["emotion"]))
+    return valid
 
 
 def _as_text(name: str, value: object) -> object:

@@ -1,11 +1,7 @@
 """MSP-Podcast as rows: turns of podcasts with categories, dimensions, speakers and the corpus's own splits.
 
-    Audios/MSP-PODCAST_0001_0008.wav      Transcripts/MSP-PODCAST_0001_0008.txt
-    Labels/labels_consensus.csv           FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set
-    Labels.txt, Partitions.txt, Speaker_ids.txt     in the root or in Labels/; up to 1.8 instead of the CSV file
-
-The split "test" is Test1, which every release has: so `split="test"` is found as for every other corpus. Test2 and
-Test3 are "test2" and "test3". The labels of Test3 are hidden: its clips are rows without labels.
+Audios/MSP-PODCAST_0001_0008.wav      Transcripts/MSP-PODCAST_0001_0008.txt
+Labels/labels_consensus.csv           or, up to 1.8, Labels.txt, Partitions.txt and Speaker_ids.txt
 """
 
 from __future__ import annotations
@@ -15,10 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from relllm.labels import DIMENSIONS
-
 from .. import parsing
 from ..data_settings import MspPodcastSettings
+from ..parsing import Label, note
 from ..rows import Corpus, CorpusFacts, Dropped, Row
 
 FACTS = CorpusFacts(
@@ -26,31 +21,21 @@ FACTS = CorpusFacts(
     title="MSP-Podcast corpus",
     language="en",
     licence="other",
-    terms=(
-        "Given on request by the MSP laboratory of the University of Texas at Dallas under an academic licence; it "
-        "may not be redistributed."
-    ),
+    terms="Given on request by the MSP laboratory of the University of Texas at Dallas under an academic licence; it "
+    "may not be redistributed.",
     homepage="https://ecs.utdallas.edu/research/researchlabs/msp-lab/MSP-Podcast.html",
     citation="""@article{lotfian2019building,
   title = {Building Naturalistic Emotionally Balanced Speech Corpus by Retrieving Emotional Speech from Existing
            Podcast Recordings},
   author = {Lotfian, Reza and Busso, Carlos},
-  journal = {IEEE Transactions on Affective Computing},
-  volume = {10}, number = {4}, pages = {471--483}, year = {2019},
-  doi = {10.1109/TAFFC.2017.2736999}
+  journal = {IEEE Transactions on Affective Computing}, volume = {10}, number = {4}, pages = {471--483},
+  year = {2019}, doi = {10.1109/TAFFC.2017.2736999}
 }""",
 )
-SPLITS = {
-    "train": "train",
-    "development": "validation",
-    "validation": "validation",  # as older releases write it
-    "test1": "test",
-    "test2": "test2",
-    "test3": "test3",
-}
 HIDDEN_SPLIT = "test3"
-SCALE = (1.0, 7.0)
-
+# Every release has Test1: so `split="test"` is found as for every other corpus. Older ones write "Validation".
+SPLITS = {"train": "train", "development": "validation", "validation": "validation", "test1": "test"}
+SPLITS |= {name: name for name in ("test2", HIDDEN_SPLIT)}
 UNKNOWN_SPLIT = "unknown split"
 
 # Old releases misspell the name of the file. Files and folders are found in lower and upper case.
@@ -59,10 +44,7 @@ TEXT_FILES = ("labels.txt",)
 PARTITION_FILES = ("partitions.txt", "partition.txt")
 SPEAKER_FILES = ("speaker_ids.txt",)
 COLUMNS_NEEDED = ("FileName", "EmoClass", "EmoAct", "EmoVal", "EmoDom", "SpkrID", "Split_Set")
-
-_TREE = "Audios/ and Labels/labels_consensus.csv, or Labels.txt"
 _LETTERS = {"A": "arousal", "V": "valence", "D": "dominance"}
-_HIDDEN = ("", "nan", "na")
 
 
 def parse_msp_podcast(settings: MspPodcastSettings) -> Corpus:
@@ -71,96 +53,83 @@ def parse_msp_podcast(settings: MspPodcastSettings) -> Corpus:
     The speaker of a turn may be unknown, `None`. Raises `ValueError` if `root` is something else, or the CSV file
     lacks a column.
     """
-    root = parsing.find_tree(settings.root, _locate, _TREE)
+    wanted = "Audios/ and Labels/labels_consensus.csv, or Labels.txt"
+    root = parsing.find_tree(settings.root, _locate, wanted)
     corpus = Corpus(facts=FACTS, rows=[], dropped=[], notes=[])
-    folder = _find(root, ("audios",), kind="folder")
+    folder = _find_folder(root, "audios")
     assert folder is not None  # or `find_tree` had refused
     audio = parsing.list_audio(folder)
     labels = parsing.keep_first(_read_labels(root, corpus), corpus)
     partition = _read_pairs(root, PARTITION_FILES)
     for stem in audio:
         if stem not in labels and SPLITS.get(partition.get(stem, "").lower()) == HIDDEN_SPLIT:
-            labels[stem] = parsing.Label(stem, "", dict.fromkeys(DIMENSIONS, ""), "Partitions", split=partition[stem])
+            labels[stem] = Label(stem, "", {}, "Partitions", split=partition[stem])
     for label in labels.values():
-        corpus.add(_make_row(label, audio.get(label.id), settings))
+        corpus.add(_label_to_row(label, audio.get(label.id), settings))
     parsing.drop_unlabelled(corpus, labels, audio)
     _add_transcripts(root, corpus)
-    hidden = [row["id"] for row in corpus.rows if row["dimension_source"] is None]
-    parsing.note(corpus, hidden, f"The labels of {{count}} turns of {HIDDEN_SPLIT} are hidden; their rows have none.")
-    unknown = [row["id"] for row in corpus.rows if row["speaker"] is None]
-    parsing.note(
-        corpus, unknown, "The speaker of {count} turns is unknown: whether they overlap splits cannot be told."
-    )
+    hidden = (row["id"] for row in corpus.rows if row["dimension_source"] is None)
+    note(corpus, hidden, f"The labels of {{count}} turns of {HIDDEN_SPLIT} are hidden; their rows have none.")
+    unknown = (row["id"] for row in corpus.rows if row["speaker"] is None)
+    note(corpus, unknown, "The speaker of {count} turns is unknown: whether they overlap splits cannot be told.")
     return corpus
 
 
 def _locate(folder: Path) -> Path | None:
-    if not folder.is_dir() or _find(folder, ("audios",), kind="folder") is None:
+    if not folder.is_dir() or _find_folder(folder, "audios") is None:
         return None
-    return folder if _find(folder, CSV_FILES + TEXT_FILES) else None
+    return folder if _find_file(folder, CSV_FILES + TEXT_FILES) else None
 
 
-def _find(root: Path, names: tuple[str, ...], kind: str = "file") -> Path | None:
+def _find_folder(root: Path, wanted: str) -> Path | None:
+    return next((root / name for name in parsing.list_folder(root)[0] if name.lower() == wanted), None)
+
+
+def _find_file(root: Path, names: tuple[str, ...]) -> Path | None:
     """The first of the names that is in the root or in `Labels`, whatever its case."""
     folders, files = parsing.list_folder(root)
-    places = [(root, files if kind == "file" else folders)]
-    if kind == "file":
-        inner = [root / name for name in folders if name.lower() in ("labels", "label")]
-        places += [(path, parsing.list_folder(path)[1]) for path in inner]
-    for wanted in names:
-        for folder, present in places:
-            if found := [name for name in present if name.lower() == wanted]:
-                return folder / found[0]
-    return None
+    paths = [root / name for name in files]
+    for folder in (root / name for name in folders if name.lower() in ("labels", "label")):
+        paths += [folder / name for name in parsing.list_folder(folder)[1]]
+    return next((path for wanted in names for path in paths if path.name.lower() == wanted), None)
 
 
-def _read_labels(root: Path, corpus: Corpus) -> Iterator[parsing.Label | Dropped]:
-    if path := _find(root, CSV_FILES):
+def _read_labels(root: Path, corpus: Corpus) -> Iterator[Label | Dropped]:
+    if path := _find_file(root, CSV_FILES):
         return _parse_csv(path, root)
-    path = _find(root, TEXT_FILES)
+    path = _find_file(root, TEXT_FILES)
     assert path is not None  # or `find_tree` had refused
     for names, lost in ((PARTITION_FILES, "splits"), (SPEAKER_FILES, "speakers")):
-        if _find(root, names) is None:
-            corpus.notes.append(
-                f"{path.name} names no {lost}, and {names[0]} is not there: that of every turn is unknown."
-            )
+        if _find_file(root, names) is None:
+            missing = f"{path.name} names no {lost}, and {names[0]} is not there"
+            corpus.notes.append(f"{missing}: that of every turn is unknown.")
     return _parse_text(path, root)
 
 
 def _parse_csv(path: Path, root: Path) -> Iterator[parsing.Label | Dropped]:
     """Line by line: with the `csv` module one stray quotation mark would swallow the lines behind it."""
     lines = parsing.read_lines(path)[0]
-    columns = _split_line(lines[0])
+    columns = _split_line(lines[0], ",")
     if missing := [name for name in COLUMNS_NEEDED if name not in columns]:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}; its first line is {lines[0]:.200}.")
-    file, name_column = path.relative_to(root), columns.index("FileName")
     for number, line in enumerate(lines[1:], start=2):
-        if not line:
-            continue
-        where = f"{file}:{number}"
-        fields = _split_line(line)
-        stem = _stem(fields[name_column]) if name_column < len(fields) else ""
-        if not stem or len(fields) != len(columns):
+        where, fields = f"{path.relative_to(root)}:{number}", _split_line(line, ",")
+        row = dict(zip(columns, fields, strict=False))
+        stem = _stem(row.get("FileName", ""))
+        if stem and len(fields) == len(columns):
+            dimensions = {"arousal": row["EmoAct"], "dominance": row["EmoDom"], "valence": row["EmoVal"]}
+            yield Label(stem, row["EmoClass"], dimensions, where, speaker=row["SpkrID"], split=row["Split_Set"])
+        elif line:
             yield Dropped(stem or where, parsing.BAD_LINE, f"{where}: {line:.100}")
-            continue
-        row = dict(zip(columns, fields, strict=True))
-        dimensions = {"arousal": row["EmoAct"], "dominance": row["EmoDom"], "valence": row["EmoVal"]}
-        yield parsing.Label(stem, row["EmoClass"], dimensions, where, speaker=row["SpkrID"], split=row["Split_Set"])
-
-
-def _split_line(line: str) -> list[str]:
-    return [field.strip(' "') for field in line.split(",")]
 
 
 def _parse_text(path: Path, root: Path) -> Iterator[parsing.Label | Dropped]:
     """`MSP-PODCAST_0001_0008.wav; N; A:2.200000; V:4.000000; D:2.600000;` and then one line for each worker."""
     splits, speakers = _read_pairs(root, PARTITION_FILES), _read_pairs(root, SPEAKER_FILES)
-    file = path.relative_to(root)
     for number, line in enumerate(parsing.read_lines(path)[0], start=1):
         if not line or line.upper().startswith("WORKER"):
             continue
-        where = f"{file}:{number}"
-        fields = [field.strip() for field in line.rstrip("; ").split(";")]
+        where, fields = f"{path.relative_to(root)}:{number}", _split_line(line.rstrip("; "), ";")
         stem = _stem(fields[0])
         ratings = dict(field.split(":", 1) for field in fields[2:] if field.count(":") == 1)
         if not stem or len(fields) != 5 or set(ratings) != set(_LETTERS):
@@ -170,6 +139,10 @@ def _parse_text(path: Path, root: Path) -> Iterator[parsing.Label | Dropped]:
         yield parsing.Label(stem, fields[1], dimensions, where, speaker=speakers.get(stem), split=splits.get(stem))
 
 
+def _split_line(line: str, separator: str) -> list[str]:
+    return [field.strip(' "') for field in line.split(separator)]
+
+
 def _stem(file_name: str) -> str:
     """Name without `.wav`; empty for something else."""
     return file_name[:-4] if file_name.lower().endswith(".wav") else ""
@@ -177,46 +150,42 @@ def _stem(file_name: str) -> str:
 
 def _read_pairs(root: Path, names: tuple[str, ...]) -> dict[str, str]:
     """Stem -> split, from `Train; MSP-PODCAST_0023_0048.wav`, or speaker, from `MSP-PODCAST_0023_0048.wav; 127`."""
-    path = _find(root, names)
+    path = _find_file(root, names)
+    lines = [_split_line(line.rstrip("; "), ";") for line in parsing.read_lines(path)[0]] if path else []
     pairs = {}
-    for line in parsing.read_lines(path)[0] if path else ():
-        fields = [field.strip() for field in line.rstrip("; ").split(";")]
-        if len(fields) == 2:  # else a heading
-            first, second = map(_stem, fields)
-            if second:
-                pairs[second] = fields[0]
-            elif first:
-                pairs[first] = fields[1]
+    for first, second in (fields for fields in lines if len(fields) == 2):  # others are headings
+        stem, value = (second, first) if _stem(second) else (first, second)
+        if _stem(stem):
+            pairs[_stem(stem)] = value
     return pairs
 
 
-def _make_row(label: parsing.Label, audio: str | None, settings: MspPodcastSettings) -> Row | Dropped:
+def _label_to_row(label: Label, audio: str | None, settings: MspPodcastSettings) -> Row | Dropped:
     written = label.split or ""
     split = SPLITS.get(written.lower())
     if split is None and written:
         return Dropped(label.id, UNKNOWN_SPLIT, f"{label.where}: {written!r}, expected one of {', '.join(SPLITS)}")
     speaker = None if (label.speaker or "").lower() in ("", "unknown") else label.speaker
     label = replace(label, split=split, speaker=speaker)
-    if all((value or "").lower() in _HIDDEN for value in (label.emotion, *label.dimensions.values())):
+    if all((value or "").lower() in ("", "nan", "na") for value in (label.emotion, *label.dimensions.values())):
         if split != HIDDEN_SPLIT:
             return Dropped(label.id, parsing.NO_LABEL, label.where)
         label = replace(label, emotion=None)
-    return parsing.label_to_row(label, audio, label_set=settings.label_set, scale=SCALE)
+    return parsing.label_to_row(label, audio, label_set=settings.label_set, scale=(1.0, 7.0))
 
 
 def _add_transcripts(root: Path, corpus: Corpus) -> None:
-    folder = _find(root, ("transcripts",), kind="folder")
+    folder = _find_folder(root, "transcripts")
     if folder is None:
         corpus.notes.append("There is no folder Transcripts: no turn has a transcript.")
         return
-    names = set(parsing.list_folder(folder)[1])
-    guessed = Counter[str]()
+    names, guessed = set(parsing.list_folder(folder)[1]), Counter[str]()
     for row in corpus.rows:
         if f"{row['id']}.txt" in names:
             lines, encoding = parsing.read_lines(folder / f"{row['id']}.txt")
             row["text"] = " ".join(" ".join(lines).split()) or None
             guessed[encoding] += not encoding.startswith("utf")
-    silent = [row["id"] for row in corpus.rows if row["text"] is None and row["split"] != HIDDEN_SPLIT]
-    parsing.note(corpus, silent, "{count} turns have no transcript: {names}.")
-    odd = [f"{count:,} as {encoding}" for encoding, count in guessed.items() if count]
-    parsing.note(corpus, odd, "Transcripts that are not UTF-8 were read: {names}.")
+    silent = (row["id"] for row in corpus.rows if row["text"] is None and row["split"] != HIDDEN_SPLIT)
+    note(corpus, silent, "{count} turns have no transcript: {names}.")
+    odd = (f"{count:,} as {encoding}" for encoding, count in guessed.items() if count)
+    note(corpus, odd, "Transcripts that are not UTF-8 were read: {names}.")
