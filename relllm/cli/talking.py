@@ -41,8 +41,7 @@ Type a line and press Enter, or:
 @app.command("reply")
 @from_settings
 def reply_to_clips(
-    settings: ReplySettings,
-    audio: Annotated[list[str], typer.Argument(help="WAV, FLAC, OGG or MP3 files, or URLs.")],
+    settings: ReplySettings, audio: Annotated[list[str], typer.Argument(help="WAV, FLAC, OGG or MP3 files, or URLs.")]
 ) -> None:
     """Answer spoken turns: the reply as it is written, the emotion heard, arousal, dominance and valence.
 

@@ -12,13 +12,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 from rich.console import Console
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from relllm.labels import EMOTIONS

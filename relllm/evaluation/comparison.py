@@ -94,12 +94,7 @@ class Comparison:
 
 
 def compare_runs(
-    runs: Sequence[Run],
-    baselines: Sequence[str],
-    *,
-    resample: str = "auto",
-    num_resamples: int = 2000,
-    seed: int = 0,
+    runs: Sequence[Run], baselines: Sequence[str], *, resample: str = "auto", num_resamples: int = 2000, seed: int = 0
 ) -> Comparison:
     """Set two runs or more side by side, as the paper does: systems x corpora, gains over the baselines.
 

@@ -352,14 +352,3 @@ def _source_options(source: Mapping[str, Any], hub: Mapping[str, Any] | None) ->
 
 def _hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
-
-
-__all__ = [
-    "TOWERS",
-    "check_left_out",
-    "find_audio_token",
-    "find_commit",
-    "load_parts",
-    "whole_weights",
-    "why_not_light",
-]

@@ -167,6 +167,3 @@ def _check_tower(name: str, config: PreTrainedConfig, allowed: tuple[str, ...]) 
         raise ValueError(f"{name} must be of one of the kinds {allowed}, got {config.model_type!r}.")
     if getattr(config, "add_adapter", False):
         raise ValueError(f"{name} has add_adapter=True, which changes the frame count. Use the bare encoder.")
-
-
-__all__ = ["ReLLMConfig", "ReLLMEmotionConfig"]

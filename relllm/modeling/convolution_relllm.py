@@ -77,6 +77,3 @@ def _is_plain(conv: nn.Module) -> bool:
     if type(conv) is not nn.Conv1d or conv.weight.device.type != "cpu" or conv.weight.ndim != 3:
         return False
     return conv.padding == (0,) and conv.dilation == (1,) and conv.groups == 1
-
-
-__all__ = ["can_convolve", "convolve"]

@@ -126,6 +126,3 @@ class ReLLMEmotionModel(PreTrainedModel):
                 "(classifier.dense, classifier.out_proj) for arousal, dominance and valence."
             )
         return (model, info) if wants_info else model
-
-
-__all__ = ["EmotionTowerOutput", "ReLLMEmotionModel"]

@@ -182,6 +182,3 @@ def plain_lora_config(lora: "dict | PeftConfig | None") -> dict | None:
 def _find_positions(mask: Tensor | bool | None) -> Tensor | None:
     on_cpu = isinstance(mask, Tensor) and mask.device.type == "cpu"
     return mask.flatten().nonzero().squeeze(1) if on_cpu and not torch.compiler.is_compiling() else None
-
-
-__all__ = ["ADAPTER_NAME", "LoraScope", "ScopedLinear", "ScopedLora", "inject_scoped_lora", "is_lora_parameter"]

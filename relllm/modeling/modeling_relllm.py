@@ -625,14 +625,3 @@ def clip_average(num_windows: Tensor, weights: Tensor) -> Tensor:
 
 def _averaged(by_frames: Tensor, values: Tensor | None) -> Tensor | None:
     return None if values is None else by_frames.to(values) @ values
-
-
-__all__ = [
-    "ReLLMAudioOutput",
-    "ReLLMCausalLMOutput",
-    "ReLLMForConditionalGeneration",
-    "ReLLMModel",
-    "ReLLMModelOutput",
-    "ReLLMPreTrainedModel",
-    "TowerOutputs",
-]

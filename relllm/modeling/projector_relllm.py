@@ -127,6 +127,3 @@ def count_message(placeholders: int, positions: int) -> str:
         f"The text has {placeholders} audio placeholder tokens and the audio makes {positions} positions. "
         "Let ReLLMProcessor make both, and do not truncate its output."
     )
-
-
-__all__ = ["ConvProjector", "ProjectorOutput", "count_projected", "place_positions"]

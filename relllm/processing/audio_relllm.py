@@ -456,14 +456,3 @@ def _resampler(source_rate: int, target_rate: int) -> torch.nn.Module:
     if ratio.numerator * ratio.denominator > 4_000_000:
         ratio = ratio.limit_denominator(1000)
     return Resample(ratio.denominator, ratio.numerator)
-
-
-__all__ = [
-    "MAX_DURATION_S",
-    "MIN_DURATION_S",
-    "SAMPLING_RATE",
-    "AudioSource",
-    "check_waveform",
-    "load_audio",
-    "resample",
-]

@@ -213,6 +213,3 @@ def extractor_settings(config: PreTrainedConfig, speech_do_normalize: bool = Tru
         "tower_kernels": list(audio.conv_kernel),
         "tower_strides": list(audio.conv_stride),
     }
-
-
-__all__ = ["ReLLMFeatureExtractor", "extractor_settings"]

@@ -239,6 +239,3 @@ def audio_parts(conversation: Sequence) -> list[dict]:
 def _rate_of_arrays(kwargs: Mapping[str, Any]) -> int | None:
     """Return the sampling rate among the keywords of a call, which Transformers takes in two places."""
     return kwargs.get("sampling_rate") or (kwargs.get("audio_kwargs") or {}).get("sampling_rate")
-
-
-__all__ = ["AUDIO_KEYS", "ReLLMProcessor", "audio_parts"]

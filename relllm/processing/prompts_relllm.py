@@ -70,13 +70,3 @@ def build_chat_template(vocabulary: dict[str, int], eos_token: str, audio_token:
     for name, value in fields.items():
         template = template.replace(name, value)
     return template
-
-
-__all__ = [
-    "AUDIO_TOKEN",
-    "RECOGNITION_PROMPT",
-    "SPEECH_PROMPT",
-    "SYSTEM_PROMPT",
-    "WRITER_PROMPT",
-    "build_chat_template",
-]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import parsing
 from ..data_settings import IemocapSettings
-from ..parsing import Label, note
+from ..parsing import note
 from ..rows import Corpus, CorpusFacts, Dropped
 
 FACTS = CorpusFacts(
