@@ -9,7 +9,6 @@ import contextlib
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -18,6 +17,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 from relllm.cli import main
 
@@ -116,8 +117,10 @@ class ForkServer:
 
     def run_ranks(self, function: Callable, *arguments: object, **environment: str) -> list[Child]:
         """Two processes of one group (Gloo), as `torchrun` starts them: where one fails, the other is ended."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        # The store outlives the ranks, as torchrun's does: a rank that is done must not take it from the other.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        group |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         group |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
         ranks = [
             self.start(function, *arguments, **group, RANK=rank, LOCAL_RANK=rank, **environment) for rank in ("0", "1")
