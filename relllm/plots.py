@@ -274,7 +274,7 @@ def _plot_histograms(
     *,
     limits: tuple[float, float] | None = None,
 ) -> Path:
-    """One histogram for each quantity, as shares of the split, so that splits of any size can be compared."""
+    """Draw one histogram for each quantity, as shares of the split, so that splits of any size can be compared."""
     figure = _new_figure(max(6.4, 3.9 * len(values)), 3.8)
     splits = list(dict.fromkeys(split for by_split in values.values() for split in by_split))
     panels = figure.subplots(1, len(values), squeeze=False)[0]
@@ -303,7 +303,7 @@ def _check_lengths(*columns: Sequence) -> None:
 
 
 def _in_order(emotions: Iterable[str]) -> list[str]:
-    """Each once: the package's names in their order, then others, such as "unlabelled"."""
+    """Return each once: the package's names in their order, then others, such as "unlabelled"."""
     found = set(emotions)
     known = [name for name in (*EMOTIONS, *FURTHER_EMOTIONS) if name in found]
     return known + sorted(found - set(known))
@@ -347,7 +347,7 @@ def _draw_readings(
     members: Mapping[str, np.ndarray],
     marker: str,
 ) -> None:
-    """The points `shown` (clips, 2), and for each emotion an arrow from the true mean to the predicted one."""
+    """Draw the points `shown` (clips, 2), and for each emotion an arrow from the true mean to the predicted one."""
     for index, of_emotion in enumerate(members.values()):
         colour = _colour(index)
         x, y = shown[of_emotion].T
@@ -371,7 +371,7 @@ def _draw_plane(axes: Axes) -> None:
 
 
 def _marker(shape: str, colour: str, label: str, edge: str | None = None) -> Line2D:
-    """For a legend."""
+    """Make a marker for a legend."""
     from matplotlib.lines import Line2D
 
     line = Line2D([], [], linestyle="", marker=shape, markersize=8, color=colour, label=label)
@@ -380,7 +380,7 @@ def _marker(shape: str, colour: str, label: str, edge: str | None = None) -> Lin
 
 
 def _legend_below(figure: Figure, panels: Sequence[Axes], num_columns: int) -> None:
-    """Each label of the panels once."""
+    """Write each label of the panels once."""
     found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(found.values(), found, loc="outside lower center", ncols=num_columns, frameon=False)
 

@@ -84,7 +84,7 @@ def pick_device(device: str) -> str:
 
 
 def _parameter(field: dataclasses.Field, kind: Any) -> inspect.Parameter:
-    """One option or argument, as Typer takes it from a signature."""
+    """Make one option or argument, as Typer takes it from a signature."""
     told: Mapping[str, Any] = field.metadata
     limits = {name: told[name] for name in ("min", "max", "envvar") if name in told}
     default = field.default
@@ -113,7 +113,7 @@ def _is_tuple(kind: Any) -> bool:
 
 
 def _split(value: Any, field: dataclasses.Field) -> Any:
-    """A tuple from what was written with commas; anything else as it is."""
+    """Make a tuple of what was written with commas; return anything else as it is."""
     hint = field.type if isinstance(field.type, str) else str(field.type)
     if isinstance(value, str) and "tuple[" in hint:
         return tuple(part.strip() for part in value.split(",") if part.strip())

@@ -102,7 +102,7 @@ def to_16_bit(waveform: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _read_header(path: Path) -> tuple[int, bool]:
-    """The rate, and whether it is 16-bit mono audio at ours; where there is no header `load_audio` then says why."""
+    """Read the rate, and whether it is 16-bit mono audio at ours; without a header `load_audio` then says why."""
     try:
         with path.open("rb") as file:
             info = soundfile.info(file)

@@ -34,12 +34,12 @@ class PrepareSettings:
 
     @property
     def directory(self) -> Path:
-        """Where the data set goes."""
+        """Return where the data set goes."""
         return (self.output_dir or Path("data") / self.NAME).expanduser().absolute()
 
     @property
     def identity(self) -> dict[str, object]:
-        """What two runs must share to make one data set."""
+        """Return what two runs must share to make one data set."""
         elsewhere = ("root", "output_dir", "num_proc")
         return {name: value for name, value in asdict(self).items() if name not in elsewhere}
 
@@ -108,7 +108,7 @@ class FolderSettings(CorpusSettings):
 
     @property
     def directory(self) -> Path:
-        """Where the data set goes."""
+        """Return where the data set goes."""
         return (self.output_dir or Path("data") / self.root.absolute().stem).expanduser().absolute()
 
 
@@ -174,12 +174,12 @@ class TargetSettings(Sampling):
 
     @property
     def identity(self) -> dict[str, object]:
-        """What two runs must share to make one file."""
+        """Return what two runs must share to make one file."""
         return {entry.name: getattr(self, entry.name) for entry in fields(TargetSettings)}
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What a row needs for its request."""
+        """Return what a row needs for its request."""
         return ("text", "emotion") if self.prompt.format(emotion="A") != self.prompt.format(emotion="B") else ("text",)
 
 
@@ -204,12 +204,12 @@ class AnnotationSettings:
 
     @property
     def identity(self) -> dict[str, object]:
-        """What two runs must share to make one file."""
+        """Return what two runs must share to make one file."""
         return {entry.name: getattr(self, entry.name) for entry in fields(AnnotationSettings)}
 
     @property
     def source(self) -> str:
-        """What `dimension_source` says of a reading."""
+        """Return what `dimension_source` says of a reading."""
         revision = "" if self.revision == "main" else f"@{self.revision}"
         return f"{PSEUDO_SOURCE}{self.emotion_model}{revision}"
 

@@ -213,7 +213,7 @@ def write_report(inspection: Inspection, out: Path) -> list[Path]:
 
 
 def _name_splits(data: str) -> list[str | None]:
-    """The splits that have to be named to read everything; `[None]` where one table has it all."""
+    """Name the splits that have to be read for everything; `[None]` where one table has it all."""
     path = Path(data).expanduser()
     saved = path / "dataset_dict.json"
     if saved.is_file():

@@ -140,7 +140,7 @@ def _list_shards(directory: Path) -> dict[str, list[str]]:
 
 
 def _join(loaded: dict | Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The rows of all splits, one split after the other."""
+    """Join the rows of all splits, one split after the other."""
     from datasets import Value, concatenate_datasets
 
     if not isinstance(loaded, dict):
@@ -171,7 +171,7 @@ def _parse_held_out(held_out: str) -> dict[str, tuple[str, tuple[str, ...]]]:
 def _hold_out(
     dataset: Dataset | IterableDataset, split: str, wanted: dict[str, tuple[str, tuple[str, ...]]], source: str
 ) -> Dataset | IterableDataset:
-    """The rows of a split that is made from columns, with the column `split` saying so."""
+    """Return the rows of a split that is made from columns, with the column `split` saying so."""
     from datasets import Dataset
 
     names = list(dataset.features or {})
@@ -205,7 +205,7 @@ def _hold_out(
 
 
 def _assign(values: Sequence[str | None], wanted: dict[str, tuple[str, tuple[str, ...]]]) -> str | None:
-    """The split of a row, by its values in the columns of `wanted`; `None` where one is missing."""
+    """Find a row's split by its values in the columns of `wanted`; `None` where one is missing."""
     if None in values:
         return None
     found = [name for value, (name, (_, held)) in zip(values, wanted.items(), strict=True) if value in held]
@@ -247,7 +247,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
-    """An empty field is a missing value; the dimensions are numbers, everything else is text."""
+    """Read an empty field as a missing value, the dimensions as numbers, everything else as text."""
     with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
         reader = csv.DictReader(file, restkey=_TOO_MANY)
         for fields in reader:
@@ -309,7 +309,7 @@ def _with_located_audio(row: dict, folder: Path) -> dict:
 
 
 def _located(audio: str, folder: Path) -> str:
-    """A relative path becomes absolute; an absolute path and a URL stay."""
+    """Make a relative path absolute; leave an absolute path and a URL."""
     return audio if "://" in audio else str(folder.absolute() / audio)
 
 

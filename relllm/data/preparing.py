@@ -188,7 +188,7 @@ def _make_shards(
 
 
 def _find_report(directory: Path, settings: Mapping[str, object]) -> dict | None:
-    """The report of a data set that is complete already; `None` where nothing is."""
+    """Find the report of a data set that is complete already; `None` where nothing is."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return None
     path = directory / "report.json"
@@ -221,7 +221,7 @@ def _fail_empty(reasons: Mapping[str, int]) -> None:
 
 
 def _describe(corpus: Corpus, settings: PrepareSettings) -> dict:
-    """What two runs must share to make one data set, as JSON gives it back."""
+    """Return what two runs must share to make one data set, as JSON gives it back."""
     digest = hashlib.sha256()
     for row in corpus.rows:
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
@@ -232,7 +232,7 @@ def _describe(corpus: Corpus, settings: PrepareSettings) -> dict:
 
 
 def _table_schema(embed_audio: bool) -> pyarrow.Schema:
-    """The columns, with what `datasets` wants to know of them."""
+    """Return the columns, with what `datasets` wants to know of them."""
     from datasets import Audio, Features, Value
 
     from relllm.processing.audio_relllm import SAMPLING_RATE

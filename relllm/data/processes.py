@@ -79,7 +79,7 @@ def _run_here(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator
 
 
 def _begin_process() -> None:
-    """One thread; Ctrl-C is for the first process; and no life without it."""
+    """Take one thread, leave Ctrl-C to the first process, and end with it."""
     import torch
 
     torch.set_num_threads(1)

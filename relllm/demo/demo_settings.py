@@ -45,7 +45,7 @@ class SyntheticSettings(CorpusSize, PrepareSettings):
 
     @property
     def identity(self) -> dict[str, object]:
-        """What two runs must share to make one data set."""
+        """Return what two runs must share to make one data set."""
         return {"plan": VERSION, **super().identity}
 
 

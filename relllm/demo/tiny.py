@@ -76,7 +76,7 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
 
 
 def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
-    """A tokenizer and a small Llama from the corpus's own text: writer's prompt and transcript in, reply out."""
+    """Train a tokenizer and a small Llama on the corpus's own text: writer's prompt and transcript in, reply out."""
     set_seed(settings.seed)
     tokenizer = _train_tokenizer(corpus["train"])
     config = llama_config(tokenizer, 128, layers=4, num_key_value_heads=4)
@@ -168,7 +168,7 @@ def _train_speech(corpus: DatasetDict, settings: DemoSettings, path: Path, fusio
 
 
 def _arguments(settings: DemoSettings, path: Path, *, epochs: float) -> dict:
-    """What all three trainings share."""
+    """Return what all three trainings share."""
     return {
         "output_dir": str(path),
         "num_train_epochs": epochs,

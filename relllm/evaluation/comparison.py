@@ -134,7 +134,7 @@ def compare_runs(
 
 
 def _row_labels(groups: Mapping[str, Sequence[Run]]) -> tuple[dict[Path, str], dict[str, str]]:
-    """What row each run is in, and the system of each row, in the order of the rows."""
+    """Return what row each run is in, and the system of each row, in the order of the rows."""
     by_system = all(len({run.system for run in members}) == len(members) for members in groups.values())
     everyone = sorted((run for group in groups.values() for run in group), key=lambda run: SYSTEMS.index(run.system))
     labels = {run.path: SYSTEM_TITLES[run.system] if by_system else run.name for run in everyone}
@@ -167,7 +167,7 @@ def _find_baseline(name: str, runs: Sequence[Run], labels: Mapping[Path, str]) -
 
 
 def _pairs(present: Sequence[str], baselines: Sequence[str]) -> list[tuple[str, str]]:
-    """Each system over each baseline, but no pair twice, the other way round."""
+    """Pair each system with each baseline, but no pair twice, the other way round."""
     pairs: list[tuple[str, str]] = []
     for baseline in baselines:
         if baseline in present:
@@ -178,7 +178,7 @@ def _pairs(present: Sequence[str], baselines: Sequence[str]) -> list[tuple[str, 
 def _measure_parts(
     corpus: str, by_label: Mapping[str, Run], resample: str, notes: list[str]
 ) -> Iterator[tuple[dict[Metric, dict[str, Measured]], list[str], list[str]]]:
-    """For each part of each table: its metrics by system, what the bootstrap draws, and the clips."""
+    """Return for each part of each table its metrics by system, what the bootstrap draws, and the clips."""
     for table, part in PARTS:
         having = {label: _ids_with(run, table, part) for label, run in by_label.items()}
         having = {label: ids for label, ids in having.items() if ids}
@@ -208,7 +208,7 @@ def _ids_with(run: Run, table: str, part: str) -> set[str]:
 
 
 def _common(corpus: str, having: Mapping[str, set[str]], by_label: Mapping[str, Run], notes: list[str]) -> list[str]:
-    """The clips that all runs with this part have, in the order of the first one's file."""
+    """Return the clips that all runs with this part have, in the order of the first one's file."""
     everything = set().union(*having.values())
     shared = set.intersection(*having.values())
     for label, ids in having.items():
@@ -236,7 +236,7 @@ def _labelled(clips: Sequence[dict], table: str, part: str, class_names: Mapping
 
 
 def _units(corpus: str, ids: Sequence[str], clips: Sequence[dict], resample: str, notes: list[str]) -> list[str]:
-    """What the bootstrap draws, for each clip; one without a speaker is drawn alone."""
+    """Return what the bootstrap draws, for each clip; one without a speaker is drawn alone."""
     num_speakers = len({clip.get("speaker") for clip in clips} - {None})
     if resample == "speakers" and num_speakers < 2:
         raise ValueError(f"--resample speakers: {corpus} has {num_speakers} known speakers. Use --resample clips.")

@@ -129,7 +129,7 @@ def comparison_json(comparison: Comparison) -> dict[str, object]:
 
 
 def _write_whole(text: str, path: Path) -> None:
-    """The file is complete or the one before."""
+    """Leave the file complete, or the one before."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -210,7 +210,7 @@ def _published_gains(comparison: Comparison, name: str) -> list[list[str]]:
 
 
 def _forest_panels(comparison: Comparison, name: str) -> dict[tuple[str, str], list[ForestLine]]:
-    """For each metric and corpus one line a pair of systems; and the published gain over the same system."""
+    """Return one line a pair of systems for each metric and corpus, and the published gain over the same system."""
     panels: dict[tuple[str, str], list[ForestLine]] = {}
     for gain in comparison.gains:
         if gain.metric.table != name or gain.metric.name in ("wa", "macro_f1"):
@@ -239,7 +239,7 @@ def _published_beside(comparison: Comparison, gain: Gain) -> float | None:
 
 
 def _count_levels(comparison: Comparison, corpus: str) -> dict[str, dict[str, list[int]]]:
-    """How many replies of each system have each level, of all its clips."""
+    """Count how many replies of each system have each level, of all its clips."""
     found: dict[str, dict[str, list[int]]] = {}
     for run in comparison.runs[corpus]:
         scored = [clip["empathy"] for clip in run.clips.values() if "empathy" in clip]

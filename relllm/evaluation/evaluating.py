@@ -321,13 +321,13 @@ def _is_complete(out: Path, identity: Mapping) -> bool:
 
 
 def _from_main(state: PartialState, make: Callable):  # type: ignore[no-untyped-def]
-    """What the main process makes, in every process."""
+    """Return what the main process makes, in every process."""
     made = [make() if state.is_main_process else None]
     return broadcast_object_list(made)[0]
 
 
 def _corpus_name(data: str) -> str:
-    """What `relllm prepare` wrote down; else the folder's name, `iemocap` of `data/iemocap/targets.jsonl`."""
+    """Return what `relllm prepare` wrote; else the folder's name, `iemocap` of `data/iemocap/targets.jsonl`."""
     path = Path(data)
     folder = path.absolute().parent if path.is_file() else path
     report = folder / "report.json"

@@ -52,5 +52,5 @@ class PushSettings:
 
     @property
     def form(self) -> Form | None:
-        """How it goes; `None`: as it is."""
+        """Return how it goes; `None`: as it is."""
         return "light" if self.light else "full" if self.full else None

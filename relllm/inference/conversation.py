@@ -59,12 +59,12 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict]:
-        """The turns so far, as [`~ReLLMProcessor.apply_chat_template`] takes them; audio parts hold waveforms."""
+        """Return the turns so far, for [`~ReLLMProcessor.apply_chat_template`]; audio parts hold waveforms."""
         return list(self._messages)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the replies."""
+        """Return the tokenizer of the replies."""
         return self.processor.tokenizer
 
     @torch.no_grad()

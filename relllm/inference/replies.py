@@ -29,7 +29,7 @@ class Heard:
 
     @property
     def emotion(self) -> str:
-        """The most probable one."""
+        """Return the most probable emotion."""
         return max(self.probabilities, key=self.probabilities.__getitem__)
 
     def __str__(self) -> str:

@@ -177,7 +177,7 @@ def check_head(llm: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def _in_eval(module: nn.Module) -> Iterator[None]:
-    """No dropout, and no gradient checkpointing either, which needs a gradient; as before afterwards."""
+    """Switch off dropout, and gradient checkpointing, which needs a gradient; as before afterwards."""
     training = [child for child in module.modules() if child.training]
     for child in training:
         child.training = False

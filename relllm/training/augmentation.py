@@ -76,7 +76,7 @@ class AugmentationSettings:
 
     @property
     def augments(self) -> bool:
-        """Whether any effect is on."""
+        """Tell whether any effect is on."""
         ranges = any(getattr(self, name) is not None for name in RANGES)
         return ranges or self.augment_telephone or bool(self.augment_codec)
 
@@ -108,7 +108,7 @@ class Augmentation:
 
     @property
     def epoch(self) -> int:
-        """The epoch whose draws are made, from 0; the same in all workers, also once it is set."""
+        """Return the epoch whose draws are made, from 0; the same in all workers, also once it is set."""
         return int(self._epoch)
 
     @epoch.setter

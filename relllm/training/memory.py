@@ -80,7 +80,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> float:
-        """The peak: what is always there, and the larger of towers and LLM."""
+        """Return the peak: what is always there, and the larger of towers and LLM."""
         static = self.weights + self.gradients + self.optimizer + self.autocast
         return static + max(self.towers, self.activations + self.workspace)
 

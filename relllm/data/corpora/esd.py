@@ -90,7 +90,7 @@ def parse_esd(settings: EsdSettings) -> Corpus:
 
 
 def _locate(folder: Path) -> Path | None:
-    """The folder itself, or the only one in it that has speakers' folders."""
+    """Find the folder itself, or the only one in it that has speakers' folders."""
     if not folder.is_dir():
         return None
     if _has_speakers(folder):

@@ -56,7 +56,7 @@ def parse_folder(settings: FolderSettings) -> Corpus:
 
 
 def _find_table(root: Path) -> Path | None:
-    """The table at `root`, or in it; `None` for a bare folder."""
+    """Find the table at `root`, or in it; `None` for a bare folder."""
     if root.is_dir():
         found = [root / f"metadata{suffix}" for suffix in TABLES if (root / f"metadata{suffix}").is_file()]
         if len(found) > 1:
@@ -97,7 +97,7 @@ def _read_fields(table: Path, corpus: Corpus) -> list[tuple[str, dict[str, objec
 
 
 def _fields_to_row(fields: Mapping[str, object], place: str, folder: Path, settings: FolderSettings) -> Row | Dropped:
-    """A valid row, or why it is none."""
+    """Make a valid row, or say why it is none."""
     audio = fields["audio"]
     if not isinstance(audio, str) or not audio or "://" in audio:
         return Dropped(str(fields.get("id") or place), NO_PATH, f"{place}: {audio!r:.200}")
@@ -127,7 +127,7 @@ def _fields_to_row(fields: Mapping[str, object], place: str, folder: Path, setti
 
 
 def _as_text(name: str, value: object) -> object:
-    """A number as a name: tables have speakers 1, 2, 3. An empty text is a missing value."""
+    """Write a number as a name: tables have speakers 1, 2, 3. An empty text is a missing value."""
     if name not in DIMENSIONS and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return None if value == "" else value

@@ -129,7 +129,7 @@ def _read_transcripts(root: Path, sessions: list[int], corpus: Corpus) -> dict[s
 
 
 def _text_files(root: Path, sessions: list[int], kind: str) -> Iterator[Path]:
-    """The dialogs' files, and not those in the raters' folders beside them."""
+    """List the dialogs' files, and not those in the raters' folders beside them."""
     for folder in (root / f"Session{number}" / "dialog" / kind for number in sessions):
         names = parsing.list_folder(folder)[1] if folder.is_dir() else []
         yield from (folder / name for name in names if name.endswith(".txt"))

@@ -86,7 +86,7 @@ def _find_folder(root: Path, wanted: str) -> Path | None:
 
 
 def _find_file(root: Path, names: tuple[str, ...]) -> Path | None:
-    """The first of the names that is in the root or in `Labels`, whatever its case."""
+    """Find the first of the names that is in the root or in `Labels`, whatever its case."""
     folders, files = parsing.list_folder(root)
     paths = [root / name for name in files]
     for folder in (root / name for name in folders if name.lower() in ("labels", "label")):

@@ -242,7 +242,7 @@ def _read_level(value: str, where: str) -> int:
 
 
 def _post_key(pair: Pair) -> str:
-    """The same for posts that differ in case and white space only."""
+    """Return the same key for posts that differ in case and white space only."""
     return " ".join(pair.seeker_post.casefold().split())
 
 

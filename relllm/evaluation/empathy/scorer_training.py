@@ -170,7 +170,7 @@ def _predicted(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def _majority_baseline(splits: Mapping[str, Mapping]) -> dict[str, float]:
-    """Of the answer that is always the most frequent level of the training split."""
+    """Measure the answer that is always the most frequent level of the training split."""
     guess = int(np.argmax(splits["train"]["levels"]))
     levels = [level for level, count in enumerate(splits["test"]["levels"]) for _ in range(count)]
     found = recognition_metrics(levels, [guess] * len(levels), LEVEL_NAMES)
@@ -178,7 +178,7 @@ def _majority_baseline(splits: Mapping[str, Mapping]) -> dict[str, float]:
 
 
 def _chosen_epoch(trainer: Trainer) -> float | None:
-    """The epoch of the kept checkpoint."""
+    """Return the epoch of the kept checkpoint."""
     steps = [entry for entry in trainer.state.log_history if entry.get("step") == trainer.state.best_global_step]
     return next((float(entry["epoch"]) for entry in steps), None)
 
@@ -194,7 +194,7 @@ def _write_folder(trainer: Trainer, tokenizer: object, metrics: Mapping, folder:
 
 
 def _training_identity(settings: EmpathySettings) -> dict:
-    """What must not change when a run goes on. Where it runs may."""
+    """Return what must not change when a run goes on. Where it runs may."""
     free = ("data", "output_dir", "device", "encoder")
     return {
         "task": "empathy train",
@@ -213,6 +213,6 @@ def _read_complete(folder: Path, identity: Mapping) -> dict:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The last complete one: its state is written last."""
+    """Find the last complete one: its state is written last."""
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None

@@ -70,7 +70,7 @@ class Job:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether somebody waits for more of it."""
+        """Tell whether somebody waits for more of it."""
         return not self.cancelled and self.failure is None
 
     def send(self, event: Event) -> None:
@@ -160,7 +160,7 @@ class BatchRow:
 
     @property
     def done(self) -> bool:
-        """Whether the reply has ended."""
+        """Tell whether the reply has ended."""
         return self._job.finished
 
     def choose(self, tokens: Tensor, scores: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Engine:
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests are accepted."""
+        """Tell whether requests are accepted."""
         return self._thread.is_alive() and not self._draining
 
     def check_room(self) -> None:
