@@ -15,9 +15,14 @@ def train(context: typer.Context) -> None:
 
     Example: relllm train --config recipes/stage2_emotion.yaml --data data/iemocap --output_dir runs/iemocap
     """
+    from relllm.training.checkpoints import RunComplete
     from relllm.training.run import parse_arguments, run_training
 
-    trainer = run_training(*parse_arguments(context.args))
+    try:
+        trainer = run_training(*parse_arguments(context.args))
+    except RunComplete as complete:
+        console.print(str(complete))
+        return
     if trainer.is_world_process_zero():
         console.print(f"The model and its processor are in [bold]{trainer.args.output_dir}[/bold].")
 
@@ -28,9 +33,14 @@ def train_emotion(context: typer.Context) -> None:
 
     Example: relllm train-emotion --model_name_or_path microsoft/wavlm-large --data data/msp --output_dir runs/tower
     """
+    from relllm.training.checkpoints import RunComplete
     from relllm.training.emotion_training import parse_emotion_arguments, run_emotion_training
 
-    trainer = run_emotion_training(*parse_emotion_arguments(context.args))
+    try:
+        trainer = run_emotion_training(*parse_emotion_arguments(context.args))
+    except RunComplete as complete:
+        console.print(str(complete))
+        return
     if trainer.is_world_process_zero():
         console.print(f"The tower is in [bold]{trainer.args.output_dir}[/bold].")
 

@@ -7,27 +7,118 @@ a kill while saving leaves the last one as it was.
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import logging
 
-from relllm.modeling.checkpoint_relllm import TOWERS, check_left_out, why_not_light
+from relllm.data.journal import name_differences, rows_fingerprint, write_json
+from relllm.modeling.checkpoint_relllm import TOWERS, check_left_out, source_fingerprint, why_not_light
+
+from .config import RowsSettings
 
 logger = logging.get_logger(__name__)
 
+RECORD_NAME = "training_settings.json"
+# Of a record: where a run runs and how much memory it takes, which do not decide what comes out.
+MAY_DIFFER = ("world_size", "gradient_checkpointing", "light_checkpoints")
+OPTIMIZER_FILES = ("optimizer", "global_step")  # DeepSpeed's are in a folder
 UNFINISHED = "_unfinished"  # `Trainer` pushes no file or folder whose name starts with an underscore
+
+
+class RunComplete(RuntimeError):
+    """Says that a run has nothing left to do."""
+
+
+def begin_run(output_dir: Path, identity: Mapping[str, object], resume: str) -> str | None:
+    """Write what decides a run's result into its folder, and return the checkpoint from which it goes on.
+
+    Args:
+        output_dir (`Path`): Its folder, which gets `training_settings.json`.
+        identity (`Mapping`): Settings, data and towers; what is in `MAY_DIFFER` may change before a run goes on.
+        resume (`str`): See [`checkpoint_to_resume`].
+
+    Raises:
+        ValueError: The folder holds a run with another identity; the message names each difference.
+        RunComplete: The folder holds this run, and it is complete.
+    """
+    wanted = json.loads(json.dumps(identity))
+    record = output_dir / RECORD_NAME
+    found: dict | None = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    checkpoint = checkpoint_to_resume(output_dir, resume)
+    steps_done = (found or {}).get("steps_done")
+    complete = steps_done is not None
+    if complete or checkpoint is not None:
+        what = "a complete run" if complete or checkpoint is None else Path(checkpoint).name
+        if found is None:
+            raise ValueError(
+                f"{output_dir} holds {what} and no {RECORD_NAME}: the settings of that run are not known. Choose "
+                f"another output_dir, or say that you mean it: --resume_from_checkpoint {checkpoint}."
+            )
+        if differences := name_differences(_decides(found), _decides(wanted)):
+            raise ValueError(
+                f"{output_dir} holds {what} with other settings ({differences}). Choose another output_dir, delete "
+                "the folder, or give the settings of that run."
+            )
+    if complete:
+        raise RunComplete(
+            f"This run is complete in {output_dir}: {steps_done} steps. To train it again, delete the folder "
+            "or choose another output_dir; to train further, start from it with --model_name_or_path."
+        )
+    write_json(wanted, record)
+    return checkpoint
+
+
+def end_run(output_dir: Path, identity: Mapping[str, object], state: TrainerState) -> None:
+    """Write how far a run went, with which it is complete."""
+    write_json({**identity, "steps_done": state.global_step, "epochs_done": state.epoch}, output_dir / RECORD_NAME)
+
+
+def describe_data(
+    script: RowsSettings, train_rows: Dataset | IterableDataset, eval_rows: Dataset | None
+) -> dict[str, object]:
+    """Return which rows a run reads, by names and fingerprints, for its record; streamed rows have no fingerprint."""
+    record: dict[str, object] = {
+        name: value
+        for name in ("data", "train_split", "held_out", "eval_data", "eval_split")
+        if (value := getattr(script, name, None))
+    }
+    for name in {"data", "eval_data"} & record.keys():
+        if os.path.exists(str(record[name])):
+            record[name] = Path(str(record[name])).name
+    for name, rows in (("train_rows", train_rows), ("eval_rows", eval_rows)):
+        if isinstance(rows, Dataset):
+            columns = [column for column in rows.column_names if column != "audio"]
+            record[name] = len(rows)
+            record[f"{name}_fingerprint"] = rows_fingerprint(rows, columns)
+    return record
+
+
+def describe_weights(places: Mapping[str, str | None], revision: str) -> dict[str, str]:
+    """Return the fingerprint of each checkpoint that a run starts from; `revision` is that of `model_name_or_path`."""
+    given = {name: place for name, place in places.items() if place is not None}
+    if "model_name_or_path" in given:  # which wins over the towers
+        given = {"model_name_or_path": given["model_name_or_path"]}
+    return {
+        f"{name}_fingerprint": source_fingerprint(
+            {"name": place, "revision": revision if name == "model_name_or_path" else None}
+        )
+        for name, place in given.items()
+    }
 
 
 def checkpoint_to_resume(output_dir: Path, resume: str) -> str | None:
     """Return the last complete `checkpoint-…` of a run: one whose state, which is written last, reads.
 
     `"auto"` takes one if there is one, `"true"` demands one, `"false"` refuses one: two runs would mix in one folder.
+    One without its optimiser, which `save_only_model` leaves out, is a `ValueError`.
     """
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if _has_state(path)]
     last = max(checkpoints, key=lambda path: int(path.name.split("-")[1]), default=None)
@@ -38,18 +129,41 @@ def checkpoint_to_resume(output_dir: Path, resume: str) -> str | None:
             f"resume='false', and {output_dir} holds {last.name} of an earlier run. Go on from it with resume='auto', "
             "delete the folder, or choose another output_dir."
         )
+    if last is not None and not any(path.name.startswith(OPTIMIZER_FILES) for path in last.iterdir()):
+        raise ValueError(
+            f"{last} was saved without its optimiser (save_only_model), and a run cannot go on from it. Start a new "
+            "one from its weights with --model_name_or_path, or choose another output_dir."
+        )
     return None if last is None else str(last)
+
+
+def _decides(record: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in record.items() if name not in (*MAY_DIFFER, "steps_done", "epochs_done")}
 
 
 def _has_state(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return checkpoint.name.split("-")[1].isdigit()
 
 
-class CheckpointMixin(Trainer):
+class LastStepMixin(Trainer):
+    """For a trainer that may be resumed after its last step: Transformers' takes one more."""
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        over = 0 < self.state.max_steps <= self.state.global_step
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                over |= callback.early_stopping_patience_counter >= callback.early_stopping_patience
+        if over:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+
+class CheckpointMixin(LastStepMixin):
     """For a trainer of a ReLLM, before TRL's in the bases; its `args` have `light_checkpoints`."""
 
     _staging: str | None = None

@@ -18,7 +18,6 @@ from transformers import (
     AutoModel,
     EvalPrediction,
     PreTrainedModel,
-    Trainer,
     TrainingArguments,
     Wav2Vec2FeatureExtractor,
     set_seed,
@@ -33,13 +32,14 @@ from relllm.processing.audio_relllm import load_audio
 from relllm.setting import setting
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
-from .checkpoints import checkpoint_to_resume
+from .checkpoints import LastStepMixin, begin_run, describe_data, describe_weights, end_run
 from .config import RowsSettings
 from .losses import ccc_loss
 from .settings import SettingsParser
 
 logger = logging.getLogger(__name__)
 
+DECISIVE = ("gradient_accumulation_steps", "max_steps", "weight_decay", "warmup_steps", "seed", "bf16", "fp16")
 DESCRIPTION = """\
 Fine-tune an emotion tower to arousal, dominance and valence, which `emotion=` and `--emotion_tower` then take.
 
@@ -133,7 +133,7 @@ class EmotionCollator:
         }
 
 
-class EmotionTowerTrainer(AugmentationMixin, Trainer):
+class EmotionTowerTrainer(AugmentationMixin, LastStepMixin):
     """Trains a [`ReLLMEmotionModel`] on rows with `audio` and the dimensions, with 1 - CCC, averaged over these.
 
     A CCC is a statistic of a batch: prefer 16 clips or more, of many emotions, to gradient accumulation.
@@ -160,20 +160,28 @@ class EmotionTowerTrainer(AugmentationMixin, Trainer):
 
 
 def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingConfig) -> EmotionTowerTrainer:
-    """Build, train, evaluate and save, as the settings say; tower and feature extractor are in `args.output_dir`."""
-    checkpoint = args.resume_from_checkpoint or checkpoint_to_resume(Path(args.output_dir), script.resume)
-    set_seed(args.seed)  # what is drawn for the head
+    """Build, train, evaluate and save, as the settings say; tower and feature extractor are in `args.output_dir`.
+
+    It goes on from what is in that folder as [`~relllm.training.run.run_training`] does.
+    """
     assert script.data is not None and script.model_name_or_path is not None
     train_rows = _load_labelled(script.data, script.train_split or "all", script.held_out)
     eval_rows = _load_labelled(script.data, script.eval_split, script.held_out) if script.eval_split else None
     if eval_rows is None:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
+    with args.main_process_first(desc="looking at the folder"):
+        identity = _training_record(script, args) | describe_data(script, train_rows, eval_rows)
+        identity |= describe_weights({"model_name_or_path": script.model_name_or_path}, "main")
+        checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
+    set_seed(args.seed)  # what is drawn for the head
     name, num_layers = script.model_name_or_path, script.num_layers
     model = build_emotion_tower(name, num_layers=num_layers, final_dropout=script.final_dropout)
     if not script.train_feature_encoder:
         model.encoder.feature_extractor._freeze_parameters()
     data = {"train_dataset": train_rows, "eval_dataset": eval_rows}
     trainer = EmotionTowerTrainer(model, args, **data, compute_metrics=concordance_metrics)
+    if checkpoint is not None and trainer.is_world_process_zero():
+        print(f"Going on from {checkpoint}.", flush=True)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     trainer.save_metrics("train", metrics)
@@ -182,7 +190,18 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
         trainer.save_metrics("eval", trainer.evaluate())
     if args.push_to_hub:
         trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        end_run(Path(args.output_dir), identity, trainer.state)
     return trainer
+
+
+def _training_record(script: EmotionScriptArguments, args: EmotionTrainingConfig) -> dict[str, object]:
+    """Return the settings that decide what comes out of a run."""
+    names = {*EmotionTrainingConfig.__annotations__, *AugmentationSettings.__annotations__, *DECISIVE}
+    names -= {"report_to", "save_total_limit", "per_device_eval_batch_size"}
+    record = {name: getattr(script, name) for name in ("num_layers", "train_feature_encoder", "final_dropout")}
+    record |= {field.name: getattr(args, field.name) for field in fields(args) if field.name in names}
+    return {name: getattr(value, "value", value) for name, value in record.items()}
 
 
 def build_emotion_tower(name: str, *, num_layers: int | None = None, final_dropout: float = 0.1) -> ReLLMEmotionModel:

@@ -1,39 +1,36 @@
 """`relllm train`: a training run from a YAML file and flags, and the record that a model card has of it."""
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from relllm.data.journal import write_json
 from relllm.data.loading import load_corpus
 
 from .augmentation import AugmentationSettings
 from .building import build_model
-from .checkpoints import checkpoint_to_resume
+from .checkpoints import begin_run, describe_data, describe_weights, end_run
 from .config import ReLLMScriptArguments, ReLLMSFTConfig
 from .settings import SettingsParser
 from .tower_cache import TowerCacheSettings
 from .trainer import ReLLMSFTTrainer
 
-logger = logging.getLogger(__name__)
-
-RECORD_NAME = "training_settings.json"
 PLACES = ("model_name_or_path", "audio_tower", "emotion_tower", "text_model")
 MODEL_SETTINGS = (
     *PLACES,
     *("revision", "emotion_fusion"),
     *("projector_inner_dim", "lora_r", "lora_alpha", "lora_dropout", "lora_scope"),
-    *("dtype", "load_in_4bit", "full_window", "max_duration_s", "train_split"),
+    *("lora_target_modules", "dtype", "load_in_4bit", "full_window", "max_duration_s", "early_stopping_patience"),
 )
 OF_A_NEW_MODEL = ("full_window", "max_duration_s")  # a checkpoint's processor has its own
 TRAINER_SETTINGS = (
     *("optim", "lr_scheduler_type", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("lr_scheduler_kwargs", "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy", "data_seed"),
     *("max_steps", "world_size", "bf16", "fp16", "gradient_checkpointing", "seed"),
+    *("load_best_model_at_end", "metric_for_best_model"),
 )
 DESCRIPTION = """\
 Train a ReLLM on rows with audio, replies and emotions.
@@ -63,11 +60,18 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ReLLMScriptArguments, ReL
 
 
 def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFTTrainer:
-    """Build, train, evaluate and save, as the settings say; model and processor are in `args.output_dir`."""
-    checkpoint = args.resume_from_checkpoint or checkpoint_to_resume(Path(args.output_dir), script.resume)
-    set_seed(args.seed)  # what is drawn for the projector, the heads and the LoRA
+    """Build, train, evaluate and save, as the settings say; model and processor are in `args.output_dir`.
+
+    What that folder holds of this run is gone on from; of another run it is a `ValueError`, and of this one, complete,
+    a [`~relllm.training.checkpoints.RunComplete`].
+    """
+    folder = Path(args.output_dir)
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows = _load_data(script, args)
+        identity = training_record(script, args) | describe_data(script, train_rows, eval_rows)
+        identity |= describe_weights({name: getattr(script, name) for name in PLACES}, script.revision)
+        checkpoint = args.resume_from_checkpoint or begin_run(folder, identity, script.resume)
+    set_seed(args.seed)  # what is drawn for the projector, the heads and the LoRA
     model, processor = build_model(script)
     trainer = ReLLMSFTTrainer(
         model=model,
@@ -77,13 +81,11 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
         processing_class=processor,
         callbacks=_callbacks(script, args),
     )
-    if checkpoint is not None:
-        logger.info("Going on from %s.", checkpoint)
+    if checkpoint is not None and trainer.is_world_process_zero():
+        print(f"Going on from {checkpoint}.", flush=True)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_metrics("train", metrics)
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        write_json(training_record(script, args, trainer.state), Path(args.output_dir) / RECORD_NAME)
     if eval_rows is not None:
         trainer.save_metrics("eval", trainer.evaluate())
     if script.load_in_4bit:  # Transformers loads such a checkpoint as it is stored, so let it be stored in one dtype
@@ -94,13 +96,13 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
         trainer.push_to_hub()  # saves as well
     else:
         trainer.save_model()  # and the processor
+    if trainer.is_world_process_zero():
+        end_run(folder, identity, trainer.state)
     return trainer
 
 
-def training_record(script: ReLLMScriptArguments, args: ReLLMSFTConfig, state: TrainerState) -> dict[str, object]:
-    """Return the settings that a reader needs to repeat a run, and how far it went, without a path of this machine or
-    a token.
-    """
+def training_record(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> dict[str, object]:
+    """Return the settings that a reader needs to repeat a run, without a path of this machine or a token."""
     own = {*ReLLMSFTConfig.__annotations__, *(AugmentationSettings.__annotations__ if args.augments else ())}
     of_model = [name for name in MODEL_SETTINGS if script.model_name_or_path is None or name not in OF_A_NEW_MODEL]
     names = [field.name for field in fields(args) if field.name in own or field.name in TRAINER_SETTINGS]
@@ -111,8 +113,7 @@ def training_record(script: ReLLMScriptArguments, args: ReLLMSFTConfig, state: T
         place = record.get(name)
         if isinstance(place, str) and (os.path.isabs(place) or os.path.exists(place)):
             record[name] = "a local folder"
-    public = {name: _plain(value) for name, value in record.items() if value not in (None, [])}
-    return {**public, "steps_done": state.global_step, "epochs_done": state.epoch}
+    return {name: _plain(value) for name, value in record.items() if value not in (None, [])}
 
 
 def _plain(value: object) -> object:
@@ -142,6 +143,7 @@ def _load_data(
 def _callbacks(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> list[TrainerCallback]:
     if script.early_stopping_patience is None:
         return []
+    args.restore_callback_states_from_checkpoint = True  # a resumed run has the patience that was left
     if not args.load_best_model_at_end or args.metric_for_best_model is None:
         raise ValueError(
             "early_stopping_patience needs load_best_model_at_end: true and metric_for_best_model (for example "

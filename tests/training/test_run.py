@@ -1,5 +1,6 @@
 """`relllm train`: settings from file and flags, the model they give, and what a run writes, resumes and refuses."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -16,9 +17,11 @@ from typer.testing import CliRunner
 
 from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.cli import app
+from relllm.data.journal import rows_fingerprint
+from relllm.data.loading import load_corpus
 from relllm.demo.tiny_towers import make_tiny_towers
 from relllm.training.building import NEVER_QUANTIZED, add_lora, build_config, build_model, four_bit_config
-from relllm.training.checkpoints import checkpoint_to_resume
+from relllm.training.checkpoints import RECORD_NAME, RunComplete, checkpoint_to_resume
 from relllm.training.config import ReLLMScriptArguments, ReLLMSFTConfig
 from relllm.training.freezing import lora_counts_as_adapter
 from relllm.training.run import parse_arguments, run_training
@@ -48,12 +51,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     for index in range(12):
         soundfile.write(folder / f"{index}.wav", clip(0.3 + 0.02 * index, seed=index), 16_000)
         labels = {"emotion": ("sad", "happy", None)[index % 3], "arousal": 0.3, "dominance": None, "valence": 0.5}
-        split = "train" if index < 8 else "validation"
-        rows.append(
-            {"id": f"{index}", "audio": f"{index}.wav", "response": REPLIES[index % 2], "split": split} | labels
-        )
+        row = {
+            "id": f"{index}",
+            "audio": f"{index}.wav",
+            "response": REPLIES[index % 2],
+            "session": f"{index % 2 + 1}",
+        }
+        rows.append(row | labels | {"response": REPLIES[index % 2], "split": "train" if index < 8 else "validation"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def one_fold(towers: dict[str, str], corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run on session 2, with session 1 held out."""
+    folder = tmp_path_factory.mktemp("fold") / "run"
+    run_training(settings_of(towers, corpus, held_out="session=1"), args_of(folder))
+    return folder
 
 
 def settings_of(towers: dict[str, str], corpus: str, **changes: object) -> ReLLMScriptArguments:
@@ -186,19 +200,103 @@ def test_a_run_trains_evaluates_and_saves_what_loads(towers: dict[str, str], cor
     assert processor.apply_request(clip(0.3))["input_ids"].shape[0] == 1
 
 
-def test_the_same_command_again_goes_on_from_the_last_checkpoint(
-    towers: dict[str, str], corpus: str, tmp_path: Path
+def test_a_run_that_was_killed_goes_on_and_one_that_is_complete_does_nothing(
+    towers: dict[str, str], corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run_training(settings_of(towers, corpus), args_of(tmp_path / "whole", max_steps=3))
-    first = run_training(settings_of(towers, corpus), args_of(tmp_path / "run", max_steps=3, save_steps=2))
-    assert first.state.global_step == 3
-    for folder in (tmp_path / "run").glob("checkpoint-3"):  # as if it had been killed after step 2
-        (folder / "trainer_state.json").write_text('{"global_step":')
-    assert checkpoint_to_resume(tmp_path / "run", "auto") == str(tmp_path / "run" / "checkpoint-2")
-    again = run_training(settings_of(towers, corpus), args_of(tmp_path / "run", max_steps=3, save_steps=2))
-    assert len([entry for entry in again.state.log_history if "train_runtime" in entry]) == 1
+    script, folder = settings_of(towers, corpus), tmp_path / "run"
+    whole = run_training(script, args_of(tmp_path / "whole", max_steps=3))
+    run_training(script, args_of(folder, max_steps=3, save_steps=2))
+    record = json.loads((folder / RECORD_NAME).read_text())
+    assert (record.pop("steps_done"), record.pop("epochs_done")) == (3, 0.75)
+    (folder / RECORD_NAME).write_text(json.dumps(record))  # as if it had been killed in step 3, and while saving
+    (folder / "checkpoint-3" / "trainer_state.json").write_text('{"global_step":')
+    assert checkpoint_to_resume(folder, "auto") == str(folder / "checkpoint-2")
+    again = run_training(script, args_of(folder, max_steps=3, save_steps=2))
+    assert f"Going on from {folder / 'checkpoint-2'}." in capsys.readouterr().out
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], weight), name
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(RunComplete, match="complete in .*: 3 steps"):
+        run_training(script, args_of(folder, max_steps=3, save_steps=2))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == files
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_no_further_one(
+    towers: dict[str, str], corpus: str, tmp_path: Path
+) -> None:
+    first = run_training(settings_of(towers, corpus), args_of(tmp_path, max_steps=3))
+    record = json.loads((tmp_path / RECORD_NAME).read_text())
+    (tmp_path / RECORD_NAME).write_text(json.dumps({name: record[name] for name in record if "_done" not in name}))
+    again = run_training(settings_of(towers, corpus), args_of(tmp_path, max_steps=3))
+    assert again.state.global_step == 3
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], weight), name
+    assert json.loads((tmp_path / RECORD_NAME).read_text()) == record
+
+
+@pytest.mark.parametrize(
+    "script, args, named",
+    [
+        ({"held_out": "session=2"}, {}, r"held_out: 'session=1', now 'session=2'.*train_rows_fingerprint"),
+        ({}, {"seed": 5}, "seed: 42, now 5"),
+        ({"lora_scope": "global"}, {}, "lora_scope: 'audio', now 'global'"),
+        ({}, {"emotion_loss_weight": 0.5}, r"emotion_loss_weight: 1\.0, now 0\.5"),
+        ({}, {"max_steps": 3}, "max_steps: 2, now 3"),
+    ],
+)
+def test_another_run_is_not_taken_for_this_one(
+    one_fold: Path, script: dict, args: dict, named: str, towers: dict[str, str], corpus: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(one_fold, tmp_path / "run")
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for of_what in ("a complete run", "checkpoint-2"):
+        with pytest.raises(ValueError, match=f"holds {of_what} with other settings .*{named}"):
+            run_training(settings_of(towers, corpus, **{"held_out": "session=1", **script}), args_of(folder, **args))
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == files
+        record = json.loads(files[RECORD_NAME])
+        (folder / RECORD_NAME).write_text(json.dumps({name: record[name] for name in record if "_done" not in name}))
+        files[RECORD_NAME] = (folder / RECORD_NAME).read_bytes()
+
+
+def test_other_rows_and_other_weights_are_another_run(one_fold: Path, towers, corpus: str, tmp_path: Path) -> None:
+    other = shutil.copytree(corpus, tmp_path / Path(corpus).name)
+    table = (other / "metadata.jsonl").read_text()
+    (other / "metadata.jsonl").write_text(table.replace(REPLIES[1], "That is good news!"))
+    with pytest.raises(ValueError, match=r"settings \(train_rows_fingerprint: [^;]*\)"):
+        run_training(settings_of(towers, str(other), held_out="session=1"), args_of(one_fold))
+    tiny_llm("gpt2").save_pretrained(tmp_path / "llm")
+    tiny_tokenizer(audio_token=False).save_pretrained(tmp_path / "llm")
+    script = settings_of({**towers, "text_model": str(tmp_path / "llm")}, corpus, held_out="session=1")
+    with pytest.raises(ValueError, match="text_model_fingerprint: "):
+        run_training(script, args_of(one_fold))
+
+
+def test_what_does_not_decide_may_change(one_fold: Path, towers: dict[str, str], corpus: str) -> None:
+    script = settings_of(towers, corpus, held_out="session=1")
+    with pytest.raises(RunComplete):
+        run_training(script, args_of(one_fold, gradient_checkpointing=True, logging_steps=7, dataloader_num_workers=1))
+
+
+def test_a_checkpoint_of_an_unknown_run_or_without_its_optimiser_is_refused(
+    one_fold: Path, towers: dict[str, str], corpus: str, tmp_path: Path
+) -> None:
+    folder, script = shutil.copytree(one_fold, tmp_path / "run"), settings_of(towers, corpus, held_out="session=1")
+    (folder / RECORD_NAME).unlink()
+    with pytest.raises(ValueError, match="not known.*--resume_from_checkpoint .*checkpoint-2"):
+        run_training(script, args_of(folder))
+    (folder / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="without its optimiser"):
+        run_training(script, args_of(folder))
+
+
+def test_the_record_of_a_run_says_what_it_read(one_fold: Path, towers: dict[str, str], corpus: str) -> None:
+    record = json.loads((one_fold / RECORD_NAME).read_text())
+    assert record["data"] == Path(corpus).name and record["held_out"] == "session=1" and record["train_rows"] == 6
+    rows = load_corpus(corpus, "train", held_out="session=1").remove_columns("audio")
+    assert record["train_rows_fingerprint"] == rows_fingerprint(rows, rows.column_names)
+    llm = hashlib.sha256((Path(towers["text_model"]) / "model.safetensors").read_bytes()).hexdigest()
+    assert record["text_model_fingerprint"] == hashlib.sha256(llm.encode()).hexdigest()
+    assert corpus not in json.dumps(record) and towers["text_model"] not in json.dumps(record)
 
 
 def test_resume_demands_or_refuses_a_checkpoint(towers: dict[str, str], corpus: str, tmp_path: Path) -> None:
@@ -206,11 +304,10 @@ def test_resume_demands_or_refuses_a_checkpoint(towers: dict[str, str], corpus: 
         run_training(settings_of(towers, corpus, resume="true"), args_of(tmp_path))
     (tmp_path / "checkpoint-7").mkdir()
     assert checkpoint_to_resume(tmp_path, "auto") is None
-    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-10").mkdir()
-    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-best").mkdir()
-    (tmp_path / "checkpoint-best" / "trainer_state.json").write_text("{}")
+    for name in ("checkpoint-7", "checkpoint-10", "checkpoint-best"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+        (tmp_path / name / "optimizer.pt").touch()
     assert checkpoint_to_resume(tmp_path, "true") == str(tmp_path / "checkpoint-10")
     with pytest.raises(ValueError, match="holds checkpoint-10 of an earlier run"):
         run_training(settings_of(towers, corpus, resume="false"), args_of(tmp_path))

@@ -13,6 +13,7 @@ from transformers import AutoModel, EvalPrediction, Wav2Vec2FeatureExtractor
 
 from relllm import ReLLMEmotionModel, ReLLMForConditionalGeneration
 from relllm.labels import DIMENSIONS
+from relllm.training.checkpoints import RunComplete
 from relllm.training.emotion_training import (
     EmotionScriptArguments,
     EmotionTrainingConfig,
@@ -108,6 +109,18 @@ def test_a_run_learns_keeps_the_best_and_gives_a_tower_that_rellm_takes(corpus: 
     )
     state = model.model.emotion_tower.state_dict()
     assert all(torch.equal(state[name], weight) for name, weight in tower.state_dict().items())
+
+
+def test_a_folder_is_one_runs_and_a_complete_one_does_nothing(corpus: str, tmp_path: Path) -> None:
+    script = EmotionScriptArguments(model_name_or_path=save_encoder(tmp_path / "encoder"), data=corpus)
+    run_emotion_training(script, args_of(tmp_path / "run", num_train_epochs=1))
+    with pytest.raises(RunComplete, match="3 steps"):
+        run_emotion_training(script, args_of(tmp_path / "run", num_train_epochs=1))
+    with pytest.raises(ValueError, match=r"complete run with other settings \(seed: 42, now 7\)"):
+        run_emotion_training(script, args_of(tmp_path / "run", num_train_epochs=1, seed=7))
+    save_encoder(tmp_path / "encoder", "hubert")
+    with pytest.raises(ValueError, match="model_name_or_path_fingerprint"):
+        run_emotion_training(script, args_of(tmp_path / "run", num_train_epochs=1))
 
 
 def test_the_convolutions_stay_as_they_were_unless_they_are_to_train(corpus: str, tmp_path: Path) -> None:
