@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from relllm.labels import DIMENSIONS
 
+from .columns import normalize_columns
 from .rows import COLUMNS
 
 if TYPE_CHECKING:
@@ -81,15 +82,15 @@ def _load(data: str, split: str | None, streaming: bool) -> Dataset | IterableDa
     if not path.exists():
         if data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith((".jsonl", ".csv", ".parquet")):
             raise FileNotFoundError(f"No data at {data}. Give an existing path, or the id of a data set on the Hub.")
-        return _leave_encoded(_choose(load_dataset(data, streaming=streaming), split, data))
+        return normalize_columns(_choose(load_dataset(data, streaming=streaming), split, data))
     if path.is_dir() and (path / METADATA).is_file():
         path = path / METADATA
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
-        return _leave_encoded(_stream(_choose(load_from_disk(str(path)), split, str(path)), streaming))
+        return normalize_columns(_stream(_choose(load_from_disk(str(path)), split, str(path)), streaming))
     if path.is_dir() or path.suffix == ".parquet":
-        return _leave_encoded(_load_parquet(path, split, streaming))
+        return normalize_columns(_load_parquet(path, split, streaming))
     if path.suffix in (".jsonl", ".csv"):
-        return _stream(_load_table(path, split), streaming)
+        return normalize_columns(_stream(_load_table(path, split), streaming))
     raise ValueError(f"{data} is a {path.suffix or 'nameless kind of'} file; expected .jsonl, .csv or .parquet.")
 
 
@@ -311,12 +312,3 @@ def _with_located_audio(row: dict, folder: Path) -> dict:
 def _located(audio: str, folder: Path) -> str:
     """Make a relative path absolute; leave an absolute path and a URL."""
     return audio if "://" in audio else str(folder.absolute() / audio)
-
-
-def _leave_encoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    from datasets import Audio
-
-    for name, feature in (dataset.features or {}).items():
-        if isinstance(feature, Audio) and feature.decode:
-            dataset = dataset.cast_column(name, Audio(decode=False))
-    return dataset

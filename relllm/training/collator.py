@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from relllm.labels import DIMENSIONS
-from relllm.processing.processing_relllm import ReLLMProcessor, audio_parts
+from relllm.processing.processing_relllm import AUDIO_KEYS, ReLLMProcessor, audio_parts
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 
 from .augmentation import Augmentation
 from .losses import IGNORE_INDEX
 from .tower_cache import TowerCache
+
+AUDIO_PLACE = "<audio>"  # where a clip stands in the text of LLaMA-Factory's and ms-swift's messages
 
 
 @dataclass
@@ -28,8 +30,8 @@ class ReLLMCollator:
     """Makes training batches.
 
     A row is one of a corpus (`audio`, `response`, and where known `emotion`, `arousal`, `dominance`, `valence`), or a
-    TRL conversation (`messages` with audio parts) with the same labels beside it. Token labels are on the assistant's
-    words and the end of its turn, and nowhere else.
+    TRL conversation (`messages`; see [`place_clips`]) with the same labels beside it. Token labels are on the
+    assistant's words and the end of its turn, and nowhere else.
     """
 
     processor: ReLLMProcessor
@@ -133,7 +135,7 @@ class ReLLMCollator:
         if row.get("messages") is not None:
             if not any(message["role"] == "assistant" for message in row["messages"]):
                 raise ValueError(f"{_name(row)} has `messages` without an assistant turn: there is nothing to learn.")
-            return list(row["messages"])
+            return place_clips(row)
         if row.get("audio") is None or row.get("response") is None:
             raise ValueError(
                 f"{_name(row)} needs `audio` and `response` (the reply to learn), or `messages`; it has "
@@ -151,6 +153,57 @@ class ReLLMCollator:
                 "Map it to one of them, or set it to None."
             )
         return [IGNORE_INDEX if name is None else list(self.emotion_labels).index(name) for name in names]
+
+
+def place_clips(row: Mapping) -> list[dict]:
+    """Return the `messages` of a row, with the clips of its columns `audio` (one) or `audios` (a list) in them.
+
+    They fill, in order, the audio parts that name no clip and each `<audio>` in text; where there is neither, nor any
+    clip in the messages, they begin the first user's message, as images do in TRL. Messages whose parts name their
+    clips are returned as they are.
+
+    Raises:
+        ValueError: There are more or fewer clips than places.
+    """
+    messages = [dict(message) for message in row["messages"]]
+    clips = list(row.get("audios") or [row[name] for name in ("audio",) if row.get(name) is not None])
+    if not clips or any(_has_clip(part) for part in audio_parts(messages)):
+        return messages
+    for message in messages:
+        if isinstance(message["content"], str):
+            message["content"] = _split_at_places(message["content"])
+    places = audio_parts(messages)
+    if not places:
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None:
+            raise ValueError(f"{_name(row)} has {len(clips)} clips and no user's message to put them in.")
+        places = [{"type": "audio"} for _ in clips]
+        first["content"] = [*places, *first["content"]]
+    if len(places) != len(clips):
+        raise ValueError(
+            f"{_name(row)} has {len(clips)} clips in its columns and {len(places)} places for them in its messages. "
+            "Write one `<audio>`, or a part of type 'audio', for each."
+        )
+    filled = iter(clips)
+    for message in messages:
+        message["content"] = [
+            {"type": "audio", "audio": next(filled)} if part["type"] == "audio" else part
+            for part in message["content"]
+        ]
+    return messages
+
+
+def _has_clip(part: Mapping) -> bool:
+    return any(part.get(key) is not None for key in AUDIO_KEYS)
+
+
+def _split_at_places(text: str) -> list[dict]:
+    """Return a text as parts, with an audio part at each `<audio>`."""
+    parts: list[dict] = []
+    for index, piece in enumerate(text.split(AUDIO_PLACE)):
+        parts += [{"type": "audio"}] if index else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
 
 
 def _group_clips(conversation: Sequence[dict]) -> list[int]:

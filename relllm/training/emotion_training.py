@@ -34,6 +34,7 @@ from relllm.setting import setting
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
 from .checkpoints import LastStepMixin, begin_run, describe_data, describe_weights, end_run
 from .config import RowsSettings
+from .lengths import GroupByLengthMixin, clip_duration
 from .losses import ccc_loss
 from .settings import SettingsParser
 
@@ -133,7 +134,7 @@ class EmotionCollator:
         }
 
 
-class EmotionTowerTrainer(AugmentationMixin, LastStepMixin):
+class EmotionTowerTrainer(GroupByLengthMixin, AugmentationMixin, LastStepMixin):
     """Trains a [`ReLLMEmotionModel`] on rows with `audio` and the dimensions, with 1 - CCC, averaged over these.
 
     A CCC is a statistic of a batch: prefer 16 clips or more, of many emotions, to gradient accumulation.
@@ -148,6 +149,11 @@ class EmotionTowerTrainer(AugmentationMixin, LastStepMixin):
         if isinstance(args, AugmentationSettings) and args.augments:
             self.augment(Augmentation(args, seed=self.args.seed, sampling_rate=extractor.sampling_rate))
         self.model_accepts_loss_kwargs = False  # a CCC is averaged over accumulated steps, not divided by a count
+
+    def measure_rows(self, rows: Dataset) -> list[int]:
+        """Return the samples of each clip."""
+        rate = self.processing_class.sampling_rate
+        return [round(rate * clip_duration(row["audio"], rate)) for row in rows.select_columns("audio")]
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: object

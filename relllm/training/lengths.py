@@ -1,4 +1,4 @@
-"""How many positions a row takes in the LLM's sequence, by its audio's header and its characters, without decoding."""
+"""How long a row is, by its audio's header and its characters, without decoding; batches of like length."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -7,16 +7,46 @@ import numpy as np
 import soundfile
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import has_length
 
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 from relllm.processing.processing_relllm import AUDIO_KEYS
 
+from .collator import place_clips
+
 CHARACTERS_PER_TOKEN = 4.0  # of English under the tokenizers of current LLMs
+
+
+class GroupByLengthMixin(Trainer):
+    """For `train_sampling_strategy: group_by_length` without a column of lengths, before other trainers in the bases.
+
+    The rows of an evaluation keep their order: Transformers groups these too.
+    """
+
+    def measure_rows(self, rows: Dataset) -> list[int]:
+        """Return the length of each row, in any unit; its audio is left undecoded."""
+        raise NotImplementedError
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        grouped = self.args.train_sampling_strategy == "group_by_length" and isinstance(rows, Dataset)
+        if not grouped or self.args.length_column_name in rows.column_names:
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(size, dataset=rows, lengths=self.measure_rows(rows))
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length" or not has_length(eval_dataset):
+            return super()._get_eval_sampler(eval_dataset)
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
 
 def row_lengths(dataset: Dataset, extractor: ReLLMFeatureExtractor) -> list[int]:
     """Return about how many positions each row takes in the LLM's sequence; its audio is left undecoded."""
-    columns = [name for name in ("id", "audio", "response", "messages") if name in dataset.column_names]
+    columns = [name for name in ("id", "audio", "audios", "response", "messages") if name in dataset.column_names]
     return [row_length(row, extractor) for row in dataset.select_columns(columns)]
 
 
@@ -50,7 +80,7 @@ def clip_duration(source: object, sampling_rate: int) -> float:
 def _texts_and_clips(row: Mapping) -> tuple[list[str], list[object]]:
     if row.get("messages") is None:
         return [row.get("response") or ""], [row.get("audio")]
-    contents = [message["content"] for message in row["messages"]]
+    contents = [message["content"] for message in place_clips(row)]
     texts = [content for content in contents if isinstance(content, str)]
     parts = [part for content in contents if not isinstance(content, str) for part in content]
     texts += [part.get("text") or "" for part in parts if part["type"] == "text"]

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from datasets import Audio, Dataset, IterableDataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import ModelOutput, logging
 from trl import SFTTrainer
 
+from relllm.data.columns import normalize_columns
 from relllm.labels import DIMENSIONS
 from relllm.metrics import concordances, recognition_metrics
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
@@ -31,7 +31,7 @@ from .checkpoints import CheckpointMixin
 from .collator import ReLLMCollator
 from .config import ReLLMSFTConfig
 from .freezing import TrainableTableCallback, lora_counts_as_adapter, prepare_trainable
-from .lengths import row_lengths
+from .lengths import GroupByLengthMixin, row_lengths
 from .losses import IGNORE_INDEX
 from .objective import TARGETS, Objective, RunningMeans, keep_labels
 from .tower_cache import TowerCacheMixin
@@ -39,7 +39,7 @@ from .tower_cache import TowerCacheMixin
 logger = logging.get_logger(__name__)
 
 
-class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTrainer):
+class ReLLMSFTTrainer(GroupByLengthMixin, AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTrainer):
     """Trains the projector, the heads and the LoRA of a [`ReLLMForConditionalGeneration`].
 
     An evaluation also measures the heads, on the outputs that gave the loss: `eval_ua`, `eval_wa`, `eval_macro_f1`,
@@ -81,8 +81,8 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
             super().__init__(
                 model=model,
                 args=args,
-                train_dataset=_keep_encoded(train_dataset),
-                eval_dataset=_keep_encoded(eval_dataset),
+                train_dataset=_normalized(train_dataset),
+                eval_dataset=_normalized(eval_dataset),
                 processing_class=processing_class,
                 **kwargs,
             )
@@ -200,15 +200,9 @@ class ReLLMSFTTrainer(AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTr
             logs |= self._means.means(self.accelerator.reduce(self._means.take("train"), reduction="sum"))
         super().log(logs, start_time)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """Group by length without a column of lengths: measured by the headers of the audio."""
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
-        grouped = self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, Dataset)
-        if not grouped or self.args.length_column_name in dataset.column_names:
-            return super()._get_train_sampler(train_dataset)
-        lengths = row_lengths(dataset, self.processing_class.feature_extractor)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, dataset=dataset, lengths=lengths)
+    def measure_rows(self, rows: Dataset) -> list[int]:
+        """Return about how many positions each row takes in the LLM's sequence."""
+        return row_lengths(rows, self.processing_class.feature_extractor)
 
     def _log_response(self, loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> None:
         """Log the mean over the reply's tokens; in training TRL's loss is this micro-batch's share of that."""
@@ -286,13 +280,8 @@ class _ShortStreamCallback(TrainerCallback):
         self.last_step = state.global_step
 
 
-def _keep_encoded(dataset: Any) -> Any:
-    """Return audio columns as paths and bytes: the processor decodes each clip once, where it is needed."""
-    if dataset is None:
-        return None
+def _normalized(dataset: Any) -> Any:
+    """Return what a trainer is given as data with the columns of [`normalize_columns`]."""
     if isinstance(dataset, dict):
-        return {name: _keep_encoded(one) for name, one in dataset.items()}
-    for name, feature in (dataset.features or {}).items():
-        if isinstance(feature, Audio) and feature.decode:
-            dataset = dataset.cast_column(name, Audio(decode=False))
-    return dataset
+        return {name: _normalized(one) for name, one in dataset.items()}
+    return normalize_columns(dataset) if isinstance(dataset, (Dataset, IterableDataset)) else dataset

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Audio, Dataset
+from datasets import Audio, ClassLabel, Dataset
 from scipy.special import log_softmax
 from tiny_models import audio_part, clip, text_part, tiny_config, tiny_model, tiny_processor
 from trainers import REPLIES, make_rows, make_trainer, step_of
 
 from relllm import EMOTIONS, ReLLMSFTConfig, ReLLMSFTTrainer
 from relllm.training.collator import ReLLMCollator
+from relllm.training.lengths import row_length
 from relllm.training.objective import TARGETS
 
 
@@ -165,6 +166,63 @@ def test_a_bad_row_is_named(tmp_path, processor, change, message):
     row = make_rows(tmp_path, 1)[0] | change
     with pytest.raises(ValueError, match=message):
         ReLLMCollator(processor, EMOTIONS)([row])
+
+
+ASKED = "How do I feel?"
+
+
+def messages_of(content: object, before: str | None = None) -> list[dict]:
+    system = [] if before is None else [{"role": "system", "content": before}]
+    return [*system, {"role": "user", "content": content}, {"role": "assistant", "content": "You sound sad."}]
+
+
+@pytest.mark.parametrize(
+    "columns, equal_to",
+    [
+        ({"messages": messages_of(ASKED), "audio": 0}, [0, ASKED]),  # TRL: before the first user's words
+        ({"messages": messages_of(ASKED), "audios": [0, 1]}, [0, 1, ASKED]),
+        ({"messages": messages_of(f"Well: <audio>{ASKED}<audio>"), "audios": [0, 1]}, ["Well: ", 0, ASKED, 1]),
+        ({"messages": messages_of([text_part(ASKED), {"type": "audio"}]), "audios": [1]}, [ASKED, 1]),
+        ({"messages": messages_of([text_part(ASKED), {"type": "audio", "path": None}]), "audio": 1}, [ASKED, 1]),
+    ],
+)
+def test_clips_in_columns_of_their_own_are_in_the_conversation(tmp_path, processor, columns, equal_to) -> None:
+    paths = [row["audio"] for row in make_rows(tmp_path, 2)]
+    for name in ("audio", "audios"):
+        if name in columns:
+            value = columns[name]
+            columns = {**columns, name: paths[value] if isinstance(value, int) else [paths[one] for one in value]}
+    parts = [text_part(one) if isinstance(one, str) else audio_part(paths[one]) for one in equal_to]
+    collate = ReLLMCollator(processor, EMOTIONS)
+    batch, expected = collate([columns]), collate([{"messages": messages_of(parts)}])
+    assert batch.keys() == expected.keys() and "input_features" in batch
+    for name, value in expected.items():
+        assert torch.equal(batch[name], value) or name == "dimension_labels", name
+    assert row_length(columns, processor.feature_extractor) == row_length(
+        {"messages": messages_of(parts)}, processor.feature_extractor
+    )
+
+
+def test_clips_without_a_place_and_places_without_a_clip_are_named(tmp_path, processor) -> None:
+    collate, path = ReLLMCollator(processor, EMOTIONS), make_rows(tmp_path, 1)[0]["audio"]
+    with pytest.raises(ValueError, match="Row 'a' has 2 clips in its columns and 1 places"):
+        collate([{"id": "a", "messages": messages_of(f"<audio>{ASKED}"), "audios": [path, path]}])
+    with pytest.raises(ValueError, match="no user's message"):
+        collate([{"id": "a", "messages": messages_of(ASKED)[1:], "audio": path}])
+    own = collate([{"messages": messages_of([audio_part(path)]), "audio": path}])  # its parts name their clips
+    assert own["clips_per_row"].tolist() == [1]
+    said = collate([{"messages": messages_of("I wrote <audio> here.")}])  # words, where no column has a clip
+    assert "input_features" not in said
+
+
+def test_a_class_label_trains_its_name(tmp_path, processor) -> None:
+    rows = Dataset.from_list([{**row, "emotion": index} for index, row in enumerate(make_rows(tmp_path, 2))])
+    rows = rows.cast_column("emotion", ClassLabel(names=["Sadness", "neutral"]))
+    trainer = make_trainer(rows, tmp_path / "run", processor)
+    assert next(iter(trainer.get_train_dataloader()))["emotion_labels"].tolist() == [
+        EMOTIONS.index("sad"),
+        EMOTIONS.index("neutral"),
+    ]
 
 
 def test_audio_columns_are_left_encoded_for_the_processor(tmp_path, processor):

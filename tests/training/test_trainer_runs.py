@@ -50,6 +50,17 @@ def test_grouping_by_length_pads_less(tmp_path: Path, processor) -> None:
     assert shares["group_by_length"] < 0.5 * shares["random"]
 
 
+def test_a_run_grouped_by_length_evaluates_in_the_order_of_its_rows(tmp_path: Path, processor) -> None:
+    rows = rows_of_many_lengths(tmp_path, 12)
+    settings = {"train_sampling_strategy": "group_by_length", "per_device_eval_batch_size": 4}
+    trainer = make_trainer(rows, tmp_path / "run", processor, eval_rows=rows, eval_strategy="steps", **settings)
+    trainer.train()
+    assert trainer.state.log_history[-2]["eval_loss"] > 0
+    other = make_trainer(rows, tmp_path / "other", processor, eval_rows=rows, per_device_eval_batch_size=4)
+    for grouped, plain in zip(trainer.get_eval_dataloader(), other.get_eval_dataloader(), strict=True):
+        assert torch.equal(grouped["input_ids"], plain["input_ids"])
+
+
 def test_lengths_follow_the_sequence_and_need_no_decoding(
     tmp_path: Path, processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,106 @@
+"""Columns as data sets have them, in the types and with the names of [`relllm.data.rows.Row`]."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from relllm.labels import canonical_emotion
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features, IterableDataset
+
+
+def normalize_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Return a data set with undecoded audio, also in `messages` and lists, and emotions by their names.
+
+    An `emotion` that is a `datasets.ClassLabel` is read by the names of its classes, and a name in the canonical
+    spelling where it has one ("hap", "Happiness" and "happy" are "happy"); another name stays as it is.
+
+    Raises:
+        ValueError: The emotions are numbers without names.
+    """
+    features = dataset.features
+    if features is None:  # of a stream, known when it is read
+        return dataset
+    dataset = _leave_encoded(dataset, features)
+    if "emotion" not in features:
+        return dataset
+    of_clip = getattr(features["emotion"], "feature", features["emotion"])  # of a list, one for each clip
+    names, kind = getattr(of_clip, "names", None), str(getattr(of_clip, "dtype", ""))
+    if names is None and kind.startswith(("int", "uint", "float")):
+        raise ValueError(
+            "The column `emotion` holds numbers without names. Make it names, or a `datasets.ClassLabel` with the "
+            'names in the order of the numbers: dataset.cast_column("emotion", ClassLabel(names=[…])).'
+        )
+    return _name_emotions(dataset, names)
+
+
+def name_emotion(value: str | None) -> str | None:
+    """Return an emotion by its canonical name where it has one; "other" and the like are `None`.
+
+    A single letter stays as it is: what it stands for depends on the corpus.
+    """
+    if value is None or len(value) < 2:
+        return value
+    try:
+        return canonical_emotion(value)
+    except ValueError:
+        return value
+
+
+def _leave_encoded(dataset: Dataset | IterableDataset, features: Features) -> Dataset | IterableDataset:
+    """Return the data set with audio as bytes and path; nothing is copied, because Arrow holds it so in any case."""
+    from datasets import Dataset, Features
+    from datasets.fingerprint import Hasher
+
+    encoded = Features({name: _encoded(feature) for name, feature in features.items()})
+    if encoded == features:
+        return dataset
+    if not isinstance(dataset, Dataset):
+        return dataset.cast(encoded)
+    info = dataset.info.copy()
+    info.features = encoded
+    fingerprint = Hasher.hash([dataset._fingerprint, "encoded"])
+    return Dataset(dataset.data, info, dataset.split, indices_table=dataset._indices, fingerprint=fingerprint)
+
+
+def _encoded(feature: object) -> object:
+    from datasets import Audio, LargeList, List
+
+    if isinstance(feature, Audio):
+        return Audio(sampling_rate=feature.sampling_rate, decode=False)
+    if isinstance(feature, dict):
+        return {name: _encoded(part) for name, part in feature.items()}
+    if isinstance(feature, List):
+        return List(_encoded(feature.feature), length=feature.length)
+    return LargeList(_encoded(feature.feature)) if isinstance(feature, LargeList) else feature
+
+
+def _with_names(feature: object) -> object:
+    """Return the type of emotions by name: text, or a list of it where a row has several clips."""
+    from datasets import List, Value
+
+    return List(Value("string")) if isinstance(feature, List) else Value("string")
+
+
+def _name_emotions(dataset: Dataset | IterableDataset, names: list[str] | None) -> Dataset | IterableDataset:
+    from datasets import Dataset
+
+    def rename(values: list) -> dict[str, list]:
+        return {"emotion": [_rename(value, names) for value in values]}
+
+    features = dataset.features.copy()
+    features["emotion"] = _with_names(features["emotion"])
+    if isinstance(dataset, Dataset) and names is None:
+        found = {value for row in dataset["emotion"] for value in (row if isinstance(row, list) else [row])}
+        if all(name_emotion(value) == value for value in found):
+            return dataset
+    return dataset.map(rename, input_columns="emotion", batched=True, features=features)
+
+
+def _rename(value: str | int | list | None, names: list[str] | None) -> str | list | None:
+    if isinstance(value, list):  # one for each clip
+        return [_rename(one, names) for one in value]
+    if names is not None and value is not None:
+        value = names[int(value)] if int(value) >= 0 else None  # -1: `datasets` marks a missing label so
+    return name_emotion(value)
