@@ -101,6 +101,6 @@ def _name_emotions(dataset: Dataset | IterableDataset, names: list[str] | None) 
 def _rename(value: str | int | list | None, names: list[str] | None) -> str | list | None:
     if isinstance(value, list):  # one for each clip
         return [_rename(one, names) for one in value]
-    if names is not None and value is not None:
-        value = names[int(value)] if int(value) >= 0 else None  # -1: `datasets` marks a missing label so
-    return name_emotion(value)
+    if names is not None and isinstance(value, int):
+        return name_emotion(names[value]) if value >= 0 else None  # -1: `datasets` marks a missing label so
+    return name_emotion(str(value)) if value is not None else None
