@@ -10,10 +10,18 @@ from torch import nn
 from relllm import ReLLMForConditionalGeneration
 
 
-def save_towers(folder: Path, *, speech: str = "whisper", tied: bool = False, vocab_size: int = 320) -> Path:
-    tiny_speech_tower(speech).save_pretrained(folder / "speech")
-    tiny_emotion_tower().save_pretrained(folder / "emotion")
-    tiny_llm(tied=tied, vocab_size=vocab_size).save_pretrained(folder / "llm")
+def save_towers(
+    folder: Path,
+    *,
+    speech: str = "whisper",
+    tied: bool = False,
+    vocab_size: int = 320,
+    dtype: torch.dtype = torch.float32,
+    text_dtype: torch.dtype = torch.float32,
+) -> Path:
+    tiny_speech_tower(speech).to(dtype).save_pretrained(folder / "speech")
+    tiny_emotion_tower().to(dtype).save_pretrained(folder / "emotion")
+    tiny_llm(tied=tied, vocab_size=vocab_size).to(text_dtype).save_pretrained(folder / "llm")
     tiny_tokenizer().save_pretrained(folder / "llm")
     return folder
 

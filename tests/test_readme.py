@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 from datasets import Dataset
 from tiny_models import (
     clip,
@@ -38,7 +39,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     tiny_processor().save_pretrained("runs/demo/re-llm")
     tiny_speech_tower("whisper").save_pretrained("towers/whisper")
     tiny_emotion_tower().save_pretrained("towers/emotion")
-    tiny_llm().save_pretrained("towers/llm")
+    tiny_llm().to(torch.bfloat16).save_pretrained("towers/llm")  # as LLMs are published, over float32 towers
     tiny_tokenizer(audio_token=False).save_pretrained("towers/llm")
     for name in ("question.wav", "first.wav", "second.flac"):
         soundfile.write(name, clip(0.5), 16_000)

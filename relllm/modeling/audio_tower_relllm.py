@@ -31,8 +31,10 @@ Lengths = TypeVar("Lengths", int, Tensor)
 
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build an audio encoder with random weights; of an encoder-decoder (Whisper), its encoder."""
-    tower = AutoModel.from_config(config)
+    """Build an audio encoder with random weights, in the precision of what is being built around it; of Whisper, an
+    encoder-decoder, its encoder.
+    """
+    tower = AutoModel.from_config(config, dtype=torch.get_default_dtype())
     return tower.get_encoder() if config.is_encoder_decoder else tower
 
 
@@ -107,6 +109,16 @@ def group_by_length(sizes: Sequence[int], slack: float, most: float) -> list[lis
 def frame_mask(lengths: Tensor, width: int) -> Tensor:
     """Return a mask `(clips, width)`, True on the first `lengths[i]` positions of row i."""
     return torch.arange(width, device=lengths.device)[None] < lengths[:, None]
+
+
+def masked_mean(values: Tensor, lengths: Tensor) -> Tensor:
+    """Return the mean of the first `lengths[i]` positions of row i, `(clips, width)` of `(clips, positions, width)`.
+
+    It is summed in float32: bfloat16 counts 1499 frames as 1496, and a sum in float16 ends at 65,504.
+    """
+    valid = frame_mask(lengths, values.shape[1]).unsqueeze(-1)
+    total = (values * valid).sum(1, dtype=torch.promote_types(values.dtype, torch.float32))
+    return (total / lengths[:, None]).to(values.dtype)
 
 
 def is_trained(module: nn.Module) -> bool:

@@ -29,8 +29,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import deepspeed
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .emotion_tower_relllm import ReLLMEmotionModel
 from .lora_relllm import is_lora_parameter
@@ -40,6 +42,14 @@ logger = logging.get_logger(__name__)
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 AUDIO_TOKEN = "<|audio|>"
 TOWERS = ("audio_tower", "emotion_tower", "text_model")
+# Whatever is outside the LLM, its output embeddings, and its LoRA: in 4 bit it would neither hear nor train. Regular
+# expressions for a module's name from its first part on.
+NEVER_QUANTIZED = (
+    *(r"(model\.)?audio_tower", r"(model\.)?emotion_tower", r"(model\.)?multi_modal_projector"),
+    *(r"(model\.)?emotion_projector", r"(model\.)?emotion_head", r"(model\.)?dimension_head"),
+    *(".*lm_head", ".*embed_out", ".*lora_[AB]"),
+)
+SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # names for it, one a method
 
 
 @contextlib.contextmanager
@@ -113,6 +123,21 @@ def load_parts(
     if missing or info["unexpected_keys"] or info["mismatched_keys"]:
         raise ValueError(f"The towers do not fit their configurations: {info | {'missing_keys': missing}}.")
     return model
+
+
+def quantize_llm_alone(quantization: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
+    """Return a `quantization_config` that takes the LLM's own layers alone, and of them none that it leaves out."""
+    given = AutoQuantizationConfig.from_dict(quantization) if isinstance(quantization, dict) else quantization
+    skip_list = next((name for name in SKIP_LISTS if name in vars(given)), None)
+    if skip_list is None:
+        raise ValueError(
+            f"A {type(given).__name__} has no list of modules to leave out, so it would quantise the towers and what "
+            "was trained as well. Use one that has, such as BitsAndBytesConfig."
+        )
+    alone, own = copy.deepcopy(given), getattr(given, skip_list) or []
+    inside = [f"{name}.base_layer" for name in own]  # what the layer of that name is called under a LoRA
+    setattr(alone, skip_list, list(dict.fromkeys([*own, *inside, *NEVER_QUANTIZED])))
+    return alone
 
 
 def find_audio_token(tokenizer: str | os.PathLike | PreTrainedTokenizerBase | PreTrainedModel) -> int:

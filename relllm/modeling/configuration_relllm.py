@@ -81,6 +81,8 @@ class ReLLMConfig(PreTrainedConfig):
         towers (`dict`, *optional*):
             Where each tower came from, `{"name": …, "revision": …}` by `"audio_tower"`, `"emotion_tower"` and
             `"text_model"`; in a light checkpoint also the `"dtype"` and the `"fingerprint"` of what was left out.
+        float32_towers (`list[str]`, *optional*):
+            Of `"audio_tower"` and `"emotion_tower"` those that were trained, in float32 over an LLM in half precision.
         light_checkpoint (`bool`, *optional*, defaults to `False`): Of a `config.json` beside which some weights lack.
     """
 
@@ -102,6 +104,7 @@ class ReLLMConfig(PreTrainedConfig):
     lora_config: dict | None = None
     lora_scope: Literal["audio", "text", "global"] = "audio"
     towers: dict | None = None
+    float32_towers: list[str] | tuple[str, ...] = ()
     light_checkpoint: bool = False
     initializer_range: float = 0.02
 
@@ -117,6 +120,7 @@ class ReLLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.emotion_labels = list(self.emotion_labels)
         self.projector_kernel_sizes = list(self.projector_kernel_sizes)
+        self.float32_towers = list(self.float32_towers)
         _check_tower("audio_config", self.audio_config, AUDIO_TOWERS)
         if self.emotion_fusion != "none" and self.emotion_config is None:
             raise ValueError(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 
-from .audio_tower_relllm import build_tower, encode_audio, frame_mask
+from .audio_tower_relllm import build_tower, encode_audio, masked_mean
 from .configuration_relllm import DIMENSIONS, ReLLMEmotionConfig
 
 
@@ -88,8 +88,7 @@ class ReLLMEmotionModel(PreTrainedModel):
         """
         encoded, lengths = encode_audio(self.encoder, input_values, input_values_mask, **kwargs)
         hidden = encoded.last_hidden_state
-        valid = frame_mask(lengths, hidden.shape[1]).unsqueeze(-1).to(hidden.dtype)
-        embedding = (hidden * valid).sum(1) / valid.sum(1)
+        embedding = masked_mean(hidden, lengths)
         dimensions = self.classifier(embedding)
         output = EmotionTowerOutput(embedding, dimensions, hidden, encoded.hidden_states, encoded.attentions)
         return output if return_dict is not False else output.to_tuple()

@@ -16,6 +16,7 @@ try:  # what Transformers finds outside of a `try` it makes a requirement of eve
     from peft import LoraConfig, PeftConfig, inject_adapter_in_model
     from peft.tuners.lora.layer import Linear as PeftLinear
     from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.tuners_utils import cast_adapter_dtype
 except ImportError:
     if not TYPE_CHECKING:
         PeftLinear = nn.Module  # of a class that is never used
@@ -94,14 +95,14 @@ class ScopedLora:
 
     def merge_safe(self, module: "LoraLayer", active_adapter: str, orig_weight: Tensor) -> Tensor:
         self._refuse_partial()
-        return orig_weight + module.get_delta_weight(active_adapter)
+        return (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
     def merge_unsafe(self, module: "LoraLayer", active_adapter: str, orig_weight: Tensor) -> None:
         self._refuse_partial()
         orig_weight.data += module.get_delta_weight(active_adapter)
 
     def unmerge(self, module: "LoraLayer", active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight - module.get_delta_weight(active_adapter)
+        return (orig_weight - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
     def _refuse_partial(self) -> None:
         if self.scope_name != "global":
@@ -153,6 +154,7 @@ def inject_scoped_lora(text_model: nn.Module, lora_config: dict, scope_name: str
     transposed = any(isinstance(module, Conv1D) for module in text_model.modules())  # the linear layer of GPT-2
     peft_config = LoraConfig(**{"target_modules": "all-linear", "fan_in_fan_out": transposed, **lora_config})
     inject_adapter_in_model(peft_config, text_model, ADAPTER_NAME)
+    cast_adapter_dtype(text_model, ADAPTER_NAME)  # what trains is float32, also over an LLM in half precision
     variant = ScopedLora(scope_name, scope)
     layers = {name: module for name, module in text_model.named_modules() if isinstance(module, LoraLayer)}
     for name, module in layers.items():

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel,
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import local_torch_dtype
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .audio_tower_relllm import build_tower, encode_audio, frame_mask, is_trained, without_graph
+from .audio_tower_relllm import build_tower, encode_audio, frame_mask, is_trained, masked_mean, without_graph
 from .checkpoint_relllm import (
+    TOWERS,
     config_fields,
     find_audio_token,
     finish_light,
@@ -26,6 +28,7 @@ from .checkpoint_relllm import (
     load_parts,
     load_tower,
     name_tower_weights,
+    quantize_llm_alone,
     read_light_record,
     tower_source,
 )
@@ -139,6 +142,11 @@ class ReLLMPreTrainedModel(PreTrainedModel):
                     for adapter in module.lora_A:
                         module.reset_lora_parameters(adapter, True)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the LLM's precision: what trains, or has been trained, is float32 beside it."""
+        return self.base_model.text_model.dtype
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """Say no: of custom code, Transformers draws Whisper's positions at random, and wav2vec2's come out NaN."""
@@ -161,6 +169,8 @@ class ReLLMPreTrainedModel(PreTrainedModel):
     ) -> "ReLLMPreTrainedModel":
         """Load as in Transformers, from safetensors only, full or light, and freeze again what `__init__` froze.
 
+        Whatever `dtype` says, what was trained in float32 stays so; a `quantization_config` takes the LLM alone.
+
         Args:
             towers (`dict` of `str` to `str`, *optional*): Hub ids or paths of a light checkpoint's `"audio_tower"`,
                 `"emotion_tower"` or `"text_model"`, where they are no more where they were.
@@ -168,6 +178,8 @@ class ReLLMPreTrainedModel(PreTrainedModel):
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False would unpickle the checkpoint. Convert it to safetensors first.")
         kwargs["use_safetensors"] = True
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = quantize_llm_alone(kwargs["quantization_config"])
         path = pretrained_model_name_or_path
         light = read_light_record(path, towers, kwargs)
         if path is None or light is None:
@@ -189,7 +201,9 @@ class ReLLMPreTrainedModel(PreTrainedModel):
             light (`bool`, *optional*, defaults to `False`): Leave out what the towers' sources have as well; an error
                 if one is not known.
         """
-        fields: dict[str, object] = {}
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        trained = [kind for kind in TOWERS if getattr(getattr(self.base_model, kind), "dtype", None) == torch.float32]
+        fields: dict[str, object] = {"float32_towers": trained if half else []}
         if self._auto_class is not None:
             module = type(self).__module__.rsplit(".", 1)[-1]
             names = {name: f"{module}.ReLLMForConditionalGeneration" for name in AUTO_CLASSES}
@@ -208,16 +222,21 @@ class ReLLMModel(ReLLMPreTrainedModel):
     def __init__(self, config: ReLLMConfig):
         super().__init__(config)
         hidden_size = config.text_config.hidden_size
-        self.audio_tower = build_tower(config.audio_config)
+        built = torch.get_default_dtype()  # which a load sets; it then keeps for each weight the precision made here
+        exact = torch.promote_types(built, torch.float32)  # of what trains
+        with local_torch_dtype(exact if "audio_tower" in config.float32_towers else built):
+            self.audio_tower = build_tower(config.audio_config)
         emotion_config: Any = config.emotion_config
-        self.emotion_tower = ReLLMEmotionModel(emotion_config) if emotion_config is not None else None
-        self.multi_modal_projector = ConvProjector(config)
-        if config.emotion_fusion == "token":
-            self.emotion_projector = nn.Linear(config.emotion_config.hidden_size, hidden_size)
-        self.emotion_head = nn.Linear(hidden_size, len(config.emotion_labels), bias=False)
-        self.dimension_head = nn.Linear(hidden_size, len(DIMENSIONS), bias=False)
+        with local_torch_dtype(exact if "emotion_tower" in config.float32_towers else built):
+            self.emotion_tower = ReLLMEmotionModel(emotion_config) if emotion_config is not None else None
+        with local_torch_dtype(exact):
+            self.multi_modal_projector = ConvProjector(config)
+            if config.emotion_fusion == "token":
+                self.emotion_projector = nn.Linear(config.emotion_config.hidden_size, hidden_size)
+            self.emotion_head = nn.Linear(hidden_size, len(config.emotion_labels), bias=False)
+            self.dimension_head = nn.Linear(hidden_size, len(DIMENSIONS), bias=False)
         # Not "language_model": a rename for old checkpoints in Transformers would lose the LLM's weights.
-        self.text_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.text_model = AutoModelForCausalLM.from_config(config.text_config, dtype=built)
         self.lora_scope = LoraScope()
         if config.lora_config is not None:
             config.lora_config = inject_scoped_lora(
@@ -293,22 +312,23 @@ class ReLLMModel(ReLLMPreTrainedModel):
             raise ValueError("Pass exactly one of input_features and tower_outputs.")
         towers = tower_outputs if tower_outputs is not None else self.run_towers(*features, **kwargs)  # type: ignore[arg-type]
         projected = self._project(towers)
-        valid = frame_mask(projected.lengths, projected.hidden_states.shape[1])
-        pooled = (projected.hidden_states * valid.unsqueeze(-1)).sum(1) / projected.lengths[:, None]
+        pooled = masked_mean(projected.hidden_states, projected.lengths)
         if audio_num_windows is None:
             audio_num_windows = torch.ones_like(projected.lengths)
         by_tokens = clip_average(audio_num_windows, projected.lengths)
         by_frames = clip_average(audio_num_windows, towers.lengths)
-        pooled = (by_tokens.to(pooled) @ pooled).to(self.emotion_head.weight.dtype)
+        pooled = _averaged(by_tokens, pooled)
+        readings = (towers.emotion_embedding, towers.dimensions)
+        embedding, dimensions = (None if one is None else _averaged(by_frames, one) for one in readings)
         return ReLLMAudioOutput(
             last_hidden_state=projected.hidden_states,
             lengths=projected.lengths,
             hidden_states=towers.hidden_states,
             attentions=towers.attentions,
-            emotion_logits=self.emotion_head(pooled),
-            dimensions=self.dimension_head(pooled),
-            emotion_embedding=_averaged(by_frames, towers.emotion_embedding),
-            tower_dimensions=_averaged(by_frames, towers.dimensions),
+            emotion_logits=self.emotion_head(pooled.to(self.emotion_head.weight.dtype)),
+            dimensions=self.dimension_head(pooled.to(self.dimension_head.weight.dtype)),
+            emotion_embedding=embedding,
+            tower_dimensions=dimensions,
         )
 
     def run_towers(
@@ -335,7 +355,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
 
     def _project(self, towers: TowerOutputs) -> ProjectorOutput:
         """Fuse the emotion embedding with the frames (or put it before them) and project: `(windows, L, d)`."""
-        dtype = self.emotion_head.weight.dtype  # what trains may be float32 under a bfloat16 LLM
+        dtype = self.multi_modal_projector.fc1.weight.dtype  # float32 over an LLM in half precision
         frames = towers.frames.to(dtype)
         if self.config.emotion_fusion == "concat":
             repeated = towers.emotion_embedding.to(dtype)[:, None].expand(-1, frames.shape[1], -1)
@@ -623,5 +643,6 @@ def clip_average(num_windows: Tensor, weights: Tensor) -> Tensor:
     return share / share.sum(-1, keepdim=True)
 
 
-def _averaged(by_frames: Tensor, values: Tensor | None) -> Tensor | None:
-    return None if values is None else by_frames.to(values) @ values
+def _averaged(shares: Tensor, values: Tensor) -> Tensor:
+    exact = torch.promote_types(values.dtype, torch.float32)
+    return (shares.to(values.device, exact) @ values.to(exact)).to(values.dtype)

@@ -15,13 +15,6 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 
 from .config import ReLLMScriptArguments
 
-# Whatever is outside the LLM, its output embeddings, and its LoRA. bitsandbytes matches whole names or endings, and
-# would otherwise turn heads, projector and LoRA into 4 bit, which cannot train.
-NEVER_QUANTIZED = (
-    *("model.audio_tower", "model.emotion_tower", "model.multi_modal_projector", "model.emotion_projector"),
-    *("model.emotion_head", "model.dimension_head", ".*lm_head", ".*embed_out", ".*lora_[AB]"),
-)
-
 
 @whole_weights()
 def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGeneration, ReLLMProcessor]:
@@ -85,7 +78,7 @@ def build_config(script: ReLLMScriptArguments) -> ReLLMConfig:
 
 
 def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
-    """Return QLoRA's settings (NF4, double quantisation) for the LLM alone; `ImportError` without bitsandbytes."""
+    """Return QLoRA's settings (NF4, double quantisation); `ImportError` without bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("load_in_4bit needs bitsandbytes. Install it with `pip install bitsandbytes`.")
     return BitsAndBytesConfig(
@@ -93,7 +86,6 @@ def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytes
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=list(NEVER_QUANTIZED),
     )
 
 

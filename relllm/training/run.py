@@ -88,10 +88,6 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     trainer.save_state()
     if eval_rows is not None:
         trainer.save_metrics("eval", trainer.evaluate())
-    if script.load_in_4bit:  # Transformers loads such a checkpoint as it is stored, so let it be stored in one dtype
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(model.dtype)
     if args.push_to_hub:
         trainer.push_to_hub()  # saves as well
     else:

@@ -171,9 +171,10 @@ def test_a_tokenizer_that_fills_the_vocabulary_gets_one_more_row_for_the_audio_t
         assert (candidate.generate(**inputs, max_new_tokens=8, do_sample=True)[:, -8:] != 300).all()
 
 
-def test_bfloat16_towers_give_a_bfloat16_model() -> None:
+def test_bfloat16_towers_give_a_bfloat16_model_that_trains_in_float32() -> None:
     model, *_ = build(dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    dtypes = {(parameter.dtype, parameter.requires_grad) for parameter in model.parameters()}
+    assert dtypes == {(torch.bfloat16, False), (torch.float32, True)} and model.dtype == torch.bfloat16
     model, *_ = build()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 

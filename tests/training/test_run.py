@@ -20,7 +20,8 @@ from relllm.cli import app
 from relllm.data.journal import rows_fingerprint
 from relllm.data.loading import load_corpus
 from relllm.demo.tiny_towers import make_tiny_towers
-from relllm.training.building import NEVER_QUANTIZED, add_lora, build_config, build_model, four_bit_config
+from relllm.modeling.checkpoint_relllm import quantize_llm_alone
+from relllm.training.building import add_lora, build_config, build_model, four_bit_config
 from relllm.training.checkpoints import RECORD_NAME, RunComplete, checkpoint_to_resume
 from relllm.training.config import ReLLMScriptArguments, ReLLMSFTConfig
 from relllm.training.freezing import lora_counts_as_adapter
@@ -419,14 +420,13 @@ def test_four_bit_takes_the_linear_layers_of_the_llm_and_nothing_else(monkeypatc
     monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: stand_in.__spec__)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.49.0")
-    config = four_bit_config()
+    config = quantize_llm_alone(four_bit_config())
     assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
     assert config.bnb_4bit_compute_dtype is torch.bfloat16
-    assert config.llm_int8_skip_modules == list(NEVER_QUANTIZED)
-    for model in models:
+    for model in (*models, models[1].model):
         linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         taken = {name for name in linear if should_convert_module(name, config.llm_int8_skip_modules)}
-        body = {name for name in linear if name.startswith("model.text_model.model.") and "lora_" not in name}
+        body = {name for name in linear if "text_model.model.layers." in name and "lora_" not in name}
         assert taken == body and len(body) == 14
 
 
