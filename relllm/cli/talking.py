@@ -241,7 +241,8 @@ def load_systems(settings: TalkSettings) -> dict[str, Callable[[], System]]:
         writer = None if settings.transcriber is None else Transcriber(settings.transcriber, device=device)
         start: Callable[..., System] = partial(TextConversation.inside, model, processor)
         if settings.text_only != "own":
-            llm = AutoModelForCausalLM.from_pretrained(settings.text_only, use_safetensors=True).to(device).eval()
+            options = {"dtype": settings.dtype, "use_safetensors": True}
+            llm = AutoModelForCausalLM.from_pretrained(settings.text_only, **options).to(device).eval()
             start = partial(TextConversation, llm, AutoTokenizer.from_pretrained(settings.text_only))
         systems["text only"] = partial(start, transcriber=writer, **prompts)
     return systems
