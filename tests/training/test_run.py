@@ -458,8 +458,13 @@ def test_a_run_in_four_bit_trains_in_float32_and_resumes(corpus: str, tmp_path: 
     whole = run_training(script, args_of(tmp_path, **settings)).model.state_dict()
     assert torch.load(tmp_path / "checkpoint-1" / "optimizer.pt")["state"][0]["exp_avg"].dtype is torch.float32
     shutil.rmtree(tmp_path / "checkpoint-2")
+    record = json.loads((tmp_path / RECORD_NAME).read_text())
+    (tmp_path / RECORD_NAME).write_text(json.dumps({name: record[name] for name in record if "_done" not in name}))
     again = run_training(script, args_of(tmp_path, **settings)).model.state_dict()
     assert all(torch.equal(again[name], weight) for name, weight in whole.items())
     loaded = ReLLMForConditionalGeneration.from_pretrained(tmp_path)
+    trained = {name: weight for name, weight in loaded.named_parameters() if weight.requires_grad}
+    assert trained and all(torch.equal(weight, again[name]) for name, weight in trained.items())
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
     processor = ReLLMProcessor.from_pretrained(tmp_path)
     assert loaded.generate(**processor.apply_request(clip(0.4)), max_new_tokens=2).shape[0] == 1
