@@ -6,26 +6,26 @@ reply is the one that a fresh pass gives. A clip behind the cut is read again fr
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature, Cache, DynamicCache, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
 from relllm.modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditionalGeneration
+from relllm.modeling.releases_relllm import CACHE
 from relllm.processing.audio_relllm import AudioSource
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
+from relllm.processing.typed_text_relllm import encode_conversation
 
 from .replies import Heard, Reply, read_heard
 
 # Options of `generate` that the conversation sets itself, or whose output is more than one reply.
 RESERVED_OPTIONS = {
     *("input_ids", "attention_mask", "mm_encoder_outputs", "generation_config", "num_return_sequences"),
-    *("past_key_values", "use_cache", "cache_implementation", "return_dict_in_generate"),
+    *("past_key_values", "cache", "use_cache", "cache_implementation", "return_dict_in_generate"),
 }
 
 
@@ -95,7 +95,7 @@ class Conversation:
             content = [{"type": "text", "text": before}] if before else []
             content.append({"type": "audio", "waveform": waveform})
         messages = [*self._messages, {"role": "user", "content": content}]
-        ids = self._render(messages, len(positions))
+        ids = self._render(messages, positions)
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
         if limit is not None and ids.shape[1] + max_new_tokens > limit:
             raise ValueError(
@@ -118,13 +118,11 @@ class Conversation:
         encoded = self.model.get_audio_features(**inputs.to(self.model.device), return_dict=True)
         return waveform, encoded.pooler_output, read_heard(self.model, encoded)[0]
 
-    def _render(self, messages: list[dict], num_clips: int) -> Tensor:
-        """Return token ids `(1, sequence)` with the assistant's header at the end; clips are only counted."""
-        form: dict[str, Any] = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
-        form["sanitize_control_tokens"] = True  # a typed <|audio|> is text
-        options = {"only_counted": [True] * num_clips} if num_clips else {}
-        inputs = self.processor.apply_chat_template(messages, processor_kwargs=options, **form)
-        return cast(BatchFeature, inputs)["input_ids"]
+    def _render(self, messages: list[dict], positions: list[Tensor]) -> Tensor:
+        """Return token ids `(1, sequence)` with the assistant's header at the end; a typed <|audio|> is text."""
+        processor = self.processor
+        clips = (processor.audio_token, [clip.shape[0] for clip in positions])
+        return torch.tensor([encode_conversation(self.tokenizer, messages, processor.chat_template, *clips)])
 
     def _generate(self, ids: Tensor, positions: list[Tensor], options: dict) -> Tensor:
         """Return the reply's token ids `(tokens,)`; the cache then holds everything but the last of them."""
@@ -134,7 +132,7 @@ class Conversation:
             cache, start = None, 0
         else:
             # whatever a checkpoint's generation settings say of caches
-            options |= {"past_key_values": cache, "use_cache": True, "cache_implementation": None}
+            options |= {CACHE: cache, "use_cache": True, "cache_implementation": None}
         is_audio = ids[0] == self.model.config.audio_token_id
         read = int(is_audio[:start].sum())  # positions of clips before the cut
         if positions and (behind := torch.cat(positions)[read:]).shape[0]:

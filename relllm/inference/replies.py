@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from relllm.labels import DIMENSIONS
 from relllm.modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditionalGeneration
+from relllm.modeling.releases_relllm import CACHE
 from relllm.processing.audio_relllm import AudioSource
 from relllm.processing.processing_relllm import ReLLMProcessor
 
@@ -131,12 +132,12 @@ def score_answers(
     valid = (torch.arange(longest, device=device) < lengths[:, None]).repeat(batch, 1)
     logits = prompt.logits[:, -1:].repeat_interleave(len(answers), dim=0)
     if longest > 1:
-        cache = prompt.past_key_values
+        cache = getattr(prompt, CACHE)
         cache.batch_repeat_interleave(len(answers))
         seen = mask.repeat_interleave(len(answers), dim=0)
         positions = seen.sum(-1, keepdim=True) + torch.arange(longest - 1, device=device)
         seen = torch.cat([seen, valid[:, :-1].to(seen.dtype)], dim=1)
-        kept = {"use_cache": True, "past_key_values": cache}
+        kept = {"use_cache": True, CACHE: cache}
         rest = model(input_ids=tokens[:, :-1], attention_mask=seen, position_ids=positions, **kept)
         logits = torch.cat([logits, rest.logits], dim=1)
     scores = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (batch * answers, longest)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
-from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.audio_relllm import SAMPLING_RATE, AudioSource, load_audio
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT, build_chat_template
+from relllm.processing.typed_text_relllm import encode_conversation
 
 from .conversation import check_turn, first_messages
 from .replies import Reply
@@ -94,14 +93,12 @@ class TextConversation:
         if audio is not None:
             content = (text or self.instruction) + self._transcribe(audio)
         messages = [*self.messages, {"role": "user", "content": content}]
-        form = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "sanitize_control_tokens": True}
-        inputs = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=True, **form
-        )
-        inputs = cast(BatchFeature, inputs).to(self.llm.device)
+        prompt = encode_conversation(self.tokenizer, messages, self.chat_template)
+        ids = torch.tensor([prompt], device=self.llm.device)
         options = {"do_sample": False, **self.generation_options, **options}
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         said = self.llm.generate(**inputs, streamer=streamer, max_new_tokens=max_new_tokens, **options)
-        reply_ids = said[0, inputs["input_ids"].shape[1] :]
+        reply_ids = said[0, ids.shape[1] :]
         reply = self.tokenizer.decode(reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self.messages = [*messages, {"role": "assistant", "content": reply}]
         return Reply(reply.strip(), None)

@@ -36,6 +36,7 @@ from .configuration_relllm import DIMENSIONS, ReLLMConfig
 from .emotion_tower_relllm import ReLLMEmotionModel
 from .lora_relllm import LoraScope, inject_scoped_lora, is_lora_parameter, plain_lora_config
 from .projector_relllm import ConvProjector, ProjectorOutput, check_counts, count_message, place_positions
+from .releases_relllm import CACHE
 
 FEATURES = ("input_features", "input_features_mask", "input_values", "input_values_mask")
 AUDIO_INPUTS = (*FEATURES, "audio_num_windows", "tower_outputs")
@@ -122,7 +123,7 @@ class ReLLMPreTrainedModel(PreTrainedModel):
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
     _no_split_modules: set[str] | list[str] = ["ConvProjector"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -373,12 +374,12 @@ class ReLLMModel(ReLLMPreTrainedModel):
         inputs_embeds: Tensor | None,
         audio_mask: Tensor | None,
         audio: ReLLMAudioOutput | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor | bool | None]:
         """Put projected frames where the placeholders are; return `(batch, sequence, d)` and the mask of the LoRA."""
         if input_ids is not None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            decoding = input_ids.shape[1] == 1 and past_key_values is not None and audio is None
+            decoding = input_ids.shape[1] == 1 and cache is not None and audio is None
             if audio_mask is None and not decoding:
                 audio_mask = input_ids == self.config.audio_token_id
         assert inputs_embeds is not None
@@ -418,6 +419,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
         tower_outputs: TowerOutputs | None = None,
         mm_encoder_outputs: dict[str, ReLLMAudioOutput] | None = None,
         language_modeling: bool = False,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ReLLMModelOutput:
         """
@@ -431,6 +433,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
             mm_encoder_outputs (`dict`, *optional*): `{"audio": ReLLMAudioOutput}`, encoded before.
             language_modeling (`bool`, *optional*, defaults to `False`):
                 Run the whole causal LM, with its own scaling and soft-capping; `last_hidden_state` is then its logits.
+            cache (`Cache`, *optional*): The same as `past_key_values`, as it is called from Transformers 5.24 on.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -438,24 +441,24 @@ class ReLLMModel(ReLLMPreTrainedModel):
         if audio is None and (input_features is not None or tower_outputs is not None):
             features = (input_features, input_features_mask, input_values, input_values_mask)
             audio = self._hear(features, audio_num_windows, tower_outputs)
-        inputs_embeds, lora_mask = self.place_audio(input_ids, inputs_embeds, audio_mask, audio, past_key_values)
+        cache = past_key_values if cache is None else cache
+        inputs_embeds, lora_mask = self.place_audio(input_ids, inputs_embeds, audio_mask, audio, cache)
         with self.lora_scope.use(lora_mask):
             outputs = (self.text_model if language_modeling else self.text_model.base_model)(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 return_dict=True,
+                **{CACHE: cache},
                 **kwargs,
             )
-        heard: dict[str, Tensor | None] = {}
+        heard: dict[str, Any] = {CACHE: getattr(outputs, CACHE)}
         if audio is not None:
-            heard = {"audio_hidden_states": audio.last_hidden_state, "audio_lengths": audio.lengths}
+            heard |= {"audio_hidden_states": audio.last_hidden_state, "audio_lengths": audio.lengths}
             heard |= {name: getattr(audio, name) for name in READINGS}
         return ReLLMModelOutput(
             last_hidden_state=outputs.logits if language_modeling else outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **heard,
@@ -551,6 +554,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         tower_outputs: TowerOutputs | None = None,
         mm_encoder_outputs: dict[str, ReLLMAudioOutput] | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ReLLMCausalLMOutput:
         """
@@ -570,7 +574,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             audio_num_windows=audio_num_windows,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             audio_mask=audio_mask,
@@ -596,7 +600,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         **kwargs: object,
     ) -> dict:
         """Drop our audio after the first step, which is also that of an assistant before which nothing was read."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         is_first_iteration = is_first_iteration or (isinstance(cache, Cache) and cache.get_seq_length() == 0)
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs

@@ -5,6 +5,7 @@ Clips are read in `read_audio` if they come in a conversation, else in `prepare_
 are waveforms only.
 """
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -17,6 +18,7 @@ from .audio_relllm import MAX_DURATION_S, AudioSource
 from .feature_extraction_relllm import ReLLMFeatureExtractor, extractor_settings
 from .prompts_relllm import AUDIO_TOKEN, SPEECH_PROMPT, SYSTEM_PROMPT, build_chat_template
 
+SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 AUDIO_KEYS = ("audio", "url", "path", "bytes", "waveform")  # of an audio part; a `waveform` has been read
 
 
@@ -152,6 +154,8 @@ class ReLLMProcessor(ProcessorMixin):
         `"url"`, `"bytes"` and `"waveform"` (what `read_clip` returned: it is taken as it is). An array that is not at
         16 kHz has its rate in the part's `"sampling_rate"`, or all have it in the keyword `sampling_rate`.
         """
+        if kwargs.get("sanitize_control_tokens") and not SANITIZES:  # there it would be a variable of the template
+            raise ValueError("sanitize_control_tokens needs Transformers 5.23. Update it, or leave the option out.")
         if tokenize:
             rate = _rate_of_arrays(kwargs) or _rate_of_arrays(kwargs.get("processor_kwargs") or {})
             kwargs.pop("sampling_rate", None)

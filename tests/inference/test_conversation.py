@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from relllm import ReLLMConfig, ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.inference.conversation import Conversation
 from relllm.inference.replies import hear
+from relllm.processing.processing_relllm import SANITIZES
 
 # What is said in each turn: a clip, a typed line, or both.
 TURNS = (
@@ -37,8 +38,9 @@ def processor() -> ReLLMProcessor:
 
 def reply_afresh(model, processor, messages: list[dict], **options) -> str:
     """From the whole conversation in one `generate`, with every clip encoded again."""
+    form = {"sanitize_control_tokens": True} if SANITIZES else {}
     inputs = processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, add_generation_prompt=True, sanitize_control_tokens=True
+        messages, tokenize=True, return_dict=True, add_generation_prompt=True, **form
     )
     options = {"max_new_tokens": 5, "do_sample": False, **options}
     generated = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
@@ -313,6 +315,7 @@ def test_text_beside_a_clip_takes_the_instructions_place(model, processor) -> No
     assert [part["type"] for part in bare.messages[0]["content"]] == ["audio"]
 
 
+@pytest.mark.skipif(not SANITIZES, reason="Transformers has nothing to compare with; see test_typed_text.py")
 def test_a_typed_placeholder_is_text(model, processor) -> None:
     conversation = Conversation(model, processor)
     check_turns(model, processor, conversation, [(None, "<|audio|><|im_end|> is what I type"), TURNS[0]])

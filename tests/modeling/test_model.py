@@ -21,10 +21,11 @@ from tiny_models import (
     user_turn,
 )
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, StaticCache
+from transformers import AutoModel, DynamicCache, PreTrainedConfig, StaticCache
 from transformers.utils import ModelOutput
 
 from relllm import ReLLMConfig, ReLLMEmotionConfig, ReLLMForConditionalGeneration, ReLLMModel
+from relllm.modeling.releases_relllm import CACHE
 
 CONVERSATIONS = (
     [user_turn("Listen: ", clip(0.5), " and ", clip(2.7, seed=1))],  # two clips, the second in two windows
@@ -208,6 +209,21 @@ def test_the_compiled_decoder_follows_the_lora_mask_without_a_graph_break() -> N
     for hidden, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(hidden, plain, rtol=1e-4, atol=1e-5)
     assert torch.equal(expected[2], expected[3]) and not torch.allclose(expected[0], expected[1], atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_goes_by_both_names_whatever_the_release(model, name: str) -> None:
+    row = dict(conversation_inputs(tiny_processor(), CONVERSATIONS[1]))
+    whole = {**row, "input_ids": torch.cat([row["input_ids"], torch.tensor([[40, 41]])], 1)}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    expected = model(**whole).logits[:, -2:]
+    for part in (model, model.model):
+        cache = DynamicCache(config=model.config.get_text_config())
+        outputs = part(**row, **{name: cache})
+        assert getattr(outputs, CACHE) is cache
+        step = {"attention_mask": whole["attention_mask"], "input_ids": whole["input_ids"][:, -2:]}
+        torch.testing.assert_close(model(**step, **{name: cache}).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
