@@ -368,6 +368,11 @@ class ReLLMModel(ReLLMPreTrainedModel):
             projected.lengths = projected.lengths + 1
         return projected
 
+    def find_embedded(self, inputs_embeds: Tensor) -> Tensor:
+        """Return `(batch, sequence)`, True where `inputs_embeds` are the placeholder's, as in Transformers."""
+        token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
     def place_audio(
         self,
         input_ids: Tensor | None,
@@ -383,9 +388,8 @@ class ReLLMModel(ReLLMPreTrainedModel):
             if audio_mask is None and not decoding:
                 audio_mask = input_ids == self.config.audio_token_id
         assert inputs_embeds is not None
-        if audio_mask is None and input_ids is None and audio is not None:  # as in Transformers: by its embedding
-            token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
-            audio_mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        if audio_mask is None and input_ids is None and audio is not None:
+            audio_mask = self.find_embedded(inputs_embeds)
         scope = self.config.lora_scope
         if audio_mask is None:  # no audio position: of audio scope, a decode step is the bare LLM's
             return inputs_embeds, None if scope == "audio" else True
@@ -592,6 +596,18 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **loss_kwargs)
         return ReLLMCausalLMOutput(loss=loss, logits=logits, **fields)
 
+    @torch.no_grad()
+    def generate(self, *args: Any, audio_items: Any = None, **kwargs: Any) -> Any:
+        """Generate as in Transformers.
+
+        `audio_items` is what a pipeline has of its prompts' audio: each is encoded by itself, unpadded.
+        """
+        items = [item for part in audio_items or [] for item in (part if isinstance(part, list) else [part])]
+        features = [{name: value.to(self.device) for name, value in item.items()} for item in items if item]
+        if heard := [self.get_audio_features(**inputs, return_dict=True).pooler_output for inputs in features]:
+            kwargs["mm_encoder_outputs"] = {"audio": ReLLMAudioOutput(pooler_output=torch.cat(heard))}
+        return super().generate(*args, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -620,7 +636,10 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             inputs = {name: kwargs.pop(name, None) for name in AUDIO_INPUTS}
             if audio is None:
                 audio = self.get_audio_features(**inputs, return_dict=True)
-            counts = (input_ids == self.config.audio_token_id).sum(-1).tolist()
+            places, embeds = kwargs.get("audio_mask"), kwargs.get("inputs_embeds")
+            if places is None and embeds is not None:
+                places = self.model.find_embedded(embeds)
+            counts = (input_ids == self.config.audio_token_id if places is None else places).sum(-1).tolist()
             if sum(counts) != len(audio.pooler_output):
                 raise ValueError(count_message(sum(counts), len(audio.pooler_output)))
             rows = audio.pooler_output.split(counts)

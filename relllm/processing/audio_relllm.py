@@ -1,7 +1,7 @@
 """Reading audio: any container, channel count and rate -> one mono float32 waveform at one rate.
 
 Three steps, in the order of the file: open (a path, URL, bytes or file object becomes a stream), decode (a stream
-becomes samples), normalise (checks, one channel, one rate). soundfile decodes, or PyAV where a phone's or a browser's
+becomes samples), normalise (checks, the channel, one rate). soundfile decodes, or PyAV where a phone's or a browser's
 container needs it; torchaudio resamples; each is imported on first use.
 
 16-bit mono audio at the target rate comes back sample-exact (`int16 / 32768`). The duration limit is checked on the
@@ -11,6 +11,7 @@ clipped or repaired silently. Silence is no error: in a dialogue a silent turn i
 
 from __future__ import annotations
 
+import base64
 import functools
 import http.client
 import importlib.util
@@ -25,17 +26,19 @@ import urllib.request
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeAlias, cast, runtime_checkable
+from typing import Any, BinaryIO, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 import torch
 
 SAMPLING_RATE = 16_000  # Hz; what Whisper, wav2vec2 and the emotion tower were trained on
-MIN_DURATION_S = 0.025  # one analysis window of Whisper and of wav2vec2 (400 samples at 16 kHz)
+MIN_DURATION_S = 0.025  # one analysis window of Whisper (400 samples at 16 kHz); a model's towers may need more
 MAX_DURATION_S = 600.0
 MIN_SOURCE_RATE, MAX_SOURCE_RATE = 4_000, 768_000  # Hz; outside, the header or the argument is wrong
 MAX_FLOAT_PEAK = 16.0  # float audio may peak a little above 1; far above, it holds unscaled integers
+CHANNELS = ("mix", "left", "right", "each")
 MAX_CHANNELS = 64
+CANCELLED = 0.01  # energy of the mix as a share of the channels' mean; 1 / MAX_CHANNELS if one of them alone speaks
 MAX_DOWNLOAD_BYTES = 512 * 1024**2
 URL_TIMEOUT_S = 20.0
 
@@ -43,6 +46,7 @@ _CONVERT = "convert it with `ffmpeg -i INPUT -ac 1 -ar 16000 OUTPUT.wav`"
 _UNKNOWN_FRAMES = 2**48  # libsndfile reports about 2**63 frames where the header leaves the length open
 _UNKNOWN_BYTES = 0x7FFF_0000  # tools that write WAV to a pipe state a size at or above this
 _CONTAINERS = {b"\x1a\x45\xdf\xa3": "Matroska/WebM", b"#!AMR": "AMR", b"\x30\x26\xb2\x75": "WMA"}
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{60,}=*\s*")  # no dot, so no file name with a suffix; a WAV header alone has 60
 _SHORT_BY_S = 0.1  # a container states its length to a packet or so; what lacks more is truncated
 
 
@@ -53,8 +57,17 @@ class BinaryFile(Protocol):
     def read(self, size: int = -1, /) -> bytes: ...
 
 
+@runtime_checkable
+class AudioDecoder(Protocol):
+    """What torchcodec decodes with, and `datasets` gives for a column of audio: samples and rate of a file."""
+
+    def get_all_samples(self) -> Any: ...
+
+
+Array: TypeAlias = "np.ndarray | torch.Tensor"
 AudioSource: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | BinaryFile | np.ndarray | torch.Tensor | Mapping[str, object]"
+    "str | os.PathLike[str] | bytes | bytearray | BinaryFile | AudioDecoder | Array | tuple[Array, int] | "
+    "Mapping[str, object]"
 )
 
 
@@ -63,31 +76,38 @@ def load_audio(
     *,
     sampling_rate: int = SAMPLING_RATE,
     source_rate: int | None = None,
+    channel: str = "mix",
+    min_duration_s: float = MIN_DURATION_S,
     max_duration_s: float = MAX_DURATION_S,
     name: str | None = None,
 ) -> np.ndarray:
     """Read audio from wherever it is and return it mono, float32, at `sampling_rate`.
 
     Args:
-        source: A path, an `http(s)://`, `file://` or `data:` URL, the bytes of an audio file, a binary file object
-            (read from where it is), an array or tensor, or a row of `datasets`. Arrays are `(samples,)` or 2-D, where
-            the shorter axis is the channels; integers are scaled by the range of their type, floats taken as they are.
-            `{"waveform": samples}` holds what this function returned, and is not read again.
+        source: A path, an `http(s)://`, `file://` or `data:` URL, base64, the bytes of an audio file, a binary file
+            object (read from where it is), an array or tensor, alone or as `(array, rate)`, a row of `datasets` or
+            its decoder. Arrays are `(samples,)` or 2-D, where the shorter axis is the channels; integers are scaled by
+            the range of their type, floats taken as they are. `{"waveform": samples}` holds what this function
+            returned, and is not read again.
         sampling_rate (`int`, *optional*, defaults to 16000): Rate of the result in Hz.
         source_rate (`int`, *optional*): Rate of a waveform in Hz; `None` says that it has `sampling_rate` already.
             Files and rows state their own rate, and another one given here is an error.
-        max_duration_s (`float`, *optional*, defaults to 600.0): The longest audio accepted, in seconds.
+        channel (`str`, *optional*, defaults to `"mix"`): The mean of the channels, or `"left"`, `"right"`, `"each"`.
+        min_duration_s, max_duration_s (`float`, *optional*): The shortest and the longest audio accepted, in seconds.
         name (`str`, *optional*): What errors call the input; by default the path, the URL or the kind of the source.
 
     Returns:
-        `np.ndarray` of shape `(samples,)`: float32, writable, in [-1, 1] for PCM; silence included.
+        `np.ndarray` of shape `(samples,)`, with `"each"` `(channels, samples)`: float32, writable, in [-1, 1] for
+        PCM; silence included.
 
     Raises:
         OSError: No such file, a directory, or a URL that could not be downloaded.
-        ValueError: Empty, shorter than 25 ms, longer than `max_duration_s`, NaN or infinite, truncated, not audio, a
-            rate or a shape that cannot be, or integers stored as floats.
+        ValueError: Empty, too short or too long, NaN or infinite, truncated, not audio, a rate or a shape that cannot
+            be, integers stored as floats, channels that cancel each other, or a channel that is not there.
     """
+    limits = (min_duration_s, max_duration_s)
     if isinstance(source, Mapping) and isinstance(read := source.get("waveform"), np.ndarray):
+        _check_duration(read.shape[-1], sampling_rate, name or "waveform", (min_duration_s, math.inf))
         return read
     _check_rate(sampling_rate, "sampling_rate", "the result")
     data, stated_rate, name = _unpack(source, name)
@@ -99,18 +119,28 @@ def load_audio(
     else:
         stream, name = _open(data, name)
         with stream:
-            samples, rate = _decode(stream, name, max_duration_s)
+            samples, rate = _decode(stream, name, limits)
         stated_rate = rate
     if stated_rate is not None and source_rate not in (None, stated_rate):
         raise ValueError(
             f"{name}: the source says {stated_rate} Hz, but source_rate={source_rate} was passed. Pass source_rate "
             "only with an array that comes without a rate."
         )
-    _check_samples(samples, rate, name, max_duration_s)
-    waveform = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    _check_samples(samples, rate, name, limits)
+    waveform = _pick(samples, channel, name)
     if rate != sampling_rate:
         waveform = resample(waveform, rate, sampling_rate)
     return np.require(waveform, np.float32, ["C", "W"])
+
+
+def states_rate(source: object) -> bool:
+    """Tell whether a source is `(array, rate)`."""
+    return (
+        isinstance(source, tuple)
+        and len(source) == 2
+        and isinstance(source[0], (np.ndarray, torch.Tensor))
+        and isinstance(source[1], (int, np.integer))
+    )
 
 
 # --- open ------------------------------------------------------------------------------------------------------------
@@ -133,6 +163,11 @@ def _unpack(source: object, name: str | None) -> tuple[object, int | None, str |
             if rate is None:
                 raise ValueError(f"{name or 'audio dict'}: 'array' came without 'sampling_rate'. Add the rate in Hz.")
             source = source if isinstance(source, torch.Tensor) else np.asarray(source)
+    elif states_rate(source):
+        source, rate = cast("tuple[Array, int]", source)
+    elif isinstance(source, AudioDecoder):
+        samples = source.get_all_samples()
+        source, rate = samples.data, samples.sample_rate
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
@@ -153,6 +188,8 @@ def _open(source: object, name: str | None) -> tuple[BinaryIO, str]:
                 raise ValueError(
                     f"data: URL {location[:40]!r}… cannot be read ({error}); expected 'data:audio/wav;base64,…'."
                 ) from error
+        if not kind and _BASE64.fullmatch(location) and not os.path.exists(location):
+            return io.BytesIO(decode_base64(location)), name or f"base64 (length {len(location)})"
         if kind in ("http", "https"):
             return io.BytesIO(_download(location)), name or location
         if kind not in ("", "file"):
@@ -171,9 +208,16 @@ def _open(source: object, name: str | None) -> tuple[BinaryIO, str]:
         return io.BytesIO(data), name or f"audio file object {source!r}"
     raise TypeError(
         f"Cannot read audio from {type(source).__name__}. Pass a path, a URL, bytes, a binary file, a 1-D or 2-D "
-        "array or tensor, or a dict with 'array' and 'sampling_rate'; for a `datasets` column use "
-        "`Audio(decode=False)`."
+        "array or tensor, (array, rate), a dict with 'array' and 'sampling_rate', or a decoder of `datasets`."
     )
+
+
+def decode_base64(text: str) -> bytes:
+    """Return the bytes that base64 stands for, with or without line breaks; a `ValueError` for anything else."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:  # of binascii, or not ASCII
+        raise ValueError(f"{text[:40]!r}… is not base64 ({error}). Encode the bytes of an audio file.") from error
 
 
 def _open_path(path: Path) -> BinaryIO:
@@ -216,7 +260,7 @@ def _download(url: str) -> bytes:
 # --- decode ----------------------------------------------------------------------------------------------------------
 
 
-def _decode(stream: BinaryIO, name: str, max_duration_s: float) -> tuple[np.ndarray, int]:
+def _decode(stream: BinaryIO, name: str, limits: tuple[float, float]) -> tuple[np.ndarray, int]:
     """Decode a file to float32 `(samples, channels)` and its rate; what is too long is refused by its header."""
     try:
         import soundfile
@@ -234,12 +278,12 @@ def _decode(stream: BinaryIO, name: str, max_duration_s: float) -> tuple[np.ndar
             _check_rate(rate, "the rate in the header", name)
             if length >= _UNKNOWN_FRAMES:
                 raise ValueError(f"{name}: the header does not say how long the audio is; {_CONVERT}.")
-            _check_duration(length, rate, name, max_duration_s)
+            _check_duration(length, rate, name, limits)
             samples, log = file.read(length, dtype="float32", always_2d=True), file.extra_info
     except soundfile.LibsndfileError as error:
         if container_kind(head) is not None and has_pyav():
             stream.seek(0)
-            return _decode_container(stream, name, max_duration_s)
+            return _decode_container(stream, name, limits)
         raise _not_audio(name, head, error.error_string) from error
     if len(samples) < length:
         raise _truncated(name, f"{len(samples)} of {length} samples could be decoded")
@@ -298,7 +342,7 @@ def has_pyav() -> bool:
     return importlib.util.find_spec("av") is not None
 
 
-def _decode_container(stream: BinaryIO, name: str, max_duration_s: float) -> tuple[np.ndarray, int]:
+def _decode_container(stream: BinaryIO, name: str, limits: tuple[float, float]) -> tuple[np.ndarray, int]:
     """Decode the first audio track by FFmpeg, as `_decode` does."""
     av = importlib.import_module("av")  # no statement: Transformers asks for what the files of a checkpoint import
     try:
@@ -310,14 +354,14 @@ def _decode_container(stream: BinaryIO, name: str, max_duration_s: float) -> tup
             _check_rate(rate, "the rate in the header", name)
             stated_s = 0.0 if container.duration is None else container.duration / av.time_base
             if stated_s:
-                _check_duration(round(stated_s * rate), rate, name, max_duration_s)
+                _check_duration(round(stated_s * rate), rate, name, limits)
             blocks, length = [], 0
             resampler = av.AudioResampler(format="fltp")  # changes the sample format only
             for part in (part for frame in container.decode(track) for part in resampler.resample(frame)):
                 blocks.append(part.to_ndarray())
                 length += part.samples
-                if length > rate * max_duration_s:  # it states no length, or less than it has
-                    _check_duration(length, rate, name, max_duration_s)
+                if length > rate * limits[1]:  # it states no length, or less than it has
+                    _check_duration(length, rate, name, limits)
     except av.FFmpegError as error:
         raise ValueError(
             f"{name}: neither soundfile nor FFmpeg can read this as audio ({error.strerror}). Fetch it again."
@@ -357,22 +401,26 @@ def _scale(array: np.ndarray, name: str) -> np.ndarray:
     )
 
 
-def check_waveform(
-    waveform: np.ndarray,
-    sampling_rate: int = SAMPLING_RATE,
-    *,
-    max_duration_s: float = MAX_DURATION_S,
-    name: str = "waveform",
-) -> None:
-    """Raise for a waveform that no tower could hear: a TypeError if it is not floating point, else a ValueError.
-
-    It must be `(samples,)`, last 25 ms to `max_duration_s` and hold finite samples in about [-1, 1].
-    """
-    if waveform.dtype.kind != "f":
-        raise TypeError(f"{name}: expected floating-point samples, got {waveform.dtype}. Read it with `load_audio`.")
-    if waveform.ndim != 1:
-        raise ValueError(f"{name}: expected shape (samples,), got {waveform.shape}. Pass it through `load_audio`.")
-    _check_samples(waveform[:, None], sampling_rate, name, max_duration_s)
+def _pick(samples: np.ndarray, channel: str, name: str) -> np.ndarray:
+    """Turn `(samples, channels)` into `(samples,)`, or into `(channels, samples)` for each."""
+    if channel == "each":
+        return samples.T
+    count = samples.shape[1]
+    if channel in ("left", "right"):
+        if count < 2:
+            raise ValueError(f"{name}: the audio has one channel, so none is the {channel} one. Leave `channel` out.")
+        return samples[:, int(channel == "right")]
+    if channel != "mix":
+        raise ValueError(f"channel is {channel!r}, expected one of {', '.join(map(repr, CHANNELS))}.")
+    if count == 1:
+        return samples[:, 0]
+    mixed = samples.mean(axis=1)
+    if np.square(mixed).mean() < CANCELLED * np.square(samples).mean():
+        raise ValueError(
+            f"{name}: the {count} channels cancel each other when they are mixed (antiphase). Take one with "
+            "channel='left' or 'right', or mend the recording."
+        )
+    return mixed
 
 
 def _check_rate(rate: int, argument: str, name: str) -> None:
@@ -384,26 +432,26 @@ def _check_rate(rate: int, argument: str, name: str) -> None:
         )
 
 
-def _check_duration(length: int, rate: int, name: str, max_duration_s: float) -> None:
-    duration_s = length / rate
+def _check_duration(length: int, rate: int, name: str, limits: tuple[float, float]) -> None:
+    duration_s, (shortest_s, longest_s) = length / rate, limits
     if length == 0:
         raise ValueError(f"{name}: the audio is empty (0 samples). Leave the clip out or record it again.")
-    if duration_s < MIN_DURATION_S:
+    if duration_s < shortest_s:
         raise ValueError(
             f"{name}: the audio is too short: {length} sample{'s' * (length > 1)} at {rate} Hz "
-            f"({1000 * duration_s:.4g} ms); at least {1000 * MIN_DURATION_S:g} ms are needed. Leave the clip out or "
+            f"({1000 * duration_s:.4g} ms); at least {1000 * shortest_s:.4g} ms are needed. Leave the clip out or "
             "pad it."
         )
-    if duration_s > max_duration_s:
+    if duration_s > longest_s:
         raise ValueError(
-            f"{name}: the audio lasts {duration_s:.1f} s, the limit is {max_duration_s:.1f} s. Cut it into shorter "
+            f"{name}: the audio lasts {duration_s:.1f} s, the limit is {longest_s:.1f} s. Cut it into shorter "
             "clips, or raise `max_duration_s`."
         )
 
 
-def _check_samples(samples: np.ndarray, rate: int, name: str, max_duration_s: float) -> None:
+def _check_samples(samples: np.ndarray, rate: int, name: str, limits: tuple[float, float]) -> None:
     """Check `(samples, channels)`, before channels are averaged: there a bad value can still be located."""
-    _check_duration(samples.shape[0], rate, name, max_duration_s)
+    _check_duration(samples.shape[0], rate, name, limits)
     # The sum of a float32 array could overflow; the extremes cannot, and NaN passes through both.
     peak = max(float(samples.max()), -float(samples.min()))
     if not math.isfinite(peak):

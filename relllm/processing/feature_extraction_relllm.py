@@ -14,7 +14,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedConfig, WhisperFeatureExtractor
 
-from .audio_relllm import MAX_DURATION_S, AudioSource, load_audio
+from .audio_relllm import (
+    MAX_DURATION_S,
+    MIN_DURATION_S,
+    SAMPLING_RATE,
+    AudioSource,
+    load_audio,
+    states_rate,
+)
 
 VARIANCE_FLOOR = 1e-7  # of wav2vec2's feature extractor; the original code's as well
 
@@ -31,6 +38,8 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         emotion_values (`bool`, *optional*, defaults to `True`): Whether there is an emotion tower to feed.
         full_window (`bool`, *optional*, defaults to `True`): Pad the log-mel to the whole window, as Whisper was
             trained; `False` pads to the longest clip of the batch, which is cheaper.
+        min_duration_s (`float`, *optional*, defaults to 0.025): Shortest clip accepted, in seconds: what the
+            towers need for one frame.
         max_duration_s (`float`, *optional*, defaults to 600): Longest clip accepted, in seconds.
         kwargs: Of Whisper's: `feature_size` (80 mel bins), `sampling_rate` (16,000 Hz, to which others are resampled),
             `hop_length` (160 samples), `n_fft` (400 samples), `chunk_length` (30 s, the speech tower's window).
@@ -48,10 +57,12 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         num_extra_tokens: int = 0,
         emotion_values: bool = True,
         full_window: bool = True,
+        min_duration_s: float = MIN_DURATION_S,
         max_duration_s: float = MAX_DURATION_S,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        # Rows are padded here, so Transformers' side, which pipelines hold against the tokenizer's, means nothing.
+        super().__init__(**{**kwargs, "padding_side": None})
         if speech_input not in ("log_mel", "waveform"):
             raise ValueError(f"speech_input must be 'log_mel' or 'waveform', got {speech_input!r}.")
         if speech_input == "waveform" and (not tower_kernels or not tower_strides):
@@ -66,6 +77,7 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         self.num_extra_tokens = num_extra_tokens
         self.emotion_values = emotion_values
         self.full_window = full_window
+        self.min_duration_s = min_duration_s
         self.max_duration_s = max_duration_s
 
     def __call__(
@@ -73,34 +85,71 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         audio: AudioSource | Sequence[AudioSource],
         sampling_rate: int | None = None,
         return_tensors: str | None = "pt",
+        channel: str = "mix",
     ) -> BatchFeature:
         """Read clips and prepare them for the model: [`read_clips`], then [`extract`]."""
-        return self.extract(self.read_clips(audio, sampling_rate), return_tensors=return_tensors)
+        return self.extract(self.read_clips(audio, sampling_rate, channel), return_tensors=return_tensors)
+
+    def fetch_audio(self, audio_url_or_urls: Any, sampling_rate: int | None = None) -> Any:
+        """Return what a pipeline was given, as it is: the processor reads it."""
+        return audio_url_or_urls
 
     def read_clips(
-        self, audio: AudioSource | Sequence[AudioSource], sampling_rate: int | None = None
+        self, audio: AudioSource | Sequence[AudioSource], sampling_rate: int | None = None, channel: str = "mix"
     ) -> list[np.ndarray]:
-        """Read one clip or a list of clips, which may be nested by row, each as [`read_clip`] does."""
-        return [self.read_clip(clip, sampling_rate, index=index) for index, clip in enumerate(_flatten(audio))]
+        """Read one clip or a list of clips, which may be nested by row, each as [`read_clip`] does.
 
-    def read_clip(self, audio: AudioSource, sampling_rate: int | None = None, *, index: int = 0) -> np.ndarray:
+        With `channel="each"`, each channel is a clip. Several rows of samples in one array are a `ValueError`: they
+        are the channels of one clip to some, a batch of clips to others.
+        """
+        if isinstance(audio, (np.ndarray, torch.Tensor)) and audio.ndim == 2 and 1 < len(audio) < audio.shape[1]:
+            raise ValueError(
+                f"An array of shape {tuple(audio.shape)} is either {len(audio)} clips or one clip of {len(audio)} "
+                "channels. Pass list(array) for the first, [array] for the second."
+            )
+        read = [
+            self.read_clip(clip, sampling_rate, index=index, channel=channel)
+            for index, clip in enumerate(_flatten(audio))
+        ]
+        return [waveform for clip in read for waveform in ([clip] if clip.ndim == 1 else clip)]
+
+    def read_clip(
+        self,
+        audio: AudioSource,
+        sampling_rate: int | None = None,
+        *,
+        index: int = 0,
+        channel: str = "mix",
+        max_duration_s: float | None = None,
+        name: str | None = None,
+    ) -> np.ndarray:
         """Read one clip: mono, float32, at the extractor's rate, checked.
 
         Args:
-            audio: A path, URL, bytes, file object, array, tensor or row of `datasets`.
+            audio: What [`load_audio`] takes: a path, URL, bytes, array, tensor, `(array, rate)`, row of `datasets`, ….
             sampling_rate (`int`, *optional*): Rate of an array, in Hz; by default the extractor's.
             index (`int`, *optional*, defaults to 0): What an error calls an array by.
+            channel (`str`, *optional*, defaults to `"mix"`): The mean of the channels, `"left"`, `"right"`, or
+                `"each"`, which gives `(channels, samples)`.
+            max_duration_s (`float`, *optional*): Longest clip accepted, in seconds; by default the extractor's.
+            name (`str`, *optional*): What an error calls the clip.
 
         Raises:
             ValueError, OSError: On bad audio; the message names the clip and the reason.
         """
-        if isinstance(audio, (list, tuple)):
+        if isinstance(audio, (list, tuple)) and not states_rate(audio):
             audio = np.asarray(audio, dtype=np.float32)
-        name = rate = None
+        rate = None
         if isinstance(audio, (np.ndarray, torch.Tensor)):  # a file states its own rate and has a name
-            name, rate = f"audio {index} of shape {tuple(audio.shape)}", sampling_rate
+            name, rate = name or f"audio {index} of shape {tuple(audio.shape)}", sampling_rate
         return load_audio(
-            audio, sampling_rate=self.sampling_rate, source_rate=rate, max_duration_s=self.max_duration_s, name=name
+            audio,
+            sampling_rate=self.sampling_rate,
+            source_rate=rate,
+            channel=channel,
+            min_duration_s=self.min_duration_s,
+            max_duration_s=self.max_duration_s if max_duration_s is None else max_duration_s,
+            name=name,
         )
 
     def extract(
@@ -180,7 +229,7 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
 
 def _flatten(audio: Any) -> list:
     """Return the clips of one clip, a list of clips, or a list of lists; a list of numbers is one clip."""
-    if isinstance(audio, (list, tuple)) and not (audio and isinstance(audio[0], (int, float))):
+    if isinstance(audio, (list, tuple)) and not (states_rate(audio) or (audio and isinstance(audio[0], (int, float)))):
         return [clip for part in audio for clip in _flatten(part)]
     return [audio]
 
@@ -199,7 +248,11 @@ def _pad(waveforms: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 def extractor_settings(config: PreTrainedConfig, speech_do_normalize: bool = True) -> dict[str, Any]:
     """Return the arguments of [`ReLLMFeatureExtractor`] that follow from a model's configuration (`ReLLMConfig`)."""
     audio = config.audio_config
+    waveform_towers = [] if audio.model_type == "whisper" else [audio]
+    if config.emotion_config is not None:
+        waveform_towers.append(config.emotion_config.encoder_config)
     settings: dict[str, Any] = {
+        "min_duration_s": max([MIN_DURATION_S, *map(shortest_clip, waveform_towers)]),
         "num_projector_convs": len(config.projector_kernel_sizes),
         "num_extra_tokens": int(config.emotion_fusion == "token"),
         "emotion_values": config.emotion_config is not None,
@@ -213,3 +266,12 @@ def extractor_settings(config: PreTrainedConfig, speech_do_normalize: bool = Tru
         "tower_kernels": list(audio.conv_kernel),
         "tower_strides": list(audio.conv_stride),
     }
+
+
+def shortest_clip(config: PreTrainedConfig) -> float:
+    """Return the seconds that a waveform encoder (wav2vec2, HuBERT, WavLM) needs for a frame: its receptive field."""
+    field, hop = 1, 1  # samples that a frame sees; samples from one frame to the next
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        field += (kernel - 1) * hop
+        hop *= stride
+    return field / SAMPLING_RATE

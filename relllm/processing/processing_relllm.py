@@ -20,13 +20,30 @@ from .prompts_relllm import AUDIO_TOKEN, SPEECH_PROMPT, SYSTEM_PROMPT, build_cha
 
 SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 AUDIO_KEYS = ("audio", "url", "path", "bytes", "waveform")  # of an audio part; a `waveform` has been read
+OF_LAST_BATCH = ("padding_side", "pad_to_multiple_of", "max_length", "stride", "truncation_strategy")
+AUDIO_INPUTS = (*ReLLMFeatureExtractor.model_input_names, "audio_num_windows")
 
 
 class _Read(np.ndarray):
     """A waveform that was read, on its way through Transformers' `apply_chat_template`, which passes arrays on."""
 
 
+class ReLLMInputs(BatchFeature):
+    """Model inputs, also for the batches that Transformers' pipelines make of single prompts.
+
+    They pad tensors as if each row were a prompt, and rows of audio are windows. A pipeline marks a prompt's inputs by
+    `inputs["text"] = prompt`: from then on the audio is one entry, `audio_items`, which is no tensor. They hand it on
+    as it is, and the model's `generate` takes it.
+    """
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name == "text":
+            self.data["audio_items"] = [{name: self.data.pop(name) for name in AUDIO_INPUTS if name in self.data}]
+        super().__setitem__(name, value)
+
+
 class ReLLMAudioKwargs(AudioKwargs, total=False):  # type: ignore[call-arg]
+    channel: str | None  # of each clip; see `ReLLMFeatureExtractor.read_clips`
     only_counted: list[bool] | None  # clips that get no features; see `ReLLMFeatureExtractor.extract`
 
 
@@ -66,10 +83,30 @@ class ReLLMProcessor(ProcessorMixin):
         self.audio_token_id = vocabulary[audio_token]
         if chat_template is None:
             chat_template = build_chat_template(vocabulary, tokenizer.eos_token or "", audio_token)
-        # Transformers lets what a tokenizer was loaded with win over `_defaults`, and a saved tokenizer remembers the
-        # side of its last batch, in training the right one: prompts are padded on the left nevertheless.
-        tokenizer.init_kwargs.pop("padding_side", None)
+        # Transformers lets what a tokenizer was loaded with win over `_defaults`, and a saved tokenizer remembers how
+        # its last batch was padded, in training on the right: prompts are padded on the left nevertheless, also by
+        # pipelines, which ask the tokenizer.
+        for name in OF_LAST_BATCH:
+            tokenizer.init_kwargs.pop(name, None)
+        tokenizer.padding_side = "left"
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+
+    def __call__(
+        self,
+        text: str | list[str] | None = None,
+        audio: "AudioSource | list[AudioSource] | None" = None,
+        images: None = None,
+        videos: None = None,
+        **kwargs: Any,
+    ) -> ReLLMInputs:
+        """Return model inputs of prompts and the clips that their placeholders stand for, as in Transformers.
+
+        `sampling_rate` is that of arrays; `channel` is `"mix"` (the default), `"left"`, `"right"` or `"each"`, which
+        makes each channel a clip with a placeholder of its own.
+        """
+        if images is not None or videos is not None:
+            raise ValueError("RE-LLM reads text and audio, and was given images or videos. Leave them out.")
+        return ReLLMInputs(super().__call__(text=text, audio=audio, **kwargs).data)
 
     @classmethod
     def from_config(
@@ -132,13 +169,16 @@ class ReLLMProcessor(ProcessorMixin):
             conversation.append({"role": "assistant", "content": response})
         return conversation
 
-    def apply_request(self, audio: "AudioSource | list[AudioSource]", **kwargs: str) -> BatchFeature:
+    def apply_request(
+        self, audio: "AudioSource | list[AudioSource]", *, channel: str = "mix", **kwargs: str
+    ) -> BatchFeature:
         """Return model inputs that ask for a reply to a clip, or to each of a list of clips.
 
-        `kwargs` are the `instruction` and the `system_prompt` of [`~ReLLMProcessor.build_conversation`].
+        With `channel="each"`, each channel is a request. `kwargs` are the `instruction` and the `system_prompt` of
+        [`~ReLLMProcessor.build_conversation`].
         """
-        clips = audio if isinstance(audio, list) else [audio]
-        conversations = [self.build_conversation(clip, **kwargs) for clip in clips]
+        clips = self.feature_extractor.read_clips(audio if isinstance(audio, list) else [audio], channel=channel)
+        conversations = [self.build_conversation({"waveform": clip}, **kwargs) for clip in clips]
         return self.apply_chat_template(conversations, tokenize=True, return_dict=True, add_generation_prompt=True)
 
     def apply_chat_template(
@@ -152,12 +192,15 @@ class ReLLMProcessor(ProcessorMixin):
 
         An audio part holds one of `"audio"` (anything that [`~ReLLMFeatureExtractor.read_clip`] takes), `"path"`,
         `"url"`, `"bytes"` and `"waveform"` (what `read_clip` returned: it is taken as it is). An array that is not at
-        16 kHz has its rate in the part's `"sampling_rate"`, or all have it in the keyword `sampling_rate`.
+        16 kHz has its rate in the part's `"sampling_rate"`, or all have it in the keyword `sampling_rate`. A part's
+        `"channel"` is `"mix"` (the default), `"left"` or `"right"`.
         """
         if kwargs.get("sanitize_control_tokens") and not SANITIZES:  # there it would be a variable of the template
             raise ValueError("sanitize_control_tokens needs Transformers 5.23. Update it, or leave the option out.")
         if tokenize:
-            rate = _rate_of_arrays(kwargs) or _rate_of_arrays(kwargs.get("processor_kwargs") or {})
+            # A copy, because Transformers writes to it.
+            given = kwargs["processor_kwargs"] = dict(kwargs.get("processor_kwargs") or {})
+            rate = _audio_option(kwargs, "sampling_rate") or _audio_option(given, "sampling_rate")
             kwargs.pop("sampling_rate", None)
             conversation = self.read_audio(conversation, rate)
             for part in audio_parts(conversation):  # of the copy
@@ -184,10 +227,11 @@ class ReLLMProcessor(ProcessorMixin):
             given = [key for key in AUDIO_KEYS if part.get(key) is not None]  # Arrow structs have keys with None
             if len(given) != 1:
                 raise ValueError(f"An audio part needs exactly one of the keys {AUDIO_KEYS}, got {sorted(part)}.")
-            waveform = part[given[0]]
-            if given != ["waveform"]:
-                rate = part.get("sampling_rate") or sampling_rate
-                waveform = self.feature_extractor.read_clip(waveform, rate, index=index)
+            source = {"waveform": part["waveform"]} if given == ["waveform"] else part[given[0]]
+            rate, channel = part.get("sampling_rate") or sampling_rate, part.get("channel") or "mix"
+            if channel == "each":
+                raise ValueError(f"Audio {index}: channel='each' makes several clips of one part. Give each its own.")
+            waveform = self.feature_extractor.read_clip(source, rate, index=index, channel=channel)
             part.clear()
             part.update(type="audio", waveform=waveform)
         return copies if batched else copies[0]
@@ -205,9 +249,12 @@ class ReLLMProcessor(ProcessorMixin):
         if isinstance(audio, list) and all(isinstance(clip, _Read) for clip in audio):
             clips = [clip.view(np.ndarray) for clip in cast("list[_Read]", audio)]
         elif audio is not None:
-            clips = self.feature_extractor.read_clips(audio, _rate_of_arrays(kwargs))
+            channel = _audio_option(kwargs, "channel") or "mix"
+            clips = self.feature_extractor.read_clips(audio, _audio_option(kwargs, "sampling_rate"), channel)
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
+            if not all(isinstance(row, str) for row in text):
+                raise ValueError("The text of a prompt must be a string. Pass clips as `audio=`.")
             placeholders, count = sum(row.count(self.audio_token) for row in text), len(clips or [])
             if placeholders != count and not kwargs.get("sanitize_control_tokens"):  # then some are the user's words
                 raise ValueError(
@@ -240,6 +287,6 @@ def audio_parts(conversation: Sequence) -> list[dict]:
     return [part for content in contents for part in content or [] if part["type"] == "audio"]
 
 
-def _rate_of_arrays(kwargs: Mapping[str, Any]) -> int | None:
-    """Return the sampling rate among the keywords of a call, which Transformers takes in two places."""
-    return kwargs.get("sampling_rate") or (kwargs.get("audio_kwargs") or {}).get("sampling_rate")
+def _audio_option(kwargs: Mapping[str, Any], name: str) -> Any:
+    """Return an option of audio among the keywords of a call, which Transformers takes in two places."""
+    return kwargs.get(name) or (kwargs.get("audio_kwargs") or {}).get(name)

@@ -9,7 +9,7 @@ import openai
 import pytest
 import torch
 from served import NAME, as_read, clip, clip_part, reply_alone, serving, user, wait_until
-from tiny_models import tiny_model, tiny_processor
+from tiny_models import tiny_config, tiny_model, tiny_processor
 
 from relllm.inference.inference_settings import BatchSettings, RequestLimits
 from relllm.inference.replies import hear
@@ -230,6 +230,40 @@ def test_a_failure_of_the_model_is_a_500_and_the_server_goes_on(
                 ask(client, CONVERSATIONS[0][0], stream=stream)
         assert failed.value.code == "model_failed" and "fire" not in str(failed.value)
         assert ask(client, CONVERSATIONS[0][0]).choices[0].message.content
+
+
+def test_a_clip_that_the_model_fails_on_takes_nobody_of_its_batch_with_it(model, processor, monkeypatch) -> None:
+    hear_all, bad = model.get_audio_features, len(CLIPS[1])
+
+    def fail(*, input_values_mask: torch.Tensor, **features: torch.Tensor) -> object:
+        if bad in input_values_mask.sum(-1).tolist():
+            raise RuntimeError("this one")
+        return hear_all(input_values_mask=input_values_mask, **features)
+
+    def answer(number: int) -> str:
+        try:
+            return ask(client, CONVERSATIONS[number][0]).choices[0].message.content
+        except openai.InternalServerError as error:
+            return error.code
+
+    expected = [reply_alone(model, processor, *conversation) for conversation in CONVERSATIONS[:3]]
+    monkeypatch.setattr(model, "get_audio_features", fail)
+    with serving(model, processor, settings=together(3)) as running, running.client() as client:
+        with ThreadPoolExecutor(3) as pool:
+            answers = list(pool.map(answer, range(3)))
+        assert len(running.batches[0]) == 3
+    assert answers == [expected[0], "model_failed", expected[2]]
+
+
+def test_a_clip_too_short_for_the_towers_is_refused_before_it_reaches_a_batch() -> None:
+    config = tiny_config()
+    config.emotion_config.encoder_config.conv_kernel = [10, 8, 4]  # 770 samples for a frame
+    model, processor = tiny_model(config), tiny_processor(config)
+    with serving(model, processor) as running, running.client() as client:
+        with pytest.raises(openai.BadRequestError, match=r"messages.0.content.0: .*at least 48.12 ms") as refused:
+            ask(client, [user(clip(1.0)[:769])])
+        assert refused.value.code == "invalid_audio" and not running.batches
+        assert ask(client, [user(clip(1.0)[:770])]).choices[0].message.content
 
 
 def test_a_failure_in_the_midst_of_a_stream_is_raised_by_the_client(model, processor) -> None:

@@ -69,10 +69,10 @@ REFUSED = {
     "truncated": (of_bytes(audio_file(clip(0.5))[:-2000]), {}, "truncated", "invalid_audio"),
     "too short": (of_bytes(audio_file(clip(0.01))), {}, "too short", "invalid_audio"),
     "not base64": (part_of("%%%"), {}, "not base64", "invalid_audio"),
-    "an address": (part_of("http://127.0.0.1:9/a.wav"), {}, "addresses, paths", "invalid_audio"),
-    "a file URL": (part_of("file:///etc/passwd"), {}, "addresses, paths", "invalid_audio"),
+    "an address": (part_of("http://127.0.0.1:9/a.wav"), {}, "Addresses, paths", "invalid_audio"),
+    "a file URL": (part_of("file:///etc/passwd"), {}, "Addresses, paths", "invalid_audio"),
     "a path": (part_of("/etc/hostname"), {}, "neither|base64|not an audio", "invalid_audio"),
-    "a data URL": (part_of("data:audio/wav;base64,UklGRg=="), {}, "addresses, paths", "invalid_audio"),
+    "a data URL": (part_of("data:audio/wav;base64,UklGRg=="), {}, "Addresses, paths", "invalid_audio"),
     "audio_url": (
         other_part(type="audio_url", audio_url={"url": "http://127.0.0.1:9/a.wav"}),
         {},
@@ -131,6 +131,10 @@ def test_a_bad_request_is_refused_with_a_reason(client, case: str) -> None:
 def test_a_stream_that_is_refused_has_the_status_of_its_error(client) -> None:
     with pytest.raises(openai.BadRequestError, match="not an audio file"):
         ask(client, of_bytes(b"this is no audio" * 10), stream=True)
+
+
+def test_base64_with_line_breaks_is_read(client) -> None:
+    assert ask(client, part_of(base64.encodebytes(audio_file(clip(0.5))).decode())).choices[0].message.content
 
 
 def test_good_requests_are_answered_after_all_that(client) -> None:

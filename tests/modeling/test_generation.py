@@ -184,7 +184,7 @@ def test_text_streamers_deliver_the_reply_piece_by_piece(model, alone, capsys) -
     assert "".join(pieces) == expected and len(pieces) > 1
 
 
-def test_inputs_embeds_with_an_audio_mask_give_the_same_reply(model, alone) -> None:
+def test_inputs_embeds_give_the_same_reply(model, alone) -> None:
     row = alone[0]
     is_audio = row["input_ids"] == model.config.audio_token_id
     with torch.no_grad():
@@ -195,6 +195,11 @@ def test_inputs_embeds_with_an_audio_mask_give_the_same_reply(model, alone) -> N
     for options in ({}, {"num_beams": 3}):
         embedded = {"inputs_embeds": embeddings, "audio_mask": is_audio, "attention_mask": mask}
         assert torch.equal(model.generate(**embedded, **GREEDY, **options), replies(model, row, **options))
+        audio_mask = {"audio_mask": is_audio}
+        for by in ({}, audio_mask):  # the placeholders by their embedding, or said
+            placeholders = {"inputs_embeds": model.get_input_embeddings()(row["input_ids"]), **audio_inputs(row), **by}
+            found = model.generate(**placeholders, attention_mask=mask, **GREEDY, **options)
+            assert torch.equal(found, replies(model, row, **options))
     unmasked = model.generate(inputs_embeds=embeddings, attention_mask=mask, **GREEDY)
     assert not torch.equal(unmasked, replies(model, row))
 

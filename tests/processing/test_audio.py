@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import dataclasses
 import http.server
 import io
 import socket
@@ -20,7 +21,7 @@ import torch
 from transformers.dynamic_module_utils import get_imports
 
 from relllm.processing import audio_relllm
-from relllm.processing.audio_relllm import check_waveform, load_audio, resample
+from relllm.processing.audio_relllm import decode_base64, load_audio, resample
 
 
 def sine(rate: int, *, duration_s: float = 0.5, frequency: float = 440.0, amplitude: float = 0.5) -> np.ndarray:
@@ -177,6 +178,36 @@ def test_paths_bytes_files_and_urls_give_the_same_samples(wav: Path) -> None:
             assert np.array_equal(load_audio(source), expected)
 
 
+@dataclasses.dataclass
+class Decoder:
+    """As torchcodec's: samples `(channels, samples)` and their rate."""
+
+    data: torch.Tensor
+    sample_rate: int
+
+    def get_all_samples(self) -> "Decoder":
+        return self
+
+
+def test_an_array_with_its_rate_and_a_decoder_are_read() -> None:
+    slow = torch.from_numpy(sine(8_000).astype(np.float32))
+    expected = load_audio(slow, source_rate=8_000)
+    assert np.array_equal(load_audio((slow, 8_000)), expected)
+    assert np.array_equal(load_audio((slow.numpy(), np.int64(8_000))), expected)
+    assert np.array_equal(load_audio(Decoder(slow[None], 8_000)), expected)
+    assert np.array_equal(load_audio(Decoder(torch.stack([slow, 0 * slow]), 8_000), channel="left"), expected)
+    with pytest.raises(ValueError, match="the source says 8000 Hz"):
+        load_audio((slow, 8_000), source_rate=16_000)
+
+
+def test_base64_is_read_with_and_without_line_breaks_and_in_a_data_url(wav: Path) -> None:
+    whole, broken = base64.b64encode(wav.read_bytes()).decode(), base64.encodebytes(wav.read_bytes()).decode()
+    assert "\n" in broken[:-1] and "\n" not in whole
+    for text in (whole, broken):
+        for source in (text, f"data:audio/wav;base64,{text}"):
+            assert np.array_equal(load_audio(source), load_audio(wav))
+
+
 def test_a_wav_with_a_misleading_name_is_read_by_its_content(wav: Path) -> None:
     expected = load_audio(wav)
     for name in ("clip.raw", "clip.mp3", "clip"):
@@ -244,6 +275,14 @@ def test_no_samples_is_an_error(source: np.ndarray | bytes) -> None:
 def test_one_sample_is_too_short(source: np.ndarray | bytes) -> None:
     with pytest.raises(ValueError, match=r"too short: 1 sample at 16000 Hz .* at least 25 ms"):
         load_audio(source)
+
+
+def test_the_shortest_clip_may_be_longer(wav: Path) -> None:
+    read = load_audio(np.zeros(639))
+    for source in (np.zeros(639), wav_bytes(np.zeros(639)), {"waveform": read}):
+        with pytest.raises(ValueError, match=r"639 samples at 16000 Hz \(39.94 ms\); at least 40 ms are needed"):
+            load_audio(source, min_duration_s=0.04)
+    assert len(load_audio(np.zeros(1_920), source_rate=48_000, min_duration_s=0.04)) == 640
 
 
 def test_the_shortest_clip_is_400_samples() -> None:
@@ -427,14 +466,54 @@ def test_a_broken_data_url_is_an_error(url: str) -> None:
         load_audio(url)
 
 
-def test_check_waveform_accepts_good_audio_only() -> None:
-    check_waveform(sine(16_000))
-    with pytest.raises(ValueError, match="clip 3: expected shape"):
-        check_waveform(np.zeros((2, 1_000)), name="clip 3")
-    with pytest.raises(TypeError, match="floating-point"):
-        check_waveform(np.zeros(1_000, np.int16))
-    with pytest.raises(ValueError, match="sample 5 "):
-        check_waveform(np.where(np.arange(1_000) == 5, np.nan, 0.0))
+@pytest.mark.parametrize("text", ["UklG" * 20 + "!", "UklGR" * 13, "é" * 80])
+def test_text_that_is_no_base64_says_so(text: str) -> None:
+    with pytest.raises(ValueError, match="is not base64"):
+        decode_base64(text)
+
+
+# --- channels --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call() -> np.ndarray:
+    """Two speakers, one a channel: `(samples, 2)`."""
+    return np.stack([sine(16_000), sine(16_000, frequency=700.0, amplitude=0.2)], axis=1)
+
+
+@pytest.mark.parametrize("rate", [16_000, 48_000])
+def test_a_channel_is_read_as_if_it_were_alone_in_its_file(call: np.ndarray, rate: int) -> None:
+    data = wav_bytes(call, rate, subtype="FLOAT")
+    left, right = (load_audio(wav_bytes(side, rate, subtype="FLOAT")) for side in call.T)
+    assert np.array_equal(load_audio(data, channel="left"), left)
+    assert np.array_equal(load_audio(data, channel="right"), right)
+    assert np.allclose(load_audio(data, channel="each"), np.stack([left, right]), atol=1e-6)
+    assert np.allclose(load_audio(data), (left + right) / 2, atol=1e-6)
+
+
+def test_a_channel_that_is_not_there_and_a_word_that_is_none_are_errors(call: np.ndarray) -> None:
+    for channel in ("left", "right"):
+        with pytest.raises(ValueError, match=f"has one channel, so none is the {channel} one"):
+            load_audio(sine(16_000), channel=channel)
+    with pytest.raises(ValueError, match="'middle', expected one of 'mix', 'left', 'right', 'each'"):
+        load_audio(call, channel="middle")
+    assert load_audio(sine(16_000), channel="each").shape == (1, 8_000)
+
+
+@pytest.mark.parametrize("remainder", [0.0, 0.05])
+def test_channels_that_cancel_each_other_are_an_error(remainder: float) -> None:
+    side = sine(16_000)
+    antiphase = np.stack([side, (remainder - 1) * side], axis=1)
+    with pytest.raises(ValueError, match="the 2 channels cancel each other.*channel='left'"):
+        load_audio(antiphase)
+    assert np.array_equal(load_audio(antiphase, channel="left"), side.astype(np.float32))
+
+
+def test_one_channel_that_speaks_among_many_and_silence_are_no_antiphase() -> None:
+    alone = np.zeros((8_000, 64))
+    alone[:, 5] = sine(16_000)
+    assert np.allclose(load_audio(alone), alone[:, 5] / 64, atol=1e-6)
+    assert not load_audio(np.zeros((8_000, 2))).any()
 
 
 # --- URLs ------------------------------------------------------------------------------------------------------------

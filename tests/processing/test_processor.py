@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from relllm import ReLLMConfig, ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.modeling.audio_tower_relllm import count_frames
 from relllm.modeling.projector_relllm import count_projected
-from relllm.processing import audio_relllm, feature_extraction_relllm
+from relllm.processing import audio_relllm
 from relllm.processing.prompts_relllm import build_chat_template
 
 # WavLM's own attention, on a padded batch
@@ -215,12 +215,11 @@ def test_a_clip_is_decoded_resampled_and_checked_once(
 
         monkeypatch.setattr(audio_relllm, name, counted)
 
-    for name in ("load_audio", "_decode", "resample", "_check_samples"):
+    for name in ("_decode", "resample", "_check_samples"):
         count(name)
-    monkeypatch.setattr(feature_extraction_relllm, "load_audio", audio_relllm.load_audio)
     second_of_audio(processor, way, source, 48_000, tmp_path)
     decoded = int(source in ("path", "bytes"))
-    assert calls == Counter(load_audio=1, _decode=decoded, resample=1, _check_samples=1)
+    assert calls == Counter(_decode=decoded, resample=1, _check_samples=1)
 
 
 def test_what_was_read_is_taken_as_it_is_and_nothing_else_passes_for_it(processor: ReLLMProcessor) -> None:
@@ -395,6 +394,91 @@ def test_a_long_clip_is_its_windows_one_after_the_other_each_with_its_own_emotio
     assert whole.emotion_logits.shape == (1, 5) and together.emotion_logits.shape == (3, 5)
 
 
+# --- what a model needs, and Transformers' ways ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("speech", ["whisper", "wav2vec2", "hubert-group"])
+def test_the_shortest_clip_is_what_the_towers_on_disk_need_for_a_frame(speech: str, tmp_path: Path) -> None:
+    config, wide = tiny_config(audio=speech), tiny_config(audio=speech)
+    wide.emotion_config.encoder_config.conv_kernel = [10, 8, 4]  # 10 + 7 * 40 + 3 * 160 samples
+    tiny_model(wide).save_pretrained(tmp_path)
+    tiny_processor(wide).save_pretrained(tmp_path)
+    model, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    features = processor.feature_extractor
+    assert tiny_processor(config).feature_extractor.min_duration_s == 0.025
+    read = {"waveform": clip(1.0)[:769]}
+
+    def in_a_turn(source: object) -> None:
+        conversation_inputs(processor, [user_turn(audio_part(source))])
+
+    for ask in (features, processor.apply_request, in_a_turn):
+        for source in (clip(1.0)[:769], read):
+            with pytest.raises(ValueError, match=r"769 samples at 16000 Hz \(48.06 ms\); at least 48.12 ms"):
+                ask(source)
+    heard = model.get_audio_features(**features([clip(1.0)[:770], clip(1.0)]))
+    assert heard.dimensions.isfinite().all() and min(heard.lengths) == 1
+
+
+def test_text_and_audio_may_come_by_position_and_pictures_are_refused(processor: ReLLMProcessor) -> None:
+    assert processor("hello")["input_ids"].tolist() == [processor.tokenizer("hello")["input_ids"]]
+    assert same(processor(AUDIO, clip(0.5)), processor(text=AUDIO, audio=clip(0.5)))
+    with pytest.raises(ValueError, match="reads text and audio"):
+        processor("hello", images=np.zeros((3, 8, 8)))
+    with pytest.raises(ValueError, match="Pass clips as `audio=`"):
+        processor(clip(0.5))
+
+
+def test_rows_of_one_array_are_clips_or_channels_and_it_has_to_be_said(processor: ReLLMProcessor) -> None:
+    extract, rows = processor.feature_extractor, np.stack([clip(0.5), clip(0.5, seed=1)])
+    for stack in (rows, torch.from_numpy(rows)):
+        for ask in (extract, functools.partial(processor, AUDIO)):
+            with pytest.raises(ValueError, match=r"\(2, 8000\) is either 2 clips or one clip of 2 channels.*list"):
+                ask(stack)
+    assert same(extract(list(rows)), extract([clip(0.5), clip(0.5, seed=1)]))
+    for mixed in (extract([rows]), extract(rows.T), extract((torch.from_numpy(rows).T, RATE))):
+        assert same(mixed, extract(rows.mean(0)))
+
+
+def test_a_clip_with_its_rate_and_channel_is_read_wherever_it_is_given(processor: ReLLMProcessor) -> None:
+    sides = [clip(0.5, rate=8_000), clip(0.5, seed=1, rate=8_000)]
+    call = (np.stack(sides), 8_000)
+    left, right = (processor.feature_extractor((side, 8_000)) for side in sides)
+    both = processor.feature_extractor([(side, 8_000) for side in sides])
+    for found, expected in (
+        (processor.feature_extractor(call, channel="left"), left),
+        (processor.feature_extractor([call], channel="right"), right),
+        (processor.feature_extractor(call, channel="each"), both),
+        (processor(AUDIO, call, channel="left"), processor(AUDIO, (sides[0], 8_000))),
+        (processor(AUDIO * 2, call, channel="each"), processor(AUDIO * 2, [(side, 8_000) for side in sides])),
+        (processor.apply_request(call, channel="each"), processor.apply_request([(side, 8_000) for side in sides])),
+        (
+            conversation_inputs(processor, [user_turn(audio_part(call, channel="right"))]),
+            conversation_inputs(processor, [user_turn(audio_part(sides[1], sampling_rate=8_000))]),
+        ),
+    ):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(torch.as_tensor(found[name]), torch.as_tensor(expected[name]))
+    with pytest.raises(ValueError, match="several clips of one part"):
+        conversation_inputs(processor, [user_turn(audio_part(call, channel="each"))])
+
+
+@pytest.mark.parametrize("options", [{"pad_to_multiple_of": 64}, {"text_kwargs": {"pad_to_multiple_of": 64}}])
+def test_padding_to_a_multiple_leaves_the_reply_and_the_callers_options_alone(options, processor) -> None:
+    model, given = tiny_model(), {"processor_kwargs": {**options}}
+    conversation = [user_turn("Hear: ", clip(0.5)), {"role": "assistant", "content": "I see."}, user_turn(clip(0.3))]
+    plain, form = conversation_inputs(processor, conversation), {"return_assistant_tokens_mask": True}
+    marked = conversation_inputs(processor, conversation, **given, **form)
+    assert marked["input_ids"].shape[1] % 64 == 0 and given == {"processor_kwargs": options}
+    own = conversation_inputs(processor, conversation, **form)["assistant_masks"]
+    assert np.trim_zeros(np.ravel(marked["assistant_masks"])).tolist() == np.trim_zeros(np.ravel(own)).tolist()
+    replies = [
+        model.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
+        for inputs in (plain, conversation_inputs(processor, conversation, **given))
+    ]
+    assert torch.equal(*replies)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -476,13 +560,14 @@ def test_the_auto_classes_know_the_processor_and_its_parts(processor: ReLLMProce
 def test_prompts_are_padded_on_the_left_whatever_side_the_tokenizer_came_with(how, tmp_path):
     processor = tiny_processor()
     if how == "used in training":  # a saved tokenizer remembers the side of its last batch
-        processor.tokenizer(["a", "a longer text"], padding=True, padding_side="right")
+        processor.tokenizer(["a", "a longer text"], padding=True, padding_side="right", pad_to_multiple_of=64)
     else:
         processor.tokenizer.padding_side = "right"
         processor.tokenizer.init_kwargs["padding_side"] = "right"
     processor.save_pretrained(tmp_path)
     loaded = ReLLMProcessor.from_pretrained(tmp_path)
     mask = loaded.apply_request([clip(0.3), clip(1.2)])["attention_mask"]
-    assert mask[0, 0] == 0 and mask[:, -1].tolist() == [1, 1]
+    assert mask[0, 0] == 0 and mask[1, 0] == 1 and mask[:, -1].tolist() == [1, 1]
+    assert loaded.tokenizer.padding_side == "left"
     from_scratch = ReLLMProcessor(loaded.feature_extractor, AutoTokenizer.from_pretrained(tmp_path))
     assert from_scratch.apply_request([clip(0.3), clip(1.2)])["attention_mask"][:, -1].tolist() == [1, 1]

@@ -65,7 +65,7 @@ class Job:
         self.prompt = prompt
         self.cancelled = False
         self.failure: ApiError | None = None  # set from outside to end it
-        self.finished = False
+        self.begun = self.finished = False  # something was told; the last was
         self._emit = emit
 
     @property
@@ -77,6 +77,7 @@ class Job:
         """Hand on an event, if somebody waits for it."""
         try:
             if not self.cancelled:
+                self.begun = True
                 self._emit(event)
         except RuntimeError:  # the event loop that waited for it is closed
             self.cancelled = True

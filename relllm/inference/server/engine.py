@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -121,15 +122,23 @@ class Engine:
         while (batch := self._next_batch()) is not None:
             if not batch:
                 continue
-            try:
-                self._answer(batch)
-            except Exception:  # whatever the model or the device throws: these requests fail, the server goes on
-                logger.exception("A batch of %d requests failed.", len(batch))
-                message = "The model failed on this batch of requests; the server's log says why."
-                for job in batch:
-                    job.end(error=ApiError(500, message, "model_failed"))  # does nothing to those that have ended
+            self._try(batch)
             with self._changed:
                 self._running = []
+
+    def _try(self, batch: list[Job]) -> None:
+        """Answer a batch; if that fails, those of whom nothing was told yet one by one, so that only the bad fail."""
+        try:
+            self._answer(batch)
+        except Exception:  # whatever the model or the device throws: these requests fail, the server goes on
+            logger.exception("A batch of %d requests failed.", len(batch))
+            again = [job for job in batch if len(batch) > 1 and not job.begun and not job.finished]
+            message = "The model failed on this batch of requests; the server's log says why."
+            for job in batch:
+                if job not in again:
+                    job.end(error=ApiError(500, message, "model_failed"))  # does nothing to those that have ended
+            for job in again:
+                self._try([job])
 
     def _next_batch(self) -> list[Job] | None:
         """Wait for requests and take the first ones; return `None` when draining and nothing is left."""
@@ -164,10 +173,8 @@ class Engine:
         clips: Iterator[Tensor] = iter(())  # positions `(tokens, d)` of each
         heard: Iterator[Heard] = iter(())
         if waveforms:
-            features = self._extractor.extract(waveforms)
-            counts = [int(count) for count in features.pop("num_audio_tokens")]
-            encoded = self._model.get_audio_features(**features.to(self._model.device), return_dict=True)
-            clips, heard = iter(encoded.pooler_output.split(counts)), iter(read_heard(self._model, encoded))
+            positions, told = self._hear(waveforms)
+            clips, heard = iter(positions), iter(told)
         writing, spoken = [], []
         for job in batch:
             own = list(islice(clips, len(job.prompt.waveforms)))
@@ -179,6 +186,13 @@ class Engine:
                 spoken += own
         if writing:
             self._generate(writing, torch.cat(spoken) if spoken else None)
+
+    def _hear(self, waveforms: list[np.ndarray]) -> tuple[tuple[Tensor, ...], list[Heard]]:
+        """Return the positions `(tokens, d)` of each clip, and what was heard in it."""
+        features = self._extractor.extract(waveforms)
+        counts = [int(count) for count in features.pop("num_audio_tokens")]
+        encoded = self._model.get_audio_features(**features.to(self._model.device), return_dict=True)
+        return encoded.pooler_output.split(counts), read_heard(self._model, encoded)
 
     def _generate(self, batch: list[Job], positions: Tensor | None) -> None:
         """Write the replies of requests whose clips make `positions` `(tokens, d)`, in order."""

@@ -1,7 +1,5 @@
 """From a request to what the engine takes. Clips are bytes that the client sent: no path or address is opened."""
 
-import base64
-import binascii
 import io
 import threading
 from typing import Any, cast
@@ -10,7 +8,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import BatchFeature
 
-from relllm.processing.audio_relllm import container_kind, has_pyav, load_audio
+from relllm.processing.audio_relllm import container_kind, decode_base64, has_pyav
 from relllm.processing.processing_relllm import ReLLMProcessor
 
 from ..inference_settings import RequestLimits
@@ -90,16 +88,15 @@ class PromptReader:
 
     def _read_clip(self, clip: AudioData, name: str, seconds_left: float) -> np.ndarray:
         try:
-            data = base64.b64decode(clip.data, validate=True)
-        except (binascii.Error, ValueError) as error:
-            remedy = "Send the bytes of an audio file in base64; addresses, paths and data: URLs are not read."
-            message = f"{name}: 'data' is not base64 ({error}). {remedy}"
+            data = decode_base64(clip.data)
+        except ValueError as error:
+            message = f"{name}: {error} Addresses, paths and data: URLs are not read."
             raise bad_request(message, "invalid_audio", param=name) from None
         self._check_seconds(self._check_header(data, name) or 0.0, seconds_left, name)
         extractor = self._processor.feature_extractor
         longest_s = min(max(seconds_left, 0.0) + 0.1, extractor.max_duration_s)
         try:
-            waveform = load_audio(data, sampling_rate=extractor.sampling_rate, max_duration_s=longest_s, name=name)
+            waveform = extractor.read_clip(data, max_duration_s=longest_s, name=name)
         except ValueError as error:
             raise bad_request(str(error), "invalid_audio", param=name) from None
         self._check_seconds(len(waveform) / extractor.sampling_rate, seconds_left, name)
@@ -114,7 +111,7 @@ class PromptReader:
     def _check_header(self, data: bytes, name: str) -> float | None:
         """Refuse rates and channels before anything is decoded; return the stated length in seconds if there is one.
 
-        What no header can be read of is left to `load_audio`, whose error says what is wrong.
+        What no header can be read of is left to `read_clip`, whose error says what is wrong.
         """
         import soundfile
 
