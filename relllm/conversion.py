@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen2Config, Wav2Vec2Config, WhisperConfig
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Wav2Vec2Config, WhisperConfig
 from transformers.utils import logging
 
 from .labels import EMOTIONS
+from .modeling.checkpoint_relllm import find_ends
 from .modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
 from .modeling.lora_relllm import ADAPTER_NAME
 from .modeling.modeling_relllm import ReLLMForConditionalGeneration
@@ -50,6 +51,8 @@ QWEN_LAYER = {
     "mlp.w2": ("mlp.gate_proj",),  # the one behind the SiLU
     "mlp.c_proj": ("mlp.down_proj",),
 }
+# What ends a turn in the tokenizer of every Qwen of the first generation; `<|endoftext|>` alone ends none.
+QWEN_IM_END = 151_645
 # Rows of the dimension head: trained on arousal, valence, dominance; ours are arousal, dominance, valence.
 DIMENSION_ROWS = [0, 2, 1]
 
@@ -62,6 +65,7 @@ def convert_original_checkpoint(
     emotion_config: Mapping | str | os.PathLike | None = None,
     emotion_labels: Sequence[str] = EMOTIONS,
     projector_masking: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ReLLMForConditionalGeneration:
     """Load a checkpoint of the original code as a model of ours.
 
@@ -75,6 +79,7 @@ def convert_original_checkpoint(
             is read as BLSP-Emo's.
         emotion_labels (`Sequence[str]`, *optional*): Class names, in the order of the emotion head's outputs.
         projector_masking (`bool`, *optional*, defaults to `True`): See [`ReLLMConfig`]; `False` is the original.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Whose end of a turn ends the replies; by default Qwen's.
 
     Raises:
         ValueError: If weights are pickled, missing, unknown or of another shape than configured, or Qwen2 cannot
@@ -96,7 +101,13 @@ def convert_original_checkpoint(
     weights, unused = convert_weights(checkpoint, relllm_config)
     if unused:
         logger.warning("Not used by the original's forward pass, left out: %s.", ", ".join(unused))
-    return ReLLMForConditionalGeneration.from_pretrained(None, config=relllm_config, state_dict=weights)
+    model = ReLLMForConditionalGeneration.from_pretrained(None, config=relllm_config, state_dict=weights)
+    settings = model.generation_config
+    if tokenizer is not None:
+        settings.eos_token_id = find_ends(settings, tokenizer)
+    elif relllm_config.get_text_config().vocab_size > QWEN_IM_END:
+        settings.eos_token_id = sorted({settings.eos_token_id, QWEN_IM_END} - {None})
+    return model
 
 
 def convert_config(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tiny_models import tiny_llm, tiny_tokenizer
 
-from relllm.processing.prompts_relllm import build_chat_template
+from relllm.processing.turns_relllm import build_chat_template
 
 TEXTS = ("The bus left.", "I got the job, and my family came over for dinner!", "Nobody called me today, again.")
 EMOTIONS = ("neutral", "happy", "sad")
@@ -30,7 +30,7 @@ def read_lines(path: Path) -> list[dict]:
 def save_chat_model(folder: Path) -> Path:
     """A tiny LLM with a chat template, on disk. Its replies are noise, which every rule but the word count lets by."""
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = build_chat_template(tokenizer.get_vocab(), tokenizer.eos_token)
+    tokenizer.chat_template = build_chat_template(tokenizer)
     tiny_llm().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

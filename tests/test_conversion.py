@@ -7,6 +7,7 @@ import golden
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import tiny_tokenizer
 from torch import Tensor
 
 from relllm import ReLLMForConditionalGeneration
@@ -52,6 +53,22 @@ def test_fused_projection_and_gates_go_where_qwen2_has_them():
     assert torch.equal(torch.cat([part.bias for part in attention]), weights[f"{prefix}.attn.c_attn.bias"])
     assert torch.equal(layer.mlp.gate_proj.weight, weights[f"{prefix}.mlp.w2.weight"])
     assert torch.equal(layer.mlp.up_proj.weight, weights[f"{prefix}.mlp.w1.weight"])
+
+
+def test_the_end_of_a_turn_ends_the_replies_of_what_was_converted():
+    """Qwen's `generation_config` knows `<|endoftext|>` alone, and its turns end with `<|im_end|>`."""
+    config = golden.original_config()
+    tokenizer = tiny_tokenizer()
+    options = {**relllm_options(), "tokenizer": tokenizer}
+    config["qwen_config"] = {**config["qwen_config"], "eos_token_id": 7}
+    model = convert_original_checkpoint(golden.original_weights(), config, **options)
+    assert model.generation_config.eos_token_id == [7, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    grown = golden.original_weights()
+    for name in [name for name in grown if name.endswith(("wte.weight", "lm_head.weight"))]:
+        grown[name] = torch.zeros(151_936, grown[name].shape[1])
+    config["qwen_config"] = {**config["qwen_config"], "vocab_size": 151_936}
+    model = convert_original_checkpoint(grown, config, **relllm_options())
+    assert model.generation_config.eos_token_id == [7, 151_645]
 
 
 def test_split_lora_is_the_fused_one():

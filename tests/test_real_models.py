@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Whisper
 
 import relllm
 from relllm import ReLLMEmotionModel, ReLLMForConditionalGeneration, ReLLMProcessor
-from relllm.processing.prompts_relllm import build_chat_template
+from relllm.processing.turns_relllm import build_chat_template
 from relllm.training.building import four_bit_config, quantize_llm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -98,13 +98,13 @@ def same_reply(one: ReLLMForConditionalGeneration, other: ReLLMForConditionalGen
 def test_replies_to_text_are_the_bare_models_token_for_token(model, processor):
     """The LoRA acts, at audio positions only; the chat template is the same text."""
     tokenizer = AutoTokenizer.from_pretrained(LLM)
-    template = build_chat_template(tokenizer.get_vocab(), tokenizer.eos_token)
+    template = build_chat_template(tokenizer)
     bare = AutoModelForCausalLM.from_pretrained(LLM, dtype=torch.float32).eval()
     for question in (QUESTION, "Write one sentence about the sea.", "How many days has a week?"):
         turns = [{"role": "user", "content": question}]
         ours = processor.apply_chat_template(turns, tokenize=True, return_dict=True, add_generation_prompt=True)
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
-        theirs = tokenizer(text, return_tensors="pt")
+        theirs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
         reply = model.generate(**ours, max_new_tokens=24, do_sample=False)
         assert torch.equal(reply, bare.generate(**theirs, max_new_tokens=24, do_sample=False))

@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -35,6 +35,7 @@ SPEECH_TOWERS = ("whisper", *WAVEFORM_TOWERS)
 LORA = {"r": 4, "lora_alpha": 8}
 SPECIAL_TOKENS = ("<pad>", "<|im_start|>", "<|im_end|>", "<|audio|>")
 VOCAB_SIZE = 300
+BOS = "<|begin_of_text|>"  # of a tokenizer that adds one
 _SENTENCES = (
     "I am so sorry to hear that, what happened?",
     "That is wonderful news, tell me more about it!",
@@ -58,8 +59,11 @@ def _byte_level_bpe() -> str:
     return tokenizer.to_str()
 
 
-def tiny_tokenizer(*, audio_token: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of some 300 tokens with ChatML's: any text survives encoding and decoding."""
+def tiny_tokenizer(*, audio_token: bool = True, adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of some 300 tokens with ChatML's: any text survives encoding and decoding.
+
+    With `adds_bos` it puts `BOS` before every text, as those of Llama 3, Gemma, Mistral and DeepSeek do.
+    """
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_byte_level_bpe()),
         pad_token="<pad>",
@@ -68,6 +72,15 @@ def tiny_tokenizer(*, audio_token: bool = True) -> PreTrainedTokenizerFast:
     )
     if audio_token:
         tokenizer.add_tokens(["<|audio|>"], special_tokens=True)
+    return add_bos(tokenizer) if adds_bos else tokenizer
+
+
+def add_bos(tokenizer: PreTrainedTokenizerFast, bos: str = BOS) -> PreTrainedTokenizerFast:
+    """Have a tokenizer put a token before every text, by the post-processor that Llama 3's `tokenizer.json` has."""
+    tokenizer.add_special_tokens({"bos_token": bos})
+    pieces = {"single": f"{bos} $A", "pair": f"{bos} $A {bos}:1 $B:1"}
+    first = processors.TemplateProcessing(**pieces, special_tokens=[(bos, tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = first
     return tokenizer
 
 
@@ -199,9 +212,10 @@ def fill_lora(model: nn.Module, std: float = 0.2) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
-def tiny_processor(config: ReLLMConfig | None = None, **options) -> ReLLMProcessor:
+def tiny_processor(config: ReLLMConfig | None = None, *, adds_bos: bool = False, **options) -> ReLLMProcessor:
     """The processor of [`tiny_model`]; `options` are those of [`ReLLMProcessor.from_config`]."""
-    return ReLLMProcessor.from_config(config or tiny_config(), tiny_tokenizer(), **{"full_window": False, **options})
+    tokenizer = tiny_tokenizer(adds_bos=adds_bos)
+    return ReLLMProcessor.from_config(config or tiny_config(), tokenizer, **{"full_window": False, **options})
 
 
 def tiny_extractor(config: ReLLMConfig | None = None, **options) -> ReLLMFeatureExtractor:

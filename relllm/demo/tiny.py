@@ -20,7 +20,8 @@ from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
-from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT, build_chat_template
+from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT
+from relllm.processing.turns_relllm import build_chat_template
 from relllm.training.checkpoints import checkpoint_to_resume
 from relllm.training.config import ReLLMSFTConfig
 from relllm.training.emotion_training import EmotionTowerTrainer
@@ -103,7 +104,7 @@ def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
 def _train_tokenizer(rows: Dataset) -> PreTrainedTokenizerFast:
     texts = [SYSTEM_PROMPT, WRITER_PROMPT, *rows["text"], *rows["response"], *EMOTIONS, "system\nuser\nassistant\n"]
     tokenizer = train_byte_tokenizer(texts, vocab_size=1000, min_frequency=2)
-    tokenizer.chat_template = build_chat_template(tokenizer.get_vocab(), tokenizer.eos_token)
+    tokenizer.chat_template = build_chat_template(tokenizer)
     return tokenizer
 
 

@@ -58,23 +58,27 @@ def render_prompts(
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, template: str, answer: str) -> list[int]:
-    """Return the token ids of an answer up to and including the end of the turn, as they follow a prompt."""
+    """Return the token ids of an answer, and the one that ends the turn, as they follow a prompt."""
     user: Turns = [{"role": "user", "content": "?"}]
     prompt = render(tokenizer, template, user)
     whole = render(tokenizer, template, [*user, {"role": "assistant", "content": answer}], answered=True)
-    if not whole.startswith(prompt + answer):
+    said = whole.removeprefix(prompt)
+    if not (whole.startswith(prompt) and said.lstrip().startswith(answer)):  # some begin with a blank
         raise ValueError(
-            f"The chat template puts {whole[len(prompt) :]!r} behind a prompt for the answer {answer!r}, so the "
+            f"The chat template puts {said!r} behind a prompt for the answer {answer!r}, so the "
             "answer's likelihood is not known. Use the template of `build_chat_template`."
         )
-    return tokenizer(whole[len(prompt) :].rstrip(), add_special_tokens=False)["input_ids"]
+    tokens = tokenizer(said.rstrip(), add_special_tokens=False)["input_ids"]
+    ends = [place for place, token in enumerate(tokens, start=1) if token in tokenizer.added_tokens_decoder]
+    return tokens[: ends[0]] if ends else tokens
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], device: str | torch.device
 ) -> dict[str, Tensor]:
-    """Return `input_ids` and `attention_mask`, padded on the left."""
-    batch = tokenizer(list(texts), padding=True, padding_side="left", return_tensors="pt")
+    """Return `input_ids` and `attention_mask`, padded on the left; a rendered prompt has its own BOS."""
+    form = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
+    batch = tokenizer(list(texts), **form)
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 

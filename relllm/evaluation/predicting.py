@@ -19,9 +19,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from relllm.inference.replies import generate_answers, score_answers
 from relllm.labels import DIMENSIONS
+from relllm.modeling.checkpoint_relllm import find_ends
 from relllm.modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
-from relllm.processing.prompts_relllm import build_chat_template
+from relllm.processing.turns_relllm import build_chat_template
 
 from .asking import (
     RECOGNITION_TOKENS,
@@ -176,11 +177,12 @@ def load_predictor(
     tokenizer, template, processor = load_tokenizer(model, revision)
     loader = AutoModelForCausalLM if processor is None else AutoModel
     loaded = loader.from_pretrained(model, revision=revision, dtype=dtype, use_safetensors=True).to(device).eval()
+    given = loaded.generation_config  # of the whole model; the LLM inside has none of its own
+    given.eos_token_id = find_ends(given, tokenizer, template)
     if processor is not None and system != "text-only":
         return SpeechPredictor(loaded, processor, questions)
     if processor is None:
         return TextPredictor(loaded, tokenizer, template, questions)
-    given = loaded.generation_config  # of the whole model; the LLM inside has none of its own
     options = {"eos_token_id": given.eos_token_id, "suppress_tokens": given.suppress_tokens}
     return TextPredictor(loaded.model.text_model, tokenizer, template, questions, **options)
 
@@ -196,7 +198,7 @@ def load_tokenizer(model: str, revision: str) -> tuple[PreTrainedTokenizerBase, 
     tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, build_chat_template(tokenizer.get_vocab(), tokenizer.eos_token or ""), None
+    return tokenizer, build_chat_template(tokenizer), None
 
 
 def resolve_system(config: PreTrainedConfig, system: System | None, model: str) -> System:

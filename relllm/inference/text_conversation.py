@@ -6,10 +6,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from relllm.modeling.checkpoint_relllm import find_ends
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.audio_relllm import SAMPLING_RATE, AudioSource, load_audio
 from relllm.processing.processing_relllm import ReLLMProcessor
-from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT, build_chat_template
+from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
+from relllm.processing.turns_relllm import build_chat_template
 from relllm.processing.typed_text_relllm import encode_conversation
 
 from .conversation import check_turn, first_messages
@@ -56,11 +58,12 @@ class TextConversation:
     ):
         self.llm = llm
         self.tokenizer = tokenizer
-        self.chat_template = chat_template or build_chat_template(tokenizer.get_vocab(), tokenizer.eos_token or "")
+        self.chat_template = chat_template or build_chat_template(tokenizer)
         self.transcriber = transcriber
         self.system_prompt = system_prompt
         self.instruction = instruction
-        self.generation_options = generation_options
+        ends = find_ends(llm.generation_config, tokenizer, self.chat_template)
+        self.generation_options = {"eos_token_id": ends, **generation_options}
         self.reset()
 
     @classmethod

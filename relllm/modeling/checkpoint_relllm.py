@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from jinja2 import TemplateError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -50,6 +51,8 @@ NEVER_QUANTIZED = (
     *(".*lm_head", ".*embed_out", ".*lora_[AB]"),
 )
 SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # names for it, one a method
+# Of an LLM without a chat template, as in `build_chat_template`: a token of its tokenizer -> what ends a turn.
+TURN_ENDS = {"<|im_start|>": "<|im_end|>", "<|start_header_id|>": "<|eot_id|>", "<start_of_turn>": "<end_of_turn>"}
 
 
 @contextlib.contextmanager
@@ -140,12 +143,41 @@ def quantize_llm_alone(quantization: QuantizationConfigMixin | dict) -> Quantiza
     return alone
 
 
-def find_audio_token(tokenizer: str | os.PathLike | PreTrainedTokenizerBase | PreTrainedModel) -> int:
-    if isinstance(tokenizer, PreTrainedModel):
+def load_llm_tokenizer(
+    source: str | os.PathLike | PreTrainedTokenizerBase | PreTrainedModel,
+) -> PreTrainedTokenizerBase:
+    """Return a tokenizer as it is, or load the one beside an LLM."""
+    if isinstance(source, PreTrainedModel):
         raise ValueError("`text` is a loaded model, so its tokenizer is not known. Pass tokenizer=… as well.")
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    return source if isinstance(source, PreTrainedTokenizerBase) else AutoTokenizer.from_pretrained(source)
+
+
+def find_audio_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.get_vocab().get(AUDIO_TOKEN, len(tokenizer))
+
+
+def find_ends(
+    settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+) -> int | list[int] | None:
+    """Return the tokens that end a reply: those of the generation settings, and the one that ends a turn.
+
+    A base LLM does not name the latter, and a checkpoint that was trained on it would never end. It is what the chat
+    template, by default the tokenizer's own, writes behind an answer.
+    """
+    vocabulary = tokenizer.get_vocab()
+    end = next((end for token, end in TURN_ENDS.items() if token in vocabulary), "")
+    if chat_template or tokenizer.chat_template:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "«reply»"}]
+        try:
+            text = tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False)
+        except TemplateError:  # then there is no turn format to derive either, which the processor says
+            return settings.eos_token_id
+        end = text.rpartition("«reply»")[2].lstrip()
+    found = tokenizer(end or tokenizer.eos_token or "", add_special_tokens=False)["input_ids"][:1]
+    given = settings.eos_token_id
+    ends = [] if given is None else [given] if isinstance(given, int) else list(given)
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    return [*ends, *found] if special.issuperset(found) and not set(ends).issuperset(found) else given
 
 
 def source_fingerprint(source: Mapping[str, Any], hub: Mapping[str, Any] | None = None) -> str:

@@ -22,9 +22,11 @@ from .checkpoint_relllm import (
     TOWERS,
     config_fields,
     find_audio_token,
+    find_ends,
     finish_light,
     light_state,
     load_light,
+    load_llm_tokenizer,
     load_parts,
     load_tower,
     name_tower_weights,
@@ -505,7 +507,8 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             dtype (`torch.dtype`, *optional*): Of all weights; by default the LLM's.
             config_kwargs: Further fields of [`ReLLMConfig`].
         """
-        audio_token_id = find_audio_token(tokenizer if tokenizer is not None else text)
+        tokenizer = load_llm_tokenizer(tokenizer if tokenizer is not None else text)
+        audio_token_id = find_audio_token(tokenizer)
         given = {"audio_tower": audio, "emotion_tower": emotion, "text_model": text}
         towers = {kind: load_tower(kind, given[kind], dtype=dtype) for kind in given if given[kind] is not None}
         sources = {kind: tower_source(given[kind], tower) for kind, tower in towers.items()}
@@ -525,6 +528,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         model = load_parts(cls, config, state, dtype or text.dtype)
         model.generation_config = copy.deepcopy(text.generation_config)
         model.generation_config.suppress_tokens = [audio_token_id]
+        model.generation_config.eos_token_id = find_ends(model.generation_config, tokenizer)
         if audio_token_id >= config.text_config.vocab_size:
             model.resize_token_embeddings(audio_token_id + 1, mean_resizing=False)
         return model

@@ -16,7 +16,8 @@ from transformers.processing_utils import AudioKwargs, ProcessingKwargs
 
 from .audio_relllm import MAX_DURATION_S, AudioSource
 from .feature_extraction_relllm import ReLLMFeatureExtractor, extractor_settings
-from .prompts_relllm import AUDIO_TOKEN, SPEECH_PROMPT, SYSTEM_PROMPT, build_chat_template
+from .prompts_relllm import AUDIO_TOKEN, SPEECH_PROMPT, SYSTEM_PROMPT
+from .turns_relllm import build_chat_template
 
 SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 AUDIO_KEYS = ("audio", "url", "path", "bytes", "waveform")  # of an audio part; a `waveform` has been read
@@ -60,7 +61,7 @@ class ReLLMProcessor(ProcessorMixin):
     Args:
         feature_extractor ([`ReLLMFeatureExtractor`]): For both towers.
         tokenizer (`PreTrainedTokenizerBase`): The LLM's; it must know `audio_token`.
-        chat_template (`str`, *optional*): Jinja; by default one in the turn format of the tokenizer.
+        chat_template (`str`, *optional*): Jinja; by default [`build_chat_template`] of the tokenizer.
         audio_token (`str`, *optional*, defaults to `"<|audio|>"`): The placeholder of one clip.
     """
 
@@ -82,7 +83,7 @@ class ReLLMProcessor(ProcessorMixin):
         self.audio_token = audio_token
         self.audio_token_id = vocabulary[audio_token]
         if chat_template is None:
-            chat_template = build_chat_template(vocabulary, tokenizer.eos_token or "", audio_token)
+            chat_template = build_chat_template(tokenizer, audio_token)
         # Transformers lets what a tokenizer was loaded with win over `_defaults`, and a saved tokenizer remembers how
         # its last batch was padded, in training on the right: prompts are padded on the left nevertheless, also by
         # pipelines, which ask the tokenizer.
@@ -125,7 +126,7 @@ class ReLLMProcessor(ProcessorMixin):
             config ([`ReLLMConfig`]): `model.config`.
             tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`): The LLM's; `<|audio|>` is added if missing,
                 and must be `config.audio_token_id`.
-            chat_template (`str`, *optional*): Jinja; by default one in the turn format of the tokenizer.
+            chat_template (`str`, *optional*): Jinja; by default [`build_chat_template`] of the tokenizer.
             full_window, speech_do_normalize, max_duration_s: See [`ReLLMFeatureExtractor`]; a waveform speech tower's
                 `preprocessor_config.json` says whether it was trained on normalised waveforms.
         """
@@ -205,6 +206,7 @@ class ReLLMProcessor(ProcessorMixin):
             conversation = self.read_audio(conversation, rate)
             for part in audio_parts(conversation):  # of the copy
                 part["audio"] = part.pop("waveform").view(_Read)
+            given["add_special_tokens"] = False  # the template has written the BOS
         return super().apply_chat_template(conversation, chat_template=chat_template, tokenize=tokenize, **kwargs)
 
     def read_audio(

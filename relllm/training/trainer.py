@@ -21,6 +21,7 @@ from trl import SFTTrainer
 from relllm.data.columns import normalize_columns
 from relllm.labels import DIMENSIONS
 from relllm.metrics import concordances, recognition_metrics
+from relllm.modeling.checkpoint_relllm import find_ends
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 from relllm.processing.processing_relllm import ReLLMProcessor
@@ -67,6 +68,8 @@ class ReLLMSFTTrainer(GroupByLengthMixin, AugmentationMixin, TowerCacheMixin, Ch
         if kwargs.pop("peft_config", None) is not None:
             raise ValueError("A ReLLM carries its own LoRA: set lora_config in its configuration, not peft_config.")
         args = args if args is not None else ReLLMSFTConfig()
+        ends = find_ends(model.generation_config, processing_class.tokenizer, processing_class.chat_template)
+        model.generation_config.eos_token_id = ends
         self.objective = Objective(args, model)
         prepare_trainable(model, args.unfreeze, self.objective.unused_heads)
         if "data_collator" not in kwargs:

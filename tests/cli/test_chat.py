@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 from relllm.cli import app
 from relllm.inference.conversation import Conversation
 from relllm.inference.text_conversation import NoWordsError, TextConversation, Transcriber
-from relllm.processing.prompts_relllm import SPEECH_PROMPT, build_chat_template
+from relllm.processing.prompts_relllm import SPEECH_PROMPT
+from relllm.processing.turns_relllm import build_chat_template
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +225,7 @@ def test_a_spoken_turn_is_read_as_instruction_and_transcript(recogniser) -> None
     conversation.say(clip(0.6), max_new_tokens=2)
     assert conversation.messages[1]["content"] == SPEECH_PROMPT + words
     tokenizer = tiny_tokenizer()
-    assert conversation.chat_template == build_chat_template(tokenizer.get_vocab(), tokenizer.eos_token)
+    assert conversation.chat_template == build_chat_template(tokenizer)
 
 
 def test_a_turn_that_fails_is_not_in_the_text_conversation() -> None:

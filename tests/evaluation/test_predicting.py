@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from chat_templates import PUBLISHED
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import clip, tiny_config, tiny_llm, tiny_model, tiny_processor, tiny_tokenizer
@@ -19,11 +20,12 @@ from relllm.evaluation.asking import (
 from relllm.evaluation.predicting import SpeechPredictor, TextPredictor, resolve_system
 from relllm.inference.replies import generate_answers, score_answers
 from relllm.labels import EMOTIONS, FURTHER_EMOTIONS
-from relllm.processing.prompts_relllm import RECOGNITION_PROMPT, build_chat_template
+from relllm.processing.prompts_relllm import RECOGNITION_PROMPT
+from relllm.processing.turns_relllm import build_chat_template
 
 ALL = EMOTIONS + FURTHER_EMOTIONS
 QUESTIONS = Questions(("ser", "dimensions", "empathy"), EMOTIONS, max_new_tokens=6)
-TEMPLATE = build_chat_template(tiny_tokenizer().get_vocab(), "<|im_end|>")
+TEMPLATE = build_chat_template(tiny_tokenizer())
 ROWS = [{"id": f"c{i}", "audio": clip(0.4 + 0.3 * i, seed=i), "text": "so sorry " * (i + 1)} for i in range(3)]
 
 
@@ -103,7 +105,9 @@ def test_an_answer_goes_up_to_the_end_of_the_turn():
     tokenizer = tiny_tokenizer()
     tokens = answer_tokens(tokenizer, TEMPLATE, "sad")
     assert tokenizer.decode(tokens) == "sad<|im_end|>" and tokens[-1] == tokenizer.eos_token_id
-    assert answer_tokens(tokenizer, build_chat_template({}, "<|im_end|>"), "sad") == tokens  # the plain format
+    plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    plain += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    assert answer_tokens(tokenizer, plain, "sad") == tokens
     with pytest.raises(ValueError, match="behind a prompt"):
         answer_tokens(tokenizer, "{% for m in messages %}{{ m.content | upper }}{% endfor %}", "sad")
     with pytest.raises(ValueError, match="at least one token"):
@@ -160,6 +164,21 @@ def test_the_head_shares_its_probability_among_the_labels_in_use():
     assert list(four["recognition"]["head"].values()) == pytest.approx(expected, abs=2e-6)
     (every,) = SpeechPredictor(model, processor, Questions(("ser",), ALL)).predict(ROWS[:1])
     assert every["recognition"]["head"]["fear"] == 0.0 and set(every["recognition"]["likelihood"]) == set(ALL)
+
+
+@pytest.mark.parametrize("name", ["Mistral v3", "Phi-3", "GPT-OSS", "Qwen3", "GLM-4", "Llama 2"])
+def test_an_answer_is_what_training_labels_where_the_llm_has_a_template_of_its_own(name: str):
+    published = PUBLISHED[name]
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": published.bos or "<bos>", "eos_token": published.eos})
+    tokenizer.add_tokens([published.end.strip()], special_tokens=True)
+    tokenizer.chat_template = published.template
+    template = build_chat_template(tokenizer)
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "sad"}]
+    form = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    labelled = tokenizer.apply_chat_template(turns, chat_template=template, **form)
+    pairs = zip(labelled["input_ids"], labelled["assistant_masks"], strict=True)
+    assert answer_tokens(tokenizer, template, "sad") == [token for token, is_label in pairs if is_label]
 
 
 def test_text_only_is_the_bare_llm_reading_the_transcript():

@@ -30,7 +30,6 @@ from relllm import ReLLMConfig, ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.modeling.audio_tower_relllm import count_frames
 from relllm.modeling.projector_relllm import count_projected
 from relllm.processing import audio_relllm
-from relllm.processing.prompts_relllm import build_chat_template
 
 # WavLM's own attention, on a padded batch
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
@@ -308,26 +307,6 @@ def test_the_assistant_mask_covers_exactly_the_replies_and_their_end_tokens(proc
         found = [processor.tokenizer.decode(ids[mask]) for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
         assert found[0] == f"{replies[0]}<|im_end|>{replies[1]}<|im_end|>"
         assert found[1:] == [f"{replies[0]}<|im_end|>"] * (len(batch) - 1)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        (["<|im_start|>"], "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
-        (
-            ["<|start_header_id|>"],
-            "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        ),
-        (["<start_of_turn>"], "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"),
-        ([], "user: hi</s>\nassistant: "),
-    ],
-    ids=["chatml", "llama-3", "gemma", "plain"],
-)
-def test_the_template_follows_the_tokenizers_own_turn_tokens(tokens: list[str], expected: str) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = build_chat_template(dict.fromkeys(tokens, 0), "</s>")
-    conversation = [{"role": "user", "content": "hi"}]
-    assert tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True) == expected
 
 
 # --- the token-count rule --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from datasets import Audio, ClassLabel, Dataset
 from scipy.special import log_softmax
 from tiny_models import audio_part, clip, text_part, tiny_config, tiny_model, tiny_processor
 from trainers import REPLIES, make_rows, make_trainer, step_of
+from transformers import AutoModel
 
 from relllm import EMOTIONS, ReLLMSFTConfig, ReLLMSFTTrainer
 from relllm.training.collator import ReLLMCollator
@@ -24,6 +25,16 @@ def test_labels_are_the_reply_and_its_end_and_nothing_else(tmp_path, processor):
     batch = ReLLMCollator(processor, EMOTIONS)(rows)
     for row, labels in zip(rows, batch["labels"], strict=True):
         assert processor.tokenizer.decode(labels[labels != -100]) == row["response"] + "<|im_end|>"
+
+
+def test_what_was_trained_ends_its_replies_as_it_learnt_to(tmp_path, processor):
+    """A base LLM's own end is another; the checkpoint names both."""
+    model = tiny_model()
+    model.generation_config.eos_token_id = 7
+    trainer = make_trainer(make_rows(tmp_path, 1), tmp_path / "run", processor, model)
+    trainer.save_model()
+    loaded = AutoModel.from_pretrained(tmp_path / "run")
+    assert loaded.generation_config.eos_token_id == [7, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_gradients_agree_however_the_batch_is_accumulated(tmp_path, processor):

@@ -16,6 +16,9 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from relllm.modeling.checkpoint_relllm import find_ends
+from relllm.processing.turns_relllm import close_thought
+
 from ..data_settings import Sampling
 from ..processes import run_ahead
 
@@ -89,6 +92,8 @@ class LocalWriter:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
         self._system_role = self._takes_system_role()
+        ends = find_ends(model.generation_config, tokenizer)
+        self._ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
 
     @classmethod
     def from_pretrained(
@@ -121,13 +126,12 @@ class LocalWriter:
             **batch,
             max_new_tokens=self.sampling.max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self._ends,
             **(draw if self.sampling.temperature else greedy),
         )
         replies = output[:, batch["input_ids"].shape[1] :].tolist()
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends if ends is not None else self.tokenizer.eos_token_id])
         texts = self.tokenizer.batch_decode(replies, skip_special_tokens=True)
-        return [(text, not ends.isdisjoint(reply)) for text, reply in zip(texts, replies, strict=True)]
+        return [(text, not set(self._ends).isdisjoint(reply)) for text, reply in zip(texts, replies, strict=True)]
 
     def _prompt(self, request: Request) -> list[int]:
         text = self.tokenizer.apply_chat_template(
@@ -136,7 +140,7 @@ class LocalWriter:
             add_generation_prompt=True,
             enable_thinking=False,  # of Qwen3 and others; templates without such a switch ignore it
         )
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(close_thought(text), add_special_tokens=False)["input_ids"]
 
     def _takes_system_role(self) -> bool:
         """Gemma's template, for one, raises on a system turn."""
