@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
@@ -114,8 +115,9 @@ def score_answers(
 ) -> Tensor:
     """Return the log-probability of each answer to each prompt, `(batch, answers)`, in nats: the sum over its tokens.
 
-    The prompt, as in [`generate_answers`], runs once; all answers go on from its key-value cache in one batch. End
-    each with the end of the turn: a sum over "sad" alone would count "sadness" as well.
+    The prompt, as in [`generate_answers`], runs once; all answers go on from its cache in one batch, token by token as
+    a reply does: several at once would begin the state of some hybrids (Jamba, Zamba) anew. End each answer with the
+    end of the turn: a sum over "sad" alone would count "sadness" as well.
     """
     if not all(answers):
         raise ValueError(f"Expected at least one token in every answer, got {[list(answer) for answer in answers]}.")
@@ -132,14 +134,13 @@ def score_answers(
     valid = (torch.arange(longest, device=device) < lengths[:, None]).repeat(batch, 1)
     logits = prompt.logits[:, -1:].repeat_interleave(len(answers), dim=0)
     if longest > 1:
-        cache = getattr(prompt, CACHE)
-        cache.batch_repeat_interleave(len(answers))
-        seen = mask.repeat_interleave(len(answers), dim=0)
-        positions = seen.sum(-1, keepdim=True) + torch.arange(longest - 1, device=device)
-        seen = torch.cat([seen, valid[:, :-1].to(seen.dtype)], dim=1)
+        cache, seen = getattr(prompt, CACHE), mask.repeat_interleave(len(answers), dim=0)
+        cache.reorder_cache(torch.arange(batch, device=device).repeat_interleave(len(answers)))  # states as well
         kept = {"use_cache": True, CACHE: cache}
-        rest = model(input_ids=tokens[:, :-1], attention_mask=seen, position_ids=positions, **kept)
-        logits = torch.cat([logits, rest.logits], dim=1)
+        for token in tokens[:, :-1, None].unbind(1):
+            seen = functional.pad(seen, (0, 1), value=1)
+            step = model(input_ids=token, attention_mask=seen, position_ids=seen.sum(-1, keepdim=True) - 1, **kept)
+            logits = torch.cat([logits, step.logits], dim=1)
     scores = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (batch * answers, longest)
     return (scores * valid).sum(-1).reshape(batch, len(answers))
 

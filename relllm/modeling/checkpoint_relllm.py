@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -35,6 +34,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .causal_lm_relllm import find_llm_loader, take_language_model
 from .emotion_tower_relllm import ReLLMEmotionModel
 from .lora_relllm import is_lora_parameter
 
@@ -71,15 +71,18 @@ def load_tower(
 ) -> PreTrainedModel:
     """Return a model as it is, or load a tower (one of `TOWERS`) from safetensors; of Whisper return the encoder."""
     if not isinstance(source, PreTrainedModel):
-        loaders = {"audio_tower": AutoModel, "emotion_tower": ReLLMEmotionModel, "text_model": AutoModelForCausalLM}
+        loaders = {"audio_tower": AutoModel, "emotion_tower": ReLLMEmotionModel}
         options |= {"use_safetensors": True, **({"dtype": dtype} if dtype else {})}
-        source = loaders[kind].from_pretrained(source, **options)
+        loader = loaders[kind] if kind in loaders else find_llm_loader(source, options)
+        source = loader.from_pretrained(source, **options)
+    if kind == "text_model":
+        return take_language_model(source)
     return source.get_encoder() if kind == "audio_tower" and source.config.is_encoder_decoder else source
 
 
-def tower_source(source: str | os.PathLike | PreTrainedModel, tower: PreTrainedModel) -> dict[str, str | None] | None:
+def tower_source(source: str | os.PathLike | PreTrainedModel) -> dict[str, str | None] | None:
     """Return a tower's place for `config.towers`; `None` for a model that was never loaded from anywhere."""
-    name = tower.config.name_or_path if isinstance(source, PreTrainedModel) else source
+    name = source.config.name_or_path if isinstance(source, PreTrainedModel) else source
     return {"name": place_of(name), "revision": find_commit(name)} if name else None
 
 

@@ -61,7 +61,8 @@ class ReLLMConfig(PreTrainedConfig):
             The speech tower: `whisper` (its encoder half), `wav2vec2`, `hubert` or `wavlm`.
         emotion_config (`dict` or `ReLLMEmotionConfig`, *optional*):
             The emotion tower; there is none by default, and none with `emotion_fusion="none"`.
-        text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to Llama): Any causal language model.
+        text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to Llama):
+            A causal language model's, or that of a model that also sees, of which it takes the language model's.
         audio_token_id (`int`, *optional*, defaults to 0): The placeholder that projected frames replace.
         emotion_fusion (`str`, *optional*, defaults to `"concat"` with an emotion tower and `"none"` without):
             `"concat"`: the utterance embedding repeated along time beside the speech frames (the paper);
@@ -110,7 +111,8 @@ class ReLLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         self.audio_config = _build_config(self.audio_config, "whisper")
-        self.text_config = _build_config(self.text_config, "llama")
+        # of a model that also sees, its language model's
+        self.text_config = _build_config(self.text_config, "llama").get_text_config(decoder=True)
         if isinstance(self.emotion_config, dict):
             self.emotion_config = ReLLMEmotionConfig(**self.emotion_config)
         if self.emotion_fusion is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -18,6 +18,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .audio_tower_relllm import build_tower, encode_audio, frame_mask, is_trained, masked_mean, without_graph
+from .causal_lm_relllm import build_causal_lm, per_layer_inputs, reads_token_ids
 from .checkpoint_relllm import (
     TOWERS,
     config_fields,
@@ -239,7 +240,8 @@ class ReLLMModel(ReLLMPreTrainedModel):
             self.emotion_head = nn.Linear(hidden_size, len(config.emotion_labels), bias=False)
             self.dimension_head = nn.Linear(hidden_size, len(DIMENSIONS), bias=False)
         # Not "language_model": a rename for old checkpoints in Transformers would lose the LLM's weights.
-        self.text_model = AutoModelForCausalLM.from_config(config.text_config, dtype=built)
+        self.text_model = build_causal_lm(config.text_config)
+        self.reads_token_ids = reads_token_ids(self.text_model)
         self.lora_scope = LoraScope()
         if config.lora_config is not None:
             config.lora_config = inject_scoped_lora(
@@ -449,6 +451,8 @@ class ReLLMModel(ReLLMPreTrainedModel):
             audio = self._hear(features, audio_num_windows, tower_outputs)
         cache = past_key_values if cache is None else cache
         inputs_embeds, lora_mask = self.place_audio(input_ids, inputs_embeds, audio_mask, audio, cache)
+        if self.reads_token_ids and "per_layer_inputs" not in kwargs:
+            kwargs |= per_layer_inputs(self.text_model, input_ids, self.config.audio_token_id)
         with self.lora_scope.use(lora_mask):
             outputs = (self.text_model if language_modeling else self.text_model.base_model)(
                 inputs_embeds=inputs_embeds,
@@ -478,6 +482,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = ReLLMModel(config)
         self.post_init()
+        self._is_stateful = self.model.text_model._is_stateful  # a state cannot go back, as assisted decoding must
         self.model.freeze()
         self.generation_config.suppress_tokens = [config.audio_token_id]  # a placeholder is never an answer
 
@@ -499,7 +504,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
 
         Args:
             audio (`str`, `os.PathLike` or `PreTrainedModel`): Whisper, wav2vec2, HuBERT or WavLM.
-            text (`str`, `os.PathLike` or `PreTrainedModel`): Any causal LM.
+            text (`str`, `os.PathLike` or `PreTrainedModel`): A causal LM, or a model that also sees with one in it.
             emotion (`str`, `os.PathLike` or `ReLLMEmotionModel`, *optional*): A tower of the audEERING layout.
             lora (`dict` or `peft.LoraConfig`, *optional*): The paper's is r 16, lora_alpha 16, lora_dropout 0.05.
             tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*): The LLM's, by default the one
@@ -511,7 +516,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         audio_token_id = find_audio_token(tokenizer)
         given = {"audio_tower": audio, "emotion_tower": emotion, "text_model": text}
         towers = {kind: load_tower(kind, given[kind], dtype=dtype) for kind in given if given[kind] is not None}
-        sources = {kind: tower_source(given[kind], tower) for kind, tower in towers.items()}
+        sources = {kind: tower_source(given[kind]) for kind in towers}
         text = towers["text_model"]
         config = ReLLMConfig(
             audio_config=copy.deepcopy(towers["audio_tower"].config),
