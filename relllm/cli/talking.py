@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from relllm.demo.demo_settings import DemoSettings
-from relllm.inference.inference_settings import CheckpointSettings, PageSettings, ReplySettings, TalkSettings
+from relllm.inference.inference_settings import CheckpointSettings, ClipSettings, PageSettings, TalkSettings
 
 from .options import from_settings, pick_device, plain_errors
 
@@ -41,13 +41,15 @@ Type a line and press Enter, or:
 @app.command("reply")
 @from_settings
 def reply_to_clips(
-    settings: ReplySettings, audio: Annotated[list[str], typer.Argument(help="WAV, FLAC, OGG or MP3 files, or URLs.")]
+    settings: ClipSettings, audio: Annotated[list[str], typer.Argument(help="WAV, FLAC, OGG or MP3 files, or URLs.")]
 ) -> None:
     """Answer spoken turns: the reply as it is written, the emotion heard, arousal, dominance and valence.
 
     A file that cannot be read is named, the others are answered, and the exit status is 1.
 
     Example: relllm reply runs/demo/re-llm question.wav
+
+    A call with a speaker on each side: relllm reply runs/demo/re-llm call.wav --channel each
     """
     from transformers import TextStreamer
 
@@ -60,12 +62,13 @@ def reply_to_clips(
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         length = settings.max_new_tokens
         try:
-            answer = reply(model, processor, source, streamer=streamer, max_new_tokens=length, **settings.prompts)
+            for clip in processor.feature_extractor.read_clips([source], channel=settings.channel):
+                read = {"waveform": clip}
+                answer = reply(model, processor, read, streamer=streamer, max_new_tokens=length, **settings.prompts)
+                console.print(f"[dim]{answer.heard}[/dim]")
         except (OSError, ValueError) as error:
             failed += 1
             console.print(f"[red]not answered:[/red] {escape(str(error))}")
-        else:
-            console.print(f"[dim]{answer.heard}[/dim]")
     if failed:
         raise typer.Exit(1)
 

@@ -18,7 +18,7 @@ from relllm.labels import DIMENSIONS
 from relllm.modeling.audio_tower_relllm import count_frames
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 from relllm.processing.audio_relllm import AudioSource
-from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
+from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor, shortest_clip
 
 from .data_settings import AnnotateSettings, AnnotationSettings
 from .journal import Journal, add_columns, check_columns, replace_columns, rows_fingerprint
@@ -85,7 +85,7 @@ def read_dimensions(model: ReLLMEmotionModel, clips: Sequence[AudioSource]) -> l
 
     A clip is normalised as in RE-LLM; one longer than 30 s is cut into windows, averaged by their frames.
     """
-    cutter = ReLLMFeatureExtractor()
+    cutter = ReLLMFeatureExtractor(min_duration_s=shortest_clip(model.config.encoder_config))
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     results: list[list[float] | str] = []
     windows, owners = [], []

@@ -34,6 +34,8 @@ REASONS = {
     "the audio lasts": "too long",
     "every sample must be finite": "NaN or infinite samples",
     "the file is truncated": "truncated audio",
+    "cancel each other": "channels that cancel each other",
+    "the audio has one channel": "no such channel",
 }
 NOT_AUDIO = "not readable as audio"
 _UNTOUCHED = ("WAV", "WAVEX", "FLAC")  # containers whose bytes are embedded as they are
@@ -51,23 +53,38 @@ class ReadClip:
     num_overshoot: int  # samples that the conversion had to set to full scale
 
 
-def read_row(row: Row, settings: PrepareSettings, directory: Path) -> ReadClip | Dropped:
-    """Read the audio of a row, whose path is absolute or relative to `directory`."""
+def read_row(row: Row, settings: PrepareSettings, directory: Path) -> dict[str, ReadClip] | Dropped:
+    """Read the audio of a row, whose path is absolute or relative to `directory`; return its clips by their ids.
+
+    There is one, unless `settings.channel` is `"each"`.
+    """
     path = directory / str(row["audio"])
     rate, untouched = _read_header(path)
     try:
         # At its own rate, because most clips need no other; what cannot be read fails here with a reason.
-        waveform = load_audio(path, sampling_rate=rate, max_duration_s=settings.max_seconds)
+        waveform = load_audio(path, sampling_rate=rate, channel=settings.channel, max_duration_s=settings.max_seconds)
     except (OSError, ValueError) as error:
         reason = next((reason for words, reason in REASONS.items() if words in str(error)), NOT_AUDIO)
         return Dropped(row["id"], reason, str(error))
-    duration_s = len(waveform) / rate
+    duration_s = waveform.shape[-1] / rate
     if duration_s < settings.min_seconds:
         return Dropped(row["id"], "too short", f"{duration_s:.3f} s, the limit is {settings.min_seconds:g} s")
+    if waveform.ndim == 1 or len(waveform) == 1:
+        return {row["id"]: _make_clip(row, waveform.reshape(-1), rate, path if untouched else None, settings)}
+    sides = ("left", "right") if len(waveform) == 2 else range(1, len(waveform) + 1)
+    clips = zip(sides, waveform, strict=True)
+    return {f"{row['id']}-{side}": _make_clip(row, own, rate, None, settings) for side, own in clips}
+
+
+def _make_clip(
+    row: Row, waveform: np.ndarray, rate: int, untouched: Path | None, settings: PrepareSettings
+) -> ReadClip:
+    """Measure a clip and encode it, where it is embedded; the bytes of an `untouched` file are taken as they are."""
+    path = Path(str(row["audio"]))
     audio: str | dict[str, bytes | str] = str(row["audio"])
     overshoot = 0
-    if settings.embed_audio and untouched:
-        audio = {"bytes": path.read_bytes(), "path": path.name}
+    if settings.embed_audio and untouched is not None:
+        audio = {"bytes": untouched.read_bytes(), "path": path.name}
     elif settings.embed_audio:
         samples, overshoot = to_16_bit(resample(waveform, rate, SAMPLING_RATE))
         buffer = io.BytesIO()
@@ -76,10 +93,10 @@ def read_row(row: Row, settings: PrepareSettings, directory: Path) -> ReadClip |
     peak, full_scale_run = measure_loudness(waveform)
     return ReadClip(
         audio=audio,
-        duration_s=duration_s,
+        duration_s=len(waveform) / rate,
         silent=peak < SILENT_PEAK,
         clipped=full_scale_run >= CLIPPED_SAMPLES,
-        converted=settings.embed_audio and not untouched,
+        converted=settings.embed_audio and untouched is None,
         num_overshoot=overshoot,
     )
 

@@ -22,6 +22,9 @@ class PrepareSettings:
     embed_audio: bool = setting(False, "Put the audio into the Parquet files, at 16 kHz, instead of its path.")
     min_seconds: float = setting(SHORTEST_S, "Shorter clips are left out.")
     max_seconds: float = setting(LONGEST_S, "Longer clips are left out.")
+    channel: Literal["mix", "left", "right", "each"] = setting(
+        "mix", "Of files with several; each is a row of its own. All but mix need --embed-audio."
+    )
     num_proc: int | None = setting(None, "Processes of one thread each; by default one for each core.", min=1)
     NAME: ClassVar[str] = "data-set"
 
@@ -30,6 +33,10 @@ class PrepareSettings:
             raise ValueError(
                 f"Expected {SHORTEST_S} s <= the shortest clip < the longest, got {self.min_seconds} s and "
                 f"{self.max_seconds} s."
+            )
+        if self.channel != "mix" and not self.embed_audio:
+            raise ValueError(
+                f"channel={self.channel!r} needs embed_audio: what a table names by path is read as the mix."
             )
 
     @property

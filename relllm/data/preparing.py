@@ -134,18 +134,19 @@ def _read_rows(
 ) -> Iterator[dict[str, object]]:
     """Rows as they are written; what happened to them goes into the entry."""
     for index, row in enumerate(rows):
-        clip = read_row(row, settings, partial)
-        if isinstance(clip, Dropped):
-            entry["dropped"].append(asdict(clip))
+        clips = read_row(row, settings, partial)
+        if isinstance(clips, Dropped):
+            entry["dropped"].append(asdict(clips))
             continue
-        entry["kept"].append([index, round(clip.duration_s, 4)])
-        entry["converted"] += clip.converted
-        for mark, is_set in (("silent", clip.silent), ("clipped", clip.clipped)):
-            if is_set:
-                entry[mark].append(row["id"])
-        if clip.num_overshoot:
-            entry["overshoot"][row["id"]] = clip.num_overshoot
-        yield {**row, "audio": clip.audio, "duration_s": clip.duration_s}
+        for name, clip in clips.items():
+            entry["kept"].append([index, round(clip.duration_s, 4)])
+            entry["converted"] += clip.converted
+            for mark, is_set in (("silent", clip.silent), ("clipped", clip.clipped)):
+                if is_set:
+                    entry[mark].append(name)
+            if clip.num_overshoot:
+                entry["overshoot"][name] = clip.num_overshoot
+            yield {**row, "id": name, "audio": clip.audio, "duration_s": clip.duration_s}
 
 
 def _group_rows(rows: Iterable[dict[str, object]]) -> Iterator[list[dict[str, object]]]:

@@ -1,6 +1,7 @@
 """The settings of the commands that use a model, each declared once. Nothing heavy is imported here."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from relllm.setting import REQUIRED, setting
 
@@ -28,6 +29,13 @@ class ReplySettings(CheckpointSettings):
         """Those that are given."""
         both = {"instruction": self.instruction, "system_prompt": self.system_prompt}
         return {name: value for name, value in both.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings(ReplySettings):
+    """What of a file is answered."""
+
+    channel: Literal["mix", "left", "right", "each"] = setting("mix", "Of a file with several; `each` answers each.")
 
 
 @dataclass(frozen=True, kw_only=True)

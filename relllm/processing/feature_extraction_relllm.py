@@ -269,9 +269,9 @@ def extractor_settings(config: PreTrainedConfig, speech_do_normalize: bool = Tru
 
 
 def shortest_clip(config: PreTrainedConfig) -> float:
-    """Return the seconds that a waveform encoder (wav2vec2, HuBERT, WavLM) needs for a frame: its receptive field."""
+    """Return the seconds that a waveform encoder (wav2vec2, HuBERT, WavLM) needs: a frame's, 25 ms at least."""
     field, hop = 1, 1  # samples that a frame sees; samples from one frame to the next
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         field += (kernel - 1) * hop
         hop *= stride
-    return field / SAMPLING_RATE
+    return max(MIN_DURATION_S, field / SAMPLING_RATE)

@@ -84,7 +84,7 @@ class AugmentationSettings:
 class Augmentation:
     """Gives each clip the effects that its row and the epoch draw.
 
-    A clip that another speed would make longer than `max_duration_s`, or shorter than 25 ms, keeps its speed.
+    A clip that another speed would make shorter than `min_duration_s` or longer than `max_duration_s` keeps its speed.
     """
 
     def __init__(
@@ -93,12 +93,14 @@ class Augmentation:
         *,
         seed: int,
         sampling_rate: int = SAMPLING_RATE,
+        min_duration_s: float = MIN_DURATION_S,
         max_duration_s: float = MAX_DURATION_S,
     ) -> None:
         settings.check_augmentation()
         self.settings = settings
         self.seed = seed
         self.sampling_rate = sampling_rate
+        self.min_duration_s = min_duration_s
         self.max_duration_s = max_duration_s
         self.noise_files = _find_noise(settings.augment_noise_dir) if settings.augment_noise_dir else []
         for codec in settings.augment_codec or []:
@@ -125,7 +127,7 @@ class Augmentation:
 
         if settings.augment_speed and (rng := self._draw(row, clip, "speed")):
             speed = round(_uniform(rng, settings.augment_speed), 2)
-            if MIN_DURATION_S <= math.ceil(len(waveform) / speed) / rate <= self.max_duration_s:
+            if self.min_duration_s <= math.ceil(len(waveform) / speed) / rate <= self.max_duration_s:
                 waveform = change_speed(waveform, speed)
         if settings.augment_reverb and (rng := self._draw(row, clip, "reverb")):
             waveform = add_reverberation(waveform, rng, _uniform(rng, settings.augment_reverb), rate)

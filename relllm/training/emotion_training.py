@@ -28,7 +28,8 @@ from relllm.labels import DIMENSIONS
 from relllm.metrics import concordances
 from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
-from relllm.processing.audio_relllm import load_audio
+from relllm.processing.audio_relllm import MIN_DURATION_S, load_audio
+from relllm.processing.feature_extraction_relllm import shortest_clip
 from relllm.setting import setting
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
@@ -117,11 +118,12 @@ class EmotionCollator:
 
     feature_extractor: Wav2Vec2FeatureExtractor
     augmentation: Augmentation | None = None
+    min_duration_s: float = MIN_DURATION_S  # of a clip: what the tower needs for a frame
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
         """Return `input_values` and `input_values_mask` `(clips, samples)`; `labels` `(clips, 3)`, NaN for none."""
         rate = self.feature_extractor.sampling_rate
-        waveforms = [load_audio(row["audio"], sampling_rate=rate) for row in rows]
+        waveforms = [load_audio(row["audio"], sampling_rate=rate, min_duration_s=self.min_duration_s) for row in rows]
         if self.augmentation is not None:
             pairs = zip(rows, waveforms, strict=True)
             waveforms = [self.augmentation(waveform, row_id=row.get("id")) for row, waveform in pairs]
@@ -144,10 +146,12 @@ class EmotionTowerTrainer(GroupByLengthMixin, AugmentationMixin, LastStepMixin):
         args.remove_unused_columns, args.label_names = False, ["labels"]
         # Whatever the encoder was pretrained on: ReLLM normalises what its emotion tower reads.
         extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-        collator = EmotionCollator(extractor)
+        shortest = shortest_clip(model.config.encoder_config)
+        collator = EmotionCollator(extractor, min_duration_s=shortest)
         super().__init__(model=model, args=args, data_collator=collator, processing_class=extractor, **kwargs)
         if isinstance(args, AugmentationSettings) and args.augments:
-            self.augment(Augmentation(args, seed=self.args.seed, sampling_rate=extractor.sampling_rate))
+            limits = {"sampling_rate": extractor.sampling_rate, "min_duration_s": shortest}
+            self.augment(Augmentation(args, seed=self.args.seed, **limits))
         self.model_accepts_loss_kwargs = False  # a CCC is averaged over accumulated steps, not divided by a count
 
     def measure_rows(self, rows: Dataset) -> list[int]:

@@ -112,8 +112,8 @@ class ReLLMSFTTrainer(GroupByLengthMixin, AugmentationMixin, TowerCacheMixin, Ch
             cache = self.open_tower_cache(model, extractor)
             self.data_collator = dataclasses.replace(self.data_collator, tower_cache=cache)
             return
-        rate, longest = extractor.sampling_rate, extractor.max_duration_s
-        self.augment(Augmentation(self.args, seed=self.args.seed, sampling_rate=rate, max_duration_s=longest))
+        limits = {name: getattr(extractor, name) for name in ("sampling_rate", "min_duration_s", "max_duration_s")}
+        self.augment(Augmentation(self.args, seed=self.args.seed, **limits))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 from datasets import Dataset
-from tiny_models import RATE, clip, tiny_emotion_tower
+from tiny_models import RATE, clip, tiny_emotion_config, tiny_emotion_tower
 from typer.testing import CliRunner
 
 from relllm.cli import app
@@ -63,6 +63,14 @@ def test_a_reading_is_what_the_tower_gives_for_the_normalised_clip(tower) -> Non
         with torch.no_grad():
             expected = tower(torch.from_numpy(normal)[None]).dimensions[0]
         assert values == pytest.approx(expected.tolist(), abs=2e-5)
+
+
+def test_a_clip_too_short_for_the_tower_on_disk_is_named_and_the_others_are_read(tower, tmp_path: Path) -> None:
+    config = tiny_emotion_config()
+    config.encoder_config.conv_kernel = [10, 8, 4]  # 770 samples for a frame
+    ReLLMEmotionModel(config).save_pretrained(tmp_path)
+    short, whole = read_dimensions(ReLLMEmotionModel.from_pretrained(tmp_path), [clip(1.0)[:769], clip(1.0)[:770]])
+    assert "at least 48.12 ms" in short and np.isfinite(whole).all()
 
 
 def test_a_long_clip_is_the_average_of_its_windows(tower) -> None:

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 from tiny_models import clip
@@ -15,6 +16,7 @@ from relllm.data.corpora.folder import parse_folder
 from relllm.data.data_settings import FolderSettings
 from relllm.data.loading import load_corpus
 from relllm.data.rows import COLUMNS, validate_row
+from relllm.processing.audio_relllm import load_audio
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +143,35 @@ def test_the_command_writes_a_data_set_and_says_what_it_left_out(
     assert "not readable as audio: 1" in done.output
     dropped = json.loads((tmp_path / "out/report.json").read_text())["dropped"]["not readable as audio"]["clips"]
     assert dropped[0]["id"] == "d" and "ffmpeg -i INPUT" in dropped[0]["detail"]
+
+
+@pytest.mark.parametrize("channel", ["mix", "left", "right", "each"])
+def test_a_call_becomes_the_rows_of_its_channels(channel: str, tmp_path: Path) -> None:
+    sides = {"left": clip(0.5), "right": clip(0.5, seed=1)}
+    (tmp_path / "calls").mkdir()
+    soundfile.write(tmp_path / "calls/a.wav", np.stack(list(sides.values()), axis=1), 16_000)
+    soundfile.write(tmp_path / "calls/antiphase.wav", np.stack([clip(0.5), -clip(0.5)], axis=1), 16_000)
+    soundfile.write(tmp_path / "calls/mono.wav", clip(0.4), 16_000)
+    command = ["prepare", "folder", str(tmp_path / "calls"), "--out", str(tmp_path / "out"), "--channel", channel]
+    done = CliRunner().invoke(app, [*command, "--embed-audio"])
+    assert done.exit_code == 0, done.output
+    rows = {row["id"]: load_audio(row["audio"]) for row in load_corpus(tmp_path / "out")}
+    dropped = json.loads((tmp_path / "out/report.json").read_text())["dropped"]
+    reasons = {"mix": ["channels that cancel each other"], "each": []}.get(channel, ["no such channel"])
+    assert list(dropped) == reasons
+    if channel == "each":
+        assert list(rows) == ["a-left", "a-right", "antiphase-left", "antiphase-right", "mono"]
+        expected = {f"a-{side}": samples for side, samples in sides.items()}
+    else:
+        assert list(rows) == (["a", "mono"] if channel == "mix" else ["a", "antiphase"])
+        expected = {"a": sides.get(channel, (sides["left"] + sides["right"]) / 2)}
+    for name, samples in expected.items():
+        np.testing.assert_allclose(rows[name], samples, atol=2 / 32768)
+
+
+def test_a_channel_of_what_is_kept_by_path_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["prepare", "folder", str(tmp_path), "--channel", "left"])
+    assert done.exit_code == 2 and "needs embed_audio" in done.output
 
 
 def test_the_command_stops_with_a_line_and_no_traceback(tmp_path: Path) -> None:

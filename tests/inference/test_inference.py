@@ -82,6 +82,23 @@ def test_the_command_answers_files_and_says_what_it_heard(checkpoint, tmp_path):
     assert output.count("arousal") == output.count("valence") == 2
 
 
+def test_each_side_of_a_call_is_heard_and_answered_as_if_alone(checkpoint, model, processor, tmp_path):
+    sides = [clip(0.5, seed=seed) for seed in (0, 1)]
+    soundfile.write(tmp_path / "call.wav", np.stack(sides, axis=1), 16_000, subtype="FLOAT")
+    call = str(tmp_path / "call.wav")
+    assert list(hear(model, processor, [call, sides[0]], channel="each")) == list(
+        hear(model, processor, [*sides, sides[0]])
+    )
+    command = ["reply", str(checkpoint), call, "--max-new-tokens", "4", "--device", "cpu", "--channel"]
+    said = {way: CliRunner().invoke(app, [*command, way]).output for way in ("each", "left", "right", "mix")}
+    heard = {
+        side: str(reply(model, processor, own, max_new_tokens=4).heard) for side, own in zip("lr", sides, strict=True)
+    }
+    assert [heard[side] in said["each"] for side in "lr"] == [True, True]
+    assert [heard["l"] in said[way] for way in ("left", "right", "mix")] == [True, False, False]
+    assert heard["r"] in said["right"] and said["each"].count("arousal") == 2
+
+
 def test_the_command_names_a_bad_file_and_answers_the_others(checkpoint, tmp_path):
     good, bad = tmp_path / "good.wav", tmp_path / "bad.wav"
     soundfile.write(good, clip(0.5), 16_000)

@@ -98,6 +98,8 @@ def test_speed_makes_no_clip_too_short_or_too_long() -> None:
     assert [len(slow(clip(duration_s))) for duration_s in (0.4, 0.6)] == [12_800, 9_600]
     fast = augmentation(augment_speed=[2.0, 2.0], augment_probability=1.0)
     assert [len(fast(clip(duration_s))) for duration_s in (0.05, 0.04)] == [400, 640]
+    wide = Augmentation(fast.settings, seed=0, min_duration_s=0.04)
+    assert [len(wide(clip(duration_s))) for duration_s in (0.08, 0.079)] == [640, 1_264]
 
 
 def test_recorded_noise_is_read_resampled_and_repeated(tmp_path: Path) -> None:

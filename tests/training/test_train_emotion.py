@@ -8,7 +8,15 @@ import pytest
 import soundfile
 import torch
 from datasets import disable_progress_bars
-from tiny_models import clip, tiny_audio_config, tiny_emotion_tower, tiny_llm, tiny_speech_tower, tiny_tokenizer
+from tiny_models import (
+    clip,
+    tiny_audio_config,
+    tiny_emotion_config,
+    tiny_emotion_tower,
+    tiny_llm,
+    tiny_speech_tower,
+    tiny_tokenizer,
+)
 from transformers import AutoModel, EvalPrediction, Wav2Vec2FeatureExtractor
 
 from relllm import ReLLMEmotionModel, ReLLMForConditionalGeneration
@@ -16,6 +24,7 @@ from relllm.labels import DIMENSIONS
 from relllm.training.checkpoints import RunComplete
 from relllm.training.emotion_training import (
     EmotionScriptArguments,
+    EmotionTowerTrainer,
     EmotionTrainingConfig,
     build_emotion_tower,
     concordance_metrics,
@@ -195,6 +204,17 @@ def test_a_split_without_labels_is_refused(corpus: str, tmp_path: Path) -> None:
     script = EmotionScriptArguments(model_name_or_path="unused", data=str(path))
     with pytest.raises(ValueError, match="'train' has fewer than two rows with dominance"):
         run_emotion_training(script, args_of(tmp_path / "run"))
+
+
+def test_a_clip_too_short_for_the_tower_is_named(tmp_path: Path) -> None:
+    config = tiny_emotion_config()
+    config.encoder_config.conv_kernel = [10, 8, 4]  # 770 samples for a frame
+    args = args_of(tmp_path, eval_strategy="no", load_best_model_at_end=False)
+    collator = EmotionTowerTrainer(ReLLMEmotionModel(config), args).data_collator
+    row = {"id": "a", "audio": clip(1.0)[:769], **dict.fromkeys(DIMENSIONS, 0.5)}
+    with pytest.raises(ValueError, match="769 samples at 16000 Hz .* at least 48.12 ms"):
+        collator([row])
+    assert collator([{**row, "audio": clip(1.0)[:770]}])["input_values"].shape == (1, 770)
 
 
 def test_accumulated_steps_are_averaged(corpus: str, tmp_path: Path) -> None:
