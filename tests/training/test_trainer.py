@@ -27,6 +27,14 @@ def test_labels_are_the_reply_and_its_end_and_nothing_else(tmp_path, processor):
         assert processor.tokenizer.decode(labels[labels != -100]) == row["response"] + "<|im_end|>"
 
 
+def test_a_template_that_marks_no_reply_is_an_error_with_the_remedy(tmp_path):
+    parts = "{% for p in m.content %}{{ p.text if p.type == 'text' else '<|audio|>' }}{% endfor %}"
+    own = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{parts}{% endif %}{% endfor %}"
+    unmarked = tiny_processor(chat_template=own.replace("{parts}", parts))
+    with pytest.raises(ValueError, match="generation %}.*without `chat_template`"):
+        ReLLMCollator(unmarked, EMOTIONS)(make_rows(tmp_path, 1))
+
+
 def test_what_was_trained_ends_its_replies_as_it_learnt_to(tmp_path, processor):
     """A base LLM's own end is another; the checkpoint names both."""
     model = tiny_model()
