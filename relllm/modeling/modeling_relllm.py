@@ -509,7 +509,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             lora (`dict` or `peft.LoraConfig`, *optional*): The paper's is r 16, lora_alpha 16, lora_dropout 0.05.
             tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*): The LLM's, by default the one
                 beside `text`; needed with a loaded model. Its `<|audio|>`, or its first free id, is the placeholder.
-            dtype (`torch.dtype`, *optional*): Of all weights; by default the LLM's.
+            dtype (`torch.dtype`, *optional*): Of the towers and the LLM, by default the LLM's; what trains is float32.
             config_kwargs: Further fields of [`ReLLMConfig`].
         """
         tokenizer = load_llm_tokenizer(tokenizer if tokenizer is not None else text)
