@@ -161,6 +161,8 @@ def test_an_offloaded_model_from_disk_differs_by_nothing(tmp_path: Path, speech:
         assert any(weight.device.type == "meta" for weight in offloaded.parameters())
         assert offloaded.device == torch.device("cpu")  # and not "meta", where inputs would lose their values
         assert_equal(answers(offloaded, batch), expected)
+    with pytest.raises(ValueError, match="offloaded model cannot be saved light"):
+        offloaded.save_pretrained(tmp_path / "again", light=True)
 
 
 @pytest.mark.parametrize("part", ["model", "emotion tower"])

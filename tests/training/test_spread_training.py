@@ -9,9 +9,9 @@ from tiny_models import tiny_model, tiny_processor
 from trainers import KL, LORA, make_rows, make_trainer
 
 
-@pytest.mark.parametrize("response_loss_weight", [1.0, 0.0])
+@pytest.mark.parametrize("settings", [KL, {**KL, "response_loss_weight": 0.0}, {"tower_cache_dir": "towers"}], ids=str)
 def test_the_losses_of_a_spread_model_are_those_on_one_card(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, response_loss_weight: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict
 ) -> None:
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # "meta" is no type that TRL may ask it of
     config = four_layers(lora=LORA)
@@ -24,13 +24,17 @@ def test_the_losses_of_a_spread_model_are_those_on_one_card(
     rows = make_rows(tmp_path, 4)
     found: list[dict[str, torch.Tensor]] = []
     with several_devices():
-        for places in ({"": CARD}, halves):
+        for name, places in (("one", {"": CARD}), ("several", halves)):
+            (tmp_path / name).mkdir()
+            monkeypatch.chdir(tmp_path / name)  # where the cache of the towers' outputs is
             placed = spread(model, places)
-            settings = {**KL, "response_loss_weight": response_loss_weight}
             trainer = make_trainer(rows, tmp_path / "out", tiny_processor(config), placed, **settings)
             placed.train()
-            batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
-            batch = {name: value.to(CARD) for name, value in batch.items()}
+            for count in (2, 4):  # half of the clips are then in the cache
+                batch = trainer.data_collator([trainer.train_dataset[index] for index in range(count)])
+                batch = {name: value.to(CARD) for name, value in batch.items()}
+                if count == 2 and "tower_known" in batch:
+                    trainer.put_towers(batch)
             trainer._num_items = trainer.objective.count(batch)
             loss = trainer.compute_loss(placed, batch, num_items_in_batch=torch.tensor(20, device=CARD))
             loss.backward()
