@@ -43,7 +43,8 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     tiny_tokenizer(audio_token=False).save_pretrained("towers/llm")
     for name in ("question.wav", "first.wav", "second.flac"):
         soundfile.write(name, clip(0.5), 16_000)
-    rows = [{"id": f"{i}", "audio": "question.wav", "response": "Tell me more.", "emotion": "sad"} for i in range(16)]
+    row = {"audio": "question.wav", "response": "Tell me more.", "emotion": "sad", "arousal": 0.3}
+    rows = [{"id": f"{index}", **row} for index in range(16)]
     names = {"waveform": clip(0.5, rate=44_100), "dataset": Dataset.from_list(rows)}
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) >= 6

@@ -246,6 +246,9 @@ def load_systems(settings: TalkSettings) -> dict[str, Callable[[], System]]:
         if settings.text_only != "own":
             options = {"dtype": settings.dtype, "use_safetensors": True}
             llm = AutoModelForCausalLM.from_pretrained(settings.text_only, **options).to(device).eval()
-            start = partial(TextConversation, llm, AutoTokenizer.from_pretrained(settings.text_only))
+            tokenizer = AutoTokenizer.from_pretrained(settings.text_only)
+            asked = {"instruction": processor.instruction, "system_prompt": processor.system_prompt}
+            prompts = asked | prompts
+            start = partial(TextConversation, llm, tokenizer)
         systems["text only"] = partial(start, transcriber=writer, **prompts)
     return systems

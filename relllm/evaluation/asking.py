@@ -34,6 +34,8 @@ class Questions:
     tasks: tuple[Task, ...]
     labels: tuple[str, ...]  # the emotions to choose from
     max_new_tokens: int = 128  # of the longest reply
+    instruction: str = SPEECH_PROMPT  # before a clip that is to be replied to, and the system turn then
+    system_prompt: str = SYSTEM_PROMPT
 
 
 def conversations(questions: Questions, turn: Mapping[str, str]) -> dict[str, Turns]:
@@ -42,11 +44,11 @@ def conversations(questions: Questions, turn: Mapping[str, str]) -> dict[str, Tu
     Recognition has no system turn: ours asks for a reaction, and the question is for a name.
     """
     asked = {"type": "text", "text": recognition_prompt(questions.labels)}
-    request = {"type": "text", "text": SPEECH_PROMPT}
-    return {
-        "recognition": [{"role": "user", "content": [asked, turn]}],
-        "reply": [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": [request, turn]}],
-    }
+    request = [{"type": "text", "text": questions.instruction}] if questions.instruction else []
+    reply: Turns = [{"role": "user", "content": [*request, turn]}]
+    if questions.system_prompt:
+        reply.insert(0, {"role": "system", "content": questions.system_prompt})
+    return {"recognition": [{"role": "user", "content": [asked, turn]}], "reply": reply}
 
 
 def render_prompts(

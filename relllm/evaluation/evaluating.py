@@ -9,7 +9,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeAlias
@@ -131,8 +131,10 @@ def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     tasks = settings.tasks or tuple(task for task in TASKS if task not in obstacles)
     if not tasks:
         raise ValueError(f"Nothing can be measured of {settings.data}: {obstacles}.")
+    tokenizer, template, processor = load_tokenizer(settings.model, settings.revision)
     questions = Questions(tuple(task for task in TASKS if task in tasks), labels, settings.max_new_tokens)
-    tokenizer, template, _ = load_tokenizer(settings.model, settings.revision)
+    if processor is not None:  # a ReLLM is asked as it was trained
+        questions = replace(questions, instruction=processor.instruction, system_prompt=processor.system_prompt)
     prompts = render_prompts(tokenizer, template, questions, audio=system != "text-only")
     return Plan(rows, system, questions, prompts, left_out={} if settings.tasks else obstacles)
 

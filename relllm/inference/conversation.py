@@ -17,7 +17,6 @@ from relllm.modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditiona
 from relllm.modeling.releases_relllm import CACHE
 from relllm.processing.audio_relllm import AudioSource
 from relllm.processing.processing_relllm import ReLLMProcessor
-from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from relllm.processing.typed_text_relllm import encode_conversation
 
 from .replies import Heard, Reply, read_heard
@@ -33,7 +32,8 @@ class Conversation:
     """A conversation with one model that remembers its earlier turns and does not compute them again.
 
     Several conversations may share a model if their turns do not overlap. `instruction` stands before the clip of a
-    spoken turn that comes without text of its own; it and `system_prompt` may be empty for none.
+    spoken turn that comes without text of its own; it and `system_prompt` are by default the processor's, and may be
+    empty for none.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class Conversation:
         model: ReLLMForConditionalGeneration,
         processor: ReLLMProcessor,
         *,
-        system_prompt: str = SYSTEM_PROMPT,
-        instruction: str = SPEECH_PROMPT,
+        system_prompt: str | None = None,
+        instruction: str | None = None,
     ):
         self.model = model
         self.processor = processor
-        self.system_prompt = system_prompt
-        self.instruction = instruction
+        self.system_prompt = processor.system_prompt if system_prompt is None else system_prompt
+        self.instruction = processor.instruction if instruction is None else instruction
         self.reset()
 
     def reset(self) -> None:

@@ -73,8 +73,8 @@ class TextConversation:
         """Talk with the LLM inside a ReLLM: no audio, and no LoRA, which is off outside the model."""
         given = model.generation_config  # of the whole model; the LLM inside has none of its own
         own = {"eos_token_id": given.eos_token_id, "suppress_tokens": given.suppress_tokens}
-        template = processor.chat_template
-        return cls(model.model.text_model, processor.tokenizer, chat_template=template, **{**own, **options})
+        own |= {name: getattr(processor, name) for name in ("chat_template", "system_prompt", "instruction")}
+        return cls(model.model.text_model, processor.tokenizer, **{**own, **options})
 
     def reset(self) -> None:
         """Begin anew."""

@@ -213,8 +213,6 @@ def why_not_light(model: PreTrainedModel) -> str | None:
     """Tell why a model cannot be saved light, with the remedy; `None` if it can."""
     if getattr(model, "is_quantized", False):
         return "A quantised model cannot be saved light: its weights are not those of its sources. Save it in full."
-    if any(weight.device.type == "meta" for weight in model.parameters()):
-        return "An offloaded model cannot be saved light: it would be compared with its sources. Save it in full."
     for kind in TOWERS:
         tower = getattr(model.base_model, kind)
         frozen = tower is not None and not all(weight.requires_grad for weight in tower.parameters())

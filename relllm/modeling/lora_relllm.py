@@ -82,9 +82,6 @@ class ScopedLora:
                 f"A layer with a LoRA got an input of shape {tuple(x.shape)}, and the LoRA acts at some positions of "
                 f"{tuple(mask.shape)}. Leave out of lora_config's target_modules what packs or routes positions."
             )
-        if isinstance(mask, Tensor) and mask.device != x.device:  # a spread model goes on, on its next device
-            mask = self.scope.mask = mask.to(x.device)
-            self.scope.positions = None
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         if (positions := self.scope.positions) is not None:  # the others are left alone, and cost nothing
@@ -93,7 +90,7 @@ class ScopedLora:
             return result.flatten(0, -2).index_add(0, positions, delta).view_as(result)
         delta = lora_b(lora_a(dropout(x.to(lora_a.weight.dtype)))) * scaling
         if isinstance(mask, Tensor):
-            delta = delta * mask.unsqueeze(-1).to(delta.dtype)
+            delta = delta * mask.unsqueeze(-1).to(delta.device, delta.dtype)
         return result + delta.to(result.dtype)
 
     def merge_safe(self, module: "LoraLayer", active_adapter: str, orig_weight: Tensor) -> Tensor:

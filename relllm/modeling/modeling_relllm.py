@@ -36,7 +36,6 @@ from .checkpoint_relllm import (
     tower_source,
 )
 from .configuration_relllm import DIMENSIONS, ReLLMConfig
-from .devices_relllm import SpreadModel
 from .emotion_tower_relllm import ReLLMEmotionModel
 from .lora_relllm import LoraScope, inject_scoped_lora, is_lora_parameter, plain_lora_config
 from .projector_relllm import ConvProjector, ProjectorOutput, check_counts, count_message, place_positions
@@ -118,7 +117,7 @@ class ReLLMCausalLMOutput(CausalLMOutputWithPast):
     tower_dimensions: Tensor | None = None
 
 
-class ReLLMPreTrainedModel(SpreadModel):
+class ReLLMPreTrainedModel(PreTrainedModel):
     """Loading, initialisation, freezing and gradient checkpointing, shared by both models."""
 
     config: ReLLMConfig
@@ -126,10 +125,7 @@ class ReLLMPreTrainedModel(SpreadModel):
     main_input_name = "input_ids"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    # Whole on one device: what Transformers adds up between a tower's layers does not follow them to another.
-    _no_split_modules: set[str] | list[str] = [
-        *("ConvProjector", "ReLLMEmotionModel", "WhisperEncoder", "Wav2Vec2Model", "HubertModel", "WavLMModel")
-    ]
+    _no_split_modules: set[str] | list[str] = ["ConvProjector"]
     _skip_keys_device_placement = [CACHE]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -367,19 +363,19 @@ class ReLLMModel(ReLLMPreTrainedModel):
         dtype = self.multi_modal_projector.fc1.weight.dtype  # float32 over an LLM in half precision
         frames = towers.frames.to(dtype)
         if self.config.emotion_fusion == "concat":
-            repeated = towers.emotion_embedding.to(frames)[:, None].expand(-1, frames.shape[1], -1)
+            repeated = towers.emotion_embedding.to(dtype)[:, None].expand(-1, frames.shape[1], -1)
             frames = torch.cat([frames, repeated], dim=-1)
         projected = self.multi_modal_projector(frames, towers.lengths)
         if self.config.emotion_fusion == "token":
             token = self.emotion_projector(towers.emotion_embedding.to(dtype))[:, None]
-            projected.hidden_states = torch.cat([token.to(projected.hidden_states), projected.hidden_states], dim=1)
+            projected.hidden_states = torch.cat([token, projected.hidden_states], dim=1)
             projected.lengths = projected.lengths + 1
         return projected
 
     def find_embedded(self, inputs_embeds: Tensor) -> Tensor:
         """Return `(batch, sequence)`, True where `inputs_embeds` are the placeholder's, as in Transformers."""
         token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token).to(inputs_embeds.device)).all(-1)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def place_audio(
         self,
@@ -513,7 +509,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             lora (`dict` or `peft.LoraConfig`, *optional*): The paper's is r 16, lora_alpha 16, lora_dropout 0.05.
             tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*): The LLM's, by default the one
                 beside `text`; needed with a loaded model. Its `<|audio|>`, or its first free id, is the placeholder.
-            dtype (`torch.dtype`, *optional*): Of the towers and the LLM, by default the LLM's; what trains is float32.
+            dtype (`torch.dtype`, *optional*): Of all weights; by default the LLM's.
             config_kwargs: Further fields of [`ReLLMConfig`].
         """
         tokenizer = load_llm_tokenizer(tokenizer if tokenizer is not None else text)
@@ -672,7 +668,6 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
 
 def clip_average(num_windows: Tensor, weights: Tensor) -> Tensor:
     """Return `(clips, windows)`: row i averages the windows of clip i, each by its weight."""
-    num_windows = num_windows.to(weights.device)
     clip_end = num_windows.cumsum(0)[:, None]
     window = torch.arange(len(weights), device=weights.device)[None]
     belongs = (window < clip_end) & (window >= clip_end - num_windows[:, None])

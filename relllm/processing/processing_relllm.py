@@ -21,6 +21,7 @@ from .turns_relllm import build_chat_template
 
 SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 AUDIO_KEYS = ("audio", "url", "path", "bytes", "waveform")  # of an audio part; a `waveform` has been read
+OF_LAST_BATCH = ("padding_side", "pad_to_multiple_of", "max_length", "stride", "truncation_strategy")
 AUDIO_INPUTS = (*ReLLMFeatureExtractor.model_input_names, "audio_num_windows")
 
 
@@ -62,6 +63,8 @@ class ReLLMProcessor(ProcessorMixin):
         tokenizer (`PreTrainedTokenizerBase`): The LLM's; it must know `audio_token`.
         chat_template (`str`, *optional*): Jinja; by default [`build_chat_template`] of the tokenizer.
         audio_token (`str`, *optional*, defaults to `"<|audio|>"`): The placeholder of one clip.
+        instruction (`str`, *optional*): Text before the clip of a request; a training run leaves its own here.
+        system_prompt (`str`, *optional*): System turn of a request, likewise; empty for none.
     """
 
     valid_processor_kwargs = ReLLMProcessorKwargs
@@ -72,6 +75,8 @@ class ReLLMProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
         audio_token: str = AUDIO_TOKEN,
+        instruction: str = SPEECH_PROMPT,
+        system_prompt: str = SYSTEM_PROMPT,
     ):
         vocabulary = tokenizer.get_vocab()
         if audio_token not in vocabulary:
@@ -81,12 +86,14 @@ class ReLLMProcessor(ProcessorMixin):
             )
         self.audio_token = audio_token
         self.audio_token_id = vocabulary[audio_token]
+        self.instruction = instruction
+        self.system_prompt = system_prompt
         if chat_template is None:
             chat_template = build_chat_template(tokenizer, audio_token)
         # Transformers lets what a tokenizer was loaded with win over `_defaults`, and a saved tokenizer remembers how
         # its last batch was padded, in training on the right: prompts are padded on the left nevertheless, also by
         # pipelines, which ask the tokenizer.
-        for name in ("padding_side", "pad_to_multiple_of"):
+        for name in OF_LAST_BATCH:
             tokenizer.init_kwargs.pop(name, None)
         tokenizer.padding_side = "left"
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
@@ -95,6 +102,8 @@ class ReLLMProcessor(ProcessorMixin):
         self,
         text: str | list[str] | None = None,
         audio: "AudioSource | list[AudioSource] | None" = None,
+        images: None = None,
+        videos: None = None,
         **kwargs: Any,
     ) -> ReLLMInputs:
         """Return model inputs of prompts and the clips that their placeholders stand for, as in Transformers.
@@ -102,8 +111,7 @@ class ReLLMProcessor(ProcessorMixin):
         `sampling_rate` is that of arrays; `channel` is `"mix"` (the default), `"left"`, `"right"` or `"each"`, which
         makes each channel a clip with a placeholder of its own.
         """
-        seen = {kwargs.pop(name, None) is not None for name in ("images", "videos")}  # `apply_chat_template` says None
-        if any(seen):
+        if images is not None or videos is not None:
             raise ValueError("RE-LLM reads text and audio, and was given images or videos. Leave them out.")
         return ReLLMInputs(super().__call__(text=text, audio=audio, **kwargs).data)
 
@@ -148,18 +156,20 @@ class ReLLMProcessor(ProcessorMixin):
         self,
         audio: AudioSource,
         *,
-        instruction: str = SPEECH_PROMPT,
-        system_prompt: str = SYSTEM_PROMPT,
+        instruction: str | None = None,
+        system_prompt: str | None = None,
         response: str | None = None,
     ) -> list[dict]:
         """Return one spoken turn as the model is trained on it, with the reply in training.
 
         Args:
             audio: What [`~ReLLMFeatureExtractor.read_clip`] takes.
-            instruction (`str`, *optional*): Text before the audio; empty for none.
-            system_prompt (`str`, *optional*): Empty for no system turn.
+            instruction (`str`, *optional*): Text before the audio; empty for none; by default the processor's.
+            system_prompt (`str`, *optional*): Empty for no system turn; by default the processor's.
             response (`str`, *optional*): The assistant's turn.
         """
+        instruction = self.instruction if instruction is None else instruction
+        system_prompt = self.system_prompt if system_prompt is None else system_prompt
         content = [{"type": "text", "text": instruction}] if instruction else []
         conversation = [{"role": "user", "content": [*content, {"type": "audio", "audio": audio}]}]
         if system_prompt:

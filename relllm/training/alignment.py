@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -27,7 +26,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from relllm.modeling.modeling_relllm import ReLLMCausalLMOutput, ReLLMModel
-from relllm.modeling.releases_relllm import CACHE
 
 from .losses import IGNORE_INDEX, response_kl
 
@@ -114,11 +112,8 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
             sums["response_kl"] = divergence(llm, states, labels, teacher_inputs["teacher_labels"], taught, reading)
         heads = {name: heard.get(name) for name in ("emotion_logits", "dimensions")}
         if headless:  # a sum over nothing: what trains has a gradient, of zero, which DDP waits for
-            output = ReLLMAlignedOutput(loss=states[:0].sum(), **heads, **sums)
-        else:
-            output = ReLLMFusedOutput(**output, **heads, **sums) if fused else ReLLMAlignedOutput(**output, **sums)
-        # A spread model makes each on a device of its own, and the losses add them up.
-        return output if labels is None else send_to_device(output, labels.device, skip_keys=[CACHE])
+            return ReLLMAlignedOutput(loss=states[:0].sum(), **heads, **sums)
+        return ReLLMFusedOutput(**output, **heads, **sums) if fused else ReLLMAlignedOutput(**output, **sums)
 
     model.forward = types.MethodType(forward, model)
 
@@ -130,7 +125,7 @@ def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) ->
     with torch.no_grad(), model.lora_scope.use(None), _in_eval(llm):
         read = {"input_ids": inputs["teacher_input_ids"], "attention_mask": inputs["teacher_attention_mask"]}
         hidden = llm.base_model(**read, use_cache=False, return_dict=True).last_hidden_state
-        return head_logits(llm, hidden[alignment.positions(inputs["teacher_labels"]).to(hidden.device)])
+        return head_logits(llm, hidden[alignment.positions(inputs["teacher_labels"])])
 
 
 def divergence(
@@ -147,7 +142,7 @@ def divergence(
         how ([`Alignment`]): Temperature and positions.
     """
     has_transcript = (teacher_labels != IGNORE_INDEX).any(1, keepdim=True)
-    states = states[how.positions(labels.masked_fill(~has_transcript, IGNORE_INDEX)).to(states.device)]
+    states = states[how.positions(labels.masked_fill(~has_transcript, IGNORE_INDEX))]
     return response_kl(states if llm is None else head_logits(llm, states), taught, how.temperature)
 
 

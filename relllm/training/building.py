@@ -115,7 +115,9 @@ def add_lora(model: ReLLMForConditionalGeneration, lora: dict, scope: str) -> Re
 
 def _architecture(script: ReLLMScriptArguments) -> dict:
     """Return the fields of [`ReLLMConfig`] that a run chooses."""
-    return {name: getattr(script, name) for name in ("emotion_fusion", "projector_inner_dim", "lora_scope")}
+    names = ["emotion_fusion", "projector_inner_dim", "lora_scope"]
+    names += ["emotion_labels"] if script.emotion_labels is not None else []
+    return {name: getattr(script, name) for name in names}
 
 
 def _check_architecture(script: ReLLMScriptArguments, config: PreTrainedConfig) -> None:

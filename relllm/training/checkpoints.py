@@ -222,6 +222,9 @@ class CheckpointMixin(LastStepMixin):
             kept = {"save_total_limit": self.args.save_total_limit, "use_mtime": True}
             rotate_checkpoints(run_dir, **kept, best_model_checkpoint=self.state.best_model_checkpoint)
 
+    def create_model_card(self, *args: object, **kwargs: object) -> None:
+        """Write none: TRL's knows neither towers nor licences. `relllm card` writes one from what was measured."""
+
     def push_to_hub(self, *args: object, **kwargs: object) -> object:
         """Do as Transformers; in full where a light checkpoint would point at a folder of this machine."""
         self._pushing = True

@@ -16,7 +16,6 @@ from transformers import BatchFeature
 
 from relllm.labels import DIMENSIONS
 from relllm.processing.processing_relllm import AUDIO_KEYS, ReLLMProcessor, audio_parts
-from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 
 from .augmentation import Augmentation
 from .losses import IGNORE_INDEX
@@ -36,9 +35,8 @@ class ReLLMCollator:
 
     processor: ReLLMProcessor
     emotion_labels: Sequence[str]  # those of `model.config`
-    instruction: str = SPEECH_PROMPT  # this and the next of rows without `messages`
-    system_prompt: str = SYSTEM_PROMPT
     teacher: bool = False  # make the teacher's input from the column `text`: transcripts, one of each clip
+    replies: bool = True  # whether rows need one: the heads learn without
     augmentation: Augmentation | None = None  # of every clip, once it is read and before anything is counted
     tower_cache: TowerCache | None = None  # clips that it has come as tower outputs, and have no features
 
@@ -70,11 +68,6 @@ class ReLLMCollator:
         )
         batch = dict(cast(BatchFeature, features)) | of_towers
         is_reply = torch.as_tensor(batch.pop("assistant_masks")).bool()
-        if not is_reply.any():
-            raise ValueError(
-                "No token of the batch is a reply's. Does the processor's chat template put replies and their ends "
-                "between {% generation %} and {% endgeneration %}? `from_config` without `chat_template` makes one."
-            )
         batch["labels"] = batch["input_ids"].masked_fill(~is_reply, IGNORE_INDEX)
         emotions = [self._emotions(row, count) for row, count in zip(rows, clips, strict=True)]
         dimensions = [_dimension_targets(row, count) for row, count in zip(rows, clips, strict=True)]
@@ -138,16 +131,16 @@ class ReLLMCollator:
 
     def _conversation(self, row: Mapping) -> list[dict]:
         if row.get("messages") is not None:
-            if not any(message["role"] == "assistant" for message in row["messages"]):
+            if self.replies and not any(message["role"] == "assistant" for message in row["messages"]):
                 raise ValueError(f"{_name(row)} has `messages` without an assistant turn: there is nothing to learn.")
             return place_clips(row)
-        if row.get("audio") is None or row.get("response") is None:
+        response = row.get("response")
+        if row.get("audio") is None or (response is None and self.replies):
             raise ValueError(
                 f"{_name(row)} needs `audio` and `response` (the reply to learn), or `messages`; it has "
                 f"{sorted(name for name, value in row.items() if value is not None)}."
             )
-        prompts = {"instruction": self.instruction, "system_prompt": self.system_prompt}
-        return self.processor.build_conversation(row["audio"], response=row["response"], **prompts)
+        return self.processor.build_conversation(row["audio"], response=response or "")
 
     def _emotions(self, row: Mapping, num_clips: int) -> list[int]:
         names = _per_clip(row, "emotion", num_clips)

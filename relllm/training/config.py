@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 from trl import SFTConfig
 
-from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from relllm.setting import setting
 
 from .augmentation import AugmentationSettings
@@ -31,14 +30,14 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
     emotion_loss_weight: float = setting(1.0, "Weight of the emotion cross-entropy; 0: the loss is not computed.")
     dimension_loss_weight: float = setting(1.0, "Weight of the dimension loss.")
     dimension_loss: Literal["mse", "ccc"] = setting("mse", "mse (paper), or ccc: 1 - concordance of the micro-batch.")
-    emotion_class_weights: list[float] | None = setting(None, "One for each emotion class.")
+    emotion_class_weights: list[str] | None = setting(None, "One for each emotion class, or `balanced`.")
     response_loss_weight: float = setting(1.0, "Weight of the reply's cross-entropy.")
     response_kl_weight: float = setting(0.0, "Weight of KL(text || speech) over the reply (BLSP-Emo); rows need text.")
     kl_temperature: float = setting(2.0, "Divides the logits of both branches of the KL (BLSP-Emo: 2).")
     kl_shifted: bool = setting(True, "False: the positions of the original code, one late.")
     light_checkpoints: bool = setting(True, "Save what trains, and the frozen towers by name.")
-    instruction: str = setting(SPEECH_PROMPT, "Text before the audio in a row without messages.")
-    system_prompt: str = setting(SYSTEM_PROMPT, "System turn of a row without messages; empty for none.")
+    instruction: str | None = setting(None, "Text before the audio in a row without messages; kept by the processor.")
+    system_prompt: str | None = setting(None, "System turn of such a row; empty for none; kept by the processor.")
     unfreeze: list[str] = setting([], "Of audio_tower, emotion_tower, text_model: what trains as well.")
 
     def __post_init__(self) -> None:
@@ -53,6 +52,9 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
             raise ValueError(f"kl_temperature must be > 0, got {self.kl_temperature}.")
         if self.label_smoothing_factor > 0 and self.response_kl_weight > 0:
             raise ValueError("label_smoothing_factor > 0 and a KL loss exclude each other. Set one of them to 0.")
+        for weight in self.emotion_class_weights or []:
+            if self.emotion_class_weights != ["balanced"] and not _is_weight(weight):
+                raise ValueError(f"emotion_class_weights takes numbers >= 0, or `balanced`, got {weight!r}.")
         if self.dimension_loss not in ("mse", "ccc"):
             raise ValueError(f"dimension_loss must be 'mse' or 'ccc', got {self.dimension_loss!r}.")
         if unknown := sorted(set(self.unfreeze) - set(TOWERS)):
@@ -82,6 +84,18 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
     def __getstate__(self) -> dict[str, object]:
         """Without the token: the trainer pickles its settings to `training_args.bin`, which a push sends along."""
         return {**self.__dict__, "hub_token": None}
+
+
+def loss_weights(args: ReLLMSFTConfig) -> dict[str, float]:
+    """Return the weight of each loss by the name of its setting."""
+    return {name: getattr(args, name) for name in LOSS_WEIGHTS}
+
+
+def _is_weight(value: object) -> bool:
+    try:
+        return float(value) >= 0  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
 
 
 @dataclass
@@ -120,6 +134,7 @@ class ReLLMScriptArguments(RowsSettings):
     lora_alpha: int = setting(16, "LoRA's alpha (paper: 16).")
     lora_dropout: float = setting(0.05, "LoRA's dropout (paper: 0.05).")
     lora_scope: Literal["audio", "text", "global"] = setting("audio", "Where LoRA acts: audio (paper), text, global.")
+    emotion_labels: list[str] | None = setting(None, "Classes of a new model's head; by default those of the data.")
     lora_target_modules: list[str] | None = setting(None, "Layers by name; by default all linear ones (paper).")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
         None, "Of the frozen weights; by default the LLM's own. What trains is in float32."

@@ -177,6 +177,8 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     assert script.data is not None and script.model_name_or_path is not None
     train_rows = _load_labelled(script.data, script.train_split or "all", script.held_out)
     eval_rows = _load_labelled(script.data, script.eval_split, script.held_out) if script.eval_split else None
+    if script.eval_split == "test" and args.load_best_model_at_end:
+        raise ValueError("eval_split='test' would keep the checkpoint that is best on it. Choose a development split.")
     if eval_rows is None:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     with args.main_process_first(desc="looking at the folder"):
@@ -196,10 +198,10 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     trainer.save_model()
     trainer.save_metrics("train", metrics)
     trainer.save_state()
-    if eval_rows is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
     if args.push_to_hub:
         trainer.push_to_hub()
+    if eval_rows is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
     if trainer.is_world_process_zero():
         end_run(Path(args.output_dir), identity, trainer.state)
     return trainer

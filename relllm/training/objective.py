@@ -3,7 +3,7 @@
 loss = w · response CE (TRL's) + w · emotion CE + w · dimension loss + w · response KL; none of weight 0 is computed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +33,11 @@ class Term:
 
 
 class Objective:
-    """The losses of a run beside the response's cross-entropy."""
+    """The losses of a run beside the response's cross-entropy; `emotions` counts the clips of each in the rows."""
 
-    def __init__(self, args: ReLLMSFTConfig, model: PreTrainedModel) -> None:
+    def __init__(
+        self, args: ReLLMSFTConfig, model: PreTrainedModel, emotions: Mapping[str, int] | None = None
+    ) -> None:
         self.weights = {
             "emotion_loss": args.emotion_loss_weight,
             "dimension_loss": args.dimension_loss_weight,
@@ -45,10 +47,8 @@ class Objective:
         self.dimension_loss = args.dimension_loss
         self.class_weights: Tensor | None = None
         if args.emotion_class_weights is not None:
-            self.class_weights = torch.tensor(args.emotion_class_weights, device=args.device)
-            if len(self.class_weights) != len(model.config.emotion_labels):
-                given, classes = len(self.class_weights), model.config.emotion_labels
-                raise ValueError(f"emotion_class_weights has {given} values, expected one for each of {classes}.")
+            weights = _class_weights(args.emotion_class_weights, model.config.emotion_labels, emotions)
+            self.class_weights = torch.tensor(weights, device=args.device)
         self.alignment: Alignment | None = None
         if "response_kl" in self.active:
             check_head(model.base_model.text_model)
@@ -105,6 +105,18 @@ class Objective:
         if self.class_weights is None:
             return torch.ones_like(labelled, dtype=torch.float)
         return self.class_weights.to(labels.device)[labelled]
+
+
+def _class_weights(given: Sequence[str | float], classes: Sequence[str], emotions: Mapping[str, int] | None) -> list:
+    """Return a weight for each class; `balanced` ones are clips / (classes that have some * clips of the class)."""
+    if list(given) == ["balanced"]:
+        if emotions is None:
+            raise ValueError("emotion_class_weights: balanced counts the training rows, and a stream has no count.")
+        counts = [emotions.get(name, 0) for name in classes]
+        return [sum(counts) / (sum(map(bool, counts)) * count) if count else 0.0 for count in counts]
+    if len(given) != len(classes):
+        raise ValueError(f"emotion_class_weights has {len(given)} values, expected one for each of {list(classes)}.")
+    return [float(weight) for weight in given]
 
 
 class RunningMeans:

@@ -6,14 +6,17 @@ from dataclasses import fields
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from rich.console import Console
+from transformers import AutoConfig, EarlyStoppingCallback, TrainerCallback, set_seed
 
 from relllm.data.loading import load_corpus
+from relllm.data.survey import TRAINING, check_surveys, draw_survey, emotions_of, survey_splits
+from relllm.labels import EMOTIONS
 
 from .augmentation import AugmentationSettings
 from .building import build_model
 from .checkpoints import begin_run, describe_data, describe_weights, end_run
-from .config import ReLLMScriptArguments, ReLLMSFTConfig
+from .config import ReLLMScriptArguments, ReLLMSFTConfig, loss_weights
 from .settings import SettingsParser
 from .tower_cache import TowerCacheSettings
 from .trainer import ReLLMSFTTrainer
@@ -22,7 +25,7 @@ PLACES = ("model_name_or_path", "audio_tower", "emotion_tower", "text_model")
 MODEL_SETTINGS = (
     *PLACES,
     *("revision", "emotion_fusion"),
-    *("projector_inner_dim", "lora_r", "lora_alpha", "lora_dropout", "lora_scope"),
+    *("emotion_labels", "projector_inner_dim", "lora_r", "lora_alpha", "lora_dropout", "lora_scope"),
     *("lora_target_modules", "dtype", "load_in_4bit", "full_window", "max_duration_s", "early_stopping_patience"),
 )
 OF_A_NEW_MODEL = ("full_window", "max_duration_s")  # a checkpoint's processor has its own
@@ -68,6 +71,7 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     folder = Path(args.output_dir)
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows = _load_data(script, args)
+        _survey(script, args, train_rows, eval_rows)
         identity = training_record(script, args) | describe_data(script, train_rows, eval_rows)
         identity |= describe_weights({name: getattr(script, name) for name in PLACES}, script.revision)
         checkpoint = args.resume_from_checkpoint or begin_run(folder, identity, script.resume)
@@ -86,15 +90,27 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_metrics("train", metrics)
     trainer.save_state()
+    trainer.save_model()  # before the evaluation, which `bf16_full_eval` rounds the weights for
+    if args.push_to_hub:
+        trainer.push_to_hub()
     if eval_rows is not None:
         trainer.save_metrics("eval", trainer.evaluate())
-    if args.push_to_hub:
-        trainer.push_to_hub()  # saves as well
-    else:
-        trainer.save_model()  # and the processor
     if trainer.is_world_process_zero():
         end_run(folder, identity, trainer.state)
     return trainer
+
+
+def _survey(script: ReLLMScriptArguments, args: ReLLMSFTConfig, train_rows: object, eval_rows: object) -> None:
+    """Print what the rows teach, choose a new model's classes, and check all that before a model is loaded."""
+    surveys = survey_splits(train_rows, eval_rows)
+    if surveys and args.process_index == 0 and not args.disable_tqdm:
+        Console(stderr=True).print(draw_survey(surveys))
+    if script.model_name_or_path is not None:
+        config = AutoConfig.from_pretrained(script.model_name_or_path, revision=script.revision)
+        labels = getattr(config, "emotion_labels", EMOTIONS)  # what is no ReLLM is refused when it is loaded
+    else:
+        labels = script.emotion_labels = script.emotion_labels or emotions_of(surveys.get(TRAINING))
+    check_surveys(surveys, labels, loss_weights(args))
 
 
 def training_record(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> dict[str, object]:
@@ -123,6 +139,11 @@ def _load_data(
         raise ValueError("streaming=True needs max_steps: the number of rows is not known beforehand.")
     if script.eval_split is None and args.eval_strategy != "no":
         raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_split (or eval_data as well).")
+    if script.eval_split == "test" and args.load_best_model_at_end:
+        raise ValueError(
+            "eval_split='test' with load_best_model_at_end would choose the checkpoint by the rows that measure it. "
+            "Evaluate on a development split (--held_out makes one: validation:session=Ses04)."
+        )
     assert script.data is not None
     train_rows = load_corpus(
         script.data, script.train_split or "all", held_out=script.held_out, streaming=script.streaming

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, logging
 from trl import SFTTrainer
 
 from relllm.data.columns import normalize_columns
+from relllm.data.survey import TRAINING, check_surveys, survey_splits
 from relllm.labels import DIMENSIONS
 from relllm.metrics import concordances, recognition_metrics
 from relllm.modeling.checkpoint_relllm import find_ends
@@ -30,7 +31,7 @@ from .alignment import return_heads
 from .augmentation import Augmentation, AugmentationMixin
 from .checkpoints import CheckpointMixin
 from .collator import ReLLMCollator
-from .config import ReLLMSFTConfig
+from .config import ReLLMSFTConfig, loss_weights
 from .freezing import TrainableTableCallback, lora_counts_as_adapter, prepare_trainable
 from .lengths import GroupByLengthMixin, row_lengths
 from .losses import IGNORE_INDEX
@@ -68,24 +69,29 @@ class ReLLMSFTTrainer(GroupByLengthMixin, AugmentationMixin, TowerCacheMixin, Ch
         if kwargs.pop("peft_config", None) is not None:
             raise ValueError("A ReLLM carries its own LoRA: set lora_config in its configuration, not peft_config.")
         args = args if args is not None else ReLLMSFTConfig()
+        train_dataset, eval_dataset = _normalized(train_dataset), _normalized(eval_dataset)
+        surveys = survey_splits(train_dataset, eval_dataset) if "data_collator" not in kwargs else {}
+        check_surveys(surveys, model.config.emotion_labels, loss_weights(args))
+        self.objective = Objective(args, model, surveys[TRAINING].emotions if TRAINING in surveys else None)
+        for name in ("instruction", "system_prompt"):  # which whoever loads the model then asks with
+            if getattr(args, name) is not None:
+                setattr(processing_class, name, getattr(args, name))
         ends = find_ends(model.generation_config, processing_class.tokenizer, processing_class.chat_template)
         model.generation_config.eos_token_id = ends
-        self.objective = Objective(args, model)
         prepare_trainable(model, args.unfreeze, self.objective.unused_heads)
         if "data_collator" not in kwargs:
             kwargs["data_collator"] = ReLLMCollator(
                 processing_class,
                 model.config.emotion_labels,
-                args.instruction,
-                args.system_prompt,
                 teacher=self.objective.alignment is not None,
+                replies=args.response_loss_weight > 0 or args.response_kl_weight > 0,
             )
         with lora_counts_as_adapter(model):
             super().__init__(
                 model=model,
                 args=args,
-                train_dataset=_normalized(train_dataset),
-                eval_dataset=_normalized(eval_dataset),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 **kwargs,
             )
@@ -124,7 +130,18 @@ class ReLLMSFTTrainer(GroupByLengthMixin, AugmentationMixin, TowerCacheMixin, Ch
         for batch in batches:
             local += self.objective.count(batch).to(local.device)
         self._num_items = self.accelerator.reduce(local, reduction="sum")
+        if self.state.global_step == 0 and isinstance(self.train_dataset, IterableDataset):
+            self._check_first_update()
         return batches, num_items
+
+    def _check_first_update(self) -> None:
+        """Raise a `ValueError` where a stream, whose rows nobody has counted, feeds a loss with nothing."""
+        for name, count in zip(self.objective.weights, self._num_items.tolist(), strict=True):
+            if name in self.objective.active and not count:
+                raise ValueError(
+                    f"{name} has a weight, and no row of the stream's first update has its labels (or, for the KL, a "
+                    "transcript in `text`). Set the weight to 0, or mend the columns."
+                )
 
     def compute_loss(
         self,

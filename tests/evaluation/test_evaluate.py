@@ -65,8 +65,7 @@ def settings(model: Path, corpus: Path, out: Path, **options) -> EvaluationSetti
 def whole(model: Path, corpus: Path, tmp_path_factory) -> Path:
     """An uninterrupted run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    with blank_pictures():
-        evaluate(settings(model, corpus, out), progress=False)
+    evaluate(settings(model, corpus, out), progress=False)
     return out
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from relllm import ReLLMConfig
 from relllm.cli import app
+from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from relllm.training.building import build_config
 from relllm.training.run import parse_arguments
 
@@ -76,6 +77,7 @@ def test_stage_two_is_the_papers(tmp_path: Path) -> None:
     assert args.dimension_loss == "mse" and args.unfreeze == []
     assert script.lora == {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05} and script.lora_scope == "audio"
     assert script.emotion_fusion == "concat" and script.audio_tower == "openai/whisper-large-v2"
+    assert (args.instruction, args.system_prompt) == (SPEECH_PROMPT, SYSTEM_PROMPT)
 
 
 def test_stage_one_learns_from_the_transcript_alone(tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def smoke_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the smoke recipe runs: its corpus and towers, made as its header says."""
     pytest.importorskip("espeakng_loader")
     folder = tmp_path_factory.mktemp("smoke")
-    sizes = ["--train-clips", "4", "--validation-clips", "1", "--test-clips", "1", "--num-proc", "1"]
+    sizes = ["--train-clips", "4", "--validation-clips", "1", "--test-clips", "1"]
     for arguments in (["tiny-towers", "--out", "tiny-towers"], ["synthetic", "--out", "synthetic", *sizes]):
         arguments[2] = str(folder / "data" / arguments[2])
         assert CliRunner().invoke(app, ["prepare", *arguments]).exit_code == 0

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 from datasets import disable_progress_bars
+from safetensors.torch import load_file
 from tiny_models import clip, tiny_emotion_tower, tiny_llm, tiny_model, tiny_speech_tower, tiny_tokenizer
 from transformers.integrations import deepspeed
 from typer.testing import CliRunner
@@ -20,6 +21,10 @@ from relllm.cli import app
 from relllm.data.journal import rows_fingerprint
 from relllm.data.loading import load_corpus
 from relllm.demo.tiny_towers import make_tiny_towers
+from relllm.evaluation.evaluating import _plan_run
+from relllm.evaluation.evaluation_settings import EvaluationSettings
+from relllm.inference.conversation import Conversation
+from relllm.inference.text_conversation import TextConversation
 from relllm.modeling.checkpoint_relllm import quantize_llm_alone
 from relllm.training.building import add_lora, build_config, build_model, four_bit_config
 from relllm.training.checkpoints import RECORD_NAME, RunComplete, checkpoint_to_resume
@@ -314,6 +319,9 @@ def test_resume_demands_or_refuses_a_checkpoint(towers: dict[str, str], corpus: 
         run_training(settings_of(towers, corpus, resume="false"), args_of(tmp_path))
 
 
+CHOOSING = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+
+
 @pytest.mark.parametrize(
     "script, args, message",
     [
@@ -321,6 +329,11 @@ def test_resume_demands_or_refuses_a_checkpoint(towers: dict[str, str], corpus: 
         ({}, {"eval_strategy": "steps"}, "needs an eval_split"),
         ({"early_stopping_patience": 2}, {}, "needs load_best_model_at_end"),
         ({"train_split": "dev"}, {}, "no rows of the split 'dev'"),
+        (
+            {"eval_split": "test"},
+            CHOOSING,
+            "choose the checkpoint by",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
@@ -328,6 +341,58 @@ def test_settings_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         run_training(settings_of(towers, corpus, **script), args_of(tmp_path, **args))
+
+
+def test_the_classes_are_those_of_the_data_and_are_checked_before_a_model_is_loaded(
+    towers: dict[str, str], corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    trainer = run_training(settings_of(towers, corpus), args_of(tmp_path / "run", max_steps=1, disable_tqdm=False))
+    assert trainer.model.config.emotion_labels == ["happy", "sad"]
+    assert "What the rows teach" in capsys.readouterr().err
+    run, labels = str(tmp_path / "run"), ["sad", "happy", "bored"]
+    script = settings_of(towers, corpus, emotion_labels=labels)
+    assert run_training(script, args_of(tmp_path / "b", max_steps=1)).model.config.emotion_labels == labels
+    with pytest.raises(ValueError, match=r"has emotion_labels: \['happy', 'sad'\]; the run asks for"):
+        run_training(settings_of({"model_name_or_path": run}, corpus, emotion_labels=labels), args_of(tmp_path / "c"))
+    monkeypatch.setattr("relllm.training.run.build_model", lambda _: pytest.fail("loaded a model"))
+    other = shutil.copytree(corpus, tmp_path / "other")
+    table = (other / "metadata.jsonl").read_text()
+    (other / "metadata.jsonl").write_text(table.replace('"sad"', '"fear"'))
+    with pytest.raises(ValueError, match="'fear' in 3 .rows 0, 3, 6"):
+        run_training(settings_of({"model_name_or_path": run}, str(other)), args_of(tmp_path / "d"))
+
+
+def test_an_evaluation_in_half_precision_rounds_nothing_that_is_saved_and_no_card_is_written(
+    towers: dict[str, str], corpus: str, tmp_path: Path
+) -> None:
+    script, quick = settings_of(towers, corpus, eval_split="validation"), {"max_steps": 1, "eval_strategy": "no"}
+    run_training(script, args_of(tmp_path / "plain", **quick))
+    run_training(script, args_of(tmp_path / "rounded", bf16_full_eval=True, **quick))
+    plain, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "rounded"))
+    for name, weight in plain.items():
+        assert torch.equal(rounded[name], weight), name
+    assert not list(tmp_path.rglob("README.md"))  # `relllm card` writes one from what was measured
+
+
+def test_what_a_run_asked_with_is_asked_by_whoever_loads_it(towers, corpus: str, tmp_path: Path) -> None:
+    own = {"instruction": "Answer what you hear: ", "system_prompt": ""}
+    run_training(settings_of(towers, corpus), args_of(tmp_path / "first", max_steps=1, **own))
+    # A second run goes on with it, and says otherwise only where it is told to.
+    script = settings_of({"model_name_or_path": str(tmp_path / "first")}, corpus)
+    run_training(script, args_of(tmp_path / "run", max_steps=1, system_prompt="Be kind."))
+    model, processor = (
+        ReLLMForConditionalGeneration.from_pretrained(tmp_path / "run"),
+        ReLLMProcessor.from_pretrained(tmp_path / "run"),
+    )
+    asked = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Answer what you hear: <|audio|>"}]
+    expected = processor.apply_chat_template(asked, add_generation_prompt=True)
+    request = processor.apply_chat_template(processor.build_conversation("a.wav"), add_generation_prompt=True)
+    assert request == expected
+    for conversation in (Conversation(model, processor), TextConversation.inside(model, processor)):
+        assert (conversation.system_prompt, conversation.instruction) == ("Be kind.", "Answer what you hear: ")
+    settings = EvaluationSettings(str(tmp_path / "run"), corpus, tmp_path / "out", tasks=("ser",), split="all")
+    plan = _plan_run(settings, with_scorers=True)
+    assert plan.prompts["reply"] == expected
 
 
 def test_early_stopping_and_streaming_run(towers: dict[str, str], corpus: str, tmp_path: Path) -> None:

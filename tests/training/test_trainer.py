@@ -5,8 +5,9 @@ import pytest
 import torch
 from datasets import Audio, ClassLabel, Dataset
 from scipy.special import log_softmax
+from sklearn.utils.class_weight import compute_class_weight
 from tiny_models import audio_part, clip, text_part, tiny_config, tiny_model, tiny_processor
-from trainers import REPLIES, make_rows, make_trainer, step_of
+from trainers import KL, REPLIES, make_rows, make_trainer, step_of
 from transformers import AutoModel
 
 from relllm import EMOTIONS, ReLLMSFTConfig, ReLLMSFTTrainer
@@ -25,14 +26,6 @@ def test_labels_are_the_reply_and_its_end_and_nothing_else(tmp_path, processor):
     batch = ReLLMCollator(processor, EMOTIONS)(rows)
     for row, labels in zip(rows, batch["labels"], strict=True):
         assert processor.tokenizer.decode(labels[labels != -100]) == row["response"] + "<|im_end|>"
-
-
-def test_a_template_that_marks_no_reply_is_an_error_with_the_remedy(tmp_path):
-    parts = "{% for p in m.content %}{{ p.text if p.type == 'text' else '<|audio|>' }}{% endfor %}"
-    own = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{parts}{% endif %}{% endfor %}"
-    unmarked = tiny_processor(chat_template=own.replace("{parts}", parts))
-    with pytest.raises(ValueError, match="generation %}.*without `chat_template`"):
-        ReLLMCollator(unmarked, EMOTIONS)(make_rows(tmp_path, 1))
 
 
 def test_what_was_trained_ends_its_replies_as_it_learnt_to(tmp_path, processor):
@@ -122,7 +115,9 @@ def test_unlabelled_rows_train_the_reply_alone(tmp_path, processor):
     rows = [
         row | {"emotion": None, "arousal": None, "dominance": None, "valence": None} for row in make_rows(tmp_path)
     ]
-    trainer = make_trainer(rows, tmp_path / "run", processor, per_device_train_batch_size=4)
+    rows = [*rows, make_rows(tmp_path)[0]]  # labelled, and not in the one update
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(rows, tmp_path / "run", processor, **settings)
     step = step_of(trainer)
     assert step["model.emotion_head.weight"].abs().max() == 0
     assert step["model.dimension_head.weight"].abs().max() == 0
@@ -232,6 +227,57 @@ def test_clips_without_a_place_and_places_without_a_clip_are_named(tmp_path, pro
     assert own["clips_per_row"].tolist() == [1]
     said = collate([{"messages": messages_of("I wrote <audio> here.")}])  # words, where no column has a clip
     assert "input_features" not in said
+
+
+def test_the_heads_train_without_replies(tmp_path, processor) -> None:
+    rows = [{**row, "response": None} for row in make_rows(tmp_path, 4)]
+    with pytest.raises(ValueError, match="4 of 4 of the training rows have no reply .*row-0, row-1, row-2"):
+        make_trainer(rows, tmp_path / "run", processor)
+    step = step_of(make_trainer(rows, tmp_path / "run", processor, response_loss_weight=0.0))
+    assert step["model.emotion_head.weight"].abs().max() > 0 and step["model.dimension_head.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "change, settings, message",
+    [
+        ({"Emotion": "sad"}, {}, "emotion_loss_weight is 1.0, and no training row has an `emotion`; .*'Emotion'"),
+        ({"emotion": "sad"}, {}, "dimension_loss_weight is 1.0, and no training row has any of arousal"),
+        ({"text": ""}, KL, "response_kl_weight is 0.7, and no training row has a transcript"),
+        ({"emotion": "boredom"}, {}, r"none of the model's .*: 'boredom' in 2 .rows 0, 1.*emotion_labels"),
+        ({"emotion": "sad", "valence": 3.5}, {}, r"2 values of valence in the training rows .* from 3.5 to 3.5"),
+    ],
+)
+def test_rows_that_feed_no_loss_or_no_class_stop_before_the_first_step(
+    tmp_path, processor, change: dict, settings: dict, message: str
+) -> None:
+    bare = [
+        {"id": str(index), "audio": row["audio"], "response": "Oh."}
+        for index, row in enumerate(make_rows(tmp_path, 2))
+    ]
+    off = {} if "weight is 1.0" in message else {"dimension_loss_weight": 0.0}
+    off |= {"emotion_loss_weight": 0.0} if "text" in change else {}
+    with pytest.raises(ValueError, match=message):
+        make_trainer([row | change for row in bare], tmp_path / "run", processor, **off, **settings)
+
+
+def test_a_stream_that_feeds_a_loss_with_nothing_stops_at_its_first_update(tmp_path, processor) -> None:
+    rows = [{**row, "arousal": None, "dominance": None, "valence": None} for row in make_rows(tmp_path, 4)]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    with pytest.raises(ValueError, match="dimension_loss has a weight, and no row of the stream's first update"):
+        make_trainer(stream, tmp_path / "run", processor, gradient_accumulation_steps=2).train()
+    settings = {"gradient_accumulation_steps": 2, "dimension_loss_weight": 0.0}
+    make_trainer(stream, tmp_path / "run", processor, **settings).train()
+
+
+def test_balanced_class_weights_are_scikit_learns(tmp_path, processor) -> None:
+    rows = make_rows(tmp_path, 8)
+    names = [row["emotion"] for row in rows if row["emotion"] is not None]
+    present = [name for name in EMOTIONS if name in names]
+    expected = dict(zip(present, compute_class_weight("balanced", classes=np.array(present), y=names), strict=True))
+    trainer = make_trainer(rows, tmp_path / "run", processor, emotion_class_weights=["balanced"])
+    assert trainer.objective.class_weights.tolist() == pytest.approx([expected.get(name, 0.0) for name in EMOTIONS])
+    with pytest.raises(ValueError, match="takes numbers >= 0, or `balanced`, got 'equal'"):
+        ReLLMSFTConfig(output_dir=str(tmp_path), emotion_class_weights=["equal"])
 
 
 def test_a_class_label_trains_its_name(tmp_path, processor) -> None:

@@ -205,11 +205,12 @@ def test_clips_side_by_side_and_in_several_turns_are_replaced_in_order() -> None
 
 def test_no_transcript_at_all_contributes_nothing(tmp_path: Path) -> None:
     rows = [row | {"text": None} for row in make_rows(tmp_path)]
+    rows = [*rows, make_rows(tmp_path)[0]]  # with a transcript, and not in the one update
     steps = []
     for on in (False, True):
         model, processor, settings = build()
-        settings = settings if on else {}
-        trainer = make_trainer(rows, tmp_path / "run", processor, model, per_device_train_batch_size=4, **settings)
+        settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, **(settings if on else {})}
+        trainer = make_trainer(rows, tmp_path / "run", processor, model, **settings)
         steps.append(step_of(trainer))
     for name, gradient in steps[0].items():
         torch.testing.assert_close(steps[1][name], gradient, rtol=0, atol=0)

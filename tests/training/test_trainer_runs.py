@@ -31,7 +31,8 @@ def rows_of_many_lengths(folder: Path, count: int = 48) -> list[dict]:
     for index in range(count):
         path = folder / f"{index}.wav"
         soundfile.write(path, clip(float(rng.uniform(0.2, 1.9)), seed=index), 16_000, subtype="PCM_16")
-        rows.append({"id": str(index), "audio": str(path), "response": "word " * int(rng.integers(1, 40))})
+        row = {"id": str(index), "audio": str(path), "response": "word " * int(rng.integers(1, 40))}
+        rows.append(row | {"emotion": "sad", "arousal": 0.5})
     return rows
 
 
