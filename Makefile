@@ -21,7 +21,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-transformers test-real check format demo bench clean distclean
+.PHONY: help setup test test-slow test-transformers test-real check format demo bench clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -38,8 +38,11 @@ setup: .venv/.ready  ## Make .venv from the pinned versions in constraints.txt
 	$(BIN)/python scripts/fix_torchaudio.py
 	@rm .venv/.installing && touch $@
 
-test: .venv/.ready  ## Run the tests on two cores
-	$(PYTEST) $(ARGS)
+test: .venv/.ready  ## Run the tests on two cores, without the slow ones
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: .venv/.ready  ## Run the slow ones: fresh interpreters, compilers, launchers, the demo
+	$(PYTEST) -m slow $(ARGS)
 
 test-transformers: .venv/.ready $(SUITE)/.ready  ## Run Transformers' own model and processor tests on ours
 	$(PYTEST) tests/transformers $(ARGS)

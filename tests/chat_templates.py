@@ -1,6 +1,10 @@
 """Chat templates of published LLMs, cut down to what they write around system, user and assistant turns."""
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from tiny_models import add_bos, tiny_tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 ALTERNATE = (
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate.') }}{% endif %}"
@@ -169,3 +173,15 @@ PUBLISHED = {
     "Gemma 3": Published(GEMMA_3, "<end_of_turn>", bos="<bos>", eos="<eos>"),
     "Gemma 4": Published(GEMMA_4, "<turn|>", bos="<bos>", eos="<eos>"),
 }
+
+
+def save_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer with the special tokens and the chat template of a published LLM, from disk."""
+    published, tokenizer = PUBLISHED[name], tiny_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": published.eos})
+    tokenizer.add_tokens([published.end.strip(), published.past_end or published.eos], special_tokens=True)
+    if published.bos is not None:
+        add_bos(tokenizer, published.bos)
+    tokenizer.chat_template = published.template
+    tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)

@@ -1,5 +1,6 @@
 """What every test shares: one thread, fixed seeds, no network beyond this machine."""
 
+import gc
 import os
 import random
 import socket
@@ -16,12 +17,10 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, each of
 
 import numpy as np
 import pytest
-import torch
 from pictures import blank_pictures
 from processes import ForkServer
 
-torch.set_num_threads(1)
-
+gc.disable()  # while the tests' modules are imported: nearly all of that stays
 FORK_SERVER = pytest.StashKey[ForkServer]()
 TRANSFORMERS_SUITE = Path(__file__).parent.parent / ".cache" / "transformers-tests"
 collect_ignore: list[str] = []
@@ -39,13 +38,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: two processes then end at about the same time."""
+    """Files with slow tests come first, then those that train: two processes then end at about the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name != "training"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Fork the parent of the tests' children now: later this process has threads, and what tests have set."""
+    """Fork the parent of the tests' children now: later this process has threads, and what tests have set.
+
+    What is imported by now stays: a collection of garbage (each training run does one) need not look at it again.
+    """
+    import torch  # here and below: the process that only hands out tests to others does without
+
+    torch.set_num_threads(1)
+    gc.enable()
+    gc.freeze()
     if any("fork_server" in getattr(item, "fixturenames", ()) for item in session.items):
         session.config.stash[FORK_SERVER] = ForkServer()
 
@@ -70,6 +77,8 @@ def no_drawing() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeds() -> None:
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from matplotlib.figure import Figure
 
-
-def write_blank(figure: Figure, path: str | Path, **options: object) -> None:
+def write_blank(figure: object, path: str | Path, **options: object) -> None:
     Path(path).write_bytes(b"\x89PNG\r\n\x1a\n")
 
 
 @contextlib.contextmanager
 def blank_pictures() -> Iterator[None]:
+    from matplotlib.figure import Figure
+
     with mock.patch.object(Figure, "savefig", write_blank):
         yield

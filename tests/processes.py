@@ -18,10 +18,6 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from torch.distributed import TCPStore
-
-from relllm.cli import main
-
 
 class Child:
     """A running child.
@@ -64,7 +60,7 @@ class Child:
             if time.monotonic() > end:
                 self.kill()
                 raise TimeoutError(f"The child was not done after {seconds} s: {self.stderr[-3000:]}")
-            time.sleep(0.005)
+            time.sleep(0.02)
         return self.exitcode
 
 
@@ -117,6 +113,8 @@ class ForkServer:
 
     def run_ranks(self, function: Callable, *arguments: object, **environment: str) -> list[Child]:
         """Two processes of one group (Gloo), as `torchrun` starts them: where one fails, the other is ended."""
+        from torch.distributed import TCPStore
+
         # The store outlives the ranks, as torchrun's does: a rank that is done must not take it from the other.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
@@ -130,7 +128,7 @@ class ForkServer:
             if time.monotonic() > end or any(child.exitcode for child in ranks):
                 for child in ranks:
                     child.kill()
-            time.sleep(0.005)
+            time.sleep(0.02)
         return ranks
 
     def close(self) -> None:
@@ -141,6 +139,8 @@ class ForkServer:
 
 def run_command(*arguments: str) -> None:
     """The command `relllm`, for a child."""
+    from relllm.cli import main
+
     sys.argv = ["relllm", *arguments]
     main()
 

@@ -29,6 +29,12 @@ BEFORE = {
     "a configuration of ours": "import relllm; relllm.ReLLMConfig(); import transformers",
 }
 PUBLIC_NAMES = "import relllm\nfor name in relllm.__all__: assert name in dir(relllm); getattr(relllm, name)"
+NO_ARGUMENTS = """
+import sys
+sys.argv = []
+import relllm, transformers
+transformers.AutoConfig.for_model("relllm")
+"""
 FORKING = """
 import json, os, sys, traceback
 import accelerate, sklearn.metrics, torch, torchaudio
@@ -49,10 +55,6 @@ for name, code in codes.items():
     said[name] += f"exit status {status}" if status else ""
 print(json.dumps(said))
 """
-
-
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=200)
 
 
 @pytest.fixture(scope="module")
@@ -76,31 +78,34 @@ def test_the_help_takes_less_than_a_second_of_processor_time():
 
 @pytest.fixture(scope="module")
 def said(checkpoint) -> dict[str, str]:
-    """What went wrong in each order of imports, and with the public names: each in a process of its own.
+    """What went wrong in each order of imports and otherwise: each in a process of its own.
 
     They are forked from one that has imported PyTorch, which is most of the time, and neither Transformers nor relllm.
     """
     codes = {name: f"path = {str(checkpoint)!r}\n{imports}\n{LOAD}" for name, imports in BEFORE.items()}
-    codes["public names"] = PUBLIC_NAMES
-    done = run(f"codes = {codes!r}\n{FORKING}")
+    codes |= {"public names": PUBLIC_NAMES, "no arguments": NO_ARGUMENTS}
+    command = [sys.executable, "-W", "error", "-c", f"codes = {codes!r}\n{FORKING}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", BEFORE)
 def test_the_auto_classes_know_a_rellm_after(order, said):
     assert said[order] == ""
 
 
+@pytest.mark.slow
 def test_every_public_name_can_be_had(said):
     assert said["public names"] == ""
+
+
+@pytest.mark.slow
+def test_an_interpreter_without_arguments_imports_it(said):
+    assert said["no arguments"] == ""
 
 
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'relllm' has no attribute 'ReLLMTrainer'"):
         relllm.ReLLMTrainer  # noqa: B018
-
-
-def test_an_interpreter_without_arguments_imports_it():
-    done = run("import sys; sys.argv = []; import relllm, transformers; transformers.AutoConfig.for_model('relllm')")
-    assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from .convolution_relllm import can_convolve, convolve
+from .devices_relllm import offloaded_weights
 
 # 32 MiB in float32: glibc takes more from the system each time, which is a third of the time of 8 clips in wav2vec2.
 MAX_CPU_VALUES = 2**23
@@ -58,35 +59,8 @@ def encode_audio(
         kwargs: `output_hidden_states` and `output_attentions`. With them the batch runs as a whole; encoders with a
             group norm give none for a ragged one.
     """
-    if mask is None:
-        mask = torch.ones(inputs.shape[0], inputs.shape[-1], dtype=torch.long, device=inputs.device)
-    lengths = count_frames(tower.config, mask.sum(-1))
-    sizes = mask.sum(-1).tolist()  # the only wait for the device in a call
-    inputs = inputs.to(tower.dtype)
-    longest = max(sizes)
-    encode = _encode_waveforms
-    if tower.config.model_type == "whisper":
-        window = tower.max_source_positions * tower.conv1.stride[0] * tower.conv2.stride[0]
-        if longest > window:
-            raise ValueError(f"The speech tower takes at most {window} mel frames, got {longest}.")
-        if inputs.shape[-1] == window:  # as it was trained, with attention over silence: the original recipe
-            output = tower(inputs, return_dict=True, **kwargs)
-            output.last_hidden_state = output.last_hidden_state[:, : count_frames(tower.config, longest)]
-            return output, lengths
-        encode = _encode_mel
-    groups = group_by_length(sizes, *_limits(tower, sizes, inputs.device, kwargs))
-    if len(groups) == 1:
-        return encode(tower, inputs[..., :longest], mask[:, :longest], return_dict=True, **kwargs), lengths
-    places = [torch.tensor(group, device=inputs.device) for group in groups]
-    parts = []
-    for own, group in zip(places, groups, strict=True):
-        longest = sizes[group[0]]
-        output = encode(tower, inputs[own, ..., :longest], mask[own, :longest], return_dict=True)
-        parts.append(output.last_hidden_state)
-    frames = parts[0].new_zeros(len(sizes), *parts[0].shape[1:])  # the first has the longest clip
-    for own, part in zip(places, parts, strict=True):
-        frames[own, : part.shape[1]] = part
-    return BaseModelOutput(last_hidden_state=frames), lengths
+    with offloaded_weights(tower):
+        return _encode(tower, inputs, mask, **kwargs)
 
 
 def group_by_length(sizes: Sequence[int], slack: float, most: float) -> list[list[int]]:
@@ -116,6 +90,7 @@ def masked_mean(values: Tensor, lengths: Tensor) -> Tensor:
 
     It is summed in float32: bfloat16 counts 1499 frames as 1496, and a sum in float16 ends at 65,504.
     """
+    lengths = lengths.to(values.device)
     valid = frame_mask(lengths, values.shape[1]).unsqueeze(-1)
     total = (values * valid).sum(1, dtype=torch.promote_types(values.dtype, torch.float32))
     return (total / lengths[:, None]).to(values.dtype)
@@ -129,6 +104,40 @@ def is_trained(module: nn.Module) -> bool:
 def without_graph(tower: nn.Module) -> AbstractContextManager:
     """Keep no graph of a tower that does not train, also where embeddings were hooked to require gradients."""
     return nullcontext() if is_trained(tower) else torch.no_grad()
+
+
+def _encode(
+    tower: PreTrainedModel, inputs: Tensor, mask: Tensor | None, **kwargs: Unpack[TransformersKwargs]
+) -> tuple[BaseModelOutput, Tensor]:
+    if mask is None:
+        mask = torch.ones(inputs.shape[0], inputs.shape[-1], dtype=torch.long, device=inputs.device)
+    lengths = count_frames(tower.config, mask.sum(-1))
+    sizes = mask.sum(-1).tolist()  # the only wait for the device in a call
+    inputs = inputs.to(tower.dtype)
+    longest = max(sizes)
+    encode = _encode_waveforms
+    if tower.config.model_type == "whisper":
+        window = tower.max_source_positions * tower.conv1.stride[0] * tower.conv2.stride[0]
+        if longest > window:
+            raise ValueError(f"The speech tower takes at most {window} mel frames, got {longest}.")
+        if inputs.shape[-1] == window:  # as it was trained, with attention over silence: the original recipe
+            output = tower(inputs, return_dict=True, **kwargs)
+            output.last_hidden_state = output.last_hidden_state[:, : count_frames(tower.config, longest)]
+            return output, lengths
+        encode = _encode_mel
+    groups = group_by_length(sizes, *_limits(tower, sizes, inputs.device, kwargs))
+    if len(groups) == 1:
+        return encode(tower, inputs[..., :longest], mask[:, :longest], return_dict=True, **kwargs), lengths
+    places = [torch.tensor(group, device=inputs.device) for group in groups]
+    parts = []
+    for own, group in zip(places, groups, strict=True):
+        longest = sizes[group[0]]
+        output = encode(tower, inputs[own, ..., :longest], mask[own, :longest], return_dict=True)
+        parts.append(output.last_hidden_state)
+    frames = parts[0].new_zeros(len(sizes), *parts[0].shape[1:])  # the first has the longest clip
+    for own, part in zip(places, parts, strict=True):
+        frames[own.to(frames.device), : part.shape[1]] = part
+    return BaseModelOutput(last_hidden_state=frames), lengths
 
 
 def _limits(
@@ -157,11 +166,11 @@ def _encode_mel(tower: PreTrainedModel, features: Tensor, mask: Tensor, **kwargs
     """Run Whisper's encoder over as many positions as the batch needs."""
     longest = count_frames(tower.config, features.shape[-1])
     # Padding is set to zero before each convolution, where a lone clip would have the convolution's own zeros.
-    hidden = nn.functional.gelu(tower.conv1(features * mask[:, None].to(features.dtype)))
-    hidden = nn.functional.gelu(tower.conv2(hidden * mask[:, None].to(hidden.dtype)))
+    hidden = nn.functional.gelu(tower.conv1(features * mask[:, None].to(features)))
+    hidden = nn.functional.gelu(tower.conv2(hidden * mask[:, None].to(hidden)))
     hidden = hidden.transpose(1, 2) + tower.embed_positions.weight[:longest]
     hidden = nn.functional.dropout(hidden, p=tower.dropout, training=tower.training)
-    lengths = count_frames(tower.config, mask.sum(-1))
+    lengths = count_frames(tower.config, mask.sum(-1)).to(hidden.device)
     attention_mask = create_bidirectional_mask(
         config=tower.config, inputs_embeds=hidden, attention_mask=frame_mask(lengths, longest)
     )

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 
 from .audio_tower_relllm import build_tower, encode_audio, masked_mean
 from .configuration_relllm import DIMENSIONS, ReLLMEmotionConfig
+from .devices_relllm import SpreadModel
 
 
 @dataclass
@@ -49,7 +50,7 @@ class EmotionHead(nn.Module):
         return self.out_proj(self.dropout(hidden))
 
 
-class ReLLMEmotionModel(PreTrainedModel):
+class ReLLMEmotionModel(SpreadModel):
     """A waveform encoder, the mean over its valid frames, and a head for arousal, dominance and valence."""
 
     config: ReLLMEmotionConfig

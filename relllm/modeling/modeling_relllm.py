@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import local_torch_dtype
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
@@ -21,12 +21,10 @@ from .audio_tower_relllm import build_tower, encode_audio, frame_mask, is_traine
 from .causal_lm_relllm import build_causal_lm, per_layer_inputs, reads_token_ids
 from .checkpoint_relllm import (
     TOWERS,
-    check_complete,
     config_fields,
     find_audio_token,
     find_ends,
     finish_light,
-    gets_lora,
     light_state,
     load_light,
     load_llm_tokenizer,
@@ -38,15 +36,9 @@ from .checkpoint_relllm import (
     tower_source,
 )
 from .configuration_relllm import DIMENSIONS, ReLLMConfig
+from .devices_relllm import SpreadModel
 from .emotion_tower_relllm import ReLLMEmotionModel
-from .lora_relllm import (
-    LoraScope,
-    ScopedLinear,
-    adapters_apart,
-    inject_scoped_lora,
-    is_lora_parameter,
-    plain_lora_config,
-)
+from .lora_relllm import LoraScope, inject_scoped_lora, is_lora_parameter, plain_lora_config
 from .projector_relllm import ConvProjector, ProjectorOutput, check_counts, count_message, place_positions
 from .releases_relllm import CACHE
 
@@ -97,17 +89,15 @@ class ReLLMAudioOutput(BaseModelOutputWithPooling):
 
 
 @dataclass
-class ReLLMModelOutput(MoeModelOutputWithPast):
+class ReLLMModelOutput(BaseModelOutputWithPast):
     """
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch, sequence, d)`): The LLM's last hidden states.
         audio_hidden_states (`torch.Tensor` of shape `(windows, L, d)`, *optional*): Projected, padded on the right.
         audio_lengths (`torch.LongTensor` of shape `(windows,)`, *optional*): Valid positions of each window.
         emotion_logits, dimensions, emotion_embedding, tower_dimensions: See [`ReLLMAudioOutput`].
-        router_logits, aux_loss: Of an LLM that is a mixture of experts, with `output_router_logits=True`.
     """
 
-    aux_loss: Tensor | None = None
     audio_hidden_states: Tensor | None = None
     audio_lengths: Tensor | None = None
     emotion_logits: Tensor | None = None
@@ -117,7 +107,7 @@ class ReLLMModelOutput(MoeModelOutputWithPast):
 
 
 @dataclass
-class ReLLMCausalLMOutput(MoeCausalLMOutputWithPast):
+class ReLLMCausalLMOutput(CausalLMOutputWithPast):
     """What [`ReLLMForConditionalGeneration`] returns: loss, logits, and the rest as in [`ReLLMModelOutput`]."""
 
     audio_hidden_states: Tensor | None = None
@@ -128,7 +118,7 @@ class ReLLMCausalLMOutput(MoeCausalLMOutputWithPast):
     tower_dimensions: Tensor | None = None
 
 
-class ReLLMPreTrainedModel(PreTrainedModel):
+class ReLLMPreTrainedModel(SpreadModel):
     """Loading, initialisation, freezing and gradient checkpointing, shared by both models."""
 
     config: ReLLMConfig
@@ -136,7 +126,10 @@ class ReLLMPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules: set[str] | list[str] = ["ConvProjector"]
+    # Whole on one device: what Transformers adds up between a tower's layers does not follow them to another.
+    _no_split_modules: set[str] | list[str] = [
+        *("ConvProjector", "ReLLMEmotionModel", "WhisperEncoder", "Wav2Vec2Model", "HubertModel", "WavLMModel")
+    ]
     _skip_keys_device_placement = [CACHE]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -153,8 +146,9 @@ class ReLLMPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
         with init.guard_torch_init_functions():  # leaves loaded tensors alone
             for module in self.modules():
-                if isinstance(module, ScopedLinear):
-                    module.reset_own()
+                if hasattr(module, "reset_lora_parameters"):
+                    for adapter in module.lora_A:
+                        module.reset_lora_parameters(adapter, True)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,8 +178,6 @@ class ReLLMPreTrainedModel(PreTrainedModel):
         """Load as in Transformers, from safetensors only, full or light, and freeze again what `__init__` froze.
 
         Whatever `dtype` says, what was trained in float32 stays so; a `quantization_config` takes the LLM alone.
-        A `lora_config` for a checkpoint that has no LoRA gives it a fresh one. A checkpoint that lacks other weights
-        than the heads of emotion and dimensions is a `ValueError`: they would be drawn at random.
 
         Args:
             towers (`dict` of `str` to `str`, *optional*): Hub ids or paths of a light checkpoint's `"audio_tower"`,
@@ -196,25 +188,22 @@ class ReLLMPreTrainedModel(PreTrainedModel):
         kwargs["use_safetensors"] = True
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantize_llm_alone(kwargs["quantization_config"])
-        path, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
-        light, fresh_lora = read_light_record(path, towers, kwargs), gets_lora(path, kwargs)
-        if path is None or (light is None and not fresh_lora):
-            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        path = pretrained_model_name_or_path
+        light = read_light_record(path, towers, kwargs)
+        if path is None or light is None:
+            loaded = super().from_pretrained(path, *args, **kwargs)
         else:
-            parts = load_light(cls, path, light or {}, kwargs)
-            model, info = super().from_pretrained(None, *args, output_loading_info=True, **parts)
+            loaded = super().from_pretrained(None, *args, **load_light(cls, path, light, kwargs))
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if path is not None and light is not None:
             finish_light(model, path, kwargs)
-        if path is not None:
-            check_complete(path, info["missing_keys"], fresh_lora)
         model.base_model.freeze()
-        return (model, info) if wants_info else model  # type: ignore[return-value]  # as in Transformers
+        return loaded
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: object, light: bool = False, **kwargs: Any
     ) -> None:
         """Save as in Transformers; with the code files if [`relllm.register_for_auto_class`] has been called.
-
-        Adapters that PEFT has put on top go into folders of their names: what is saved here is the model below them.
 
         Args:
             light (`bool`, *optional*, defaults to `False`): Leave out what the towers' sources have as well; an error
@@ -227,13 +216,12 @@ class ReLLMPreTrainedModel(PreTrainedModel):
             module = type(self).__module__.rsplit(".", 1)[-1]
             names = {name: f"{module}.ReLLMForConditionalGeneration" for name in AUTO_CLASSES}
             fields["auto_map"] = {**(getattr(self.config, "auto_map", None) or {}), **names}
-        with adapters_apart(self, save_directory, kwargs):
-            if light:
-                kwargs["state_dict"], light_fields = light_state(self, kwargs.get("state_dict"))
-                fields |= {"towers": light_fields, "light_checkpoint": True}
-                kwargs["save_original_format"] = False  # the names of the model, into which it is loaded
-            with config_fields(self.config, fields):  # a later save without the code files must not point at them
-                super().save_pretrained(save_directory, *args, **kwargs)
+        if light:
+            kwargs["state_dict"], fields["towers"] = light_state(self, kwargs.get("state_dict"))
+            fields["light_checkpoint"] = True
+            kwargs["save_original_format"] = False  # the names of the model, into which it is loaded
+        with config_fields(self.config, fields):  # a later save without the code files must not point at them
+            super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class ReLLMModel(ReLLMPreTrainedModel):
@@ -379,19 +367,19 @@ class ReLLMModel(ReLLMPreTrainedModel):
         dtype = self.multi_modal_projector.fc1.weight.dtype  # float32 over an LLM in half precision
         frames = towers.frames.to(dtype)
         if self.config.emotion_fusion == "concat":
-            repeated = towers.emotion_embedding.to(dtype)[:, None].expand(-1, frames.shape[1], -1)
+            repeated = towers.emotion_embedding.to(frames)[:, None].expand(-1, frames.shape[1], -1)
             frames = torch.cat([frames, repeated], dim=-1)
         projected = self.multi_modal_projector(frames, towers.lengths)
         if self.config.emotion_fusion == "token":
             token = self.emotion_projector(towers.emotion_embedding.to(dtype))[:, None]
-            projected.hidden_states = torch.cat([token, projected.hidden_states], dim=1)
+            projected.hidden_states = torch.cat([token.to(projected.hidden_states), projected.hidden_states], dim=1)
             projected.lengths = projected.lengths + 1
         return projected
 
     def find_embedded(self, inputs_embeds: Tensor) -> Tensor:
         """Return `(batch, sequence)`, True where `inputs_embeds` are the placeholder's, as in Transformers."""
         token = torch.tensor(self.config.audio_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        return (inputs_embeds == self.get_input_embeddings()(token).to(inputs_embeds.device)).all(-1)
 
     def place_audio(
         self,
@@ -487,8 +475,6 @@ class ReLLMModel(ReLLMPreTrainedModel):
             last_hidden_state=outputs.logits if language_modeling else outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.get("router_logits"),
-            aux_loss=outputs.get("aux_loss"),
             **heard,
         )
 
@@ -527,7 +513,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             lora (`dict` or `peft.LoraConfig`, *optional*): The paper's is r 16, lora_alpha 16, lora_dropout 0.05.
             tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*): The LLM's, by default the one
                 beside `text`; needed with a loaded model. Its `<|audio|>`, or its first free id, is the placeholder.
-            dtype (`torch.dtype`, *optional*): Of all weights; by default the LLM's.
+            dtype (`torch.dtype`, *optional*): Of the towers and the LLM, by default the LLM's; what trains is float32.
             config_kwargs: Further fields of [`ReLLMConfig`].
         """
         tokenizer = load_llm_tokenizer(tokenizer if tokenizer is not None else text)
@@ -621,8 +607,6 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **loss_kwargs)
-            if outputs.aux_loss is not None:  # as every mixture of experts of Transformers
-                loss = loss + self.config.text_config.router_aux_loss_coef * outputs.aux_loss
         return ReLLMCausalLMOutput(loss=loss, logits=logits, **fields)
 
     @torch.no_grad()
@@ -688,6 +672,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
 
 def clip_average(num_windows: Tensor, weights: Tensor) -> Tensor:
     """Return `(clips, windows)`: row i averages the windows of clip i, each by its weight."""
+    num_windows = num_windows.to(weights.device)
     clip_end = num_windows.cumsum(0)[:, None]
     window = torch.arange(len(weights), device=weights.device)[None]
     belongs = (window < clip_end) & (window >= clip_end - num_windows[:, None])

@@ -66,7 +66,7 @@ class ConvProjector(nn.Module):
         hidden = frames.transpose(1, 2)
         for conv in self.conv_layers:
             if self.config.projector_masking:  # zeros past the end, as a lone clip has them from the convolution
-                hidden = hidden * frame_mask(lengths, hidden.shape[-1])[:, None].to(hidden.dtype)
+                hidden = hidden * frame_mask(lengths, hidden.shape[-1])[:, None].to(hidden)
             hidden = nn.functional.glu(conv(hidden), dim=1)
             lengths = (lengths - 1) // 2 + 1
         hidden = hidden.transpose(1, 2)
@@ -95,15 +95,17 @@ def place_positions(
         lengths (`torch.LongTensor` of shape `(windows,)`, *optional*): Valid positions of each window, as many in all
             as there are placeholders; see [`check_counts`].
     """
+    audio_mask = audio_mask.to(inputs_embeds.device)  # each of these may come from another device
+    lengths = None if lengths is None else lengths.to(inputs_embeds.device)
     count = torch.tensor(positions.shape[0], device=audio_mask.device) if lengths is None else lengths.sum()
-    check_counts(audio_mask, count.to(audio_mask.device))
-    flat = positions.flatten(0, -2).to(inputs_embeds.device, inputs_embeds.dtype)
+    check_counts(audio_mask, count)
+    flat = positions.flatten(0, -2).to(inputs_embeds)
     if len(flat) == 0:
         return inputs_embeds
     source = (audio_mask.flatten().cumsum(0) - 1).clamp(min=0, max=len(flat) - 1)  # (batch * sequence,)
     if lengths is not None:
         padding = ~frame_mask(lengths, positions.shape[1]).flatten()
-        source = padding.argsort(stable=True).to(source.device)[source]  # valid positions first, in their order
+        source = padding.argsort(stable=True)[source]  # valid positions first, in their order
     placed = flat.index_select(0, source).view_as(inputs_embeds)
     return torch.where(audio_mask.unsqueeze(-1), placed, inputs_embeds)
 

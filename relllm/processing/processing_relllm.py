@@ -21,7 +21,6 @@ from .turns_relllm import build_chat_template
 
 SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 AUDIO_KEYS = ("audio", "url", "path", "bytes", "waveform")  # of an audio part; a `waveform` has been read
-OF_LAST_BATCH = ("padding_side", "pad_to_multiple_of", "max_length", "stride", "truncation_strategy")
 AUDIO_INPUTS = (*ReLLMFeatureExtractor.model_input_names, "audio_num_windows")
 
 
@@ -93,7 +92,7 @@ class ReLLMProcessor(ProcessorMixin):
         # Transformers lets what a tokenizer was loaded with win over `_defaults`, and a saved tokenizer remembers how
         # its last batch was padded, in training on the right: prompts are padded on the left nevertheless, also by
         # pipelines, which ask the tokenizer.
-        for name in OF_LAST_BATCH:
+        for name in ("padding_side", "pad_to_multiple_of"):
             tokenizer.init_kwargs.pop(name, None)
         tokenizer.padding_side = "left"
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
@@ -102,8 +101,6 @@ class ReLLMProcessor(ProcessorMixin):
         self,
         text: str | list[str] | None = None,
         audio: "AudioSource | list[AudioSource] | None" = None,
-        images: None = None,
-        videos: None = None,
         **kwargs: Any,
     ) -> ReLLMInputs:
         """Return model inputs of prompts and the clips that their placeholders stand for, as in Transformers.
@@ -111,7 +108,8 @@ class ReLLMProcessor(ProcessorMixin):
         `sampling_rate` is that of arrays; `channel` is `"mix"` (the default), `"left"`, `"right"` or `"each"`, which
         makes each channel a clip with a placeholder of its own.
         """
-        if images is not None or videos is not None:
+        seen = {kwargs.pop(name, None) is not None for name in ("images", "videos")}  # `apply_chat_template` says None
+        if any(seen):
             raise ValueError("RE-LLM reads text and audio, and was given images or videos. Leave them out.")
         return ReLLMInputs(super().__call__(text=text, audio=audio, **kwargs).data)
 

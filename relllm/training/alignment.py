@@ -17,9 +17,9 @@ import functools
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -27,6 +27,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from relllm.modeling.modeling_relllm import ReLLMCausalLMOutput, ReLLMModel
+from relllm.modeling.releases_relllm import CACHE
 
 from .losses import IGNORE_INDEX, response_kl
 
@@ -106,15 +107,18 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
             output = (self.base_model if headless else inner_forward)(*args, **kwargs)
         finally:
             handle.remove()
-        sums: dict[str, Any] = {}
+        sums: dict[str, Tensor] = {}
         states = heard["last_hidden_state"]
         if reading is not None and taught is not None and labels is not None:
             llm = self.base_model.text_model if fused or headless else None
             sums["response_kl"] = divergence(llm, states, labels, teacher_inputs["teacher_labels"], taught, reading)
-        heads: dict[str, Any] = {name: heard.get(name) for name in ("emotion_logits", "dimensions")}
+        heads = {name: heard.get(name) for name in ("emotion_logits", "dimensions")}
         if headless:  # a sum over nothing: what trains has a gradient, of zero, which DDP waits for
-            return ReLLMAlignedOutput(loss=states[:0].sum(), **heads, **sums)
-        return ReLLMFusedOutput(**output, **heads, **sums) if fused else ReLLMAlignedOutput(**output, **sums)
+            output = ReLLMAlignedOutput(loss=states[:0].sum(), **heads, **sums)
+        else:
+            output = ReLLMFusedOutput(**output, **heads, **sums) if fused else ReLLMAlignedOutput(**output, **sums)
+        # A spread model makes each on a device of its own, and the losses add them up.
+        return output if labels is None else send_to_device(output, labels.device, skip_keys=[CACHE])
 
     model.forward = types.MethodType(forward, model)
 
@@ -126,7 +130,7 @@ def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) ->
     with torch.no_grad(), model.lora_scope.use(None), _in_eval(llm):
         read = {"input_ids": inputs["teacher_input_ids"], "attention_mask": inputs["teacher_attention_mask"]}
         hidden = llm.base_model(**read, use_cache=False, return_dict=True).last_hidden_state
-        return head_logits(llm, hidden[alignment.positions(inputs["teacher_labels"])])
+        return head_logits(llm, hidden[alignment.positions(inputs["teacher_labels"]).to(hidden.device)])
 
 
 def divergence(
@@ -143,7 +147,7 @@ def divergence(
         how ([`Alignment`]): Temperature and positions.
     """
     has_transcript = (teacher_labels != IGNORE_INDEX).any(1, keepdim=True)
-    states = states[how.positions(labels.masked_fill(~has_transcript, IGNORE_INDEX))]
+    states = states[how.positions(labels.masked_fill(~has_transcript, IGNORE_INDEX)).to(states.device)]
     return response_kl(states if llm is None else head_logits(llm, states), taught, how.temperature)
 
 

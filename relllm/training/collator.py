@@ -68,6 +68,11 @@ class ReLLMCollator:
         )
         batch = dict(cast(BatchFeature, features)) | of_towers
         is_reply = torch.as_tensor(batch.pop("assistant_masks")).bool()
+        if not is_reply.any():
+            raise ValueError(
+                "No token of the batch is a reply's. Does the processor's chat template put replies and their ends "
+                "between {% generation %} and {% endgeneration %}? `from_config` without `chat_template` makes one."
+            )
         batch["labels"] = batch["input_ids"].masked_fill(~is_reply, IGNORE_INDEX)
         emotions = [self._emotions(row, count) for row, count in zip(rows, clips, strict=True)]
         dimensions = [_dimension_targets(row, count) for row, count in zip(rows, clips, strict=True)]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import send_to_device
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -172,6 +173,7 @@ class TowerCacheMixin(Trainer):
         features = {name: inputs.pop(name) for name in FEATURES if name in inputs}
         with self.accelerator.autocast():
             outputs = self.model.base_model.run_towers(**features)
+        outputs = send_to_device(outputs, inputs["audio_num_windows"].device)  # of a spread model, from two
         computed = list(split_clips(outputs, [count for count, is_known in windows if not is_known]))
         for key, clip in zip(inputs.pop("tower_keys").cpu().numpy(), computed, strict=True):
             self._tower_cache.put(key.tobytes().hex(), clip)

@@ -40,11 +40,11 @@ def toy_csv(path: Path, count: int = 240) -> Path:
     return write_csv(path, [*rows, *rows[:7]])
 
 
-def settings_of(folder: Path, **changes: object) -> EmpathySettings:
+def settings_of(folder: Path, *, count: int = 240, **changes: object) -> EmpathySettings:
     quick = {"learning_rate": 5e-3, "epochs": 8, "batch_size": 16, "max_length": 16, "device": "cpu"}
     data, encoder = folder / "pairs.csv", folder / "encoder"
     if not data.exists():
-        toy_csv(data)
+        toy_csv(data, count)
         save_encoder(
             encoder, hidden_size=32, intermediate_size=64, initializer_range=0.2
         )  # wide: it is not pretrained
@@ -129,15 +129,16 @@ def test_the_kept_checkpoint_is_the_best_on_validation(tmp_path: Path, monkeypat
     assert any(not torch.equal(kept[name], tensor) for name, tensor in after_epoch[2].items())
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_scorer(
-    trained: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = settings_of(tmp_path)
+def test_a_killed_run_goes_on_and_gives_the_same_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"count": 48, "epochs": 3}
+    (tmp_path / "whole").mkdir()
+    uninterrupted = train_scorer(settings_of(tmp_path / "whole", **small), progress=False)
+    settings = settings_of(tmp_path, **small)
     step, steps = Trainer.training_step, []
 
     def killed(self: Trainer, *args: object, **kwargs: object) -> torch.Tensor:
         steps.append(1)
-        if len(steps) == 25:  # in the third of eight epochs
+        if len(steps) == 6:  # in the second of three epochs
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
@@ -149,11 +150,11 @@ def test_a_killed_run_goes_on_and_gives_the_same_scorer(
     unfinished.mkdir()
     (unfinished / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="seed: 0, now 1"):
-        train_scorer(settings_of(tmp_path, seed=1), progress=False)
+        train_scorer(settings_of(tmp_path, **small, seed=1), progress=False)
     metrics = train_scorer(settings, progress=False)
-    assert len(steps) < 25 + 8 * 11  # it did not begin again
-    assert metrics["test"] == trained[1]["test"] and metrics["chosen_epoch"] == trained[1]["chosen_epoch"]
-    expected = weights_of(trained[0] / "out" / "ER")
+    assert len(steps) < 6 + 3 * 3  # three epochs of three steps: it did not begin again
+    assert metrics["test"] == uninterrupted["test"] and metrics["chosen_epoch"] == uninterrupted["chosen_epoch"]
+    expected = weights_of(tmp_path / "whole" / "out" / "ER")
     found = weights_of(tmp_path / "out" / "ER")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

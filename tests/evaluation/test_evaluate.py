@@ -65,7 +65,8 @@ def settings(model: Path, corpus: Path, out: Path, **options) -> EvaluationSetti
 def whole(model: Path, corpus: Path, tmp_path_factory) -> Path:
     """An uninterrupted run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    evaluate(settings(model, corpus, out), progress=False)
+    with blank_pictures():
+        evaluate(settings(model, corpus, out), progress=False)
     return out
 
 

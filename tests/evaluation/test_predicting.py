@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from chat_templates import PUBLISHED
+from chat_templates import save_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import clip, tiny_config, tiny_llm, tiny_model, tiny_processor, tiny_tokenizer
@@ -167,12 +167,8 @@ def test_the_head_shares_its_probability_among_the_labels_in_use():
 
 
 @pytest.mark.parametrize("name", ["Mistral v3", "Phi-3", "GPT-OSS", "Qwen3", "GLM-4", "Llama 2"])
-def test_an_answer_is_what_training_labels_where_the_llm_has_a_template_of_its_own(name: str):
-    published = PUBLISHED[name]
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"bos_token": published.bos or "<bos>", "eos_token": published.eos})
-    tokenizer.add_tokens([published.end.strip()], special_tokens=True)
-    tokenizer.chat_template = published.template
+def test_an_answer_is_what_training_labels_where_the_llm_has_a_template_of_its_own(name: str, tmp_path):
+    tokenizer = save_tokenizer(name, tmp_path)
     template = build_chat_template(tokenizer)
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "sad"}]
     form = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}

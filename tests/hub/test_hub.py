@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from fake_hub import Failure, FakeHub, serve_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from light_checkpoints import build, save_towers
+from processes import ForkServer
 from safetensors.torch import save_file
 from tiny_models import tiny_model, tiny_processor
 from transformers import AutoModel, AutoProcessor
@@ -148,7 +151,21 @@ def test_the_code_that_is_added_is_what_save_pretrained_writes(full: Path, tmp_p
             assert found[name] == expected[name], name
 
 
-def test_a_checkpoint_that_does_not_load_is_not_sent(hub: FakeHub, checkpoint: Path) -> None:
+def execute(code: str, arguments: list[str]) -> None:
+    """What `python -c` does, for a child."""
+    sys.argv = ["-c", *arguments]
+    exec(code, {})
+
+
+def test_a_checkpoint_that_does_not_load_is_not_sent(
+    hub: FakeHub, checkpoint: Path, fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_forked(command: list[str], *, cwd: str, env: dict[str, str], **_: object) -> subprocess.CompletedProcess:
+        assert command[:2] == [sys.executable, "-c"]
+        child = fork_server.start(execute, command[2], command[3:], folder=Path(cwd), **env)
+        return subprocess.CompletedProcess(command, child.wait(), child.stdout, child.stderr)
+
+    monkeypatch.setattr(subprocess, "run", run_forked)
     (checkpoint / "model.safetensors").unlink()
     save_file({"model.lost": torch.zeros(1)}, checkpoint / "model.safetensors")
     done = CliRunner().invoke(app, ["push", str(checkpoint), "org/m"])

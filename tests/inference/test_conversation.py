@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from chat_templates import save_tokenizer
 from tiny_models import LLM_FAMILIES, clip, tiny_config, tiny_model, tiny_processor, tiny_text_config
 from transformers import AutoConfig
 from transformers.generation.streamers import BaseStreamer
@@ -95,6 +96,14 @@ def says(processor: ReLLMProcessor, text: str) -> dict:
 def test_every_llm_family_replies_over_turns_as_afresh(family: str, processor) -> None:
     model = tiny_model(text=family)
     check_turns(model, processor, Conversation(model, processor))
+
+
+@pytest.mark.parametrize("name", ["Mistral v1", "Mistral v3", "Qwen3", "GPT-OSS", "Gemma 3", "GLM-4"])
+def test_llms_with_turns_of_their_own_reply_over_turns_as_afresh(name: str, model, tmp_path) -> None:
+    """Some write an earlier turn differently once another follows: what is cached of it is read again."""
+    tokenizer = save_tokenizer(name, tmp_path)
+    processor = ReLLMProcessor.from_config(model.config, tokenizer, full_window=False)
+    check_turns(model, processor, Conversation(model, processor), TURNS[:3])
 
 
 @pytest.mark.parametrize(("fusion", "scope"), [("token", "text"), ("none", "global")])

@@ -23,6 +23,7 @@ TOKENS = 6
 @pytest.fixture(scope="module", autouse=True)
 def no_loops_left_open() -> Iterator[None]:
     """Gradio makes an event loop for each of its locks, outside of one, and closes none."""
+    pytest.importorskip("gradio", reason="the page needs Gradio (relllm[web])")  # here: its import takes seconds
     with pytest.MonkeyPatch.context() as patch:
         for module in ("utils", "queueing", "routes"):
             patch.setattr(f"gradio.{module}.safe_get_lock", asyncio.Lock, raising=False)
@@ -209,7 +210,6 @@ def test_one_who_has_to_wait_is_told(session) -> None:
 
 # --- the page --------------------------------------------------------------------------------------------------------
 
-gradio = pytest.importorskip("gradio", reason="the page needs Gradio (relllm[web])")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     "--no-sandbox",
@@ -296,6 +296,7 @@ def squeezed(text: str) -> str:
     return re.sub(r"[\s\x00-\x1f]+", "", text)
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @no_browser
 def test_typed_turns_are_answered_and_tabs_do_not_mix(visit, systems) -> None:

@@ -235,18 +235,18 @@ def test_means_over_many_frames_are_those_of_float64(dtype: torch.dtype, monkeyp
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @torch.no_grad()
-def test_windows_that_say_the_same_average_to_the_same(dtype: torch.dtype) -> None:
+def test_means_over_windows_are_those_of_float64(dtype: torch.dtype) -> None:
     model = tiny_model().to(dtype)
-    lengths = torch.tensor([1499, 1499, 701])
+    lengths, windows = torch.tensor([1499, 1499, 701]), torch.tensor([3])
+    generator = torch.Generator().manual_seed(0)
     width, emotion = model.config.audio_config.hidden_size, model.config.emotion_config.hidden_size
-    value = torch.tensor(0.7, dtype=dtype)
-    towers = TowerOutputs(
-        torch.ones(3, 1499, width, dtype=dtype),
-        lengths,
-        emotion_embedding=value.expand(3, emotion),
-        dimensions=value.expand(3, 3),
+    frames, embedding, dimensions = (
+        torch.rand(3, *shape, generator=generator).to(dtype) for shape in ((1499, width), (emotion,), (3,))
     )
-    heard = model.get_audio_features(tower_outputs=towers, audio_num_windows=torch.tensor([3]))
-    assert (heard.emotion_embedding == value).all() and (heard.tower_dimensions == value).all()
-    exact = tiny_model().get_audio_features(tower_outputs=towers, audio_num_windows=torch.tensor([3]))
+    towers = TowerOutputs(frames, lengths, emotion_embedding=embedding, dimensions=dimensions)
+    heard = model.get_audio_features(tower_outputs=towers, audio_num_windows=windows)
+    share = (lengths.double() / lengths.sum())[:, None]
+    for found, given in ((heard.emotion_embedding, embedding), (heard.tower_dimensions, dimensions)):
+        assert torch.equal(found, (share * given.double()).sum(0, keepdim=True).to(dtype))
+    exact = tiny_model().get_audio_features(tower_outputs=towers, audio_num_windows=windows)
     torch.testing.assert_close(heard.emotion_logits.float(), exact.emotion_logits, rtol=0.05, atol=0.05)

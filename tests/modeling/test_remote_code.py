@@ -135,6 +135,7 @@ def run_fresh(code: str, *arguments: object, folder: Path, isolated: bool = True
     return done.stdout
 
 
+pytestmark = pytest.mark.slow
 PLACES = ("directory", "hub-cache", "saved again")
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import trl
-from chat_templates import CHATML, PUBLISHED, Published
+from chat_templates import CHATML, PUBLISHED, save_tokenizer
 from jinja2 import TemplateError
-from tiny_models import BOS, add_bos, clip, tiny_config, tiny_processor, tiny_tokenizer, user_turn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tiny_models import BOS, clip, tiny_config, tiny_processor, tiny_tokenizer, user_turn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from relllm import ReLLMProcessor
@@ -26,28 +26,19 @@ TURNS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the LLMs' own templates write the date that ours keep."""
-
+def set_date(monkeypatch: pytest.MonkeyPatch, year: int, month: int, day: int) -> None:
     class Day(datetime.datetime):
         @classmethod
         def now(cls, tz=None):
-            return cls(2024, 7, 26)
+            return cls(year, month, day)
 
     monkeypatch.setattr(chat_template_utils, "datetime", Day)
 
 
-def save_tokenizer(published: Published, folder: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer with the special tokens and the chat template of a published LLM, from disk."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"eos_token": published.eos})
-    tokenizer.add_tokens([published.end.strip(), published.past_end or published.eos], special_tokens=True)
-    if published.bos is not None:
-        add_bos(tokenizer, published.bos)
-    tokenizer.chat_template = published.template
-    tokenizer.save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+@pytest.fixture(autouse=True)
+def one_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the LLMs' own templates write the date that ours keep."""
+    set_date(monkeypatch, 2024, 7, 26)
 
 
 def make_processor(tokenizer: PreTrainedTokenizerBase) -> ReLLMProcessor:
@@ -57,7 +48,7 @@ def make_processor(tokenizer: PreTrainedTokenizerBase) -> ReLLMProcessor:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_prompt_is_the_llms_own_to_the_token(name: str, tmp_path: Path) -> None:
     published = PUBLISHED[name]
-    tokenizer = save_tokenizer(published, tmp_path / "llm")
+    tokenizer = save_tokenizer(name, tmp_path / "llm")
     processor = make_processor(tokenizer)
     form = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     for count in (1, 3):
@@ -76,7 +67,7 @@ def test_a_prompt_is_the_llms_own_to_the_token(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_labels_are_the_replies_and_their_ends_which_end_the_generation(name: str, tmp_path: Path) -> None:
     published = PUBLISHED[name]
-    processor = make_processor(save_tokenizer(published, tmp_path / "llm"))
+    processor = make_processor(save_tokenizer(name, tmp_path / "llm"))
     inputs = processor.apply_chat_template(
         [SYSTEM, *TURNS], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -96,7 +87,7 @@ def test_labels_are_the_replies_and_their_ends_which_end_the_generation(name: st
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_template_is_saved_and_a_format_derived_from_it_is_the_same(name: str, tmp_path: Path) -> None:
-    processor = make_processor(save_tokenizer(PUBLISHED[name], tmp_path / "llm"))
+    processor = make_processor(save_tokenizer(name, tmp_path / "llm"))
     processor.save_pretrained(tmp_path / "processor")
     loaded = ReLLMProcessor.from_pretrained(tmp_path / "processor")
     assert loaded.chat_template == processor.chat_template
@@ -106,6 +97,13 @@ def test_the_template_is_saved_and_a_format_derived_from_it_is_the_same(name: st
         for one in (again, loaded):
             expected = processor.apply_chat_template(turns, add_generation_prompt=asks)
             assert one.apply_chat_template(turns, add_generation_prompt=asks) == expected
+
+
+def test_a_date_in_the_llms_template_is_the_same_every_day(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tokenizer = save_tokenizer("Llama 3.2", tmp_path)
+    before = build_chat_template(tokenizer)
+    set_date(monkeypatch, 2031, 1, 1)
+    assert build_chat_template(tokenizer) == before and "26 Jul 2024" in before
 
 
 @pytest.mark.slow
@@ -181,7 +179,7 @@ def test_a_role_that_no_format_has_is_named() -> None:
 
 
 def test_turns_in_an_order_that_the_llm_refuses_are_an_error_that_says_which(tmp_path: Path) -> None:
-    processor = make_processor(save_tokenizer(PUBLISHED["Mistral v7"], tmp_path))
+    processor = make_processor(save_tokenizer("Mistral v7", tmp_path))
     with pytest.raises(TemplateError, match="no place for 'user' behind 'user'"):
         processor.apply_chat_template([TURNS[0], TURNS[2]])
     with pytest.raises(TemplateError, match="no place for a reply behind 'assistant'"):

@@ -276,41 +276,40 @@ def run_of(folder: Path, processor, **settings) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize(
-    "workers",
-    [
-        {"dataloader_num_workers": 2},
-        {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 4},
-    ],
-    ids=["workers", "persistent"],
+WORKERS = (
+    {"dataloader_num_workers": 2},
+    {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 4},
 )
-def test_workers_draw_what_one_process_draws(tmp_path: Path, processor, drawn: Path, workers: dict) -> None:
+
+
+def test_workers_draw_what_one_process_draws(tmp_path: Path, processor, drawn: Path) -> None:
     expected_weights = run_of(tmp_path / "alone", processor)
     expected = take(drawn)
     rows = {f"row-{index}" for index in range(8)}
     assert expected.keys() == {(epoch, row) for epoch in range(3) for row in rows}
     assert all(len({expected[epoch, row] for epoch in range(3)}) > 1 for row in rows)  # each epoch draws anew
-    weights = run_of(tmp_path / "workers", processor, **workers)
-    assert take(drawn) == expected
-    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+    for number, workers in enumerate(WORKERS):
+        weights = run_of(tmp_path / f"workers-{number}", processor, **workers)
+        assert take(drawn) == expected, workers
+        assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights), workers
 
 
-@pytest.mark.parametrize("step", [2, 3], ids=["at an epoch's end", "within an epoch"])
 @pytest.mark.parametrize(
     "workers",
     [{}, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}],
     ids=["one process", "persistent workers"],
 )
 def test_a_resumed_run_draws_what_an_uninterrupted_one_does(
-    tmp_path: Path, processor, drawn: Path, workers: dict, step: int
+    tmp_path: Path, processor, drawn: Path, workers: dict
 ) -> None:
     expected_weights = run_of(tmp_path, processor, save_strategy="steps", save_steps=1, **workers)
     expected = take(drawn)
-    weights = run_of(tmp_path, processor, resume=str(tmp_path / "run" / f"checkpoint-{step}"), **workers)
-    found = take(drawn)
-    assert found.items() <= expected.items()
-    assert len(found) == 4 * (6 - step)  # four rows a step, and none that had been seen
-    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+    for step in (2, 3):  # at an epoch's end, and within an epoch
+        weights = run_of(tmp_path, processor, resume=str(tmp_path / "run" / f"checkpoint-{step}"), **workers)
+        found = take(drawn)
+        assert found.items() <= expected.items(), step
+        assert len(found) == 4 * (6 - step), step  # four rows a step, and none that had been seen
+        assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights), step
 
 
 def test_a_streamed_run_counts_its_passes_as_epochs(tmp_path: Path, processor, drawn: Path) -> None:

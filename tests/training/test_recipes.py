@@ -115,7 +115,7 @@ def smoke_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the smoke recipe runs: its corpus and towers, made as its header says."""
     pytest.importorskip("espeakng_loader")
     folder = tmp_path_factory.mktemp("smoke")
-    sizes = ["--train-clips", "4", "--validation-clips", "1", "--test-clips", "1"]
+    sizes = ["--train-clips", "4", "--validation-clips", "1", "--test-clips", "1", "--num-proc", "1"]
     for arguments in (["tiny-towers", "--out", "tiny-towers"], ["synthetic", "--out", "synthetic", *sizes]):
         arguments[2] = str(folder / "data" / arguments[2])
         assert CliRunner().invoke(app, ["prepare", *arguments]).exit_code == 0

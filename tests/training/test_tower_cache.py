@@ -32,7 +32,7 @@ LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 LOGGED = {"loss", "response_loss", "emotion_loss", "dimension_loss", "response_kl", "grad_norm"}
 RUN = {
     "learning_rate": 1e-2,
-    "max_steps": 5,  # two an epoch
+    "max_steps": 4,  # two an epoch
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "train_sampling_strategy": "random",
@@ -163,7 +163,8 @@ def test_with_all_clips_in_it_no_tower_runs_and_no_features_are_made(tmp_path: P
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, rows) -> None:
-    settings = RUN | {"save_strategy": "steps", "save_steps": 2, "light_checkpoints": False, "optim": "adamw_torch"}
+    settings = RUN | {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+    settings |= {"light_checkpoints": False, "optim": "adamw_torch"}
 
     def make(folder: Path) -> ReLLMSFTTrainer:
         options = settings | {"tower_cache_dir": str(folder / "cache")}
