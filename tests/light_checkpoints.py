@@ -26,7 +26,7 @@ def save_towers(
     return folder
 
 
-def build(folder: Path, *, lora: dict = LORA, **options) -> ReLLMForConditionalGeneration:
+def build(folder: Path, *, lora: dict | None = LORA, **options) -> ReLLMForConditionalGeneration:
     model = ReLLMForConditionalGeneration.from_towers(
         folder / "speech", folder / "llm", folder / "emotion", lora=lora, projector_inner_dim=16, **options
     )

@@ -30,6 +30,7 @@ from relllm import (
 
 RATE = 16_000
 LLM_FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "gpt2")
+MOE_FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
 WAVEFORM_TOWERS = ("wav2vec2", "wav2vec2-group", "hubert", "hubert-group", "wavlm", "wavlm-group")
 SPEECH_TOWERS = ("whisper", *WAVEFORM_TOWERS)
 LORA = {"r": 4, "lora_alpha": 8}
@@ -140,7 +141,7 @@ def tiny_emotion_config(kind: str = "wav2vec2") -> ReLLMEmotionConfig:
 
 
 def tiny_text_config(family: str = "llama", *, tied: bool = False, vocab_size: int = 320) -> PreTrainedConfig:
-    """A causal LM's configuration, of one of `LLM_FAMILIES`."""
+    """A causal LM's configuration, of one of `LLM_FAMILIES` or `MOE_FAMILIES`."""
     common = {
         "vocab_size": vocab_size,
         "pad_token_id": 0,
@@ -151,6 +152,9 @@ def tiny_text_config(family: str = "llama", *, tied: bool = False, vocab_size: i
     }
     if family == "gpt2":
         return AutoConfig.for_model("gpt2", n_embd=40, n_layer=2, n_head=4, n_positions=1024, **common)
+    if family in MOE_FAMILIES:
+        experts = "num_local_experts" if family == "mixtral" else "num_experts"
+        common |= {experts: 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     return AutoConfig.for_model(
         family,
         hidden_size=40,

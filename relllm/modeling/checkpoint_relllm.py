@@ -237,7 +237,8 @@ def light_state(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None)
     record: dict[str, dict] = dict(model.config.towers or {})
     for tower in TOWERS:
         prefix = ("" if model.base_model is model else f"{model.base_model_prefix}.") + f"{tower}."
-        frozen = {name: state[name] for name in state if name.startswith(prefix) and name not in trained}
+        kept = {name for name in state if name in trained or is_lora_parameter(name)}
+        frozen = {name: state[name] for name in state if name.startswith(prefix) and name not in kept}
         if not frozen:  # no such tower, or all of it trained
             continue
         source = model.config.towers[tower]
@@ -300,19 +301,26 @@ def read_light_record(
 def load_light(
     cls: type[PreTrainedModel], path: str | os.PathLike, record: Mapping[str, dict], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return arguments for `from_pretrained(None, …)` that build the whole model of a light checkpoint."""
+    """Return arguments for `from_pretrained(None, …)` that build the whole model of a checkpoint.
+
+    Args:
+        record (`Mapping`): The towers of a light one, of [`read_light_record`]; empty for a full one.
+    """
     hub = _hub_options(options)
     options = {name: value for name, value in options.items() if name not in HUB_OPTIONS}
     config = options.pop("config", None)
     if not isinstance(config, PreTrainedConfig):
         config, options = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **hub, **options)
     config = copy.deepcopy(config)
-    config.towers = {tower: {key: source[key] for key in ("name", "revision")} for tower, source in record.items()}
+    if record:
+        config.towers = {tower: {key: source[key] for key in ("name", "revision")} for tower, source in record.items()}
     config.light_checkpoint = False
     state = read_weights(path, hub)
     prefix = "model." if any(name.startswith("model.") for name in state) else ""
     with torch.device("meta"):  # only to learn the names
         base = cls(copy.deepcopy(config)).base_model
+    wrapped = {prefix + name.replace(".base_layer.", "."): prefix + name for name in base.state_dict()}
+    state = {wrapped.get(name, name): weight for name, weight in state.items()}  # of a LoRA that was not there
     missing = {name for name in base.state_dict() if prefix + name not in state} - base.all_tied_weights_keys.keys()
     for tower, source in record.items():
         if not any(name.startswith(f"{tower}.") for name in missing):
@@ -327,9 +335,29 @@ def load_light(
         weights = name_tower_weights(base.state_dict(), {tower: loaded})
         state |= {prefix + name: weight for name, weight in weights.items() if name in missing}
         missing -= weights.keys()
-    if missing:
-        raise ValueError(f"{path} and its towers lack {len(missing)} weights: {sorted(missing)[:4]}. It is damaged.")
     return {**options, "config": config, "state_dict": state}
+
+
+def gets_lora(path: str | os.PathLike | None, options: Mapping[str, Any]) -> bool:
+    """Tell whether the arguments of `from_pretrained` ask for a LoRA and the checkpoint has none."""
+    config = options.get("config")
+    asked = options.get("lora_config") or (isinstance(config, PreTrainedConfig) and config.lora_config)
+    if path is None or not asked:
+        return False
+    recorded, _ = PreTrainedConfig.get_config_dict(path, **_hub_options(options))
+    return recorded.get("lora_config") is None
+
+
+def check_complete(path: str | os.PathLike, missing: Iterable[str], fresh_lora: bool) -> None:
+    """Raise a `ValueError` if a checkpoint lacked weights that nothing but the checkpoint can have."""
+    fresh = tuple(f"{prefix}{head}." for prefix in ("", "model.") for head in ("emotion_head", "dimension_head"))
+    lost = [name for name in missing if not name.startswith(fresh) and not (fresh_lora and is_lora_parameter(name))]
+    if lost:
+        raise ValueError(
+            f"{path} lacks {len(lost)} weights of the model that its configuration makes, and they would be drawn at "
+            f"random: {', '.join(sorted(lost)[:4])}{', …' if len(lost) > 4 else ''}. Load it with the configuration "
+            "that it was saved with (above all its lora_config), or bring the whole checkpoint back."
+        )
 
 
 @contextlib.contextmanager

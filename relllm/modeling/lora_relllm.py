@@ -1,27 +1,51 @@
 """LoRA that acts only at some positions of the sequence (RE-LLM and BLSP-Emo: at audio positions).
 
-PEFT owns the layers, their parameters and their saving; here is a mask of where they act in one forward pass.
+PEFT owns the layers and their parameters; here is a mask of where they act in one forward pass. Our LoRA is a part of
+the model: what PEFT does to adapters (activate, disable, delete, merge) it does to those that are put on top of it.
 """
 
 import contextlib
+import os
+import re
 import threading
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 try:  # what Transformers finds outside of a `try` it makes a requirement of every checkpoint
-    from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+    from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
     from peft.tuners.lora.layer import Linear as PeftLinear
-    from peft.tuners.lora.layer import LoraLayer
-    from peft.tuners.tuners_utils import cast_adapter_dtype
+    from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, check_target_module_exists
+    from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 except ImportError:
     if not TYPE_CHECKING:
         PeftLinear = nn.Module  # of a class that is never used
 
+logger = logging.get_logger(__name__)
+
 ADAPTER_NAME = "relllm"  # not "default": a downstream `get_peft_model` takes that name and would overwrite ours
+PLAIN_OPTIONS = (
+    *("r", "lora_alpha", "lora_dropout", "lora_bias", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+    *("task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping"),
+    "peft_version",
+)
+STAYS_FROZEN = "the LLM below the LoRA stays frozen (to train all of it: unfreeze=['text_model'] of a run)"
+WHY_NOT = {
+    "bias": STAYS_FROZEN,
+    "modules_to_save": STAYS_FROZEN,
+    "trainable_token_indices": STAYS_FROZEN,
+    "init_lora_weights": "the LoRA is made before the LLM's weights are there. True and 'gaussian' do without them",
+}
+# Of a mixture of experts: they see positions packed, or some of them. kv_b_proj reads the cache again in each decode
+# step (DeepSeek); Gemma 3n computes with the weights of its coefficients.
+NOT_BY_POSITION = re.compile(r"(.*\.)?(\w*experts?(_\w+)?|\w*router|gate|kv_b_proj|\w*_coefs)")
 
 
 class LoraScope(threading.local):
@@ -62,32 +86,62 @@ class LoraScope(threading.local):
         return type(self), ()
 
 
-class ScopedLora:
-    """Our forward pass on PEFT's layers, a `LoraVariant`; PEFT calls that private, hence the pinned range."""
+class ScopedLinear(PeftLinear):
+    """A linear layer with our LoRA in it, and a LoRA layer of PEFT for whatever is put on top.
 
-    def __init__(self, scope_name: str, scope: LoraScope):
-        self.scope_name = scope_name
-        self.scope = scope
+    Our adapter is never in PEFT's list of active ones, so PEFT runs, disables, deletes and merges only the others.
+    """
 
-    def supports_lora_conversion(self) -> bool:
-        return self.scope_name == "global"
+    merged_adapters: list[str]
 
-    def forward(self, module: "LoraLayer", active_adapter: str, x: Tensor, result: Tensor, **kwargs: object) -> Tensor:
-        """Return `result` of the base layer, plus the LoRA where the scope's mask says so."""
-        mask = self.scope.mask
-        if mask is None:  # a decode step of audio scope: the bare LLM
-            return result
+    def __init__(self, name: str, base_layer: nn.Module, scope: LoraScope, scope_name: str, config: "LoraConfig"):
+        r, alpha = (
+            patterns.get(get_pattern_key(patterns.keys(), name), default)
+            for patterns, default in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha))
+        )
+        config.fan_in_fan_out = isinstance(base_layer, Conv1D)  # the linear layer of GPT-2
+        super().__init__(base_layer, ADAPTER_NAME, config, r, alpha, is_target_conv_1d_layer=config.fan_in_fan_out)
+        self.layer_name, self.lora_scope, self.scope_name = name, scope, scope_name
+        self.start_from = config.init_lora_weights
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """Return what the base layer and PEFT's other adapters give, plus our LoRA where the scope's mask says so.
+
+        In a decode step of audio scope this is a matrix product: PEFT's own `forward` asks which adapters are active
+        or merged, a tenth of a small LLM's time.
+        """
+        nowhere = self.lora_scope.mask is None or ADAPTER_NAME in self.merged_adapters
+        if not nowhere or torch.is_grad_enabled() or args or kwargs or not self._is_plain():
+            result = super().forward(x, *args, **kwargs)
+            return result if nowhere else self._add_own(x, result)
+        base = self._modules["base_layer"]
+        return nn.functional.linear(x, base._parameters["weight"], base._parameters["bias"])
+
+    def _is_plain(self) -> bool:
+        """Tell whether nothing but a matrix product can happen: no other adapter, no hook, no other layer."""
+        base = self._modules["base_layer"]
+        return (
+            not self._active_adapter
+            and not self.merged_adapters
+            and type(base) is nn.Linear
+            and "forward" not in base.__dict__  # Accelerate's hooks, where a model is spread over devices
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+        )
+
+    def _add_own(self, x: Tensor, result: Tensor) -> Tensor:
+        mask = self.lora_scope.mask
         if isinstance(mask, Tensor) and mask.shape != x.shape[:-1]:
             raise ValueError(
-                f"A layer with a LoRA got an input of shape {tuple(x.shape)}, and the LoRA acts at some positions of "
-                f"{tuple(mask.shape)}. Leave out of lora_config's target_modules what packs or routes positions."
+                f"{self.layer_name} has a LoRA and got an input of shape {tuple(x.shape)}, and the LoRA acts at some "
+                f"positions of {tuple(mask.shape)}. Leave it out of lora_config's target_modules."
             )
         if isinstance(mask, Tensor) and mask.device != x.device:  # a spread model goes on, on its next device
-            mask = self.scope.mask = mask.to(x.device)
-            self.scope.positions = None
-        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
-        if (positions := self.scope.positions) is not None:  # the others are left alone, and cost nothing
+            mask = self.lora_scope.mask = mask.to(x.device)
+            self.lora_scope.positions = None
+        lora_a, lora_b = self.lora_A[ADAPTER_NAME], self.lora_B[ADAPTER_NAME]
+        dropout, scaling = self.lora_dropout[ADAPTER_NAME], self.scaling[ADAPTER_NAME]
+        if (positions := self.lora_scope.positions) is not None:  # the others are left alone, and cost nothing
             rows = x.flatten(0, -2).index_select(0, positions).to(lora_a.weight.dtype)
             delta = (lora_b(lora_a(dropout(rows))) * scaling).to(result.dtype)
             return result.flatten(0, -2).index_add(0, positions, delta).view_as(result)
@@ -96,78 +150,127 @@ class ScopedLora:
             delta = delta * mask.unsqueeze(-1).to(delta.dtype)
         return result + delta.to(result.dtype)
 
-    def merge_safe(self, module: "LoraLayer", active_adapter: str, orig_weight: Tensor) -> Tensor:
-        self._refuse_partial()
-        return (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
+    def reset_own(self) -> None:
+        """Draw our LoRA's A and set its B to zero."""
+        self.reset_lora_parameters(ADAPTER_NAME, self.start_from)
 
-    def merge_unsafe(self, module: "LoraLayer", active_adapter: str, orig_weight: Tensor) -> None:
-        self._refuse_partial()
-        orig_weight.data += module.get_delta_weight(active_adapter)
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Do as PEFT: these train and the others do not. Ours acts whether it is named or not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        super().set_adapter(names, inference_mode)
+        self._active_adapter = [name for name in names if name != ADAPTER_NAME]
 
-    def unmerge(self, module: "LoraLayer", active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return (orig_weight - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the others on or off; ours acts and trains, or not, as before."""
+        own = [(p, p.requires_grad) for name, p in self.named_parameters() if is_lora_parameter(f".{name}")]
+        super().enable_adapters(enabled)
+        for parameter, requires_grad in own:
+            parameter.requires_grad_(requires_grad)
 
-    def _refuse_partial(self) -> None:
-        if self.scope_name != "global":
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete one of the others; a `ValueError` for ours."""
+        if adapter_name == ADAPTER_NAME:
+            raise ValueError(f"{ADAPTER_NAME!r} is the model's own LoRA: a part of it, which cannot be deleted.")
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge the others that are active, or those named; ours only by its name, and only of global scope."""
+        if adapter_names and ADAPTER_NAME in adapter_names and self.scope_name != "global":
             raise ValueError(
                 f"A LoRA of scope {self.scope_name!r} cannot be merged: it acts at some positions of the sequence, "
                 "and a merged weight acts at all. Keep it as it is (a decode step does not pay for it), or train with "
                 "lora_scope='global'."
             )
+        super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Undo `merge`, where there was one: PEFT asks each layer, also those that its adapter is not in."""
+        if self.merged:
+            super().unmerge()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> "ScopedLinear":
+        """Take the others off, merged or not; PEFT's `merge_and_unload` and `unload` put what is returned here."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        self.merged_adapters = [name for name in self.merged_adapters if name == ADAPTER_NAME]
+        self._active_adapter, self._disable_adapters = [], False
+        for name in self._all_available_adapter_names():
+            super().delete_adapter(name)
+        return self
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return [name for name in super()._all_available_adapter_names() if name != ADAPTER_NAME]
 
 
-class ScopedLinear(PeftLinear):
-    """A LoRA layer of PEFT that is its base layer where the LoRA acts nowhere.
-
-    PEFT's own `forward` asks in every decode step which adapters are active or merged: a tenth of a small LLM's time.
-    """
-
-    lora_scope: LoraScope
-
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Return what PEFT's does, by the shortest way where only our adapter is there, and its scope is nowhere."""
-        if self.lora_scope.mask is not None or torch.is_grad_enabled() or args or kwargs or not self._is_plain():
-            return super().forward(x, *args, **kwargs)
-        base = self._modules["base_layer"]
-        return nn.functional.linear(x, base._parameters["weight"], base._parameters["bias"])
-
-    def _is_plain(self) -> bool:
-        """Tell whether nothing but a matrix product can happen: no other adapter, no hook, no other layer."""
-        base = self._modules["base_layer"]
-        return (
-            self._active_adapter in (ADAPTER_NAME, [ADAPTER_NAME])
-            and not self.merged_adapters
-            and type(base) is nn.Linear
-            and "forward" not in base.__dict__  # Accelerate's hooks, where a model is spread over devices
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
-        )
-
-
-def inject_scoped_lora(text_model: nn.Module, lora_config: dict, scope_name: str, scope: LoraScope) -> dict:
-    """Put a plain LoRA into a causal LM, in place; return `lora_config` with `target_modules` spelled out.
+def inject_scoped_lora(
+    text_model: PreTrainedModel, lora_config: dict, scope_name: str, scope: LoraScope
+) -> dict[str, object]:
+    """Put a plain LoRA into a causal LM, in place; return `lora_config` with the layers of "all-linear" spelled out.
 
     Args:
-        lora_config (`dict`): Arguments of `peft.LoraConfig`; `target_modules` defaults to all linear layers but the
-            output embeddings, which are the ones of the paper (attention and MLP, input and output projections).
+        lora_config (`dict`): Arguments of `peft.LoraConfig`; `target_modules`, by the LLM's own names, defaults to all
+            linear layers but the output embeddings, which are the ones of the paper (attention and MLP, input and
+            output projections), and but those that are not run position by position (experts, routers, gates).
         scope_name (`str`): `"audio"`, `"text"` or `"global"`.
     """
     if PeftLinear is nn.Module:
         raise ImportError('This model carries a LoRA. Install PEFT with `pip install "peft>=0.21,<0.22"`.')
-    transposed = any(isinstance(module, Conv1D) for module in text_model.modules())  # the linear layer of GPT-2
-    peft_config = LoraConfig(**{"target_modules": "all-linear", "fan_in_fan_out": transposed, **lora_config})
-    inject_adapter_in_model(peft_config, text_model, ADAPTER_NAME)
+    lora_config = plain_lora_config(lora_config) or {}
+    left_out = _not_by_position(text_model)
+    if lora_config.get("target_modules") in (None, "all-linear"):
+        lora_config = {**lora_config, "target_modules": _all_linear(text_model, left_out)}
+        if left_out:
+            logger.warning_once(
+                f"The LoRA leaves out {len(left_out)} modules that are not run on each position in its place, as "
+                f"{left_out[0][:-1]} and {left_out[-1][:-1]}: there it could not tell which positions are its own."
+            )
+    config = _check_plain(lora_config)
+    layers = {name: layer for name, layer in text_model.named_modules() if name and _is_target(config, name)}
+    _check_targets(text_model, config, layers, left_out)
+    for name, layer in layers.items():
+        text_model.set_submodule(name, ScopedLinear(name, layer, scope, scope_name, config))
     cast_adapter_dtype(text_model, ADAPTER_NAME)  # what trains is float32, also over an LLM in half precision
-    variant = ScopedLora(scope_name, scope)
-    layers = {name: module for name, module in text_model.named_modules() if isinstance(module, LoraLayer)}
-    for name, module in layers.items():
-        if ADAPTER_NAME in module.lora_variant:
-            raise ValueError(f"lora_config asks for {module.lora_variant[ADAPTER_NAME]} at {name}; only plain LoRA.")
-        module.lora_variant[ADAPTER_NAME] = variant
-        if type(module) is PeftLinear:
-            module.__class__ = ScopedLinear
-            module.lora_scope = scope
-    return {**lora_config, "target_modules": sorted({name.rsplit(".", 1)[-1] for name in layers})}
+    text_model.lora_layers = len(layers)
+    return lora_config
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Tell whether PEFT has put an adapter on top of a ReLLM; a `ValueError` if it cannot be told from the model."""
+    layers = [layer for layer in model.modules() if PeftLinear is not nn.Module and isinstance(layer, BaseTunerLayer)]
+    if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
+        raise ValueError(
+            f"The adapters {merged} are merged into the weights, and saved so they would count twice. Take them out "
+            "with `unmerge_adapter()`, or make them a part of the weights with `merge_and_unload()`."
+        )
+    own = [layer for layer in layers if isinstance(layer, ScopedLinear)]
+    if lost := model.base_model.text_model.__dict__.get("lora_layers", 0) - len(own):
+        raise ValueError(
+            f"The model has lost {lost} layers of its own LoRA: `merge_and_unload` of what is no LoRA takes "
+            "them out. Load the model again, and keep such an adapter as it is."
+        )
+    return len(own) < len(layers) or any(layer._all_available_adapter_names() for layer in own)
+
+
+@contextlib.contextmanager
+def adapters_apart(model: PreTrainedModel, folder: str | os.PathLike, options: dict[str, Any]) -> Iterator[None]:
+    """Save adapters on top of a ReLLM, each in a folder of its name; the `with` block saves the model below them.
+
+    `options` are those of `save_pretrained`; their `state_dict` becomes that of the model below.
+    """
+    if not has_adapters(model):
+        yield
+        return
+    if options.get("is_main_process", True):
+        _save_adapters(model, folder)
+    state = options.get("state_dict")
+    options["state_dict"] = _state_without_adapters(model, model.state_dict() if state is None else state)
+    marked, model._hf_peft_config_loaded = model._hf_peft_config_loaded, False  # else Transformers saves them alone
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = marked
 
 
 def is_lora_parameter(name: str) -> bool:
@@ -176,14 +279,116 @@ def is_lora_parameter(name: str) -> bool:
 
 
 def plain_lora_config(lora: "dict | PeftConfig | None") -> dict | None:
-    """Return what a `peft.LoraConfig` changes from its defaults, as JSON can hold it; a `dict` as it is."""
-    if lora is None or isinstance(lora, dict):
-        return lora
-    defaults = type(lora)().to_dict()
-    changed = {name: value for name, value in lora.to_dict().items() if value != defaults[name]}
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
+    """Return what a `peft.LoraConfig` changes from its defaults, as JSON can hold it; a `dict` likewise."""
+    if lora is not None and not isinstance(lora, dict):
+        if type(lora) is not LoraConfig:
+            raise ValueError(
+                f"lora must be a dict or a peft.LoraConfig, got a {type(lora).__name__}: only plain LoRA."
+            )
+        lora = _changed(lora.to_dict())
+    return lora and {name: sorted(value) if isinstance(value, set) else value for name, value in lora.items()}
+
+
+def _changed(lora: dict) -> dict:
+    """Return the options that differ from PEFT's defaults, or that it does not know."""
+    defaults = LoraConfig().to_dict()
+    return {name: value for name, value in lora.items() if name not in defaults or value != defaults[name]}
+
+
+def _check_plain(lora_config: dict) -> "LoraConfig":
+    """Refuse each option that would have no effect, or another one than in PEFT."""
+    for name, value in _changed(lora_config).items():
+        if name in PLAIN_OPTIONS or (name, value) == ("init_lora_weights", "gaussian"):
+            continue
+        why = WHY_NOT.get(name, "only plain LoRA can be limited to some positions")
+        raise ValueError(f"lora_config has {name}={value!r}, which cannot act here: {why}. Leave it out.")
+    return LoraConfig(**lora_config)
+
+
+def _all_linear(text_model: PreTrainedModel, left_out: tuple[str, ...]) -> list[str]:
+    """Name the linear layers but the output embeddings and those in modules that are left out."""
+    head = text_model.get_output_embeddings()
+    return [
+        name
+        for name, layer in text_model.named_modules()
+        if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head and not f"{name}.".startswith(left_out)
+    ]
+
+
+def _not_by_position(text_model: PreTrainedModel) -> tuple[str, ...]:
+    """Name, each with a dot behind it, modules that are not run on all positions in their order, or not at all."""
+    found = []
+    for name, module in text_model.named_modules():
+        if NOT_BY_POSITION.fullmatch(name):
+            found.append(f"{name}.")
+        elif {"A_log", "D"} <= module._parameters.keys():  # a state space, whose kernels take weights, not layers
+            found += [f"{name}.{child}." for child, _ in module.named_children() if child != "in_proj"]
+    return tuple(found)
+
+
+def _is_target(config: "LoraConfig", name: str) -> bool:
+    try:
+        return bool(check_target_module_exists(config, name))
+    except re.error as error:
+        raise ValueError(f"target_modules={config.target_modules!r} is no regular expression: {error}.") from error
+
+
+def _check_targets(
+    text_model: PreTrainedModel, config: "LoraConfig", layers: dict[str, nn.Module], left_out: tuple[str, ...]
+) -> None:
+    """Refuse layers where the LoRA could not obey its scope, and names that match none."""
+    allowed = set(_all_linear(text_model, left_out))
+    if refused := [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if name not in allowed]:
+        raise ValueError(
+            f"lora_config's target_modules match {', '.join(refused[:2])}{', …' if len(refused) > 2 else ''}, and a "
+            "LoRA that is limited to some positions acts in linear layers inside the LLM that are run on each of them "
+            "in its place: not in embeddings, experts, their routers, what reads the cache again. Leave it out."
+        )
+    names = [name.split(".") for name, _ in text_model.named_modules()]
+    endings = {".".join(parts[start:]) for parts in names for start in range(len(parts))}
+    listed = [entries for entries in (config.target_modules, config.exclude_modules) if isinstance(entries, set)]
+    unused = [entry for entries in listed for entry in entries if entry not in endings]
+    patterns = [*config.rank_pattern, *config.alpha_pattern]
+    unused += [entry for entry in patterns if not any(re.match(rf"(.*\.)?({entry})$", name) for name in layers)]
+    if unused or not layers:
+        raise ValueError(
+            f"lora_config names {sorted(unused) if unused else config.target_modules!r}, and the LLM has no such "
+            f"layer to put a LoRA in. Names are the LLM's own, as {sorted(allowed)[:2]}."
+        )
 
 
 def _find_positions(mask: Tensor | bool | None) -> Tensor | None:
     on_cpu = isinstance(mask, Tensor) and mask.device.type == "cpu"
     return mask.flatten().nonzero().squeeze(1) if on_cpu and not torch.compiler.is_compiling() else None
+
+
+def _state_without_adapters(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's weights without those of PEFT's adapters on top of it, by the names they have without them."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
+    own: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        parts = name.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            layer = layers.get(".".join(parts[:end]))
+            if isinstance(layer, ScopedLinear):
+                if parts[end].startswith("lora_") and parts[end + 1] != ADAPTER_NAME:
+                    break
+            elif layer is not None:
+                if parts[end] != ("base_layer" if isinstance(layer, BaseTunerLayer) else "original_module"):
+                    break
+                del parts[end]
+        else:
+            own[".".join(parts)] = weight
+    return own
+
+
+def _save_adapters(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Save them as PEFT does: `PeftModel.from_pretrained` and `load_adapter` take such a folder."""
+    for name, config in model.__dict__.get("peft_config", {}).items():
+        place = os.path.join(folder, name)
+        weights = get_peft_model_state_dict(model, adapter_name=name)
+        config.save_pretrained(place)
+        named = {f"base_model.model.{key}": weight.contiguous() for key, weight in weights.items()}
+        save_file(named, os.path.join(place, "adapter_model.safetensors"), metadata={"format": "pt"})
+        logger.warning(f"{folder} is the model without the adapter {name!r} on top of it, which is saved in {place}.")

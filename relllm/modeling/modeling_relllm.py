@@ -21,10 +21,12 @@ from .audio_tower_relllm import build_tower, encode_audio, frame_mask, is_traine
 from .causal_lm_relllm import build_causal_lm, per_layer_inputs, reads_token_ids
 from .checkpoint_relllm import (
     TOWERS,
+    check_complete,
     config_fields,
     find_audio_token,
     find_ends,
     finish_light,
+    gets_lora,
     light_state,
     load_light,
     load_llm_tokenizer,
@@ -38,7 +40,14 @@ from .checkpoint_relllm import (
 from .configuration_relllm import DIMENSIONS, ReLLMConfig
 from .devices_relllm import SpreadModel
 from .emotion_tower_relllm import ReLLMEmotionModel
-from .lora_relllm import LoraScope, inject_scoped_lora, is_lora_parameter, plain_lora_config
+from .lora_relllm import (
+    LoraScope,
+    ScopedLinear,
+    adapters_apart,
+    inject_scoped_lora,
+    is_lora_parameter,
+    plain_lora_config,
+)
 from .projector_relllm import ConvProjector, ProjectorOutput, check_counts, count_message, place_positions
 from .releases_relllm import CACHE
 
@@ -96,8 +105,11 @@ class ReLLMModelOutput(BaseModelOutputWithPast):
         audio_hidden_states (`torch.Tensor` of shape `(windows, L, d)`, *optional*): Projected, padded on the right.
         audio_lengths (`torch.LongTensor` of shape `(windows,)`, *optional*): Valid positions of each window.
         emotion_logits, dimensions, emotion_embedding, tower_dimensions: See [`ReLLMAudioOutput`].
+        router_logits, aux_loss: Of an LLM that is a mixture of experts, with `output_router_logits=True`.
     """
 
+    router_logits: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
     audio_hidden_states: Tensor | None = None
     audio_lengths: Tensor | None = None
     emotion_logits: Tensor | None = None
@@ -110,6 +122,8 @@ class ReLLMModelOutput(BaseModelOutputWithPast):
 class ReLLMCausalLMOutput(CausalLMOutputWithPast):
     """What [`ReLLMForConditionalGeneration`] returns: loss, logits, and the rest as in [`ReLLMModelOutput`]."""
 
+    router_logits: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
     audio_hidden_states: Tensor | None = None
     audio_lengths: Tensor | None = None
     emotion_logits: Tensor | None = None
@@ -146,9 +160,8 @@ class ReLLMPreTrainedModel(SpreadModel):
         super().initialize_weights()
         with init.guard_torch_init_functions():  # leaves loaded tensors alone
             for module in self.modules():
-                if hasattr(module, "reset_lora_parameters"):
-                    for adapter in module.lora_A:
-                        module.reset_lora_parameters(adapter, True)
+                if isinstance(module, ScopedLinear):
+                    module.reset_own()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,6 +191,8 @@ class ReLLMPreTrainedModel(SpreadModel):
         """Load as in Transformers, from safetensors only, full or light, and freeze again what `__init__` froze.
 
         Whatever `dtype` says, what was trained in float32 stays so; a `quantization_config` takes the LLM alone.
+        A `lora_config` for a checkpoint that has no LoRA gives it a fresh one. A checkpoint that lacks other weights
+        than the heads of emotion and dimensions is a `ValueError`: they would be drawn at random.
 
         Args:
             towers (`dict` of `str` to `str`, *optional*): Hub ids or paths of a light checkpoint's `"audio_tower"`,
@@ -188,22 +203,25 @@ class ReLLMPreTrainedModel(SpreadModel):
         kwargs["use_safetensors"] = True
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantize_llm_alone(kwargs["quantization_config"])
-        path = pretrained_model_name_or_path
-        light = read_light_record(path, towers, kwargs)
-        if path is None or light is None:
-            loaded = super().from_pretrained(path, *args, **kwargs)
+        path, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        light, fresh_lora = read_light_record(path, towers, kwargs), gets_lora(path, kwargs)
+        if path is None or (light is None and not fresh_lora):
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         else:
-            loaded = super().from_pretrained(None, *args, **load_light(cls, path, light, kwargs))
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if path is not None and light is not None:
+            parts = load_light(cls, path, light or {}, kwargs)
+            model, info = super().from_pretrained(None, *args, output_loading_info=True, **parts)
             finish_light(model, path, kwargs)
+        if path is not None:
+            check_complete(path, info["missing_keys"], fresh_lora)
         model.base_model.freeze()
-        return loaded
+        return (model, info) if wants_info else model  # type: ignore[return-value]  # as in Transformers
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: object, light: bool = False, **kwargs: Any
     ) -> None:
         """Save as in Transformers; with the code files if [`relllm.register_for_auto_class`] has been called.
+
+        Adapters that PEFT has put on top go into folders of their names: what is saved here is the model below them.
 
         Args:
             light (`bool`, *optional*, defaults to `False`): Leave out what the towers' sources have as well; an error
@@ -216,12 +234,13 @@ class ReLLMPreTrainedModel(SpreadModel):
             module = type(self).__module__.rsplit(".", 1)[-1]
             names = {name: f"{module}.ReLLMForConditionalGeneration" for name in AUTO_CLASSES}
             fields["auto_map"] = {**(getattr(self.config, "auto_map", None) or {}), **names}
-        if light:
-            kwargs["state_dict"], fields["towers"] = light_state(self, kwargs.get("state_dict"))
-            fields["light_checkpoint"] = True
-            kwargs["save_original_format"] = False  # the names of the model, into which it is loaded
-        with config_fields(self.config, fields):  # a later save without the code files must not point at them
-            super().save_pretrained(save_directory, *args, **kwargs)
+        with adapters_apart(self, save_directory, kwargs):
+            if light:
+                kwargs["state_dict"], light_fields = light_state(self, kwargs.get("state_dict"))
+                fields |= {"towers": light_fields, "light_checkpoint": True}
+                kwargs["save_original_format"] = False  # the names of the model, into which it is loaded
+            with config_fields(self.config, fields):  # a later save without the code files must not point at them
+                super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class ReLLMModel(ReLLMPreTrainedModel):
@@ -475,6 +494,8 @@ class ReLLMModel(ReLLMPreTrainedModel):
             last_hidden_state=outputs.logits if language_modeling else outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.get("router_logits"),
+            aux_loss=outputs.get("aux_loss"),
             **heard,
         )
 
@@ -607,6 +628,8 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **loss_kwargs)
+            if outputs.aux_loss is not None:  # as every mixture of experts of Transformers
+                loss = loss + self.config.text_config.router_aux_loss_coef * outputs.aux_loss
         return ReLLMCausalLMOutput(loss=loss, logits=logits, **fields)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ import functools
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -107,12 +108,12 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
             output = (self.base_model if headless else inner_forward)(*args, **kwargs)
         finally:
             handle.remove()
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, Any] = {}
         states = heard["last_hidden_state"]
         if reading is not None and taught is not None and labels is not None:
             llm = self.base_model.text_model if fused or headless else None
             sums["response_kl"] = divergence(llm, states, labels, teacher_inputs["teacher_labels"], taught, reading)
-        heads = {name: heard.get(name) for name in ("emotion_logits", "dimensions")}
+        heads: dict[str, Any] = {name: heard.get(name) for name in ("emotion_logits", "dimensions")}
         if headless:  # a sum over nothing: what trains has a gradient, of zero, which DDP waits for
             output = ReLLMAlignedOutput(loss=states[:0].sum(), **heads, **sums)
         else:

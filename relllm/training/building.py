@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
-from relllm.modeling.checkpoint_relllm import find_audio_token, load_parts, whole_weights
+from relllm.modeling.checkpoint_relllm import find_audio_token, whole_weights
 from relllm.modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
@@ -27,9 +27,9 @@ def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGenera
         name, revision = script.model_name_or_path, script.revision
         config = AutoConfig.from_pretrained(name, revision=revision)
         _check_architecture(script, config)
-        model = ReLLMForConditionalGeneration.from_pretrained(name, revision=revision, **options)
         if config.lora_config is None and script.lora is not None:
-            model = add_lora(model, script.lora, script.lora_scope)
+            options |= {"lora_config": script.lora, "lora_scope": script.lora_scope}
+        model = ReLLMForConditionalGeneration.from_pretrained(name, revision=revision, **options)
         processor = ReLLMProcessor.from_pretrained(name, revision=revision)
     else:
         model = ReLLMForConditionalGeneration.from_towers(
@@ -95,22 +95,6 @@ def quantize_llm(model: ReLLMForConditionalGeneration, config: BitsAndBytesConfi
     quantized = type(model).from_pretrained(None, **whole, quantization_config=config)
     quantized.generation_config = copy.deepcopy(model.generation_config)
     return quantized
-
-
-def add_lora(model: ReLLMForConditionalGeneration, lora: dict, scope: str) -> ReLLMForConditionalGeneration:
-    """Return the model, not to be used afterwards, with a fresh LoRA, which changes nothing until it is trained.
-
-    `lora` are arguments of `peft.LoraConfig`, `scope` is `"audio"`, `"text"` or `"global"`.
-    """
-    config = copy.deepcopy(model.config)
-    config.update({"lora_config": lora, "lora_scope": scope})
-    with torch.device("meta"):  # only to learn the names: a LoRA moves a layer's weight to `base_layer.weight`
-        names = type(model)(copy.deepcopy(config)).state_dict().keys()
-    renamed = {name.replace(".base_layer.", "."): name for name in names}
-    state = {renamed[name]: weight for name, weight in model.state_dict().items()}
-    grown = load_parts(type(model), config, state, model.dtype)
-    grown.generation_config = copy.deepcopy(model.generation_config)
-    return grown
 
 
 def _architecture(script: ReLLMScriptArguments) -> dict:

@@ -1,5 +1,6 @@
 """Settings of `relllm train`: of the trainer, and of the model and the rows. Architecture is `ReLLMConfig`."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -135,7 +136,9 @@ class ReLLMScriptArguments(RowsSettings):
     lora_dropout: float = setting(0.05, "LoRA's dropout (paper: 0.05).")
     lora_scope: Literal["audio", "text", "global"] = setting("audio", "Where LoRA acts: audio (paper), text, global.")
     emotion_labels: list[str] | None = setting(None, "Classes of a new model's head; by default those of the data.")
-    lora_target_modules: list[str] | None = setting(None, "Layers by name; by default all linear ones (paper).")
+    lora_target_modules: list[str] | None = setting(
+        None, "Layers by name, or one regular expression; by default all linear (paper)."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
         None, "Of the frozen weights; by default the LLM's own. What trains is in float32."
     )
@@ -178,4 +181,7 @@ class ReLLMScriptArguments(RowsSettings):
         if self.lora_r == 0:
             return None
         lora = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
-        return lora if self.lora_target_modules is None else lora | {"target_modules": self.lora_target_modules}
+        named: list[str] | str | None = self.lora_target_modules
+        if named is not None and len(named) == 1 and not re.fullmatch(r"[\w.]+", named[0]):
+            named = named[0]
+        return lora if named is None else lora | {"target_modules": named}

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from relllm.modeling.lora_relllm import is_lora_parameter
+from relllm.modeling.lora_relllm import has_adapters, is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 
 HEADS = ("emotion_head", "dimension_head")
@@ -35,6 +35,11 @@ def prepare_trainable(
     Heads that no loss reaches (`unused`, of `HEADS`) are frozen too: DDP waits for the gradient of everything that
     trains. `unfreeze` takes `"audio_tower"`, `"emotion_tower"` and `"text_model"`.
     """
+    if has_adapters(model):
+        raise ValueError(
+            "PEFT has put an adapter on top of the model, and ReLLMSFTTrainer trains the model below it. Take it off "
+            "(`unload()`, `delete_adapter`), or train it with TRL's SFTTrainer or your own loop."
+        )
     base = model.base_model
     base.freeze()
     for name in HEADS:

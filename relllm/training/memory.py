@@ -217,7 +217,8 @@ class TrainingStep:
             inputs = {"c_attn": width, "c_proj": queries, "c_fc": width, "mlp.c_proj": mlp}
         named = lora.get("target_modules")
         if isinstance(named, (list, set, tuple)):
-            inputs = {name: entry for name, entry in inputs.items() if name in named} or inputs
+            ends = [f".{entry}" for entry in named]
+            inputs = {k: v for k, v in inputs.items() if any(end.endswith(f".{k}") for end in ends)} or inputs
         dropout = float(lora.get("lora_dropout", 0.0)) > 0
         rank = size * int(lora.get("r", 8)) * len(inputs)
         shared = 2 * width + mlp  # the norms' outputs and the MLP's product; the attention's output is kept anyway

@@ -48,7 +48,7 @@ class ReLLMSFTTrainer(GroupByLengthMixin, AugmentationMixin, TowerCacheMixin, Ch
     `eval_ccc_arousal`, `eval_ccc_dominance` and `eval_ccc_valence`, where there are labels.
 
     Rows are as [`ReLLMCollator`] takes them; the settings are the paper's by default. What else `trl.SFTTrainer` takes
-    it takes too, but for `peft_config`: the model carries its LoRA, and a second one would deactivate it.
+    it takes too, but for `peft_config`: the model carries its LoRA, and this does not train an adapter on top of it.
     """
 
     _tag_names = ["relllm", "trl", "sft"]
@@ -166,7 +166,11 @@ class ReLLMSFTTrainer(GroupByLengthMixin, AugmentationMixin, TowerCacheMixin, Ch
             result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
             loss, outputs = result if return_outputs else (result, None)
             output = recorder.outputs[0]  # the training pass's; TRL may run another for metrics
-            self._log_response(loss, inputs["labels"], num_items_in_batch)
+            reply = loss
+            if self.aux_loss_enabled:  # of a mixture of experts: TRL has added how unevenly its routers chose
+                steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+                reply = loss - self.router_aux_loss_coef * output.aux_loss / steps
+            self._log_response(reply, inputs["labels"], num_items_in_batch)
             loss = loss * self.args.response_loss_weight
         training = self.model.training and num_items_in_batch is not None
         num_items = self._num_items if training else local_counts

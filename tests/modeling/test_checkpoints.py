@@ -1,9 +1,8 @@
-"""What is saved comes back: through each Auto class, in each precision, resized, and with a downstream LoRA on top."""
+"""What is saved comes back: through each Auto class, in each precision, resized."""
 
 import json
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,10 +30,6 @@ from transformers import (
 import relllm
 from relllm import ReLLMConfig, ReLLMFeatureExtractor, ReLLMForConditionalGeneration, ReLLMModel, ReLLMProcessor
 
-# PEFT, on a model that has a LoRA already
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:You are trying to modify a model with PEFT for a second time:UserWarning"
-)
 AUTO_MODELS = (AutoModel, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq)
 CONVERSATIONS = (
     [user_turn("Listen: ", clip(0.5), " and ", clip(2.7, seed=1))],
@@ -224,71 +219,6 @@ def test_resized_embeddings_keep_the_logits_and_survive_saving(tied: bool, size:
         assert shared == tied
     labels = inputs["input_ids"]
     assert model(**inputs, labels=labels).loss.isfinite()
-
-
-# --- a downstream LoRA -----------------------------------------------------------------------------------------------
-
-
-def with_downstream_lora(model: ReLLMForConditionalGeneration) -> peft.PeftModel:
-    settings = {"r": 2, "target_modules": r".*text_model.*\.(q_proj|v_proj)"}
-    return peft.get_peft_model(model, peft.LoraConfig(**settings))
-
-
-@torch.no_grad()
-def test_a_downstream_lora_alone_switches_ours_off_and_set_adapter_with_both_switches_it_on(inputs) -> None:
-    """`get_peft_model` activates its own adapter only: `set_adapter(["default", "relllm"])` keeps ours acting."""
-    model = tiny_model()
-    expected, without = model(**inputs).logits, tiny_model(lora=None)(**inputs).logits
-    wrapped = with_downstream_lora(model)
-    assert not torch.allclose(without, expected, atol=1e-2)
-    wrapped.base_model.set_adapter(["default", "relllm"])
-    torch.testing.assert_close(wrapped(**inputs).logits, expected, rtol=1e-4, atol=5e-5)
-
-
-def test_a_downstream_lora_trains_itself_and_leaves_ours_as_it_is(inputs) -> None:
-    model = tiny_model()
-    wrapped = with_downstream_lora(model).train()
-    ours = {name: p.detach().clone() for name, p in wrapped.named_parameters() if ".relllm." in name}
-    wrapped.base_model.set_adapter(["default", "relllm"])
-    for name, parameter in wrapped.named_parameters():
-        parameter.requires_grad_(".default." in name)
-    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0)
-    losses = []
-    for _ in range(3):
-        loss = wrapped(**inputs, labels=inputs["input_ids"]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert ours and all(torch.equal(p, ours[name]) for name, p in wrapped.named_parameters() if name in ours)
-    assert all(parameter.any() for name, parameter in wrapped.named_parameters() if ".lora_B.default" in name)
-
-
-@torch.no_grad()
-def test_a_saved_downstream_lora_loads_onto_the_model_and_both_act_as_before(inputs, tmp_path: Path) -> None:
-    model = tiny_model()
-    alone = model(**inputs).logits
-    wrapped = with_downstream_lora(model)
-    for name, parameter in wrapped.named_parameters():
-        if ".lora_B.default" in name:
-            parameter.normal_(std=0.2)
-    wrapped.base_model.set_adapter(["default", "relllm"])
-    expected = wrapped(**inputs).logits
-    assert not torch.allclose(expected, alone, atol=1e-2)
-    wrapped.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(tiny_model(), tmp_path)
-    again.base_model.set_adapter(["default", "relllm"])
-    torch.testing.assert_close(again(**inputs).logits, expected, rtol=1e-4, atol=5e-5)
-
-
-@torch.no_grad()
-def test_generate_works_through_a_downstream_lora(inputs) -> None:
-    model = tiny_model()
-    expected = model.generate(**inputs, **GREEDY)
-    wrapped = with_downstream_lora(model)
-    wrapped.base_model.set_adapter(["default", "relllm"])
-    assert torch.equal(wrapped.generate(**inputs, **GREEDY), expected)
 
 
 def test_the_lora_of_a_checkpoint_is_named_apart_from_pefts_default(saved: Path) -> None:

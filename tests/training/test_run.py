@@ -12,7 +12,15 @@ import soundfile
 import torch
 from datasets import disable_progress_bars
 from safetensors.torch import load_file
-from tiny_models import clip, tiny_emotion_tower, tiny_llm, tiny_model, tiny_speech_tower, tiny_tokenizer
+from tiny_models import (
+    clip,
+    tiny_emotion_tower,
+    tiny_llm,
+    tiny_model,
+    tiny_processor,
+    tiny_speech_tower,
+    tiny_tokenizer,
+)
 from transformers.integrations import deepspeed
 from typer.testing import CliRunner
 
@@ -26,7 +34,7 @@ from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.inference.conversation import Conversation
 from relllm.inference.text_conversation import TextConversation
 from relllm.modeling.checkpoint_relllm import quantize_llm_alone
-from relllm.training.building import add_lora, build_config, build_model, four_bit_config
+from relllm.training.building import build_config, build_model, four_bit_config
 from relllm.training.checkpoints import RECORD_NAME, RunComplete, checkpoint_to_resume
 from relllm.training.config import ReLLMScriptArguments, ReLLMSFTConfig
 from relllm.training.freezing import lora_counts_as_adapter
@@ -436,13 +444,26 @@ def test_under_zero3_models_and_sources_of_a_light_checkpoint_come_whole(
     assert all(torch.equal(found[name], weight) for name, weight in model.state_dict().items())
 
 
-def test_a_grown_lora_keeps_every_weight(towers: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "named, expected",
+    [
+        (None, 14),
+        (["q_proj", "v_proj"], 4),
+        ([r".*layers\.0\.self_attn\.(q|v)_proj"], 2),
+        (["model.layers.1.mlp.up_proj"], 1),
+    ],
+)
+def test_a_run_gives_a_checkpoint_without_a_lora_one_and_keeps_every_weight(
+    named: list[str] | None, expected: int, corpus: str, tmp_path: Path
+) -> None:
     model = tiny_model(lora=None)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    grown = add_lora(model, {"r": 2}, "global")
+    model.save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    options = {"model_name_or_path": str(tmp_path), "lora_scope": "global", "lora_target_modules": named}
+    grown, _ = build_model(settings_of({}, corpus, **options))
     after = {name.replace(".base_layer.", "."): weight for name, weight in grown.state_dict().items()}
-    assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert grown.config.lora_scope == "global"
+    assert all(torch.equal(after[name], weight) for name, weight in model.state_dict().items())
+    assert grown.config.lora_scope == "global" and sum("lora_A" in name for name in after) == expected
 
 
 @pytest.mark.parametrize(
