@@ -86,6 +86,29 @@ def test_the_response_loss_scores_the_next_token_of_the_reply(tmp_path, processo
     assert share.item() == pytest.approx(np.sum(terms) / 1000, rel=1e-6)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_mixture_of_experts_trains_with_its_auxiliary_loss_beside_the_replys(tmp_path, processor, accumulation):
+    rows = make_rows(tmp_path)
+    model = tiny_model(text="mixtral", lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.0})
+    weights = {"emotion_loss_weight": 0.0, "dimension_loss_weight": 0.0, "router_aux_loss_coef": 0.5}
+    batches = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    trainer = make_trainer(rows, tmp_path / "run", processor, model, learning_rate=0.0, **weights, **batches)
+    batch = trainer.data_collator(rows)
+    inputs = {name: value for name, value in batch.items() if name not in TARGETS}
+    with torch.no_grad():
+        plain = model(**inputs, output_router_logits=False).loss.item()
+        uneven = [
+            model(**{k: v for k, v in trainer.data_collator(part).items() if k not in TARGETS}).aux_loss.item()
+            for part in (rows[i : i + 8 // accumulation] for i in range(0, 8, 8 // accumulation))
+        ]
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["response_loss"] == pytest.approx(plain, rel=1e-4)
+    assert logged["aux_loss"] == pytest.approx(np.mean(uneven), rel=1e-4)
+    assert logged["loss"] == pytest.approx(plain + 0.5 * np.mean(uneven), rel=1e-4)
+    assert model.generate(input_ids=torch.tensor([[1, 40, 41]]), max_new_tokens=3).shape[1] > 3
+
+
 @pytest.mark.parametrize("num_items", [None, torch.tensor(5)])
 def test_a_batch_without_a_reply_has_a_loss_of_zero_with_a_gradient(tmp_path, processor, num_items):
     rows = make_rows(tmp_path)
