@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import local_torch_dtype
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
@@ -98,7 +98,7 @@ class ReLLMAudioOutput(BaseModelOutputWithPooling):
 
 
 @dataclass
-class ReLLMModelOutput(BaseModelOutputWithPast):
+class ReLLMModelOutput(MoeModelOutputWithPast):
     """
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch, sequence, d)`): The LLM's last hidden states.
@@ -108,7 +108,6 @@ class ReLLMModelOutput(BaseModelOutputWithPast):
         router_logits, aux_loss: Of an LLM that is a mixture of experts, with `output_router_logits=True`.
     """
 
-    router_logits: tuple[Tensor, ...] | None = None
     aux_loss: Tensor | None = None
     audio_hidden_states: Tensor | None = None
     audio_lengths: Tensor | None = None
@@ -119,11 +118,9 @@ class ReLLMModelOutput(BaseModelOutputWithPast):
 
 
 @dataclass
-class ReLLMCausalLMOutput(CausalLMOutputWithPast):
+class ReLLMCausalLMOutput(MoeCausalLMOutputWithPast):
     """What [`ReLLMForConditionalGeneration`] returns: loss, logits, and the rest as in [`ReLLMModelOutput`]."""
 
-    router_logits: tuple[Tensor, ...] | None = None
-    aux_loss: Tensor | None = None
     audio_hidden_states: Tensor | None = None
     audio_lengths: Tensor | None = None
     emotion_logits: Tensor | None = None
