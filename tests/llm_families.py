@@ -110,25 +110,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bitnet": {},
     "diffllama": {},
 }
+NO_CACHE = "does not keep what it has read in Transformers' DynamicCache"
+NO_LM = "Transformers has no causal language model of this family"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "mamba": ({"state_size": 8, "time_step_rank": 4}, "keeps a state of its own (`cache_params`)"),
-    "mamba2": ({"state_size": 8, "num_heads": 8, "n_groups": 1}, "keeps a state of its own (`cache_params`)"),
-    "falcon_mamba": ({"state_size": 8, "time_step_rank": 4}, "keeps a state of its own (`cache_params`)"),
-    "xlstm": ({"num_heads": 2, "num_blocks": 2, "embedding_dim": 32}, "keeps a state of its own (`cache_params`)"),
-    "rwkv": ({"attention_hidden_size": 32}, "keeps a state of its own (`state`)"),
-    "xlnet": ({"d_inner": 48}, "keeps a state of its own (`mems`)"),
-    "minimax": ({**HYBRID, "block_size": 8}, "keeps a cache of its own"),
+    "mamba": ({"state_size": 8, "time_step_rank": 4}, NO_CACHE),
+    "mamba2": ({"state_size": 8, "num_heads": 8, "n_groups": 1}, NO_CACHE),
+    "falcon_mamba": ({"state_size": 8, "time_step_rank": 4}, NO_CACHE),
+    "xlstm": ({"num_heads": 2, "num_blocks": 2, "embedding_dim": 32}, NO_CACHE),
+    "rwkv": ({"attention_hidden_size": 32}, NO_CACHE),
+    "xlnet": ({"d_inner": 48}, NO_CACHE),
+    "minimax": ({**HYBRID, "block_size": 8}, NO_CACHE),
     "recurrent_gemma": (
         {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 16},
-        "keeps its state in its layers",
+        NO_CACHE,
     ),
     "llama4_text": (
         {"intermediate_size_mlp": 48, "moe_layers": [1], "attention_chunk_size": 64},
         "its body is no part of its own",
     ),
     "bert": ({}, "is an encoder"),
-    "qwen2_5_vl_text": ({}, "Transformers has no causal language model of this family"),
-    "t5": ({"d_model": 32, "d_kv": 8, "d_ff": 48}, "Transformers has no causal language model of this family"),
+    "qwen2_5_vl_text": ({}, NO_LM),
+    "t5": ({"d_model": 32, "d_kv": 8, "d_ff": 48}, NO_LM),
 }
 COLUMNS = ("reads", "replies", "trains", "is saved", "text alone", "scores")
 

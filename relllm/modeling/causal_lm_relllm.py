@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .releases_relllm import CACHE
@@ -40,15 +41,10 @@ def check_causal_lm(model: PreTrainedModel) -> None:
     reason = None
     if "inputs_embeds" not in takes:
         reason = "its forward takes no inputs_embeds, in the place of which the audio positions come"
-    elif CACHE not in takes:
-        state = next((name for name in ("cache_params", "state", "mems") if name in takes), "what it keeps")
-        reason = f"it keeps a state of its own (`{state}`) and not the key-value cache from which replies go on"
-    elif not model._supports_default_dynamic_cache():
-        reason = "it keeps a cache of its own and not Transformers' DynamicCache, which beams and scoring reorder"
+    elif not _keeps_a_cache(model):
+        reason = "it does not keep what it has read in Transformers' DynamicCache, from which replies and scores go on"
     elif model.base_model is model:
         reason = "its body is no part of its own (base_model_prefix), and training runs the body without the head"
-    elif hasattr(model.base_model, "_setup_cache"):
-        reason = "it keeps its state in its layers and not in the cache, which beams and scoring reorder"
     elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True):
         reason = "it is an encoder, in which each position sees those behind it (is_decoder=False)"
     elif (width := model.get_input_embeddings().embedding_dim) != config.hidden_size:
@@ -90,11 +86,23 @@ def per_layer_inputs(model: PreTrainedModel, input_ids: Tensor | None, audio_tok
     if input_ids is None:
         raise ValueError(
             f"{type(model).__name__} reads token ids in every layer, and got inputs_embeds alone. Pass input_ids, or "
-            "per_layer_inputs beside inputs_embeds (`text_model.base_model.get_per_layer_inputs`)."
+            "per_layer_inputs beside inputs_embeds."
         )
-    padding = model.config.pad_token_id or 0
+    config, table = model.config, model.base_model.embed_tokens_per_layer
+    padding = config.pad_token_id or 0
     text_ids = input_ids.masked_fill(input_ids == audio_token_id, padding)
-    return {"per_layer_inputs": model.base_model.get_per_layer_inputs(text_ids)}
+    text_ids = text_ids.masked_fill(text_ids >= config.vocab_size_per_layer_input, 0)  # as Gemma 3n
+    return {"per_layer_inputs": table(text_ids).unflatten(-1, (config.num_hidden_layers, -1))}
+
+
+def _keeps_a_cache(model: PreTrainedModel) -> bool:
+    """Tell whether all that an LLM knows of the past is in the cache that `generate` makes, some of it as keys."""
+    return (
+        CACHE in inspect.signature(model.forward).parameters
+        and model._supports_default_dynamic_cache()
+        and not hasattr(model.base_model, "_setup_cache")  # a state in the layers themselves
+        and any(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers)
+    )
 
 
 def _refusal(family: str, reason: str) -> str:
