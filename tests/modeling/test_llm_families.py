@@ -1,5 +1,6 @@
 """Each family of causal LMs as the LLM of a ReLLM with a scoped LoRA, from checkpoints on disk in bfloat16."""
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,12 @@ def build(speech: Path, llm: Path | PreTrainedModel, **options) -> ReLLMForCondi
 
 def build_family(family: str, speech: Path, folder: Path) -> Built:
     torch.manual_seed(4)
-    save_llm(AutoModelForCausalLM.from_config(family_config(family)), folder)
+    fresh = AutoModelForCausalLM.from_config(family_config(family))
+    fresh.get_input_embeddings().weight.data[0].normal_(std=0.2)  # of padding: Gemma 3n has no gradient beside zeros
+    for weight in fresh.parameters():
+        if not weight.any():  # a scale or bias that is trained away from zero
+            weight.data.normal_(std=0.2)
+    save_llm(fresh, folder)
     llm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return Built(build(speech, folder), llm)
 
@@ -256,6 +262,8 @@ def test_gemma_4_reads_the_padding_token_in_each_layer_where_audio_stands_as_it_
     speech: Path, tmp_path: Path
 ) -> None:
     whole = composite("gemma4", tmp_path)
+    if "mm_encoder_outputs" not in inspect.signature(whole.forward).parameters:
+        pytest.skip("this release of Transformers takes no encoded images")
     audio_token_id, image_token_id = tiny_tokenizer().convert_tokens_to_ids("<|audio|>"), whole.config.image_token_id
     model = build(speech, tmp_path, lora=None)
     positions = ReLLMAudioOutput(pooler_output=torch.randn(3, 32))
