@@ -131,6 +131,8 @@ class ScopedLinear(PeftLinear):
 
     def _add_own(self, x: Tensor, result: Tensor) -> Tensor:
         mask = self.lora_scope.mask
+        if isinstance(mask, Tensor) and x.dim() == 2 and len(x) == mask.numel():
+            mask = mask.flatten()  # OPT runs its MLP on all positions in one row
         if isinstance(mask, Tensor) and mask.shape != x.shape[:-1]:
             raise ValueError(
                 f"{self.layer_name} has a LoRA and got an input of shape {tuple(x.shape)}, and the LoRA acts at some "

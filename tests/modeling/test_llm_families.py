@@ -180,7 +180,7 @@ def test_answers_are_scored_as_each_alone_also_by_the_bare_llm(built: Built, bat
     assert_scores(built, batch, alone)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "zamba"])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "jamba"])
 def test_hybrids_score_answers_as_each_alone(family: str, speech: Path, tmp_path: Path, batch, alone) -> None:
     """Their states are repeated with the cache, and go on token by token only."""
     assert_scores(build_family(family, speech, tmp_path), batch, alone)

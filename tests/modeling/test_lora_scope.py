@@ -309,8 +309,22 @@ def test_a_layer_that_packs_positions_is_refused_by_its_shape(inputs: dict[str, 
     model = tiny_model()
     layer = lora_layers(model)[0]
     mask = torch.tensor([[True, False, True]])
-    with model.model.lora_scope.use(mask), pytest.raises(ValueError, match=r"\(3, .*some positions of \(1, 3\)"):
-        layer(torch.randn(3, layer.in_features))
+    with model.model.lora_scope.use(mask), pytest.raises(ValueError, match=r"\(2, .*some positions of \(1, 3\)"):
+        layer(torch.randn(2, layer.in_features))
+
+
+@torch.no_grad()
+def test_a_layer_that_gets_all_positions_in_one_row_has_the_lora_at_its_own(inputs: dict[str, Tensor]) -> None:
+    """As OPT's MLP."""
+    model = tiny_model()
+    layer = lora_layers(model)[0]
+    x = torch.randn(2, 3, layer.in_features)
+    for mask in (torch.tensor([[True, False, True], [False, True, False]]), torch.zeros(2, 3, dtype=torch.bool)):
+        with model.model.lora_scope.use(mask):
+            expected = layer(x).flatten(0, 1)
+            torch.testing.assert_close(layer(x.flatten(0, 1)), expected)
+            model.model.lora_scope.positions = None  # as on an accelerator
+            torch.testing.assert_close(layer(x.flatten(0, 1)), expected)
 
 
 # --- copies, threads, saving -----------------------------------------------------------------------------------------
