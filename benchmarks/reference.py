@@ -19,7 +19,7 @@ from relllm import (
     ReLLMForConditionalGeneration,
     ReLLMProcessor,
 )
-from relllm.modeling.modeling_relllm import TowerOutputs
+from relllm.modeling.outputs_relllm import TowerOutputs
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 
 SIZES = json.loads((Path(__file__).parent / "reference_sizes.json").read_text(encoding="utf-8"))

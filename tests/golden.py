@@ -20,7 +20,8 @@ from torch import Tensor
 
 from relllm.conversion import convert_original_checkpoint
 from relllm.labels import DIMENSIONS, EMOTIONS
-from relllm.modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditionalGeneration
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.modeling.outputs_relllm import ReLLMAudioOutput
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor, extractor_settings
 
 REPOSITORY = Path(__file__).parent.parent

@@ -20,7 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from relllm.inference.replies import generate_answers, score_answers
 from relllm.labels import DIMENSIONS
 from relllm.modeling.checkpoint_relllm import find_ends
-from relllm.modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditionalGeneration
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.modeling.outputs_relllm import ReLLMAudioOutput
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.turns_relllm import build_chat_template
 

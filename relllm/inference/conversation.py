@@ -13,13 +13,14 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
-from relllm.modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditionalGeneration
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.modeling.outputs_relllm import ReLLMAudioOutput
 from relllm.modeling.releases_relllm import CACHE
 from relllm.processing.audio_relllm import AudioSource
 from relllm.processing.processing_relllm import ReLLMProcessor
-from relllm.processing.typed_text_relllm import encode_conversation
 
 from .replies import Heard, Reply, read_heard
+from .typed_text import encode_conversation
 
 # Options of `generate` that the conversation sets itself, or whose output is more than one reply.
 RESERVED_OPTIONS = {

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from relllm.labels import DIMENSIONS
-from relllm.modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditionalGeneration
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.modeling.outputs_relllm import ReLLMAudioOutput
 from relllm.modeling.releases_relllm import CACHE
 from relllm.processing.audio_relllm import AudioSource
 from relllm.processing.processing_relllm import ReLLMProcessor

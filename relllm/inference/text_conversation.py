@@ -12,10 +12,10 @@ from relllm.processing.audio_relllm import SAMPLING_RATE, AudioSource, load_audi
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from relllm.processing.turns_relllm import build_chat_template
-from relllm.processing.typed_text_relllm import encode_conversation
 
 from .conversation import check_turn, first_messages
 from .replies import Reply
+from .typed_text import encode_conversation
 
 
 class NoWordsError(ValueError):

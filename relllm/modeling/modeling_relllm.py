@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import local_torch_dtype
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .audio_tower_relllm import build_tower, encode_audio, frame_mask, is_trained, masked_mean, without_graph
 from .causal_lm_relllm import build_causal_lm, per_layer_inputs, reads_token_ids
@@ -48,85 +46,14 @@ from .lora_relllm import (
     is_lora_parameter,
     plain_lora_config,
 )
+from .outputs_relllm import ReLLMAudioOutput, ReLLMCausalLMOutput, ReLLMModelOutput, TowerOutputs
 from .projector_relllm import ConvProjector, ProjectorOutput, check_counts, count_message, place_positions
-from .releases_relllm import CACHE
+from .releases_relllm import CACHE, cache_arguments
 
 FEATURES = ("input_features", "input_features_mask", "input_values", "input_values_mask")
 AUDIO_INPUTS = (*FEATURES, "audio_num_windows", "tower_outputs")
 READINGS = ("emotion_logits", "dimensions", "emotion_embedding", "tower_dimensions")
 AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForSpeechSeq2Seq")
-
-
-@dataclass
-class TowerOutputs(ModelOutput):
-    """
-    Args:
-        frames (`torch.Tensor` of shape `(windows, T, d_s)`): Of the speech tower; past a window's own count, padding.
-        lengths (`torch.LongTensor` of shape `(windows,)`): Each window's own frame count.
-        emotion_embedding (`torch.Tensor` of shape `(windows, d_e)`, *optional*): The emotion tower's.
-        dimensions (`torch.Tensor` of shape `(windows, 3)`, *optional*): Its arousal, dominance, valence.
-        hidden_states, attentions (`tuple` of `torch.Tensor`, *optional*): Of the speech tower, layer by layer.
-    """
-
-    frames: Tensor = None  # type: ignore[assignment]  # always there: a ModelOutput's fields need defaults
-    lengths: Tensor = None  # type: ignore[assignment]
-    emotion_embedding: Tensor | None = None
-    dimensions: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class ReLLMAudioOutput(BaseModelOutputWithPooling):
-    """
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(windows, L, d)`): Projected positions, padded on the right.
-        pooler_output (`torch.Tensor` of shape `(tokens, d)`): The valid ones; of `get_audio_features` alone.
-        lengths (`torch.LongTensor` of shape `(windows,)`): Valid positions of each window.
-        hidden_states, attentions (`tuple` of `torch.Tensor`, *optional*): Of the speech tower, layer by layer.
-        emotion_logits (`torch.Tensor` of shape `(clips, classes)`): Of `config.emotion_labels`.
-        dimensions (`torch.Tensor` of shape `(clips, 3)`): Arousal, dominance, valence from the projected positions.
-        emotion_embedding (`torch.Tensor` of shape `(clips, d_e)`, *optional*): The utterance embedding.
-        tower_dimensions (`torch.Tensor` of shape `(clips, 3)`, *optional*): The emotion tower's own reading.
-    """
-
-    lengths: Tensor | None = None
-    emotion_logits: Tensor | None = None
-    dimensions: Tensor | None = None
-    emotion_embedding: Tensor | None = None
-    tower_dimensions: Tensor | None = None
-
-
-@dataclass
-class ReLLMModelOutput(MoeModelOutputWithPast):
-    """
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch, sequence, d)`): The LLM's last hidden states.
-        audio_hidden_states (`torch.Tensor` of shape `(windows, L, d)`, *optional*): Projected, padded on the right.
-        audio_lengths (`torch.LongTensor` of shape `(windows,)`, *optional*): Valid positions of each window.
-        emotion_logits, dimensions, emotion_embedding, tower_dimensions: See [`ReLLMAudioOutput`].
-        router_logits, aux_loss: Of an LLM that is a mixture of experts, with `output_router_logits=True`.
-    """
-
-    aux_loss: Tensor | None = None
-    audio_hidden_states: Tensor | None = None
-    audio_lengths: Tensor | None = None
-    emotion_logits: Tensor | None = None
-    dimensions: Tensor | None = None
-    emotion_embedding: Tensor | None = None
-    tower_dimensions: Tensor | None = None
-
-
-@dataclass
-class ReLLMCausalLMOutput(MoeCausalLMOutputWithPast):
-    """What [`ReLLMForConditionalGeneration`] returns: loss, logits, and the rest as in [`ReLLMModelOutput`]."""
-
-    audio_hidden_states: Tensor | None = None
-    audio_lengths: Tensor | None = None
-    emotion_logits: Tensor | None = None
-    dimensions: Tensor | None = None
-    emotion_embedding: Tensor | None = None
-    tower_dimensions: Tensor | None = None
 
 
 class ReLLMPreTrainedModel(SpreadModel):
@@ -469,8 +396,8 @@ class ReLLMModel(ReLLMPreTrainedModel):
         if audio is None and (input_features is not None or tower_outputs is not None):
             features = (input_features, input_features_mask, input_values, input_values_mask)
             audio = self._hear(features, audio_num_windows, tower_outputs)
-        cache = past_key_values if cache is None else cache
-        inputs_embeds, lora_mask = self.place_audio(input_ids, inputs_embeds, audio_mask, audio, cache)
+        caches = cache_arguments(past_key_values, cache)
+        inputs_embeds, lora_mask = self.place_audio(input_ids, inputs_embeds, audio_mask, audio, caches[CACHE])
         if self.reads_token_ids and "per_layer_inputs" not in kwargs:
             kwargs |= per_layer_inputs(self.text_model, input_ids, self.config.audio_token_id)
         with self.lora_scope.use(lora_mask):
@@ -480,7 +407,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
                 position_ids=position_ids,
                 use_cache=use_cache,
                 return_dict=True,
-                **{CACHE: cache},
+                **caches,
                 **kwargs,
             )
         heard: dict[str, Any] = {CACHE: getattr(outputs, CACHE)}
@@ -609,7 +536,8 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             audio_num_windows=audio_num_windows,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
+            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             audio_mask=audio_mask,

@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
-from relllm.modeling.modeling_relllm import ReLLMCausalLMOutput, ReLLMModel
+from relllm.modeling.modeling_relllm import ReLLMModel
+from relllm.modeling.outputs_relllm import ReLLMCausalLMOutput
 from relllm.modeling.releases_relllm import CACHE
 
 from .losses import IGNORE_INDEX, response_kl

@@ -30,7 +30,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration, ReLLMModel, TowerOutputs
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration, ReLLMModel
+from relllm.modeling.outputs_relllm import TowerOutputs
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 from relllm.setting import setting
 

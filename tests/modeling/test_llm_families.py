@@ -25,7 +25,7 @@ from trl.trainer import add_fused_lm_head
 
 from relllm import ReLLMConfig, ReLLMForConditionalGeneration, ReLLMModel
 from relllm.inference.replies import score_answers
-from relllm.modeling.modeling_relllm import ReLLMAudioOutput
+from relllm.modeling.outputs_relllm import ReLLMAudioOutput
 
 TEXT_IDS = torch.tensor([[1, 40, 41, 42, 43, 2, 9, 88]])
 ANSWERS = ([51, 2], [70, 61, 33, 2])

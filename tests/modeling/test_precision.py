@@ -23,7 +23,7 @@ from relllm.inference.inference_settings import CheckpointSettings
 from relllm.modeling import emotion_tower_relllm
 from relllm.modeling.audio_tower_relllm import masked_mean
 from relllm.modeling.checkpoint_relllm import NEVER_QUANTIZED, quantize_llm_alone
-from relllm.modeling.modeling_relllm import TowerOutputs
+from relllm.modeling.outputs_relllm import TowerOutputs
 from relllm.training.building import build_model
 from relllm.training.config import ReLLMScriptArguments
 

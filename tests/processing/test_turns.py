@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from relllm import ReLLMProcessor
+from relllm.inference.typed_text import encode_conversation
 from relllm.modeling.checkpoint_relllm import find_ends
 from relllm.processing.turns_relllm import build_chat_template, close_thought
-from relllm.processing.typed_text_relllm import encode_conversation
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 TURNS = [

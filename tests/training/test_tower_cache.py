@@ -23,7 +23,7 @@ from tiny_models import (
 from trainers import REPLIES, build, make_rows, make_trainer
 
 from relllm import EMOTIONS, ReLLMForConditionalGeneration, ReLLMSFTConfig, ReLLMSFTTrainer
-from relllm.modeling.modeling_relllm import TowerOutputs
+from relllm.modeling.outputs_relllm import TowerOutputs
 from relllm.training import tower_cache
 from relllm.training.collator import ReLLMCollator
 from relllm.training.tower_cache import TowerCache, cache_settings, clip_key

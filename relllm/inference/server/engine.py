@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
-from relllm.modeling.modeling_relllm import ReLLMAudioOutput, ReLLMForConditionalGeneration
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.modeling.outputs_relllm import ReLLMAudioOutput
 from relllm.processing.processing_relllm import ReLLMProcessor
 
 from ..inference_settings import BatchSettings

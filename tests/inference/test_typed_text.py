@@ -7,8 +7,8 @@ from tiny_models import tiny_processor, tiny_tokenizer, user_turn
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from relllm.inference.typed_text import encode_conversation
 from relllm.processing.processing_relllm import SANITIZES
-from relllm.processing.typed_text_relllm import encode_conversation
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }} {% if m.content is string %}{{ m.content | trim }}{% else %}"
