@@ -85,6 +85,16 @@ def frame_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device)[None] < lengths[:, None]
 
 
+def clip_average(num_windows: Tensor, weights: Tensor) -> Tensor:
+    """Return `(clips, windows)`: row i averages the windows of clip i, each by its weight."""
+    num_windows = num_windows.to(weights.device)
+    clip_end = num_windows.cumsum(0)[:, None]
+    window = torch.arange(len(weights), device=weights.device)[None]
+    belongs = (window < clip_end) & (window >= clip_end - num_windows[:, None])
+    share = belongs * weights.float()
+    return share / share.sum(-1, keepdim=True)
+
+
 def masked_mean(values: Tensor, lengths: Tensor) -> Tensor:
     """Return the mean of the first `lengths[i]` positions of row i, `(clips, width)` of `(clips, positions, width)`.
 

@@ -15,7 +15,15 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .audio_tower_relllm import build_tower, encode_audio, frame_mask, is_trained, masked_mean, without_graph
+from .audio_tower_relllm import (
+    build_tower,
+    clip_average,
+    encode_audio,
+    frame_mask,
+    is_trained,
+    masked_mean,
+    without_graph,
+)
 from .causal_lm_relllm import build_causal_lm, per_layer_inputs, reads_token_ids
 from .checkpoint_relllm import (
     TOWERS,
@@ -616,16 +624,6 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             unread = {*AUDIO_INPUTS, "audio_mask", "mm_encoder_outputs"}
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in unread}
         return super()._get_candidate_generator(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
-
-
-def clip_average(num_windows: Tensor, weights: Tensor) -> Tensor:
-    """Return `(clips, windows)`: row i averages the windows of clip i, each by its weight."""
-    num_windows = num_windows.to(weights.device)
-    clip_end = num_windows.cumsum(0)[:, None]
-    window = torch.arange(len(weights), device=weights.device)[None]
-    belongs = (window < clip_end) & (window >= clip_end - num_windows[:, None])
-    share = belongs * weights.float()
-    return share / share.sum(-1, keepdim=True)
 
 
 def _averaged(shares: Tensor, values: Tensor) -> Tensor:
