@@ -1,6 +1,9 @@
 """Alignment of hearing with reading: the LLM as its own teacher (BLSP-Emo's KL loss), and what the training forward
 returns for this and the other losses.
 
+Logits of the two branches exist for a tile of positions at a time, in the backward pass as well, which makes them
+again: a reply's positions times a vocabulary would be the largest tensors of a step.
+
 The teacher is the same LLM with its LoRA off, so there is no second copy in memory. It reads the conversation with the
 transcript in the place of the audio, without a gradient and in eval mode, inside `forward`, where DDP, FSDP and
 DeepSpeed expect every use of a weight.
@@ -23,6 +26,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
@@ -38,6 +42,7 @@ try:
 except ImportError:
     FusedCausalLMOutput = None
 
+TILE_WORDS = 2**23  # logits of a branch at once: positions times vocabulary
 TEACHER_INPUTS = ("teacher_input_ids", "teacher_attention_mask", "teacher_labels")
 
 if FusedCausalLMOutput is not None:
@@ -112,7 +117,9 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
         sums: dict[str, Any] = {}
         states = heard["last_hidden_state"]
         if reading is not None and taught is not None and labels is not None:
-            llm = self.base_model.text_model if fused or headless else None
+            llm = self.base_model.text_model
+            if not fused and not headless:  # the states are logits already
+                llm, taught = None, head_logits(llm, taught)
             sums["response_kl"] = divergence(llm, states, labels, teacher_inputs["teacher_labels"], taught, reading)
         heads: dict[str, Any] = {name: heard.get(name) for name in ("emotion_logits", "dimensions")}
         if headless:  # a sum over nothing: what trains has a gradient, of zero, which DDP waits for
@@ -126,13 +133,13 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
 
 
 def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) -> Tensor:
-    """Return the teacher's logits where they are compared, `(positions, vocabulary)`, row after row."""
+    """Return the teacher's hidden states where the branches are compared, `(positions, d)`, row after row."""
     llm = model.text_model
     # no LoRA anywhere, whatever its scope; outside a forward pass of ours that holds already
     with torch.no_grad(), model.lora_scope.use(None), _in_eval(llm):
         read = {"input_ids": inputs["teacher_input_ids"], "attention_mask": inputs["teacher_attention_mask"]}
         hidden = llm.base_model(**read, use_cache=False, return_dict=True).last_hidden_state
-        return head_logits(llm, hidden[alignment.positions(inputs["teacher_labels"]).to(hidden.device)])
+        return hidden[alignment.positions(inputs["teacher_labels"]).to(hidden.device)]
 
 
 def divergence(
@@ -145,12 +152,31 @@ def divergence(
         states (`torch.Tensor` of shape `(batch, sequence, d or vocabulary)`): Of the branch that hears.
         labels, teacher_labels (`torch.LongTensor` of shapes `(batch, sequence)` and `(batch, T)`): -100 outside the
             reply; the teacher's all over a row without a transcript.
-        taught (`torch.Tensor` of shape `(positions, vocabulary)`): Of [`teach`].
+        taught (`torch.Tensor` of shape `(positions, d or vocabulary)`): Of [`teach`], or its logits.
         how ([`Alignment`]): Temperature and positions.
     """
     has_transcript = (teacher_labels != IGNORE_INDEX).any(1, keepdim=True)
     states = states[how.positions(labels.masked_fill(~has_transcript, IGNORE_INDEX)).to(states.device)]
-    return response_kl(states if llm is None else head_logits(llm, states), taught, how.temperature)
+    if len(states) != len(taught):
+        counts = f"speech {len(states)}, text {len(taught)}"
+        raise ValueError(f"The branches mark different numbers of positions: {counts}. Both must hold the same reply.")
+
+    def of_tile(heard: Tensor, read: Tensor) -> Tensor:
+        if llm is None:
+            return response_kl(heard, read, how.temperature)
+        with torch.no_grad():
+            text = head_logits(llm, read)
+        return response_kl(head_logits(llm, heard), text, how.temperature)
+
+    vocabulary = states.shape[-1] if llm is None else llm.config.get_text_config().vocab_size
+    tiles = zip(states.split(rows := tile_positions(vocabulary)), taught.split(rows), strict=True)
+    parts = [checkpoint(of_tile, *tile, use_reentrant=False, preserve_rng_state=False) for tile in tiles]
+    return torch.stack(parts).sum()
+
+
+def tile_positions(vocabulary: int) -> int:
+    """Return how many positions are compared at once."""
+    return max(TILE_WORDS // vocabulary, 1)
 
 
 def head_logits(llm: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ row; c bytes of an activation (2 under bfloat16, else 4). What autograd keeps of
 
 A frozen linear layer keeps nothing of its input; an unfrozen one keeps it (2cd + cq + cf a layer, and cd for each
 norm). With gradient checkpointing a layer keeps its input (cd), and one layer at a time is whole. Logits are tiled by
-TRL's fused head and exist at reply positions only. Frozen towers run without a graph: of them only the widest moment
+TRL's fused head and exist at reply positions only; a KL makes both branches' in tiles of its own, and keeps hidden
+states. Frozen towers run without a graph: of them only the widest moment
 counts, which comes before the LLM's.
 """
 
@@ -27,6 +28,7 @@ from relllm.modeling.lora_relllm import is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.setting import setting
 
+from .alignment import tile_positions
 from .freezing import prepare_trainable
 
 NF4_BYTES = 0.516  # a weight in 4 bit with double quantisation: 4 + 0.127 bits (QLoRA)
@@ -110,6 +112,7 @@ class TrainingStep:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = float(sum(parameter.nbytes for parameter in trained))
         state = next((size for name, size in OPTIMIZER_BYTES.items() if name in settings.optimizer), 8.0)
+        replies = batch_size * self.row.reply_tokens
         kept, workspace = self._llm_bytes(batch_size * self.sequence)
         kept += batch_size * self._projector_bytes()
         kept += sum(self._tower_bytes(name, batch_size, kept=True) for name in TOWERS if name in settings.unfreeze)
@@ -120,7 +123,7 @@ class TrainingStep:
             optimizer=state * sum(parameter.numel() for parameter in trained),
             autocast=self._autocast_bytes(),
             activations=kept,
-            workspace=max(workspace, self._head_bytes(batch_size * self.row.reply_tokens)),
+            workspace=max(workspace, self._head_bytes(replies), self._divergence_bytes(replies)),
             towers=max(self._tower_bytes(name, batch_size) for name in there),
         )
 
@@ -152,9 +155,11 @@ class TrainingStep:
             if parameter.ndim == 2 and ("embed" not in name or is_lora_parameter(name)):
                 flops += 2.0 * parameter.numel() * length * (passes + parameter.requires_grad)
         flops += 4.0 * self.heads_width * length * length * text.num_hidden_layers * (passes + 1)
-        flops += 2.0 * text.hidden_size * text.vocab_size * self.row.reply_tokens * 3  # once forward, twice backward
+        head = 2.0 * text.hidden_size * text.vocab_size * self.row.reply_tokens
+        flops += 3 * head  # once forward, twice backward
         if settings.teacher:
-            flops += 2.0 * _count(body) * (length - self.audio_positions)
+            flops += 5 * head  # of both branches, twice, and once backward
+            flops += 2.0 * sum(weight.numel() for weight in self._llm_linears()) * (length - self.audio_positions)
         for name in TOWERS:
             if (tower := getattr(model, name)) is not None:
                 full = settings.full_window and tower.config.model_type == "whisper"
@@ -228,6 +233,14 @@ class TrainingStep:
     def _head_bytes(self, replies: int) -> float:
         """Return the tile of logits, float32 in the backward pass, and the gradient of the hidden states."""
         return 4.0 * (min(replies, HEAD_TILE_POSITIONS) * HEAD_TILE_WORDS + replies * self.text.hidden_size)
+
+    def _divergence_bytes(self, replies: int) -> float:
+        """Return a tile of the KL: logits of both branches, and five float32 copies; and the hidden states."""
+        if not self.settings.teacher:
+            return 0.0
+        size, vocabulary = self.activation_bytes, self.text.vocab_size
+        words = min(replies, tile_positions(vocabulary)) * vocabulary
+        return (20 + 2 * size) * words + 3.0 * size * replies * self.text.hidden_size
 
     def _projector_bytes(self) -> float:
         config, size = self.config, 2 if self.settings.bf16 else 4

@@ -1,6 +1,7 @@
 """The plan of a run: parameters exactly, memory beside what a real step allocates, speed, the command."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import relllm.training.memory as plan_memory_module
 from relllm import ReLLMConfig, ReLLMForConditionalGeneration
 from relllm.cli import app
 from relllm.modeling import audio_tower_relllm, lora_relllm
+from relllm.training import alignment
+from relllm.training.alignment import Alignment, return_heads
 from relllm.training.freezing import prepare_trainable, trainable_table
 from relllm.training.memory import RowSize, StepSettings, TrainingStep, count_audio_positions
 from relllm.training.plan import PlanArguments, parse_bytes, parse_plan, step_settings
@@ -22,14 +25,15 @@ FLOAT32 = StepSettings(torch.float32, bf16=False, gradient_checkpointing=False, 
 BFLOAT16 = StepSettings(torch.bfloat16, bf16=True, gradient_checkpointing=False, full_window=False)
 ROW = RowSize(audio_seconds=1.9, prompt_tokens=100, reply_tokens=100)
 VOCAB_SIZE, BATCH_SIZE = 320, 4
+LARGE_VOCAB_SIZE = 2**14  # of which the logits are more than the rest of a step
 
 
-def small_config(lora: dict | None = LORA, family: str = "llama") -> ReLLMConfig:
+def small_config(lora: dict | None = LORA, family: str = "llama", vocab_size: int = VOCAB_SIZE) -> ReLLMConfig:
     """A LLM whose layers outweigh everything else, as in a real one."""
     config = tiny_config(lora=lora)
     text = AutoConfig.for_model(
         family,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         hidden_size=128,
         intermediate_size=352,
         num_hidden_layers=4,
@@ -51,7 +55,11 @@ def small_config(lora: dict | None = LORA, family: str = "llama") -> ReLLMConfig
 
 
 def with_checkpointing(settings: StepSettings) -> StepSettings:
-    return StepSettings(settings.dtype, settings.bf16, gradient_checkpointing=True, full_window=False)
+    return replace(settings, gradient_checkpointing=True)
+
+
+def with_teacher(settings: StepSettings) -> StepSettings:
+    return replace(settings, teacher=True)
 
 
 class RealStep:
@@ -75,12 +83,16 @@ class RealStep:
         labels = input_ids.clone()
         labels[:, : -ROW.reply_tokens] = -100
         self.inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return_heads(self.model, Alignment(temperature=2.0, shifted=True) if settings.teacher else None)
+        if settings.teacher:
+            read = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+            self.inputs |= {f"teacher_{name}": values[:, self.audio_positions :] for name, values in read.items()}
         self.bf16 = settings.bf16
 
     def loss(self) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             output = self.model(**self.inputs, fused_lm_head=True)
-        return output.loss
+        return output.loss + output.get("response_kl", 0.0)
 
     def saved_bytes(self) -> int:
         """What autograd keeps, weights apart."""
@@ -115,10 +127,12 @@ class RealStep:
 def as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step as an accelerator runs it: the LoRA at all positions, Transformers' convolutions in the towers.
 
-    And the fused head's buffer holds 32768 words, whatever the vocabulary; with 320 it would be all there is to see.
+    And the fused head's buffer holds 32768 words, whatever the vocabulary; with 320 it would be all there is to see. A
+    tile of the KL is as much smaller.
     """
     monkeypatch.setattr(lora_relllm, "_find_positions", lambda mask: None)
     monkeypatch.setattr(audio_tower_relllm, "can_convolve", lambda layers, waveforms: False)
+    monkeypatch.setattr(alignment, "TILE_WORDS", 2**20)
     utils = pytest.importorskip("trl.trainer.utils")
     if not hasattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE"):
         pytest.skip("this TRL trains by the model's own forward")
@@ -145,13 +159,21 @@ def test_activations_are_what_autograd_keeps_within_a_tenth(as_planned, settings
 
 @pytest.mark.parametrize(
     "settings",
-    [FLOAT32, with_checkpointing(FLOAT32), BFLOAT16, with_checkpointing(BFLOAT16)],
-    ids=["float32", "float32 checkpointing", "bfloat16", "bfloat16 checkpointing"],
+    [
+        FLOAT32,
+        with_checkpointing(FLOAT32),
+        BFLOAT16,
+        with_checkpointing(BFLOAT16),
+        with_teacher(FLOAT32),
+        with_teacher(with_checkpointing(BFLOAT16)),
+    ],
+    ids=["float32", "float32 checkpointing", "bfloat16", "bfloat16 checkpointing", "KL", "KL bfloat16 checkpointing"],
 )
 def test_the_peak_is_about_what_a_step_allocates(as_planned, settings: StepSettings) -> None:
-    planned = TrainingStep(small_config(), settings, ROW)
+    vocab_size = LARGE_VOCAB_SIZE if settings.teacher else VOCAB_SIZE
+    planned = TrainingStep(small_config(vocab_size=vocab_size), settings, ROW)
     plan = planned.memory(BATCH_SIZE)
-    step = RealStep(small_config(), settings, planned.sequence)
+    step = RealStep(small_config(vocab_size=vocab_size), settings, planned.sequence)
     measured = max(step.peak_bytes() for _ in range(2))
     # Too large by a third at most, which wastes memory, and too small by a quarter, which runs out of it. What the
     # profiler counts of the same step differs by 6 % from one process to the next.
@@ -219,16 +241,27 @@ def test_every_kind_of_model_can_be_planned(family: str) -> None:
     assert step.memory(2).activations > 0 and step.flops() > 0
 
 
-def test_operations_are_those_that_pytorch_counts_within_a_tenth(as_planned) -> None:
+def counted_flops(settings: StepSettings, vocab_size: int) -> tuple[float, int]:
+    """What the plan and what PyTorch counts of a step."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = small_config()
-    plan = TrainingStep(config, FLOAT32, ROW)
-    step = RealStep(config, FLOAT32, plan.sequence)
+    config = small_config(vocab_size=vocab_size)
+    plan = TrainingStep(config, settings, ROW)
+    step = RealStep(config, settings, plan.sequence)
     step.model.set_attn_implementation("eager")  # the CPU's fused attention is not counted
     with FlopCounterMode(display=False) as counter:
         step.loss().backward()
-    assert BATCH_SIZE * plan.flops() == pytest.approx(counter.get_total_flops(), rel=0.10)
+    return BATCH_SIZE * plan.flops(), counter.get_total_flops()
+
+
+def test_operations_are_those_that_pytorch_counts_within_a_tenth(as_planned) -> None:
+    planned, counted = counted_flops(FLOAT32, VOCAB_SIZE)
+    assert planned == pytest.approx(counted, rel=0.10)
+
+
+def test_operations_of_a_kl_are_those_that_pytorch_counts_within_a_tenth(as_planned) -> None:
+    with_kl, without = (counted_flops(one, LARGE_VOCAB_SIZE) for one in (with_teacher(FLOAT32), FLOAT32))
+    assert with_kl[0] - without[0] == pytest.approx(with_kl[1] - without[1], rel=0.10)
 
 
 @pytest.mark.parametrize(

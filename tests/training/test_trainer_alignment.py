@@ -11,6 +11,7 @@ from trainers import build, make_rows, make_trainer, step_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from relllm import EMOTIONS, ReLLMSFTConfig
+from relllm.training import alignment as alignment_module
 from relllm.training.alignment import TEACHER_INPUTS, Alignment, FusedCausalLMOutput, check_head, head_logits, teach
 from relllm.training.collator import ReLLMCollator
 from relllm.training.objective import TARGETS
@@ -39,8 +40,14 @@ def kl_written_out(speech, text, speech_labels, text_labels, temperature: float,
     return torch.stack(terms).mean()
 
 
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three positions at a time, so that a batch has many tiles and the last is not full."""
+    monkeypatch.setattr(alignment_module, "TILE_WORDS", 1000)
+
+
 @pytest.mark.parametrize("shifted", [True, False])
-def test_gradient_is_that_of_the_losses_written_out(tmp_path: Path, shifted: bool) -> None:
+def test_gradient_is_that_of_the_losses_written_out(small_tiles, tmp_path: Path, shifted: bool) -> None:
     rows = make_rows(tmp_path)
     model, processor, weights = build()
     batch = ReLLMCollator(processor, EMOTIONS, teacher=True)(rows)
@@ -83,7 +90,33 @@ def test_gradients_agree_however_the_batch_is_accumulated(tmp_path: Path) -> Non
             assert logs[batch][name] == pytest.approx(logs[8][name], rel=1e-5), name
 
 
+@pytest.mark.parametrize(
+    "settings, tolerance",
+    [
+        ({}, 1e-6),
+        ({"unfreeze": ["text_model"], "gradient_checkpointing": True}, 1e-6),  # the head learns as well
+        ({"unfreeze": ["text_model"], "bf16": True}, 3e-2),
+    ],
+)
+def test_tiles_change_no_gradient(tmp_path: Path, monkeypatch, settings: dict, tolerance: float) -> None:
+    rows = make_rows(tmp_path, 4)
+    steps, logs = [], []
+    for words in (2**23, 1000, 1):
+        monkeypatch.setattr(alignment_module, "TILE_WORDS", words)
+        model, processor, weights = build()
+        model = model if "bf16" in settings else model.double()
+        options = {"per_device_train_batch_size": 4, **KL_ALONE, **weights, **settings}
+        trainer = make_trainer(rows, tmp_path / "run", processor, model, **options)
+        steps.append(step_of(trainer))
+        logs.append(trainer.state.log_history[0]["response_kl"])
+    assert logs[1:] == pytest.approx([logs[0]] * 2, rel=tolerance)
+    for step in steps[1:]:
+        for name, gradient in steps[0].items():
+            assert (step[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
 def train_rank(folder: Path, rows: list[dict]) -> None:
+    alignment_module.TILE_WORDS = 1000  # this process alone
     for more in ({}, KL_ALONE):
         model, processor, settings = build()
         trainer = make_trainer(
@@ -174,7 +207,8 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
 def test_the_teacher_reads_the_conversation_with_the_transcript_in_the_place_of_the_audio(tmp_path: Path) -> None:
     _, processor, _ = build()
     rows = make_rows(tmp_path, 4)
-    batch = ReLLMCollator(processor, EMOTIONS, instruction="Reply to this: ", teacher=True)(rows)
+    processor.instruction = "Reply to this: "
+    batch = ReLLMCollator(processor, EMOTIONS, teacher=True)(rows)
     for index, row in enumerate(rows[:3]):
         conversation = processor.build_conversation("", instruction="Reply to this: ", response=row["response"])
         conversation[1]["content"][-1] = text_part(row["text"])
@@ -231,7 +265,7 @@ def test_the_teacher_has_neither_lora_nor_dropout_and_leaves_the_modes_as_they_w
     alignment = Alignment(temperature=2.0, shifted=True)
     modes = [module.training for module in model.modules()]
     with model.model.lora_scope.use(True):  # as in a forward pass
-        taught = teach(model.model, batch, alignment)
+        taught = head_logits(model.model.text_model, teach(model.model, batch, alignment))
     assert [module.training for module in model.modules()] == modes and any(modes)
     model.eval()
     expected = bare_llm_logits(model, batch)[:, :-1][batch["teacher_labels"][:, 1:] != -100]
