@@ -21,7 +21,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-transformers test-real check format demo bench clean distclean
+.PHONY: help setup test test-slow test-transformers test-real check check-releases format demo bench clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -61,6 +61,10 @@ check: .venv/.ready  ## Check style, types and layering
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/test_layering.py
+
+# Its own environments for the lowest and the newest releases are in .cache/releases; `newest` asks the package index each time.
+check-releases: .venv/.ready  ## Run tests with the lowest, the pinned and the newest Transformers (ARGS="newest tests/modeling" for some)
+	$(TEST_ENV) $(BIN)/python scripts/check_releases.py $(ARGS)
 
 format: .venv/.ready  ## Format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix-only .

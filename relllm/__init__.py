@@ -80,13 +80,16 @@ def register_for_auto_class(enabled: bool = True) -> None:
     Args:
         enabled (`bool`, *optional*, defaults to `True`): `False` switches it off again.
     """
-    from .modeling.configuration_relllm import ReLLMConfig
+    from .modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
+    from .modeling.emotion_tower_relllm import ReLLMEmotionModel
     from .modeling.modeling_relllm import AUTO_CLASSES, ReLLMForConditionalGeneration
     from .processing.feature_extraction_relllm import ReLLMFeatureExtractor
     from .processing.processing_relllm import ReLLMProcessor
 
     auto_classes: dict[Any, str] = {
         ReLLMConfig: "AutoConfig",
+        ReLLMEmotionConfig: "AutoConfig",
+        ReLLMEmotionModel: "AutoModel",
         ReLLMForConditionalGeneration: AUTO_CLASSES[0],
         ReLLMFeatureExtractor: "AutoFeatureExtractor",
         ReLLMProcessor: "AutoProcessor",

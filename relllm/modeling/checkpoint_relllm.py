@@ -360,20 +360,6 @@ def check_complete(path: str | os.PathLike, missing: Iterable[str], fresh_lora: 
         )
 
 
-@contextlib.contextmanager
-def config_fields(config: PreTrainedConfig, fields: Mapping[str, object]) -> Iterator[None]:
-    """Give a configuration these fields for the length of a `with` block, as for one save."""
-    own: dict[str, object] = config.__dict__
-    before = {name: own[name] for name in fields if name in own}
-    own.update(fields)
-    try:
-        yield
-    finally:
-        for name in fields:
-            del own[name]
-        own.update(before)
-
-
 def finish_light(model: PreTrainedModel, path: str | os.PathLike, options: Mapping[str, Any]) -> None:
     """Read what Transformers reads beside the weights of a full checkpoint: generation settings, and the place."""
     model.config.name_or_path = model.name_or_path = str(path)

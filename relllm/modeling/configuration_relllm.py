@@ -1,5 +1,7 @@
 """Configuration of RE-LLM's architecture; what a training run chooses is in `ReLLMSFTConfig`."""
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -157,6 +159,20 @@ class ReLLMConfig(PreTrainedConfig):
         """Return the width of the projector's input: d_s, and d_e beside it with `emotion_fusion="concat"`."""
         width = self.audio_config.hidden_size
         return width + self.emotion_config.hidden_size if self.emotion_fusion == "concat" else width
+
+
+@contextlib.contextmanager
+def config_fields(config: PreTrainedConfig, fields: Mapping[str, object]) -> Iterator[None]:
+    """Give a configuration these fields for the length of a `with` block, as for one save."""
+    own: dict[str, object] = config.__dict__
+    before = {name: own[name] for name in fields if name in own}
+    own.update(fields)
+    try:
+        yield
+    finally:
+        for name in fields:
+            del own[name]
+        own.update(before)
 
 
 def _build_config(config: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 
 from .audio_tower_relllm import build_tower, encode_audio, masked_mean
-from .configuration_relllm import DIMENSIONS, ReLLMEmotionConfig
+from .configuration_relllm import DIMENSIONS, ReLLMEmotionConfig, config_fields
 from .devices_relllm import SpreadModel
 
 
@@ -95,6 +95,17 @@ class ReLLMEmotionModel(SpreadModel):
         return output if return_dict is not False else output.to_tuple()
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        """Say no: of custom code, Transformers draws wav2vec2's parts at random, and they come out NaN."""
+        return False
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: object, **kwargs: Any) -> None:
+        """Save as in Transformers; with the code files if [`relllm.register_for_auto_class`] has been called."""
+        fields = {} if self._auto_class is None else {"auto_map": dict(getattr(self.config, "auto_map", None) or {})}
+        with config_fields(self.config, fields):  # a later save without the code files must not point at them
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
@@ -106,15 +117,15 @@ class ReLLMEmotionModel(SpreadModel):
 
         A missing weight is a `ValueError`: an emotion tower with random parts gives numbers that look right.
         """
-        from transformers import AutoConfig
-
         wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False would unpickle the checkpoint. Convert it to safetensors first.")
         if config is None:
             names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
             hub = {name: kwargs[name] for name in names if name in kwargs}
-            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+            recorded, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            ours = recorded.get("model_type") == cls.config_class.model_type  # AutoConfig may not know it
+            config = (cls.config_class if ours else AutoConfig).from_pretrained(pretrained_model_name_or_path, **hub)
         if config.model_type != cls.config_class.model_type:
             config = cls.config_class.from_encoder_config(config)
         kwargs |= {"config": config, "use_safetensors": True, "output_loading_info": True}

@@ -28,7 +28,6 @@ from .causal_lm_relllm import build_causal_lm, per_layer_inputs, reads_token_ids
 from .checkpoint_relllm import (
     TOWERS,
     check_complete,
-    config_fields,
     find_audio_token,
     find_ends,
     finish_light,
@@ -43,7 +42,7 @@ from .checkpoint_relllm import (
     read_light_record,
     tower_source,
 )
-from .configuration_relllm import DIMENSIONS, ReLLMConfig
+from .configuration_relllm import DIMENSIONS, ReLLMConfig, config_fields
 from .devices_relllm import SpreadModel
 from .emotion_tower_relllm import ReLLMEmotionModel
 from .lora_relllm import (

@@ -50,9 +50,7 @@ def reply_afresh(model, processor, messages: list[dict], **options) -> str:
 
 def check_turns(model, processor, conversation: Conversation, turns=TURNS, **options) -> None:
     for audio, text in turns:
-        torch.manual_seed(7)
         turn = conversation.say(audio, text, max_new_tokens=5, **options)
-        torch.manual_seed(7)
         assert turn.text == reply_afresh(model, processor, conversation.messages[:-1], **options)
         assert (turn.heard is None) == (audio is None)
 
@@ -302,7 +300,11 @@ def test_conversations_that_share_a_model_do_not_mix(model, processor) -> None:
     assert len(first.messages) == len(second.messages) == 7
 
 
-def test_sampled_turns_are_those_of_a_fresh_sample(model, processor) -> None:
+def test_sampled_turns_are_those_of_a_fresh_sample(model, processor, monkeypatch) -> None:
+    def draw(probabilities, num_samples):  # releases of Transformers differ in how often they draw
+        return (probabilities.cumsum(-1) > 0.37).int().argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(torch, "multinomial", draw)
     check_turns(model, processor, Conversation(model, processor), TURNS[:3], do_sample=True, temperature=1.5)
 
 

@@ -10,13 +10,23 @@ import pytest
 import soundfile
 import torch
 from fake_hub import COMMIT, serve_hub
+from light_checkpoints import build, save_towers
 from safetensors.torch import load_file
-from tiny_models import RATE, audio_part, clip, conversation_inputs, tiny_model, tiny_processor, user_turn
+from tiny_models import (
+    RATE,
+    audio_part,
+    clip,
+    conversation_inputs,
+    tiny_emotion_tower,
+    tiny_model,
+    tiny_processor,
+    user_turn,
+)
 from transformers import AutoModel, AutoProcessor
 
 import relllm
 
-CHILD = """
+WITHOUT_THE_PACKAGE = """
 import importlib.abc, json, os, sys, traceback
 
 class Absent(importlib.abc.MetaPathFinder):
@@ -32,6 +42,10 @@ from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModel
 
 torch.set_num_threads(1)
 remote = {"trust_remote_code": True}
+"""
+CHILD = (
+    WITHOUT_THE_PACKAGE
+    + """
 wav, *cases = sys.argv[1:]
 
 def load(where, out, again):
@@ -69,6 +83,28 @@ for case in zip(cases[::3], cases[1::3], cases[2::3]):
         os._exit(0)
     assert os.wait()[1] == 0, case
 """
+)
+# The towers by themselves, and checkpoints that lean on them.
+PARTS = (
+    WITHOUT_THE_PACKAGE
+    + """
+wav, emotion, hub_emotion, folder, *places = sys.argv[1:]
+tensors = {}
+with torch.no_grad():
+    for name, where in (("directory", emotion), ("hub", hub_emotion)):
+        tower = AutoModel.from_pretrained(where, **remote)
+        tensors["emotion " + name] = tower(torch.linspace(-1, 1, 8000)[None]).dimensions
+    tower.save_pretrained(folder + "/emotion again")
+    for where in places:
+        name = os.path.basename(where)
+        inputs = AutoProcessor.from_pretrained(where, **remote).apply_request(wav)
+        model = AutoModel.from_pretrained(where, **remote)
+        tensors[name] = model(**inputs).logits
+        model.save_pretrained(folder + "/" + name + " again")
+save_file(tensors, folder + "/parts.safetensors")
+assert not [name for name in sys.modules if name.partition(".")[0] == "relllm"]
+"""
+)
 PUSH = """
 import sys
 import relllm
@@ -199,6 +235,61 @@ def test_what_it_saves_has_the_code_and_loads_here_too(fresh, checkpoint: Path, 
     inputs = conversation_inputs(processor, [user_turn("Listen: ", audio_part(str(wav)))])
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, expected["logits"])
+
+
+# --- towers, and checkpoints that lean on them ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parts(wav: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An emotion tower, a light and a bfloat16 checkpoint, and what a process without the package made of them."""
+    folder = tmp_path_factory.mktemp("parts")
+    save_towers(folder, text_dtype=torch.bfloat16)  # these towers have no code with them
+    relllm.register_for_auto_class()
+    try:
+        tiny_emotion_tower().save_pretrained(folder / "tower")
+        for name, dtype in (("light", torch.float32), ("half", torch.bfloat16)):
+            model = build(folder, dtype=dtype)
+            model.save_pretrained(folder / name, light=name == "light")
+            tiny_processor(model.config).save_pretrained(folder / name)
+    finally:
+        relllm.register_for_auto_class(False)
+    hub_cache(folder / "tower", folder / "home")
+    places = (folder / "tower", "org/re-llm", folder, folder / "light", folder / "half")
+    run_fresh(PARTS, wav, *places, folder=folder)
+    return folder
+
+
+@pytest.mark.parametrize("place", ["directory", "hub"])
+def test_an_emotion_tower_loads_without_the_package(place: str, parts: Path) -> None:
+    values = torch.linspace(-1, 1, 8000)[None]
+    found = load_file(parts / "parts.safetensors")[f"emotion {place}"]
+    for tower in (tiny_emotion_tower(), AutoModel.from_pretrained(parts / "emotion again")):
+        with torch.no_grad():
+            assert torch.equal(tower.eval()(values).dimensions, found)
+    assert {path.name for path in (parts / "emotion again").glob("*.py")} >= {"emotion_tower_relllm.py"}
+    assert "auto_map" not in json.loads((parts / "emotion" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["light", "half"])
+def test_a_checkpoint_and_its_towers_load_without_the_package(name: str, parts: Path, wav: Path) -> None:
+    found = load_file(parts / "parts.safetensors")[name]
+    inputs = AutoProcessor.from_pretrained(parts / name).apply_request(wav)
+    for where in (name, f"{name} again"):
+        with torch.no_grad():
+            assert torch.equal(AutoModel.from_pretrained(parts / where)(**inputs).logits, found)
+
+
+def test_a_later_save_of_a_tower_without_the_code_points_at_none(parts: Path, tmp_path: Path) -> None:
+    tower = tiny_emotion_tower()
+    relllm.register_for_auto_class()
+    try:
+        tower.save_pretrained(tmp_path / "code")
+    finally:
+        relllm.register_for_auto_class(False)
+    tower.save_pretrained(tmp_path / "plain")
+    assert "auto_map" in json.loads((tmp_path / "code" / "config.json").read_text())
+    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
 # --- push_to_hub -----------------------------------------------------------------------------------------------------
