@@ -87,7 +87,7 @@ def ours(batch: int, quick: bool, *, fused: bool = True) -> Callable[[], None]:
         per_device_train_batch_size=batch,
         use_cpu=True,
     )
-    dataset = Dataset.from_list([{"response": REPLY}])
+    dataset = Dataset.from_list([{"audio": "unread.wav", "response": REPLY, "emotion": "happy", "arousal": 0.5}])
     trainer = ReLLMSFTTrainer(model=model, args=settings, train_dataset=dataset, processing_class=processor)
     inputs = trainer.data_collator(rows)
     optimizer = _optimizer(model)

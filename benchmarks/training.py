@@ -69,12 +69,17 @@ def main(*, quick: bool = False) -> None:
     report("training", rows_of_table, about=f"batch {batch}, 5 s, {positions} positions, reference sizes, float32")
 
 
+UNREAD = {"audio": "unread.wav", "response": REPLY, "emotion": "happy", "arousal": 0.5}
+
+
 def _build_trainer(model: ReLLMForConditionalGeneration, *, full_window: bool) -> ReLLMSFTTrainer:
     settings = {"bf16": False, "gradient_checkpointing": False, "report_to": "none", "use_cpu": True}
     return ReLLMSFTTrainer(
         model=model,
         args=ReLLMSFTConfig(output_dir=tempfile.mkdtemp(prefix="relllm-training-"), **settings),
-        train_dataset=Dataset.from_list([{"response": REPLY}]),
+        train_dataset=Dataset.from_list(
+            [{"audio": "unread.wav", "response": REPLY, "emotion": "happy", "arousal": 0.5}]
+        ),
         processing_class=build_processor(model, full_window=full_window),
     )
 

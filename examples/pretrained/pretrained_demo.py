@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 from datasets import Dataset
-from joining import add_emotion_tower, join_towers
+from joining import grow_stage1, join_towers
 from rich.console import Console
 from rich.table import Table
 from sentences import synthesize_sentences
@@ -133,7 +133,7 @@ def run_pretrained_demo(settings: PretrainedSettings, console: Console) -> bool:
     once(
         out / "stage1-emotion",
         "the emotion tower comes beside it",
-        lambda to: add_emotion_tower(out / "stage1", out / "emotion-tower", to),
+        lambda to: grow_stage1(out / "stage1", out / "emotion-tower", to),
         console,
     )
     for name, start in (("re-llm", "stage1-emotion"), ("speech-only", "stage1")):

@@ -3,14 +3,17 @@
 import copy
 import importlib.util
 import json
+import os
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
-from relllm.modeling.checkpoint_relllm import find_audio_token, whole_weights
+from relllm.modeling.checkpoint_relllm import find_audio_token, load_parts, load_tower, tower_source, whole_weights
 from relllm.modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.processing.feature_extraction_relllm import extractor_settings
 from relllm.processing.processing_relllm import ReLLMProcessor
 
 from .config import ReLLMScriptArguments
@@ -28,9 +31,12 @@ def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGenera
         config = AutoConfig.from_pretrained(name, revision=revision)
         _check_architecture(script, config)
         if config.lora_config is None and script.lora is not None:
-            options |= {"lora_config": script.lora, "lora_scope": script.lora_scope}
+            options |= {"lora_config": script.lora, "lora_scope": script.lora_scope or config.lora_scope}
         model = ReLLMForConditionalGeneration.from_pretrained(name, revision=revision, **options)
         processor = ReLLMProcessor.from_pretrained(name, revision=revision)
+        if gets_emotion_tower(script, config):
+            model = add_emotion_tower(model, str(script.emotion_tower), script.emotion_fusion or "concat")
+        _set_extractor(script, model.config, processor)
     else:
         model = ReLLMForConditionalGeneration.from_towers(
             audio=script.audio_tower,
@@ -43,10 +49,9 @@ def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGenera
         processor = ReLLMProcessor.from_config(
             model.config,
             script.text_model,
-            full_window=script.full_window,
             speech_do_normalize=_reads_normalized(script.audio_tower),
-            max_duration_s=script.max_duration_s,
         )
+        _set_extractor(script, model.config, processor)
     if four_bit is not None:
         model = quantize_llm(model, four_bit)
     if script.attn_implementation is not None:
@@ -59,14 +64,13 @@ def build_config(script: ReLLMScriptArguments) -> ReLLMConfig:
     if script.model_name_or_path is not None:
         config = AutoConfig.from_pretrained(script.model_name_or_path, revision=script.revision)
         _check_architecture(script, config)
-        config.lora_config = config.lora_config or script.lora
-        config.lora_scope = script.lora_scope
+        if config.lora_config is None and script.lora is not None:
+            config.lora_config, config.lora_scope = script.lora, script.lora_scope or config.lora_scope
+        if gets_emotion_tower(script, config):
+            config.emotion_config = _emotion_config(script.emotion_tower)
+            config.emotion_fusion = script.emotion_fusion or "concat"
         return config
-    emotion = None
-    if script.emotion_fusion != "none":
-        emotion = AutoConfig.from_pretrained(script.emotion_tower)
-        if emotion.model_type != ReLLMEmotionConfig.model_type:
-            emotion = ReLLMEmotionConfig.from_encoder_config(emotion)
+    emotion = _emotion_config(script.emotion_tower) if script.emotion_fusion != "none" else None
     return ReLLMConfig(
         audio_config=AutoConfig.from_pretrained(script.audio_tower),
         text_config=AutoConfig.from_pretrained(script.text_model),
@@ -97,11 +101,84 @@ def quantize_llm(model: ReLLMForConditionalGeneration, config: BitsAndBytesConfi
     return quantized
 
 
-def _architecture(script: ReLLMScriptArguments) -> dict:
-    """Return the fields of [`ReLLMConfig`] that a run chooses."""
-    names = ["emotion_fusion", "projector_inner_dim", "lora_scope"]
-    names += ["emotion_labels"] if script.emotion_labels is not None else []
+def starting_points(script: ReLLMScriptArguments) -> dict[str, str]:
+    """Return the checkpoints that a run starts from, by their settings."""
+    names = ["audio_tower", "text_model", *(["emotion_tower"] if script.emotion_fusion != "none" else [])]
+    if script.model_name_or_path is not None:
+        config = AutoConfig.from_pretrained(script.model_name_or_path, revision=script.revision)
+        names = ["model_name_or_path", *(["emotion_tower"] if gets_emotion_tower(script, config) else [])]
     return {name: getattr(script, name) for name in names}
+
+
+def gets_emotion_tower(script: ReLLMScriptArguments, config: PreTrainedConfig) -> bool:
+    """Tell whether a run sets an emotion tower beside the speech of a checkpoint (`config`) that has none."""
+    wanted = script.emotion_fusion in ("concat", "token") and script.emotion_tower is not None
+    return wanted and getattr(config, "emotion_fusion", None) == "none"
+
+
+def add_emotion_tower(
+    model: ReLLMForConditionalGeneration, tower: str | os.PathLike, fusion: str = "concat"
+) -> ReLLMForConditionalGeneration:
+    """Return the model, not to be used afterwards, with an emotion tower beside its speech.
+
+    With `"concat"` it hears as before until it is trained: what the projector's convolutions read of the embedding
+    starts at zero. With `"token"` a position of the embedding stands before the speech.
+    """
+    emotion = load_tower("emotion_tower", tower, dtype=model.dtype)
+    config = copy.deepcopy(model.config)
+    config.update({"emotion_config": emotion.config, "emotion_fusion": fusion})
+    if config.towers is not None and (source := tower_source(tower)) is not None:
+        config.towers = {**config.towers, "emotion_tower": source}
+    convolutions = "model.multi_modal_projector.conv_layers."
+    state = {name: weight for name, weight in model.state_dict().items()}
+    if fusion == "concat":
+        state = {name: weight for name, weight in state.items() if not name.startswith(convolutions)}
+    state |= {f"model.emotion_tower.{name}": weight for name, weight in emotion.state_dict().items()}
+    grown = load_parts(type(model), config, state, model.dtype)
+    if fusion == "concat":
+        layers = (one.base_model.multi_modal_projector.conv_layers for one in (model, grown))
+        for narrow, wide in zip(*layers, strict=True):
+            _widen(narrow, wide)
+    grown.generation_config = copy.deepcopy(model.generation_config)
+    return grown
+
+
+@torch.no_grad()
+def _widen(narrow: nn.Conv1d, wide: nn.Conv1d) -> None:
+    """Compute what the narrow convolution does in the first channels of the wide one, whatever the further inputs are.
+
+    Behind it is a gated linear unit: the first half of the outputs is gated by the second. Further outputs keep their
+    fresh weights, and no narrow channel of the next convolution reads them until it has learned to.
+    """
+    channels, half = narrow.in_channels, narrow.out_channels // 2
+    for start, end in ((0, wide.out_channels // 2), (half, wide.out_channels)):
+        to = slice(end - wide.out_channels // 2, end - wide.out_channels // 2 + half)
+        wide.weight[to, :channels] = narrow.weight[start : start + half]
+        wide.weight[to, channels:] = 0
+        assert wide.bias is not None and narrow.bias is not None
+        wide.bias[to] = narrow.bias[start : start + half]
+
+
+def _set_extractor(script: ReLLMScriptArguments, config: ReLLMConfig, processor: ReLLMProcessor) -> None:
+    """Have a checkpoint's processor read clips as its model, which may have grown, and the settings ask."""
+    extractor = processor.feature_extractor
+    for name, value in extractor_settings(config, extractor.speech_do_normalize).items():
+        setattr(extractor, name, value)
+    for name in ("full_window", "max_duration_s"):
+        if getattr(script, name) is not None:
+            setattr(extractor, name, getattr(script, name))
+
+
+def _emotion_config(tower: str | None) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(tower)
+    is_tower = config.model_type == ReLLMEmotionConfig.model_type
+    return config if is_tower else ReLLMEmotionConfig.from_encoder_config(config)
+
+
+def _architecture(script: ReLLMScriptArguments) -> dict:
+    """Return the fields of [`ReLLMConfig`] that a run sets."""
+    names = ("emotion_fusion", "projector_inner_dim", "lora_scope", "emotion_labels")
+    return {name: getattr(script, name) for name in names if getattr(script, name) is not None}
 
 
 def _check_architecture(script: ReLLMScriptArguments, config: PreTrainedConfig) -> None:
@@ -112,14 +189,19 @@ def _check_architecture(script: ReLLMScriptArguments, config: PreTrainedConfig) 
             "emotion_tower and text_model."
         )
     asked = _architecture(script)
+    if gets_emotion_tower(script, config):
+        asked.pop("emotion_fusion")
     found = {name: getattr(config, name) for name in asked}
     if config.lora_config is None:
-        asked.pop("lora_scope")
+        asked.pop("lora_scope", None)
     else:
-        given = script.lora or {"r": 0}
-        asked |= {f"lora_{name.removeprefix('lora_')}": value for name, value in given.items()}
         lora = {"lora_alpha": 8, "lora_dropout": 0.0, "r": 8} | config.lora_config  # PEFT's own defaults
-        found |= {f"lora_{name.removeprefix('lora_')}": value for name, value in lora.items()}
+        found |= {"lora_r": lora["r"], **{name: lora[name] for name in ("lora_alpha", "lora_dropout")}}
+        given = {name: getattr(script, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
+        asked |= {name: value for name, value in given.items() if value is not None}
+        if script.lora_target_modules is not None and script.lora is not None:
+            found["lora_target_modules"] = lora.get("target_modules")
+            asked["lora_target_modules"] = script.lora["target_modules"]
     differ = {name: found.get(name) for name, value in asked.items() if found.get(name) != value}
     if differ:
         settings = ", ".join(f"{name}: {value}" for name, value in differ.items())

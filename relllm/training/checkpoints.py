@@ -101,16 +101,13 @@ def describe_data(
     return record
 
 
-def describe_weights(places: Mapping[str, str | None], revision: str) -> dict[str, str]:
+def describe_weights(places: Mapping[str, str], revision: str) -> dict[str, str]:
     """Return the fingerprint of each checkpoint that a run starts from; `revision` is that of `model_name_or_path`."""
-    given = {name: place for name, place in places.items() if place is not None}
-    if "model_name_or_path" in given:  # which wins over the towers
-        given = {"model_name_or_path": given["model_name_or_path"]}
     return {
         f"{name}_fingerprint": source_fingerprint(
             {"name": place, "revision": revision if name == "model_name_or_path" else None}
         )
-        for name, place in given.items()
+        for name, place in places.items()
     }
 
 

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from trl import SFTConfig
@@ -13,6 +13,10 @@ from .augmentation import AugmentationSettings
 from .tower_cache import TowerCacheSettings
 
 TOWERS = ("audio_tower", "emotion_tower", "text_model")
+OF_A_NEW_MODEL: dict[str, Any] = {  # where nothing is set; a checkpoint has its own
+    **{"emotion_fusion": "concat", "projector_inner_dim": 512, "full_window": True, "max_duration_s": 600.0},
+    **{"lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "lora_scope": "audio"},
+}
 LOSS_WEIGHTS = ("response_loss_weight", "emotion_loss_weight", "dimension_loss_weight", "response_kl_weight")
 
 
@@ -118,8 +122,9 @@ class RowsSettings:
 class ReLLMScriptArguments(RowsSettings):
     """What `relllm train` takes beside [`ReLLMSFTConfig`]: the model to start from, its LoRA, and the data.
 
-    The architecture is that of a ReLLM checkpoint, or built from towers. A checkpoint without a LoRA (of the first
-    stage) is given one where `lora_r` asks for it; otherwise the settings must be the checkpoint's.
+    A new model is built from towers, with the paper's architecture where nothing is set. A ReLLM checkpoint has its
+    own: what is set must be the same, but that one without a LoRA is given one where `lora_r` asks for it, and one
+    without an emotion tower (of a first stage) is given one where `emotion_fusion` and `emotion_tower` do.
     """
 
     model_name_or_path: str | None = setting(None, "A ReLLM to go on with: directory or Hub id. Wins over the towers.")
@@ -127,14 +132,16 @@ class ReLLMScriptArguments(RowsSettings):
     audio_tower: str | None = setting(None, "Whisper, wav2vec2, HuBERT, WavLM: id or path.")
     emotion_tower: str | None = setting(None, "Arousal, dominance, valence: id or path.")
     text_model: str | None = setting(None, "Any causal LM: id or path.")
-    emotion_fusion: Literal["concat", "token", "none"] = setting(
-        "concat", "How emotion joins speech: concat (paper), token, none (the baseline, without emotion tower)."
+    emotion_fusion: Literal["concat", "token", "none"] | None = setting(
+        None, "How emotion joins speech: concat (default; paper), token, none (the baseline, without emotion tower)."
     )
-    projector_inner_dim: int = setting(512, "Width of the bottleneck (original: 512).")
-    lora_r: int = setting(16, "Rank of the LLM's LoRA (paper: 16); 0 for no LoRA.")
-    lora_alpha: int = setting(16, "LoRA's alpha (paper: 16).")
-    lora_dropout: float = setting(0.05, "LoRA's dropout (paper: 0.05).")
-    lora_scope: Literal["audio", "text", "global"] = setting("audio", "Where LoRA acts: audio (paper), text, global.")
+    projector_inner_dim: int | None = setting(None, "Width of the bottleneck (default, and original: 512).")
+    lora_r: int | None = setting(None, "Rank of the LLM's LoRA (default; paper: 16); 0 for no LoRA.")
+    lora_alpha: int | None = setting(None, "LoRA's alpha (default; paper: 16).")
+    lora_dropout: float | None = setting(None, "LoRA's dropout (default; paper: 0.05).")
+    lora_scope: Literal["audio", "text", "global"] | None = setting(
+        None, "Where LoRA acts: audio (default; paper), text, global."
+    )
     emotion_labels: list[str] | None = setting(None, "Classes of a new model's head; by default those of the data.")
     lora_target_modules: list[str] | None = setting(
         None, "Layers by name, or one regular expression; by default all linear (paper)."
@@ -144,8 +151,8 @@ class ReLLMScriptArguments(RowsSettings):
     )
     attn_implementation: str | None = setting(None, "sdpa, flash_attention_2 or eager.")
     load_in_4bit: bool = setting(False, "QLoRA: the LLM alone in 4 bit (bitsandbytes).")
-    full_window: bool = setting(True, "Whisper over its whole 30 s, as it was trained. Of a new model.")
-    max_duration_s: float = setting(600.0, "Longest clip accepted, in seconds. Of a new model.")
+    full_window: bool | None = setting(None, "Whisper over its whole 30 s, as it was trained (default: true).")
+    max_duration_s: float | None = setting(None, "Longest clip accepted, in seconds (default: 600).")
     eval_split: str | None = setting(None, "Split to evaluate on, as eval_strategy says; never the test split.")
     eval_data: str | None = setting(None, "Where eval_split is, if not in data.")
     streaming: bool = setting(False, "Read rows as they are needed; needs max_steps.")
@@ -154,8 +161,8 @@ class ReLLMScriptArguments(RowsSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         choices = {
-            "emotion_fusion": ("concat", "token", "none"),
-            "lora_scope": ("audio", "text", "global"),
+            "emotion_fusion": (None, "concat", "token", "none"),
+            "lora_scope": (None, "audio", "text", "global"),
             "dtype": (None, "float32", "bfloat16", "float16"),
         }
         for name, allowed in choices.items():
@@ -163,6 +170,10 @@ class ReLLMScriptArguments(RowsSettings):
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
         if self.data is None:
             raise ValueError("data is missing: where the rows are. Give --data, or a line `data: …` in the recipe.")
+        if self.model_name_or_path is None:
+            for name, default in OF_A_NEW_MODEL.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, default)
         if self.model_name_or_path is None and (self.audio_tower is None or self.text_model is None):
             raise ValueError("Nothing to start from: give model_name_or_path, or audio_tower and text_model.")
         if self.model_name_or_path is None and self.emotion_fusion != "none" and self.emotion_tower is None:
@@ -170,17 +181,19 @@ class ReLLMScriptArguments(RowsSettings):
                 f"emotion_fusion={self.emotion_fusion!r} needs an emotion_tower. Give one, or emotion_fusion='none' "
                 "for the speech-LLM baseline."
             )
-        if self.lora_r < 0 or not 0 <= self.lora_dropout < 1:
+        if (self.lora_r or 0) < 0 or not 0 <= (self.lora_dropout or 0) < 1:
             raise ValueError(f"Expected lora_r >= 0, lora_dropout in [0, 1), got {self.lora_r}, {self.lora_dropout}.")
-        if self.max_duration_s <= 0:
+        if self.max_duration_s is not None and self.max_duration_s <= 0:
             raise ValueError(f"max_duration_s must be positive, got {self.max_duration_s}.")
 
     @property
     def lora(self) -> dict | None:
-        """Arguments of `peft.LoraConfig`, or `None`."""
-        if self.lora_r == 0:
+        """Return the arguments of `peft.LoraConfig`, or `None`."""
+        if not self.lora_r:
             return None
-        lora = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+        names = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+        given = {name: getattr(self, setting) for name, setting in names.items()}
+        lora = {name: OF_A_NEW_MODEL[names[name]] if value is None else value for name, value in given.items()}
         named: list[str] | str | None = self.lora_target_modules
         if named is not None and len(named) == 1 and not re.fullmatch(r"[\w.]+", named[0]):
             named = named[0]

@@ -183,7 +183,7 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     with args.main_process_first(desc="looking at the folder"):
         identity = _training_record(script, args) | describe_data(script, train_rows, eval_rows)
-        identity |= describe_weights({"model_name_or_path": script.model_name_or_path}, "main")
+        identity |= describe_weights({"model_name_or_path": str(script.model_name_or_path)}, "main")
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     set_seed(args.seed)  # what is drawn for the head
     name, num_layers = script.model_name_or_path, script.num_layers

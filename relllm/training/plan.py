@@ -87,7 +87,7 @@ def step_settings(script: ReLLMScriptArguments, args: ReLLMSFTConfig, config: Re
         gradient_checkpointing=bool(args.gradient_checkpointing),
         optimizer=str(getattr(args.optim, "value", args.optim)),
         load_in_4bit=script.load_in_4bit,
-        full_window=script.full_window,
+        full_window=script.full_window is not False,
         unfreeze=tuple(args.unfreeze),
         unused=tuple(head for head, weight in zip(HEADS, weights, strict=True) if weight == 0),
         teacher=args.response_kl_weight > 0,

@@ -14,7 +14,7 @@ from relllm.data.survey import TRAINING, check_surveys, draw_survey, emotions_of
 from relllm.labels import EMOTIONS
 
 from .augmentation import AugmentationSettings
-from .building import build_model
+from .building import build_model, starting_points
 from .checkpoints import begin_run, describe_data, describe_weights, end_run
 from .config import ReLLMScriptArguments, ReLLMSFTConfig, loss_weights
 from .settings import SettingsParser
@@ -28,7 +28,6 @@ MODEL_SETTINGS = (
     *("emotion_labels", "projector_inner_dim", "lora_r", "lora_alpha", "lora_dropout", "lora_scope"),
     *("lora_target_modules", "dtype", "load_in_4bit", "full_window", "max_duration_s", "early_stopping_patience"),
 )
-OF_A_NEW_MODEL = ("full_window", "max_duration_s")  # a checkpoint's processor has its own
 TRAINER_SETTINGS = (
     *("optim", "lr_scheduler_type", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("lr_scheduler_kwargs", "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy", "data_seed"),
@@ -73,7 +72,7 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
         train_rows, eval_rows = _load_data(script, args)
         _survey(script, args, train_rows, eval_rows)
         identity = training_record(script, args) | describe_data(script, train_rows, eval_rows)
-        identity |= describe_weights({name: getattr(script, name) for name in PLACES}, script.revision)
+        identity |= describe_weights(starting_points(script), script.revision)
         checkpoint = args.resume_from_checkpoint or begin_run(folder, identity, script.resume)
     set_seed(args.seed)  # what is drawn for the projector, the heads and the LoRA
     model, processor = build_model(script)
@@ -116,9 +115,8 @@ def _survey(script: ReLLMScriptArguments, args: ReLLMSFTConfig, train_rows: obje
 def training_record(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> dict[str, object]:
     """Return the settings that a reader needs to repeat a run, without a path of this machine or a token."""
     own = {*ReLLMSFTConfig.__annotations__, *(AugmentationSettings.__annotations__ if args.augments else ())}
-    of_model = [name for name in MODEL_SETTINGS if script.model_name_or_path is None or name not in OF_A_NEW_MODEL]
     names = [field.name for field in fields(args) if field.name in own or field.name in TRAINER_SETTINGS]
-    record: dict[str, object] = {name: getattr(script, name) for name in of_model}
+    record: dict[str, object] = {name: getattr(script, name) for name in MODEL_SETTINGS}
     record |= {name: getattr(args, name) for name in names}
     record["world_size"] = args.world_size
     for name in (*PLACES, "augment_noise_dir"):

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 from datasets import Dataset
-from joining import RESERVED, add_emotion_tower, join_towers, tokenizer_with_audio
+from joining import RESERVED, grow_stage1, join_towers, tokenizer_with_audio
 from pretrained_demo import AUDIO_MODEL, TEXT_MODEL, app, find_models
 from rich.console import Console
 from safetensors import safe_open
@@ -51,7 +51,7 @@ def joined(towers, tmp_path_factory):
 @pytest.fixture(scope="module")
 def wide(towers, joined, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide") / "wide"
-    add_emotion_tower(joined, towers / "emotion", folder)
+    grow_stage1(joined, towers / "emotion", folder)
     return folder
 
 

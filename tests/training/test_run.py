@@ -14,6 +14,7 @@ from datasets import disable_progress_bars
 from safetensors.torch import load_file
 from tiny_models import (
     clip,
+    tiny_config,
     tiny_emotion_tower,
     tiny_llm,
     tiny_model,
@@ -482,6 +483,52 @@ def test_an_architecture_that_the_checkpoint_has_not_is_refused(
     script = settings_of({}, corpus, model_name_or_path=str(tmp_path), **change)
     with pytest.raises(ValueError, match=message):
         build_model(script)
+
+
+def test_a_checkpoint_has_its_own_architecture_where_nothing_is_set(corpus: str, tmp_path: Path) -> None:
+    config = tiny_config(lora={"r": 3, "lora_alpha": 5}, lora_scope="text", fusion="token")
+    tiny_model(config).save_pretrained(tmp_path)
+    tiny_processor(config, full_window=False, max_duration_s=7.0).save_pretrained(tmp_path)
+    alone = {"model_name_or_path": str(tmp_path), "data": corpus}
+    model, processor = build_model(ReLLMScriptArguments(**alone))
+    assert (model.config.lora_scope, model.config.lora_config["r"]) == ("text", 3)
+    extractor = processor.feature_extractor
+    assert (extractor.full_window, extractor.max_duration_s) == (False, 7.0)
+    # What is said of clips is done, and not passed over.
+    extractor = build_model(ReLLMScriptArguments(**alone, full_window=True, max_duration_s=9.0))[1].feature_extractor
+    assert (extractor.full_window, extractor.max_duration_s) == (True, 9.0)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "token"])
+def test_a_second_stage_sets_an_emotion_tower_beside_the_first(
+    fusion: str, towers: dict[str, str], corpus: str, tmp_path: Path
+) -> None:
+    off = {"emotion_loss_weight": 0.0, "dimension_loss_weight": 0.0}
+    first = settings_of(towers, corpus, emotion_fusion="none", lora_r=0)
+    run_training(first, args_of(tmp_path / "stage1", max_steps=1, **off))
+    stage1 = {"model_name_or_path": str(tmp_path / "stage1"), "emotion_tower": towers["emotion_tower"]}
+    second = ReLLMScriptArguments(**stage1, data=corpus, emotion_fusion=fusion, lora_r=4)
+    model, processor = build_model(second)
+    assert build_config(second).to_dict()["emotion_config"] == model.config.to_dict()["emotion_config"]
+    heard = ReLLMForConditionalGeneration.from_pretrained(tmp_path / "stage1")
+    before = ReLLMProcessor.from_pretrained(tmp_path / "stage1")
+    if fusion == "concat":  # it hears as before until it is trained
+        for seconds in (0.3, 0.9):
+            inputs, more = (one.apply_request(clip(seconds)) for one in (before, processor))
+            with torch.no_grad():
+                logits, grown = heard(**inputs).logits, model.eval()(**more).logits
+            torch.testing.assert_close(grown, logits, rtol=1e-4, atol=1e-5)
+    run = run_training(second, args_of(tmp_path / "stage2", max_steps=1))
+    emotion = load_file(Path(towers["emotion_tower"]) / "model.safetensors")
+    assert torch.equal(run.model.model.emotion_tower.classifier.out_proj.weight, emotion["classifier.out_proj.weight"])
+    loaded = ReLLMForConditionalGeneration.from_pretrained(tmp_path / "stage2")
+    for name, weight in run.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    assert "emotion_tower_fingerprint" in json.loads((tmp_path / "stage2" / RECORD_NAME).read_text())
+    with pytest.raises(ValueError, match="has emotion_fusion: none; the run asks for emotion_fusion: concat"):
+        build_model(
+            ReLLMScriptArguments(model_name_or_path=str(tmp_path / "stage1"), data=corpus, emotion_fusion="concat")
+        )
 
 
 def test_a_tower_is_not_taken_for_a_rellm(towers: dict[str, str], corpus: str) -> None:
