@@ -106,7 +106,7 @@ class ReLLMSFTTrainer(GroupByLengthMixin, AugmentationMixin, TowerCacheMixin, Ch
                     "or looks them up in the cache of tower outputs. Leave data_collator out, or these settings."
                 )
             self._set_up_clips(model, processing_class.feature_extractor)
-        self.add_callback(_ShortStreamCallback)
+        self.add_callback(_ShortRunCallback)
         self._num_items = torch.zeros(len(self.objective.weights))
         names = ["response_loss", "emotion_accuracy", "tower_cache_hits", *self.objective.active]
         self._means = RunningMeans(names, self.args.device)
@@ -282,14 +282,21 @@ class _Recorder:
         return self.outputs[-1]
 
 
-class _ShortStreamCallback(TrainerCallback):
-    """Ends a run over a stream that is too short for one update: Transformers would pass through it for ever.
+class _ShortRunCallback(TrainerCallback):
+    """Warns of a warm-up that outlasts the run, and ends one over a stream that is too short for one update.
 
-    One pass without an update may be a resumed run's, which has skipped what it had seen.
+    Transformers would pass through such a stream for ever. One pass without an update may be a resumed run's, which
+    has skipped what it had seen.
     """
 
-    def on_train_begin(self, *_: object, **kwargs: object) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: object) -> None:
         self.last_step: int | None = None
+        warmup = args.get_warmup_steps(state.max_steps)
+        if state.is_world_process_zero and warmup >= state.max_steps:
+            logger.warning(
+                f"warmup_steps is {warmup}, and the run has {state.max_steps} steps: it never reaches its learning "
+                f"rate of {args.learning_rate}. Shorten the warm-up; below 1 it is a share of the steps."
+            )
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -57,3 +57,9 @@ def test_a_stream_that_ends_amid_an_update_goes_on_with_its_next_pass(tmp_path: 
     trainer = make_trainer(stream(make_rows(tmp_path, 5)), tmp_path / "run", tiny_processor(), **settings)
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("steps, said", [(2, True), (0.5, False)])
+def test_a_warm_up_that_outlasts_the_run_is_said(tmp_path: Path, caplog, steps: float, said: bool) -> None:
+    make_trainer(make_rows(tmp_path), tmp_path / "run", tiny_processor(), max_steps=2, warmup_steps=steps).train()
+    assert ("warmup_steps is 2, and the run has 2 steps" in caplog.text) == said
