@@ -80,14 +80,15 @@ def annotate_rows(
     return add_columns(rows, out, run, fill, finish)
 
 
-def read_dimensions(model: ReLLMEmotionModel, clips: Sequence[AudioSource]) -> list[list[float] | str]:
+def read_dimensions(model: ReLLMEmotionModel, clips: Sequence[AudioSource]) -> list[list[float | None] | str]:
     """Return arousal, dominance and valence of each clip, or why it cannot be read.
 
-    A clip is normalised as in RE-LLM; one longer than 30 s is cut into windows, averaged by their frames.
+    A dimension that the tower was not trained to is `None`. A clip is normalised as in RE-LLM; one longer than 30 s is
+    cut into windows, averaged by their frames.
     """
     cutter = ReLLMFeatureExtractor(min_duration_s=shortest_clip(model.config.encoder_config))
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-    results: list[list[float] | str] = []
+    results: list[list[float | None] | str] = []
     windows, owners = [], []
     for clip in clips:
         try:
@@ -104,11 +105,13 @@ def read_dimensions(model: ReLLMEmotionModel, clips: Sequence[AudioSource]) -> l
     with torch.no_grad():
         dimensions = model(batch["input_values"].to(model.dtype), batch["attention_mask"]).dimensions
     frames = count_frames(model.config.encoder_config, batch["attention_mask"].sum(-1)).double()
+    trained = model.config.trained_dimensions or DIMENSIONS
     owner = torch.tensor(owners, device=model.device)
     for index in sorted(set(owners)):
         share = torch.where(owner == index, frames, 0)
         values = (share / share.sum()) @ dimensions.double()
-        results[index] = [round(value, DIGITS) for value in values.tolist()]
+        pairs = zip(DIMENSIONS, values.tolist(), strict=True)
+        results[index] = [round(value, DIGITS) if name in trained else None for name, value in pairs]
     return results
 
 
@@ -159,16 +162,17 @@ def _read(
             bar.update(len(entries))
 
 
-def _off_scale(values: Sequence[float]) -> str | None:
-    if all(math.isfinite(value) and -MARGIN <= value <= 1 + MARGIN for value in values):
+def _off_scale(values: Sequence[float | None]) -> str | None:
+    given = [value for value in values if value is not None]
+    if all(math.isfinite(value) and -MARGIN <= value <= 1 + MARGIN for value in given):
         return None
-    return f"The tower gives {[float(f'{value:.3g}') for value in values]}, which is not on the scale [0, 1]."
+    return f"The tower gives {[float(f'{value:.3g}') for value in given]}, which is not on the scale [0, 1]."
 
 
 def _annotate(row: Mapping, entry: Mapping, settings: AnnotationSettings) -> dict:
     """Return the three numbers of one row and their source."""
     if "values" in entry:
-        clipped = (min(max(value, 0.0), 1.0) for value in entry["values"])
+        clipped = (None if value is None else min(max(value, 0.0), 1.0) for value in entry["values"])
         return {**dict(zip(DIMENSIONS, clipped, strict=True)), "dimension_source": settings.source}
     source = (row["dimension_source"] or LABEL_SOURCE) if _values(row) else None
     return {**{name: row[name] for name in DIMENSIONS}, "dimension_source": source}
@@ -181,7 +185,8 @@ def _values(row: Mapping) -> list[float]:
 def _report(labels: Sequence[Mapping], annotated: Sequence[Mapping], found: Mapping[str, dict]) -> dict:
     entries = {row["id"]: found[row["id"]] for row in labels if row["id"] in found}
     readings = {row_id: entry["values"] for row_id, entry in entries.items() if "values" in entry}
-    clipped = {row_id: values for row_id, values in readings.items() if min(values) < 0 or max(values) > 1}
+    given = {row_id: [one for one in values if one is not None] for row_id, values in readings.items()}
+    clipped = {row_id: readings[row_id] for row_id, values in given.items() if min(values) < 0 or max(values) > 1}
     reasons = {row_id: entry["reason"] for row_id, entry in entries.items() if "reason" in entry}
     kept = [(row, result) for row, result in zip(labels, annotated, strict=True) if row["id"] not in readings]
     kept = [(row, result) for row, result in kept if _values(row)]

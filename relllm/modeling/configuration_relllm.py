@@ -20,6 +20,8 @@ class ReLLMEmotionConfig(PreTrainedConfig):
     Args:
         encoder_config (`dict` or `PreTrainedConfig`, *optional*, defaults to wav2vec2): Or `hubert`, or `wavlm`.
         final_dropout (`float`, *optional*, defaults to 0.1): Dropout around the head's hidden layer, in [0, 1).
+        trained_dimensions (`list[str]`, *optional*, defaults to all three):
+            Those that the head was trained to; what it gives for another means nothing, and is NaN.
     """
 
     model_type = "relllm_emotion"
@@ -28,6 +30,7 @@ class ReLLMEmotionConfig(PreTrainedConfig):
 
     encoder_config: dict | PreTrainedConfig | None = None
     final_dropout: float = 0.1
+    trained_dimensions: list[str] | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: object) -> None:
@@ -40,6 +43,10 @@ class ReLLMEmotionConfig(PreTrainedConfig):
         _check_tower("encoder_config", self.encoder_config, WAVEFORM_TOWERS)
         if tuple(self.id2label[index] for index in sorted(self.id2label)) != DIMENSIONS:
             raise ValueError(f"The emotion tower's outputs must be {DIMENSIONS} in this order, got {self.id2label}.")
+        trained = list(DIMENSIONS) if self.trained_dimensions is None else self.trained_dimensions
+        if not trained or not set(trained) <= set(DIMENSIONS):
+            raise ValueError(f"trained_dimensions must be some of {DIMENSIONS}, got {trained}.")
+        self.trained_dimensions = trained
 
     @classmethod
     def from_encoder_config(cls, config: PreTrainedConfig) -> "ReLLMEmotionConfig":

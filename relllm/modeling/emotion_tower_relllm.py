@@ -23,7 +23,8 @@ class EmotionTowerOutput(ModelOutput):
     """
     Args:
         embedding (`torch.Tensor` of shape `(clips, d_e)`): Mean over the clip's own frames.
-        dimensions (`torch.Tensor` of shape `(clips, 3)`): Arousal, dominance, valence, about 0 to 1.
+        dimensions (`torch.Tensor` of shape `(clips, 3)`): Arousal, dominance, valence, about 0 to 1; NaN for one that
+            is not among the configuration's `trained_dimensions`.
         last_hidden_state (`torch.Tensor` of shape `(clips, T, d_e)`): Frames; past a clip's own count, padding.
         hidden_states (`tuple` of `torch.Tensor` of shape `(clips, T, d_e)`, *optional*): Before and after each layer.
         attentions (`tuple` of `torch.Tensor` of shape `(clips, heads, T, T)`, *optional*): Of each layer.
@@ -91,6 +92,11 @@ class ReLLMEmotionModel(SpreadModel):
         hidden = encoded.last_hidden_state
         embedding = masked_mean(hidden, lengths)
         dimensions = self.classifier(embedding)
+        trained = self.config.trained_dimensions or DIMENSIONS
+        if len(trained) < len(DIMENSIONS):
+            pairs = zip(DIMENSIONS, dimensions.unbind(-1), strict=True)
+            columns = [column if name in trained else torch.full_like(column, torch.nan) for name, column in pairs]
+            dimensions = torch.stack(columns, dim=-1)
         output = EmotionTowerOutput(embedding, dimensions, hidden, encoded.hidden_states, encoded.attentions)
         return output if return_dict is not False else output.to_tuple()
 

@@ -48,6 +48,7 @@ Fine-tune an emotion tower to arousal, dominance and valence, which `emotion=` a
   relllm train-emotion --model_name_or_path microsoft/wavlm-large --data data/msp-podcast --output_dir runs/tower
 
 Starts from a wav2vec2, HuBERT or WavLM encoder (which gets a fresh head) or from a tower that has its head already.
+A dimension that the training rows have no label of is not trained, and the tower's configuration says so.
 The checkpoint with the best mean CCC on the development split is the one that is kept. Interrupted, the same command
 goes on from the last complete checkpoint. Every setting may stand in a YAML file: --config FILE.
 """
@@ -86,7 +87,7 @@ class EmotionTrainingConfig(AugmentationSettings, TrainingArguments):
     save_strategy: str = setting("epoch", "When to save: no, steps, epoch, best.")
     save_total_limit: int | None = setting(2, "Checkpoints to keep.")
     load_best_model_at_end: bool = setting(True, "Keep the best of the development split.")
-    metric_for_best_model: str | None = setting("ccc", "Mean CCC of the three dimensions.")
+    metric_for_best_model: str | None = setting("ccc", "Mean CCC of the dimensions that have labels.")
     greater_is_better: bool | None = setting(True, "A CCC is better when it is greater.")
     report_to: str = setting("none", "trackio, tensorboard, wandb, …")
 
@@ -114,11 +115,12 @@ def parse_emotion_arguments(arguments: Sequence[str]) -> tuple[EmotionScriptArgu
 
 @dataclass
 class EmotionCollator:
-    """Rows with `audio` and the three dimensions -> normalised, padded waveforms and targets."""
+    """Rows with `audio` and dimensions -> normalised, padded waveforms and targets."""
 
     feature_extractor: Wav2Vec2FeatureExtractor
     augmentation: Augmentation | None = None
     min_duration_s: float = MIN_DURATION_S  # of a clip: what the tower needs for a frame
+    dimensions: Sequence[str] = DIMENSIONS  # those that count
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
         """Return `input_values` and `input_values_mask` `(clips, samples)`; `labels` `(clips, 3)`, NaN for none."""
@@ -128,27 +130,41 @@ class EmotionCollator:
             pairs = zip(rows, waveforms, strict=True)
             waveforms = [self.augmentation(waveform, row_id=row.get("id")) for row, waveform in pairs]
         batch = self.feature_extractor(waveforms, sampling_rate=rate, padding=True, return_tensors="pt")
-        targets = [[float("nan") if row[name] is None else float(row[name]) for name in DIMENSIONS] for row in rows]
+        targets = [[self._target(row, name) for name in DIMENSIONS] for row in rows]
         return {
             "input_values": batch["input_values"],
             "input_values_mask": batch["attention_mask"],
             "labels": torch.tensor(targets, dtype=torch.float32),
         }
 
+    def _target(self, row: Mapping, name: str) -> float:
+        value = row.get(name) if name in self.dimensions else None
+        return torch.nan if value is None else float(value)
+
 
 class EmotionTowerTrainer(GroupByLengthMixin, AugmentationMixin, LastStepMixin):
-    """Trains a [`ReLLMEmotionModel`] on rows with `audio` and the dimensions, with 1 - CCC, averaged over these.
+    """Trains a [`ReLLMEmotionModel`] on rows with `audio` and dimensions, with 1 - CCC, averaged over these.
 
-    A CCC is a statistic of a batch: prefer 16 clips or more, of many emotions, to gradient accumulation.
+    A dimension that fewer than two training rows are labelled with is not trained: the model's `trained_dimensions`
+    leave it out, and so does an evaluation. A CCC is a statistic of a batch: prefer 16 clips or more, of many
+    emotions, to gradient accumulation.
     """
 
-    def __init__(self, model: ReLLMEmotionModel, args: TrainingArguments, **kwargs: object) -> None:
+    def __init__(
+        self, model: ReLLMEmotionModel, args: TrainingArguments, train_dataset: Dataset | None = None, **kwargs: object
+    ) -> None:
         args.remove_unused_columns, args.label_names = False, ["labels"]
         # Whatever the encoder was pretrained on: ReLLM normalises what its emotion tower reads.
         extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
         shortest = shortest_clip(model.config.encoder_config)
-        collator = EmotionCollator(extractor, min_duration_s=shortest)
-        super().__init__(model=model, args=args, data_collator=collator, processing_class=extractor, **kwargs)
+        if isinstance(train_dataset, Dataset):  # of a stream nobody has counted the labels
+            if not (labelled := _find_labelled(train_dataset)):
+                raise ValueError(f"No two training rows are labelled with one of {DIMENSIONS}. Nothing would learn.")
+            model.config.trained_dimensions = labelled
+        dimensions = model.config.trained_dimensions or DIMENSIONS
+        collator = EmotionCollator(extractor, min_duration_s=shortest, dimensions=dimensions)
+        kwargs |= {"train_dataset": train_dataset, "data_collator": collator, "processing_class": extractor}
+        super().__init__(model=model, args=args, **kwargs)
         if isinstance(args, AugmentationSettings) and args.augments:
             limits = {"sampling_rate": extractor.sampling_rate, "min_duration_s": shortest}
             self.augment(Augmentation(args, seed=self.args.seed, **limits))
@@ -176,7 +192,9 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     """
     assert script.data is not None and script.model_name_or_path is not None
     train_rows = _load_labelled(script.data, script.train_split or "all", script.held_out)
-    eval_rows = _load_labelled(script.data, script.eval_split, script.held_out) if script.eval_split else None
+    eval_rows = None
+    if script.eval_split:
+        eval_rows = _load_labelled(script.data, script.eval_split, script.held_out, _find_labelled(train_rows))
     if script.eval_split == "test" and args.load_best_model_at_end:
         raise ValueError("eval_split='test' would keep the checkpoint that is best on it. Choose a development split.")
     if eval_rows is None:
@@ -238,7 +256,7 @@ def build_emotion_tower(name: str, *, num_layers: int | None = None, final_dropo
 
 
 def concordance_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Return `ccc_arousal`, `ccc_dominance` and `ccc_valence` over a whole split, and their mean, `ccc`."""
+    """Return `ccc_arousal`, `ccc_dominance`, `ccc_valence` over a whole split, where labelled; their mean is `ccc`."""
     metrics = concordances(prediction.label_ids, prediction.predictions)
     return metrics | {"ccc": sum(metrics.values()) / len(metrics)}
 
@@ -253,16 +271,25 @@ def _keep_layers(encoder: PreTrainedModel, num_layers: int | None) -> None:
     encoder.config.num_hidden_layers = num_layers
 
 
-def _load_labelled(data: str, split: str, held_out: str | None) -> Dataset:
-    """Return the rows with at least one dimension; each dimension needs two of them."""
+def _find_labelled(rows: Dataset) -> list[str]:
+    """Return the dimensions that two rows or more are labelled with, which a CCC needs."""
+    there = [name for name in DIMENSIONS if name in rows.column_names]
+    return [name for name in there if sum(value is not None for value in rows[name]) >= 2]
+
+
+def _load_labelled(data: str, split: str, held_out: str | None, among: Sequence[str] = DIMENSIONS) -> Dataset:
+    """Return the rows with at least one of the dimensions, of which one or more must have labels."""
     rows = load_corpus(data, split, held_out=held_out)
-    counts = {name: sum(value is not None for value in rows[name]) for name in DIMENSIONS if name in rows.column_names}
-    if few := [name for name in DIMENSIONS if counts.get(name, 0) < 2]:
+    labelled = [name for name in _find_labelled(rows) if name in among]
+    if not labelled:
         raise ValueError(
-            f"The split {split!r} has fewer than two rows with {', '.join(few)}. Choose a corpus with these labels, "
-            "or write pseudo-labels with `relllm annotate`."
+            f"The split {split!r} has fewer than two rows with {' or '.join(among)}. Choose a corpus with such "
+            "labels, or write pseudo-labels with `relllm annotate`."
         )
-    columns = [rows[name] for name in DIMENSIONS]
+    if silent := [name for name in among if name not in labelled]:
+        names = ", ".join(silent)
+        logger.warning("%r has fewer than two labels of %s: neither trained nor evaluated on it.", split, names)
+    columns = [rows[name] for name in labelled]
     kept = [index for index, values in enumerate(zip(*columns, strict=True)) if any(v is not None for v in values)]
     if len(kept) < len(rows):
         logger.warning("%d of %d rows of %r have no dimension: left out.", len(rows) - len(kept), len(rows), split)

@@ -48,7 +48,7 @@ def ccc_loss(predicted: Tensor, target: Tensor) -> Tensor:
         dx, dy = x - x.mean(), y - y.mean()
         scale = dx.square().mean() + dy.square().mean() + (x.mean() - y.mean()).square()
         losses.append(1 - 2 * (dx * dy).mean() / scale.clamp(min=VARIANCE_FLOOR))
-    return torch.stack(losses).mean() if losses else predicted.float().sum() * 0
+    return torch.stack(losses).mean() if losses else predicted[:0].float().sum()
 
 
 def response_kl(speech: Tensor, text: Tensor, temperature: float) -> Tensor:

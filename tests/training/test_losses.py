@@ -95,6 +95,14 @@ def test_ccc_loss_of_constants_is_one_and_finite(predicted_value: float):
     assert_finite_gradient(loss, predicted)
 
 
+def test_ccc_loss_of_no_two_labels_is_zero_whatever_is_predicted_without_one():
+    predicted = with_gradient(2, 3)
+    masked = torch.where(torch.tensor([True, False, True]), predicted, NAN)  # of a tower not trained to dominance
+    loss = ccc_loss(masked, torch.tensor([[0.5, NAN, NAN], [NAN, NAN, 0.5]]))
+    assert loss.item() == 0
+    assert_finite_gradient(loss, predicted)
+
+
 @pytest.mark.parametrize("sign, expected", [(1, 0.0), (-1, 2.0)])
 def test_ccc_loss_spans_agreement_to_opposition(sign: int, expected: float):
     values = torch.linspace(-1, 1, 9)[:, None].expand(-1, 3)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from tiny_models import (
     clip,
     tiny_audio_config,
@@ -19,7 +19,9 @@ from tiny_models import (
 )
 from transformers import AutoModel, EvalPrediction, Wav2Vec2FeatureExtractor
 
-from relllm import ReLLMEmotionModel, ReLLMForConditionalGeneration
+from relllm import ReLLMEmotionConfig, ReLLMEmotionModel, ReLLMForConditionalGeneration
+from relllm.data.annotate import annotate_rows
+from relllm.data.data_settings import AnnotationSettings
 from relllm.labels import DIMENSIONS
 from relllm.training.checkpoints import RunComplete
 from relllm.training.emotion_training import (
@@ -197,12 +199,81 @@ def test_concordance_is_that_of_the_reference_library_over_labelled_clips() -> N
     assert metrics["ccc"] == pytest.approx(np.mean([metrics[f"ccc_{name}"] for name in DIMENSIONS]))
 
 
-def test_a_split_without_labels_is_refused(corpus: str, tmp_path: Path) -> None:
+def save_rows(corpus: str, folder: Path, dropped: dict[str, str]) -> str:
+    """The corpus without a column (`""`) or with no value in it in the named split."""
     rows = [json.loads(line) for line in (Path(corpus) / "metadata.jsonl").read_text().splitlines()]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row | {"dominance": None}) + "\n" for row in rows))
-    script = EmotionScriptArguments(model_name_or_path="unused", data=str(path))
-    with pytest.raises(ValueError, match="'train' has fewer than two rows with dominance"):
+    for row in rows:
+        row["audio"] = str(Path(corpus) / row["audio"])
+        for name, split in dropped.items():
+            if not split:
+                del row[name]
+            elif row["split"] == split:
+                row[name] = None
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_a_dimension_without_labels_is_not_trained_nor_evaluated_nor_read(
+    corpus: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, split: str
+) -> None:
+    data = save_rows(corpus, tmp_path, {"dominance": split})
+    start = tiny_emotion_tower()
+    start.save_pretrained(tmp_path / "start")
+    script = EmotionScriptArguments(model_name_or_path=str(tmp_path / "start"), data=data)
+    trainer = run_emotion_training(script, args_of(tmp_path / "run"))
+    assert "'train' has fewer than two labels of dominance" in caplog.text
+    metrics = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert "eval_ccc_dominance" not in metrics
+    assert metrics["eval_ccc"] == pytest.approx((metrics["eval_ccc_arousal"] + metrics["eval_ccc_valence"]) / 2)
+    moved = (trainer.model.classifier.out_proj.weight - start.classifier.out_proj.weight).abs().sum(1)
+    assert [value > 0 for value in moved] == [True, False, True]
+
+    tower = ReLLMEmotionModel.from_pretrained(tmp_path / "run")
+    assert tower.config.trained_dimensions == ["arousal", "valence"]
+    read = tower(torch.from_numpy(clip(0.4))[None]).dimensions
+    assert read.isnan().tolist() == [[False, True, False]]
+    row = {"id": "a", "audio": f"{corpus}/1.wav"}
+    settings = AnnotationSettings(emotion_model="tower")
+    annotate_rows(Dataset.from_list([row]), tmp_path / "out.jsonl", tower, settings, progress=False)
+    annotated = json.loads((tmp_path / "out.jsonl").read_text())
+    assert annotated["dominance"] is None and annotated["dimension_source"] == "pseudo:tower"
+    assert annotated["arousal"] is not None and annotated["valence"] is not None
+
+
+def test_a_tower_of_two_dimensions_learns_the_third_from_rows_that_have_it(corpus: str, tmp_path: Path) -> None:
+    config = tiny_emotion_config()
+    config.trained_dimensions = ["valence"]
+    ReLLMEmotionModel(config).save_pretrained(tmp_path / "start")
+    script = EmotionScriptArguments(model_name_or_path=str(tmp_path / "start"), data=corpus)
+    run_emotion_training(script, args_of(tmp_path / "run", max_steps=1))
+    assert ReLLMEmotionModel.from_pretrained(tmp_path / "run").config.trained_dimensions == list(DIMENSIONS)
+
+
+def test_rows_without_any_label_are_refused(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"audio": "a.wav", "valence": 0.5}, {"audio": "b.wav", "valence": None}])
+    args = args_of(tmp_path, eval_strategy="no", load_best_model_at_end=False)
+    with pytest.raises(ValueError, match="No two training rows are labelled"):
+        EmotionTowerTrainer(tiny_emotion_tower(), args, train_dataset=rows)
+
+
+def test_dimensions_that_are_none_are_refused() -> None:
+    for names in ([], ["pleasure"]):
+        with pytest.raises(ValueError, match="trained_dimensions must be some of"):
+            ReLLMEmotionConfig(trained_dimensions=names)
+
+
+@pytest.mark.parametrize(
+    "dropped, message",
+    [
+        (dict.fromkeys(DIMENSIONS, "train"), "'train' has fewer than two rows with arousal or dominance or valence"),
+        ({"valence": "", "dominance": "train", "arousal": "validation"}, "'validation' .* fewer than two .* arousal"),
+    ],
+)
+def test_a_split_without_labels_is_refused(corpus: str, tmp_path: Path, dropped: dict, message: str) -> None:
+    script = EmotionScriptArguments(model_name_or_path="unused", data=save_rows(corpus, tmp_path, dropped))
+    with pytest.raises(ValueError, match=message):
         run_emotion_training(script, args_of(tmp_path / "run"))
 
 
