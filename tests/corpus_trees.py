@@ -12,7 +12,10 @@ RATE = 16_000
 ESD_NAMES = ("Neutral", "Angry", "Happy", "Sad", "Surprise")
 
 
-def write_wav(path: Path, *, duration_s: float = 0.05) -> None:
+SHORT_S = 0.05
+
+
+def write_wav(path: Path, *, duration_s: float = SHORT_S) -> None:
     """A clip that is the same for the same name and another for another one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, clip(duration_s, seed=zlib.crc32(path.name.encode())), RATE)
@@ -65,7 +68,9 @@ IEMOCAP_TURNS = (
 )
 
 
-def write_iemocap(root: Path, turns: Iterable[Turn] = IEMOCAP_TURNS, *, encoding: str = "utf-8") -> Path:
+def write_iemocap(
+    root: Path, turns: Iterable[Turn] = IEMOCAP_TURNS, *, encoding: str = "utf-8", duration_s: float = SHORT_S
+) -> Path:
     """The release's layout, with raters' folders, macOS's files and a dialog's audio beside what counts."""
     for number in range(1, 6):
         (root / f"Session{number}" / "dialog" / "EmoEvaluation").mkdir(parents=True, exist_ok=True)
@@ -87,7 +92,7 @@ def write_iemocap(root: Path, turns: Iterable[Turn] = IEMOCAP_TURNS, *, encoding
         write_wav(session / "dialog" / "wav" / f"{dialog}.wav")
         for turn in members:
             if turn.audio:
-                write_wav(session / "sentences" / "wav" / dialog / f"{turn.name}.wav")
+                write_wav(session / "sentences" / "wav" / dialog / f"{turn.name}.wav", duration_s=duration_s)
             write_text(session / "sentences" / "wav" / dialog / f"._{turn.name}.wav", "\x00\x05\x16\x07")
     return root
 
@@ -116,6 +121,7 @@ def write_esd(
     nested: bool = False,
     split_folders: bool = False,
     encoding: str = "utf-8",
+    duration_s: float = SHORT_S,
 ) -> Path:
     """Either layout, with or without split folders; blank lines and macOS's files included."""
     top = root / "Emotion Speech Dataset" if nested else root
@@ -125,7 +131,7 @@ def write_esd(
         write_text(top / speaker / f"._{speaker}.txt", "\x00\x05\x16\x07")
         for number in numbers:
             folder = top / speaker / esd_name(number) / (esd_split(number) if split_folders else "")
-            write_wav(folder / f"{speaker}_{number:06d}.wav")
+            write_wav(folder / f"{speaker}_{number:06d}.wav", duration_s=duration_s)
             write_text(folder / f"._{speaker}_{number:06d}.wav", "\x00\x05\x16\x07")
     write_text(root / "__MACOSX" / speakers[0] / f"._{speakers[0]}.txt", "\x00\x05\x16\x07")
     write_text(top / "ReadMe.txt", "The ESD database only can be used for research purpose.")
@@ -176,13 +182,18 @@ MSP_SEGMENTS = (
 
 
 def write_msp_podcast(
-    root: Path, segments: Sequence[Segment] = MSP_SEGMENTS, *, release: str = "csv", encoding: str = "utf-8"
+    root: Path,
+    segments: Sequence[Segment] = MSP_SEGMENTS,
+    *,
+    release: str = "csv",
+    encoding: str = "utf-8",
+    duration_s: float = SHORT_S,
 ) -> Path:
     """A new release (`release="csv"`) or one up to 1.8 (`"txt"`: labels, partitions and speakers in three files)."""
     (root / "Audios").mkdir(parents=True, exist_ok=True)
     for segment in segments:
         if segment.audio:
-            write_wav(root / "Audios" / f"{segment.stem}.wav")
+            write_wav(root / "Audios" / f"{segment.stem}.wav", duration_s=duration_s)
             write_text(root / "Audios" / f"._{segment.stem}.wav", "\x00\x05\x16\x07")
         if segment.text is not None:
             write_text(root / "Transcripts" / f"{segment.stem}.txt", f"{segment.text}\n", encoding)

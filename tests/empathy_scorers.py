@@ -37,7 +37,7 @@ def save_encoder(folder: Path, kind: str = "bert", **changes: object) -> str:
     tokenizer = tokenizer_of(WORDS)
     torch.manual_seed(1)
     config = KINDS[kind](
-        vocab_size=len(tokenizer), max_position_embeddings=40, pad_token_id=0, **{**SIZES[kind], **changes}
+        vocab_size=len(tokenizer), pad_token_id=0, **{**SIZES[kind], "max_position_embeddings": 40, **changes}
     )
     AutoModel.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

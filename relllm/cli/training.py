@@ -13,7 +13,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 def train(context: typer.Context) -> None:
     """Train a ReLLM from a YAML file and flags; `relllm train --help` lists them all.
 
-    Example: relllm train --config recipes/stage2_emotion.yaml --data data/iemocap --output_dir runs/iemocap
+    Example: relllm train --config recipes/stage2_emotion.yaml --data data/iemocap/targets.jsonl --out runs/iemocap
     """
     from relllm.training.checkpoints import RunComplete
     from relllm.training.run import parse_arguments, run_training

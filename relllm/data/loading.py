@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from relllm.labels import DIMENSIONS
 
 from .columns import normalize_columns
+from .report import UNSPLIT
 from .rows import COLUMNS
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ AUDIO_KEYS = ("audio", "path", "url")  # of an audio part in `messages`
 HELD_OUT_FORM = "column=value[,value…][;validation:column=value[,value…]], for example session=Ses05"
 
 ALL = "all"  # every split, as `datasets` names it
+TRAIN = "train"  # what rows are that name no split
 _TOO_MANY = "\0"  # no name of a column
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # of a prepared data set, in `data/`
 
@@ -41,10 +43,11 @@ def load_corpus(
             `metadata.jsonl` or Parquet files; a `.jsonl`, `.csv` or `.parquet` file; or the id of a data set on the
             Hub. Audio paths are relative to the folder.
         split (`str`, *optional*): Name of a split of the data set, or else a value of the rows' column `split`.
-            Not needed where there is only one; `"all"` for the rows of every split.
+            Not needed where there is only one; `"all"` for the rows of every split. Where no row names a split, all
+            are `"train"`, as `datasets` has it of a single file, and there is no other.
         held_out (`str`, *optional*): Makes the splits anew from all rows: `"session=Ses05"` or
             `"speaker=0019,0020"` are `"test"`, all others `"train"`; with `"session=Ses05;validation:session=Ses04"`
-            there is a `"validation"` too. Rows without a value in such a column are in none.
+            there is a `"validation"` too. Rows without a value in such a column are in none. Empty: the data's own.
         streaming (`bool`, *optional*, defaults to `False`): Whether to return an `IterableDataset`. Values in
             `held_out` that no row has cannot be noticed then.
 
@@ -53,7 +56,7 @@ def load_corpus(
         ValueError: The split is unknown, empty or has to be named, the file cannot be read as rows, or `held_out` does
             not fit the rows. The message names what is there.
     """
-    if held_out is None:
+    if not held_out:
         return _load(str(data), split, streaming)
     wanted = _parse_held_out(held_out)
     if split not in ("train", *wanted):
@@ -173,12 +176,15 @@ def _hold_out(
     dataset: Dataset | IterableDataset, split: str, wanted: dict[str, tuple[str, tuple[str, ...]]], source: str
 ) -> Dataset | IterableDataset:
     """Return the rows of a split that is made from columns, with the column `split` saying so."""
-    from datasets import Dataset
+    from datasets import Dataset, Value
 
     names = list(dataset.features or {})
     columns = [column for column, _ in wanted.values()]
     if absent := [column for column in columns if column not in names]:
-        raise ValueError(f"{source} has no column {absent[0]!r} to hold out by; its columns are {names}.")
+        raise ValueError(
+            f"{source} has no column {absent[0]!r} to hold out by; its columns are {names}. Hold out by one of them, "
+            'or take the splits that the data has with held_out "".'
+        )
 
     def assign(*values: Sequence[str | None]) -> list[str | None]:
         return [_assign(row, wanted) for row in zip(*values, strict=True)]
@@ -189,9 +195,12 @@ def _hold_out(
         )
     else:
         for column, values in wanted.values():
-            if missing := sorted({*values} - {*dataset.unique(column)}):
-                found = sorted(str(value) for value in dataset.unique(column))
-                raise ValueError(f"{source} has no rows with {column} {missing}; there are {found[:40]}.")
+            found = sorted(str(value) for value in dataset.unique(column) if value is not None)
+            if missing := sorted({*values} - {*found}):
+                raise ValueError(
+                    f"{source} has no rows with {column} {missing}; there are {found[:40] or 'none'}. Hold out what "
+                    'is there, or take the splits that the data has with held_out "".'
+                )
         assigned = assign(*(dataset[column] for column in columns))
         if unknown := assigned.count(None):
             logger.warning("%d rows of %s have no %s: they are in no split.", unknown, source, " or ".join(columns))
@@ -200,8 +209,10 @@ def _hold_out(
             raise ValueError(f"{source} has no row left for {split!r} beside what is held out.")
     if "split" not in names:
         return dataset
+    features = dataset.features.copy()
+    features["split"] = Value("string")  # whatever it was, for example nothing but missing values
     return dataset.map(
-        lambda old: {"split": [split] * len(old)}, input_columns="split", batched=True, features=dataset.features
+        lambda old: {"split": [split] * len(old)}, input_columns="split", batched=True, features=features
     )
 
 
@@ -209,7 +220,7 @@ def _assign(values: Sequence[str | None], wanted: dict[str, tuple[str, tuple[str
     """Find a row's split by its values in the columns of `wanted`; `None` where one is missing."""
     if None in values:
         return None
-    found = [name for value, (name, (_, held)) in zip(values, wanted.items(), strict=True) if value in held]
+    found = [name for value, (name, (_, held)) in zip(values, wanted.items(), strict=True) if str(value) in held]
     if len(found) > 1:
         raise ValueError(
             f"held_out has rows with {list(values)} both in {' and in '.join(found)}. Hold them out once."
@@ -218,7 +229,7 @@ def _assign(values: Sequence[str | None], wanted: dict[str, tuple[str, tuple[str
 
 
 def _load_table(path: Path, split: str | None) -> Dataset:
-    from datasets import Dataset, Features, Value
+    from datasets import Dataset, Value
 
     rows = [row for _, row in read_table(path)]
     if not rows:
@@ -227,10 +238,14 @@ def _load_table(path: Path, split: str | None) -> Dataset:
     rows = [_with_located_audio(row, folder) for row in _rows_of_split(rows, split, str(path))]
     names = list(dict.fromkeys(name for row in rows for name in row))
     rows = [{name: row.get(name) for name in names} for row in rows]
-    if all(name in COLUMNS for name in names):  # which keep their types where every value is missing
-        types = {name: Value("float64" if name in DIMENSIONS else "string") for name in names}
-        return Dataset.from_list(rows, features=Features(types))
-    return Dataset.from_list(rows)
+    dataset = Dataset.from_list(rows)
+    types = dataset.features.copy()
+    for name in types.keys() & set(COLUMNS):
+        if name in DIMENSIONS:
+            types[name] = Value("float64")
+        elif types[name] == Value("null"):  # every value is missing
+            types[name] = Value("string")
+    return dataset.cast(types) if types != dataset.features else dataset
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
@@ -271,9 +286,19 @@ def _rows_of_split(rows: list[dict], split: str | None, source: str) -> list[dic
     if split in (None, ALL):
         return rows
     found = sorted({str(row["split"]) for row in rows if row.get("split") is not None})
+    if split == TRAIN and not found:
+        return rows
     if split not in found:
-        raise ValueError(f"{source} has no rows of the split {split!r}; its rows are of {found or 'no split'}.")
+        raise ValueError(_say_splits(source, split, found))
     return [row for row in rows if row.get("split") == split]
+
+
+def _say_splits(source: str, split: str, found: Sequence[str]) -> str:
+    is_of = f"its rows are of {sorted(found)}" if found else f"its rows name no split, which makes them all {TRAIN!r}"
+    return (
+        f"{source} has no rows of the split {split!r}; {is_of}. Name one of these (all: every row), write splits into "
+        f"the column `split`, or make them by held_out ({HELD_OUT_FORM})."
+    )
 
 
 def _choose(loaded: dict | Dataset | IterableDataset, split: str | None, source: str) -> Dataset | IterableDataset:
@@ -286,16 +311,25 @@ def _choose(loaded: dict | Dataset | IterableDataset, split: str | None, source:
         if split in loaded:
             return loaded[split]
         if len(loaded) > 1:
-            raise ValueError(f"{source} has the splits {sorted(loaded)}, and {split!r} was asked for. Name one.")
-        loaded = next(iter(loaded.values()))
+            if split is None:
+                raise ValueError(f"{source} has the splits {sorted(loaded)}. Name one, or take all.")
+            raise ValueError(_say_splits(source, split, list(loaded)))
+        [(name, loaded)] = loaded.items()
+        if name == UNSPLIT and split == TRAIN:
+            return loaded
     if split is None:
         return loaded
     if "split" not in (loaded.features or {}):
-        raise ValueError(f"{source} has no split {split!r} and no column `split`. Leave the split out, or add it.")
-    chosen = loaded.filter(lambda value: value == split, input_columns="split")
-    if isinstance(loaded, Dataset) and len(chosen) == 0:
-        raise ValueError(f"{source} has no rows of the split {split!r}; its rows are of {loaded.unique('split')}.")
-    return chosen
+        found: list[str] = []
+    elif isinstance(loaded, Dataset):
+        found = [value for value in loaded.unique("split") if value is not None]
+    else:  # a stream shows its rows when it is read
+        found = [split]
+    if split == TRAIN and not found:
+        return loaded
+    if split not in found:
+        raise ValueError(_say_splits(source, split, found))
+    return loaded.filter(lambda value: value == split, input_columns="split")
 
 
 def _with_located_audio(row: dict, folder: Path) -> dict:

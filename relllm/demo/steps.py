@@ -20,9 +20,10 @@ from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.runs import read_run
 from relllm.evaluation.summary import report_run
 from relllm.evaluation.tables import to_rich
-from relllm.hub.cards import SETTINGS_NAME, write_model_card
+from relllm.hub.cards import write_model_card
 from relllm.hub.push import push_checkpoint
 from relllm.hub.sharing import CardSettings, PushSettings
+from relllm.hub.staging import SETTINGS_NAME
 from relllm.inference.replies import reply
 from relllm.labels import EMOTIONS
 from relllm.processing.processing_relllm import ReLLMProcessor

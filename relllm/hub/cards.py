@@ -24,9 +24,9 @@ from .evidence import (
 )
 from .licences import MSP_TOWER, UNKNOWN, model_licence, read_towers
 from .sharing import CardSettings
+from .staging import SETTINGS_NAME
 
 TEMPLATE = Path(__file__).parent / "template.md"
-SETTINGS_NAME = "training_settings.json"
 LORA_SCOPES = {"audio": "at audio positions only", "text": "at text positions only", "global": "everywhere"}
 IMAGE = re.compile(r"!\[[^]]*\]\((?!https?://)([^)]+)\)")
 

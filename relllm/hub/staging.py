@@ -6,6 +6,7 @@ That folder is made of links to a checkpoint's files, and of those that change o
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import cast
 
 from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils.hub import cached_file
 
 from relllm.data.journal import write_json
 from relllm.evaluation.fingerprints import model_fingerprint
@@ -24,12 +26,14 @@ from .files import take_inventory
 from .licences import is_local
 from .sharing import Form, MergeSettings
 
-CARD_FILES = ("README.md", "LICENSE", "NOTICE", EVIDENCE_NAME, "training_settings.json", "plots/")
+SETTINGS_NAME = "training_settings.json"
+CARD_FILES = ("README.md", "LICENSE", "NOTICE", EVIDENCE_NAME, SETTINGS_NAME, "plots/")
 PROCESSOR_CODE = "processing_relllm.ReLLMProcessor"
 
 
 def merge_checkpoint(settings: MergeSettings) -> None:
-    """Write the full checkpoint of a light one, with the processor's files; a full one is copied.
+    """Write the full checkpoint of a light one, with the processor's files and the record of its training, which its
+    card is made from; a full one is copied.
 
     A tower that is not the one that was trained with is a `ValueError`.
     """
@@ -42,6 +46,9 @@ def merge_checkpoint(settings: MergeSettings) -> None:
     options = {"towers": moved} if moved else {}
     AutoModel.from_pretrained(light, revision=settings.revision, **options).save_pretrained(out)
     processor.save_pretrained(out)
+    record = cached_file(light, SETTINGS_NAME, revision=settings.revision, _raise_exceptions_for_missing_entries=False)
+    if record is not None:
+        shutil.copyfile(record, out / SETTINGS_NAME)
 
 
 @contextlib.contextmanager

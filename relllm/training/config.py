@@ -109,7 +109,9 @@ class RowsSettings:
 
     data: str | None = setting(None, "Prepared corpus, .jsonl/.csv/.parquet, save_to_disk folder or Hub id.")
     train_split: str = setting("train", "Split to train on; empty for all rows.")
-    held_out: str | None = setting(None, "Splits of data from columns: session=Ses05;validation:session=Ses04.")
+    held_out: str | None = setting(
+        None, "Splits of data from columns: session=Ses05;validation:session=Ses04; empty for its own."
+    )
     resume: str = setting("auto", "auto: from the last complete checkpoint if any; true: demand it; false: refuse.")
 
     def __post_init__(self) -> None:

@@ -92,7 +92,7 @@ def test_without_a_split_all_rows_come_where_there_is_one_table(corpus: Path) ->
     assert load_corpus(str(corpus))["id"] == ["a", "b", "c"]
     found = places(corpus)
     assert len(load_corpus(str(found["a saved data set"]))) == 3
-    with pytest.raises(ValueError, match=r"has the splits \['test', 'train'\].*Name one"):
+    with pytest.raises(ValueError, match=r"has the splits \['test', 'train'\]. Name one"):
         load_corpus(str(found["saved splits"]))
 
 
@@ -126,7 +126,7 @@ def test_columns_that_are_missing_everywhere_keep_their_type(corpus: Path) -> No
         ('{"id": "a"}\n{"id":', None, "line 2 is not JSON"),
         ("[1]\n", None, "line 1 is list, expected one object"),
         ('{"id": "a", "split": "train"}\n', "dev", r"no rows of the split 'dev'; its rows are of \['train'\]"),
-        ('{"id": "a"}\n', "dev", "its rows are of no split"),
+        ('{"id": "a"}\n', "dev", "its rows name no split, which makes them all 'train'"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path: Path, content: str, split: str | None, message: str) -> None:
@@ -184,7 +184,9 @@ def test_the_splits_of_a_prepared_data_set_are_those_of_its_rows(prepared: Path,
         rows = load_corpus(prepared, split, streaming=streaming)
         assert [row["id"] for row in rows] == expected
     assert relllm.load_corpus is load_corpus
-    with pytest.raises(ValueError, match=r"has the splits \['test2', 'train', 'validation'\], and 'dev'"):
+    with pytest.raises(
+        ValueError, match=r"no rows of the split 'dev'; its rows are of \['test2', 'train', 'validation'\]"
+    ):
         load_corpus(prepared, "dev", streaming=streaming)
 
 
@@ -221,6 +223,24 @@ def test_holding_out_works_wherever_rows_lie(corpus: Path) -> None:
         assert list(load_corpus(path, "test", held_out="id=b")["id"]) == ["b"], place
 
 
+@pytest.mark.parametrize("named", [{}, {"split": None}], ids=["no column", "an empty column"])
+def test_rows_that_name_no_split_are_for_training_wherever_they_lie(tmp_path: Path, named: dict) -> None:
+    """As `datasets` has it of a single file. They are no other split, so nothing is measured on them by mistake."""
+    rows = [{"id": name, "audio": "a.wav", "duration_s": 1.0, **named} for name in "abc"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_csv(tmp_path / "rows.csv", rows)
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    Dataset.from_list(rows).to_parquet(tmp_path / "prepared" / "data" / "unsplit-00000-of-00001.parquet")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for name in ("rows.jsonl", "rows.csv", "rows.parquet", "prepared", "saved"):
+        path = tmp_path / name
+        assert load_corpus(path, "train")["id"] == ["a", "b", "c"], name
+        if not named or name not in ("rows.parquet", "saved"):  # whose values a stream shows when it is read
+            assert [row["id"] for row in load_corpus(path, "train", streaming=True)] == ["a", "b", "c"], name
+        with pytest.raises(ValueError, match="name no split, which makes them all 'train'.*make them by held_out"):
+            load_corpus(path, "test")
+
+
 def test_left_out_rows_are_counted_aloud(prepared: Path, caplog: pytest.LogCaptureFixture) -> None:
     load_corpus(prepared, "train", held_out="session=Ses01")
     assert "1 rows of" in caplog.text and "have no session" in caplog.text
@@ -239,7 +259,7 @@ def test_left_out_rows_are_counted_aloud(prepared: Path, caplog: pytest.LogCaptu
         (
             "test",
             "session=Ses09",
-            r"no rows with session \['Ses09'\]; there are \['None', 'Ses01', 'Ses02', 'Ses03'\]",
+            r"no rows with session \['Ses09'\]; there are \['Ses01', 'Ses02', 'Ses03'\]",
         ),
         ("train", "session=Ses01,Ses02,Ses03", "no row left for 'train'"),
         ("train", "session=Ses01;validation:session=Ses01", "both in test and in validation"),
@@ -248,6 +268,19 @@ def test_left_out_rows_are_counted_aloud(prepared: Path, caplog: pytest.LogCaptu
 def test_what_cannot_be_held_out_is_named(prepared: Path, split: str | None, held_out: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_corpus(prepared, split, held_out=held_out)
+
+
+def test_a_table_with_a_column_of_missing_values_can_be_held_out(tmp_path: Path) -> None:
+    """As `write-targets` writes what `prepare folder` made: no split, and a column that no row of ours has."""
+    rows = [{"id": f"{n}", "audio": "a.wav", "speaker": n, "split": None, "duration_s": 1.0} for n in range(3)]
+    (tmp_path / "targets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = "speaker=1;validation:speaker=2"  # numbers there
+    found = {name: load_corpus(tmp_path / "targets.jsonl", name, held_out=held_out) for name in ("train", "test")}
+    assert {name: (part["id"], part["split"]) for name, part in found.items()} == {
+        "train": (["0"], ["train"]),
+        "test": (["1"], ["test"]),
+    }
+    assert load_corpus(tmp_path / "targets.jsonl", "train", held_out="")["id"] == ["0", "1", "2"]
 
 
 def test_the_values_of_a_column_are_those_of_all_splits(corpus: Path) -> None:
