@@ -215,6 +215,7 @@ def test_every_split_of_every_layout_is_read(tmp_path: Path, write: Callable[[li
     assert sorted(path.name for path in (tmp_path / "other").rglob("*")) == before  # nothing is written there
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     folder = write_corpus(tmp_path / "corpus", make_rows(70))  # more than two chunks
     (folder / "audio/69.wav").unlink()

@@ -129,6 +129,7 @@ def test_the_kept_checkpoint_is_the_best_on_validation(tmp_path: Path, monkeypat
     assert any(not torch.equal(kept[name], tensor) for name, tensor in after_epoch[2].items())
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"count": 48, "epochs": 3}
     (tmp_path / "whole").mkdir()

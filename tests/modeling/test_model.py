@@ -190,6 +190,7 @@ def test_thawed_towers_learn() -> None:
 # --- compilation -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_compiled_decoder_follows_the_lora_mask_without_a_graph_break() -> None:
     config = tiny_config()

@@ -330,6 +330,7 @@ def test_audio_columns_are_left_encoded_for_the_processor(tmp_path, processor):
     assert trainer.train().training_loss > 0
 
 
+@pytest.mark.slow
 def test_loss_falls_when_the_trainer_runs_for_a_while(tmp_path, processor):
     settings = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": 30, "per_device_train_batch_size": 8}
     trainer = make_trainer(make_rows(tmp_path), tmp_path / "run", processor, **settings, gradient_accumulation_steps=1)
