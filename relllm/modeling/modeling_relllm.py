@@ -62,6 +62,9 @@ AUDIO_INPUTS = (*FEATURES, "audio_num_windows", "tower_outputs")
 READINGS = ("emotion_logits", "dimensions", "emotion_embedding", "tower_dimensions")
 AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForSpeechSeq2Seq")
 
+# On one device: what Transformers adds up between a tower's layers does not follow them to another.
+WHOLE_TOWERS = ("ReLLMEmotionModel", "WhisperEncoder", "Wav2Vec2Model", "HubertModel", "WavLMModel")
+
 
 class ReLLMPreTrainedModel(SpreadModel):
     """Loading, initialisation, freezing and gradient checkpointing, shared by both models."""
@@ -71,10 +74,7 @@ class ReLLMPreTrainedModel(SpreadModel):
     main_input_name = "input_ids"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    # Whole on one device: what Transformers adds up between a tower's layers does not follow them to another.
-    _no_split_modules: set[str] | list[str] = [
-        *("ConvProjector", "ReLLMEmotionModel", "WhisperEncoder", "Wav2Vec2Model", "HubertModel", "WavLMModel")
-    ]
+    _no_split_modules: set[str] | list[str] = ["ConvProjector", *WHOLE_TOWERS]
     _skip_keys_device_placement = [CACHE]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -84,6 +84,9 @@ class ReLLMPreTrainedModel(SpreadModel):
         """Have only layers that are here placed whole: Whisper's encoder names its decoder's as well."""
         super().post_init()
         self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+            # FSDP gathers what is named here for its own forward alone, and a tower's layers are run one by one.
+            self._no_split_modules -= {*WHOLE_TOWERS}
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
