@@ -321,6 +321,11 @@ def load_light(
         base = cls(copy.deepcopy(config)).base_model
     wrapped = {prefix + name.replace(".base_layer.", "."): prefix + name for name in base.state_dict()}
     state = {wrapped.get(name, name): weight for name, weight in state.items()}  # of a LoRA that was not there
+    if extra := sorted(state.keys() - {prefix + name for name in base.state_dict()}):
+        raise ValueError(
+            f"{path} has {len(extra)} weights that the model of this configuration has no place for: {extra[:4]}. "
+            "Load it with the configuration that it was saved with, above all its lora_config."
+        )
     missing = {name for name in base.state_dict() if prefix + name not in state} - base.all_tied_weights_keys.keys()
     for tower, source in record.items():
         if not any(name.startswith(f"{tower}.") for name in missing):

@@ -152,6 +152,12 @@ class ScopedLinear(PeftLinear):
             delta = delta * mask.unsqueeze(-1).to(delta.dtype)
         return result + delta.to(result.dtype)
 
+    def update_layer(self, adapter_name: str, *args: object, **kwargs: object) -> None:
+        """Do as PEFT for another adapter; a `ValueError` for a second one of our name, which would replace ours."""
+        if adapter_name == ADAPTER_NAME and ADAPTER_NAME in self.lora_A:
+            raise ValueError(f"{ADAPTER_NAME!r} is the name of the model's own LoRA. Give your adapter another.")
+        super().update_layer(adapter_name, *args, **kwargs)
+
     def reset_own(self) -> None:
         """Draw our LoRA's A and set its B to zero."""
         self.reset_lora_parameters(ADAPTER_NAME, self.start_from)

@@ -97,11 +97,6 @@ class ReLLMSFTTrainer(GroupByLengthMixin, AugmentationMixin, TowerCacheMixin, Ch
             )
         if getattr(model, "is_quantized", False):  # TRL has put what trains in bfloat16: 2e-5 is lost there
             prepare_trainable(model, args.unfreeze, self.objective.unused_heads)
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-            # Layers alone: the parts of what `device_map` keeps whole, a tower, are run without it.
-            whole = set(type(model)._no_split_modules)
-            plugin.transformer_cls_names_to_wrap = sorted(set(model._no_split_modules) - whole)
         return_heads(self.model, self.objective.alignment)
         self.add_callback(TrainableTableCallback)
         if args.augments or args.tower_cache_dir is not None:

@@ -176,6 +176,15 @@ def test_a_deleted_adapter_leaves_the_plain_model_and_ours_cannot_be_deleted(fol
         layer.delete_adapter(ADAPTER_NAME)
 
 
+def test_an_adapter_of_our_name_is_refused_and_replaces_nothing(folder: Path, inputs, below) -> None:
+    model = load(folder)
+    with pytest.raises(ValueError, match="the name of the model's own LoRA. Give your adapter another"):
+        model.add_adapter(settings(), ADAPTER_NAME)
+    assert torch.equal(logits(model, inputs), below)
+    with pytest.raises(ValueError, match="the name of the model's own LoRA"):
+        peft.get_peft_model(load(folder), settings(), adapter_name=ADAPTER_NAME)
+
+
 @pytest.mark.parametrize("safe", [False, True], ids=["unsafe", "safe"])
 def test_merging_merges_the_adapter_and_keeps_ours(safe: bool, folder: Path, inputs, below, both, tmp_path) -> None:
     merged = with_peft(folder).merge_and_unload(safe_merge=safe)
