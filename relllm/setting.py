@@ -13,7 +13,7 @@ def setting(default: Any, help: str, **told: Any) -> Any:
         default (`Any`): `REQUIRED` for none; a list is copied for each instance.
         help (`str`): What `--help` says of it.
         told: Further metadata for the command line, as in [`~relllm.cli.options.from_settings`]: `min`, `max`,
-            `argument`, `flags`.
+            `argument`, `flags`, `place`.
     """
     metadata = {"help": help, **told}
     if isinstance(default, list):

@@ -10,10 +10,11 @@ import typer
 from relllm import register_with_transformers
 
 from . import data, empathy, evaluation, hub, serving, talking, training
-from .options import same_flag
+from .options import PlainCommands, same_flag
 
 app = typer.Typer(
     name="relllm",
+    cls=PlainCommands,
     help="RE-LLM: a speech LLM that hears how something is said.",
     no_args_is_help=True,
     add_completion=False,

@@ -24,7 +24,7 @@ from relllm.data.data_settings import (
 )
 from relllm.demo.demo_settings import SyntheticSettings, TinyTowersSettings
 
-from .options import from_settings, plain_errors
+from .options import from_settings
 
 if TYPE_CHECKING:
     from relllm.data.inspection import Finding, Inspection
@@ -94,8 +94,7 @@ def synthetic(settings: SyntheticSettings) -> None:
     """
     from relllm.demo.synthetic import prepare_synthetic
 
-    with plain_errors():
-        _show_report(prepare_synthetic(settings), settings.directory)
+    _show_report(prepare_synthetic(settings), settings.directory)
 
 
 @prepare.command("tiny-towers")
@@ -147,13 +146,10 @@ def write_replies(settings: WriteTargetsSettings) -> None:
     from relllm.data.journal import report_path
     from relllm.data.replies.targets import run_write_targets, target_table
 
-    with plain_errors(PermissionError, ConnectionError):  # of the endpoint; the message says what to do
-        report = run_write_targets(settings)
+    report = run_write_targets(settings)
     console.print(target_table(report))
     dropped = report_path(settings.out)
     console.print(f"Replies: [bold]{settings.out}[/bold]; what was dropped, with ids and texts: {dropped}")
-    if not report["written"]:
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -177,8 +173,7 @@ def annotate(settings: AnnotateSettings) -> None:
 def _prepare(parse: Callable[[Settings], Corpus], settings: Settings) -> None:
     from relllm.data.preparing import prepare_corpus
 
-    with plain_errors():
-        _show_report(prepare_corpus(parse(settings), settings), settings.directory)
+    _show_report(prepare_corpus(parse(settings), settings), settings.directory)
 
 
 def _show_report(report: dict, out: Path) -> None:

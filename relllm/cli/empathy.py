@@ -9,7 +9,7 @@ from rich.table import Table
 
 from relllm.evaluation.evaluation_settings import EmpathySettings, ScoringSettings
 
-from .options import from_settings, pick_device, plain_errors
+from .options import from_settings, pick_device
 
 app = typer.Typer()
 console = Console()
@@ -28,8 +28,7 @@ def train_command(settings: EmpathySettings) -> None:
     """
     from relllm.evaluation.empathy.scorer_training import train_scorer
 
-    with plain_errors():
-        _show_training(train_scorer(settings), settings.output_dir / settings.mechanism)
+    _show_training(train_scorer(settings), settings.output_dir / settings.mechanism)
 
 
 @empathy.command("score")
@@ -44,8 +43,7 @@ def score_command(settings: ScoringSettings) -> None:
     pairs = settings.pairs
     out = settings.out or pairs.with_name(f"{pairs.stem}.scored{pairs.suffix}")
     device = pick_device(settings.device)
-    with plain_errors():
-        found = score_table(pairs, load_scorers(settings.scorers), out, batch_size=settings.batch_size, device=device)
+    found = score_table(pairs, load_scorers(settings.scorers), out, batch_size=settings.batch_size, device=device)
     table = Table("empathy", "mean level", "level 0 / 1 / 2", "pairs")
     for name, part in found.items():
         counts = " / ".join(f"{count:,}" for count in part["levels"])

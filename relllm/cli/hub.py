@@ -35,7 +35,7 @@ def card(settings: CardSettings) -> None:
 
     from relllm.hub.cards import write_model_card
 
-    with plain_errors(HTTPError, OSError, RuntimeError, ValueError):
+    with plain_errors(HTTPError, RuntimeError):
         path = write_model_card(settings)
     console.print(f"Card: [bold]{path}[/bold]{'' if settings.runs else ' (no run given: it says “not evaluated”)'}")
 
@@ -51,7 +51,7 @@ def push(settings: PushSettings) -> None:
 
     from relllm.hub.push import push_checkpoint
 
-    with plain_errors(HTTPError, OSError, RuntimeError, ValueError):
+    with plain_errors(HTTPError, RuntimeError):
         done = push_checkpoint(settings)
     for name, size in done.files.items():
         console.print(f"{size:>15,}  {name}", highlight=False)

@@ -1,14 +1,16 @@
 """A command's flags from the dataclass of its settings, so that each is declared, and explained, once.
 
 A field is an option: its name is the flag, its default the flag's, `metadata` what Typer shows and checks:
-`{"help": "…"}`, and where it applies `"min"` and `"max"`, `"envvar"`, `"argument": True` (no flag in front) and
-`"flags"` (other spellings). A field that is a tuple is given with commas. `output_dir` may be written `--out`.
+`{"help": "…"}`, and where it applies `"min"` and `"max"`, `"envvar"`, `"argument": True` (no flag in front), `"flags"`
+(other spellings) and `"place"` (it names a `"checkpoint"` or a `"dataset"`, which is looked for before anything is
+loaded). A field that is a tuple is given with commas. `output_dir` may be written `--out`.
 
 The dataclasses live in their rooms, in files that import nothing heavy: `relllm --help` reads them all.
 """
 
 import dataclasses
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +20,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
+from relllm.modeling.places_relllm import PlaceError, check_place
+
+UsageError: type[Any] = typer.BadParameter.__bases__[0]  # Typer's own copy of Click is private
 ALIASES = {"output_dir": ["--out"]}
 
 
@@ -50,6 +56,7 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
                 given[name] = kind(**own)
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from error
+            _check_places(given[name])
         function(**given)
 
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
@@ -64,16 +71,54 @@ def same_flag(name: str) -> str:
     return name.replace("_", "-")
 
 
+class PlainCommands(TyperGroup):
+    """The commands, each of whose expected errors is one line; of a wrong use the exit status is 2, of a failure 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command as Click does."""
+        try:
+            with plain_errors():
+                return super().invoke(ctx)
+        except UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # shows the help
+                raise
+            own = getattr(error, "ctx", None)
+            command = own.command_path if own is not None else f"{ctx.command_path} {ctx.invoked_subcommand}"
+            _print_line(f"{command}: {error.format_message()} See `{command} --help`.")
+            raise typer.Exit(2) from error
+
+
 @contextmanager
 def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Show an error of these kinds, by default `OSError` and `ValueError`, without a traceback; exit with status 1."""
-    kinds = kinds or (OSError, ValueError)
+    """Show an error of these kinds on one line, without a traceback, and exit.
+
+    By default they are those that say what a user can do: `ImportError`, `OSError` and `ValueError`. Python's
+    development mode (`PYTHONDEVMODE=1`) has the traceback as well. A [`PlaceError`] is a wrong use.
+    """
+    kinds = kinds or (ImportError, OSError, ValueError)
     try:
         yield
     except kinds as error:
+        if isinstance(error, BrokenPipeError) or sys.flags.dev_mode:
+            raise
         cause = f" {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else ""  # of an upload
-        Console(stderr=True).print(f"[red]stopped:[/red] {escape(f'{error}{cause}')}", highlight=False)
-        raise typer.Exit(1) from error
+        _print_line(f"stopped: {error}{cause}")
+        raise typer.Exit(2 if isinstance(error, PlaceError) else 1) from error
+
+
+def _print_line(text: str) -> None:
+    line = " ".join(text.split())
+    Console(stderr=True).print(f"[red]{escape(line)}[/red]", highlight=False, soft_wrap=True)
+
+
+def _check_places(settings: Any) -> None:
+    """Look for the checkpoints and data that settings name; `{fold}` in a name stands for several."""
+    for field in dataclasses.fields(settings):
+        kind, value = field.metadata.get("place"), getattr(settings, field.name)
+        if kind == "checkpoint" and value is not None and "{" not in str(value):
+            check_place(value, holds="config.json")
+        elif kind == "dataset" and value is not None:
+            check_place(value, repo_type="dataset")
 
 
 def pick_device(device: str) -> str:

@@ -14,8 +14,9 @@ from rich.markup import escape
 
 from relllm.demo.demo_settings import DemoSettings
 from relllm.inference.inference_settings import CheckpointSettings, ClipSettings, PageSettings, TalkSettings
+from relllm.modeling.places_relllm import check_place
 
-from .options import from_settings, pick_device, plain_errors
+from .options import from_settings, pick_device
 
 if TYPE_CHECKING:
     from relllm.inference.conversation import Conversation
@@ -118,10 +119,9 @@ def web(settings: PageSettings) -> None:
     """
     from relllm.inference.web import Page
 
-    with plain_errors(ImportError, OSError):  # Gradio is missing, the port is taken
-        page = Page(load_systems(settings), max_new_tokens=settings.max_new_tokens)
-        console.print(f"{escape(settings.model)}: http://{settings.host}:{settings.port}  (Ctrl-C ends)")
-        page.launch(host=settings.host, port=settings.port)
+    page = Page(load_systems(settings), max_new_tokens=settings.max_new_tokens)
+    console.print(f"{escape(settings.model)}: http://{settings.host}:{settings.port}  (Ctrl-C ends)")
+    page.launch(host=settings.host, port=settings.port)
 
 
 @app.command()
@@ -232,6 +232,8 @@ def load_systems(settings: TalkSettings) -> dict[str, Callable[[], System]]:
     if settings.transcriber is not None and settings.text_only is None:
         message = "It writes spoken turns down for --text-only, which is missing."
         raise typer.BadParameter(message, param_hint="--transcriber")
+    if settings.text_only not in (None, "own"):
+        check_place(settings.text_only, holds="config.json")
     model, processor = load_relllm(settings)
     device, prompts = pick_device(settings.device), settings.prompts
     systems: dict[str, Callable[[], System]] = {"RE-LLM": partial(Conversation, model, processor, **prompts)}

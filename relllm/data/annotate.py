@@ -5,7 +5,7 @@ A model's reading is no label: every row says in `dimension_source` where its th
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ TYPES = {**{name: Value("float64") for name in DIMENSIONS}, "dimension_source": 
 def annotate_rows(
     rows: Dataset,
     out: Path,
-    model: ReLLMEmotionModel,
+    load_tower: Callable[[], ReLLMEmotionModel],
     settings: AnnotationSettings,
     *,
     batch_size: int = 16,
@@ -53,6 +53,7 @@ def annotate_rows(
     Args:
         rows (`datasets.Dataset`): With `id` and `audio`, undecoded.
         out (`Path`): `.jsonl` or `.parquet`.
+        load_tower (`Callable`): Returns the tower; called once, if it is needed, after everything else is checked.
         batch_size (`int`, *optional*, defaults to 16): Clips read at once.
 
     Returns:
@@ -69,7 +70,9 @@ def annotate_rows(
     todo = [index for index, row in enumerate(labels) if settings.overwrite or not _values(row)]
 
     def fill(journal: Journal) -> None:
-        _read(model, rows, todo, journal, batch_size, progress)
+        ids = rows["id"]
+        if not all(ids[index] in journal.done for index in todo):
+            _read(load_tower(), rows, todo, journal, batch_size, progress)
 
     def finish(found: Mapping[str, dict]) -> tuple[dict, Dataset]:
         annotated = [_annotate(row, found.get(row["id"], {}), settings) for row in labels]
@@ -121,9 +124,13 @@ def run_annotate(settings: AnnotateSettings) -> dict:
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = ReLLMEmotionModel.from_pretrained(settings.emotion_model, revision=settings.revision)
-    assert isinstance(model, ReLLMEmotionModel)  # with `output_loading_info` it would be a pair
-    return annotate_rows(rows, settings.out, model.to(device).eval(), settings, batch_size=settings.batch_size)
+
+    def load() -> ReLLMEmotionModel:
+        model = ReLLMEmotionModel.from_pretrained(settings.emotion_model, revision=settings.revision)
+        assert isinstance(model, ReLLMEmotionModel)  # with `output_loading_info` it would be a pair
+        return model.to(device).eval()
+
+    return annotate_rows(rows, settings.out, load, settings, batch_size=settings.batch_size)
 
 
 def annotation_table(report: Mapping) -> Table:

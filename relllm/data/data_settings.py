@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -123,7 +124,9 @@ class FolderSettings(CorpusSettings):
 class InspectSettings:
     """What a look at a data set reads, finds and shows."""
 
-    data: str = setting(REQUIRED, "A data set: a folder, a .jsonl/.csv/.parquet file, or a Hub id.", argument=True)
+    data: str = setting(
+        REQUIRED, "A data set: a folder, a .jsonl/.csv/.parquet file, or a Hub id.", argument=True, place="dataset"
+    )
     output_dir: Path | None = setting(None, "Folder of report and plot; else runs/inspect/NAME.")
     audio: bool = setting(True, "Decode every clip; --no-audio looks at the table alone.")
     num_proc: int | None = setting(None, "Processes that decode; else one for each core.", min=1)
@@ -137,7 +140,9 @@ class InspectSettings:
 class RunSettings:
     """What the commands that add a column to a data set share."""
 
-    data: str = setting(REQUIRED, "A corpus: a directory, a .jsonl/.csv/.parquet file, or a Hub id.", argument=True)
+    data: str = setting(
+        REQUIRED, "A corpus: a directory, a .jsonl/.csv/.parquet file, or a Hub id.", argument=True, place="dataset"
+    )
     out: Path = setting(REQUIRED, "The rows with what is added: .jsonl or .parquet.")
     split: str | None = setting(None, "Split of the data; by default every one.")
     batch_size: int = setting(16, "Clips read, or replies written by a local LLM, at once.", min=1)
@@ -178,6 +183,12 @@ class TargetSettings(Sampling):
             self.prompt.format(emotion="")
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"The prompt may hold {{emotion}} and no other field, got {self.prompt!r}.") from error
+        try:
+            fields_of_body = json.loads(self.extra_body or "{}")
+        except ValueError:
+            fields_of_body = None
+        if not isinstance(fields_of_body, dict):
+            raise ValueError(f'extra_body is {self.extra_body!r}, expected a JSON object such as {{"top_k": 5}}.')
 
     @property
     def identity(self) -> dict[str, object]:
@@ -205,7 +216,7 @@ class WriteTargetsSettings(TargetSettings, RunSettings):
 class AnnotationSettings:
     """What makes the readings of one file comparable; a resumed run must have the same."""
 
-    emotion_model: str = setting(REQUIRED, "The emotion tower: an id or a path.")
+    emotion_model: str = setting(REQUIRED, "The emotion tower: an id or a path.", place="checkpoint")
     revision: str = setting("main", "Of the tower: branch, tag or commit on the Hub.")
     overwrite: bool = setting(False, "Replace numbers that are there.")
 

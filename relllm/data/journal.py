@@ -31,6 +31,7 @@ class Journal:
     def __init__(self, path: Path, settings: Mapping[str, object]) -> None:
         self.path = path
         self.done: dict[str, dict] = {}
+        self._first: list[dict] = []  # the line with the settings: a run that comes to nothing leaves none
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         try:
@@ -48,7 +49,8 @@ class Journal:
     def append(self, entries: Iterable[Mapping[str, object]]) -> None:
         """Add finished rows, each with its `id`; they are on disk when this returns."""
         written = [dict(entry) for entry in entries]
-        self._write(written)
+        self._write([*self._first, *written])
+        self._first = []
         self.done |= {str(entry["id"]): entry for entry in written}
 
     def __enter__(self) -> Journal:
@@ -67,7 +69,7 @@ class Journal:
             self._file.truncate(len(complete))
         lines = [_parse(line, self.path, number) for number, line in enumerate(complete.splitlines(), start=1)]
         if not lines:
-            self._write([{"settings": settings}])
+            self._first = [{"settings": settings}]
             return
         found = lines[0].get("settings")
         if found != settings:
@@ -114,6 +116,8 @@ def _check_out(rows: Dataset, path: Path) -> None:
     """Say before the work whether [`write_rows`] will be able to write these rows there."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"--out {path}: expected a file that ends in one of {', '.join(SUFFIXES)}.")
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder: expected a file, such as {path / 'rows.jsonl'}.")
     seen: set[str] = set()
     for row_id in rows["id"]:
         if not isinstance(row_id, str) or not row_id or row_id in seen:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relllm.labels import DIMENSIONS
+from relllm.modeling.places_relllm import PlaceError, check_place
 
 from .columns import normalize_columns
 from .report import UNSPLIT
@@ -52,7 +53,7 @@ def load_corpus(
             `held_out` that no row has cannot be noticed then.
 
     Raises:
-        FileNotFoundError: `data` looks like a path, and nothing is there.
+        PlaceError: Nothing is at a path, or the Hub has no such data set; a `FileNotFoundError`.
         ValueError: The split is unknown, empty or has to be named, the file cannot be read as rows, or `held_out` does
             not fit the rows. The message names what is there.
     """
@@ -83,9 +84,12 @@ def _load(data: str, split: str | None, streaming: bool) -> Dataset | IterableDa
 
     path = Path(data).expanduser()
     if not path.exists():
-        if data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith((".jsonl", ".csv", ".parquet")):
-            raise FileNotFoundError(f"No data at {data}. Give an existing path, or the id of a data set on the Hub.")
-        return normalize_columns(_choose(load_dataset(data, streaming=streaming), split, data))
+        check_place(data, repo_type="dataset")
+        try:
+            loaded = load_dataset(data, streaming=streaming)
+        except (FileNotFoundError, ConnectionError) as error:
+            raise PlaceError(f"{data} is no file or folder here, and no data set of the Hub comes: {error}") from error
+        return normalize_columns(_choose(loaded, split, data))
     if path.is_dir() and (path / METADATA).is_file():
         path = path / METADATA
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):

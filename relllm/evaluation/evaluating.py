@@ -28,6 +28,7 @@ from relllm.data.rows import LABEL_SETS
 from relllm.inference.replies import GREEDY
 from relllm.labels import DIMENSIONS, EMOTIONS
 from relllm.modeling.checkpoint_relllm import find_commit
+from relllm.modeling.places_relllm import check_place
 
 from .asking import RECOGNITION_TOKENS, Questions, render_prompts
 from .evaluation_settings import FORMAT, METRICS, PREDICTIONS, TASKS, EvaluationSettings, System
@@ -118,6 +119,7 @@ def write_predictions(out: Path, identity: Mapping, lines: Sequence[Mapping]) ->
 
 def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     """Read data and configuration, and check that every task can be measured."""
+    check_place(settings.model, holds="config.json")
     config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
     system = resolve_system(config, settings.system, settings.model)
     rows = _load_rows(settings)

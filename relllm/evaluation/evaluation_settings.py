@@ -28,9 +28,14 @@ class EvaluationSettings:
     """One run of `relllm evaluate`. Raises `ValueError` on a task, a precision or a number that is none."""
 
     model: str = setting(
-        REQUIRED, "A checkpoint, or for text-only any causal LM: a directory or Hub id.", argument=True
+        REQUIRED,
+        "A checkpoint, or for text-only any causal LM: a directory or Hub id.",
+        argument=True,
+        place="checkpoint",
     )
-    data: str = setting(REQUIRED, "A corpus: a directory, a .jsonl/.csv/.parquet file, or a Hub id.", argument=True)
+    data: str = setting(
+        REQUIRED, "A corpus: a directory, a .jsonl/.csv/.parquet file, or a Hub id.", argument=True, place="dataset"
+    )
     output_dir: Path = setting(REQUIRED, "Folder for predictions, metrics and plots.")
     tasks: tuple[Task, ...] | None = setting(
         None, "Of ser, dimensions, empathy, with commas; by default all that can be measured."
@@ -83,7 +88,7 @@ class EmpathySettings:
 
     data: Path = setting(REQUIRED, "EPITOME's CSV file of the mechanism.")
     mechanism: Mechanism = setting(REQUIRED, "Emotional reactions, interpretations or explorations.")
-    encoder: str = setting("roberta-base", "Any encoder of Transformers: a Hub id or a directory.")
+    encoder: str = setting("roberta-base", "Any encoder of Transformers: a Hub id or a directory.", place="checkpoint")
     output_dir: Path = setting(Path("runs/empathy"), "The scorer goes into a folder MECHANISM in it.")
     revision: str = setting("main", "Of the encoder: branch, tag or commit on the Hub.")
     max_length: int = setting(64, "Tokens of a post or response; the rest is cut.", min=3)

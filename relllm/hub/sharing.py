@@ -13,12 +13,12 @@ Form = Literal["light", "full"]
 class MergeSettings:
     """A light checkpoint, and where the full one of it goes."""
 
-    light: str = setting(REQUIRED, "A light checkpoint: a directory or a Hub id.", argument=True)
+    light: str = setting(REQUIRED, "A light checkpoint: a directory or a Hub id.", argument=True, place="checkpoint")
     output_dir: Path = setting(REQUIRED, "Where the full checkpoint goes.")
     revision: str = setting("main", "Branch, tag or commit on the Hub.")
-    audio_tower: str | None = setting(None, "Where the speech tower is, if it moved.")
-    emotion_tower: str | None = setting(None, "Where the emotion tower is, if it moved.")
-    text_model: str | None = setting(None, "Where the LLM is, if it moved.")
+    audio_tower: str | None = setting(None, "Where the speech tower is, if it moved.", place="checkpoint")
+    emotion_tower: str | None = setting(None, "Where the emotion tower is, if it moved.", place="checkpoint")
+    text_model: str | None = setting(None, "Where the LLM is, if it moved.", place="checkpoint")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from relllm.setting import REQUIRED, setting
 class CheckpointSettings:
     """Which model, and where it runs."""
 
-    model: str = setting(REQUIRED, "A ReLLM checkpoint: a directory or a Hub id.", argument=True)
+    model: str = setting(REQUIRED, "A ReLLM checkpoint: a directory or a Hub id.", argument=True, place="checkpoint")
     device: str = setting("auto", "cpu, cuda, cuda:1, … or auto.")
     dtype: str = setting("auto", "float32, bfloat16, float16, or auto for the checkpoint's own.")
     revision: str = setting("main", "Branch, tag or commit of the model on the Hub.")
@@ -43,12 +43,14 @@ class TalkSettings(ReplySettings):
     """Who talks beside the model."""
 
     baseline: str | None = setting(
-        None, "Also ask a second ReLLM, for example a speech-only.", flags=["--speech-only"]
+        None, "Also ask a second ReLLM, for example a speech-only.", flags=["--speech-only"], place="checkpoint"
     )
     text_only: str | None = setting(
         None, "Also ask a bare LLM: a directory, a Hub id, or `own` for the one inside the model."
     )
-    transcriber: str | None = setting(None, "Speech recognition that writes spoken turns down for --text-only.")
+    transcriber: str | None = setting(
+        None, "Speech recognition that writes spoken turns down for --text-only.", place="checkpoint"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

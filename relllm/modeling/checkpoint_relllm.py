@@ -37,6 +37,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .causal_lm_relllm import find_llm_loader, take_language_model
 from .emotion_tower_relllm import ReLLMEmotionModel
 from .lora_relllm import is_lora_parameter
+from .places_relllm import check_place
 
 logger = logging.get_logger(__name__)
 
@@ -71,6 +72,7 @@ def load_tower(
 ) -> PreTrainedModel:
     """Return a model as it is, or load a tower (one of `TOWERS`) from safetensors; of Whisper return the encoder."""
     if not isinstance(source, PreTrainedModel):
+        check_place(source)
         loaders = {"audio_tower": AutoModel, "emotion_tower": ReLLMEmotionModel}
         options |= {"use_safetensors": True, **({"dtype": dtype} if dtype else {})}
         loader = loaders[kind] if kind in loaders else find_llm_loader(source, options)
@@ -152,7 +154,10 @@ def load_llm_tokenizer(
     """Return a tokenizer as it is, or load the one beside an LLM."""
     if isinstance(source, PreTrainedModel):
         raise ValueError("`text` is a loaded model, so its tokenizer is not known. Pass tokenizer=… as well.")
-    return source if isinstance(source, PreTrainedTokenizerBase) else AutoTokenizer.from_pretrained(source)
+    if isinstance(source, PreTrainedTokenizerBase):
+        return source
+    check_place(source)
+    return AutoTokenizer.from_pretrained(source)
 
 
 def find_audio_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -287,6 +292,7 @@ def read_light_record(
         given = {tower: place for tower, place in config.towers.items() if not isinstance(place, Mapping)}
     if path is None:
         return None
+    check_place(path)
     recorded, _ = PreTrainedConfig.get_config_dict(path, **_hub_options(options))
     if not recorded.get("light_checkpoint"):
         if given:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from trl import SFTConfig
 
+from relllm.modeling.places_relllm import check_place
 from relllm.setting import setting
 
 from .augmentation import AugmentationSettings
@@ -89,6 +90,20 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
     def __getstate__(self) -> dict[str, object]:
         """Without the token: the trainer pickles its settings to `training_args.bin`, which a push sends along."""
         return {**self.__dict__, "hub_token": None}
+
+
+def check_places(script: "RowsSettings", *, data: bool = True) -> None:
+    """Raise a [`PlaceError`] for a checkpoint, or data, that is not where a run's settings say."""
+    given = getattr(script, "model_name_or_path", None)  # which wins over the towers
+    fusion = getattr(script, "emotion_fusion", None)
+    unread = {"audio_tower", "text_model"} if given else set()
+    unread |= {"emotion_tower"} if fusion == "none" or (given and fusion is None) else set()
+    for name in ("model_name_or_path", *TOWERS):
+        if name not in unread and (place := getattr(script, name, None)):
+            check_place(place, holds="config.json")
+    for name in ("data", "eval_data") if data else ():
+        if place := getattr(script, name, None):
+            check_place(place, repo_type="dataset")
 
 
 def loss_weights(args: ReLLMSFTConfig) -> dict[str, float]:

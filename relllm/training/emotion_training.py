@@ -34,7 +34,7 @@ from relllm.setting import setting
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
 from .checkpoints import LastStepMixin, begin_run, describe_data, describe_weights, end_run
-from .config import RowsSettings
+from .config import RowsSettings, check_places
 from .lengths import GroupByLengthMixin, clip_duration
 from .losses import ccc_loss
 from .settings import SettingsParser
@@ -190,13 +190,14 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
 
     It goes on from what is in that folder as [`~relllm.training.run.run_training`] does.
     """
+    check_places(script)
     assert script.data is not None and script.model_name_or_path is not None
+    if script.eval_split == "test" and args.load_best_model_at_end:
+        raise ValueError("eval_split='test' would keep the checkpoint that is best on it. Choose a development split.")
     train_rows = _load_labelled(script.data, script.train_split or "all", script.held_out)
     eval_rows = None
     if script.eval_split:
         eval_rows = _load_labelled(script.data, script.eval_split, script.held_out, _find_labelled(train_rows))
-    if script.eval_split == "test" and args.load_best_model_at_end:
-        raise ValueError("eval_split='test' would keep the checkpoint that is best on it. Choose a development split.")
     if eval_rows is None:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     with args.main_process_first(desc="looking at the folder"):
@@ -241,6 +242,9 @@ def build_emotion_tower(name: str, *, num_layers: int | None = None, final_dropo
     dominance and valence. Of more layers than `num_layers` the lowest are kept.
     """
     config = AutoConfig.from_pretrained(name)
+    layers = getattr(config, "encoder_config", config).num_hidden_layers
+    if num_layers is not None and num_layers > layers:
+        raise ValueError(f"num_layers={num_layers}, and the encoder has {layers}.")
     labels = set((config.to_dict().get("id2label") or {}).values())
     if config.model_type == ReLLMEmotionConfig.model_type or labels == set(DIMENSIONS):
         model = ReLLMEmotionModel.from_pretrained(name, dtype=torch.float32)
@@ -262,13 +266,9 @@ def concordance_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _keep_layers(encoder: PreTrainedModel, num_layers: int | None) -> None:
-    layers = encoder.encoder.layers
-    if num_layers is None:
-        return
-    if num_layers > len(layers):
-        raise ValueError(f"num_layers={num_layers}, and the encoder has {len(layers)}.")
-    del layers[num_layers:]
-    encoder.config.num_hidden_layers = num_layers
+    if num_layers is not None:
+        del encoder.encoder.layers[num_layers:]
+        encoder.config.num_hidden_layers = num_layers
 
 
 def _find_labelled(rows: Dataset) -> list[str]:

@@ -47,7 +47,7 @@ class Objective:
         self.dimension_loss = args.dimension_loss
         self.class_weights: Tensor | None = None
         if args.emotion_class_weights is not None:
-            weights = _class_weights(args.emotion_class_weights, model.config.emotion_labels, emotions)
+            weights = class_weights(args.emotion_class_weights, model.config.emotion_labels, emotions)
             self.class_weights = torch.tensor(weights, device=args.device)
         self.alignment: Alignment | None = None
         if "response_kl" in self.active:
@@ -107,7 +107,7 @@ class Objective:
         return self.class_weights.to(labels.device)[labelled]
 
 
-def _class_weights(given: Sequence[str | float], classes: Sequence[str], emotions: Mapping[str, int] | None) -> list:
+def class_weights(given: Sequence[str | float], classes: Sequence[str], emotions: Mapping[str, int] | None) -> list:
     """Return a weight for each class; `balanced` ones are clips / (classes that have some * clips of the class)."""
     if list(given) == ["balanced"]:
         if emotions is None:

@@ -5,6 +5,7 @@ Only configurations and a tokenizer are read; no weights, no data. Estimates to 
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from relllm.modeling.configuration_relllm import ReLLMConfig
 from relllm.setting import setting
 
 from .building import build_config
-from .config import ReLLMScriptArguments, ReLLMSFTConfig
+from .config import ReLLMScriptArguments, ReLLMSFTConfig, check_places
 from .freezing import HEADS, draw_table, trainable_table
 from .memory import MemoryPlan, RowSize, StepSettings, TrainingStep
 from .settings import SettingsParser
@@ -96,6 +97,7 @@ def step_settings(script: ReLLMScriptArguments, args: ReLLMSFTConfig, config: Re
 
 def run_plan(assumed: PlanArguments, script: ReLLMScriptArguments, args: ReLLMSFTConfig, console: Console) -> bool:
     """Print the tables of `relllm plan`, and return whether the batch of the settings fits the GPU."""
+    check_places(script, data=False)
     config = build_config(script)
     settings = step_settings(script, args, config)
     step = TrainingStep(config, settings, assumed)
@@ -128,7 +130,8 @@ def _named_settings(arguments: Sequence[str]) -> set[str]:
         if part == "--config" and index + 1 < len(arguments):
             path = arguments[index + 1]
         if path is not None and Path(path).is_file():
-            names |= set(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+            with suppress(yaml.YAMLError, UnicodeDecodeError, TypeError):  # which the parser says
+                names |= set(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
     return names
 
 

@@ -13,10 +13,11 @@ from relllm.data.loading import load_corpus
 from relllm.data.survey import TRAINING, check_surveys, draw_survey, emotions_of, survey_splits
 from relllm.labels import EMOTIONS
 
-from .augmentation import AugmentationSettings
+from .augmentation import Augmentation, AugmentationSettings
 from .building import build_model, starting_points
 from .checkpoints import begin_run, describe_data, describe_weights, end_run
-from .config import ReLLMScriptArguments, ReLLMSFTConfig, loss_weights
+from .config import ReLLMScriptArguments, ReLLMSFTConfig, check_places, loss_weights
+from .objective import class_weights
 from .settings import SettingsParser
 from .tower_cache import TowerCacheSettings
 from .trainer import ReLLMSFTTrainer
@@ -67,6 +68,7 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     What that folder holds of this run is gone on from; of another run it is a `ValueError`, and of this one, complete,
     a [`~relllm.training.checkpoints.RunComplete`].
     """
+    check_places(script)
     folder = Path(args.output_dir)
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows = _load_data(script, args)
@@ -74,6 +76,7 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
         identity = training_record(script, args) | describe_data(script, train_rows, eval_rows)
         identity |= describe_weights(starting_points(script), script.revision)
         checkpoint = args.resume_from_checkpoint or begin_run(folder, identity, script.resume)
+    callbacks = _callbacks(script, args)
     set_seed(args.seed)  # what is drawn for the projector, the heads and the LoRA
     model, processor = build_model(script)
     trainer = ReLLMSFTTrainer(
@@ -82,7 +85,7 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,
-        callbacks=_callbacks(script, args),
+        callbacks=callbacks,
     )
     if checkpoint is not None and trainer.is_world_process_zero():
         print(f"Going on from {checkpoint}.", flush=True)
@@ -110,6 +113,12 @@ def _survey(script: ReLLMScriptArguments, args: ReLLMSFTConfig, train_rows: obje
     else:
         labels = script.emotion_labels = script.emotion_labels or emotions_of(surveys.get(TRAINING))
     check_surveys(surveys, labels, loss_weights(args))
+    if args.emotion_class_weights is not None:
+        class_weights(args.emotion_class_weights, labels, surveys[TRAINING].emotions if TRAINING in surveys else None)
+    if args.augments:
+        Augmentation(args, seed=args.seed)  # whether its recordings and codecs are there
+    if script.model_name_or_path is None and script.emotion_fusion == "none" and "emotion_tower" in args.unfreeze:
+        raise ValueError("unfreeze has 'emotion_tower', and emotion_fusion='none' builds none. Leave one of them out.")
 
 
 def training_record(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> dict[str, object]:

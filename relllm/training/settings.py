@@ -1,9 +1,11 @@
 """Settings of a run from a YAML file and flags: TRL's parser, with a help page that puts what matters first."""
 
 import argparse
+import types
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from trl import TrlParser
 
 REST = "everything else that TRL and Transformers know"
@@ -42,13 +44,24 @@ class SettingsParser(TrlParser):
             self.error("--config needs a file")
         try:
             return self.parse_args_and_config(split)
-        except (ValueError, OSError) as error:
-            message = str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown")
-        self.error(message)
+        except yaml.YAMLError as error:
+            self.error(f"The recipe is no YAML: {error}. A line is `name: value`, indented with spaces, not tabs.")
+        except (ValueError, TypeError, OSError) as error:
+            self.error(str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown"))
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """Take the lines of a YAML file, each of the kind that its setting has: argparse converts text alone."""
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        for name, value in config.items():
+            kinds = _kinds(hints.get(name, Any))
+            if not _fits(value, kinds):
+                wanted = f"a list, such as [{value}]" if list in kinds else "one value"
+                raise ValueError(f"{name} is {value!r}, a {type(value).__name__}; it takes {wanted}.")
+        return super().set_defaults_with_config(**config)
 
     def error(self, message: str) -> NoReturn:
         """Print the message alone: the usage of some 200 settings would push it off the screen."""
-        self.exit(2, f"{self.prog}: {message}\nSee `{self.prog} --help` for the settings.\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} See `{self.prog} --help` for the settings.\n")
         raise AssertionError("argparse's exit returned")
 
     def format_help(self) -> str:
@@ -66,6 +79,25 @@ class SettingsParser(TrlParser):
         formatter.add_arguments(list(reversed(actions.values())))
         formatter.end_section()
         return formatter.format_help()
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """Return the classes that a type hint allows: of `list[str] | None` `list` and `NoneType`."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return set().union(*(_kinds(one) for one in get_args(hint)))
+    return {get_origin(hint) or hint}
+
+
+def _fits(value: object, kinds: set[Any]) -> bool:
+    """Tell whether a value of a YAML file may be a setting's, which text may become by conversion."""
+    containers = kinds & {list, tuple, dict}
+    if Any in kinds or value is None:
+        return True
+    if isinstance(value, (list, dict)):
+        return type(value) in containers
+    if isinstance(value, bool):  # YAML's `no` and `true` are words of some settings too
+        return not kinds <= {int, float, type(None), *containers}
+    return bool(kinds - containers - {type(None)})
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

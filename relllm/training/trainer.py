@@ -69,7 +69,8 @@ class ReLLMSFTTrainer(GroupByLengthMixin, AugmentationMixin, TowerCacheMixin, Ch
         if kwargs.pop("peft_config", None) is not None:
             raise ValueError("A ReLLM carries its own LoRA: set lora_config in its configuration, not peft_config.")
         args = args if args is not None else ReLLMSFTConfig()
-        train_dataset, eval_dataset = _normalized(train_dataset), _normalized(eval_dataset)
+        train_dataset = _normalized(train_dataset, "train_dataset")
+        eval_dataset = _normalized(eval_dataset, "eval_dataset")
         surveys = survey_splits(train_dataset, eval_dataset) if "data_collator" not in kwargs else {}
         check_surveys(surveys, model.config.emotion_labels, loss_weights(args))
         self.objective = Objective(args, model, surveys[TRAINING].emotions if TRAINING in surveys else None)
@@ -311,8 +312,18 @@ class _ShortRunCallback(TrainerCallback):
         self.last_step = state.global_step
 
 
-def _normalized(dataset: Any) -> Any:
-    """Return what a trainer is given as data with the columns of [`normalize_columns`]."""
+def _normalized(dataset: Any, name: str) -> Any:
+    """Return what a trainer is given as data with the columns of [`normalize_columns`]; other kinds: `TypeError`."""
+    if isinstance(dataset, dict) and name == "eval_dataset":
+        return {split: _normalized(one, f"eval_dataset[{split!r}]") for split, one in dataset.items()}
     if isinstance(dataset, dict):
-        return {name: _normalized(one) for name, one in dataset.items()}
-    return normalize_columns(dataset) if isinstance(dataset, (Dataset, IterableDataset)) else dataset
+        raise TypeError(
+            f"{name} is a {type(dataset).__name__} of {list(dataset)}, expected one `Dataset` or `IterableDataset`. "
+            f"Name a split: {name}=data[{next(iter(dataset), 'train')!r}]."
+        )
+    if not isinstance(dataset, (Dataset, IterableDataset, type(None))):
+        raise TypeError(
+            f"{name} must be a `Dataset` or `IterableDataset` of `datasets`, got {type(dataset).__name__}. Of a list "
+            "of rows `Dataset.from_list(rows)` makes one."
+        )
+    return None if dataset is None else normalize_columns(dataset)

@@ -82,7 +82,7 @@ def test_a_long_clip_is_the_average_of_its_windows(tower) -> None:
 
 def test_rows_without_dimensions_get_them_and_say_from_whom(tower, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    report = annotate_rows(load_corpus(str(corpus)), out, tower, SETTINGS, batch_size=2, progress=False)
+    report = annotate_rows(load_corpus(str(corpus)), out, lambda: tower, SETTINGS, batch_size=2, progress=False)
     rows = list(load_corpus(str(out)))
     for row in rows:
         validate_row(row)
@@ -105,7 +105,7 @@ def test_rows_without_dimensions_get_them_and_say_from_whom(tower, corpus: Path,
 def test_overwrite_replaces_labels_where_the_audio_can_be_read(tower, corpus: Path, tmp_path: Path) -> None:
     rows = load_corpus(str(corpus)).map(lambda row: {"arousal": 0.5} if row["id"] == "c3" else {})
     settings = AnnotationSettings("lab/tower", revision="v2", overwrite=True)
-    report = annotate_rows(rows, tmp_path / "out.jsonl", tower, settings, progress=False)
+    report = annotate_rows(rows, tmp_path / "out.jsonl", lambda: tower, settings, progress=False)
     written = read_lines(tmp_path / "out.jsonl")
     pseudo = "pseudo:lab/tower@v2"
     assert [row["dimension_source"] for row in written] == [pseudo, pseudo, pseudo, "label", pseudo, pseudo]
@@ -114,10 +114,10 @@ def test_overwrite_replaces_labels_where_the_audio_can_be_read(tower, corpus: Pa
 
 
 def test_readings_of_another_model_are_kept_and_keep_their_name(tower, corpus: Path, tmp_path: Path) -> None:
-    annotate_rows(load_corpus(str(corpus)), tmp_path / "one.jsonl", tower, SETTINGS, progress=False)
+    annotate_rows(load_corpus(str(corpus)), tmp_path / "one.jsonl", lambda: tower, SETTINGS, progress=False)
     again = AnnotationSettings("other/tower")
     report = annotate_rows(
-        load_corpus(str(tmp_path / "one.jsonl")), tmp_path / "two.jsonl", tower, again, progress=False
+        load_corpus(str(tmp_path / "one.jsonl")), tmp_path / "two.jsonl", lambda: tower, again, progress=False
     )
     assert report["kept"] == {"pseudo:lab/tower": 3, "label": 2} and report["read"] == 0
     assert [row["dimension_source"] for row in read_lines(tmp_path / "two.jsonl")] == [
@@ -132,14 +132,14 @@ def test_what_leaves_the_scale_is_clipped_and_counted_and_another_scale_is_refus
     with torch.no_grad():
         tower.classifier.out_proj.weight.zero_()
         tower.classifier.out_proj.bias.copy_(torch.tensor([1.25, 0.5, -0.25]))
-    report = annotate_rows(rows, tmp_path / "near.jsonl", tower, SETTINGS, progress=False)
+    report = annotate_rows(rows, tmp_path / "near.jsonl", lambda: tower, SETTINGS, progress=False)
     (row,) = read_lines(tmp_path / "near.jsonl")
     assert dimensions_of(row) == [1.0, 0.5, 0.0] and row["dimension_source"] == "pseudo:lab/tower"
     assert report["clipped"] == {"count": 1, "raw_values": {"a": [1.25, 0.5, -0.25]}}
     for value in (4.5, float("nan")):
         with torch.no_grad():
             tower.classifier.out_proj.bias.fill_(value)
-        report = annotate_rows(rows, tmp_path / f"far{value}.jsonl", tower, SETTINGS, progress=False)
+        report = annotate_rows(rows, tmp_path / f"far{value}.jsonl", lambda: tower, SETTINGS, progress=False)
         (row,) = read_lines(tmp_path / f"far{value}.jsonl")
         assert dimensions_of(row) == [None] * 3 and row["dimension_source"] is None
         assert "not on the scale [0, 1]" in report["not_read"]["reasons"]["a"]
@@ -147,7 +147,7 @@ def test_what_leaves_the_scale_is_clipped_and_counted_and_another_scale_is_refus
 
 def test_an_interrupted_run_goes_on_to_the_same_file(tower, corpus: Path, tmp_path: Path, monkeypatch) -> None:
     rows, out = load_corpus(str(corpus)), tmp_path / "out.jsonl"
-    annotate_rows(rows, tmp_path / "whole.jsonl", tower, SETTINGS, batch_size=2, progress=False)
+    annotate_rows(rows, tmp_path / "whole.jsonl", lambda: tower, SETTINGS, batch_size=2, progress=False)
     calls = []
 
     def interrupt(model, clips):
@@ -158,12 +158,12 @@ def test_an_interrupted_run_goes_on_to_the_same_file(tower, corpus: Path, tmp_pa
 
     monkeypatch.setattr("relllm.data.annotate.read_dimensions", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        annotate_rows(rows, out, tower, SETTINGS, batch_size=2, progress=False)
+        annotate_rows(rows, out, lambda: tower, SETTINGS, batch_size=2, progress=False)
     monkeypatch.undo()
     assert not out.exists() and len(read_lines(journal_path(out))) == 1 + 2
     with pytest.raises(ValueError, match=r"other settings \(emotion_model: "):
-        annotate_rows(rows, out, tower, AnnotationSettings("other/tower"), progress=False)
-    annotate_rows(rows, out, tower, SETTINGS, batch_size=2, progress=False)
+        annotate_rows(rows, out, lambda: tower, AnnotationSettings("other/tower"), progress=False)
+    annotate_rows(rows, out, lambda: tower, SETTINGS, batch_size=2, progress=False)
     whole = tmp_path / "whole.jsonl"
     assert out.read_bytes() == whole.read_bytes()
     assert report_path(out).read_bytes() == report_path(whole).read_bytes()

@@ -269,7 +269,7 @@ def test_data_without_audio_and_data_that_is_not_there_are_refused(tmp_path: Pat
     with pytest.raises(ValueError, match="has no column `audio`.*--no-audio"):
         look(tmp_path / "rows.jsonl")
     assert look(tmp_path / "rows.jsonl", audio=False).findings == []
-    with pytest.raises(FileNotFoundError, match="No data at"):
+    with pytest.raises(FileNotFoundError, match="No file or folder"):
         look(tmp_path / "gone")
 
 

@@ -138,7 +138,7 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, content: str, split: str 
 
 
 def test_other_bad_sources_are_refused(tmp_path: Path, corpus: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="No data at ./gone"):
+    with pytest.raises(FileNotFoundError, match="No file or folder ./gone"):
         load_corpus("./gone")
     (tmp_path / "rows.txt").write_text("a")
     with pytest.raises(ValueError, match=r"is a \.txt file; expected \.jsonl"):

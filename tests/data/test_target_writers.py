@@ -178,10 +178,39 @@ def test_without_a_variable_no_key_is_sent_not_even_openais_own(serve, monkeypat
     assert "Authorization" not in seen[0] and "s3cret" not in str(seen)
 
 
-@pytest.mark.parametrize("failure", [(500, {}), (429, {}), (503, {}), (200, "drop")])
+@pytest.mark.parametrize("failure", [(500, {}), (429, {}), (503, {}), (520, {}), (529, {}), (200, "drop")])
 def test_a_failure_that_passes_is_tried_again(serve, failure) -> None:
     url = serve(lambda body, headers, number: failure if number in (1, 2, 5) else echo(body, headers, number))
     assert ask(endpoint_writer(url)) == {f"r{i}": f"You told me about number {i}." for i in range(5)}
+
+
+@pytest.mark.parametrize("status", [429, 503, *range(520, 527), 529])
+def test_an_endpoint_that_has_answered_is_waited_for(serve, status, monkeypatch) -> None:
+    """Longer than the client itself tries: twelve failures, at three tries each."""
+    monkeypatch.setattr("relllm.data.replies.writers.PAUSE_S", 0.01)
+    url = serve(lambda body, headers, number: (status, {}) if 2 <= number < 14 else echo(body, headers, number))
+    writer = endpoint_writer(url, concurrency=1, max_retries=2)
+    assert ask(writer) == {f"r{i}": f"You told me about number {i}." for i in range(5)}
+
+
+@pytest.mark.parametrize("answer", [{"choices": []}, {"choices": None}, {}, completion(""), completion(None)])
+def test_an_answer_without_a_reply_is_a_row_without_one(serve, tmp_path: Path, answer: dict) -> None:
+    url = serve(lambda body, headers, number: (200, answer) if number == 2 else echo(body, headers, number))
+    rows = Dataset.from_list(make_rows(4))
+    writer = endpoint_writer(url, concurrency=1)
+    report = write_targets(rows, tmp_path / "out.jsonl", writer, TargetSettings("chat"), progress=False)
+    assert report["written"] == 3 and report["dropped"]["rejected"]["ids"] == ["r1"]
+
+
+def test_if_all_replies_are_empty_the_reason_is_said_and_the_next_run_asks_again(serve, tmp_path: Path) -> None:
+    rows, out, settings = Dataset.from_list(make_rows(4)), tmp_path / "out.jsonl", TargetSettings("chat")
+    silent = endpoint_writer(serve(lambda *request: (200, completion("", "length"))))
+    with pytest.raises(ValueError, match="rejected 4 .*an empty answer, finish_reason 'length'"):
+        write_targets(rows, out, silent, settings, progress=False)
+    assert not out.exists()
+    assert write_targets(rows, out, endpoint_writer(serve(echo)), settings, progress=False)["written"] == 4
+    with pytest.raises(ValueError, match="no reply to 10 rows in a row, the last: an empty answer"):
+        ask(silent, 30)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +234,8 @@ def test_a_server_that_stays_down_is_named_and_what_is_written_is_kept(serve, tm
         return (500, {}) if body["messages"][1]["content"].endswith(" 4") else echo(body, headers, number)
 
     rows, out = Dataset.from_list(make_rows(5)), tmp_path / "out.jsonl"
-    with pytest.raises(ConnectionError, match="failed 3 times for row 'r4', last with: HTTP 500"):
-        writer = endpoint_writer(serve(answer), max_retries=2, concurrency=1)
+    with pytest.raises(ConnectionError, match="keeps failing, at row 'r4' with: HTTP 500"):
+        writer = endpoint_writer(serve(answer), max_retries=2, concurrency=1, patience_s=0)
         write_targets(rows, out, writer, TargetSettings("chat"), progress=False)
     assert len(read_lines(journal_path(out))) == 1 + 4
     report = write_targets(rows, out, endpoint_writer(serve(echo)), TargetSettings("chat"), progress=False)
@@ -239,7 +268,7 @@ def test_a_rejected_row_is_reported_and_ten_in_a_row_stop_the_run(serve, tmp_pat
     )
     assert report["written"] == 3 and report["dropped"]["rejected"]["ids"] == ["r2"]
     assert "context too long" in report["dropped"]["rejected"]["texts"][0]
-    with pytest.raises(ValueError, match=r"rejected \d+ rows in a row: HTTP 400"):
+    with pytest.raises(ValueError, match=r"no reply to \d+ rows in a row, the last: HTTP 400"):
         ask(endpoint_writer(serve(lambda *request: (400, {"error": "bad model"}))), 50)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Audio, ClassLabel, Dataset
+from datasets import Audio, ClassLabel, Dataset, DatasetDict
 from scipy.special import log_softmax
 from sklearn.utils.class_weight import compute_class_weight
 from tiny_models import audio_part, clip, text_part, tiny_config, tiny_model, tiny_processor
@@ -372,3 +372,18 @@ def test_wrong_arguments_of_the_trainer_are_refused(tmp_path, processor):
         args = ReLLMSFTConfig(output_dir=str(tmp_path), use_cpu=True, unfreeze=["emotion_tower"])
         model = tiny_model(tiny_config(fusion="none"))
         ReLLMSFTTrainer(model=model, args=args, train_dataset=rows, processing_class=processor)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_dataset": [{"response": "Oh."}]}, r"train_dataset must be .* got list.*Dataset\.from_list"),
+        ({"train_dataset": DatasetDict(train=Dataset.from_list([{"a": 1}]))}, r"train_dataset=data\['train'\]"),
+        ({"eval_dataset": [{"response": "Oh."}]}, r"eval_dataset must be .* got list"),
+        ({"eval_dataset": {"a": [{"response": "Oh."}]}}, r"eval_dataset\['a'\] must be .* got list"),
+    ],
+)
+def test_data_of_another_kind_is_refused_with_what_is_wanted(changes: dict, message: str) -> None:
+    model, processor = tiny_model(), tiny_processor()
+    with pytest.raises(TypeError, match=message):
+        ReLLMSFTTrainer(model, ReLLMSFTConfig("o", use_cpu=True), processing_class=processor, **changes)

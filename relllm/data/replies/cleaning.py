@@ -9,6 +9,8 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
+from .prefaces import COMMENTARY, LEFT_DIRECTION, strip_prefaces
+
 REFUSALS = re.compile(
     r"""
     \bas\s+an?\s+(?:ai|artificial\s+intelligence|(?:large\s+)?language\s+model)\b
@@ -52,18 +54,20 @@ class CleanedReply:
 
     text: str
     dropped: str | None  # the first rule that speaks against it; None for a good one
-    mended: tuple[str, ...] = ()  # "thinking_removed", "cut_at_sentence"
+    mended: tuple[str, ...] = ()  # "thinking_removed", "cut_at_sentence", and those of `prefaces.py`
 
 
 def clean_reply(text: str, transcript: str, *, finished: bool, rules: CleaningRules) -> CleanedReply:
     """Mend a reply to a transcript, and say whether it may be learned; `finished`: the LLM ended it, not the limit.
 
-    Mends: a reasoning block `<think>…</think>` goes; a reply that ran into the token limit ends at its last sentence.
+    Mends: a reasoning block `<think>…</think>` goes; a reply that ran into the token limit ends at its last sentence;
+    what stands around it goes as [`~relllm.data.replies.prefaces.strip_prefaces`] says.
 
     Rules, in order: `empty` (no letter, no digit), `unfinished` (ran into the limit within its first sentence or its
     reasoning), `refusal`, `role_marker` (turns of a chat), `prompt_echo`, `transcript_echo` (the transcript and
-    nothing else), `too_short`, `too_long`, `repetition` (the same words over and over), `wrong_script` (most letters
-    are of another script than the transcript's).
+    nothing else), `stage_direction` (left within it), `commentary` (on the reply), `too_short`, `too_long`,
+    `repetition` (the same words over and over), `wrong_script` (most letters are of another script than the
+    transcript's).
     """
     mended = []
     reply = THINKING.sub("", text)
@@ -73,8 +77,8 @@ def clean_reply(text: str, transcript: str, *, finished: bool, rules: CleaningRu
         if reply[ends[-1].end() :].strip():
             mended.append("cut_at_sentence")
         reply, finished = reply[: ends[-1].end()], True
-    reply = reply.strip()
-    return CleanedReply(reply, _broken_rule(reply, transcript, finished, rules), tuple(mended))
+    reply, prefaces = strip_prefaces(reply.strip())
+    return CleanedReply(reply, _broken_rule(reply, transcript, finished, rules), (*mended, *prefaces))
 
 
 def _broken_rule(reply: str, transcript: str, finished: bool, rules: CleaningRules) -> str | None:
@@ -86,6 +90,8 @@ def _broken_rule(reply: str, transcript: str, finished: bool, rules: CleaningRul
         "role_marker": ROLE_MARKERS.search(reply) is not None,
         "prompt_echo": any(_shares_words(words, _words(prompt)) for prompt in rules.prompts),
         "transcript_echo": words == _words(transcript),
+        "stage_direction": LEFT_DIRECTION.search(reply) is not None,
+        "commentary": COMMENTARY.search(reply) is not None,
         "too_short": len(words) < rules.min_words,
         "too_long": len(words) > rules.max_words,
         "repetition": max(Counter(_windows(words, LOOP_WORDS)).values(), default=0) >= LOOP_TIMES,

@@ -4,7 +4,9 @@ The writer reads what was said and the emotion; the model that learns will have 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,11 +14,13 @@ from datasets import Dataset, Value
 from rich.table import Table
 from tqdm import tqdm
 
+from relllm.modeling.places_relllm import check_place
+
 from ..data_settings import TargetSettings, WriteTargetsSettings
 from ..journal import Journal, add_columns, check_columns, replace_columns, rows_fingerprint
 from ..loading import load_corpus
 from .cleaning import CleanedReply, CleaningRules, clean_reply
-from .writers import EndpointWriter, LocalWriter, Request, Writer
+from .writers import EndpointWriter, LocalWriter, Request, Writer, Written
 
 MISSING = {"text": "no_text", "emotion": "no_emotion"}  # an empty column -> the reason in the report
 
@@ -36,7 +40,7 @@ def write_targets(
     Without `{emotion}` in the prompt, the transcript is enough. The output has the input's columns and `response`, in
     the input's order; rows without a good reply are absent from it and named, each with the reason, in
     `<out>.report.json`. Killed, it goes on where it was, and the output is the one an uninterrupted run gives. The
-    cleaning runs at the end, so its limits, in words, may change in between.
+    cleaning runs at the end, so its limits, in words, may change in between; a row without any reply is asked again.
 
     Args:
         rows (`datasets.Dataset`): With `id`, `text` and `emotion`; `audio` undecoded.
@@ -47,7 +51,7 @@ def write_targets(
         `mended` (rule or mend -> `count`, `ids`, for rules `texts`).
 
     Raises:
-        ValueError: If the data lacks a column, or `out` belongs to a run with other settings.
+        ValueError: If the data lacks a column, `out` belongs to a run with other settings, or no reply is any good.
         FileExistsError: If `out` is there from another run.
     """
     check_columns(rows, {"id", "audio", *settings.columns})
@@ -58,7 +62,7 @@ def write_targets(
 
     def fill(journal: Journal) -> None:
         rejected = _write_all(requests, writer, journal, progress)
-        dropped.update({row_id: ("rejected", why) for row_id, why in rejected.items()})
+        dropped.update({row_id: ("rejected" if why else "empty", why) for row_id, why in rejected.items()})
 
     def finish(written: Mapping[str, dict]) -> tuple[dict, Dataset]:
         replies: dict[str, CleanedReply] = {}
@@ -70,6 +74,8 @@ def write_targets(
                 dropped[row["id"]] = (reply.dropped, entry["text"])
             else:
                 replies[row["id"]] = reply
+        if not replies:
+            raise ValueError(f"No row has a reply to learn, and {out} is not written: {_name_reasons(dropped)}.")
         kept = rows.select([index for index, row in enumerate(labels) if row["id"] in replies])
         responses = [reply.text for reply in replies.values()]
         return _report(rows, replies, dropped), replace_columns(
@@ -100,12 +106,12 @@ def run_write_targets(settings: WriteTargetsSettings) -> dict:
             extra_body=json.loads(settings.extra_body) if settings.extra_body else None,
         )
     else:
+        check_place(settings.text_model, holds="config.json")
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        writer = LocalWriter.from_pretrained(
-            settings.text_model, settings, revision=settings.revision, batch_size=settings.batch_size, device=device
-        )
+        load = partial(LocalWriter.from_pretrained, settings.text_model, settings, revision=settings.revision)
+        writer = _LaterWriter(partial(load, batch_size=settings.batch_size, device=device))
     return write_targets(
         rows, settings.out, writer, settings, min_words=settings.min_words, max_words=settings.max_words
     )
@@ -126,18 +132,36 @@ def target_table(report: Mapping) -> Table:
     return table
 
 
+class _LaterWriter:
+    """A writer that is loaded when it is first asked, after everything else has been checked."""
+
+    def __init__(self, load: Callable[[], Writer]) -> None:
+        self.load = load
+
+    def write(self, requests: Sequence[Request], done: Container[str]) -> Iterator[list[Written]]:
+        """Yield what the loaded one does."""
+        if any(request.id not in done for request in requests):
+            yield from self.load().write(requests, done)
+
+
+def _name_reasons(dropped: Mapping[str, tuple[str, str]]) -> str:
+    """Count the reasons, each with the first text that it was about."""
+    counts = Counter(reason for reason, _ in dropped.values())
+    texts = {reason: text for reason, text in reversed(list(dropped.values()))}
+    return "; ".join(
+        f"{name} {count}{f' (such as {texts[name]!r:.160})' if texts[name] else ''}" for name, count in counts.items()
+    )
+
+
 def _write_all(requests: Sequence[Request], writer: Writer, journal: Journal, progress: bool) -> dict[str, str]:
-    """Fill the journal; return what the endpoint rejected, with its reasons. A resumed run asks for it again."""
+    """Fill the journal; return the rows without a reply, each with the endpoint's reason. A resumed run asks again."""
     rejected: dict[str, str] = {}
     done = sum(request.id in journal.done for request in requests)
     with tqdm(total=len(requests), initial=done, desc="Writing replies", unit="row", disable=not progress) as bar:
         for batch in writer.write(requests, journal.done):
-            journal.append(
-                {"id": reply.id, "text": reply.text, "finished": reply.finished}
-                for reply in batch
-                if reply.rejected is None
-            )
-            rejected |= {reply.id: reply.rejected for reply in batch if reply.rejected is not None}
+            given = [reply for reply in batch if reply.rejected is None and reply.text.strip()]
+            journal.append({"id": reply.id, "text": reply.text, "finished": reply.finished} for reply in given)
+            rejected |= {reply.id: reply.rejected or "" for reply in batch if reply not in given}
             bar.update(len(batch))
     return rejected
 

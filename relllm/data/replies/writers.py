@@ -6,6 +6,7 @@ Both take the same requests and yield replies in batches, in any order.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ FATAL_STATUSES = {
     404: "Is the address right (it usually ends in /v1), and does the server have this model?",
 }
 MAX_REJECTED_IN_A_ROW = 10
+PATIENCE_S, PAUSE_S = 3600.0, 15.0  # for an endpoint that has answered before
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Written:
     id: str
     text: str
     finished: bool  # by the LLM, rather than by the token limit
-    rejected: str | None = None  # why the endpoint refused this row; there is no text then
+    rejected: str | None = None  # why the endpoint gave no reply to this row
 
 
 class Writer(Protocol):
@@ -155,10 +157,11 @@ class LocalWriter:
 class EndpointWriter:
     """An OpenAI-compatible endpoint, asked for several chat completions at once.
 
-    Rate limits, server errors, dropped connections and time-outs are tried again, later each time and as Retry-After
-    says. A rejected request (HTTP 400, 413, 422) concerns its row, unless nothing else comes back. Without
-    `api_key_env`, which names an environment variable, no key is sent; `extra_body` holds further fields of the
-    request, and `None` takes one out; `timeout_s` is of one try.
+    Rate limits, server errors (any HTTP 5xx), dropped connections and time-outs are tried again, later each time and
+    as Retry-After says, `max_retries` times; once the endpoint has answered, for `patience_s`, which outlives its
+    restart. A rejected request (HTTP 400, 413, 422) and an answer without a reply concern their row, unless nothing
+    else comes back. Without `api_key_env`, which names an environment variable, no key is sent; `extra_body` holds
+    further fields of the request, and `None` takes one out; `timeout_s` is of one try.
 
     Raises:
         ValueError: If the address is no `http(s)://`, or the environment variable is empty.
@@ -175,6 +178,7 @@ class EndpointWriter:
         concurrency: int = 16,
         max_retries: int = 8,
         timeout_s: float = 120.0,
+        patience_s: float = PATIENCE_S,
         extra_body: Mapping[str, object] | None = None,
     ) -> None:
         try:
@@ -199,24 +203,41 @@ class EndpointWriter:
             body["seed"] = sampling.seed
         self.body = {name: value for name, value in {**body, **(extra_body or {})}.items() if value is not None}
         self.concurrency = concurrency
+        self.patience_s = patience_s
+        self._has_answered = False
 
     def write(self, requests: Sequence[Request], done: Container[str]) -> Iterator[list[Written]]:
         """Yield replies as they come.
 
         Raises:
             PermissionError: On HTTP 401 or 403.
-            ValueError: On HTTP 404, or if the endpoint rejects ten rows in a row.
-            ConnectionError: If a request failed `max_retries` times more.
+            ValueError: On HTTP 404, or if the endpoint gives no reply to ten rows in a row.
+            ConnectionError: If a request fails to the last.
         """
         waiting = (request for request in requests if request.id not in done)
         rejected = 0
         pool = ThreadPoolExecutor(self.concurrency)
-        for _, future in run_ahead(pool, self._ask, waiting, 2 * self.concurrency):
+        for _, future in run_ahead(pool, self._ask_patiently, waiting, 2 * self.concurrency):
             reply = future.result()
             yield [reply]
             rejected = rejected + 1 if reply.rejected else 0
             if rejected >= MAX_REJECTED_IN_A_ROW:
-                raise ValueError(f"{self.url} rejected {rejected} rows in a row: {reply.rejected}")
+                raise ValueError(f"{self.url} gave no reply to {rejected} rows in a row, the last: {reply.rejected}.")
+
+    def _ask_patiently(self, request: Request) -> Written:
+        """Ask again while the endpoint is away; one that has never answered may not be there at all."""
+        until = time.monotonic() + self.patience_s
+        while True:
+            try:
+                reply = self._ask(request)
+            except ConnectionError as error:
+                if not self._has_answered or time.monotonic() > until:
+                    raise
+                logger.warning("%s Asking again in %.0f s.", error, PAUSE_S)
+                time.sleep(PAUSE_S)
+            else:
+                self._has_answered = True
+                return reply
 
     def _ask(self, request: Request) -> Written:
         from openai import APIConnectionError, APIStatusError
@@ -234,12 +255,14 @@ class EndpointWriter:
             raise self._failed(request, f"{error} {error.__cause__}") from error
         try:
             choice = answer.choices[0]
-            text, reason = choice.message.content, choice.finish_reason
-        except (AttributeError, IndexError, TypeError) as error:
-            raise ValueError(f"{self.url} answered with no chat completion: {answer!r:.300}") from error
-        text = (text or "").encode(errors="replace").decode()  # JSON may hold half a character, UTF-8 may not
+            text, reason = choice.message.content or "", choice.finish_reason
+        except (AttributeError, IndexError, TypeError):
+            return Written(request.id, "", True, rejected=f"no chat completion: {answer!r:.300}")
+        text = text.encode(errors="replace").decode()  # JSON may hold half a character, UTF-8 may not
         if reason == "content_filter":
             return Written(request.id, text, True, rejected="content_filter")
+        if not text.strip():  # of a reasoning model: all its tokens went into the reasoning
+            return Written(request.id, "", True, rejected=f"an empty answer, finish_reason {reason!r}")
         return Written(request.id, text, reason != "length")
 
     def _refused(self, request: Request, error: APIStatusError) -> Written:
@@ -255,6 +278,6 @@ class EndpointWriter:
 
     def _failed(self, request: Request, message: str) -> ConnectionError:
         return ConnectionError(
-            f"{self.url} failed {self.client.max_retries + 1} times for row {request.id!r}, last with: {message}. "
-            "What is written is kept: run the same command again when the endpoint is back."
+            f"{self.url} keeps failing, at row {request.id!r} with: {message}. What is written is kept: run the same "
+            "command again when the endpoint is back."
         )

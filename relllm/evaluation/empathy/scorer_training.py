@@ -49,7 +49,8 @@ def train_scorer(settings: EmpathySettings, *, progress: bool = True) -> dict:
     shares = {"validation_share": settings.validation_share, "test_share": settings.test_share}
     splits = split_pairs(pairs, seed=settings.seed, **shares)
     work = settings.output_dir / f"{settings.mechanism}.unfinished"
-    with Journal(work / "settings.jsonl", identity):
+    with Journal(work / "settings.jsonl", identity) as journal:
+        journal.append(())  # the settings alone
         tokenizer = AutoTokenizer.from_pretrained(settings.encoder, revision=settings.revision)
         features = {name: encode_pairs(of, tokenizer, settings.max_length) for name, of in splits.items()}
         trainer = _build_trainer(settings, tokenizer, features, work / "checkpoints", progress=progress)

@@ -1,0 +1,123 @@
+"""A wrong path or setting is one line on stderr: the value, what was expected, the remedy; 2 for wrong use."""
+
+from pathlib import Path
+
+import pytest
+from target_rows import make_rows, write_lines
+from tiny_models import tiny_emotion_tower, tiny_llm, tiny_speech_tower, tiny_tokenizer
+from typer.testing import CliRunner
+
+from relllm.cli import app
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a user has it: towers, data, a recipe."""
+    folder = tmp_path_factory.mktemp("here")
+    tiny_speech_tower("whisper").save_pretrained(folder / "towers" / "speech")
+    tiny_emotion_tower().save_pretrained(folder / "towers" / "emotion")
+    tiny_llm().save_pretrained(folder / "towers" / "llm")
+    tiny_tokenizer(audio_token=False).save_pretrained(folder / "towers" / "llm")
+    (folder / "data" / "ours").mkdir(parents=True)
+    write_lines(folder / "data" / "ours" / "metadata.jsonl", make_rows(3))
+    places = {"audio_tower": "speech", "emotion_tower": "emotion", "text_model": "llm"}
+    lines = [f"{name}: towers/{place}" for name, place in places.items()]
+    (folder / "recipe.yaml").write_text("\n".join([*lines, "output_dir: runs/x", "use_cpu: true", ""]))
+    return folder
+
+
+def said(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    return result.exit_code, result.stderr
+
+
+MISTYPED = {
+    "train": (["train", "--config", "recipe.yaml", "--data", "data/our"], "there is data/ours"),
+    "train, tower": (
+        ["train", "--config", "recipe.yaml", "--data", "data/ours", "--text_model", "towers/lm"],
+        "No folder towers/lm; there is towers/llm",
+    ),
+    "train-emotion": (
+        ["train-emotion", "--model_name_or_path", "towers/emotoin", "--data", "data/ours", "--output_dir", "o"],
+        "there is towers/emotion",
+    ),
+    "plan": (["plan", "--config", "recipe.yaml", "--data", "x", "--audio_tower", "tower/speech"], "towers/speech"),
+    "inspect": (["inspect", "data/ousr"], "No file or folder data/ousr; there is data/ours"),
+    "annotate": (["annotate", "data/ours", "--emotion-model", "towers/emotio", "--out", "o.jsonl"], "towers/emotion"),
+    "write-targets": (
+        ["write-targets", "data/ours", "--text-model", "towers/llmm", "--out", "o.jsonl"],
+        "towers/llm",
+    ),
+    "a folder above": (
+        ["reply", "towers", "a.wav"],
+        "no folder with a config.json; there is towers/emotion",
+    ),
+    "evaluate": (["evaluate", "towers/lm", "data/ours", "--out", "o"], "there is towers/llm"),
+    "merge": (["merge", "towers/lm", "--out", "o"], "there is towers/llm"),
+    "nothing near": (["inspect", "./gone/away.csv"], "holds data, recipe.yaml, towers"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTYPED.values(), ids=MISTYPED.keys())
+def test_a_mistyped_path_is_no_hub_id_and_the_nearest_is_named(here: Path, monkeypatch, arguments, message) -> None:
+    monkeypatch.chdir(here)
+    status, line = said(*arguments)
+    assert status == 2 and message in line
+
+
+WRONG = {
+    "a tab": ("data:\tours\n\tx: 1", "no YAML"),
+    "a list for a name": ("data: [a, b]", "data is ['a', 'b'], a list; it takes one value"),
+    "a name for a list": (
+        "unfreeze: audio_tower",
+        "unfreeze is 'audio_tower', a str; it takes a list, such as [",
+    ),
+    "a mapping for a number": ("lora_r: {a: 1}", "lora_r is {'a': 1}, a dict; it takes one value"),
+    "a switch for a number": ("learning_rate: true", "learning_rate is True, a bool"),
+    "a name for a number": ("lora_r: many", "lora_r"),
+    "no mapping": ("- data", "YAML mapping"),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "train-emotion", "plan"])
+@pytest.mark.parametrize(("recipe", "message"), WRONG.values(), ids=WRONG.keys())
+def test_a_recipe_with_a_wrong_line_is_named(tmp_path: Path, recipe: str, message: str, command: str) -> None:
+    if command == "train-emotion":
+        recipe, message = recipe.replace("lora_r", "num_layers"), message.replace("lora_r", "num_layers")
+        if "unfreeze" in recipe:
+            pytest.skip("it has no such setting")
+    (tmp_path / "recipe.yaml").write_text(recipe + "\n")
+    status, line = said(command, "--config", str(tmp_path / "recipe.yaml"))
+    assert status == 2 and message in line and f"relllm {command}: " in line
+
+
+def test_wrong_flags_are_one_line_of_status_2(here: Path, monkeypatch) -> None:
+    monkeypatch.chdir(here)
+    for arguments, message in (
+        (["inspect"], "Missing argument"),
+        (["inspect", "data/ours", "--sow", "3"], "--sow"),
+        (["inspect", "data/ours", "--show", "-1"], "--show"),
+        (["inspct"], "inspct"),
+        (["write-targets", "data/ours", "--text-model", "m", "--out", "o.jsonl", "--extra-body", "{"], "JSON object"),
+    ):
+        status, line = said(*arguments)
+        assert status == 2 and message in line and "--help" in line
+
+
+@pytest.mark.parametrize("out", ["o.txt", "data"])
+@pytest.mark.parametrize("command", ["annotate", "write-targets"])
+def test_the_output_is_checked_before_a_model_is_loaded(here: Path, monkeypatch, command: str, out: str) -> None:
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
+    model = ["--emotion-model", "towers/emotion"] if command == "annotate" else ["--text-model", "towers/llm"]
+    status, line = said(command, "data/ours", *model, "--out", out)
+    assert status == 1 and f"--out {out}" in line
+
+
+def test_what_fails_is_one_line_of_status_1(here: Path, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(here)
+    (tmp_path / "rows.jsonl").write_text("{broken\n")
+    status, line = said("inspect", str(tmp_path / "rows.jsonl"))
+    assert status == 1 and line.startswith("stopped: ") and "line 1 is not JSON" in line
