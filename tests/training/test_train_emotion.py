@@ -236,7 +236,7 @@ def test_a_dimension_without_labels_is_not_trained_nor_evaluated_nor_read(
     assert read.isnan().tolist() == [[False, True, False]]
     row = {"id": "a", "audio": f"{corpus}/1.wav"}
     settings = AnnotationSettings(emotion_model="tower")
-    annotate_rows(Dataset.from_list([row]), tmp_path / "out.jsonl", tower, settings, progress=False)
+    annotate_rows(Dataset.from_list([row]), tmp_path / "out.jsonl", lambda: tower, settings, progress=False)
     annotated = json.loads((tmp_path / "out.jsonl").read_text())
     assert annotated["dominance"] is None and annotated["dimension_source"] == "pseudo:tower"
     assert annotated["arousal"] is not None and annotated["valence"] is not None
