@@ -21,7 +21,7 @@ from .building import build_config
 from .config import ReLLMScriptArguments, ReLLMSFTConfig, check_places
 from .freezing import HEADS, draw_table, trainable_table
 from .memory import MemoryPlan, RowSize, StepSettings, TrainingStep
-from .settings import SettingsParser
+from .settings import SettingsParser, read_recipe
 
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 DESCRIPTION = """\
@@ -130,8 +130,8 @@ def _named_settings(arguments: Sequence[str]) -> set[str]:
         if part == "--config" and index + 1 < len(arguments):
             path = arguments[index + 1]
         if path is not None and Path(path).is_file():
-            with suppress(yaml.YAMLError, UnicodeDecodeError, TypeError):  # which the parser says
-                names |= set(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+            with suppress(yaml.YAMLError, ValueError, OSError):  # which the parser says
+                names |= set(read_recipe(path))
     return names
 
 

@@ -1,8 +1,11 @@
 """Settings of a run from a YAML file and flags: TRL's parser, with a help page that puts what matters first."""
 
 import argparse
+import difflib
+import os
 import types
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -43,21 +46,35 @@ class SettingsParser(TrlParser):
         if split and split[-1] == "--config":
             self.error("--config needs a file")
         try:
-            return self.parse_args_and_config(split)
+            if "--config" in split:
+                place = split.index("--config")
+                self.take_recipe(read_recipe(split[place + 1]))
+                del split[place : place + 2]
+            return self.parse_args_into_dataclasses(split)
         except yaml.YAMLError as error:
             self.error(f"The recipe is no YAML: {error}. A line is `name: value`, indented with spaces, not tabs.")
         except (ValueError, TypeError, OSError) as error:
             self.error(str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown"))
 
-    def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """Take the lines of a YAML file, each of the kind that its setting has: argparse converts text alone."""
+    def take_recipe(self, recipe: Mapping[str, Any]) -> None:
+        """Take the lines of a recipe as defaults, each of the kind that its setting has: argparse converts text alone.
+
+        As in TRL's, `env` is a mapping of environment variables to set.
+        """
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
-        for name, value in config.items():
-            kinds = _kinds(hints.get(name, Any))
+        for name, value in recipe.items():
+            kinds = {dict} if name == "env" else _kinds(hints.get(name, Any))
             if not _fits(value, kinds):
-                wanted = f"a list, such as [{value}]" if list in kinds else "one value"
+                wanted = "a mapping" if kinds == {dict} else "one value"
+                wanted = f"a list, such as [{value}]" if list in kinds else wanted
                 raise ValueError(f"{name} is {value!r}, a {type(value).__name__}; it takes {wanted}.")
-        return super().set_defaults_with_config(**config)
+        os.environ.update({name: str(value) for name, value in (recipe.get("env") or {}).items()})
+        settings = {name: value for name, value in recipe.items() if name != "env"}
+        if unknown := self.set_defaults_with_config(**settings)[::2]:
+            name = unknown[0].removeprefix("--")
+            near = difflib.get_close_matches(name, hints, n=1)
+            meant = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{name}, a line of the recipe, is no setting.{meant}")
 
     def error(self, message: str) -> NoReturn:
         """Print the message alone: the usage of some 200 settings would push it off the screen."""
@@ -79,6 +96,27 @@ class SettingsParser(TrlParser):
         formatter.add_arguments(list(reversed(actions.values())))
         formatter.end_section()
         return formatter.format_help()
+
+
+def read_recipe(path: str | os.PathLike, above: Sequence[Path] = ()) -> dict[str, Any]:
+    """Return the lines of a YAML file over those of the file that its line `base` names, relative to it, and so on.
+
+    `above` are the files that lead here. What is no mapping, and a circle, is a `ValueError`.
+    """
+    file, trail = Path(path), [*above, Path(path)]
+    if file.resolve() in [one.resolve() for one in above]:
+        raise ValueError(f"base leads in a circle: {' → '.join(map(str, trail))}. Take one of these lines out.")
+    if above and not file.is_file():
+        raise FileNotFoundError(f"{above[-1]} has the base {file}, and no such file is there.")
+    recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{file} must be a YAML mapping, with a line `name: value` for each setting.")
+    base = recipe.pop("base", None)
+    if base is None:
+        return recipe
+    if not isinstance(base, str):
+        raise ValueError(f"base of {file} is {base!r}; it takes the path of one recipe.")
+    return read_recipe(file.parent / base, trail) | recipe
 
 
 def _kinds(hint: Any) -> set[Any]:

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from processes import ForkServer, run_command
 from tiny_models import tiny_emotion_tower, tiny_llm, tiny_speech_tower, tiny_tokenizer
@@ -17,16 +16,22 @@ from relllm.cli import app
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from relllm.training.building import build_config
 from relllm.training.run import parse_arguments
+from relllm.training.settings import read_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.yaml"))
 RUNS = [str(path) for path in RECIPES if path.parts[0] != "accelerate"]
-ABLATIONS = {
-    "no_emotion_fusion": {"emotion_tower": None, "emotion_fusion": "none"},
-    "no_auxiliary_losses": {"emotion_loss_weight": 0.0, "dimension_loss_weight": 0.0},
-    "token_fusion": {"emotion_fusion": "token"},
-    "lora_text": {"lora_scope": "text"},
-    "lora_global": {"lora_scope": "global"},
+DIFFERENCES = {  # of stage2_emotion.yaml
+    "ablations/no_emotion_fusion": {"emotion_tower": None, "emotion_fusion": "none"},
+    "ablations/no_auxiliary_losses": {"emotion_loss_weight": 0.0, "dimension_loss_weight": 0.0},
+    "ablations/token_fusion": {"emotion_fusion": "token"},
+    "ablations/lora_text": {"lora_scope": "text"},
+    "ablations/lora_global": {"lora_scope": "global"},
+    "stage2_emotion_kl": {"response_kl_weight": 1.0, "kl_temperature": 2.0},
+    "qlora_7b": {
+        **{"load_in_4bit": True, "light_checkpoints": False, "save_total_limit": 1, "optim": "paged_adamw_8bit"},
+        **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16},
+    },
 }
 ON_A_CPU = ["--bf16", "false", "--use_cpu", "true", "--optim", "adamw_torch"]
 
@@ -34,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:Futur
 
 
 def read(name: str) -> dict:
-    return yaml.safe_load((ROOT / "recipes" / name).read_text(encoding="utf-8"))
+    return read_recipe(ROOT / "recipes" / name)
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +95,54 @@ def test_stage_one_learns_from_the_transcript_alone(tmp_path: Path) -> None:
     assert args.instruction.endswith(": ") and args.system_prompt == ""
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
-def test_an_ablation_differs_in_what_it_says_alone(name: str) -> None:
-    paper, ablation = read("stage2_emotion.yaml"), read(f"ablations/{name}.yaml")
-    expected = paper | ABLATIONS[name] | {"output_dir": f"runs/ablations/{name}"}
-    assert ablation == {setting: value for setting, value in expected.items() if value is not None}
-    assert {path.stem for path in RECIPES if path.parts[0] == "ablations"} == set(ABLATIONS)
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_recipe_on_another_differs_in_what_it_says_alone(name: str, tmp_path: Path) -> None:
+    expected = read("stage2_emotion.yaml") | DIFFERENCES[name] | {"output_dir": f"runs/{name}"}
+    assert read(f"{name}.yaml") == expected
+    ablations = {f"ablations/{path.stem}" for path in RECIPES if path.parts[0] == "ablations"}
+    assert ablations == {one for one in DIFFERENCES if one.startswith("ablations/")}
+    if name == "ablations/no_emotion_fusion":  # a line of the base is taken back
+        arguments = ["--config", str(ROOT / "recipes" / f"{name}.yaml"), *ON_A_CPU]
+        script, _ = parse_arguments([*arguments, "--output_dir", str(tmp_path)])
+        assert script.emotion_tower is None and script.audio_tower == "openai/whisper-large-v2"
+
+
+def test_recipes_stand_on_each_other_in_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("A_WORD", raising=False)
+    monkeypatch.setenv("ANOTHER", "kept")  # which is put back after the test, whatever the recipe sets
+    (tmp_path / "above").mkdir()
+    for name, text in {
+        "paper.yaml": "data: d\nmodel_name_or_path: m\nlora_r: 2\nlora_alpha: 4\nseed: 3",
+        "above/mine.yaml": "base: ../paper.yaml\nlora_r: 8\nenv: {ANOTHER: one}",
+        "fold.yaml": "base: above/mine.yaml\nseed: 5\nheld_out: session=Ses05",
+    }.items():
+        (tmp_path / name).write_text(text)
+    flags = ["--config", str(tmp_path / "fold.yaml"), "--output_dir", str(tmp_path), "--lora_alpha", "16"]
+    script, args = parse_arguments([*flags, *ON_A_CPU])
+    assert (script.data, script.lora_r, script.lora_alpha, args.seed) == ("d", 8, 16, 5)
+    assert script.held_out == "session=Ses05" and os.environ["ANOTHER"] == "one"
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"a": "base: b.yaml", "b": "base: a.yaml"}, "base leads in a circle: {a} → {b} → {a}. Take one"),
+        ({"a": "base: a.yaml"}, "base leads in a circle: {a} → {a}."),
+        ({"a": "base: b.yaml", "b": "base: gone.yaml"}, "{b} has the base {gone}, and no such file is there."),
+        ({"a": "base: [b.yaml]"}, "base of {a} is ['b.yaml']; it takes the path of one recipe."),
+        ({"a": "base: b.yaml", "b": ""}, "{b} must be a YAML mapping"),
+        ({"a": "base: b.yaml", "b": "learnin_rate: 1"}, "learnin_rate, a line of the recipe, is no setting. Did you"),
+        ({"a": "env: A"}, "env is 'A', a str; it takes a mapping."),
+    ],
+)
+def test_a_base_that_cannot_be_is_one_line(files: dict[str, str], message: str, tmp_path: Path, capsys) -> None:
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(SystemExit) as raised:
+        parse_arguments(["--config", str(tmp_path / "a.yaml")])
+    said = capsys.readouterr().err
+    places = {name: str(tmp_path / f"{name}.yaml") for name in ("a", "b", "gone")}
+    assert raised.value.code == 2 and message.format(**places) in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

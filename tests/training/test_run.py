@@ -178,7 +178,7 @@ def test_an_unknown_line_of_a_recipe_is_named(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "recipe.yaml").write_text("data: d\nmodel_name_or_path: m\nlearnin_rate: 1\n")
     with pytest.raises(SystemExit):
         parse_arguments(["--config", str(tmp_path / "recipe.yaml")])
-    assert "--learnin_rate" in capsys.readouterr().err
+    assert "learnin_rate, a line of the recipe, is no setting. Did you mean learning_rate?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fusion", ["concat", "token", "none"])
