@@ -25,7 +25,7 @@ from relllm.cli import app
 from relllm.demo.tiny_towers import make_tiny_towers
 from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT
 from relllm.training.emotion_training import parse_emotion_arguments
-from relllm.training.plan import parse_plan
+from relllm.training.planning.plan import parse_plan
 from relllm.training.run import parse_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")  # WavLM's

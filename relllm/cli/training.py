@@ -54,7 +54,7 @@ def plan(context: typer.Context) -> None:
 
     Example: relllm plan --config recipes/stage2_emotion.yaml --gpu-memory 24GB
     """
-    from relllm.training.plan import parse_plan, run_plan
+    from relllm.training.planning.plan import parse_plan, run_plan
 
     if not run_plan(*parse_plan(context.args), console):
         raise typer.Exit(1)

@@ -10,15 +10,15 @@ from tiny_models import clip, tiny_config, tiny_emotion_config, tiny_processor, 
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-import relllm.training.memory as plan_memory_module
+import relllm.training.planning.memory as plan_memory_module
 from relllm import ReLLMConfig, ReLLMForConditionalGeneration
 from relllm.cli import app
 from relllm.modeling import audio_tower_relllm, lora_relllm
 from relllm.training import alignment
 from relllm.training.alignment import Alignment, return_heads
 from relllm.training.freezing import prepare_trainable, trainable_table
-from relllm.training.memory import RowSize, StepSettings, TrainingStep, count_audio_positions
-from relllm.training.plan import PlanArguments, parse_bytes, parse_plan, step_settings
+from relllm.training.planning.memory import RowSize, StepSettings, TrainingStep, count_audio_positions
+from relllm.training.planning.plan import PlanArguments, parse_bytes, parse_plan, step_settings
 
 LORA = {"r": 8, "lora_alpha": 8}
 FLOAT32 = StepSettings(torch.float32, bf16=False, gradient_checkpointing=False, full_window=False)

@@ -17,11 +17,11 @@ from rich.table import Table
 from relllm.modeling.configuration_relllm import ReLLMConfig
 from relllm.setting import setting
 
-from .building import build_config
-from .config import ReLLMScriptArguments, ReLLMSFTConfig, check_places
-from .freezing import HEADS, draw_table, trainable_table
+from ..building import build_config
+from ..config import ReLLMScriptArguments, ReLLMSFTConfig, check_places
+from ..freezing import HEADS, draw_table, trainable_table
+from ..settings import SettingsParser, read_recipe
 from .memory import MemoryPlan, RowSize, StepSettings, TrainingStep
-from .settings import SettingsParser, read_recipe
 
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 DESCRIPTION = """\

@@ -28,8 +28,8 @@ from relllm.modeling.lora_relllm import is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.setting import setting
 
-from .alignment import tile_positions
-from .freezing import prepare_trainable
+from ..alignment import tile_positions
+from ..freezing import prepare_trainable
 
 NF4_BYTES = 0.516  # a weight in 4 bit with double quantisation: 4 + 0.127 bits (QLoRA)
 HEAD_TILE_POSITIONS, HEAD_TILE_WORDS = 4096, 32768  # of the buffer of TRL's fused head
