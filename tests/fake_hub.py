@@ -35,18 +35,18 @@ class Repository:
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {COMMIT: {}})  # all files of each, in order
     tags: dict[str, str] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})  # and pull requests, refs/pr/N
 
     def resolve(self, revision: str) -> str | None:
-        if revision == "main":
-            return next(reversed(self.commits))
-        return self.tags.get(revision, revision if revision in self.commits else None)
+        named = {**self.tags, **self.branches}
+        return named.get(revision, revision if revision in self.commits else None)
 
 
 class FakeHub(ThreadingHTTPServer):
     """Writes the files of `org/NAME` into `folder / NAME`, and keeps those of each commit in `commits`.
 
     Args:
-        folder (`Path`): For the files of the newest commits.
+        folder (`Path`): For the files of the newest commits to `main`.
         lfs (`bool`): Take `.safetensors` through LFS.
         part_bytes (`int`, *optional*): Uploads larger than this go in parts.
     """
@@ -99,8 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.route(
             {
                 r"/api/repos/create": self.create,
-                r"/api/models/(.+)/preupload/[^/]+": self.preupload,
-                r"/api/models/(.+)/commit/[^/]+": self.commit,
+                r"/api/models/(.+)/preupload/([^/]+)": self.preupload,
+                r"/api/models/(.+)/commit/([^/]+)": self.commit,
+                r"/api/models/(.+)/branch/([^/]+)": self.branch,
                 r"/api/models/(.+)/tag/([^/]+)": self.tag,
                 r"/(.+)\.git/info/lfs/objects/batch": self.batch,
                 r"/lfs/(\w{64})": self.complete,
@@ -113,6 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
     def READS(self) -> dict:
         return {
             r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?": self.info,
+            r"/api/models/([^/]+/[^/]+)/refs": self.refs,
             r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)": self.file,
         }
 
@@ -229,10 +231,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     # --- uploads -----------------------------------------------------------------------------------------------------
 
-    def preupload(self, name: str) -> None:
+    def preupload(self, name: str, revision: str) -> None:
         files = json.loads(self.body())["files"]
         repository = self.server.repositories.setdefault(name, Repository())
-        there = repository.commits.get(repository.resolve("main") or "", {})
+        there = repository.commits[repository.resolve(revision) or ""]
         answers = []
         for file in files:
             path = file["path"]
@@ -285,26 +287,51 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body())
         self.answer({}, 200 if len(self.server.objects.get(asked["oid"], b"")) == asked["size"] else 400)
 
-    def commit(self, name: str) -> None:
+    def commit(self, name: str, revision: str) -> None:
         lines = [json.loads(line) for line in self.body().decode().splitlines()]
-        files = {
-            line["value"]["path"]: base64.b64decode(line["value"]["content"])
-            for line in lines
-            if line["key"] == "file"
-        }
+        by_kind: dict[str, list[dict]] = {}
         for line in lines:
-            if line["key"] == "lfsFile":
-                files[line["value"]["path"]] = self.server.objects[line["value"]["oid"]]
-        self.server.commits.append(files)
+            by_kind.setdefault(line["key"], []).append(line["value"])
+        files = {value["path"]: base64.b64decode(value["content"]) for value in by_kind.get("file", ())}
+        files |= {value["path"]: self.server.objects[value["oid"]] for value in by_kind.get("lfsFile", ())}
+        deleted = {value["path"] for value in by_kind.get("deletedFile", ())}
         repository = self.server.repositories.setdefault(name, Repository())
-        before = repository.commits.get(repository.resolve("main") or "", {})
+        parent = repository.resolve(revision) or ""
+        if by_kind["header"][0].get("parentCommit", parent) != parent:
+            return self.answer({"error": "A commit has happened since. Please refresh and try again."}, 412)
+        self.server.commits.append(files)
+        before = {path: content for path, content in repository.commits[parent].items() if path not in deleted}
         oid = hashlib.sha1(f"{name} {len(repository.commits)}".encode()).hexdigest()
         repository.commits[oid] = {**before, **files}
-        for path, content in files.items():
-            place = self.server.folder / name.rpartition("/")[2] / path
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(content)
-        self.answer({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{name}/commit/{oid}"})
+        answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{name}/commit/{oid}"}
+        if "create_pr=1" in urlsplit(self.path).query:
+            revision = f"refs/pr/{len(repository.branches)}"
+            answer["pullRequestUrl"] = f"{self.server.url}/{name}/discussions/{len(repository.branches)}"
+        repository.branches[revision] = oid
+        folder = self.server.folder / name.rpartition("/")[2]
+        for path in deleted if revision == "main" else ():
+            (folder / path).unlink()
+        for path, content in files.items() if revision == "main" else ():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+        return self.answer(answer)
+
+    def branch(self, name: str, branch: str) -> None:
+        self.body()
+        branches = self.server.repositories[name].branches
+        known = branch in branches
+        branches.setdefault(branch, branches["main"])
+        self.answer({}, 409 if known else 200)
+
+    def refs(self, name: str) -> None:
+        repository = self.server.repositories[name]
+        kinds = {"branches": repository.branches, "tags": repository.tags, "converts": {}}
+        self.answer(
+            {
+                kind: [{"name": name, "ref": name, "targetCommit": oid} for name, oid in found.items()]
+                for kind, found in kinds.items()
+            }
+        )
 
     def tag(self, name: str, revision: str) -> None:
         repository = self.server.repositories[name]

@@ -56,6 +56,11 @@ def push(settings: PushSettings) -> None:
     for name, size in done.files.items():
         console.print(f"{size:>15,}  {name}", highlight=False)
     console.print(f"{sum(done.files.values()):>15,}  bytes in {len(done.files)} files", highlight=False)
-    if done.left_out:
-        console.print(f"Stays here: {', '.join(done.left_out)}", highlight=False, markup=False)
+    for what, told in (
+        (f"Goes from {settings.repo_id}", ", ".join(done.removed)),
+        (f"What goes from {settings.repo_id} is not known", done.unseen),
+        ("Stays here", ", ".join(done.left_out)),
+    ):
+        if told:
+            console.print(f"{what}: {told}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"[bold]{done.url}[/bold]" if done.url else "Nothing was sent (--dry-run).")

@@ -1,19 +1,25 @@
 """`relllm push`: the checks, and the transfer as one commit: others see the whole checkpoint or the one before.
 
-Run again after an interruption, it sends only the files that the Hub does not have yet.
+What of the one before does not come again goes in the same commit. Run again after an interruption, it sends only the
+files that the Hub does not have yet.
 """
 
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+import httpx
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
 
 from .cards import check_card
-from .files import take_inventory
+from .files import find_replaced, take_inventory
 from .sharing import PushSettings
 from .staging import stage
 
@@ -43,7 +49,9 @@ class Push:
 
     files: dict[str, int]  # bytes by path in the repository
     left_out: list[str]  # what of the folder stays here
-    url: str | None  # of the repository; None after a dry run
+    removed: list[str]  # what of the repository goes
+    unseen: str | None  # why a dry run could not look at the repository
+    url: str | None  # of the repository or the pull request; None after a dry run
 
 
 def push_checkpoint(settings: PushSettings) -> Push:
@@ -51,12 +59,16 @@ def push_checkpoint(settings: PushSettings) -> Push:
     check_card(settings.model)
     left_out = take_inventory(settings.model).left_out
     with stage(settings.model, form=settings.form, with_code=settings.with_code) as staged:
-        check_loads(staged, without_package=False)
-        if (staged / "modeling_relllm.py").exists():
-            check_loads(staged, without_package=True)
+        if not settings.no_load:
+            check_loads(staged, without_package=False)
+            if (staged / "modeling_relllm.py").exists():
+                check_loads(staged, without_package=True)
         files = file_sizes(staged)
-        url = None if settings.dry_run else send_files(staged, settings.repo_id, private=settings.private)
-    return Push(files, left_out, url)
+        if settings.dry_run:
+            removed, unseen = _look_ahead(settings, files)
+            return Push(files, left_out, removed, unseen, None)
+        url, removed = send_files(staged, settings)
+    return Push(files, left_out, removed, None, url)
 
 
 def check_loads(folder: Path, *, without_package: bool) -> None:
@@ -79,19 +91,71 @@ def check_loads(folder: Path, *, without_package: bool) -> None:
         raise RuntimeError(f"The checkpoint does not load in a fresh process {how}: {reason}. Nothing was sent.")
 
 
-def send_files(folder: Path, repo_id: str, *, private: bool = False) -> str:
-    """Send every file of a folder, or what links there point at, as one commit, and return the repository's URL.
+def send_files(folder: Path, settings: PushSettings) -> tuple[str, list[str]]:
+    """Send every file of a folder, or what links there point at, as one commit that also removes what was replaced.
 
-    A public repository that must be `private` is a `ValueError`.
+    Returns:
+        The URL of the repository or the pull request, and what was removed.
+
+    Raises:
+        ValueError: The repository is public and must be private, or has that tag.
+        RuntimeError: What the Hub has after the commit is not what was sent.
     """
-    api = HfApi()
-    repository = api.create_repo(repo_id, private=private or None, exist_ok=True)
-    if private and not api.repo_info(repo_id).private:
+    api, repo_id = HfApi(), settings.repo_id
+    repository = api.create_repo(repo_id, private=settings.private or None, exist_ok=True)
+    if settings.private and not api.model_info(repo_id).private:
         raise ValueError(f"--private: {repo_id} is there already, and it is public. Make it private first.")
+    if settings.tag and settings.tag in [tag.name for tag in api.list_repo_refs(repo_id).tags]:
+        raise ValueError(f"--tag {settings.tag}: {repo_id} has that tag already. Choose another, or delete it there.")
+    if settings.revision != "main":
+        api.create_branch(repo_id, branch=settings.revision, exist_ok=True)
+    before = api.model_info(repo_id, revision=settings.revision)
+    additions = [CommitOperationAdd(name, str(folder / name)) for name in file_sizes(folder)]
+    removed = find_replaced([file.rfilename for file in before.siblings or ()], {op.path_in_repo for op in additions})
     # not by `upload_folder`: with Xet, huggingface_hub makes several commits of it
-    operations = [CommitOperationAdd(name, str(folder / name)) for name in file_sizes(folder)]
-    api.create_commit(repo_id, operations, commit_message="Upload a ReLLM with relllm")
-    return str(repository)
+    done = api.create_commit(
+        repo_id,
+        [*additions, *(CommitOperationDelete(name) for name in removed)],
+        commit_message=settings.message,
+        revision=settings.revision,
+        create_pr=settings.create_pr,
+        parent_commit=before.sha,  # a push of somebody else meanwhile is an error of the Hub
+    )
+    _check_arrived(api, repo_id, done.oid, additions, removed)
+    if settings.tag:
+        api.create_tag(repo_id, tag=settings.tag, revision=done.oid)
+    return done.pr_url or str(repository), removed
+
+
+def _check_arrived(
+    api: HfApi, repo_id: str, commit: str, additions: Sequence[CommitOperationAdd], removed: Sequence[str]
+) -> None:
+    """Hold what the Hub says of a commit's files against the digests of what was sent."""
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+    there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    wrong = [name for name in removed if name in there]
+    wrong += [sent.path_in_repo for sent in additions if not _is_same(sent, there.get(sent.path_in_repo))]
+    if wrong:
+        raise RuntimeError(
+            f"{repo_id} does not hold at {commit[:12]} what was sent: {', '.join(wrong)}. Run the same command again."
+        )
+
+
+def _is_same(sent: CommitOperationAdd, found: RepoFile | None) -> bool:
+    if found is None or found.lfs is None:
+        return found is not None and found.blob_id == git_hash(Path(str(sent.path_or_fileobj)).read_bytes())
+    return found.lfs.sha256 == sent.upload_info.sha256.hex()
+
+
+def _look_ahead(settings: PushSettings, staged: Container[str]) -> tuple[list[str], str | None]:
+    """List what of the repository would go, or say why that is not known."""
+    try:
+        before = HfApi().model_info(settings.repo_id, revision=settings.revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return [], "it is not there yet, or your token may not see it"
+    except (OSError, httpx.TransportError) as error:  # offline among them
+        return [], str(error)
+    return find_replaced([file.rfilename for file in before.siblings or ()], staged), None
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

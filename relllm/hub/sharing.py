@@ -44,9 +44,16 @@ class PushSettings:
     with_code: bool = setting(False, "With the code files, for trust_remote_code=True.")
     light: bool = setting(False, "What was trained, and the towers' Hub ids.")
     full: bool = setting(False, "With the towers in it.")
-    dry_run: bool = setting(False, "All checks and the list of files; nothing sent.")
+    revision: str = setting("main", "The branch; made if it is not there.")
+    create_pr: bool = setting(False, "As a pull request, which a person merges.")
+    message: str = setting("Upload a ReLLM with relllm", "Of the commit.")
+    tag: str | None = setting(None, "Name the commit, as in v1; a tag that is there already is an error.")
+    dry_run: bool = setting(False, "All checks, and the lists of files that come and go; nothing sent.")
+    no_load: bool = setting(False, "Without loading the model as a check, which a large one takes long for.")
 
     def __post_init__(self) -> None:
+        if self.tag and self.create_pr:
+            raise ValueError("--tag and --create-pr exclude each other: tag what is merged.")
         if self.light and self.full:
             raise ValueError("--light and --full exclude each other. Without either it goes as it is.")
 

@@ -194,7 +194,7 @@ def source_fingerprint(source: Mapping[str, Any], hub: Mapping[str, Any] | None 
     In the Hub's cache a file has its SHA-256 for a name; one elsewhere is read once, while its size and time stay.
     """
     digests = []
-    for path in _weight_files(source["name"], _source_options(source, hub)):
+    for path in weight_files(source["name"], _source_options(source, hub)):
         blob = os.path.realpath(path)
         name = os.path.basename(blob)
         if len(name) == 64 and set(name) <= set("0123456789abcdef"):
@@ -293,6 +293,7 @@ def read_light_record(
     if path is None:
         return None
     check_place(path)
+    check_one_form(path, _hub_options(options))
     recorded, _ = PreTrainedConfig.get_config_dict(path, **_hub_options(options))
     if not recorded.get("light_checkpoint"):
         if given:
@@ -403,18 +404,48 @@ def check_left_out(model: PreTrainedModel, path: str | os.PathLike) -> None:
 def read_weights(path: str | os.PathLike, hub: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
     """Read the weights of a checkpoint, a directory or a Hub id, of one file or of several, to the CPU."""
     weights: dict[str, Tensor] = {}
-    for file in _weight_files(path, dict(hub or {})):
+    for file in weight_files(path, hub or {}):
         weights |= load_file(file)
     return weights
 
 
-def _weight_files(path: str | os.PathLike, options: dict[str, Any]) -> list[str]:
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
-    names = [SAFE_WEIGHTS_NAME]
-    if index is not None:
-        with open(index, encoding="utf-8") as file:
-            names = sorted(set(json.load(file)["weight_map"].values()))
+def weight_files(path: str | os.PathLike, options: Mapping[str, Any]) -> list[str]:
+    """Find the safetensors files that Transformers loads: one, before the several of an index."""
+    lenient = {"_raise_exceptions_for_missing_entries": False, **options}
+    if single := cached_file(path, SAFE_WEIGHTS_NAME, **lenient):
+        return [single]
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **lenient)
+    if index is None:
+        return [cached_file(path, SAFE_WEIGHTS_NAME, **options)]  # whose error says what is not there
+    with open(index, encoding="utf-8") as file:
+        names = sorted(set(json.load(file)["weight_map"].values()))
     return [cached_file(path, name, **options) for name in names]
+
+
+def check_one_form(path: str | os.PathLike, hub: Mapping[str, Any] | None = None) -> None:
+    """Raise a `ValueError` for weights in one file beside weights in several: what an earlier save or push left."""
+    options = {"_raise_exceptions_for_missing_entries": False, **(hub or {})}
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    if all(cached_file(path, name, **options) for name in names):
+        raise ValueError(
+            f"{path} holds {names[0]} and {names[1]}: one of them is of an earlier checkpoint, and the first would be "
+            "loaded. Delete what is older, or save or push it again (`relllm push` removes what it replaces)."
+        )
+
+
+@contextlib.contextmanager
+def replaces_weights(folder: str | os.PathLike, writes: bool) -> Iterator[None]:
+    """Leave in a folder no weights but those that are saved in the `with` block, in one file or in several.
+
+    Transformers removes surplus shards and leaves the other form, which a load might prefer.
+    """
+    index, single = os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME), os.path.join(folder, SAFE_WEIGHTS_NAME)
+    writes = writes and not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
+    if writes and os.path.exists(index):
+        os.remove(index)
+    yield
+    if writes and os.path.exists(index) and os.path.exists(single):
+        os.remove(single)
 
 
 @whole_weights()

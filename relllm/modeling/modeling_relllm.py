@@ -40,6 +40,7 @@ from .checkpoint_relllm import (
     name_tower_weights,
     quantize_llm_alone,
     read_light_record,
+    replaces_weights,
     tower_source,
 )
 from .configuration_relllm import DIMENSIONS, ReLLMConfig, config_fields
@@ -168,7 +169,8 @@ class ReLLMPreTrainedModel(SpreadModel):
             module = type(self).__module__.rsplit(".", 1)[-1]
             names = {name: f"{module}.ReLLMForConditionalGeneration" for name in AUTO_CLASSES}
             fields["auto_map"] = {**(getattr(self.config, "auto_map", None) or {}), **names}
-        with adapters_apart(self, save_directory, kwargs):
+        writes = bool(kwargs.get("is_main_process", args[0] if args else True)) and kwargs.get("variant") is None
+        with replaces_weights(save_directory, writes), adapters_apart(self, save_directory, kwargs):
             if light:
                 kwargs["state_dict"], light_fields = light_state(self, kwargs.get("state_dict"))
                 fields |= {"towers": light_fields, "light_checkpoint": True}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ import pytest
 import torch
 import transformers.utils.hub as transformers_hub
 from fake_hub import Failure, FakeHub, serve_hub
-from huggingface_hub import HfApi, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from light_checkpoints import build, save_towers
 from processes import ForkServer
@@ -26,7 +28,7 @@ from relllm.hub import push, staging
 from relllm.hub.cards import write_model_card
 from relllm.hub.files import take_inventory
 from relllm.hub.push import file_sizes, send_files
-from relllm.hub.sharing import CardSettings
+from relllm.hub.sharing import CardSettings, PushSettings
 from relllm.hub.staging import stage
 
 # huggingface_hub's uploads pass a file to httpx in a way that the newest release deprecates.
@@ -85,6 +87,10 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
+def send(folder: Path, **settings: object) -> tuple[str, list[str]]:
+    return send_files(folder, PushSettings(folder, "org/m", **settings))
+
+
 def served(hub: FakeHub, name: str = "org/m") -> dict[str, bytes]:
     """The files of the newest commit."""
     repository = hub.repositories[name]
@@ -108,7 +114,7 @@ def test_a_push_with_code_sends_a_checkpoint_that_loads_at_its_revision(
     HfApi().create_tag("org/m", tag="v1")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")
-    send_files(tmp_path / "broken", "org/m")  # main is of no use now, and the tag is
+    send(tmp_path / "broken")  # main is of no use now, and the tag is
     monkeypatch.setattr(transformers_hub, "_hf_api", HfApi(endpoint=hub.url))
     options = {"revision": "v1", "cache_dir": tmp_path / "cache"}
     model = AutoModel.from_pretrained("org/m", **options)
@@ -125,11 +131,21 @@ def test_a_dry_run_checks_and_lists_and_sends_nothing(
     (checkpoint / "optimizer.pt").write_bytes(b"pickle")
     done = CliRunner().invoke(app, ["push", str(checkpoint), "org/m", "--with-code", "--dry-run"])
     assert done.exit_code == 0, done.output
-    assert checks == [False, True] and not hub.requests
+    assert checks == [False, True] and not hub.repositories
     assert "Nothing was sent" in done.output and "Stays here: optimizer.pt" in done.output
+    assert "What goes from org/m is not known: it is not there yet" in done.output
     listed = dict(reversed(line.split()) for line in done.output.splitlines() if len(line.split()) == 2)
     with stage(checkpoint, with_code=True) as staged:
         assert {name: int(size.replace(",", "")) for name, size in listed.items()} == file_sizes(staged)
+    HfApi().create_repo("org/m")
+    old = [CommitOperationAdd(name, b"x") for name in ("model-00001-of-00001.safetensors", "LICENSE")]
+    HfApi().create_commit("org/m", old, commit_message="v1")
+    done = CliRunner().invoke(app, ["push", str(checkpoint), "org/m", "--dry-run", "--no-load"])
+    assert done.exit_code == 0 and len(checks) == 2 and len(hub.commits) == 1, done.output
+    assert "Goes from org/m: model-00001-of-00001.safetensors\n" in done.output
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    done = CliRunner().invoke(app, ["push", str(checkpoint), "org/m", "--dry-run", "--no-load"])
+    assert done.exit_code == 0 and "is not known: Cannot reach" in done.output
 
 
 def test_the_code_that_is_added_is_what_save_pretrained_writes(full: Path, tmp_path: Path) -> None:
@@ -183,6 +199,10 @@ def test_a_checkpoint_that_does_not_load_is_not_sent(
         ("deep/id_ed25519", "key", "a file of secrets"),
         ("server.pem", "key", "a file of secrets"),
         ("notes.md", f"my token is {TOKEN}", "holds a token or a private key"),
+        ("run.log", "OPENAI_API_KEY=sk-proj-" + "a1" * 20, "holds a token or a private key"),
+        ("push.sh", "git clone https://ghp_" + "a1" * 18 + "@github.com", "holds a token or a private key"),
+        ("aws.json", '{"id": "AKIA' + "A1" * 8 + '"}', "holds a token or a private key"),
+        ("notes.txt", "xoxb-1234567890-abc", "holds a token or a private key"),
         ("key.txt", "-----BEGIN OPENSSH PRIVATE KEY-----", "holds a token or a private key"),
         ("clips/a.WAV", "RIFF", "recordings or rows of a corpus"),
         ("predictions.jsonl", "{}", "recordings or rows of a corpus"),
@@ -255,17 +275,17 @@ def test_a_light_checkpoint_whose_towers_are_on_the_hub_goes_as_it_is(tmp_path: 
 
 
 def test_a_push_is_one_commit_and_what_is_there_already_is_not_sent_again(hub: FakeHub, shards: Path) -> None:
-    url = send_files(shards, "org/m", private=True)
+    url, _ = send(shards, private=True)
     assert url == f"{hub.url}/org/m" and hub.repositories["org/m"].private
     assert len(hub.commits) == 1 and served(hub) == on_disk(shards)
     (shards / "config.json").write_text('{"changed": true}')
-    send_files(shards, "org/m")
+    send(shards)
     assert list(hub.commits[1]) == ["config.json"] and served(hub) == on_disk(shards)
 
 
 def test_large_files_go_in_parts(hub: FakeHub, shards: Path) -> None:
     hub.part_bytes = PART
-    send_files(shards, "org/m")
+    send(shards)
     assert served(hub) == on_disk(shards)
     assert len(hub.parts) == 2 * 3  # 100 kB each
 
@@ -273,7 +293,7 @@ def test_large_files_go_in_parts(hub: FakeHub, shards: Path) -> None:
 def test_an_upload_whose_connection_breaks_goes_on_by_itself(hub: FakeHub, shards: Path) -> None:
     hub.part_bytes = PART
     hub.failures = [Failure(r"PUT /lfs/\w+/2", after_bytes=10_000)]
-    send_files(shards, "org/m")
+    send(shards)
     assert served(hub) == on_disk(shards)
     size = sum(len(content) for name, content in on_disk(shards).items() if name.endswith(".safetensors"))
     assert sum(hub.received.values()) == size + 10_000  # the broken part again, and nothing else
@@ -283,10 +303,10 @@ def test_a_push_that_failed_halfway_sends_only_the_rest(hub: FakeHub, shards: Pa
     second = (shards / "model-00002-of-00002.safetensors").read_bytes()
     hub.failures = [Failure(f"PUT /lfs/{hashlib.sha256(second).hexdigest()}", status=400)]
     with pytest.raises(RuntimeError, match="Error while uploading 'model-00002"):
-        send_files(shards, "org/m")
+        send(shards)
     assert len(hub.objects) == 1 and not hub.commits
     before = hub.received.total()
-    send_files(shards, "org/m")
+    send(shards)
     assert hub.received.total() - before == len(second)
     assert served(hub) == on_disk(shards)
 
@@ -303,13 +323,133 @@ def test_a_refused_push_says_why(hub: FakeHub, checkpoint: Path, monkeypatch: py
     assert not hub.commits
 
 
-def test_light_and_full_exclude_each_other(checkpoint: Path) -> None:
-    done = CliRunner().invoke(app, ["push", str(checkpoint), "org/m", "--light", "--full"])
+@pytest.mark.parametrize("flags", [["--light", "--full"], ["--tag", "v1", "--create-pr"]])
+def test_flags_that_contradict_each_other_are_refused(flags: list[str], checkpoint: Path) -> None:
+    done = CliRunner().invoke(app, ["push", str(checkpoint), "org/m", *flags])
     assert done.exit_code == 2 and "exclude each other" in done.output
 
 
 def test_private_demands_a_private_repository(hub: FakeHub, shards: Path) -> None:
-    send_files(shards, "org/m")
+    send(shards)
     with pytest.raises(ValueError, match="it is public"):
-        send_files(shards, "org/m", private=True)
+        send(shards, private=True)
     assert len(hub.commits) == 1
+
+
+@pytest.mark.parametrize("lfs", [True, False])
+def test_a_push_removes_what_it_replaces_and_nothing_of_a_person_s_own(lfs: bool, hub: FakeHub, shards: Path) -> None:
+    hub.lfs = lfs
+    own = [".gitattributes", "LICENSE.md", "demo.gif", "adapters/mine/adapter_config.json", "docs/plots/a.png"]
+    old = ["adapter_config.json", "chat_template.jinja", "evaluation.json", "model.safetensors", "plots/confusion.png"]
+    old += ["modeling_relllm.py", "of_an_old_release_relllm.py", "pytorch_model.bin", "training_args.bin"]
+    HfApi().create_repo("org/m")
+    HfApi().create_commit("org/m", [CommitOperationAdd(name, b"x") for name in (*own, *old)], commit_message="v1")
+    _, removed = send(shards, message="v2", tag="v2")
+    assert removed == sorted(old) and len(hub.commits) == 2
+    expected = {**on_disk(shards), **dict.fromkeys(own, b"x")}
+    assert served(hub) == expected
+    assert hub.repositories["org/m"].tags == {"v2": next(reversed(hub.repositories["org/m"].commits))}
+    with pytest.raises(ValueError, match="has that tag already"):
+        send(shards, tag="v2")
+
+
+def test_a_push_goes_to_a_branch_or_a_pull_request_and_main_stays(hub: FakeHub, shards: Path) -> None:
+    send(shards)
+    before = served(hub)
+    (shards / "config.json").write_text('{"v": 2}')
+    send(shards, revision="next")
+    (shards / "config.json").write_text('{"v": 3}')
+    url, _ = send(shards, create_pr=True)
+    assert url == f"{hub.url}/org/m/discussions/2" and served(hub) == before
+    repository = hub.repositories["org/m"]
+    found = [repository.commits[repository.branches[name]]["config.json"] for name in ("next", "refs/pr/2")]
+    assert found == [b'{"v": 2}', b'{"v": 3}']
+
+
+def test_a_hub_that_holds_something_else_afterwards_is_noticed(
+    hub: FakeHub, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = HfApi.create_commit
+
+    def corrupt(self: HfApi, *args: object, **options: object) -> CommitInfo:
+        done = commit(self, *args, **options)
+        hub.repositories["org/m"].commits[done.oid]["model-00002-of-00002.safetensors"] = b"other"
+        return done
+
+    monkeypatch.setattr(HfApi, "create_commit", corrupt)
+    with pytest.raises(RuntimeError, match="does not hold at .* what was sent: model-00002"):
+        send(shards)
+
+
+def test_somebody_else_s_push_meanwhile_is_not_overwritten(
+    hub: FakeHub, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(shards)
+    commit = HfApi.create_commit
+
+    def after_another(self: HfApi, *args: object, **options: object) -> CommitInfo:
+        commit(self, "org/m", [CommitOperationAdd("LICENSE", b"mine")], commit_message="meanwhile")
+        return commit(self, *args, **options)
+
+    monkeypatch.setattr(HfApi, "create_commit", after_another)
+    (shards / "config.json").write_text('{"v": 2}')
+    with pytest.raises(HTTPError, match="A commit has happened since"):
+        send(shards)
+    assert served(hub)["config.json"] == b"{}"
+
+
+# --- one push after another ------------------------------------------------------------------------------------------
+
+FORMS = ("single", "shards", "light", "code")
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, torch.Tensor]]]:
+    """One checkpoint in each form, each with weights of its own; the light one's towers are where they were."""
+    folder, made = tmp_path_factory.mktemp("forms"), {}
+    towers = save_towers(folder / "towers")
+    for number, form in enumerate(FORMS):
+        model = build(towers)
+        torch.nn.init.constant_(model.model.emotion_head.weight, number)
+        sizes = {"max_shard_size": "50KB"} if form == "shards" else {}
+        model.save_pretrained(folder / form, light=form == "light", **sizes)
+        tiny_processor(model.config).save_pretrained(folder / form)
+        write_model_card(CardSettings(folder / form, repo_id="org/m"))
+        made[form] = folder / form, model.state_dict()
+    assert (folder / "shards" / "model.safetensors.index.json").exists()
+    return made
+
+
+@pytest.mark.parametrize("first", FORMS)
+def test_what_loads_is_what_was_pushed_last(
+    first: str, hub: FakeHub, forms: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Single file, shards, light and with code, each after the others."""
+    monkeypatch.setattr(staging, "_name_public_towers", lambda staged: None)  # they stand for towers on the Hub
+    monkeypatch.setattr(transformers_hub, "_hf_api", HfApi(endpoint=hub.url))
+    for second in FORMS:
+        for form in (first, second):
+            with stage(forms[form][0], with_code=form == "code") as staged:
+                send(staged)
+                assert served(hub) == on_disk(staged)
+        model = AutoModel.from_pretrained("org/m", cache_dir=tmp_path / f"cache-{second}")
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, forms[second][1][name]), (first, second, name)
+
+
+def test_two_forms_at_one_place_are_refused_by_a_load_and_a_push(forms: dict, tmp_path: Path) -> None:
+    """As `model.push_to_hub` or a copy leaves them: what loads would be the older one."""
+    shutil.copytree(forms["shards"][0], tmp_path / "both")
+    shutil.copy(forms["single"][0] / "model.safetensors", tmp_path / "both")
+    for attempt in (AutoModel.from_pretrained, take_inventory):
+        with pytest.raises(ValueError, match=r"holds model.safetensors and model.safetensors.index.json"):
+            attempt(tmp_path / "both")
+
+
+@pytest.mark.parametrize("sizes", [("5GB", "50KB"), ("50KB", "5GB"), ("50KB", "100KB")])
+def test_a_save_leaves_nothing_of_the_save_before(sizes: tuple[str, str], tmp_path: Path) -> None:
+    model = tiny_model()
+    for number, size in enumerate(sizes):
+        torch.nn.init.constant_(model.model.emotion_head.weight, number)
+        model.save_pretrained(tmp_path, max_shard_size=size)
+    assert torch.all(AutoModel.from_pretrained(tmp_path).model.emotion_head.weight == 1)
