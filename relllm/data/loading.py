@@ -74,6 +74,15 @@ def column_values(data: str | Path, column: str) -> list[str]:
     return sorted({str(row[column]) for row in dataset.select_columns([column]) if row[column] is not None})
 
 
+def corpus_name(data: str | Path) -> str:
+    """Return what `relllm prepare` wrote; else the folder's name, `iemocap` of `data/iemocap/targets.jsonl`."""
+    path = Path(data)
+    folder = path.absolute().parent if path.is_file() else path
+    report = folder / "report.json"
+    prepared = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    return str(prepared.get("corpus", folder.name))
+
+
 def read_table(path: Path) -> Iterator[tuple[int, dict]]:
     """Yield number of the line and fields of each row of a `.jsonl` or `.csv` file; errors name the line."""
     return _read_jsonl(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)

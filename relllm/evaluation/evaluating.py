@@ -20,10 +20,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, set_seed
+from transformers import AutoConfig, PreTrainedConfig, set_seed
 
 from relllm.data.journal import Journal, write_json
-from relllm.data.loading import load_corpus
+from relllm.data.loading import corpus_name, load_corpus
+from relllm.data.membership import read_training_record
 from relllm.data.rows import LABEL_SETS
 from relllm.inference.replies import GREEDY
 from relllm.labels import DIMENSIONS, EMOTIONS
@@ -40,6 +41,7 @@ from .fingerprints import (
     folder_fingerprint,
     model_fingerprint,
 )
+from .leakage import check_unseen, find_seen
 from .predicting import Predictor, load_predictor, load_tokenizer, resolve_system
 from .summary import count_clips, draw_plots, summarize_clips
 
@@ -59,6 +61,7 @@ class Plan:
     prompts: dict[str, str]  # as the tokenizer gets them
     identity: dict = field(default_factory=dict)  # what must not change when the run goes on
     left_out: dict[str, str] = field(default_factory=dict)  # tasks that are not measured, and why
+    seen: dict[str, object] = field(default_factory=dict)  # what the model's training has read of the rows
 
 
 def evaluate(settings: EvaluationSettings, *, score: Score | None = None, progress: bool = True) -> dict:
@@ -123,6 +126,7 @@ def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
     system = resolve_system(config, settings.system, settings.model)
     rows = _load_rows(settings)
+    seen = _find_seen(settings, config, system, rows)
     labels = tuple(config.emotion_labels) if config.model_type == "relllm" else EMOTIONS
     if settings.label_set is not None:
         labels = LABEL_SETS[settings.label_set]
@@ -138,7 +142,7 @@ def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     if processor is not None:  # a ReLLM is asked as it was trained
         questions = replace(questions, instruction=processor.instruction, system_prompt=processor.system_prompt)
     prompts = render_prompts(tokenizer, template, questions, audio=system != "text-only")
-    return Plan(rows, system, questions, prompts, left_out={} if settings.tasks else obstacles)
+    return Plan(rows, system, questions, prompts, left_out={} if settings.tasks else obstacles, seen=seen)
 
 
 def plan_batches(rows: Dataset, batch_size: int, system: System) -> list[list[int]]:
@@ -163,6 +167,19 @@ def _load_rows(settings: EvaluationSettings) -> Dataset:
     if not seen:
         raise ValueError(f"{settings.data} has no rows in the split {settings.split!r}.")
     return rows
+
+
+def _find_seen(
+    settings: EvaluationSettings, config: PreTrainedConfig, system: System, rows: Dataset
+) -> dict[str, object]:
+    """Return what the training has read of the rows, which is refused unless it is allowed."""
+    record, towers = read_training_record(settings.model, revision=settings.revision), getattr(config, "towers", None)
+    if system == "text-only" and config.model_type == "relllm" and "text_model" not in record.get("unfreeze", []):
+        record, towers = {}, None  # its LLM with the LoRA off: nothing of them is in it
+    seen = find_seen(record, rows, towers=towers)
+    if not settings.allow_seen:
+        check_unseen(seen, len(rows), settings.model)
+    return seen
 
 
 def _obstacles(rows: Dataset, system: System, labels: Sequence[str], with_scorers: bool) -> dict[str, str]:
@@ -257,7 +274,7 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
         },
         "data": {
             "id": settings.data,
-            "corpus": _corpus_name(settings.data),
+            "corpus": corpus_name(settings.data),
             "split": settings.split or "all",
             "held_out": settings.held_out,
             "limit": settings.limit,
@@ -272,6 +289,7 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
         "hardware": describe_hardware(device),
         **summary,
         "left_out": plan.left_out,
+        "training": plan.seen,
         "folds": None,
     }
     if "empathy" in metrics:
@@ -328,15 +346,6 @@ def _from_main(state: PartialState, make: Callable):  # type: ignore[no-untyped-
     """Return what the main process makes, in every process."""
     made = [make() if state.is_main_process else None]
     return broadcast_object_list(made)[0]
-
-
-def _corpus_name(data: str) -> str:
-    """Return what `relllm prepare` wrote; else the folder's name, `iemocap` of `data/iemocap/targets.jsonl`."""
-    path = Path(data)
-    folder = path.absolute().parent if path.is_file() else path
-    report = folder / "report.json"
-    prepared = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
-    return str(prepared.get("corpus", folder.name))
 
 
 def _source(tower: Mapping) -> str:

@@ -44,6 +44,7 @@ class EvaluationSettings:
     label_set: LabelSetName | None = setting(None, "Emotions to choose from; by default the checkpoint's.")
     split: str = setting("test", "Split of the data; all, or empty, for all rows.")
     held_out: str | None = setting(None, "The test split made at reading, such as session=Ses05.")
+    allow_seen: bool = setting(False, "Measure rows that the model was trained on or chosen by; its card says so.")
     empathy_scorers: str | None = setting(None, "Folder of trained scorers of ER, IP, EX.")
     batch_size: int = setting(16, "Clips at once, in each process.", min=1)
     max_new_tokens: int = setting(128, "Longest reply, in tokens.", min=1)

@@ -108,6 +108,7 @@ def _pool(
             **count_clips(lines, first["label_set"]),
         },
         **summary,
+        "training": _pool_seen([run["training"] for run in runs if "training" in run]),
         "folds": {
             "column": column,
             "values": list(by_fold),
@@ -116,6 +117,15 @@ def _pool(
             "mean_is": "the unweighted mean over folds",
             "pooled": "the numbers above are pooled over all folds",
         },
+    }
+
+
+def _pool_seen(seen: Sequence[Mapping]) -> dict[str, object]:
+    """Return what the trainings of all folds have read of their own held-out rows."""
+    return {
+        **{name: sum(one[name] for one in seen) for name in ("trained_on", "validated_on")},
+        **{"recorded": all(one["recorded"] for one in seen), "chosen_by": any(one["chosen_by"] for one in seen)},
+        "corpora": sorted({name for one in seen for name in one["corpora"]}),
     }
 
 

@@ -92,7 +92,11 @@ def _make_card(
         towers=towers,
         unclear=[f"the {tower.part}" for tower in towers if tower.licence in (UNKNOWN, "other")],
         msp_tower=any(tower.hub_id == MSP_TOWER for tower in towers),
-        training={name: " ".join(str(value).replace("|", "\\|").split()) for name, value in settings_of_run.items()},
+        training={
+            name: " ".join(str(value).replace("|", "\\|").split())
+            for name, value in settings_of_run.items()
+            if name != "seen_rows"
+        },
         runs=[describe_run(run, towers) for run in runs],
         readings=READINGS,
         mechanisms=MECHANISMS,

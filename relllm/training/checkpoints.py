@@ -20,15 +20,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 from transformers.utils import logging
 
 from relllm.data.journal import name_differences, rows_fingerprint, write_json
+from relllm.data.loading import corpus_name
+from relllm.data.membership import RECORD_NAME, digest_rows, pack_digests, read_training_record, unpack_digests
 from relllm.modeling.checkpoint_relllm import TOWERS, check_left_out, source_fingerprint, why_not_light
 
 from .config import RowsSettings
 
 logger = logging.get_logger(__name__)
 
-RECORD_NAME = "training_settings.json"
-# Of a record: where a run runs and how much memory it takes, which do not decide what comes out.
-MAY_DIFFER = ("world_size", "gradient_checkpointing", "light_checkpoints")
+# Of a record: where a run runs and how much memory it takes, which do not decide what comes out; and what says again
+# which rows it reads.
+MAY_DIFFER = ("world_size", "gradient_checkpointing", "light_checkpoints", "seen_rows", "seen_corpora")
 OPTIMIZER_FILES = ("optimizer", "global_step")  # DeepSpeed's are in a folder
 UNFINISHED = "_unfinished"  # `Trainer` pushes no file or folder whose name starts with an underscore
 
@@ -109,6 +111,29 @@ def describe_weights(places: Mapping[str, str], revision: str) -> dict[str, str]
         )
         for name, place in places.items()
     }
+
+
+def describe_seen(
+    script: RowsSettings,
+    train_rows: Dataset | IterableDataset,
+    eval_rows: Dataset | IterableDataset | None,
+    places: Mapping[str, str],
+    revision: str,
+) -> dict[str, object]:
+    """Return which rows and corpora made the model, by this run and those behind the checkpoints that it starts from.
+
+    `relllm evaluate` holds that against the rows to measure. Streamed rows, and rows without ids, are not known.
+    """
+    read = {"train": train_rows, "validation": eval_rows}
+    seen = {name: digest_rows(rows) for name, rows in read.items() if isinstance(rows, Dataset)}
+    corpora = {corpus_name(data) for name in ("data", "eval_data") if (data := getattr(script, name, None))}
+    for name, place in places.items():
+        record = read_training_record(place, revision=revision if name == "model_name_or_path" else "main")
+        corpora |= set(record.get("seen_corpora", []))
+        for split, packed in record.get("seen_rows", {}).items():
+            seen[split] = seen.get(split, set()) | unpack_digests(packed)
+    packed_rows = {name: pack_digests(digests) for name, digests in seen.items() if digests}
+    return {"seen_corpora": sorted(corpora), **({"seen_rows": packed_rows} if packed_rows.get("train") else {})}
 
 
 def checkpoint_to_resume(output_dir: Path, resume: str) -> str | None:

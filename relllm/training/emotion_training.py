@@ -33,7 +33,7 @@ from relllm.processing.feature_extraction_relllm import shortest_clip
 from relllm.setting import setting
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
-from .checkpoints import LastStepMixin, begin_run, describe_data, describe_weights, end_run
+from .checkpoints import LastStepMixin, begin_run, describe_data, describe_seen, describe_weights, end_run
 from .config import RowsSettings, check_places
 from .lengths import GroupByLengthMixin, clip_duration
 from .losses import ccc_loss
@@ -202,7 +202,8 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     with args.main_process_first(desc="looking at the folder"):
         identity = _training_record(script, args) | describe_data(script, train_rows, eval_rows)
-        identity |= describe_weights({"model_name_or_path": str(script.model_name_or_path)}, "main")
+        places = {"model_name_or_path": str(script.model_name_or_path)}
+        identity |= describe_weights(places, "main") | describe_seen(script, train_rows, eval_rows, places, "main")
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     set_seed(args.seed)  # what is drawn for the head
     name, num_layers = script.model_name_or_path, script.num_layers

@@ -15,7 +15,7 @@ from relllm.labels import EMOTIONS
 
 from .augmentation import Augmentation, AugmentationSettings
 from .building import build_model, starting_points
-from .checkpoints import begin_run, describe_data, describe_weights, end_run
+from .checkpoints import begin_run, describe_data, describe_seen, describe_weights, end_run
 from .config import ReLLMScriptArguments, ReLLMSFTConfig, check_places, loss_weights
 from .objective import class_weights
 from .settings import SettingsParser
@@ -74,7 +74,9 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
         train_rows, eval_rows = _load_data(script, args)
         _survey(script, args, train_rows, eval_rows)
         identity = training_record(script, args) | describe_data(script, train_rows, eval_rows)
-        identity |= describe_weights(starting_points(script), script.revision)
+        places = starting_points(script)
+        identity |= describe_weights(places, script.revision)
+        identity |= describe_seen(script, train_rows, eval_rows, places, script.revision)
         checkpoint = args.resume_from_checkpoint or begin_run(folder, identity, script.resume)
     callbacks = _callbacks(script, args)
     set_seed(args.seed)  # what is drawn for the projector, the heads and the LoRA

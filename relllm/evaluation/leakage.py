@@ -1,0 +1,56 @@
+"""Whether a model has read the rows that it is measured on: its training's record against them.
+
+The record (`training_settings.json`, beside the weights) has digests of the rows that the run, and the checkpoints it
+began with, were trained on and chosen by. A model without a record, or with an older one, cannot be checked.
+"""
+
+from collections.abc import Mapping
+
+from datasets import Dataset
+
+from relllm.data.membership import RECORD_NAME, digest_rows, unpack_digests
+
+# Towers whose training is known though they have no record: their id on the Hub, and the corpus.
+PUBLIC_TOWERS = {"audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim": "msp-podcast"}
+
+
+def find_seen(record: Mapping, rows: Dataset, *, towers: Mapping[str, Mapping] | None = None) -> dict[str, object]:
+    """Return what a model's training has to do with the rows that it is to be measured on.
+
+    Args:
+        record (`Mapping`): Of [`~relllm.data.membership.read_training_record`].
+        rows (`datasets.Dataset`): Their `id` and `text` count.
+        towers (`Mapping`, *optional*): `config.towers` of the model.
+
+    Returns:
+        `dict`: `recorded`, whether the record says which rows were read; `trained_on` and `validated_on`, how many of
+        `rows` were; `chosen_by`, whether the checkpoint was chosen by its validation rows; `corpora`, what it and its
+        towers were trained on, as far as that is known.
+    """
+    seen: Mapping[str, str] | None = record.get("seen_rows")
+    digests = digest_rows(rows) if seen else set()
+    read = {name: len(digests & unpack_digests(packed)) for name, packed in (seen or {}).items()}
+    known = [str(tower.get("name")) for tower in (towers or {}).values()]
+    corpora = {*record.get("seen_corpora", []), *(PUBLIC_TOWERS[name] for name in known if name in PUBLIC_TOWERS)}
+    return {
+        "recorded": seen is not None,
+        "trained_on": read.get("train", 0),
+        "validated_on": read.get("validation", 0),
+        "chosen_by": bool(record.get("load_best_model_at_end") or record.get("early_stopping_patience")),
+        "corpora": sorted(corpora),
+    }
+
+
+def check_unseen(seen: Mapping[str, object], num_rows: int, where: str) -> None:
+    """Raise `ValueError` if rows that are to measure a model ([`find_seen`]) trained it, or chose the checkpoint."""
+    what = []
+    if seen["trained_on"]:
+        what.append(f"{seen['trained_on']} of them are among the rows that it was trained on")
+    if seen["validated_on"] and seen["chosen_by"]:
+        what.append(f"{seen['validated_on']} among those that its checkpoint was chosen by")
+    if what:
+        raise ValueError(
+            f"{where} cannot be measured on these {num_rows} rows: {' and '.join(what)} ({RECORD_NAME}). Take the "
+            "rows that its training held out, or the model of this fold; --allow-seen measures it all the same, and "
+            "metrics and card say so."
+        )
