@@ -1,7 +1,7 @@
 """What a run measured and with what: fingerprints of weights and rows, versions, hardware.
 
-Two runs with the same fingerprints measured the same weights on the same rows. They are digests of bytes: paths,
-names and dates change when a file is copied, and count for nothing.
+Two runs with the same fingerprints measured the same weights on the same rows. They are digests of content: paths,
+names and dates of files, and how weights are spread over files, count for nothing.
 """
 
 import hashlib
@@ -15,12 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
+from safetensors import safe_open
+from transformers import AutoModel, PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from relllm import __version__
 from relllm.labels import DIMENSIONS
+from relllm.modeling.checkpoint_relllm import weight_files
 
 UNFINISHED = ".unfinished/"  # in the path of a training that was killed, beside the scorers that are complete
 CHUNK = 1 << 20  # bytes
@@ -36,7 +37,7 @@ def data_fingerprint(rows: Iterable[Mapping]) -> str:
     A file that is not there counts as missing, audio behind a URL by its address.
     """
     digest, remaining = hashlib.sha256(), iter(rows)
-    with ThreadPoolExecutor() as pool:  # hashing leaves other threads the interpreter
+    with ThreadPoolExecutor() as pool:
         while chunk := list(itertools.islice(remaining, ROWS_AT_ONCE)):  # whose audio may be bytes in memory
             for line in pool.map(_row_line, chunk):
                 digest.update(line)
@@ -44,16 +45,25 @@ def data_fingerprint(rows: Iterable[Mapping]) -> str:
 
 
 def model_fingerprint(model: str, *, revision: str = "main") -> str:
-    """Return SHA-256 over a checkpoint's safetensors files and what its configuration makes of them (`BEHAVIOUR`).
+    """Return SHA-256 over a model's weights and what its configuration makes of them (`BEHAVIOUR`).
 
-    For a light one also over the fingerprints that it records of the tower weights that it leaves out.
+    The weights are those of the full checkpoint, whether it is one file, shards, or a light one, which is put together
+    with its towers: each by its name, precision, shape and bytes.
     """
     config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
-    with ThreadPoolExecutor() as pool:
-        parts = sorted(pool.map(_digest_of_file, _weight_files(model, revision)))
+    with ThreadPoolExecutor() as pool:  # hashing leaves other threads the interpreter
+        if config.get("light_checkpoint"):
+            weights = _weights_of_light(model, revision)
+            parts = sorted(pool.map(_weight_line, weights, weights.values()))
+        else:
+            parts = []
+            for file in weight_files(model, {"revision": revision}):
+                with safe_open(file, "pt") as opened:
+                    parts += pool.map(
+                        lambda name, opened=opened: _weight_line(name, opened.get_tensor(name)), opened.keys()
+                    )
+            parts.sort()
     parts.append(json.dumps({name: config.get(name) for name in BEHAVIOUR}, sort_keys=True))
-    if config.get("light_checkpoint"):
-        parts += [f"{kind} {config['towers'][kind].get('fingerprint')}" for kind in sorted(config["towers"])]
     return combine_fingerprints(parts)
 
 
@@ -71,12 +81,16 @@ def combine_fingerprints(parts: Sequence[str]) -> str:
     return f"sha256:{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
 
 
-def _weight_files(model: str, revision: str) -> list[Path]:
-    index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-    names = [SAFE_WEIGHTS_NAME]
-    if index is not None:
-        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    return [Path(str(cached_file(model, name, revision=revision))) for name in names]
+def _weights_of_light(model: str, revision: str) -> dict[str, torch.Tensor]:
+    """Put a light checkpoint together with its towers, and name its weights as a full one's files do."""
+    whole = AutoModel.from_pretrained(model, revision=revision)
+    state = {name: weight for name, weight in whole.state_dict().items() if name not in whole.all_tied_weights_keys}
+    return revert_weight_conversion(whole, state)
+
+
+def _weight_line(name: str, weight: torch.Tensor) -> str:
+    content = weight.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{name} {weight.dtype} {list(weight.shape)} {hashlib.sha256(content).hexdigest()}"
 
 
 def check_extras(what: str, *names: str) -> None:

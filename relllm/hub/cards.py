@@ -24,7 +24,7 @@ from .evidence import (
 )
 from .licences import MSP_TOWER, UNKNOWN, model_licence, read_towers
 from .sharing import CardSettings
-from .staging import SETTINGS_NAME
+from .staging import read_record
 
 TEMPLATE = Path(__file__).parent / "template.md"
 LORA_SCOPES = {"audio": "at audio positions only", "text": "at text positions only", "global": "everywhere"}
@@ -42,7 +42,7 @@ def write_model_card(settings: CardSettings) -> Path:
         raise FileNotFoundError(f"{model} has no config.json. --model takes the folder of a checkpoint.")
     if card_path.exists() and not settings.overwrite:
         raise FileExistsError(f"{card_path} is there already. Replace it with --overwrite, or edit it.")
-    fingerprint = model_fingerprint(str(model))
+    fingerprint = model_fingerprint(str(model)) if runs else ""
     public = [read_public_run(run, fingerprint) for run in runs]
     plots = _plots_by_name(runs)
     card = _make_card(settings, public, fingerprint, plots)
@@ -65,8 +65,7 @@ def _make_card(
     """Fill in the template from the checkpoint's files, `read_public_run`s, and figures by their name there."""
     model = settings.model
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    trained = model / SETTINGS_NAME
-    settings_of_run = json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else {}
+    settings_of_run = read_record(str(model)) or {}
     repo_id = settings.repo_id or f"org/{model.resolve().name}"
     towers = read_towers(config)
     results = eval_results(runs)
@@ -139,6 +138,11 @@ def _check_metrics(card: ModelCard, folder: Path) -> None:
                 f"{folder / 'README.md'} has {claim}, and no run in {EVIDENCE_NAME} measured that. Take it out, or "
                 "write the card from the run: `relllm card RUN --model …`."
             )
+
+
+def check_measured(folder: Path) -> None:
+    """Hold the weights in a folder, in whichever form, against those that were measured (`evaluation.json`)."""
+    evidence = read_evidence(folder)
     if evidence and (found := model_fingerprint(str(folder))) != evidence["fingerprint"]:
         raise ValueError(
             f"{folder / EVIDENCE_NAME} is of another model: of {evidence['fingerprint'][:23]}…, and this one is "

@@ -18,7 +18,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
-from .cards import check_card
+from .cards import check_card, check_measured
 from .files import find_replaced, take_inventory
 from .sharing import PushSettings
 from .staging import stage
@@ -59,6 +59,7 @@ def push_checkpoint(settings: PushSettings) -> Push:
     check_card(settings.model)
     left_out = take_inventory(settings.model).left_out
     with stage(settings.model, form=settings.form, with_code=settings.with_code) as staged:
+        check_measured(staged)
         if not settings.no_load:
             check_loads(staged, without_package=False)
             if (staged / "modeling_relllm.py").exists():

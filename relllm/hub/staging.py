@@ -6,7 +6,7 @@ That folder is made of links to a checkpoint's files, and of those that change o
 import contextlib
 import json
 import os
-import shutil
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +17,10 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import cached_file
 
 from relllm.data.journal import write_json
-from relllm.evaluation.fingerprints import model_fingerprint
 from relllm.modeling.modeling_relllm import AUTO_CLASSES, ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
 
-from .evidence import EVIDENCE_NAME, read_evidence
+from .evidence import EVIDENCE_NAME
 from .files import take_inventory
 from .licences import is_local
 from .sharing import Form, MergeSettings
@@ -46,9 +45,21 @@ def merge_checkpoint(settings: MergeSettings) -> None:
     options = {"towers": moved} if moved else {}
     AutoModel.from_pretrained(light, revision=settings.revision, **options).save_pretrained(out)
     processor.save_pretrained(out)
-    record = cached_file(light, SETTINGS_NAME, revision=settings.revision, _raise_exceptions_for_missing_entries=False)
+    record = read_record(light, settings.revision)
     if record is not None:
-        shutil.copyfile(record, out / SETTINGS_NAME)
+        write_json(record, out / SETTINGS_NAME)
+
+
+def read_record(model: str, revision: str = "main") -> dict | None:
+    """Read how a checkpoint was trained, also where it is one of several in the folder of a run; `None`: not known."""
+    missing = {"_raise_exceptions_for_missing_entries": False, "revision": revision}
+    if (found := cached_file(model, SETTINGS_NAME, **missing)) is not None:
+        return _read(Path(found))
+    step = re.fullmatch(r"checkpoint-(\d+)", Path(model).resolve().name)
+    if step is None or not (of_run := Path(model).resolve().parent / SETTINGS_NAME).is_file():
+        return None
+    ends = {"steps_done", "epochs_done"}
+    return {name: value for name, value in _read(of_run).items() if name not in ends} | {"steps_done": int(step[1])}
 
 
 @contextlib.contextmanager
@@ -72,10 +83,6 @@ def stage(folder: Path, *, form: Form | None = None, with_code: bool = False) ->
         _name_public_towers(staged)
         if with_code:
             add_code(staged)
-        evidence = read_evidence(staged)
-        if converts and evidence is not None:
-            moved = {"fingerprint": model_fingerprint(str(staged)), "converted_from": evidence["fingerprint"]}
-            _rewrite(staged / EVIDENCE_NAME, {**evidence, **moved})
         yield staged
 
 

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from relllm.cli import app
 from relllm.evaluation.fingerprints import model_fingerprint
-from relllm.hub.cards import TEMPLATE, check_card, write_model_card
+from relllm.hub.cards import TEMPLATE, check_card, check_measured, write_model_card
 from relllm.hub.evidence import read_public_run
 from relllm.hub.licences import MSP_TOWER, Tower, model_licence, read_towers
-from relllm.hub.sharing import CardSettings
+from relllm.hub.sharing import CardSettings, MergeSettings
+from relllm.hub.staging import merge_checkpoint
 from relllm.training.config import ReLLMScriptArguments, ReLLMSFTConfig
 from relllm.training.run import training_record
 
@@ -134,10 +135,11 @@ def test_a_metric_without_a_run_stops_a_push(model: Path, tmp_path: Path) -> Non
 
 def test_evidence_of_other_weights_stops_a_push(model: Path, tmp_path: Path) -> None:
     write_model_card(CardSettings(model, [save_run(tmp_path / "run", model_fingerprint(str(model)))]))
+    check_measured(model)
     (model / "model.safetensors").unlink()
     tiny_model(lora=None).save_pretrained(model)
     with pytest.raises(ValueError, match="is of another model"):
-        check_card(model)
+        check_measured(model)
 
 
 def test_a_card_of_hand_is_not_replaced_unasked(model: Path) -> None:
@@ -203,6 +205,21 @@ def test_the_strictest_licence_is_carried_and_a_wish_may_only_add(
 def test_training_settings_beside_the_checkpoint_are_in_the_card(model: Path) -> None:
     (model / "training_settings.json").write_text('{"learning_rate": 2e-05, "lora_r": 16}')
     assert "| learning_rate | 2e-05 |" in write_model_card(CardSettings(model)).read_text()
+
+
+def test_a_checkpoint_in_the_folder_of_a_run_has_the_record_of_the_run(model: Path, tmp_path: Path) -> None:
+    """Also once it is merged; how far the run went later is not its own."""
+    (tmp_path / "run").mkdir()
+    record = {"learning_rate": 2e-05, "steps_done": 900, "epochs_done": 3.0}
+    (tmp_path / "run" / "training_settings.json").write_text(json.dumps(record))
+    checkpoint = model.rename(tmp_path / "run" / "checkpoint-300")
+    text = write_model_card(CardSettings(checkpoint)).read_text()
+    assert "| learning_rate | 2e-05 |" in text and "| steps_done | 300 |" in text and "epochs_done" not in text
+    merge_checkpoint(MergeSettings(str(checkpoint), tmp_path / "merged"))
+    assert json.loads((tmp_path / "merged" / "training_settings.json").read_text()) == {
+        "learning_rate": 2e-05,
+        "steps_done": 300,
+    }
 
 
 def test_what_a_run_records_of_itself_has_no_path_and_no_token(tmp_path: Path) -> None:
