@@ -24,6 +24,7 @@ def make_rows(folder: Path, count: int = 12) -> list[dict]:
         row = {
             "id": f"row-{index}",
             "audio": str(path),
+            "text": REPLIES[index % 2],
             "response": REPLIES[index % 3],
             "emotion": EMOTIONS[index % 5],
         }
@@ -44,6 +45,7 @@ def make_trainer(folder: Path, model: ReLLMForConditionalGeneration, **settings)
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
+        "log_completions": 0,
         "gradient_checkpointing": False,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,

@@ -51,6 +51,7 @@ def make_trainer(rows, out: Path, processor, model=None, eval_rows=None, **setti
         "logging_steps": 1,
         "use_cpu": True,
         "disable_tqdm": True,
+        "log_completions": 0,
         "gradient_checkpointing": False,
         "train_sampling_strategy": "sequential",
         "dataloader_pin_memory": False,

@@ -28,9 +28,12 @@ from .config import RowsSettings
 
 logger = logging.get_logger(__name__)
 
-# Of a record: where a run runs and how much memory it takes, which do not decide what comes out; and what says again
-# which rows it reads.
-MAY_DIFFER = ("world_size", "gradient_checkpointing", "light_checkpoints", "seen_rows", "seen_corpora")
+# Of a record: where a run runs, how much memory it takes and what it logs, which do not decide what comes out; and what
+# says again which rows it reads.
+MAY_DIFFER = (
+    *("world_size", "gradient_checkpointing", "light_checkpoints", "log_completions"),
+    *("seen_rows", "seen_corpora"),
+)
 OPTIMIZER_FILES = ("optimizer", "global_step")  # DeepSpeed's are in a folder
 UNFINISHED = "_unfinished"  # `Trainer` pushes no file or folder whose name starts with an underscore
 

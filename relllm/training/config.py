@@ -26,6 +26,8 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
     """`trl.SFTConfig` with RE-LLM's losses; the defaults that differ from TRL's are the paper's recipe."""
 
     learning_rate: float = setting(2e-5, "Peak learning rate (paper: 2e-5).")
+    projector_learning_rate: float | None = setting(None, "Peak of the projector's; by default learning_rate.")
+    heads_learning_rate: float | None = setting(None, "Peak of the emotion and dimension heads'; likewise.")
     weight_decay: float = setting(0.05, "AdamW's weight decay (paper: 0.05).")
     warmup_steps: float = setting(200, "Warm-up steps (paper: 200).")
     num_train_epochs: float = setting(3.0, "Epochs (paper: 3).")
@@ -45,6 +47,7 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
     instruction: str | None = setting(None, "Text before the audio in a row without messages; kept by the processor.")
     system_prompt: str | None = setting(None, "System turn of such a row; empty for none; kept by the processor.")
     unfreeze: list[str] = setting([], "Of audio_tower, emotion_tower, text_model: what trains as well.")
+    log_completions: int = setting(4, "Rows of each evaluation that are replied to, printed and logged; 0 for none.")
 
     def __post_init__(self) -> None:
         bf16: bool | None = self.bf16  # type: ignore[has-type]
@@ -54,6 +57,11 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
         for name in LOSS_WEIGHTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
+        for name in ("projector_learning_rate", "heads_learning_rate", "log_completions"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
+        if self.heads_learning_rate is not None and self.emotion_loss_weight == self.dimension_loss_weight == 0:
+            raise ValueError("heads_learning_rate is set, and no head trains: their losses have weight 0.")
         if self.kl_temperature <= 0:
             raise ValueError(f"kl_temperature must be > 0, got {self.kl_temperature}.")
         if self.label_smoothing_factor > 0 and self.response_kl_weight > 0:

@@ -1,20 +1,25 @@
-"""What trains and what is frozen: the paper's rule, what a run changes of it, and the table that says so."""
+"""What trains, how fast, and what is frozen: the paper's rule, what a run changes of it, the table that says so."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from relllm.modeling.lora_relllm import has_adapters, is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 
+from .config import ReLLMSFTConfig
+
 HEADS = ("emotion_head", "dimension_head")
+# Of a part of the model the setting of its own learning rate.
+RATES = {"multi_modal_projector": "projector_learning_rate", **dict.fromkeys(HEADS, "heads_learning_rate")}
 
 
 @dataclass
@@ -69,9 +74,7 @@ def trainable_table(model: nn.Module) -> list[TrainableRow]:
     """Return what trains and what is frozen now, part by part; the model may be wrapped for several processes."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        match = re.search(r"(?:^|\.)model\.(\w+)", name)  # behind the prefixes of wrappers
-        part = "lora" if is_lora_parameter(name) else match[1] if match else name
-        parts.setdefault(part, []).append(parameter)
+        parts.setdefault(_part_of(name), []).append(parameter)
     return [
         TrainableRow(
             part,
@@ -83,17 +86,79 @@ def trainable_table(model: nn.Module) -> list[TrainableRow]:
     ]
 
 
+def learning_rate_of(args: ReLLMSFTConfig, part: str) -> float:
+    """Return the peak learning rate of a part of the model, named as in the table."""
+    own = getattr(args, RATES[part]) if part in RATES else None
+    return args.learning_rate if own is None else own
+
+
+def _part_of(name: str) -> str:
+    match = re.search(r"(?:^|\.)model\.(\w+)", name)  # behind the prefixes of wrappers
+    return "lora" if is_lora_parameter(name) else match[1] if match else name
+
+
 def _size(parameter: nn.Parameter) -> int:
     size: int = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO 3 leaves an empty tensor and this
     return size
 
 
-def draw_table(rows: Iterable[TrainableRow]) -> Table:
+def draw_table(rows: Iterable[TrainableRow], args: ReLLMSFTConfig) -> Table:
     """Return the table as it is printed."""
-    table = Table("module", "parameters", "trainable", "dtype", title="What trains", title_justify="left")
+    columns = ("module", "parameters", "trainable", "learning rate", "dtype")
+    table = Table(*columns, title="What trains", title_justify="left")
     for row in rows:
-        table.add_row(row.module, f"{row.parameters:,}", f"{row.trainable:,}" if row.trainable else "-", row.dtype)
+        trains = (f"{row.trainable:,}", f"{learning_rate_of(args, row.module):g}") if row.trainable else ("-", "-")
+        table.add_row(row.module, f"{row.parameters:,}", *trains, row.dtype)
     return table
+
+
+class LearningRatesMixin(Trainer):
+    """For a trainer whose projector and heads may have learning rates of their own; `args` are a [`ReLLMSFTConfig`].
+
+    Each of Transformers' groups (with weight decay, and without) is divided; the first stays that of `learning_rate`.
+    """
+
+    _own_rates: dict[str, float] = {}  # by setting, of the last update
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Do as Transformers, with the learning rates that settings give; `ValueError` if the optimizer has none."""
+        optimizer = super().create_optimizer(model)
+        wanted = {setting for setting in RATES.values() if getattr(self.args, setting) is not None}
+        if wanted and not any("rate_of" in group for group in optimizer.param_groups):
+            settings = {
+                parameter: RATES[part]
+                for name, parameter in (self.model if model is None else model).named_parameters()
+                if (part := _part_of(name)) in RATES and RATES[part] in wanted
+            }
+            groups = [part for group in optimizer.param_groups for part in self._divide(group, settings)]
+            if wanted - {group.get("rate_of") for group in groups}:
+                raise ValueError(
+                    f"{', '.join(sorted(wanted))}: this optimizer ({type(optimizer).__name__}) divides the weights "
+                    "otherwise. Choose another `optim`, or give its groups their rates where you make it."
+                )
+            optimizer.param_groups[:] = groups
+        return optimizer
+
+    def _divide(self, group: dict[str, Any], settings: dict[nn.Parameter, str]) -> Iterator[dict[str, Any]]:
+        """Yield the groups that one becomes; `settings` are those of the weights with a rate of their own."""
+        shares: dict[str | None, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            shares.setdefault(settings.get(parameter), []).append(parameter)
+        if None in shares or not shares:
+            yield {**group, "params": shares.pop(None, [])}
+        for setting, parameters in shares.items():
+            yield {**group, "params": parameters, "lr": getattr(self.args, str(setting)), "rate_of": setting}
+
+    def _get_learning_rate(self) -> float:
+        groups = self.optimizer.param_groups
+        self._own_rates = {group["rate_of"]: float(group["lr"]) for group in groups if "rate_of" in group}
+        return super()._get_learning_rate()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Do as the others, with these learning rates beside `learning_rate`."""
+        if "learning_rate" in logs:
+            logs |= self._own_rates
+        super().log(logs, start_time)
 
 
 class TrainableTableCallback(TrainerCallback):
@@ -102,5 +167,6 @@ class TrainableTableCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, *_: object, model: nn.Module, **kwargs: object
     ) -> None:
+        assert isinstance(args, ReLLMSFTConfig)
         if state.is_world_process_zero and not args.disable_tqdm:
-            Console(stderr=True).print(draw_table(trainable_table(model)))  # beside the progress bar
+            Console(stderr=True).print(draw_table(trainable_table(model), args))  # beside the progress bar

@@ -31,8 +31,9 @@ from .alignment import return_heads
 from .augmentation import Augmentation, AugmentationMixin
 from .checkpoints import CheckpointMixin
 from .collator import ReLLMCollator
+from .completions import CompletionsMixin
 from .config import ReLLMSFTConfig, loss_weights
-from .freezing import TrainableTableCallback, lora_counts_as_adapter, prepare_trainable
+from .freezing import LearningRatesMixin, TrainableTableCallback, lora_counts_as_adapter, prepare_trainable
 from .lengths import GroupByLengthMixin, row_lengths
 from .losses import IGNORE_INDEX
 from .objective import TARGETS, Objective, RunningMeans, keep_labels
@@ -41,7 +42,15 @@ from .tower_cache import TowerCacheMixin
 logger = logging.get_logger(__name__)
 
 
-class ReLLMSFTTrainer(GroupByLengthMixin, AugmentationMixin, TowerCacheMixin, CheckpointMixin, SFTTrainer):
+class ReLLMSFTTrainer(
+    LearningRatesMixin,
+    CompletionsMixin,
+    GroupByLengthMixin,
+    AugmentationMixin,
+    TowerCacheMixin,
+    CheckpointMixin,
+    SFTTrainer,
+):
     """Trains the projector, the heads and the LoRA of a [`ReLLMForConditionalGeneration`].
 
     An evaluation also measures the heads, on the outputs that gave the loss: `eval_ua`, `eval_wa`, `eval_macro_f1`,

@@ -1,4 +1,4 @@
-"""FSDP2 on two CPU processes (gloo): trains as one process does, saves light, resumes, reloads.
+"""FSDP2 on two CPU processes (gloo): trains as one process does, with every loss, saves light, resumes, reloads.
 
 Accelerate (1.15) takes FSDP for processes on an accelerator only, whatever its configuration says: of CPUs it makes a
 DDP run. So the processes here tell it that they are on one; what shards, gathers and saves is as on GPUs.
@@ -25,8 +25,11 @@ SETTINGS = {
     "optim": "adamw_torch",
     "adam_epsilon": 1e-2,  # smooth: else rounding decides the sign of an update where a gradient is almost zero
     "learning_rate": 1e-2,
+    "projector_learning_rate": 2e-2,
+    "response_kl_weight": 0.5,  # the teacher reads by the same sharded weights
     "train_sampling_strategy": "sequential",
     "gradient_checkpointing": True,
+    **{"eval_strategy": "steps", "eval_steps": 4, "log_completions": 1},
 }
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",

@@ -105,7 +105,7 @@ def run_plan(assumed: PlanArguments, script: ReLLMScriptArguments, args: ReLLMSF
     memory = parse_bytes(assumed.gpu_memory) * (1 - assumed.reserve)
     plan, largest, flops = step.memory(batch_size), step.largest_batch(memory), step.flops()
     rows = assumed.peak_tflops * 1e12 * assumed.utilisation / flops  # a second
-    console.print(draw_table(trainable_table(step.model)))
+    console.print(draw_table(trainable_table(step.model), args))
     console.print(_memory_table(plan, batch_size))
     fits = plan.total <= memory
     verdict = "[green]fits[/green]" if fits else "[red]does not fit[/red]"

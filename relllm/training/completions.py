@@ -1,0 +1,149 @@
+"""What the model says in an evaluation: replies to a few of its rows, beside what the rows have; printed and logged.
+
+They lie in the run's folder under `_completions`: the rows are a corpus's, and `Trainer` pushes nothing whose name
+starts with an underscore.
+"""
+
+import importlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+from datasets import Dataset, IterableDataset
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import Trainer
+from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
+from transformers.utils import logging
+
+from relllm.labels import DIMENSIONS
+from relllm.processing.processing_relllm import audio_parts
+
+from .collator import ReLLMCollator, place_clips
+
+logger = logging.get_logger(__name__)
+
+FOLDER = "_completions"
+MAX_NEW_TOKENS = 64
+
+
+class CompletionsMixin(Trainer):
+    """For a trainer of a ReLLM whose `args` have `log_completions`, and which has an `objective`."""
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Do as Transformers, and log the replies to some of the rows."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = self.eval_dataset[rows]
+        # of several data sets Transformers asks for each by itself; rows for another collator are of any kind
+        if isinstance(rows, (Dataset, IterableDataset)) and isinstance(self.data_collator, ReLLMCollator):
+            self._log_completions(_choose(rows, self.args.log_completions), metric_key_prefix)
+        return metrics
+
+    def _log_completions(self, rows: list[dict], prefix: str) -> None:
+        if rows and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            logger.warning_once("log_completions: no replies are logged while the weights are sharded over processes.")
+        elif rows and self.is_world_process_zero():
+            size = self.args.per_device_eval_batch_size
+            starts = range(0, len(rows), size)
+            found = [line for start in starts for line in self._complete(rows[start : start + size])]
+            self._publish([{"step": self.state.global_step, **line} for line in found], prefix)
+
+    @torch.no_grad()
+    def _complete(self, rows: Sequence[Mapping]) -> list[dict[str, object]]:
+        """Return a line for each row: its id, the reply, and what was heard, each beside what the row has."""
+        self.model.eval()
+        prompts, references = zip(*(_divide(row, self.processing_class) for row in rows), strict=True)
+        options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+        inputs = self.processing_class.apply_chat_template(list(prompts), **options).to(self.model.device)
+        lines: list[dict[str, object]] = [{"id": row.get("id")} for row in rows]
+        with self.accelerator.autocast():
+            text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
+            encoded = self.model.get_audio_features(**inputs, return_dict=True) if len(inputs) else None
+            if self.args.response_loss_weight > 0 or self.args.response_kl_weight > 0:
+                heard = {"mm_encoder_outputs": {"audio": encoded}} if encoded is not None else {}
+                limit = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "num_beams": 1}
+                tokens = self.model.generate(**text, **heard, **limit)[:, text["input_ids"].shape[1] :]
+                replies = self.processing_class.batch_decode(tokens, skip_special_tokens=True)
+                for line, said, reference in zip(lines, replies, references, strict=True):
+                    line |= {"reply": said.strip(), "reply_of_row": reference}
+        if encoded is not None:
+            clips = iter(self._hear(encoded))
+            for line, row, prompt in zip(lines, rows, prompts, strict=True):
+                own = [next(clips) for _ in audio_parts(prompt)]
+                for name in own[0] if own else ():
+                    values = [clip[name] for clip in own]
+                    line |= {name: values[0] if len(values) == 1 else values, f"{name}_of_row": row.get(name)}
+        return lines
+
+    def _hear(self, encoded: Any) -> Iterator[dict[str, object]]:
+        """Yield what the heads that are trained say of each clip."""
+        active, labels = self.objective.active, self.model.config.emotion_labels
+        classes, values = encoded.emotion_logits.argmax(-1).tolist(), encoded.dimensions.float().tolist()
+        for index, dimensions in zip(classes, values, strict=True):
+            heard: dict[str, object] = {"emotion": labels[index]} if "emotion_loss" in active else {}
+            if "dimension_loss" in active:
+                heard |= {name: round(value, 3) for name, value in zip(DIMENSIONS, dimensions, strict=True)}
+            yield heard
+
+    def _publish(self, lines: list[dict[str, object]], prefix: str) -> None:
+        """Write the lines into the run's folder, print them, and hand them to where the run reports to."""
+        of_set = prefix.removeprefix("eval")
+        name = f"completions{of_set}"
+        path = Path(self.args.output_dir) / FOLDER / f"{name}_{self.state.global_step:05d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        if not self.args.disable_tqdm:
+            Console(stderr=True).print(_draw(lines))
+        cells = [
+            {key: str(value) if isinstance(value, list) else value for key, value in one.items()} for one in lines
+        ]
+        frame = pandas.DataFrame(cells)
+        for backend in {"wandb", "trackio"}.intersection(self.args.report_to):
+            module = importlib.import_module(backend)
+            module.log({name: module.Table(dataframe=frame)})
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                text = "\n\n".join("\n".join(f"    {key}: {line[key]}" for key in line) for line in lines)
+                callback.tb_writer.add_text(name, text, self.state.global_step)
+
+
+def _choose(rows: Dataset | IterableDataset, count: int) -> list[dict]:
+    """Return so many rows from all over a data set, of a stream the first ones."""
+    if isinstance(rows, IterableDataset):
+        return list(rows.take(count))
+    count = min(count, len(rows))
+    return list(rows.select([index * len(rows) // count for index in range(count)])) if count else []
+
+
+def _divide(row: Mapping, processor: Any) -> tuple[list[dict], str | None]:
+    """Return the conversation up to its last reply, and that reply."""
+    if row.get("messages") is None:
+        return processor.build_conversation(row["audio"]), row.get("response")
+    messages = place_clips(row)
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    content = messages[last]["content"] if last < len(messages) else None
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content)
+    return messages[:last], content
+
+
+def _draw(lines: list[dict[str, object]]) -> Table:
+    """Return the lines as a table, a row for each."""
+    columns = list(dict.fromkeys(key for line in lines for key in line if key != "step"))
+    columns = [column for column in columns if any(line.get(column) is not None for line in lines)]
+    table = Table(*columns, title=f"Replies at step {lines[0]['step']}", title_justify="left", show_lines=True)
+    for line in lines:
+        values = [line.get(column) for column in columns]
+        table.add_row(*(Text("-" if value is None else str(value)) for value in values))
+    return table
