@@ -28,7 +28,7 @@ from .config import RowsSettings
 
 logger = logging.get_logger(__name__)
 
-# Of a record: where a run runs, how much memory it takes and what it logs, which do not decide what comes out; and what
+# Of a record: where a run runs, how much memory it takes, what it logs, which do not decide what comes out; and what
 # says again which rows it reads.
 MAY_DIFFER = (
     *("world_size", "gradient_checkpointing", "light_checkpoints", "log_completions"),
