@@ -10,25 +10,27 @@ DIMENSIONS = ("arousal", "dominance", "valence")  # files and models in the wild
 FURTHER_EMOTIONS = ("fear", "disgust", "contempt", "frustrated", "excited")  # kept where a corpus has them
 
 _SYNONYMS = {
-    "neutral": ("neu", "n"),
-    "happy": ("happiness", "joy", "hap", "h"),
-    "angry": ("anger", "ang", "a"),
-    "sad": ("sadness", "s"),
-    "surprise": ("surprised", "sur", "u"),
-    "fear": ("fearful", "fea", "f"),
-    "disgust": ("disgusted", "dis", "d"),
-    "contempt": ("c",),
+    "neutral": ("neu", "neutral state"),
+    "happy": ("happiness", "joy", "hap"),
+    "angry": ("anger", "ang"),
+    "sad": ("sadness",),
+    "surprise": ("surprised", "sur"),
+    "fear": ("fearful", "fea"),
+    "disgust": ("disgusted", "dis"),
+    "contempt": (),
     "frustrated": ("frustration", "fru"),
     "excited": ("excitement", "exc"),
 }
-_NO_LABEL = ("other", "oth", "o", "no agreement", "xxx", "x")
+_NO_LABEL = ("other", "oth", "no agreement", "xxx")
 _CANONICAL: dict[str, str | None] = {synonym: name for name, synonyms in _SYNONYMS.items() for synonym in synonyms}
 _CANONICAL.update({name: name for name in _SYNONYMS})
 _CANONICAL.update(dict.fromkeys(_NO_LABEL))
 
 
 def canonical_emotion(name: str) -> str | None:
-    """Return the canonical name of an emotion as a corpus writes it: `"ang"`, `"A"` and `"Angry"` are `"angry"`.
+    """Return the canonical name of an emotion as a corpus writes it: `"ang"`, `"anger"` and `"Angry"` are `"angry"`.
+
+    A single letter is no name: `A` is angry in MSP-Podcast and afraid in EmoDB, so it is its corpus that reads it.
 
     Returns:
         `str` or `None`: One of `EMOTIONS` or `FURTHER_EMOTIONS`; `None` for "other" and where raters did not agree.

@@ -79,7 +79,7 @@ def write_iemocap(
         by_dialog.setdefault(turn.dialog, []).append(turn)
     for dialog, members in by_dialog.items():
         session = root / members[0].session
-        raters = "C-E2:\tNeutral;\t()\nC-F1:\tAnger; Other;\t(curious)\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
+        raters = "C-E2:\tNeutral state; Anger; Other;\t()\nC-F1:\tFear;\t(odd)\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
         labels = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
         labels += "".join(f"{turn.line}\n{raters}" for turn in members)
         write_text(session / "dialog" / "EmoEvaluation" / f"{dialog}.txt", labels)
@@ -200,6 +200,10 @@ def write_msp_podcast(
     if release == "csv":
         lines = "\r\n".join([MSP_HEADER, *(segment.csv_line for segment in segments)])
         write_text(root / "Labels" / "labels_consensus.csv", f"{lines}\r\n", "utf-8-sig")
+        raters = "".join(f'{s.stem}.wav,WORKER00000023,Neutral,"Neutral,Concerned",3\n' * 2 for s in segments)
+        write_text(
+            root / "Labels" / "labels_detailed.csv", f"FileName,Worker,EmoClass_Major,EmoClass_Second,EmoAct\n{raters}"
+        )
         return root
     write_text(root / "Labels.txt", "".join(segment.text_block for segment in segments))
     write_text(root / "Partitions.txt", "".join(f"{s.split}; {s.stem}.wav\n" for s in segments))

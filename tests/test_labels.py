@@ -13,17 +13,17 @@ def test_the_orders_are_fixed() -> None:
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        ("angry anger ang A Angry", "angry"),
-        ("happy happiness joy hap H", "happy"),
+        ("angry anger ang Angry", "angry"),
+        ("happy happiness joy hap", "happy"),
         ("excited exc", "excited"),
-        ("sad sadness S", "sad"),
-        ("neutral neu N", "neutral"),
-        ("surprise surprised sur U", "surprise"),
-        ("fear fea F", "fear"),
-        ("disgust dis D", "disgust"),
-        ("contempt C", "contempt"),
+        ("sad sadness", "sad"),
+        ("neutral neu Neutral", "neutral"),
+        ("surprise surprised sur", "surprise"),
+        ("fear fea", "fear"),
+        ("disgust dis", "disgust"),
+        ("contempt", "contempt"),
         ("frustrated fru", "frustrated"),
-        ("other oth O xxx X", None),
+        ("other oth xxx", None),
     ],
 )
 def test_names_seen_in_the_wild_have_one_canonical_name(names: str, expected: str | None) -> None:
@@ -35,7 +35,7 @@ def test_canonical_names_map_to_themselves() -> None:
         assert canonical_emotion(name) == name
 
 
-@pytest.mark.parametrize("name", ["", "bored", "angri"])
-def test_an_unknown_name_is_an_error(name: str) -> None:
+@pytest.mark.parametrize("name", ["", "bored", "angri", *"AFHNOSUX"])
+def test_an_unknown_name_and_a_letter_of_one_corpus_are_an_error(name: str) -> None:
     with pytest.raises(ValueError, match=f"Unknown emotion {name!r}"):
         canonical_emotion(name)

@@ -112,8 +112,8 @@ def tiny_towers(settings: TinyTowersSettings) -> None:
 def inspect(settings: InspectSettings) -> None:
     """Look at a data set: counts, durations, a valence-arousal plot, a few rows, and what may be wrong with it.
 
-    Checked, by id: ids used more than once; speakers in several splits;
-    emotions that contradict a dimension (happy with valence below 0.35, angry
+    Checked, by id: ids used more than once; speakers and transcripts in
+    several splits; emotions that contradict a dimension (happy with valence below 0.35, angry
     or sad with valence above 0.65, angry with arousal below 0.35). Of the
     audio: what cannot be read; the same samples twice, in whatever container;
     clipped (three samples in a row at full scale); silent (a peak below
@@ -187,6 +187,8 @@ def _show_report(report: dict, out: Path) -> None:
     console.print(table)
     for reason, dropped in report["dropped"].items():
         console.print(f"[yellow]left out:[/yellow] {escape(reason)}: {dropped['count']:,}")
+    for reason, empty in report["left_empty"].items():
+        console.print(f"kept, but left empty: {escape(reason)}: {empty['count']:,}")
     for mark, ids in report["kept_but_marked"].items():
         if ids:
             console.print(f"kept, but {mark}: {len(ids):,}")

@@ -90,7 +90,9 @@ def _dimension_table(report: Mapping) -> str:
 
 def _dropped_table(report: Mapping) -> str:
     rows = [[name, f"{item['count']:,}"] for name, item in report["dropped"].items()]
-    return _table(["reason", "utterances"], rows) if rows else "Nothing."
+    empty = [f"{item['count']:,} ({name})" for name, item in report["left_empty"].items()]
+    kept = f"\n\nValues left empty in rows that are kept: {', '.join(empty)}." if empty else ""
+    return (_table(["reason", "utterances"], rows) if rows else "Nothing.") + kept
 
 
 def _audio_notes(report: Mapping) -> str:
@@ -107,7 +109,8 @@ def _columns(report: Mapping) -> str:
     return (
         f"`id`; `audio` ({audio}); `text`, the transcript; `response`, a reply to learn; `emotion`; `arousal`, "
         "`dominance`, `valence` in [0, 1] and `dimension_source`, where they are from; `speaker`, `session`, `split`, "
-        "`language`; `duration_s`. What is not known is empty.\n\n"
+        "`language`, `gender`; `style`, for example improvised; `emotion_votes`, one name for each rater's vote; "
+        "`events`, what is heard beside words; `duration_s`. What is not known is empty.\n\n"
         '```python\nimport relllm\n\nrows = relllm.load_corpus("…", split="'
         f'{next(iter(report["splits"]))}")\n```'
     )

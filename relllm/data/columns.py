@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from relllm.labels import canonical_emotion
+from relllm.labels import DIMENSIONS, canonical_emotion
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -17,12 +17,13 @@ def normalize_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableD
     spelling where it has one ("hap", "Happiness" and "happy" are "happy"); another name stays as it is.
 
     Raises:
-        ValueError: The emotions are numbers without names.
+        ValueError: The emotions are numbers without names, or the dimensions are not in [0, 1].
     """
     features = dataset.features
     if features is None:  # of a stream, known when it is read
         return dataset
     dataset = _leave_encoded(dataset, features)
+    _check_scales(dataset)
     if "emotion" not in features:
         return dataset
     of_clip = getattr(features["emotion"], "feature", features["emotion"])  # of a list, one for each clip
@@ -35,12 +36,26 @@ def normalize_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableD
     return _name_emotions(dataset, names)
 
 
-def name_emotion(value: str | None) -> str | None:
-    """Return an emotion by its canonical name where it has one; "other" and the like are `None`.
+def _check_scales(dataset: Dataset | IterableDataset) -> None:
+    """Raise `ValueError` for a dimension on another scale; a stream is not read for it."""
+    from datasets import Dataset
 
-    A single letter stays as it is: what it stands for depends on the corpus.
-    """
-    if value is None or len(value) < 2:
+    for name in DIMENSIONS if isinstance(dataset, Dataset) else ():
+        if name not in dataset.column_names:
+            continue
+        numbers = [one for value in dataset[name] for one in (value if isinstance(value, list) else [value])]
+        numbers = [number for number in numbers if isinstance(number, (int, float))]
+        if outside := sum(number < 0 or number > 1 for number in numbers):
+            raise ValueError(
+                f"{name} goes from {min(numbers):g} to {max(numbers):g}, and {outside:,} of {len(numbers):,} values "
+                "are outside [0, 1]: it is on another scale. Prepare the data with its lowest and highest rating: "
+                f"`relllm prepare folder TABLE --scale {name}=1,5`."
+            )
+
+
+def name_emotion(value: str | None) -> str | None:
+    """Return an emotion by its canonical name where it has one; "other" and the like are `None`."""
+    if not value:
         return value
     try:
         return canonical_emotion(value)

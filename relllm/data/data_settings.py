@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from relllm.labels import DIMENSIONS
 from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT
 from relllm.setting import REQUIRED, setting
 
@@ -71,6 +72,7 @@ class IemocapSettings(CorpusSettings):
 
     label_set: LabelSet = field(default="4", metadata=CorpusSettings.__dataclass_fields__["label_set"].metadata)
     merge_excited: bool = setting(True, "Excited counts as happy.")
+    improvised_only: bool = setting(False, "Without the scripted half, whose sentences are the same in all sessions.")
     # The paper's files hold out session 5.
     held_out_session: int = setting(5, "The split test; 0 for none.", min=0, max=5)
     validation_session: int | None = setting(None, "The split validation.", min=1, max=5)
@@ -105,13 +107,60 @@ class MspPodcastSettings(CorpusSettings):
 
 
 @dataclass(frozen=True)
-class FolderSettings(CorpusSettings):
+class LabelSettings(CorpusSettings):
+    """How to read labels that a table or a file's name has."""
+
+    label_set: LabelSet = field(default="all", metadata=CorpusSettings.__dataclass_fields__["label_set"].metadata)
+    emotions: tuple[str, ...] = setting((), "What its names mean: A=fear,F=happy,calm=neutral,odd=other.")
+    unknown_emotions: Literal["stop", "keep", "drop"] = setting(
+        "stop", "Names that are neither known nor in --emotions: stop and list them, keep them, drop their rows."
+    )
+    scale: str | None = setting(None, "Of dimensions not in [0, 1]: 1,5 or arousal=1,7;valence=-1,1.")
+    columns: tuple[str, ...] = setting((), "What its columns are: emotion=mood,audio=clip.")
+    splits: tuple[str, ...] = setting((), "What its splits are: train-clean-100=train,dev-other=validation.")
+    split: str | None = setting(None, "Of the rows that name none.")
+    language: str | None = setting(None, "Of the rows that name none, for example en.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("emotions", "columns", "splits"):
+            read_words(getattr(self, name), name)
+        read_scales(self.scale)
+        if self.unknown_emotions not in ("stop", "keep", "drop"):
+            raise ValueError(f"unknown_emotions is {self.unknown_emotions!r}, expected 'stop', 'keep' or 'drop'.")
+
+
+def read_words(pairs: tuple[str, ...], name: str) -> dict[str, str]:
+    """Return `("A=fear", "F=happy")` as a dict; `name` is the setting's, for its errors."""
+    if odd := [pair for pair in pairs if not pair.partition("=")[2].strip()]:
+        raise ValueError(f"{name} has {odd[0]!r}, expected pairs such as A=fear,F=happy.")
+    return {key.strip(): value.strip() for key, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def read_scales(scale: str | None) -> dict[str, tuple[float, float]]:
+    """Return lowest and highest rating of each dimension that a scale names, `"1,5"` of all three."""
+    found: dict[str, tuple[float, float]] = {}
+    for part in (scale or "").split(";") if scale else ():
+        name, _, limits = part.rpartition("=")
+        try:
+            low, high = (float(limit) for limit in limits.split(","))
+        except ValueError:
+            low = high = 0.0
+        if low >= high or name.strip() not in ("", *DIMENSIONS):
+            raise ValueError(f"scale is {scale!r}, expected for example 1,5 or arousal=1,7;valence=-1,1.")
+        found |= dict.fromkeys([name.strip()] if name else DIMENSIONS, (low, high))
+    return found
+
+
+@dataclass(frozen=True)
+class FolderSettings(LabelSettings):
     """Those of one's own speech."""
 
     root: Path = setting(REQUIRED, "A .csv or .jsonl table with paths, or a folder of audio files.", argument=True)
-    label_set: LabelSet = field(default="all", metadata=CorpusSettings.__dataclass_fields__["label_set"].metadata)
-    split: str | None = setting(None, "Of the rows that name none.")
-    language: str | None = setting(None, "Of the rows that name none, for example en.")
+    pattern: str | None = setting(
+        None, "How paths say what is in a clip: a regular expression with named groups, or a .yaml file."
+    )
+    unlabelled: bool = setting(False, "The table has no emotions.")
     NAME: ClassVar[str] = "folder"
 
     @property

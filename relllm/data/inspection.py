@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from .data_settings import InspectSettings
 from .journal import write_json
 from .loading import load_corpus
 from .processes import available_cores, run_in_processes
-from .report import UNSPLIT
+from .rows import UNSPLIT
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,6 +38,7 @@ CONTRADICTIONS = (
     ("angry", "arousal", "below"),
 )
 
+FEWEST_WORDS = 3  # of a transcript that two splits should not share
 _NO_SPLIT = "no split"
 _FIRST_SPLITS = ("train", "validation", "test")  # others follow by name
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
@@ -97,23 +98,18 @@ def inspect_corpus(settings: InspectSettings, *, progress: bool = True) -> Inspe
 
 
 def check_table(rows: Sequence[Mapping]) -> list[Finding]:
-    """Find ids used twice, speakers in several splits, and emotions that contradict their dimensions.
+    """Find ids used twice, speakers and transcripts in several splits, and emotions that contradict their dimensions.
 
-    Rows need `id` and `split`; a speaker or a split that is `None` leaks nowhere.
+    Rows need `id` and `split`; a speaker, a transcript or a split that is `None` leaks nowhere. Transcripts are
+    compared without case and punctuation; those of less than three words are everybody's.
     """
     findings = [
         Finding("id used more than once", [row_id], f"{count} rows")
         for row_id, count in Counter(row["id"] for row in rows).items()
         if count > 1
     ]
-    by_speaker: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row.get("speaker") is not None and row["split"] is not None:
-            by_speaker[row["speaker"]][row["split"]].append(row["id"])
-    for speaker, splits in sorted(by_speaker.items()):
-        if len(splits) > 1:
-            counts = ", ".join(f"{len(ids)} in {split}" for split, ids in splits.items())
-            findings.append(Finding("speaker in several splits", sum(splits.values(), []), f"{speaker}: {counts}"))
+    findings += _find_shared(rows, "speaker in several splits", lambda row: row.get("speaker"))
+    findings += _find_shared(rows, "same transcript in several splits", _plain_text)
     for row in rows:
         for emotion, dimension, side in CONTRADICTIONS:
             value = row.get(dimension) if row.get("emotion") == emotion else None
@@ -122,6 +118,24 @@ def check_table(rows: Sequence[Mapping]) -> list[Finding]:
                 detail = f"{emotion}, {dimension} {value:.2f} is {side} {limit}"
                 findings.append(Finding("emotion contradicts a dimension", [row["id"]], detail))
     return findings
+
+
+def _find_shared(rows: Sequence[Mapping], check: str, key: Callable[[Mapping], str | None]) -> Iterator[Finding]:
+    """Yield what rows of several splits have in common, with the number of its rows in each."""
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["split"] is not None and (value := key(row)) is not None:
+            found[value][row["split"]].append(row["id"])
+    for value, splits in sorted(found.items()):
+        if len(splits) > 1:
+            counts = ", ".join(f"{len(ids)} in {split}" for split, ids in splits.items())
+            yield Finding(check, [name for ids in splits.values() for name in ids], f"{value:.60}: {counts}")
+
+
+def _plain_text(row: Mapping) -> str | None:
+    text = row.get("text")
+    words = re.findall(r"[\w']+", text.casefold()) if isinstance(text, str) else []
+    return " ".join(words) if len(words) >= FEWEST_WORDS else None
 
 
 def check_audio(rows: Sequence[Mapping], facts: Sequence[ClipFacts]) -> list[Finding]:

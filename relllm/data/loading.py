@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +14,8 @@ from relllm.labels import DIMENSIONS
 from relllm.modeling.places_relllm import PlaceError, check_place
 
 from .columns import normalize_columns
-from .report import UNSPLIT
-from .rows import COLUMNS
+from .rows import ALL, COLUMNS, LIST_COLUMNS, UNSPLIT
+from .table_files import read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -28,9 +27,7 @@ SHARDS = 64  # of a streamed table: enough for the workers of a training run
 AUDIO_KEYS = ("audio", "path", "url")  # of an audio part in `messages`
 HELD_OUT_FORM = "column=value[,value…][;validation:column=value[,value…]], for example session=Ses05"
 
-ALL = "all"  # every split, as `datasets` names it
 TRAIN = "train"  # what rows are that name no split
-_TOO_MANY = "\0"  # no name of a column
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # of a prepared data set, in `data/`
 
 
@@ -81,11 +78,6 @@ def corpus_name(data: str | Path) -> str:
     report = folder / "report.json"
     prepared = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
     return str(prepared.get("corpus", folder.name))
-
-
-def read_table(path: Path) -> Iterator[tuple[int, dict]]:
-    """Yield number of the line and fields of each row of a `.jsonl` or `.csv` file; errors name the line."""
-    return _read_jsonl(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)
 
 
 def _load(data: str, split: str | None, streaming: bool) -> Dataset | IterableDataset:
@@ -242,7 +234,7 @@ def _assign(values: Sequence[str | None], wanted: dict[str, tuple[str, tuple[str
 
 
 def _load_table(path: Path, split: str | None) -> Dataset:
-    from datasets import Dataset, Value
+    from datasets import Dataset, List, Value
 
     rows = [row for _, row in read_table(path)]
     if not rows:
@@ -256,43 +248,9 @@ def _load_table(path: Path, split: str | None) -> Dataset:
     for name in types.keys() & set(COLUMNS):
         if name in DIMENSIONS:
             types[name] = Value("float64")
-        elif types[name] == Value("null"):  # every value is missing
-            types[name] = Value("string")
+        elif types[name] in (Value("null"), List(Value("null"))):  # every value is missing
+            types[name] = List(Value("string")) if name in LIST_COLUMNS else Value("string")
     return dataset.cast(types) if types != dataset.features else dataset
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}): {line.strip():.80}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is {type(row).__name__}, expected one object for a row.")
-            yield number, row
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
-    """Read an empty field as a missing value, the dimensions as numbers, everything else as text."""
-    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
-        reader = csv.DictReader(file, restkey=_TOO_MANY)
-        for fields in reader:
-            if _TOO_MANY in fields:
-                raise ValueError(f"{path}, line {reader.line_num} has more fields than the header. Quote its commas.")
-            row: dict[str, str | float | None] = {name: value or None for name, value in fields.items()}
-            for name in DIMENSIONS:
-                if (value := row.get(name)) is None:
-                    continue
-                try:
-                    row[name] = float(value)
-                except ValueError as error:
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: {name} is {value!r}, expected a number."
-                    ) from error
-            yield reader.line_num, row
 
 
 def _rows_of_split(rows: list[dict], split: str | None, source: str) -> list[dict]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from relllm.labels import canonical_emotion
 
-from .rows import LABEL_SETS, LABEL_SOURCE, Corpus, Dropped, LabelSet, Row, make_row
+from .rows import LABEL_SETS, LABEL_SOURCE, OTHER, Corpus, Dropped, LabelSet, Row, make_row
 
 # Reasons of `Dropped`: the same words for the same reason.
 NO_AUDIO = "no audio file"
@@ -37,6 +37,9 @@ class Label:
     speaker: str | None = None
     session: str | None = None
     split: str | None = None
+    gender: str | None = None
+    style: str | None = None
+    votes: tuple[str, ...] = ()  # of single raters, as they wrote them
 
 
 def keep_first(found: Iterable[Label | Dropped], corpus: Corpus) -> dict[str, Label]:
@@ -53,9 +56,18 @@ def keep_first(found: Iterable[Label | Dropped], corpus: Corpus) -> dict[str, La
 
 
 def label_to_row(
-    label: Label, audio: str | None, *, label_set: LabelSet, scale: tuple[float, float], merge_excited: bool = False
+    label: Label,
+    audio: str | None,
+    corpus: Corpus,
+    *,
+    label_set: LabelSet,
+    scale: tuple[float, float],
+    merge_excited: bool = False,
 ) -> Row | Dropped:
-    """Return the row of a labelled utterance in English, or the reason why there is none."""
+    """Return the row of a labelled utterance in English, or the reason why there is none.
+
+    A rating outside the scale is left empty, and the corpus is told; the row stays.
+    """
     known: dict[str, object] = {}
     if label.emotion is not None:
         try:
@@ -67,18 +79,40 @@ def label_to_row(
             return Dropped(label.id, OUTSIDE_SET, label.emotion)
         if odd := {name: value for name, value in label.dimensions.items() if not _NUMBER.fullmatch(value)}:
             return Dropped(label.id, BAD_LINE, f"{label.where}: {odd} is no number")
-        low, high = scale
-        ratings = {name: float(value) for name, value in label.dimensions.items()}
-        for name, rating in ratings.items():  # nothing is clipped
-            if not low <= rating <= high:
-                wrong = f"{name} is {rating:g}, expected {low:g} to {high:g}"
-                return Dropped(label.id, OUTSIDE_SCALE, f"{label.where}: {wrong} (emotion {label.emotion})")
-        known = {name: (rating - low) / (high - low) for name, rating in ratings.items()}
-        known |= {"emotion": emotion, "dimension_source": LABEL_SOURCE}
+        known = {"emotion": emotion, "dimension_source": LABEL_SOURCE}
     if audio is None:
         return Dropped(label.id, NO_AUDIO, label.where)
-    known |= {"speaker": label.speaker, "session": label.session, "split": label.split, "language": "en"}
-    return make_row(id=label.id, audio=audio, **known)
+    votes = [name_vote(vote) for vote in label.votes]
+    known["emotion_votes"] = ["happy" if merge_excited and vote == "excited" else vote for vote in votes] or None
+    if label.emotion is not None:
+        for name, value in label.dimensions.items():
+            known[name] = scale_rating(float(value), scale, name, (label.id, label.where), corpus)
+    for name in ("speaker", "session", "split", "gender", "style"):
+        known[name] = getattr(label, name)
+    return make_row(id=label.id, audio=audio, language="en", **known)
+
+
+def name_vote(written: str) -> str:
+    """Return the canonical name of an emotion that one rater gave, "other" where it has none."""
+    try:
+        return canonical_emotion(written) or OTHER
+    except ValueError:
+        return OTHER
+
+
+def scale_rating(
+    value: float, scale: tuple[float, float], name: str, row: tuple[str, str], corpus: Corpus
+) -> float | None:
+    """Return a rating in [0, 1]; outside its scale it is left empty, never clipped, and the corpus is told.
+
+    `row` is the row's id and its place.
+    """
+    low, high = scale
+    if low <= value <= high:
+        return (value - low) / (high - low)
+    wrong = f"{row[1]}: {name} is {value:g}, expected {low:g} to {high:g}"
+    corpus.blanked.append(Dropped(row[0], OUTSIDE_SCALE, wrong))
+    return None
 
 
 def drop_unlabelled(corpus: Corpus, labels: Iterable[str], audio: Mapping[str, str]) -> None:
@@ -89,7 +123,7 @@ def drop_unlabelled(corpus: Corpus, labels: Iterable[str], audio: Mapping[str, s
 
 def is_outside(emotion: str | None, label_set: LabelSet) -> bool:
     """Return whether an utterance is kept out. `None`, "other" or "no agreement", has a place in `"all"` only."""
-    return label_set != "all" if emotion is None else emotion not in LABEL_SETS[label_set]
+    return label_set != "all" and emotion not in LABEL_SETS[label_set]
 
 
 def find_tree(root: Path, locate: Callable[[Path], Path | None], wanted: str) -> Path:
@@ -142,8 +176,8 @@ def list_audio(folder: Path) -> dict[str, str]:
     return {name[:-4]: prefix + name for name in list_folder(folder)[1] if name.lower().endswith(".wav")}
 
 
-def read_lines(path: Path, fallbacks: Sequence[str] = ()) -> tuple[list[str], str]:
-    """Return the stripped lines of a text file and the encoding that read them, which nobody wrote down.
+def decode_text(path: Path, fallbacks: Sequence[str] = ()) -> tuple[str, str]:
+    """Return what is in a text file and the encoding that read it, which nobody wrote down.
 
     A byte order mark and UTF-8 come first, then the fallbacks, and last Windows-1252 and Latin-1, which knows every
     byte.
@@ -152,12 +186,17 @@ def read_lines(path: Path, fallbacks: Sequence[str] = ()) -> tuple[list[str], st
     marked = ("utf-16",) if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ()
     for encoding in (*marked, "utf-8-sig", *fallbacks, "cp1252", "latin-1"):
         try:
-            text = content.decode(encoding)
+            return content.decode(encoding), encoding
         except UnicodeDecodeError:
             continue
-        # Not `splitlines`, which would also split at characters that are no end of a line in these files.
-        return [line.strip() for line in re.split("\r\n|\r|\n", text)], encoding
     raise AssertionError("Latin-1 decodes every byte.")
+
+
+def read_lines(path: Path, fallbacks: Sequence[str] = ()) -> tuple[list[str], str]:
+    """Return the stripped lines of a text file and its encoding, as [`decode_text`] finds it."""
+    text, encoding = decode_text(path, fallbacks)
+    # Not `splitlines`, which would also split at characters that are no end of a line in these files.
+    return [line.strip() for line in re.split("\r\n|\r|\n", text)], encoding
 
 
 def note(corpus: Corpus, names: Iterable[str], text: str) -> None:

@@ -24,8 +24,8 @@ from .clips import read_row
 from .data_settings import PrepareSettings
 from .journal import Journal, name_differences, publish, write_json
 from .processes import available_cores, run_in_processes
-from .report import FORMAT, UNSPLIT, build_report, summarise_rows
-from .rows import COLUMNS, Corpus, Dropped, Row, validate_row
+from .report import FORMAT, build_report, summarise_rows
+from .rows import COLUMNS, LIST_COLUMNS, UNSPLIT, Corpus, Dropped, Row, validate_row
 
 if TYPE_CHECKING:
     import pyarrow
@@ -195,9 +195,9 @@ def _find_report(directory: Path, settings: Mapping[str, object]) -> dict | None
     path = directory / "report.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if report.get("format") != FORMAT:
-        raise FileExistsError(
-            f"{directory} holds no data set of `relllm prepare`. Choose another --out, or delete it."
-        )
+        earlier = str(report.get("format")).startswith("relllm-data-")
+        what = "a data set that another release prepared" if earlier else "no data set of `relllm prepare`"
+        raise FileExistsError(f"{directory} holds {what}. Choose another --out, or delete it.")
     if report["settings"] != settings:
         raise FileExistsError(
             f"{directory} is there already, with other settings ({name_differences(report['settings'], settings)}). "
@@ -208,7 +208,7 @@ def _find_report(directory: Path, settings: Mapping[str, object]) -> dict | None
 
 def _check_rows(corpus: Corpus) -> None:
     for row in corpus.rows:
-        validate_row(row)
+        validate_row(row, corpus.own_emotions)
     counts = Counter(row["id"] for row in corpus.rows)
     if repeated := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"{len(repeated)} ids come more than once, for example {repeated[0]!r}. Make them unique.")
@@ -226,7 +226,7 @@ def _describe(corpus: Corpus, settings: PrepareSettings) -> dict:
     digest = hashlib.sha256()
     for row in corpus.rows:
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    digest.update(json.dumps([asdict(entry) for entry in corpus.dropped]).encode())
+    digest.update(json.dumps([asdict(entry) for entry in [*corpus.dropped, *corpus.blanked]]).encode())
     fingerprint = {"rows_fingerprint": digest.hexdigest()[:16]}
     run = {"format": FORMAT, "corpus": corpus.facts.name, **settings.identity, **fingerprint}
     return json.loads(json.dumps(run))
@@ -234,11 +234,12 @@ def _describe(corpus: Corpus, settings: PrepareSettings) -> dict:
 
 def _table_schema(embed_audio: bool) -> pyarrow.Schema:
     """Return the columns, with what `datasets` wants to know of them."""
-    from datasets import Audio, Features, Value
+    from datasets import Audio, Features, List, Value
 
     from relllm.processing.audio_relllm import SAMPLING_RATE
 
     types = {name: Value("float64" if name in DIMENSIONS else "string") for name in COLUMNS}
+    types |= {name: List(Value("string")) for name in LIST_COLUMNS}
     types["audio"] = Audio(sampling_rate=SAMPLING_RATE) if embed_audio else Value("string")
     return Features({**types, "duration_s": Value("float64")}).arrow_schema
 

@@ -13,10 +13,9 @@ import soundfile
 
 from relllm.labels import DIMENSIONS, EMOTIONS, FURTHER_EMOTIONS
 
-from .rows import Corpus
+from .rows import UNSPLIT, Corpus
 
-FORMAT = "relllm-data-1"  # raise it when the same rows would give other bytes
-UNSPLIT = "unsplit"  # the files with the rows that belong to no split
+FORMAT = "relllm-data-2"  # raise it when the same rows would give other bytes
 UNLABELLED = "unlabelled"
 
 
@@ -54,23 +53,19 @@ def build_report(
     corpus: Corpus, entries: Sequence[Mapping], summary: Mapping[str, SplitSummary], settings: Mapping[str, object]
 ) -> dict:
     """Return the content of `report.json`, from the journal's entries; the same rows and settings give the same."""
-    dropped: dict[str, list[dict]] = defaultdict(list)
-    for item in [*map(asdict, corpus.dropped), *(item for entry in entries for item in entry["dropped"])]:
-        dropped[item["reason"]].append({"id": item["id"], "detail": item["detail"]})
+    dropped = [*map(asdict, corpus.dropped), *(item for entry in entries for item in entry["dropped"])]
     voices = Counter(name for split in summary.values() for name in split.speakers if name != UNLABELLED)
     overshoot = {name: samples for entry in entries for name, samples in entry["overshoot"].items()}
     return {
         "format": FORMAT,
         "corpus": corpus.facts.name,
         "title": corpus.facts.title,
-        "rows": {"kept": sum(len(entry["kept"]) for entry in entries), "dropped": sum(map(len, dropped.values()))},
+        "rows": {"kept": sum(len(entry["kept"]) for entry in entries), "dropped": len(dropped)},
         "hours": round(sum(sum(split.durations_s) for split in summary.values()) / 3600, 4),
         "splits": {name: _describe_split(split) for name, split in summary.items()},
         "speakers_in_several_splits": sorted(name for name, count in voices.items() if count > 1),
-        "dropped": {
-            reason: {"count": len(clips), "clips": clips}
-            for reason, clips in sorted(dropped.items(), key=lambda item: (-len(item[1]), item[0]))
-        },
+        "dropped": _group_by_reason(dropped),
+        "left_empty": _group_by_reason(map(asdict, corpus.blanked)),
         "kept_but_marked": {
             mark: [name for entry in entries for name in entry[mark]] for mark in ("silent", "clipped")
         },
@@ -86,8 +81,17 @@ def build_report(
 
 def order_emotions(names: Sequence[str]) -> list[str]:
     """Return emotions in the package's order, unlabelled rows last."""
-    order = (*EMOTIONS, *FURTHER_EMOTIONS, UNLABELLED)
-    return sorted(set(names), key=order.index)
+    order = [*EMOTIONS, *FURTHER_EMOTIONS]
+    order += sorted(set(names) - {*order, UNLABELLED})
+    return sorted(set(names), key=[*order, UNLABELLED].index)
+
+
+def _group_by_reason(items: Iterable[Mapping]) -> dict[str, dict]:
+    grouped: dict[str, list[dict]] = defaultdict(list)
+    for item in items:
+        grouped[item["reason"]].append({"id": item["id"], "detail": item["detail"]})
+    ordered = sorted(grouped.items(), key=lambda item: (-len(item[1]), item[0]))
+    return {reason: {"count": len(clips), "clips": clips} for reason, clips in ordered}
 
 
 def _describe_split(split: SplitSummary) -> dict:

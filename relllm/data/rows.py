@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 from relllm.labels import DIMENSIONS, EMOTIONS, FURTHER_EMOTIONS
@@ -20,6 +21,7 @@ class Row(TypedDict):
     text: str | None  # transcript
     response: str | None  # the reply to learn
     emotion: str | None  # of `EMOTIONS` or `FURTHER_EMOTIONS`
+    emotion_votes: list[str] | None  # one name for each vote of a rater; "other" where it has no canonical name
     arousal: float | None  # in [0, 1], as the next two
     dominance: float | None
     valence: float | None
@@ -28,11 +30,22 @@ class Row(TypedDict):
     session: str | None
     split: str | None
     language: str | None  # BCP-47, for example "en"
+    gender: str | None  # as the corpus writes it, in lower case
+    style: str | None  # for example "improvised" or "scripted"
+    events: list[str] | None  # what is heard beside words, for example "laughter"
 
 
 COLUMNS = tuple(Row.__annotations__)
+LIST_COLUMNS = ("emotion_votes", "events")
+OTHER = "other"  # among votes
 LABEL_SOURCE = "label"
 PSEUDO_SOURCE = "pseudo:"  # and the model that gave them
+
+ALL = "all"  # every split, as `datasets` names it
+UNSPLIT = "unsplit"  # the files with the rows that belong to no split
+_SPLIT = re.compile(r"\w+(\.\w+)*", flags=re.ASCII)  # as the Hub and `datasets` have them; it names files
+_SPLIT_NAMES = {"training": "train", "testing": "test"}
+_SPLIT_NAMES |= dict.fromkeys(("dev", "devel", "development", "val", "valid"), "validation")
 
 LabelSet = Literal["4", "5", "all"]
 LABEL_SETS: dict[str, tuple[str, ...]] = {
@@ -72,6 +85,8 @@ class Corpus:
     rows: list[Row]  # all columns; `audio` is an absolute path
     dropped: list[Dropped]  # what the labels or the tree rule out
     notes: list[str]  # what a person should know, for example a split folder that contradicts the number
+    blanked: list[Dropped] = field(default_factory=list)  # of rows that stay: values that were left empty
+    own_emotions: Collection[str] = ()  # names that are kept although they are not canonical
 
     def add(self, made: Row | Dropped) -> None:
         """Keep a row, or count what is dropped."""
@@ -86,10 +101,25 @@ def make_row(**known: object) -> Row:
     return cast(Row, dict.fromkeys(COLUMNS) | known)
 
 
-def validate_row(row: Mapping[str, object]) -> None:
+def fold_split(name: str) -> str:
+    """Return a split as this package names it: `"Train"` is `"train"`; `"dev"` and `"val"` are `"validation"`.
+
+    Raises `ValueError` for what no split can be called: a path, a name with hyphens, `"all"`.
+    """
+    folded = name.strip().lower()
+    folded = _SPLIT_NAMES.get(folded, folded if folded in ("train", "validation", "test") else name.strip())
+    if _SPLIT.fullmatch(folded) is None or folded.lower() in (ALL, UNSPLIT):
+        raise ValueError(
+            f"the split is called {name!r}; expected letters, digits and underscores, and neither {ALL!r} nor "
+            f"{UNSPLIT!r}. Rename it, or map it: --splits {name}=train."
+        )
+    return folded
+
+
+def validate_row(row: Mapping[str, object], own_emotions: Collection[str] = ()) -> None:
     """Raise `ValueError`, with the row's id, where a row breaks the types and ranges of [`Row`].
 
-    Columns other than `id` and `audio` may be missing.
+    Columns other than `id` and `audio` may be missing. `own_emotions` are names beside the canonical ones.
     """
     row_id, emotion, source = row.get("id"), row.get("emotion"), row.get("dimension_source")
     if not isinstance(row_id, str) or not row_id:
@@ -98,10 +128,16 @@ def validate_row(row: Mapping[str, object]) -> None:
         raise ValueError(f"Row {row_id!r}: unknown columns {unknown}; expected {list(COLUMNS)}. Rename or drop them.")
     if row.get("audio") in (None, ""):
         raise ValueError(f"Row {row_id!r}: no audio. Give a path, a waveform, or leave the row out.")
-    for column in ("text", "response", "emotion", "dimension_source", "speaker", "session", "split", "language"):
+    for column in set(COLUMNS) - {"id", "audio", *DIMENSIONS, *LIST_COLUMNS}:
         if not isinstance(row.get(column, ""), str | None):
             raise ValueError(f"Row {row_id!r}: {column} is {row[column]!r}, expected a string or None. Convert it.")
-    if emotion not in (*LABEL_SETS["all"], None):
+    for column in LIST_COLUMNS:
+        values = row.get(column)
+        if values is not None and not (isinstance(values, list) and all(isinstance(one, str) for one in values)):
+            raise ValueError(f"Row {row_id!r}: {column} is {values!r}, expected a list of names or None. Convert it.")
+    if row.get("split") is not None and fold_split(str(row["split"])) != row["split"]:
+        raise ValueError(f"Row {row_id!r}: the split is {row['split']!r}; use `relllm.data.rows.fold_split`.")
+    if emotion not in (*LABEL_SETS["all"], *own_emotions, None):
         raise ValueError(
             f"Row {row_id!r}: emotion {emotion!r} is not canonical; expected one of {', '.join(LABEL_SETS['all'])} or "
             "None. Use `relllm.labels.canonical_emotion`."

@@ -22,7 +22,7 @@ import numpy as np
 
 from relllm.data.loading import load_corpus
 from relllm.data.preparing import prepare_corpus
-from relllm.data.rows import COLUMNS, LABEL_SOURCE, Corpus, CorpusFacts, Row
+from relllm.data.rows import COLUMNS, LABEL_SOURCE, Corpus, CorpusFacts, Row, make_row
 from relllm.labels import EMOTIONS
 from relllm.processing.audio_relllm import SAMPLING_RATE, resample
 
@@ -176,7 +176,7 @@ def make_clip(
     prosody = draw_prosody(emotion, rng)
     dimensions = dimensions_of(emotion, prosody)
     clip_id = f"{split}-{number:05d}"
-    row = Row(
+    row = make_row(
         id=clip_id,
         audio=f"audio/{clip_id}.wav",
         text=sentence.text,
@@ -187,7 +187,6 @@ def make_clip(
         valence=dimensions["valence"],
         dimension_source=LABEL_SOURCE,
         speaker=voice,
-        session=None,
         split=split,
         language="en",
     )

@@ -67,6 +67,12 @@ def test_numbers_without_names_are_refused(clip_path: str, tmp_path: Path) -> No
         load_corpus(saved({"audio": [clip_path], "emotion": [3]}, tmp_path / "a"))
 
 
+def test_dimensions_on_another_scale_are_refused_with_their_limits(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("audio,valence\na.wav,1\nb.wav,4.5\nc.wav,\n")
+    with pytest.raises(ValueError, match=r"valence goes from 1 to 4\.5, and 1 of 2 values are outside \[0, 1\]"):
+        load_corpus(tmp_path / "rows.csv")
+
+
 def test_audio_is_left_encoded_wherever_it_is_and_nothing_is_copied(clip_path: str, tmp_path: Path) -> None:
     clip = {"bytes": Path(clip_path).read_bytes(), "path": None}
     part = {"type": Value("string"), "text": Value("string"), "audio": Audio()}

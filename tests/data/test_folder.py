@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -79,29 +80,116 @@ def test_json_lines_are_read_alike_and_found_in_their_folder(speech: Path) -> No
     assert (row["id"], row["session"], row["valence"], row["dimension_source"]) == ("7", "2", 1, "pseudo:org/tower")
 
 
+def write_lines(folder: Path, *lines: dict) -> Path:
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
 def test_bad_rows_are_dropped_with_their_line_and_value(speech: Path) -> None:
     lines = [
-        {"id": "grumpy", "audio": "b.wav", "emotion": "grumpy"},
-        {"id": "scale", "audio": "b.wav", "arousal": 4.5},
-        {"id": "typed", "audio": "b.wav", "valence": "0.5"},
+        {"id": "typed", "audio": "b.wav", "valence": "high"},
         {"id": "pathless", "audio": None},
         {"id": "address", "audio": "https://example.org/a.wav"},
         {"id": "good", "audio": "b.wav"},
         {"id": "good", "audio": "a.flac"},
     ]
-    (speech / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    corpus = parse_folder(FolderSettings(speech))
+    corpus = parse_folder(FolderSettings(write_lines(speech, *lines)))
     assert [row["id"] for row in corpus.rows] == ["good"]
     assert {entry.id: entry.reason for entry in corpus.dropped} == {
-        "grumpy": "unknown emotion name",
-        "scale": "dimension outside the scale",
         "typed": "row does not validate",
         "pathless": "no path of a local file",
         "address": "no path of a local file",
         "good": "repeated id",
     }
-    details = {entry.id: entry.detail for entry in corpus.dropped}
-    assert "metadata.jsonl:2" in details["scale"] and "4.5" in details["scale"] and "'grumpy'" in details["grumpy"]
+    assert "metadata.jsonl:1" in corpus.dropped[0].detail and "'high'" in corpus.dropped[0].detail
+
+
+def test_a_column_on_another_scale_is_refused_until_its_scale_is_told(speech: Path) -> None:
+    rated = [{"audio": f"{n}.wav", "arousal": n % 5 + 1, "valence": n % 5 / 2 - 1} for n in range(20)]
+    write_lines(speech, *rated)
+    with pytest.raises(ValueError, match=r"arousal goes from 1 to 5, and 16 of 20 values are outside .*--scale"):
+        parse_folder(FolderSettings(speech))
+    with pytest.raises(ValueError, match="valence goes from -1 to 1"):
+        parse_folder(FolderSettings(speech, scale="arousal=1,5"))
+    corpus = parse_folder(FolderSettings(speech, scale="arousal=1,5;valence=-1,1"))
+    assert [(row["arousal"], row["valence"]) for row in corpus.rows[:5]] == [(n / 4, n / 4) for n in range(5)]
+    write_lines(speech, *rated[:19], rated[19] | {"arousal": 5.5})
+    corpus = parse_folder(FolderSettings(speech, scale="arousal=1,5;valence=-1,1"))
+    assert len(corpus.rows) == 20 and corpus.rows[19]["arousal"] is None and corpus.rows[19]["valence"] == 1
+    assert [(entry.id, entry.detail) for entry in corpus.blanked] == [
+        ("19", "metadata.jsonl:20: arousal is 5.5, expected 1 to 5")
+    ]
+    with pytest.raises(ValueError, match="16 of 20 values are outside"):  # a wrong scale is no twenty odd values
+        parse_folder(FolderSettings(speech, scale="0,1"))
+    for wrong in ("5,1", "1", "rage=1,5", "1,2,3"):
+        with pytest.raises(ValueError, match="expected for example 1,5"):
+            FolderSettings(speech, scale=wrong)
+
+
+def test_letters_and_other_unknown_names_are_listed_and_mapped_kept_or_dropped(speech: Path) -> None:
+    emotions = ["A", "F", "calm", "calm", "Angry", "other"]
+    write_lines(speech, *({"audio": f"{n}.wav", "emotion": name} for n, name in enumerate(emotions)))
+
+    def read(**told: object) -> dict[str, str | None]:
+        return {row["id"]: row["emotion"] for row in parse_folder(FolderSettings(speech, **told)).rows}
+
+    with pytest.raises(ValueError, match=r"'A' \(1\), 'F' \(1\), 'calm' \(2\)\. Say what they mean, --emotions A="):
+        read()
+    told = read(emotions=("A=fear", "F=happy", "calm=neutral"))
+    assert told == dict(zip("012345", ["fear", "happy", "neutral", "neutral", "angry", None], strict=True))
+    assert read(unknown_emotions="keep")["2"] == "calm" and read(unknown_emotions="keep")["0"] == "A"
+    assert read(unknown_emotions="drop") == {"4": "angry", "5": None}
+    with pytest.raises(ValueError, match="emotions has 'A'"):
+        read(emotions=("A",))
+
+
+def test_split_names_are_folded_mapped_or_refused_with_their_line(speech: Path) -> None:
+    names = ["Train", "dev", "val", "valid", "TEST", "test2", "training"]
+    write_lines(speech, *({"audio": f"{n}.wav", "split": name} for n, name in enumerate(names)))
+    splits = [row["split"] for row in parse_folder(FolderSettings(speech)).rows]
+    assert splits == ["train", *["validation"] * 3, "test", "test2", "train"]
+    for wrong in ("../../evil", "train-clean-100", "all", "dev/x", "unsplit"):
+        write_lines(speech, {"audio": "b.wav"}, {"audio": "a.flac", "split": wrong})
+        with pytest.raises(ValueError, match=rf"metadata.jsonl:2: the split is called '{re.escape(wrong)}'"):
+            parse_folder(FolderSettings(speech))
+        mapped = parse_folder(FolderSettings(speech, splits=(f"{wrong}=validation",)))
+        assert [row["split"] for row in mapped.rows] == [None, "validation"]
+        with pytest.raises(ValueError, match="the split is called"):
+            validate_row({"id": "a", "audio": "a.wav", "split": wrong})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("separator", [";", "\t", ","])
+def test_tables_are_read_as_spreadsheets_write_them(speech: Path, separator: str, encoding: str) -> None:
+    lines = [
+        ["Filename", " Label", "Transcription", "Speaker ID", "Sex", "Valence", "Votes"],
+        ["b.wav", "Anger", "Déjà vu", "7", "F", '"0,5"', "sad|annoyed|ang"],
+    ]
+    (speech / "t.csv").write_bytes("\r\n".join(separator.join(line) for line in lines).encode(encoding))
+    [row] = parse_folder(FolderSettings(speech / "t.csv")).rows
+    assert (row["emotion"], row["text"], row["speaker"], row["gender"]) == ("angry", "Déjà vu", "7", "f")
+    assert (row["valence"], row["emotion_votes"]) == (0.5, ["sad", "other", "angry"])
+
+
+def test_the_tables_of_an_audio_folder_are_those_of_its_splits(speech: Path) -> None:
+    for split, name in (("train", "x"), ("dev", "y")):
+        (speech / split).mkdir()
+        write_csv(speech / split / "metadata.csv", [{"file_name": f"{name}.wav", "emotion": "sad"}])
+    rows = parse_folder(FolderSettings(speech)).rows
+    assert {row["id"]: (row["split"], row["audio"]) for row in rows} == {
+        "train/x": ("train", str(speech / "train/x.wav")),
+        "dev/y": ("validation", str(speech / "dev/y.wav")),
+    }
+
+
+def test_a_table_without_a_column_of_emotions_is_told_so(speech: Path) -> None:
+    table = write_csv(speech / "table.csv", [{"path": "b.wav", "mood": "sad"}])
+    with pytest.raises(ValueError, match=r"no column of emotions: \['mood'\] are not understood.*--unlabelled"):
+        parse_folder(FolderSettings(table))
+    assert parse_folder(FolderSettings(table, columns=("emotion=mood",))).rows[0]["emotion"] == "sad"
+    assert parse_folder(FolderSettings(table, unlabelled=True)).rows[0]["emotion"] is None
+    with pytest.raises(ValueError, match=r"columns names \['mud'\]"):
+        parse_folder(FolderSettings(table, columns=("emotion=mud",)))
 
 
 def test_a_label_set_keeps_the_others_out(speech: Path) -> None:

@@ -11,7 +11,7 @@ from corpus_trees import IEMOCAP_TURNS, Turn, write_iemocap, write_text, write_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relllm.data.corpora.iemocap import parse_iemocap
+from relllm.data.corpora.iemocap import NOT_IMPROVISED, parse_iemocap
 from relllm.data.data_settings import IemocapSettings
 from relllm.data.parsing import BAD_LINE, NO_AUDIO, NO_LABEL, OUTSIDE_SCALE, OUTSIDE_SET, REPEATED, UNKNOWN_EMOTION
 from relllm.data.rows import COLUMNS, Corpus, validate_row
@@ -51,6 +51,10 @@ def test_a_turn_becomes_a_row_with_its_dimensions_by_name(tree: Path) -> None:
         "session": "Ses01",
         "split": "train",
         "language": "en",
+        "gender": "male",
+        "style": "improvised",
+        "events": None,
+        "emotion_votes": ["neutral", "angry", "other"],
     }
     for row in corpus.rows:
         validate_row(row)
@@ -133,13 +137,18 @@ def test_audio_is_not_opened(tmp_path: Path) -> None:
     assert len(parse_iemocap(IemocapSettings(tree, label_set="4")).rows) == 1
 
 
-def test_a_rating_outside_the_scale_is_dropped_with_its_value(tmp_path: Path) -> None:
+def test_a_rating_outside_the_scale_is_left_empty_and_its_turn_stays(tmp_path: Path) -> None:
     turns = [replace(TURN, valence=5.5), Turn("Ses01F_impro01_F001", dominance=0.5), Turn("Ses01F_impro01_F002")]
     corpus = parse_iemocap(IemocapSettings(write_iemocap(tmp_path, turns), label_set="4"))
-    assert [row["id"] for row in corpus.rows] == ["Ses01F_impro01_F002"]
-    assert [(entry.reason, entry.detail) for entry in corpus.dropped] == [
-        (OUTSIDE_SCALE, f"{LABELS}:3: valence is 5.5, expected 1 to 5 (emotion neu)"),
-        (OUTSIDE_SCALE, f"{LABELS}:8: dominance is 0.5, expected 1 to 5 (emotion neu)"),
+    assert [(row["arousal"], row["dominance"], row["valence"]) for row in corpus.rows] == [
+        (0.5, 0.625, None),
+        (0.5, None, 0.375),
+        (0.5, 0.625, 0.375),
+    ]
+    assert [row["emotion"] for row in corpus.rows] == ["neutral"] * 3 and corpus.dropped == []
+    assert [(entry.id, entry.reason, entry.detail) for entry in corpus.blanked] == [
+        ("Ses01F_impro01_F000", OUTSIDE_SCALE, f"{LABELS}:3: valence is 5.5, expected 1 to 5"),
+        ("Ses01F_impro01_F001", OUTSIDE_SCALE, f"{LABELS}:8: dominance is 0.5, expected 1 to 5"),
     ]
 
 
@@ -179,6 +188,66 @@ def test_labels_without_audio_audio_without_labels_and_turns_without_text_are_to
     assert {row["id"]: row["text"] for row in corpus.rows} == {TURN.name: "Excuse me.", "Ses01F_impro01_F002": None}
     assert reasons(corpus) == {"Ses01F_impro01_F001": NO_AUDIO, "Ses01F_impro01_M005": NO_LABEL}
     assert corpus.notes == ["1 utterances have no transcript: Ses01F_impro01_F002."]
+
+
+def test_noises_are_a_column_the_scripted_half_can_stay_out_and_odd_lines_are_told(tmp_path: Path) -> None:
+    turns = [
+        replace(TURN, text="[LAUGHTER] Excuse  me. [GARBAGE]"),
+        Turn("Ses02M_script01_1_F003", text="[BREATHING]"),
+    ]
+    tree = write_iemocap(tmp_path, turns)
+    path = tree / f"Session1/dialog/transcriptions/{TURN.dialog}.txt"
+    write_text(path.with_suffix(".TXT"), path.read_text() + f"{TURN.dialog}_F009 and no colon\n")
+    path.unlink()
+    corpus = parse_iemocap(IemocapSettings(tree, label_set="4"))
+    said = {row["id"]: (row["text"], row["events"], row["style"]) for row in corpus.rows}
+    assert said == {
+        TURN.name: ("Excuse me.", ["laughter", "garbage"], "improvised"),
+        "Ses02M_script01_1_F003": (None, ["breathing"], "scripted"),
+    }
+    assert corpus.notes[0].startswith("1 lines of transcripts name a turn and do not parse")
+    improvised = parse_iemocap(IemocapSettings(tree, label_set="4", improvised_only=True))
+    assert [row["id"] for row in improvised.rows] == [TURN.name]
+    assert reasons(improvised) == {"Ses02M_script01_1_F003": NOT_IMPROVISED}
+
+
+def test_excited_votes_count_as_happy_where_the_label_does(tmp_path: Path) -> None:
+    tree = write_iemocap(tmp_path, [TURN])
+    path = tree / LABELS
+    write_text(path, path.read_text().replace("Neutral state; Anger; Other", "Excited; Other"))
+    for merge, votes in ((True, ["happy", "other"]), (False, ["excited", "other"])):
+        settings = IemocapSettings(tree, label_set="all", merge_excited=merge)
+        assert [row["emotion_votes"] for row in parse_iemocap(settings).rows] == [votes]
+
+
+COUNTS = {"neu": 1708, "hap": 595, "exc": 1041, "ang": 1103, "sad": 1084, "sur": 107, "fea": 40, "dis": 2, "oth": 3}
+COUNTS |= {"fru": 1849, "xxx": 2507}
+
+
+def test_a_label_tree_of_full_size_gives_the_known_counts(tmp_path: Path) -> None:
+    names = [name for name, count in COUNTS.items() for _ in range(count)]
+    dialogs: dict[str, list[str]] = {}
+    for number, name in enumerate(names):  # 151 dialogs in five sessions
+        dialog, turn = number % 151, number // 151
+        dialogs.setdefault(f"Ses{dialog % 5 + 1:02d}F_impro{dialog:03d}", []).append(f"F{turn:03d}\t{name}")
+    off_scale = 0
+    for dialog, turns in dialogs.items():
+        session = tmp_path / f"Session{int(dialog[3:5])}"
+        (session / "sentences/wav" / dialog).mkdir(parents=True)
+        lines = []
+        for turn in turns:
+            rating, off_scale = (
+                ("5.5000", off_scale + 1) if turn == "F000\tneu" and off_scale < 7 else ("2.5", off_scale)
+            )
+            lines.append(f"[6.2901 - 8.2357]\t{dialog}_{turn}\t[{rating}, 2.5000, 2.5000]")
+            (session / "sentences/wav" / dialog / f"{dialog}_{turn[:4]}.wav").touch()  # audio is not opened
+        write_text(session / "dialog/EmoEvaluation" / f"{dialog}.txt", "\n".join(lines))
+    everything = parse_iemocap(IemocapSettings(tmp_path, label_set="all"))
+    assert len(everything.rows) == 10_039 and everything.dropped == [] and len(everything.blanked) == 7
+    usual = parse_iemocap(IemocapSettings(tmp_path, label_set="4"))
+    counts = {"neutral": 1708, "happy": 1636, "angry": 1103, "sad": 1084}
+    assert Counter(row["emotion"] for row in usual.rows) == counts and len(usual.rows) == 5_531
+    assert len(usual.blanked) == 7
 
 
 def test_a_release_with_fewer_sessions_says_so(tmp_path: Path) -> None:
@@ -257,13 +326,8 @@ def test_no_line_crashes_the_parser_or_vanishes(tmp_path_factory: pytest.TempPat
 def test_the_real_corpus_has_its_known_counts() -> None:
     corpus = parse_iemocap(IemocapSettings(Path(os.environ["RELLM_IEMOCAP"]), label_set="4"))
     counts = Counter(row["emotion"] for row in corpus.rows)
-    names = {"neu": "neutral", "hap": "happy", "exc": "happy", "ang": "angry", "sad": "sad"}
-    for entry in corpus.dropped:  # such rows are counted among the 5,531
-        if entry.reason == OUTSIDE_SCALE:
-            counts[names[entry.detail[-4:-1]]] += 1
     assert counts == {"neutral": 1708, "happy": 595 + 1041, "angry": 1103, "sad": 1084}
     everything = parse_iemocap(IemocapSettings(Path(os.environ["RELLM_IEMOCAP"]), label_set="all"))
-    assert len(everything.rows) + sum(entry.reason == OUTSIDE_SCALE for entry in everything.dropped) == 10_039
-    assert {entry.reason for entry in everything.dropped} <= {OUTSIDE_SCALE}
+    assert len(everything.rows) == 10_039 and everything.dropped == []
     assert len({row["speaker"] for row in everything.rows}) == 10
     assert all(row["text"] for row in everything.rows)

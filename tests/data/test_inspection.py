@@ -55,6 +55,23 @@ def write_corpus(folder: Path, rows: list[dict]) -> Path:
     return folder
 
 
+def test_a_sentence_of_several_splits_is_found_whatever_its_case(tmp_path: Path) -> None:
+    rows = make_rows()
+    for row in rows:
+        row |= {"text": "I never want to hear that song again.", "speaker": None}
+    rows[0]["text"] = "i NEVER want, to hear that song again"
+    by_check = check_table(rows)
+    assert [(finding.check, finding.ids, finding.detail) for finding in by_check] == [
+        (
+            "same transcript in several splits",
+            ["clip-0", "clip-1", "clip-2", "clip-3"],
+            "i never want to hear that song again: 1 in test, 3 in train",
+        )
+    ]
+    assert check_table([row | {"text": "Oh, yes."} for row in rows]) == []
+    assert check_table([row | {"split": "train"} for row in rows]) == []
+
+
 def found(inspected: Inspection) -> dict[str, list[list[str]]]:
     findings: dict[str, list[list[str]]] = {}
     for finding in inspected.findings:

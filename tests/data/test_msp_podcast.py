@@ -41,6 +41,10 @@ def test_a_turn_becomes_a_row_with_its_dimensions_by_name(tmp_path: Path) -> Non
         "session": None,
         "split": "test",
         "language": "en",
+        "gender": "male",
+        "style": None,
+        "events": None,
+        "emotion_votes": ["neutral", "neutral"],
     }
     dimensions = (row["arousal"], row["dominance"], row["valence"])
     assert dimensions == pytest.approx((1.2 / 6, 1.6 / 6, 3.0 / 6))  # the file's order is act, val, dom
@@ -53,7 +57,7 @@ def test_a_turn_becomes_a_row_with_its_dimensions_by_name(tmp_path: Path) -> Non
 @pytest.mark.parametrize("label_set", ["4", "5", "all"])
 def test_old_and_new_releases_give_the_same_rows(tmp_path: Path, label_set: str) -> None:
     def strip(corpus: Corpus) -> list[dict]:
-        return [dict(row) | {"audio": Path(row["audio"]).name} for row in corpus.rows]
+        return [dict(row) | {"audio": Path(row["audio"]).name, "gender": None} for row in corpus.rows]
 
     new = parse_msp_podcast(MspPodcastSettings(write_msp_podcast(tmp_path / "new"), label_set=label_set))
     old = parse_msp_podcast(
@@ -150,13 +154,6 @@ def test_transcripts_in_latin_1_are_read_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "name", "reason", "detail"),
     [
-        (
-            "MSP-PODCAST_9.wav,N,7.5,4.0,2.6,30,Male,Train",
-            "MSP-PODCAST_9",
-            OUTSIDE_SCALE,
-            "arousal is 7.5, expected 1 to 7",
-        ),
-        ("MSP-PODCAST_9.wav,N,2.2,0.9,2.6,30,Male,Train", "MSP-PODCAST_9", OUTSIDE_SCALE, "valence is 0.9"),
         ("MSP-PODCAST_9.wav,Q,2.2,4.0,2.6,30,Male,Train", "MSP-PODCAST_9", UNKNOWN_EMOTION, "'Q'"),
         ("MSP-PODCAST_9.wav,N,2.2,high,2.6,30,Male,Train", "MSP-PODCAST_9", BAD_LINE, "'valence': 'high'"),
         ("MSP-PODCAST_9.wav,N,2.2,,2.6,30,Male,Train", "MSP-PODCAST_9", BAD_LINE, "'valence': ''"),
@@ -181,6 +178,18 @@ def test_a_line_that_is_wrong_is_dropped_with_file_and_number(
     assert detail in found.detail
 
 
+def test_a_rating_outside_the_scale_is_left_empty_and_its_turn_stays(tmp_path: Path) -> None:
+    tree = write_msp_podcast(tmp_path, [replace(FIRST, arousal="7.5", valence="0.9"), replace(FIRST, stem="B_0001")])
+    corpus = parse_msp_podcast(MspPodcastSettings(tree, label_set="5"))
+    first, second = corpus.rows
+    assert first["arousal"] is first["valence"] is None and first["dominance"] == second["dominance"]
+    assert second["arousal"] == pytest.approx(1.2 / 6) and corpus.dropped == []
+    assert [(entry.id, entry.reason, entry.detail) for entry in corpus.blanked] == [
+        (FIRST.stem, OUTSIDE_SCALE, f"{LABELS}:2: arousal is 7.5, expected 1 to 7"),
+        (FIRST.stem, OUTSIDE_SCALE, f"{LABELS}:2: valence is 0.9, expected 1 to 7"),
+    ]
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -196,6 +205,20 @@ def test_a_line_of_old_labels_that_is_wrong_is_dropped(tmp_path: Path, line: str
     corpus = parse_msp_podcast(MspPodcastSettings(tree, label_set="5"))
     assert [row["id"] for row in corpus.rows] == [FIRST.stem]
     assert [(entry.reason, entry.detail) for entry in corpus.dropped] == [(BAD_LINE, f"Labels.txt:1: {line}")]
+
+
+def test_headers_in_another_case_quoted_commas_short_names_and_the_folder_audio_are_read(tmp_path: Path) -> None:
+    tree = write_msp_podcast(tmp_path, [FIRST])
+    (tree / "Audios").rename(tree / "Audio")
+    header, line = f"{MSP_HEADER.upper()},NOTE", f'{FIRST.stem},N,2.2,4.0,2.6,-1,Female,Dev,"said, twice"'
+    write_text(tree / LABELS, f"{header}\n{line}\n")
+    write_text(
+        tree / "Labels/labels_detailed.csv", f'FileName,EmoDetail\n{FIRST.stem},"WORKER1; Sad; Sad,Hurt; A:3;"\n'
+    )
+    corpus = parse_msp_podcast(MspPodcastSettings(tree, label_set="5"))
+    row = corpus.rows[0]
+    assert (row["id"], row["split"], row["speaker"], row["gender"]) == (FIRST.stem, "validation", None, "female")
+    assert row["emotion_votes"] == ["sad"] and corpus.dropped == []
 
 
 def test_old_labels_go_by_the_letters_and_not_by_the_order(tmp_path: Path) -> None:

@@ -1,27 +1,68 @@
-"""Your own speech as rows: a table with paths and any of the columns, or a bare folder of audio files."""
+"""Your own speech as rows: a table with paths and any of the columns, files whose names say it, or a bare folder."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from relllm.labels import DIMENSIONS, canonical_emotion
 
 from .. import parsing
-from ..data_settings import FolderSettings
-from ..loading import read_table
-from ..rows import COLUMNS, LABEL_SOURCE, Corpus, CorpusFacts, Dropped, Row, validate_row
+from ..data_settings import FolderSettings, LabelSettings, read_scales, read_words
+from ..rows import (
+    COLUMNS,
+    LABEL_SOURCE,
+    LIST_COLUMNS,
+    Corpus,
+    CorpusFacts,
+    Dropped,
+    Row,
+    fold_split,
+    validate_row,
+)
+from ..table_files import parse_number, read_table
+from .patterns import Pattern, find_fields, load_pattern
 
-TABLES = (".jsonl", ".csv")
+TABLES = (".jsonl", ".csv", ".tsv")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".sph")
 OTHER_SUFFIXES = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".mkv", ".amr", ".3gp", ".mov")  # soundfile cannot
-PATH_COLUMNS = ("audio", "path", "file_name")  # the last is that of the audio folders of `datasets`
+# What labs call the columns, in lower case and without what is between words; the first that is there is taken.
+COLUMN_NAMES: dict[str, tuple[str, ...]] = {name: (name,) for name in COLUMNS} | {
+    "id": ("id", "uttid", "utteranceid"),
+    "audio": ("audio", "path", "filename", "file", "filepath", "audiopath", "audiofile", "wav", "wavpath", "wavfile"),
+    "text": ("text", "transcript", "transcription", "sentence", "utterance"),
+    "response": ("response", "reply"),
+    "emotion": ("emotion", "label", "emotionlabel", "emotionclass", "emoclass", "category"),
+    "emotion_votes": ("emotionvotes", "votes"),
+    "arousal": ("arousal", "activation", "emoact"),
+    "dominance": ("dominance", "emodom"),
+    "valence": ("valence", "emoval"),
+    "dimension_source": ("dimensionsource",),
+    "speaker": ("speaker", "speakerid", "spk", "spkid", "spkrid", "actor"),
+    "split": ("split", "splitset", "partition", "subset"),
+    "language": ("language", "lang"),
+    "gender": ("gender", "sex"),
+}
+MOST_OUTSIDE = 0.1  # of the values of a column; more are on another scale
 
 # Reasons of `Dropped` that no other corpus has.
 BAD_ROW = "row does not validate"
 NO_PATH = "no path of a local file"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A clip with what a table, or its path, says of it."""
+
+    place: str  # file and line
+    fields: Mapping[str, object]  # by our names of columns
+    folder: Path  # paths are relative to it
 
 
 def parse_folder(settings: FolderSettings) -> Corpus:
@@ -32,102 +73,264 @@ def parse_folder(settings: FolderSettings) -> Corpus:
 
     Raises:
         FileNotFoundError: Nothing is at `root`.
-        ValueError: `root` is another kind of file, a folder without audio, a table without a column of paths, or a
-            line is no row.
+        ValueError: `root` is another kind of file, a folder without audio, a table without a column of paths or of
+            emotions, or a line is no row; an emotion has an unknown name, a split one that it cannot have, or a
+            column of dimensions is on another scale.
     """
+    if settings.pattern is not None:
+        return parse_pattern(load_pattern(settings.pattern), settings)
     root = settings.root.expanduser().absolute()
-    table = _find_table(root)
-    folder = root if table is None else table.parent
+    tables = _find_tables(root)
+    folder = root if root.is_dir() else root.parent
     terms = (
         "Your own recordings: nothing is known here of the consent of those who speak. Publish neither audio nor "
         "transcripts unless they agreed to it."
     )
     corpus = Corpus(CorpusFacts("folder", folder.name, settings.language or "", "other", terms), [], [], [])
-    found = _list_audio_files(folder, corpus) if table is None else _read_fields(table, corpus)
-    seen: set[str] = set()
-    for place, fields in found:
-        made = _fields_to_row(fields, place, folder, settings)
-        if not isinstance(made, Dropped) and made["id"] in seen:
-            made = Dropped(made["id"], parsing.REPEATED, place)
-        elif not isinstance(made, Dropped):
-            seen.add(made["id"])
-        corpus.add(made)
+    found = [one for table, split in tables for one in _read_fields(table, split, folder, corpus, settings)]
+    add_rows(found if tables else _list_audio_files(folder, corpus), corpus, settings, {})
     return corpus
 
 
-def _find_table(root: Path) -> Path | None:
-    """Find the table at `root`, or in it; `None` for a bare folder."""
+def parse_pattern(pattern: Pattern, settings: LabelSettings) -> Corpus:
+    """Read a folder of audio files, as a pattern over paths and tables says; raises as [`parse_folder`] does."""
+    root = settings.root.expanduser().absolute()
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder. Give the one of the audio files.")
+    corpus = Corpus(replace(pattern.facts, language=settings.language or pattern.facts.language), [], [], [])
+    audio = [path.relative_to(root).as_posix() for path in _walk_files(root) if _is_audio(path)]
+    tables = [path.relative_to(root).as_posix() for path in _walk_files(root) if not _is_audio(path)]
+    columns = {**pattern.columns, **read_words(settings.columns, "columns")}
+    found = []
+    for place, fields in find_fields(pattern, root, audio, tables, corpus):
+        known = {ours: fields.get(theirs) for ours, theirs in columns.items()}
+        found.append(_Found(place, fields | known, root))
+    settings = replace(settings, scale=settings.scale or pattern.scale, language=corpus.facts.language or None)
+    add_rows(found, corpus, settings, pattern.maps)
+    return corpus
+
+
+def add_rows(
+    found: Iterable[_Found], corpus: Corpus, settings: LabelSettings, maps: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Add a row for each clip, or what is wrong with it; `maps` has words for the codes of a column.
+
+    Raises `ValueError` for what is wrong with a whole column, as [`parse_folder`] says.
+    """
+    given = {"emotion": read_words(settings.emotions, "emotions"), "split": read_words(settings.splits, "splits")}
+    maps = {name: {**maps.get(name, {}), **given.get(name, {})} for name in maps.keys() | given.keys()}
+    found = [_Found(one.place, _clean(one, maps, settings), one.folder) for one in found]
+    _name_emotions(found, corpus, settings, maps["emotion"])
+    scales = _choose_scales(found, read_scales(settings.scale))
+    seen: set[str] = set()
+    for one in found:
+        made = _fields_to_row(one, corpus, settings, scales)
+        if not isinstance(made, Dropped) and made["id"] in seen:
+            made = Dropped(made["id"], parsing.REPEATED, one.place)
+        elif not isinstance(made, Dropped):
+            seen.add(made["id"])
+        corpus.add(made)
+
+
+def _find_tables(root: Path) -> list[tuple[Path, str | None]]:
+    """Find the table at `root`, in it, or in each of the folders of splits in it; none in a bare folder."""
     if root.is_dir():
-        found = [root / f"metadata{suffix}" for suffix in TABLES if (root / f"metadata{suffix}").is_file()]
-        if len(found) > 1:
-            raise ValueError(f"{root} holds {parsing.name_some(path.name for path in found)}. Give the one to read.")
-        return found[0] if found else None
+        if own := _find_metadata(root):
+            return [(own, None)]
+        inner = [(_find_metadata(root / name), name) for name in parsing.list_folder(root)[0]]
+        return [(table, name) for table, name in inner if table is not None]
     if not root.exists():
         raise FileNotFoundError(f"Nothing is at {root}. Give a .csv or .jsonl table, or a folder of audio files.")
     if root.suffix.lower() not in TABLES:
         raise ValueError(f"{root} is a {root.suffix or 'nameless kind of'} file; expected .csv, .jsonl or a folder.")
-    return root
+    return [(root, None)]
 
 
-def _list_audio_files(folder: Path, corpus: Corpus) -> list[tuple[str, dict[str, object]]]:
-    """Place and fields of each audio file, sorted by path."""
-    paths = sorted(inner / name for inner in parsing.walk_folders(folder) for name in parsing.list_folder(inner)[1])
-    audio = [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES + OTHER_SUFFIXES]
+def _find_metadata(folder: Path) -> Path | None:
+    found = [folder / f"metadata{suffix}" for suffix in TABLES if (folder / f"metadata{suffix}").is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds {parsing.name_some(path.name for path in found)}. Give the one to read.")
+    return found[0] if found else None
+
+
+def _walk_files(folder: Path) -> list[Path]:
+    return sorted(inner / name for inner in parsing.walk_folders(folder) for name in parsing.list_folder(inner)[1])
+
+
+def _is_audio(path: Path) -> bool:
+    return path.suffix.lower() in AUDIO_SUFFIXES + OTHER_SUFFIXES
+
+
+def _list_audio_files(folder: Path, corpus: Corpus) -> list[_Found]:
+    """List the audio files, sorted by path."""
+    paths = _walk_files(folder)
+    audio = [path for path in paths if _is_audio(path)]
     if not audio:
         wanted = f"no audio files ({', '.join(AUDIO_SUFFIXES)}) and no metadata.jsonl or metadata.csv"
         raise ValueError(f"{folder} holds {wanted}. Give the table itself if it has another name.")
     if others := len(paths) - len(audio):
         corpus.notes.append(f"Files that are no audio, left out: {others:,}.")
-    return [(str(path), {"audio": str(path.relative_to(folder))}) for path in audio]
+    return [_Found(str(path), {"audio": str(path.relative_to(folder))}, folder) for path in audio]
 
 
-def _read_fields(table: Path, corpus: Corpus) -> list[tuple[str, dict[str, object]]]:
-    """Place and known fields of each line; `audio` from whichever column has the paths."""
-    lines = [(f"{table.name}:{number}", fields) for number, fields in read_table(table)]
+def _read_fields(table: Path, split: str | None, root: Path, corpus: Corpus, settings: FolderSettings) -> list[_Found]:
+    """Return the lines of a table by our names of columns; ids are relative to the root."""
+    lines = [(f"{table.relative_to(root)}:{number}", fields) for number, fields in read_table(table)]
     if not lines:
         raise ValueError(f"{table} holds no rows.")
     names = list(dict.fromkeys(name for _, fields in lines for name in fields))
-    column = next((name for name in PATH_COLUMNS if name in names), None)
-    if column is None:
-        wanted = ", ".join(PATH_COLUMNS)
-        raise ValueError(f"{table} has the columns {names}, none of {wanted}. Name the paths `audio`.")
-    strange = [name for name in names if name not in COLUMNS and name != column]
+    renamed = _match_columns(names, read_words(settings.columns, "columns"))
+    strange = [name for name in names if name not in renamed.values()]
+    if "audio" not in renamed:
+        wanted = ", ".join(COLUMN_NAMES["audio"])
+        raise ValueError(f"{table} has the columns {names}, none of {wanted}. Name it: --columns audio=THEIRS.")
+    if strange and not settings.unlabelled and not {"emotion", *DIMENSIONS} & renamed.keys():
+        raise ValueError(
+            f"{table} has no column of emotions: {strange} are not understood. Name it, --columns "
+            f"emotion={strange[0]}, or say that there is none: --unlabelled."
+        )
     parsing.note(corpus, strange, "Columns that a row has no place for, left out: {names}.")
-    return [(place, fields | {"audio": fields.get(column)}) for place, fields in lines]
+    inner = table.parent.relative_to(root)
+    found = []
+    for place, fields in lines:
+        ours = {name: fields.get(theirs) for name, theirs in renamed.items()}
+        if isinstance(ours["audio"], str) and "://" not in ours["audio"]:
+            ours["audio"] = str(inner / ours["audio"])
+        if split is not None and ours.get("split") is None:
+            ours["split"] = split
+        found.append(_Found(place, ours, root))
+    return found
 
 
-def _fields_to_row(fields: Mapping[str, object], place: str, folder: Path, settings: FolderSettings) -> Row | Dropped:
-    """Make a valid row, or say why it is none."""
-    audio = fields["audio"]
-    if not isinstance(audio, str) or not audio or "://" in audio:
-        return Dropped(str(fields.get("id") or place), NO_PATH, f"{place}: {audio!r:.200}")
-    row: dict[str, object] = {name: _as_text(name, fields.get(name)) for name in COLUMNS}
-    row_id = row["id"] = row["id"] or os.path.splitext(audio)[0]
-    row["audio"] = str(folder / audio)
+def _match_columns(names: Iterable[str], given: Mapping[str, str]) -> dict[str, str]:
+    """Find our columns among the names of a table's: ours -> theirs."""
+    plain: dict[str, str] = {}
+    for name in names:
+        plain.setdefault(re.sub(r"[\W_]+", "", name.lower()), name)
+    found = {
+        ours: plain[theirs]
+        for ours, known in COLUMN_NAMES.items()
+        for theirs in [next((one for one in known if one in plain), None)]
+        if theirs is not None and plain[theirs] not in given.values()
+    }
+    if absent := [theirs for theirs in given.values() if theirs not in names]:
+        raise ValueError(f"columns names {absent}, which the table has not; it has {list(names)}.")
+    if strange := [ours for ours in given if ours not in COLUMNS]:
+        raise ValueError(f"columns has {strange}, expected of {list(COLUMNS)}.")
+    return found | dict(given)
+
+
+def _clean(found: _Found, maps: Mapping[str, Mapping[str, str]], settings: LabelSettings) -> dict[str, object]:
+    """Return all columns with words for codes, numbers where numbers belong, and splits by our names."""
+    fields: dict[str, object] = {}
+    for name in COLUMNS:
+        value = _as_value(name, found.fields.get(name))
+        words = maps.get(name, {})
+        fields[name] = words.get(value, words.get(value.lower(), value)) if isinstance(value, str) else value
     for name, default in (("split", settings.split), ("language", settings.language)):
-        row[name] = default if row[name] is None else row[name]
-    known = {name: row[name] for name in DIMENSIONS if row[name] is not None}
-    if known and row["dimension_source"] is None:
-        row["dimension_source"] = LABEL_SOURCE
-    for name, value in known.items():
-        if isinstance(value, (int, float)) and not 0 <= value <= 1:
-            return Dropped(str(row_id), parsing.OUTSIDE_SCALE, f"{place}: {name} is {value}, expected [0, 1]")
+        fields[name] = default if fields[name] is None else fields[name]
+    if isinstance(fields["gender"], str):
+        fields["gender"] = fields["gender"].lower()
+    if isinstance(fields["split"], str):
+        try:
+            fields["split"] = fold_split(fields["split"])
+        except ValueError as error:
+            raise ValueError(f"{found.place}: {error}") from error
+    return fields
+
+
+def _as_value(name: str, value: object) -> object:
+    """Write a number as a name: tables have speakers 1, 2, 3. An empty text is a missing value."""
+    if isinstance(value, str):
+        value = value.strip() or None
+    if name in DIMENSIONS and isinstance(value, str):
+        try:
+            number = parse_number(value)
+        except ValueError:
+            return value
+        return None if math.isnan(number) else number
+    if name in LIST_COLUMNS and isinstance(value, str):
+        return [part.strip() for part in re.split("[;|,]", value) if part.strip()]
+    if name not in DIMENSIONS and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+def _name_emotions(found: list[_Found], corpus: Corpus, settings: LabelSettings, words: Mapping[str, str]) -> None:
+    """Learn which names beside the canonical ones stay.
+
+    Raises `ValueError` with the counts of those that nobody said anything about.
+    """
+    counts = Counter(str(one.fields["emotion"]) for one in found if one.fields["emotion"] is not None)
+    told = {word for word in words.values() if not _is_known(word)}
+    unknown = {name: count for name, count in counts.items() if not _is_known(name) and name not in told}
+    if unknown and settings.unknown_emotions == "stop":
+        listed = ", ".join(f"{name!r} ({count:,})" for name, count in unknown.items())
+        raise ValueError(
+            f"Emotions with unknown names: {listed}. Say what they mean, --emotions {next(iter(unknown))}=neutral (or "
+            "=other, for none), or --unknown-emotions keep (under their own names) or drop (their rows)."
+        )
+    kept = unknown if settings.unknown_emotions == "keep" else ()
+    corpus.own_emotions = {*told, *kept}
+
+
+def _is_known(name: str) -> bool:
+    try:
+        canonical_emotion(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _choose_scales(found: list[_Found], given: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Return the scale of each dimension; one that is not told and that values exceed is a `ValueError`."""
+    for name in DIMENSIONS:
+        values = [value for one in found if isinstance(value := one.fields[name], (int, float))]
+        low, high = given.get(name, (0.0, 1.0))
+        outside = sum(not low <= value <= high for value in values)
+        if outside > (MOST_OUTSIDE * len(values) if name in given else 0):
+            raise ValueError(
+                f"{name} goes from {min(values):g} to {max(values):g}, and {outside:,} of {len(values):,} values are "
+                f"outside [{low:g}, {high:g}]: it is on another scale. Name its lowest and highest rating: "
+                f"--scale 1,5 or --scale {name}=1,7."
+            )
+    return {name: given.get(name, (0.0, 1.0)) for name in DIMENSIONS}
+
+
+def _fields_to_row(
+    found: _Found, corpus: Corpus, settings: LabelSettings, scales: Mapping[str, tuple[float, float]]
+) -> Row | Dropped:
+    """Make a valid row, or say why it is none."""
+    row, place, audio = dict(found.fields), found.place, found.fields["audio"]
+    if not isinstance(audio, str) or "://" in audio:
+        return Dropped(str(row["id"] or place), NO_PATH, f"{place}: {audio!r:.200}")
+    row_id = row["id"] = row["id"] or os.path.splitext(audio)[0]
+    row["audio"] = str(found.folder / audio)
+    blanked = len(corpus.blanked)
+    for name in DIMENSIONS:
+        if isinstance(value := row[name], (int, float)) and not isinstance(value, bool):
+            row[name] = parsing.scale_rating(value, scales[name], name, (str(row_id), place), corpus)
+            row["dimension_source"] = row["dimension_source"] or LABEL_SOURCE
     reason = parsing.UNKNOWN_EMOTION
     try:
-        if isinstance(row["emotion"], str):
-            row["emotion"] = canonical_emotion(row["emotion"])
+        for name in ("emotion", "emotion_votes"):
+            row[name] = _name_emotion(row[name], corpus)
         reason = BAD_ROW
-        validate_row(row)
+        validate_row(row, corpus.own_emotions)
     except ValueError as error:
+        del corpus.blanked[blanked:]
         return Dropped(str(row_id), reason, f"{place}: {error}")
     valid = cast(Row, row)
     if parsing.is_outside(valid["emotion"], settings.label_set):
+        del corpus.blanked[blanked:]
         return Dropped(valid["id"], parsing.OUTSIDE_SET, str(valid["emotion"]))
     return valid
 
 
-def _as_text(name: str, value: object) -> object:
-    """Write a number as a name: tables have speakers 1, 2, 3. An empty text is a missing value."""
-    if name not in DIMENSIONS and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return None if value == "" else value
+def _name_emotion(value: object, corpus: Corpus) -> object:
+    """Return the canonical name; of a list, votes, the names, with "other" where there is none."""
+    if isinstance(value, list):
+        return [vote if vote in corpus.own_emotions else parsing.name_vote(vote) for vote in map(str, value)]
+    if not isinstance(value, str) or value in corpus.own_emotions:
+        return value
+    return canonical_emotion(value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from .. import parsing
@@ -32,12 +33,16 @@ FACTS = CorpusFacts(
 }""",
 )
 SESSIONS = (1, 2, 3, 4, 5)
+NOT_IMPROVISED = "not improvised"
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 # [6.2901 - 8.2357]<tab>Ses01F_impro01_F000<tab>neu<tab>[2.5000, 2.5000, 2.5000]: valence, activation, dominance
 _LABEL = re.compile(
     rf"\[{_NUMBER} - {_NUMBER}\]\s+(\S+)\s+(\S+)\s+\[{_NUMBER},\s*{_NUMBER},\s*{_NUMBER}\]", flags=re.ASCII
 )
-_RATER = re.compile(r"[A-Z]-\w+:")  # one rater's line: C-E2:<tab>Neutral;<tab>()
+_RATER = re.compile(r"[A-Z]-\w+:")  # one rater's line
+# C-E2:<tab>Neutral state; Anger;<tab>(): what an evaluator chose; C-F1 and C-M1 are the actors, of themselves
+_VOTE = re.compile(r"C-E\w*:\s*([^(]*)")
+_EVENT = re.compile(r"\[([A-Z][A-Z _-]*)\]", flags=re.IGNORECASE)  # [LAUGHTER] in a transcript
 _TURN = re.compile(r"(Ses\d\d)[FM]_\w+_([FM])[^\W_]+", flags=re.ASCII)  # who speaks is in the turn, not in the dialog
 # Ses01F_impro01_F000 [006.2901-008.2357]: Excuse me.
 _TRANSCRIPT = re.compile(r"(Ses\w+)\s*(?:\[[^\]]*\])?\s*:\s*(.*)")
@@ -63,9 +68,13 @@ def parse_iemocap(settings: IemocapSettings) -> Corpus:
     label_set, merge = settings.label_set, settings.merge_excited
     for label in labels.values():
         path = audio.get(label.id)
-        made = parsing.label_to_row(label, path, label_set=label_set, scale=(1.0, 5.0), merge_excited=merge)
+        made = parsing.label_to_row(label, path, corpus, label_set=label_set, scale=(1.0, 5.0), merge_excited=merge)
         if not isinstance(made, Dropped):
-            made["text"] = transcripts.get(label.id) or None
+            text = transcripts.get(label.id) or ""
+            made["text"] = " ".join(_EVENT.sub(" ", text).split()) or None
+            made["events"] = [event.lower() for event in _EVENT.findall(text)] or None
+        if settings.improvised_only and label.style != "improvised":
+            made = Dropped(label.id, NOT_IMPROVISED, label.where)
         corpus.add(made)
     parsing.drop_unlabelled(corpus, labels, audio)
     absent = (str(number) for number in SESSIONS if number not in present)
@@ -98,9 +107,19 @@ def _name_splits(present: list[int], held_out: int, validation: int | None) -> d
 
 def _read_labels(root: Path, sessions: list[int], splits: dict[str, str]) -> Iterator[parsing.Label | Dropped]:
     for path in _text_files(root, sessions, "EmoEvaluation"):
+        label: parsing.Label | Dropped | None = None
         for number, line in enumerate(parsing.read_lines(path)[0], start=1):
-            if line and not line.startswith("%") and not _RATER.match(line):
-                yield _parse_label(line, f"{path.relative_to(root)}:{number}", splits)
+            if not line or line.startswith("%"):
+                continue
+            if not _RATER.match(line):
+                if label is not None:
+                    yield label
+                label = _parse_label(line, f"{path.relative_to(root)}:{number}", splits)
+            elif isinstance(label, parsing.Label) and (vote := _VOTE.match(line)):
+                chosen = (name.strip() for name in vote[1].split(";"))
+                label = replace(label, votes=(*label.votes, *filter(None, chosen)))
+        if label is not None:
+            yield label
 
 
 def _parse_label(line: str, where: str, splits: dict[str, str]) -> parsing.Label | Dropped:
@@ -110,20 +129,26 @@ def _parse_label(line: str, where: str, splits: dict[str, str]) -> parsing.Label
         return Dropped(turn[0] if turn else where, parsing.BAD_LINE, f"{where}: {line:.100}")
     dimensions = {"arousal": parsed[6], "dominance": parsed[7], "valence": parsed[5]}
     split = splits.get(turn[1], "train")
-    return parsing.Label(
-        turn[0], parsed[4], dimensions, where, speaker=turn[1] + turn[2], session=turn[1], split=split
-    )
+    gender = {"F": "female", "M": "male"}[turn[2]]
+    style = "improvised" if "_impro" in turn[0] else "scripted"
+    label = parsing.Label(turn[0], parsed[4], dimensions, where, speaker=turn[1] + turn[2], session=turn[1])
+    return replace(label, split=split, gender=gender, style=style)
 
 
 def _read_transcripts(root: Path, sessions: list[int], corpus: Corpus) -> dict[str, str]:
     """Turn -> text; other lines (noises without a turn's name) are no transcript of an utterance."""
     transcripts: dict[str, str] = {}
-    guessed = []
+    guessed, broken = [], []
     for path in _text_files(root, sessions, "transcriptions"):
         lines, encoding = parsing.read_lines(path)
         if not encoding.startswith("utf"):
             guessed.append(f"{path.relative_to(root)} as {encoding}")
-        transcripts |= {parsed[1]: parsed[2] for line in lines if (parsed := _TRANSCRIPT.fullmatch(line))}
+        for number, line in enumerate(lines, start=1):
+            if parsed := _TRANSCRIPT.fullmatch(line):
+                transcripts[parsed[1]] = parsed[2]
+            elif _TURN.match(line):
+                broken.append(f"{path.relative_to(root)}:{number}")
+    parsing.note(corpus, broken, "{count} lines of transcripts name a turn and do not parse (no colon?): {names}.")
     parsing.note(corpus, guessed, "Transcripts that are not UTF-8 were read: {names}.")
     return transcripts
 
@@ -132,4 +157,4 @@ def _text_files(root: Path, sessions: list[int], kind: str) -> Iterator[Path]:
     """List the dialogs' files, and not those in the raters' folders beside them."""
     for folder in (root / f"Session{number}" / "dialog" / kind for number in sessions):
         names = parsing.list_folder(folder)[1] if folder.is_dir() else []
-        yield from (folder / name for name in names if name.endswith(".txt"))
+        yield from (folder / name for name in names if name.lower().endswith(".txt"))

@@ -6,8 +6,10 @@ Labels/labels_consensus.csv           or, up to 1.8, Labels.txt, Partitions.txt 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+import csv
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,15 +36,19 @@ FACTS = CorpusFacts(
 )
 HIDDEN_SPLIT = "test3"
 # Every release has Test1: so `split="test"` is found as for every other corpus. Older ones write "Validation".
-SPLITS = {"train": "train", "development": "validation", "validation": "validation", "test1": "test"}
+SPLITS = {"train": "train", "test1": "test"} | dict.fromkeys(("development", "dev", "validation"), "validation")
 SPLITS |= {name: name for name in ("test2", HIDDEN_SPLIT)}
 UNKNOWN_SPLIT = "unknown split"
+EMOTION_LETTERS = {"A": "angry", "S": "sad", "H": "happy", "U": "surprise", "F": "fear", "D": "disgust"}
+EMOTION_LETTERS |= {"C": "contempt", "N": "neutral", "O": "other", "X": "no agreement"}
 
 # Old releases misspell the name of the file. Files and folders are found in lower and upper case.
+AUDIO_FOLDERS = ("audios", "audio")
 CSV_FILES = ("labels_consensus.csv", "labels_concensus.csv")
 TEXT_FILES = ("labels.txt",)
 PARTITION_FILES = ("partitions.txt", "partition.txt")
 SPEAKER_FILES = ("speaker_ids.txt",)
+DETAIL_FILES = ("labels_detailed.csv",)  # of single raters
 COLUMNS_NEEDED = ("FileName", "EmoClass", "EmoAct", "EmoVal", "EmoDom", "SpkrID", "Split_Set")
 _LETTERS = {"A": "arousal", "V": "valence", "D": "dominance"}
 
@@ -56,7 +62,7 @@ def parse_msp_podcast(settings: MspPodcastSettings) -> Corpus:
     wanted = "Audios/ and Labels/labels_consensus.csv, or Labels.txt"
     root = parsing.find_tree(settings.root, _locate, wanted)
     corpus = Corpus(facts=FACTS, rows=[], dropped=[], notes=[])
-    folder = _find_folder(root, "audios")
+    folder = _find_folder(root, AUDIO_FOLDERS)
     assert folder is not None  # or `find_tree` had refused
     audio = parsing.list_audio(folder)
     labels = parsing.keep_first(_read_labels(root, corpus), corpus)
@@ -65,7 +71,7 @@ def parse_msp_podcast(settings: MspPodcastSettings) -> Corpus:
         if stem not in labels and SPLITS.get(partition.get(stem, "").lower()) == HIDDEN_SPLIT:
             labels[stem] = Label(stem, "", {}, "Partitions", split=partition[stem])
     for label in labels.values():
-        corpus.add(_label_to_row(label, audio.get(label.id), settings))
+        corpus.add(_label_to_row(label, audio.get(label.id), corpus, settings))
     parsing.drop_unlabelled(corpus, labels, audio)
     _add_transcripts(root, corpus)
     hidden = (row["id"] for row in corpus.rows if row["dimension_source"] is None)
@@ -76,13 +82,13 @@ def parse_msp_podcast(settings: MspPodcastSettings) -> Corpus:
 
 
 def _locate(folder: Path) -> Path | None:
-    if not folder.is_dir() or _find_folder(folder, "audios") is None:
+    if not folder.is_dir() or _find_folder(folder, AUDIO_FOLDERS) is None:
         return None
     return folder if _find_file(folder, CSV_FILES + TEXT_FILES) else None
 
 
-def _find_folder(root: Path, wanted: str) -> Path | None:
-    return next((root / name for name in parsing.list_folder(root)[0] if name.lower() == wanted), None)
+def _find_folder(root: Path, wanted: tuple[str, ...]) -> Path | None:
+    return next((root / name for name in parsing.list_folder(root)[0] if name.lower() in wanted), None)
 
 
 def _find_file(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -106,37 +112,81 @@ def _read_labels(root: Path, corpus: Corpus) -> Iterator[Label | Dropped]:
     return _parse_text(path, root)
 
 
-def _parse_csv(path: Path, root: Path) -> Iterator[parsing.Label | Dropped]:
+def _parse_csv(path: Path, root: Path) -> Iterator[Label | Dropped]:
     """Line by line: with the `csv` module one stray quotation mark would swallow the lines behind it."""
+    votes = _read_votes(root)
+    for where, line, row in _read_rows(path, root, COLUMNS_NEEDED):
+        if row is None or not (stem := _row_stem(row)):
+            stem = _stem(line.partition(",")[0].strip(' "'))
+            yield Dropped(stem or where, parsing.BAD_LINE, f"{where}: {line:.100}")
+            continue
+        dimensions = {"arousal": row["emoact"], "dominance": row["emodom"], "valence": row["emoval"]}
+        told = {"speaker": row["spkrid"], "split": row["split_set"], "gender": row.get("gender", "").lower() or None}
+        yield Label(stem, row["emoclass"], dimensions, where, **told, votes=votes.get(stem, ()))
+
+
+def _read_rows(path: Path, root: Path, needed: tuple[str, ...]) -> Iterator[tuple[str, str, dict[str, str] | None]]:
+    """Yield place, line and fields by the lower-case names of columns, `None` where their number is another."""
     lines = parsing.read_lines(path)[0]
-    columns = _split_line(lines[0], ",")
-    if missing := [name for name in COLUMNS_NEEDED if name not in columns]:
+    columns = [name.lower() for name in _split_csv(lines[0])]
+    if missing := [name for name in needed if name.lower() not in columns]:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}; its first line is {lines[0]:.200}.")
     for number, line in enumerate(lines[1:], start=2):
-        where, fields = f"{path.relative_to(root)}:{number}", _split_line(line, ",")
-        row = dict(zip(columns, fields, strict=False))
-        stem = _stem(row.get("FileName", ""))
-        if stem and len(fields) == len(columns):
-            dimensions = {"arousal": row["EmoAct"], "dominance": row["EmoDom"], "valence": row["EmoVal"]}
-            yield Label(stem, row["EmoClass"], dimensions, where, speaker=row["SpkrID"], split=row["Split_Set"])
-        elif line:
-            yield Dropped(stem or where, parsing.BAD_LINE, f"{where}: {line:.100}")
+        if line:
+            fields = _split_csv(line)
+            row = dict(zip(columns, fields, strict=True)) if len(fields) == len(columns) else None
+            yield f"{path.relative_to(root)}:{number}", line, row
 
 
-def _parse_text(path: Path, root: Path) -> Iterator[parsing.Label | Dropped]:
+def _read_votes(root: Path) -> dict[str, tuple[str, ...]]:
+    """Read the first choice of each rater from `labels_detailed.csv`, which has it in one of two columns."""
+    path = _find_file(root, DETAIL_FILES)
+    votes: dict[str, list[str]] = defaultdict(list)
+    for _, _, row in _read_rows(path, root, ("FileName",)) if path else ():
+        if row is None:
+            continue
+        chosen = row.get("emoclass_major") or "".join(row.get("emodetail", "").split(";")[1:2]).strip()
+        if chosen:
+            votes[_row_stem(row)].append(EMOTION_LETTERS.get(chosen, chosen))
+    return {stem: tuple(chosen) for stem, chosen in votes.items()}
+
+
+def _row_stem(row: Mapping[str, str]) -> str:
+    """Name of the turn, which some releases write without `.wav`; empty for what is no name."""
+    name = row["filename"]
+    return _stem(name) or (name if re.fullmatch(r"[\w-]+", name) else "")
+
+
+def _parse_text(path: Path, root: Path) -> Iterator[Label | Dropped]:
     """`MSP-PODCAST_0001_0008.wav; N; A:2.200000; V:4.000000; D:2.600000;` and then one line for each worker."""
     splits, speakers = _read_pairs(root, PARTITION_FILES), _read_pairs(root, SPEAKER_FILES)
+    label: Label | Dropped | None = None
     for number, line in enumerate(parsing.read_lines(path)[0], start=1):
+        if line.upper().startswith("WORKER") and isinstance(label, Label):
+            label = replace(label, votes=(*label.votes, *_split_line(line, ";")[1:2]))
         if not line or line.upper().startswith("WORKER"):
             continue
+        if label is not None:
+            yield label
         where, fields = f"{path.relative_to(root)}:{number}", _split_line(line.rstrip("; "), ";")
         stem = _stem(fields[0])
         ratings = dict(field.split(":", 1) for field in fields[2:] if field.count(":") == 1)
         if not stem or len(fields) != 5 or set(ratings) != set(_LETTERS):
-            yield Dropped(stem or where, parsing.BAD_LINE, f"{where}: {line:.100}")
+            label = Dropped(stem or where, parsing.BAD_LINE, f"{where}: {line:.100}")
             continue
         dimensions = {_LETTERS[letter]: value.strip() for letter, value in ratings.items()}
-        yield parsing.Label(stem, fields[1], dimensions, where, speaker=speakers.get(stem), split=splits.get(stem))
+        label = Label(stem, fields[1], dimensions, where, speaker=speakers.get(stem), split=splits.get(stem))
+    if label is not None:
+        yield label
+
+
+def _split_csv(line: str) -> list[str]:
+    """Split at the commas that are not quoted; a stray quotation mark quotes nothing."""
+    try:
+        fields = next(csv.reader([line], strict=True), [])
+    except csv.Error:
+        fields = line.split(",")
+    return [field.strip(' "') for field in fields]
 
 
 def _split_line(line: str, separator: str) -> list[str]:
@@ -160,22 +210,23 @@ def _read_pairs(root: Path, names: tuple[str, ...]) -> dict[str, str]:
     return pairs
 
 
-def _label_to_row(label: Label, audio: str | None, settings: MspPodcastSettings) -> Row | Dropped:
+def _label_to_row(label: Label, audio: str | None, corpus: Corpus, settings: MspPodcastSettings) -> Row | Dropped:
     written = label.split or ""
     split = SPLITS.get(written.lower())
     if split is None and written:
         return Dropped(label.id, UNKNOWN_SPLIT, f"{label.where}: {written!r}, expected one of {', '.join(SPLITS)}")
-    speaker = None if (label.speaker or "").lower() in ("", "unknown") else label.speaker
-    label = replace(label, split=split, speaker=speaker)
+    speaker = None if (label.speaker or "").lower() in ("", "unknown", "-1") else label.speaker
+    emotion = EMOTION_LETTERS.get((label.emotion or "").upper(), label.emotion)
+    label = replace(label, emotion=emotion, split=split, speaker=speaker)
     if all((value or "").lower() in ("", "nan", "na") for value in (label.emotion, *label.dimensions.values())):
         if split != HIDDEN_SPLIT:
             return Dropped(label.id, parsing.NO_LABEL, label.where)
         label = replace(label, emotion=None)
-    return parsing.label_to_row(label, audio, label_set=settings.label_set, scale=(1.0, 7.0))
+    return parsing.label_to_row(label, audio, corpus, label_set=settings.label_set, scale=(1.0, 7.0))
 
 
 def _add_transcripts(root: Path, corpus: Corpus) -> None:
-    folder = _find_folder(root, "transcripts")
+    folder = _find_folder(root, ("transcripts",))
     if folder is None:
         corpus.notes.append("There is no folder Transcripts: no turn has a transcript.")
         return

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from relllm.data.loading import read_table
+from relllm.data.table_files import read_table
 
 from ..evaluation_settings import LEVELS
 from .scorer import IGNORED

@@ -1,0 +1,62 @@
+"""Tables as labs have them: JSON Lines and CSV, in the separator and the encoding that a spreadsheet wrote them in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from relllm.labels import DIMENSIONS
+
+from .parsing import decode_text
+
+_TOO_MANY = "\0"  # no name of a column
+
+
+def read_table(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yield number of the line and fields of each row of a `.jsonl`, `.csv` or `.tsv` file; errors name the line."""
+    return _read_jsonl(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error}): {line.strip():.80}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} is {type(row).__name__}, expected one object for a row.")
+            yield number, row
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
+    """Read an empty field as a missing value, the dimensions as numbers, everything else as text.
+
+    The separator is the one of comma, semicolon and tab that the header has most of. Decimal commas are read too.
+    """
+    text, _ = decode_text(path)
+    header = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=_TOO_MANY, delimiter=max(",;\t", key=header.count))
+    for fields in reader:
+        if _TOO_MANY in fields:
+            raise ValueError(f"{path}, line {reader.line_num} has more fields than the header. Quote its commas.")
+        row: dict[str, str | float | None] = {name: value or None for name, value in fields.items()}
+        for name in row:
+            value = row[name]
+            if name.strip().lower() not in DIMENSIONS or value is None:
+                continue
+            try:
+                row[name] = parse_number(str(value))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {name} is {value!r}, expected a number.") from error
+        yield reader.line_num, row
+
+
+def parse_number(text: str) -> float:
+    """Return a number as it is written, also with a decimal comma."""
+    return float(text.replace(",", "."))
