@@ -68,7 +68,7 @@ def whole_weights() -> Iterator[None]:
 
 
 def load_tower(
-    kind: str, source: str | os.PathLike | PreTrainedModel, *, dtype: torch.dtype | None = None, **options: Any
+    kind: str, source: str | os.PathLike | PreTrainedModel, *, dtype: torch.dtype | str | None = None, **options: Any
 ) -> PreTrainedModel:
     """Return a model as it is, or load a tower (one of `TOWERS`) from safetensors; of Whisper return the encoder."""
     if not isinstance(source, PreTrainedModel):
@@ -80,6 +80,38 @@ def load_tower(
     if kind == "text_model":
         return take_language_model(source)
     return source.get_encoder() if kind == "audio_tower" and source.config.is_encoder_decoder else source
+
+
+def check_dtype(dtype: torch.dtype | str | dict | None) -> None:
+    """Raise a `ValueError` for a precision for each part, which some releases of Transformers obey and others drop."""
+    if isinstance(dtype, dict):
+        raise ValueError(
+            f"dtype={dtype} names a precision for each part, and a ReLLM takes one for its towers and its LLM. Pass "
+            'that; for towers in their own, `from_towers(…, dtype="auto")`.'
+        )
+
+
+def other_dtypes(towers: Mapping[str, PreTrainedModel | None], dtype: torch.dtype) -> dict[str, str]:
+    """Return `config.tower_dtypes`: the precision of each tower that has another than the LLM's."""
+    found = {kind: tower.dtype for kind, tower in towers.items() if kind != "text_model" and tower is not None}
+    return {kind: str(own).removeprefix("torch.") for kind, own in found.items() if own != dtype}
+
+
+def tower_dtype(config: PreTrainedConfig, kind: str) -> torch.dtype:
+    """Return the precision to make a tower in: its own where one is recorded, else the default of the load."""
+    default = torch.get_default_dtype()
+    own = getattr(torch, config.tower_dtypes.get(kind, "float32"))
+    if kind not in config.tower_dtypes:
+        return default
+    return torch.promote_types(default, own) if own == torch.float32 else own
+
+
+def obey_dtype(model: PreTrainedModel, dtype: torch.dtype | str | None) -> None:
+    """Have towers in half precision in the one that a load asked for by name; those in float32 were trained so."""
+    if dtype not in (None, "auto"):
+        for kind in TOWERS[:2]:
+            if (tower := getattr(model, kind)) is not None and tower.dtype != torch.float32:
+                tower.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
 def tower_source(source: str | os.PathLike | PreTrainedModel) -> dict[str, str | None] | None:
@@ -117,7 +149,7 @@ def name_tower_weights(names: Iterable[str], towers: Mapping[str, PreTrainedMode
 
 
 def load_parts(
-    cls: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Tensor], dtype: torch.dtype
+    cls: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Tensor], dtype: torch.dtype | str
 ) -> PreTrainedModel:
     """Load a model with these tower weights and fresh ones elsewhere, of which Transformers would warn."""
     verbosity = logging.get_verbosity()

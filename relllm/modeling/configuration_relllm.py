@@ -91,8 +91,9 @@ class ReLLMConfig(PreTrainedConfig):
         towers (`dict`, *optional*):
             Where each tower came from, `{"name": …, "revision": …}` by `"audio_tower"`, `"emotion_tower"` and
             `"text_model"`; in a light checkpoint also the `"dtype"` and the `"fingerprint"` of what was left out.
-        float32_towers (`list[str]`, *optional*):
-            Of `"audio_tower"` and `"emotion_tower"` those that were trained, in float32 over an LLM in half precision.
+        tower_dtypes (`dict` of `str` to `str`, *optional*):
+            The precision of `"audio_tower"` and `"emotion_tower"` where it is not the LLM's, such as `"float32"` of a
+            tower that was trained over an LLM in half precision.
         light_checkpoint (`bool`, *optional*, defaults to `False`): Of a `config.json` beside which some weights lack.
     """
 
@@ -114,7 +115,7 @@ class ReLLMConfig(PreTrainedConfig):
     lora_config: dict | None = None
     lora_scope: Literal["audio", "text", "global"] = "audio"
     towers: dict | None = None
-    float32_towers: list[str] | tuple[str, ...] = ()
+    tower_dtypes: dict[str, str] | None = None
     light_checkpoint: bool = False
     initializer_range: float = 0.02
 
@@ -128,10 +129,11 @@ class ReLLMConfig(PreTrainedConfig):
             self.emotion_fusion = "none" if self.emotion_config is None else "concat"
         if (projector := kwargs.pop("projector_type", "conv")) != "conv":  # older checkpoints name theirs
             raise ValueError(f"projector_type must be 'conv', the only one there is, got {projector!r}.")
+        trained = kwargs.pop("float32_towers", None)  # of older checkpoints
+        self.tower_dtypes = dict.fromkeys(trained, "float32") if trained else self.tower_dtypes or {}  # type: ignore
         super().__post_init__(**kwargs)
         self.emotion_labels = list(self.emotion_labels)
         self.projector_kernel_sizes = list(self.projector_kernel_sizes)
-        self.float32_towers = list(self.float32_towers)
         _check_tower("audio_config", self.audio_config, AUDIO_TOWERS)
         if self.emotion_fusion != "none" and self.emotion_config is None:
             raise ValueError(

@@ -28,6 +28,7 @@ from .causal_lm_relllm import build_causal_lm, per_layer_inputs, reads_token_ids
 from .checkpoint_relllm import (
     TOWERS,
     check_complete,
+    check_dtype,
     find_audio_token,
     find_ends,
     finish_light,
@@ -38,9 +39,12 @@ from .checkpoint_relllm import (
     load_parts,
     load_tower,
     name_tower_weights,
+    obey_dtype,
+    other_dtypes,
     quantize_llm_alone,
     read_light_record,
     replaces_weights,
+    tower_dtype,
     tower_source,
 )
 from .configuration_relllm import DIMENSIONS, ReLLMConfig, config_fields
@@ -136,6 +140,7 @@ class ReLLMPreTrainedModel(SpreadModel):
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False would unpickle the checkpoint. Convert it to safetensors first.")
         kwargs["use_safetensors"] = True
+        check_dtype(dtype := kwargs.get("dtype", kwargs.get("torch_dtype")))
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantize_llm_alone(kwargs["quantization_config"])
         path, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
@@ -148,6 +153,7 @@ class ReLLMPreTrainedModel(SpreadModel):
             finish_light(model, path, kwargs)
         if path is not None:
             check_complete(path, info["missing_keys"], fresh_lora)
+            obey_dtype(model.base_model, dtype)
         model.base_model.freeze()
         return (model, info) if wants_info else model  # type: ignore[return-value]  # as in Transformers
 
@@ -162,9 +168,8 @@ class ReLLMPreTrainedModel(SpreadModel):
             light (`bool`, *optional*, defaults to `False`): Leave out what the towers' sources have as well; an error
                 if one is not known.
         """
-        half = self.dtype in (torch.float16, torch.bfloat16)
-        trained = [kind for kind in TOWERS if getattr(getattr(self.base_model, kind), "dtype", None) == torch.float32]
-        fields: dict[str, object] = {"float32_towers": trained if half else []}
+        towers = {kind: getattr(self.base_model, kind) for kind in TOWERS}
+        fields: dict[str, object] = {"tower_dtypes": other_dtypes(towers, self.dtype)}
         if self._auto_class is not None:
             module = type(self).__module__.rsplit(".", 1)[-1]
             names = {name: f"{module}.ReLLMForConditionalGeneration" for name in AUTO_CLASSES}
@@ -185,14 +190,13 @@ class ReLLMModel(ReLLMPreTrainedModel):
     def __init__(self, config: ReLLMConfig):
         super().__init__(config)
         hidden_size = config.text_config.hidden_size
-        built = torch.get_default_dtype()  # which a load sets; it then keeps for each weight the precision made here
-        exact = torch.promote_types(built, torch.float32)  # of what trains
-        with local_torch_dtype(exact if "audio_tower" in config.float32_towers else built):
+        # A load sets the default precision, and then keeps for each weight the one in which it is made here.
+        with local_torch_dtype(tower_dtype(config, "audio_tower")):
             self.audio_tower = build_tower(config.audio_config)
         emotion_config: Any = config.emotion_config
-        with local_torch_dtype(exact if "emotion_tower" in config.float32_towers else built):
+        with local_torch_dtype(tower_dtype(config, "emotion_tower")):
             self.emotion_tower = ReLLMEmotionModel(emotion_config) if emotion_config is not None else None
-        with local_torch_dtype(exact):
+        with local_torch_dtype(torch.promote_types(torch.get_default_dtype(), torch.float32)):  # of what trains
             self.multi_modal_projector = ConvProjector(config)
             if config.emotion_fusion == "token":
                 self.emotion_projector = nn.Linear(config.emotion_config.hidden_size, hidden_size)
@@ -456,7 +460,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         *,
         lora: "dict | LoraConfig | None" = None,  # type: ignore[name-defined]  # noqa: F821
         tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         **config_kwargs: object,
     ) -> "ReLLMForConditionalGeneration":
         """Build a model from pretrained towers; the projector, the heads and the LoRA start fresh.
@@ -470,9 +474,11 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             lora (`dict` or `peft.LoraConfig`, *optional*): The paper's is r 16, lora_alpha 16, lora_dropout 0.05.
             tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*): The LLM's, by default the one
                 beside `text`; needed with a loaded model. Its `<|audio|>`, or its first free id, is the placeholder.
-            dtype (`torch.dtype`, *optional*): Of the towers and the LLM, by default the LLM's; what trains is float32.
+            dtype (`torch.dtype` or `str`, *optional*): Of the towers and the LLM, by default the LLM's; `"auto"` leaves
+                each as its checkpoint says. What trains is float32.
             config_kwargs: Further fields of [`ReLLMConfig`].
         """
+        check_dtype(dtype)
         tokenizer = load_llm_tokenizer(tokenizer if tokenizer is not None else text)
         audio_token_id = find_audio_token(tokenizer)
         given = {"audio_tower": audio, "emotion_tower": emotion, "text_model": text}
@@ -486,12 +492,13 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             audio_token_id=audio_token_id,
             lora_config=plain_lora_config(lora),
             towers={kind: source for kind, source in sources.items() if source is not None} or None,
+            tower_dtypes=other_dtypes(towers, text.dtype) if dtype == "auto" else None,
             **config_kwargs,
         )
         with torch.device("meta"):  # only to learn the names
             names = cls(config).model.state_dict()
         state = {f"model.{name}": weight for name, weight in name_tower_weights(names, towers).items()}
-        model = load_parts(cls, config, state, dtype or text.dtype)
+        model = load_parts(cls, config, state, text.dtype if dtype in (None, "auto") else dtype)
         model.generation_config = copy.deepcopy(text.generation_config)
         model.generation_config.suppress_tokens = [audio_token_id]
         model.generation_config.eos_token_id = find_ends(model.generation_config, tokenizer)

@@ -133,6 +133,41 @@ def test_a_tower_that_trained_comes_back_in_float32_as_well(published: Path, tmp
     assert AutoModel.from_pretrained(tmp_path / "rounded").model.audio_tower.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_a_tower_comes_back_in_the_precision_in_which_it_was_saved(half: torch.dtype, tmp_path: Path) -> None:
+    model = build(save_towers(tmp_path))
+    model.model.audio_tower.to(half)
+    expected = model.state_dict()
+    model.save_pretrained(tmp_path / "full")
+    model.save_pretrained(tmp_path / "light", light=True)
+    for kind in ("full", "light"):
+        loaded = AutoModel.from_pretrained(tmp_path / kind)
+        assert (loaded.model.audio_tower.dtype, loaded.model.emotion_tower.dtype) == (half, torch.float32)
+        assert all(torch.equal(weight, expected[name]) for name, weight in loaded.state_dict().items())
+        assert torch.equal(loaded(**inputs_of(model)).logits, model(**inputs_of(model)).logits)
+        for asked in (torch.float32, torch.bfloat16, "float16"):
+            loaded = AutoModel.from_pretrained(tmp_path / kind, dtype=asked)
+            assert {loaded.dtype} == {weight.dtype for weight in loaded.parameters() if not weight.requires_grad}
+
+
+def test_auto_leaves_each_tower_as_its_checkpoint_says(published: Path, tmp_path: Path) -> None:
+    model = build(published, dtype="auto")
+    model.save_pretrained(tmp_path)
+    for found in (model, AutoModel.from_pretrained(tmp_path)):
+        towers = (found.model.audio_tower, found.model.emotion_tower, found.model.text_model)
+        assert [tower.dtype for tower in towers] == [torch.float32, torch.float32, torch.bfloat16]
+        assert found(**inputs_of(model)).logits.dtype == torch.bfloat16
+
+
+def test_a_precision_for_each_part_is_refused(published: Path, tmp_path: Path) -> None:
+    build(published).save_pretrained(tmp_path)
+    asked = {"": torch.float32, "text_config": torch.bfloat16}
+    with pytest.raises(ValueError, match="names a precision for each part, and a ReLLM takes one"):
+        AutoModel.from_pretrained(tmp_path, dtype=asked)
+    with pytest.raises(ValueError, match="names a precision for each part"):
+        build(published, dtype=asked)
+
+
 def test_what_merge_writes_is_what_was_trained(published: Path, tmp_path: Path) -> None:
     model = build(published)
     model.save_pretrained(tmp_path / "light", light=True)
