@@ -42,11 +42,14 @@ CANCELLED = 0.01  # energy of the mix as a share of the channels' mean; 1 / MAX_
 MAX_DOWNLOAD_BYTES = 512 * 1024**2
 URL_TIMEOUT_S = 20.0
 
+NUMBERS = (int, float, np.integer, np.floating)
+
 _CONVERT = "convert it with `ffmpeg -i INPUT -ac 1 -ar 16000 OUTPUT.wav`"
 _UNKNOWN_FRAMES = 2**48  # libsndfile reports about 2**63 frames where the header leaves the length open
 _UNKNOWN_BYTES = 0x7FFF_0000  # tools that write WAV to a pipe state a size at or above this
 _CONTAINERS = {b"\x1a\x45\xdf\xa3": "Matroska/WebM", b"#!AMR": "AMR", b"\x30\x26\xb2\x75": "WMA"}
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{60,}=*\s*")  # no dot, so no file name with a suffix; a WAV header alone has 60
+# Also url-safe; no dot, so no file name with a suffix; a WAV header alone has 60.
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{60,}=*\s*")
 _SHORT_BY_S = 0.1  # a container states its length to a packet or so; what lacks more is truncated
 
 
@@ -66,8 +69,8 @@ class AudioDecoder(Protocol):
 
 Array: TypeAlias = "np.ndarray | torch.Tensor"
 AudioSource: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | BinaryFile | AudioDecoder | Array | tuple[Array, int] | "
-    "Mapping[str, object]"
+    "str | os.PathLike[str] | bytes | bytearray | BinaryFile | AudioDecoder | Array | tuple[Array, float] | "
+    "tuple[float, Array] | Mapping[str, object]"
 )
 
 
@@ -85,9 +88,9 @@ def load_audio(
 
     Args:
         source: A path, an `http(s)://`, `file://` or `data:` URL, base64, the bytes of an audio file, a binary file
-            object (read from where it is), an array or tensor, alone or as `(array, rate)`, a row of `datasets` or
-            its decoder. Arrays are `(samples,)` or 2-D, where the shorter axis is the channels; integers are scaled by
-            the range of their type, floats taken as they are. `{"waveform": samples}` holds what this function
+            object (read from where it is), an array or tensor, alone or with its rate (also a list; in either order), a
+            row of `datasets` or its decoder. Arrays are `(samples,)` or 2-D, where the shorter axis is the channels;
+            integers are scaled by the range of their type, floats taken as they are. `{"waveform": samples}` holds what this function
             returned, and is not read again.
         sampling_rate (`int`, *optional*, defaults to 16000): Rate of the result in Hz.
         source_rate (`int`, *optional*): Rate of a waveform in Hz; `None` says that it has `sampling_rate` already.
@@ -134,13 +137,17 @@ def load_audio(
 
 
 def states_rate(source: object) -> bool:
-    """Tell whether a source is `(array, rate)`."""
-    return (
-        isinstance(source, tuple)
-        and len(source) == 2
-        and isinstance(source[0], (np.ndarray, torch.Tensor))
-        and isinstance(source[1], (int, np.integer))
-    )
+    """Tell whether a source is samples and their rate, or, as Gradio has it, the rate and the samples."""
+    if not (isinstance(source, tuple) and len(source) == 2):
+        return False
+    is_rate = [isinstance(part, NUMBERS) for part in source]
+    return any(is_rate) and not all(is_rate) and _holds_numbers(source[is_rate.index(False)])
+
+
+def _holds_numbers(source: object) -> bool:
+    while isinstance(source, (list, tuple)) and source:
+        source = source[0]
+    return isinstance(source, (np.ndarray, torch.Tensor, *NUMBERS))
 
 
 # --- open ------------------------------------------------------------------------------------------------------------
@@ -164,10 +171,15 @@ def _unpack(source: object, name: str | None) -> tuple[object, int | None, str |
                 raise ValueError(f"{name or 'audio dict'}: 'array' came without 'sampling_rate'. Add the rate in Hz.")
             source = source if isinstance(source, torch.Tensor) else np.asarray(source)
     elif states_rate(source):
-        source, rate = cast("tuple[Array, int]", source)
+        samples, rate = cast("tuple[Any, Any]", source)
+        if isinstance(samples, NUMBERS):
+            samples, rate = rate, samples
+        source = np.asarray(samples, np.float32) if isinstance(samples, (list, tuple)) else samples
     elif isinstance(source, AudioDecoder):
-        samples = source.get_all_samples()
-        source, rate = samples.data, samples.sample_rate
+        decoded = source.get_all_samples()
+        source, rate = decoded.data, decoded.sample_rate
+    if isinstance(rate, (float, np.floating)) and float(rate).is_integer():
+        rate = int(rate)
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
@@ -178,13 +190,17 @@ def _open(source: object, name: str | None) -> tuple[BinaryIO, str]:
     """Return a seekable binary stream of a path, URL, bytes or file object, and the name for errors."""
     if isinstance(source, (str, os.PathLike)):
         location = os.fspath(source)
-        scheme = re.match(r"(?:([A-Za-z][A-Za-z0-9+.-]+)://|(data):)", location)
+        scheme = re.match(r"(?:([A-Za-z][A-Za-z0-9+.-]+)://|([Dd][Aa][Tt][Aa]):)", location)
         kind = (scheme[1] or scheme[2]).lower() if scheme else ""
         if kind == "data":
+            head, comma, body = location.partition(",")
             try:
-                with urllib.request.urlopen(location) as response:
-                    return io.BytesIO(response.read()), name or "data: URL"
-            except ValueError as error:  # no comma, or no base64
+                if not comma:
+                    raise ValueError("no comma")
+                is_base64 = head.lower().endswith(";base64")
+                read = decode_base64(urllib.parse.unquote(body)) if is_base64 else urllib.parse.unquote_to_bytes(body)
+                return io.BytesIO(read), name or "data: URL"
+            except ValueError as error:
                 raise ValueError(
                     f"data: URL {location[:40]!r}… cannot be read ({error}); expected 'data:audio/wav;base64,…'."
                 ) from error
@@ -213,9 +229,9 @@ def _open(source: object, name: str | None) -> tuple[BinaryIO, str]:
 
 
 def decode_base64(text: str) -> bytes:
-    """Return the bytes that base64 stands for, with or without line breaks; a `ValueError` for anything else."""
+    """Return the bytes that base64 stands for, also url-safe or with line breaks; a `ValueError` for anything else."""
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode("".join(text.split()).replace("-", "+").replace("_", "/"), validate=True)
     except ValueError as error:  # of binascii, or not ASCII
         raise ValueError(f"{text[:40]!r}… is not base64 ({error}). Encode the bytes of an audio file.") from error
 

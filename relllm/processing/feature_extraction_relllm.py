@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedConfig, WhisperFeatureExtractor
 
 from .audio_relllm import (
+    NUMBERS,
     MAX_DURATION_S,
     MIN_DURATION_S,
     SAMPLING_RATE,
@@ -229,7 +230,7 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
 
 def _flatten(audio: Any) -> list:
     """Return the clips of one clip, a list of clips, or a list of lists; a list of numbers is one clip."""
-    if isinstance(audio, (list, tuple)) and not (states_rate(audio) or (audio and isinstance(audio[0], (int, float)))):
+    if isinstance(audio, (list, tuple)) and not (states_rate(audio) or (audio and isinstance(audio[0], NUMBERS))):
         return [clip for part in audio for clip in _flatten(part)]
     return [audio]
 

@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 import threading
+import urllib.parse
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,6 +195,12 @@ def test_an_array_with_its_rate_and_a_decoder_are_read() -> None:
     expected = load_audio(slow, source_rate=8_000)
     assert np.array_equal(load_audio((slow, 8_000)), expected)
     assert np.array_equal(load_audio((slow.numpy(), np.int64(8_000))), expected)
+    for rate in (8_000, 8_000.0, np.float32(8_000)):
+        for samples in (slow, slow.numpy(), slow.tolist(), [slow.tolist()]):
+            assert np.array_equal(load_audio((samples, rate)), expected)
+            assert np.array_equal(load_audio((rate, samples)), expected)  # as Gradio has it
+    with pytest.raises(ValueError, match=r"source_rate is 8000\.5, expected a whole number of Hz"):
+        load_audio((slow, 8_000.5))
     assert np.array_equal(load_audio(Decoder(slow[None], 8_000)), expected)
     assert np.array_equal(load_audio(Decoder(torch.stack([slow, 0 * slow]), 8_000), channel="left"), expected)
     with pytest.raises(ValueError, match="the source says 8000 Hz"):
@@ -203,9 +210,15 @@ def test_an_array_with_its_rate_and_a_decoder_are_read() -> None:
 def test_base64_is_read_with_and_without_line_breaks_and_in_a_data_url(wav: Path) -> None:
     whole, broken = base64.b64encode(wav.read_bytes()).decode(), base64.encodebytes(wav.read_bytes()).decode()
     assert "\n" in broken[:-1] and "\n" not in whole
-    for text in (whole, broken):
-        for source in (text, f"data:audio/wav;base64,{text}"):
+    noise = np.random.default_rng(0).integers(-20_000, 20_000, 8_000).astype(np.int16)  # has each of the 64 signs
+    soundfile.write(wav, noise, 16_000)
+    whole, broken = base64.b64encode(wav.read_bytes()).decode(), base64.encodebytes(wav.read_bytes()).decode()
+    safe = base64.urlsafe_b64encode(wav.read_bytes()).decode()
+    assert {*"+/"} <= {*whole} and {*"-_"} <= {*safe}
+    for text in (whole, broken, safe):
+        for source in (text, f"data:audio/wav;base64,{text}", f"DATA:audio/wav;BASE64,{text}"):
             assert np.array_equal(load_audio(source), load_audio(wav))
+    assert np.array_equal(load_audio(f"data:,{urllib.parse.quote_from_bytes(wav.read_bytes())}"), load_audio(wav))
 
 
 def test_a_wav_with_a_misleading_name_is_read_by_its_content(wav: Path) -> None:
