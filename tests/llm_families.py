@@ -45,6 +45,7 @@ COMMON: dict[str, Any] = {
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]}
 MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+INDEXED = {**MLA, "num_key_value_heads": 4, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 64}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
@@ -84,8 +85,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo3": ALTERNATING,
     "olmoe": {},
     "olmo_hybrid": HYBRID,
-    "granite": {},
-    "granitemoe": {},
+    "granite": {"logits_scaling": 2.0},
+    "granitemoe": {"logits_scaling": 2.0},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "glm": {},
     "glm4": {},
@@ -103,7 +104,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "bloom": {},
     "falcon": {"num_kv_heads": 2, "ffn_hidden_size": 48},
-    "falcon_h1": {"mamba_d_ssm": 64},
+    "falcon_h1": {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5},
     "mpt": {},
     "codegen": {"rotary_dim": 4},
     "xglm": {"ffn_dim": 48},
@@ -156,8 +157,60 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "jetmoe": {"kv_channels": 8},
     "diffllama": {},
+    "afmoe": {},
+    "aria_text": {},
+    "axk1": {**MLA, "num_key_value_heads": 4, "qk_head_dim": 16},
+    "axk2": {**MLA, "num_key_value_heads": 4},
+    "bailing_hybrid": {**MLA, **HYBRID, "num_key_value_heads": 4},
+    "beam": {},
+    "cohere2_moe": {},
+    "ctrl": {},
+    "cwm": {"bos_token_id": 1},
+    "deepseek_v32": INDEXED,
+    "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1, "routed_scaling_factor": 1.0},
+    "dots3_note_text": {**MLA, "num_key_value_heads": 4},
+    "ernie4_5_moe": {},
+    "exaone_moe": {},
+    "flex_olmo": {},
+    "flint": {},
+    "gemma4_unified_text": {},
+    "glm4_moe_lite": {**MLA, "num_key_value_heads": 4},
+    "glm_moe_dsa": INDEXED,
+    "gpt-sw3": {},
+    "gpt_neox_japanese": {},
+    "granite_swa": {"logits_scaling": 2.0},
+    "granitemoe_swa": {"logits_scaling": 2.0},
+    "granitemoeshared": {"logits_scaling": 2.0},
+    "hrm_text": {},
+    "hunyuan_v1_moe": {},
+    "hy_v3": {},
+    "hy_v4": INDEXED,
+    "hyperclovax": {"logits_scaling": 2.0},
+    "inkling2_text": {},
+    "internlm3": {},
+    "iquestcoder": {},
+    "jais2": {},
+    "kolibri1": {},
+    "laguna": {},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {**MLA, "num_key_value_heads": 4, "num_layers": 2, "zero_expert_num": 2},
+    "mellum": {},
+    "mimo_v2_flash": {},
+    "minicpm3": {**MLA, "num_key_value_heads": 4},
+    "minimax_m2": {},
+    "minimax_m3_vl_text": {},
+    "ministral3": {},
+    "nanochat": {},
+    "qwen3_5_moe_text": HYBRID,
+    "solar_open": {},
+    "vaultgemma": {},
+    "youtu": {**MLA, "num_key_value_heads": 4},
+    "zaya": {"num_experts_per_tok": 1},
 }
 NO_CACHE = "does not keep what it has read in Transformers' DynamicCache"
+DECODER = "is the decoder of an encoder-decoder"
+DEEP_HEAD = "its head is more than a matrix product"
+IN_PARTS = "is put together from others"
 NO_LM = "Transformers has no causal language model of this family"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({"state_size": 8, "time_step_rank": 4}, NO_CACHE),
@@ -176,6 +229,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "its body is no part of its own",
     ),
     "bert": ({}, "is an encoder"),
+    "bert-generation": ({}, "is an encoder"),
+    "roberta": ({"is_decoder": True}, DEEP_HEAD),
+    "modernbert-decoder": ({"bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 2}, DEEP_HEAD),
+    "bart": ({}, DECODER),
+    "prophetnet": ({}, DECODER),
+    "trocr": ({}, DECODER),
+    "blt": ({}, IN_PARTS),
+    "moshi": ({}, IN_PARTS),
+    "git": ({}, IN_PARTS),
+    "phi4_multimodal": ({}, IN_PARTS),
+    "deepseek_v4": ({}, "its experts are chosen by token ids"),
+    "openai-gpt": ({}, NO_CACHE),
+    "cpmant": ({}, "takes no inputs_embeds"),
     "qwen2_5_vl_text": ({}, NO_LM),
     "t5": ({"d_model": 32, "d_kv": 8, "d_ff": 48}, NO_LM),
 }
@@ -187,7 +253,7 @@ def family_config(family: str) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[family]
     own = {field.name for field in dataclasses.fields(kind)}
     names = {name: name if name in own else kind.attribute_map.get(name) for name in COMMON}
-    given = FAMILIES[family] if family in FAMILIES else REFUSED[family][0]
+    given = FAMILIES[family] if family in FAMILIES else REFUSED.get(family, ({}, ""))[0]
     return kind(**{names[name]: value for name, value in COMMON.items() if names[name] in own} | given)
 
 

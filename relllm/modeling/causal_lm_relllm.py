@@ -10,18 +10,31 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .releases_relllm import CACHE
 
 
 def build_causal_lm(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a causal LM with fresh weights in the default precision; a `ValueError` if its family cannot be that."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
-        raise ValueError(_refusal(config.model_type, "Transformers has no causal language model of this family"))
+    check_family(config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
     check_causal_lm(model)
     return model
+
+
+def check_family(config: PreTrainedConfig) -> None:
+    """Raise a `ValueError` if no model of a configuration can be the LLM."""
+    parts = [part for name in config.sub_configs if (part := getattr(getattr(config, name, None), "model_type", ""))]
+    reason = None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        reason = "Transformers has no causal language model of this family"
+    elif parts:
+        reason = f"it is put together from others ({', '.join(parts)}) and has no language model to take out"
+    elif "hash_moe" in (getattr(config, "mlp_layer_types", None) or ()):
+        reason = "its experts are chosen by token ids, which audio has not"
+    if reason is not None:
+        raise ValueError(_refusal(config.model_type, reason))
 
 
 def find_llm_loader(source: str | os.PathLike, options: Mapping[str, Any]) -> type:
@@ -45,8 +58,12 @@ def check_causal_lm(model: PreTrainedModel) -> None:
         reason = "it does not keep what it has read in Transformers' DynamicCache, from which replies and scores go on"
     elif model.base_model is model:
         reason = "its body is no part of its own (base_model_prefix), and training runs the body without the head"
-    elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True):
+    elif type(model.base_model).__name__.endswith("DecoderWrapper"):
+        reason = "it is the decoder of an encoder-decoder, which counts positions without regard to padding"
+    elif "encoder_hidden_states" in takes and not getattr(config, "is_decoder", True):
         reason = "it is an encoder, in which each position sees those behind it (is_decoder=False)"
+    elif _has_deep_head(model):
+        reason = "its head is more than a matrix product, and training computes the loss by that alone"
     elif (width := model.get_input_embeddings().embedding_dim) != config.hidden_size:
         reason = f"its token embeddings have the width {width}, not its hidden size {config.hidden_size}"
     if reason is not None:
@@ -103,6 +120,12 @@ def _keeps_a_cache(model: PreTrainedModel) -> bool:
         and not hasattr(model.base_model, "_setup_cache")  # a state in the layers themselves
         and any(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers)
     )
+
+
+def _has_deep_head(model: PreTrainedModel) -> bool:
+    """Tell whether an LLM has weights outside its body that are not those of its output embeddings."""
+    inside = {id(weight) for part in (model.base_model, model.get_output_embeddings()) for weight in part.parameters()}
+    return any(id(weight) not in inside for weight in model.parameters())
 
 
 def _refusal(family: str, reason: str) -> str:

@@ -44,8 +44,9 @@ WHY_NOT = {
     "init_lora_weights": "the LoRA is made before the LLM's weights are there. True and 'gaussian' do without them",
 }
 # Of a mixture of experts: they see positions packed, or some of them. kv_b_proj reads the cache again in each decode
-# step (DeepSeek); Gemma 3n computes with the weights of its coefficients.
-NOT_BY_POSITION = re.compile(r"(.*\.)?(\w*experts?(_\w+)?|\w*router|gate|kv_b_proj|\w*_coefs)")
+# step (DeepSeek); Gemma 3n computes with the weights of its coefficients; an indexer chooses positions, without a
+# gradient; of what is delayed (Zaya) a position sees the one before.
+NOT_BY_POSITION = re.compile(r"(.*\.)?(\w*experts?(_\w+)?|\w*router|gate|kv_b_proj|\w*_coefs|indexer|\w*_delayed)")
 
 
 class LoraScope(threading.local):

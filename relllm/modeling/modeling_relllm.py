@@ -24,7 +24,7 @@ from .audio_tower_relllm import (
     masked_mean,
     without_graph,
 )
-from .causal_lm_relllm import build_causal_lm, per_layer_inputs, reads_token_ids
+from .causal_lm_relllm import build_causal_lm, check_family, per_layer_inputs, reads_token_ids
 from .checkpoint_relllm import (
     TOWERS,
     check_complete,
@@ -189,6 +189,7 @@ class ReLLMModel(ReLLMPreTrainedModel):
 
     def __init__(self, config: ReLLMConfig):
         super().__init__(config)
+        check_family(config.text_config)
         hidden_size = config.text_config.hidden_size
         # A load sets the default precision, and then keeps for each weight the one in which it is made here.
         with local_torch_dtype(tower_dtype(config, "audio_tower")):
@@ -474,8 +475,8 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             lora (`dict` or `peft.LoraConfig`, *optional*): The paper's is r 16, lora_alpha 16, lora_dropout 0.05.
             tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*): The LLM's, by default the one
                 beside `text`; needed with a loaded model. Its `<|audio|>`, or its first free id, is the placeholder.
-            dtype (`torch.dtype` or `str`, *optional*): Of the towers and the LLM, by default the LLM's; `"auto"` leaves
-                each as its checkpoint says. What trains is float32.
+            dtype (`torch.dtype` or `str`, *optional*): Of the towers and the LLM, by default the LLM's; `"auto"` is
+                each one's own. What trains is float32.
             config_kwargs: Further fields of [`ReLLMConfig`].
         """
         check_dtype(dtype)

@@ -88,10 +88,10 @@ def load_audio(
 
     Args:
         source: A path, an `http(s)://`, `file://` or `data:` URL, base64, the bytes of an audio file, a binary file
-            object (read from where it is), an array or tensor, alone or with its rate (also a list; in either order), a
-            row of `datasets` or its decoder. Arrays are `(samples,)` or 2-D, where the shorter axis is the channels;
-            integers are scaled by the range of their type, floats taken as they are. `{"waveform": samples}` holds what this function
-            returned, and is not read again.
+            object (read from where it is), an array or tensor, alone or with its rate (in either order, then also a
+            list), a row of `datasets` or its decoder. Arrays are `(samples,)` or 2-D, where the shorter axis is the
+            channels; integers are scaled by the range of their type, floats taken as they are. `{"waveform": samples}`
+            holds what this function returned, and is not read again.
         sampling_rate (`int`, *optional*, defaults to 16000): Rate of the result in Hz.
         source_rate (`int`, *optional*): Rate of a waveform in Hz; `None` says that it has `sampling_rate` already.
             Files and rows state their own rate, and another one given here is an error.

@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedConfig, WhisperFeatureExtractor
 
 from .audio_relllm import (
-    NUMBERS,
     MAX_DURATION_S,
     MIN_DURATION_S,
+    NUMBERS,
     SAMPLING_RATE,
     AudioSource,
     load_audio,

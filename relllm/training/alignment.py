@@ -180,19 +180,22 @@ def tile_positions(vocabulary: int) -> int:
 
 
 def head_logits(llm: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Return logits `(positions, vocabulary)` of hidden states: the head, its scaling and its soft cap."""
+    """Return logits `(positions, vocabulary)` of hidden states: head, scaling and soft cap as in TRL."""
     config = llm.config
-    scale: float | None = getattr(config, "logit_scale", None)  # Cohere multiplies its logits
-    divisor: float | None = getattr(config, "logits_scaling", None)  # Granite divides them
+    scales = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse Glimmer, Falcon-H1
+    scale: float | None = next((one for name in scales if (one := getattr(config, name, None)) is not None), None)
+    scaling: float | None = getattr(config, "logits_scaling", None)
+    if scale is None and scaling is not None:  # HyperCLOVA X multiplies by it, Granite and MiniCPM3 divide
+        scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
     cap: float | None = getattr(config, "final_logit_softcapping", None)
     logits = llm.get_output_embeddings()(hidden)
-    logits = logits * ((1.0 if scale is None else scale) / (1.0 if divisor is None else divisor))
+    logits = logits if scale is None else logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 @torch.no_grad()
 def check_head(llm: PreTrainedModel) -> None:
-    """Refuse an LLM whose own logits differ from [`head_logits`] on four tokens: its KL would be wrong."""
+    """Refuse an LLM whose own logits differ from [`head_logits`] on four tokens: its losses would be wrong."""
     if is_deepspeed_zero3_enabled():  # the weights are spread over the processes, and there is no pass before the run
         return
     tokens = torch.arange(4, device=llm.device)[None]
@@ -204,7 +207,7 @@ def check_head(llm: PreTrainedModel) -> None:
     if not difference <= 1e-2 * max(own.abs().max().item(), 1.0):
         raise ValueError(
             f"{type(llm).__name__} changes its logits after the head in a way that is not known here (they differ by "
-            f"{difference:.3g}), so the KL loss would be wrong. Set response_kl_weight=0, or use another LLM."
+            f"{difference:.3g}), so the losses on its replies would be wrong. Use another LLM."
         )
 
 

@@ -50,8 +50,9 @@ class Objective:
             weights = class_weights(args.emotion_class_weights, model.config.emotion_labels, emotions)
             self.class_weights = torch.tensor(weights, device=args.device)
         self.alignment: Alignment | None = None
-        if "response_kl" in self.active:
+        if args.response_loss_weight > 0 or "response_kl" in self.active:
             check_head(model.base_model.text_model)
+        if "response_kl" in self.active:
             self.alignment = Alignment(temperature=args.kl_temperature, shifted=args.kl_shifted)
 
     @property

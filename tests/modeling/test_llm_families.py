@@ -75,6 +75,8 @@ def build(speech: Path, llm: Path | PreTrainedModel, **options) -> ReLLMForCondi
 
 
 def build_family(family: str, speech: Path, folder: Path) -> Built:
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this release of Transformers has no {family}")
     torch.manual_seed(4)
     fresh = AutoModelForCausalLM.from_config(family_config(family))
     fresh.get_input_embeddings().weight.data[0].normal_(std=0.2)  # of padding: Gemma 3n has no gradient beside zeros
@@ -196,6 +198,8 @@ def test_the_table_of_the_docs_is_this_list() -> None:
 def test_what_cannot_be_the_llm_is_refused_by_name_before_weights_are_read(
     family: str, speech: Path, tmp_path: Path
 ) -> None:
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this release of Transformers has no {family}")
     reason = REFUSED[family][1]
     config = family_config(family)
     config.save_pretrained(tmp_path)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from llm_families import family_config
 from processes import ForkServer
 from tiny_models import audio_part, clip, text_part, tiny_config, tiny_llm, tiny_model, tiny_processor, user_turn
 from torch import nn
 from trainers import build, make_rows, make_trainer, step_of
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from relllm import EMOTIONS, ReLLMSFTConfig
 from relllm.training import alignment as alignment_module
@@ -330,6 +331,25 @@ def test_logits_of_chosen_positions_are_the_llms_own(family: str, options: dict)
     with torch.no_grad():
         torch.testing.assert_close(head_logits(llm, llm.base_model(ids).last_hidden_state), llm(ids).logits)
     check_head(llm)
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "hyperclovax", "minicpm3"])
+def test_logits_that_are_scaled_by_another_name_are_the_llms_own(family: str) -> None:
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this release of Transformers has no {family}")
+    llm = AutoModelForCausalLM.from_config(family_config(family)).eval()
+    check_head(llm)
+    scale = {"falcon_h1": "lm_head_multiplier"}.get(family, "logits_scaling")
+    assert getattr(llm.config, scale) != 1
+
+
+def test_training_refuses_an_llm_whose_scaling_trl_does_not_know(tmp_path: Path) -> None:
+    if "inkling_text" not in CONFIG_MAPPING:
+        pytest.skip("this release of Transformers has no inkling_text")
+    config = tiny_config(fusion="none")
+    config.text_config = family_config("inkling_text")
+    with pytest.raises(ValueError, match="InklingForCausalLM changes its logits after the head"):
+        make_trainer(make_rows(tmp_path), tmp_path / "run", tiny_processor(config), tiny_model(config))
 
 
 def test_an_llm_with_a_head_unlike_all_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
