@@ -21,7 +21,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-transformers test-real check check-releases format demo bench clean distclean
+.PHONY: help setup test test-slow test-all test-transformers test-real check check-releases format demo bench clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -43,6 +43,9 @@ test: .venv/.ready  ## Run the tests on two cores, without the slow ones
 
 test-slow: .venv/.ready  ## Run the slow ones: fresh interpreters, compilers, launchers, the demo
 	$(PYTEST) -m slow $(ARGS)
+
+test-all: .venv/.ready  ## Run both in one go, which imports and collects once
+	$(PYTEST) $(ARGS)
 
 test-transformers: .venv/.ready $(SUITE)/.ready  ## Run Transformers' own model and processor tests on ours
 	$(PYTEST) tests/transformers $(ARGS)

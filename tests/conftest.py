@@ -1,5 +1,6 @@
 """What every test shares: one thread, fixed seeds, no network beyond this machine."""
 
+import functools
 import gc
 import os
 import random
@@ -48,9 +49,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
     What is imported by now stays: a collection of garbage (each training run does one) need not look at it again.
     """
-    import torch  # here and below: the process that only hands out tests to others does without
+    if "torch" in sys.modules:  # not in the process that hands out tests to others, nor for tests of texts
+        import torch
 
-    torch.set_num_threads(1)
+        torch.set_num_threads(1)
+        for accelerator in (torch.cuda, torch.mtia, torch.xpu):
+            if not accelerator.is_available():  # each seeding would keep a stack trace for it: milliseconds a test
+                accelerator._lazy_call = lambda *_, **__: None
+    if imports := sys.modules.get("accelerate.utils.imports"):  # it reads a package's metadata at each question
+        imports._is_package_available = functools.cache(imports._is_package_available)
     gc.enable()
     gc.freeze()
     if any("fork_server" in getattr(item, "fixturenames", ()) for item in session.items):
@@ -77,11 +84,10 @@ def no_drawing() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeds() -> None:
-    import torch
-
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

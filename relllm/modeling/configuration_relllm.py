@@ -28,7 +28,7 @@ class ReLLMEmotionConfig(PreTrainedConfig):
     base_config_key = "emotion_config"
     sub_configs = {"encoder_config": AutoConfig}
 
-    encoder_config: dict | PreTrainedConfig | None = None
+    encoder_config: PreTrainedConfig | dict | None = None
     final_dropout: float = 0.1
     trained_dimensions: list[str] | None = None
     initializer_range: float = 0.02
@@ -100,9 +100,9 @@ class ReLLMConfig(PreTrainedConfig):
     model_type = "relllm"
     sub_configs = {"audio_config": AutoConfig, "emotion_config": ReLLMEmotionConfig, "text_config": AutoConfig}
 
-    audio_config: dict | PreTrainedConfig | None = None
-    emotion_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    audio_config: PreTrainedConfig | dict | None = None
+    emotion_config: PreTrainedConfig | dict | None = None
+    text_config: PreTrainedConfig | dict | None = None
     audio_token_id: int = 0
     emotion_fusion: Literal["concat", "token", "none"] | None = None
     projector_kernel_sizes: list[int] | tuple[int, ...] = (5, 5, 5)

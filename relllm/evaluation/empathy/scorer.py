@@ -38,7 +38,7 @@ class EmpathyScorerConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["level_loss", "rationale_loss"]
 
     mechanism: str = "ER"  # ER emotional reactions, IP interpretations, EX explorations
-    encoder_config: dict | PreTrainedConfig | None = None
+    encoder_config: PreTrainedConfig | dict | None = None
     max_length: int = 64  # tokens of a post or response, special ones included; what is longer is cut
     dropout: float = 0.1  # in the attention and the heads
     level_loss_weight: float = 1.0
