@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from relllm.data.corpora.patterns import PATTERNS, Pattern
 from relllm.data.data_settings import (
     AnnotateSettings,
     CorpusSettings,
@@ -19,6 +21,7 @@ from relllm.data.data_settings import (
     FolderSettings,
     IemocapSettings,
     InspectSettings,
+    LabelSettings,
     MspPodcastSettings,
     WriteTargetsSettings,
 )
@@ -79,10 +82,29 @@ def folder(settings: FolderSettings) -> None:
     """Write your own speech: a table with paths and any of the columns, or a bare folder of audio files.
 
     Example: relllm prepare folder recordings/labels.csv --out data/ours --split train
+    Example: relllm prepare folder recordings --pattern '(?P<speaker>\\w+)/(?P<emotion>[a-z]+)_\\d+\\.wav'
     """
     from relllm.data.corpora.folder import parse_folder
 
     _prepare(parse_folder, settings)
+
+
+def _add_pattern(name: str, pattern: Pattern) -> None:
+    def command(settings: LabelSettings) -> None:
+        from relllm.data.corpora.folder import parse_pattern
+
+        placed = replace(settings, output_dir=settings.output_dir or Path("data") / name)
+        _prepare(lambda given: parse_pattern(pattern, given), placed)
+
+    command.__doc__ = f"""Write {pattern.facts.title}. Killed, the same command goes on where it was.
+
+    Example: relllm prepare {name} corpora/{name} --out data/{name}
+    """
+    prepare.command(name)(from_settings(command))
+
+
+for _name, _pattern in PATTERNS.items():
+    _add_pattern(_name, _pattern)
 
 
 @prepare.command()
