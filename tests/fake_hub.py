@@ -32,10 +32,14 @@ class Failure:
 
 @dataclass
 class Repository:
+    files: dict[str, bytes] = field(default_factory=dict)  # of its first commit
     private: bool = False
-    commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {COMMIT: {}})  # all files of each, in order
+    commits: dict[str, dict[str, bytes]] = field(init=False)  # all files of each, in order
     tags: dict[str, str] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})  # and pull requests, refs/pr/N
+
+    def __post_init__(self) -> None:
+        self.commits = {COMMIT: self.files}
 
     def resolve(self, revision: str) -> str | None:
         named = {**self.tags, **self.branches}

@@ -33,11 +33,15 @@ def card(settings: CardSettings) -> None:
     """
     from huggingface_hub.errors import HTTPError
 
-    from relllm.hub.cards import write_model_card
+    from relllm.hub.cards import told_terms, write_model_card
 
     with plain_errors(HTTPError, RuntimeError):
         path = write_model_card(settings)
     console.print(f"Card: [bold]{path}[/bold]{'' if settings.runs else ' (no run given: it says “not evaluated”)'}")
+    licence, corpora = told_terms(path)
+    console.print(f"Licence: {licence}", highlight=False, markup=False, soft_wrap=True)
+    for terms in corpora:
+        console.print(f"Trained on {terms}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -26,6 +26,8 @@ def _front_matter(facts: CorpusFacts, report: Mapping) -> str:
     num_rows = report["rows"]["kept"]
     size = next((name for limit, name in _SIZES if num_rows < limit), "n>1M")
     lines = ["---", f"pretty_name: {json.dumps(facts.title, ensure_ascii=False)}", f"license: {facts.licence}"]
+    if facts.licence == "other":  # the Hub wants a name and a link beside it
+        lines += [f"license_name: {facts.licence_name}", f"license_link: {facts.homepage or 'README.md'}"]
     if facts.language:
         lines += ["language:", f"- {facts.language}"]
     lines += ["task_categories:", "- audio-classification", "tags:", "- speech-emotion-recognition", "- relllm"]

@@ -73,11 +73,20 @@ def column_values(data: str | Path, column: str) -> list[str]:
 
 def corpus_name(data: str | Path) -> str:
     """Return what `relllm prepare` wrote; else the folder's name, `iemocap` of `data/iemocap/targets.jsonl`."""
+    folder, prepared = _read_report(data)
+    return str(prepared.get("corpus", folder.name))
+
+
+def corpus_facts(data: str | Path) -> dict:
+    """Return the [`~relllm.data.rows.CorpusFacts`] that `relllm prepare` wrote; empty if it did not."""
+    return _read_report(data)[1].get("facts", {})
+
+
+def _read_report(data: str | Path) -> tuple[Path, dict]:
     path = Path(data)
     folder = path.absolute().parent if path.is_file() else path
     report = folder / "report.json"
-    prepared = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
-    return str(prepared.get("corpus", folder.name))
+    return folder, json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
 
 
 def _load(data: str, split: str | None, streaming: bool) -> Dataset | IterableDataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,14 +18,24 @@ DIGEST_BYTES = 6  # among a million rows one in a thousand runs has two alike
 
 
 def read_training_record(checkpoint: str, *, revision: str = "main") -> dict:
-    """Return the record of the training that made a checkpoint, a folder or Hub id; empty if it has none."""
+    """Return the record of the training that made a checkpoint, a folder or Hub id; empty if it has none.
+
+    One of several checkpoints in the folder of a run has the run's, without how far that went later.
+    """
     from transformers.utils.hub import cached_file
 
     quietly = dict.fromkeys(
         ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
     )
     found = cached_file(checkpoint, RECORD_NAME, revision=revision, **quietly)
-    return {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    if found is not None:
+        return json.loads(Path(found).read_text(encoding="utf-8"))
+    folder = Path(checkpoint).resolve()
+    step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    if step is None or not (record := folder.parent / RECORD_NAME).is_file():
+        return {}
+    of_run = json.loads(record.read_text(encoding="utf-8"))
+    return {**{name: value for name, value in of_run.items() if name != "epochs_done"}, "steps_done": int(step[1])}
 
 
 def digest_rows(rows: Dataset) -> set[bytes]:

@@ -60,6 +60,7 @@ def build_report(
         "format": FORMAT,
         "corpus": corpus.facts.name,
         "title": corpus.facts.title,
+        "facts": asdict(corpus.facts),
         "rows": {"kept": sum(len(entry["kept"]) for entry in entries), "dropped": len(dropped)},
         "hours": round(sum(sum(split.durations_s) for split in summary.values()) / 3600, 4),
         "splits": {name: _describe_split(split) for name, split in summary.items()},

@@ -75,6 +75,7 @@ class CorpusFacts:
     terms: str  # under which terms people have it, and what may be published
     homepage: str = ""
     citation: str = ""  # BibTeX
+    licence_name: str = "terms-of-its-owner"  # of one that is "other", for the Hub
 
 
 @dataclass

@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import AutoModel
 
 from relllm.data.journal import write_json
+from relllm.data.membership import RECORD_NAME
 from relllm.evaluation.comparison import compare_runs
 from relllm.evaluation.comparison_tables import comparison_tables, write_comparison
 from relllm.evaluation.evaluating import evaluate
@@ -23,9 +24,9 @@ from relllm.evaluation.tables import to_rich
 from relllm.hub.cards import write_model_card
 from relllm.hub.push import push_checkpoint
 from relllm.hub.sharing import CardSettings, PushSettings
-from relllm.hub.staging import SETTINGS_NAME
 from relllm.inference.replies import reply
 from relllm.labels import EMOTIONS
+from relllm.modeling.checkpoint_relllm import TOWERS
 from relllm.processing.processing_relllm import ReLLMProcessor
 
 NEAR_CHANCE = 0.10  # above 1 / classes: what a run that learned nothing stays below
@@ -80,9 +81,12 @@ def compare_systems(out: Path, systems: Mapping[str, object], console: Console) 
 
 def share(model: Path, run: Path, training: dict, console: Console, *, repo_id: str, full: bool = False) -> None:
     """Write the card, and do everything that a push checks, without the push; `full`: with the towers."""
-    console.rule(f"$ relllm card {run} --model {model} --repo-id {repo_id} --license apache-2.0")
-    write_json(training, model / SETTINGS_NAME)
-    card = write_model_card(CardSettings(model, [run], repo_id, license="apache-2.0", overwrite=True))
+    own = [f"{part}=apache-2.0" for part in TOWERS]  # made here, or known to be
+    flags = " ".join(f"--tower-license {one}" for one in own)
+    console.rule(f"$ relllm card {run} --model {model} --repo-id {repo_id} --license apache-2.0 {flags}")
+    write_json(training, model / RECORD_NAME)
+    terms = {"license": "apache-2.0", "tower_license": own}
+    card = write_model_card(CardSettings(model, [run], repo_id, overwrite=True, **terms))  # type: ignore[arg-type]
     console.print(f"Card: [bold]{card}[/bold]")
     console.rule(f"$ relllm push {model} {repo_id} --dry-run{' --full' if full else ''}")
     checked = push_checkpoint(PushSettings(model, repo_id, full=full, dry_run=True))

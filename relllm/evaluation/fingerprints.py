@@ -89,7 +89,7 @@ def _weights_of_light(model: str, revision: str) -> dict[str, torch.Tensor]:
 
 
 def _weight_line(name: str, weight: torch.Tensor) -> str:
-    content = weight.contiguous().reshape(-1).view(torch.uint8).numpy()
+    content = weight.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return f"{name} {weight.dtype} {list(weight.shape)} {hashlib.sha256(content).hexdigest()}"
 
 

@@ -112,6 +112,7 @@ def _pool(
         "folds": {
             "column": column,
             "values": list(by_fold),
+            "models": {value: run["model"]["fingerprint"] for value, run in by_fold.items()},
             "by_fold": dict(zip(by_fold, parts, strict=True)),
             "mean": mean_over_folds(parts),
             "mean_is": "the unweighted mean over folds",

@@ -1,5 +1,6 @@
 """`relllm card`: the `README.md` of a checkpoint, with numbers only from runs that measured the same weights."""
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from relllm.data.journal import write_json
+from relllm.data.membership import read_training_record
 from relllm.evaluation.fingerprints import model_fingerprint
 
 from .evidence import (
@@ -18,16 +20,20 @@ from .evidence import (
     READINGS,
     cell,
     describe_run,
+    describe_training,
     eval_results,
+    hub_datasets,
+    read_corpora,
     read_evidence,
     read_public_run,
 )
-from .licences import MSP_TOWER, UNKNOWN, model_licence, read_towers
+from .licences import MSP_TOWER, OTHER, UNKNOWN, Licence, choose_licence, parse_told, read_towers
 from .sharing import CardSettings
-from .staging import read_record
 
 TEMPLATE = Path(__file__).parent / "template.md"
 LORA_SCOPES = {"audio": "at audio positions only", "text": "at text positions only", "global": "everywhere"}
+REQUIREMENT = re.compile(r"([\w-]+)([^;]*)")  # without extras
+LOADS_WITH = ("accelerate", "peft", "safetensors", "soundfile", "torch", "transformers")
 IMAGE = re.compile(r"!\[[^]]*\]\((?!https?://)([^)]+)\)")
 
 
@@ -63,21 +69,27 @@ def _make_card(
     settings: CardSettings, runs: Sequence[Mapping], fingerprint: str, plots: Mapping[str, Path]
 ) -> ModelCard:
     """Fill in the template from the checkpoint's files, `read_public_run`s, and figures by their name there."""
-    model = settings.model
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    settings_of_run = read_record(str(model)) or {}
-    repo_id = settings.repo_id or f"org/{model.resolve().name}"
-    towers = read_towers(config)
+    config = json.loads((settings.model / "config.json").read_text(encoding="utf-8"))
+    record = read_training_record(str(settings.model))
+    repo_id = settings.repo_id or f"org/{settings.model.resolve().name}"
+    towers, corpora = read_towers(config, parse_told(settings.tower_license)), read_corpora(record)
+    licence = choose_licence(towers, corpora, _chosen(settings), link=f"https://huggingface.co/{repo_id}#licence")
     results = eval_results(runs)
-    whole = model_licence(towers, settings.license)
+    languages = sorted({*settings.language, *(facts["language"] for facts in corpora if facts.get("language"))})
     data = ModelCardData(
-        license=whole,
+        license=licence.id,
+        license_name=licence.name,
+        license_link=licence.link,
         library_name="transformers",
         pipeline_tag="audio-text-to-text",
+        language=languages or None,
+        datasets=hub_datasets(record) or None,
         base_model=[tower.hub_id for tower in towers if tower.hub_id] or None,
         tags=["relllm", "speech", "speech-emotion-recognition", "empathy", "arxiv:2602.10716"],
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         model_name=repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
+        tower_licenses={tower.part: tower.licence for tower in towers if tower.licence != UNKNOWN} or None,
     )
     return ModelCard.from_template(
         data,
@@ -86,16 +98,15 @@ def _make_card(
         repo_id=repo_id,
         has_emotion_tower=any(tower.part == "emotion_tower" for tower in towers),
         lora_scope=config.get("lora_config") and LORA_SCOPES.get(config.get("lora_scope", "audio")),
-        licence=whole,
-        licence_source=next((t.hub_id or f"the {t.part}" for t in towers if t.licence == whole != UNKNOWN), None),
+        requirements=_requirements(),
+        saved_with=config.get("transformers_version"),
+        licence=licence,
+        licence_source=next((t.hub_id or f"the {t.part}" for t in towers if t.licence == licence.id), None),
         towers=towers,
-        unclear=[f"the {tower.part}" for tower in towers if tower.licence in (UNKNOWN, "other")],
+        unclear=[f"the {tower.part}" for tower in towers if tower.licence in (UNKNOWN, OTHER)],
         msp_tower=any(tower.hub_id == MSP_TOWER for tower in towers),
-        training={
-            name: " ".join(str(value).replace("|", "\\|").split())
-            for name, value in settings_of_run.items()
-            if name != "seen_rows"
-        },
+        corpora=corpora,
+        training=describe_training(record),
         runs=[describe_run(run, towers) for run in runs],
         readings=READINGS,
         mechanisms=MECHANISMS,
@@ -104,6 +115,30 @@ def _make_card(
         evidence_name=EVIDENCE_NAME,
         plots=[{"path": name, "title": Path(name).stem.replace("_", " ")} for name in plots],
     )
+
+
+def _chosen(settings: CardSettings) -> Licence | None:
+    if settings.license is None and not (settings.license_name or settings.license_link):
+        return None
+    return Licence(settings.license or OTHER, settings.license_name, settings.license_link)
+
+
+def _requirements() -> str:
+    """Say which releases load the code files of a checkpoint; `""` where the package is not installed."""
+    try:
+        wanted = importlib.metadata.requires("relllm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    named = [REQUIREMENT.fullmatch(one) for one in sorted(wanted) if one.startswith(LOADS_WITH)]
+    return ", ".join(f"`{one[1]}{','.join(sorted(one[2].split(','), reverse=True))}`" for one in named if one)
+
+
+def told_terms(card: Path) -> tuple[str, list[str]]:
+    """Say under which licence a card is, and the terms of each corpus, for the person who has to agree with them."""
+    data = ModelCard.load(card).data
+    licence = f"{data.license} ({data.license_name}: {data.license_link})" if data.license == OTHER else data.license
+    corpora = read_corpora(read_training_record(str(card.parent)))
+    return licence, [f"{one['title']}: {one.get('terms') or 'its terms are not recorded.'}" for one in corpora]
 
 
 def check_card(folder: Path) -> None:
@@ -115,10 +150,13 @@ def check_card(folder: Path) -> None:
         card = ModelCard.load(path)
     except ValueError as error:
         raise ValueError(f"{path}: its front matter is invalid ({error}). Mend it, or write the card anew.") from error
-    if not isinstance(card.data.license, str):
+    licence = card.data.license
+    if not isinstance(licence, str):
         raise ValueError(f"{path} names no licence. Set `license:` in its front matter, or write the card anew.")
+    if licence == OTHER and not (card.data.license_name and card.data.license_link):
+        raise ValueError(f"{path}: `license: other` needs `license_name:` and `license_link:` beside it.")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model_licence(read_towers(config), card.data.license)
+    choose_licence(read_towers(config, card.data.get("tower_licenses")), chosen=Licence(licence))
     _check_metrics(card, folder)
     for image in IMAGE.findall(card.text):
         if not (folder / image).is_file():

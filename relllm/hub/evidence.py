@@ -21,7 +21,7 @@ EVIDENCE_NAME = "evaluation.json"
 # protocol holds out by name: speakers and sessions are a corpus's own ids.
 PUBLIC_KEYS = (
     *("system", "generation", "prompts", "label_set", "seed", "versions", "hardware"),
-    *("recognition", "dimensions", "empathy"),
+    *("recognition", "dimensions", "empathy", "training"),
 )
 PUBLIC_DATA_KEYS = ("split", "limit", "fingerprint", "num_clips", "num_failed", "num_speakers")
 READINGS = {
@@ -29,6 +29,7 @@ READINGS = {
     "likelihood": "by the likelihood of each label",
     "head": "by the emotion head",
 }
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CORPUS_NAME = re.compile(r"[\w.-]+")
 MECHANISMS = ("ER", "IP", "EX")  # of empathy
 PUBLISHED_METRICS = {"ua": ("recall", "UA"), "wa": ("accuracy", "WA"), "macro_f1": ("f1", "macro-F1")}  # type, name
@@ -40,11 +41,12 @@ def read_public_run(folder: Path, fingerprint: str) -> dict[str, object]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: that run is not finished. Go on with `relllm evaluate` first.")
     metrics = _load_json(path, RUN_FORMAT)
-    found = metrics["model"].get("fingerprint")
-    if found != fingerprint:
+    found, folds = metrics["model"].get("fingerprint"), metrics.get("folds")
+    of_folds = list((folds or {}).get("models", {}).values())
+    if fingerprint not in (found, *of_folds):
         raise ValueError(
             f"{folder} measured another model: its fingerprint is {str(found)[:23]}…, and this one's is "
-            f"{fingerprint[:23]}…. A card has metrics of its own model only (a run over folds is of several). "
+            f"{fingerprint[:23]}…. A card has metrics of its own model only, or of the folds that it is one of. "
             "Evaluate this one with `relllm evaluate`."
         )
     data = metrics["data"]
@@ -57,9 +59,36 @@ def read_public_run(folder: Path, fingerprint: str) -> dict[str, object]:
         # labelled by people or by a model, which may be a folder
         "dimension_sources": {str(_without_paths(s)): n for s, n in data.get("dimension_sources", {}).items()},
     }
-    if folds := metrics.get("folds"):
-        public["folds"] = {"column": folds["column"], "num_folds": len(folds["values"]), "mean": folds.get("mean")}
+    if folds:
+        public["folds"] = {
+            "column": folds["column"],
+            "num_folds": len(folds["values"]),
+            "num_models": len(set(of_folds)),
+            "mean": folds.get("mean"),
+        }
     return public
+
+
+def read_corpora(record: Mapping) -> list[dict]:
+    """List what is known of the corpora that a training's record names, where `prepare` wrote no facts the name."""
+    facts: Mapping[str, Mapping] = record.get("corpus_facts", {})
+    names = [name for name in record.get("seen_corpora", ()) if CORPUS_NAME.fullmatch(name)]
+    return [{"name": name, "title": name, **facts.get(name, {})} for name in names]
+
+
+def hub_datasets(record: Mapping) -> list[str]:
+    """List the data sets of the Hub that a training read; one of this machine is recorded without its folder."""
+    named = [str(record[name]) for name in ("data", "eval_data") if record.get(name)]
+    return list(dict.fromkeys(name for name in named if HUB_ID.fullmatch(name)))
+
+
+def describe_training(record: Mapping) -> dict[str, str]:
+    """Write the settings of a training as a table in a card takes them."""
+    return {
+        name: " ".join(str(value).replace("|", "\\|").split())
+        for name, value in record.items()
+        if name not in ("seen_rows", "seen_corpora", "corpus_facts")
+    }
 
 
 def read_evidence(folder: Path) -> dict | None:
@@ -86,9 +115,18 @@ def describe_run(run: Mapping, towers: Sequence[Tower]) -> dict[str, object]:
         "title": _describe_data(run),
         "dimension_sources": "; ".join(f"{source} ({count})" for source, count in data["dimension_sources"].items()),
         "setting": f"Seed {run.get('seed')}; {used}." if used else f"Seed {run.get('seed')}.",
+        "not_unseen": _describe_seen(run.get("training") or {}),
         "not_clean": is_msp and seen,
         "perhaps_not_clean": is_msp and not recorded,
     }
+
+
+def _describe_seen(training: Mapping) -> str:
+    """Say which of the rows that measured the model had made it; `""` if none had."""
+    what = [f"{training['trained_on']} trained it"] if training.get("trained_on") else []
+    if training.get("validated_on") and training.get("chosen_by"):
+        what.append(f"by {training['validated_on']} its checkpoint was chosen")
+    return " and ".join(what)
 
 
 def _describe_data(run: Mapping) -> str:
@@ -96,7 +134,8 @@ def _describe_data(run: Mapping) -> str:
     data = run["data"]
     split = f"{data['corpus']} {data['split'] or ''}".strip()
     if folds := run.get("folds"):
-        return f"{split}, {folds['num_folds']} folds by {folds['column']}"
+        models = f" of {folds['num_models']} models" if folds.get("num_models", 1) > 1 else ""
+        return f"{split}, {folds['num_folds']} folds by {folds['column']}{models}"
     return f"{split}, held out by {data['held_out_by']}" if data["held_out_by"] else split
 
 

@@ -1,25 +1,64 @@
-"""Licences of the towers, as ids of the Hub, and the one that the whole model carries.
+"""Licences as ids of the Hub: of the towers, of the corpora, and the one that the whole model carries.
 
-Towers that people often use are listed as we know their pages; any other counts as unknown, and the card says so.
+What is not known to be compatible is never simplified: it makes the whole `other`, with a name and a link. Not legal
+advice, and no proof: it keeps an id from saying more than is known.
 """
 
+import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.repocard import metadata_load
 
 MSP_TOWER = "audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim"
-UNKNOWN = "unknown"
-TOWER_LICENCES = {
+OTHER, UNKNOWN = "other", "unknown"
+PARTS = "terms-of-its-parts"  # the name of an `other` whose link is the card's table of parts
+TOWER_LICENCES = {  # of what people often use, as we know their pages; of any other its card is read
     MSP_TOWER: "cc-by-nc-sa-4.0",
-    "Qwen/Qwen-7B-Chat": "other",  # Tongyi Qianwen licence agreement
     **{f"Qwen/Qwen2.5-{size}-Instruct": "apache-2.0" for size in ("0.5B", "1.5B", "7B")},
     **{f"openai/whisper-{size}": "apache-2.0" for size in ("tiny", "base", "small", "medium", "large-v2", "large-v3")},
 }
-# From the one that asks least to the one that asks most of those who use the model.
-STRICTNESS = ("mit", "apache-2.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
+# https://huggingface.co/docs/hub/repositories-licenses, where the Hub takes no other id
+HUB_LICENCES = frozenset(
+    """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
+    bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0
+    cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0
+    cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0
+    cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl
+    gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr
+    mpl-2.0 odc-by odbl openmdw-1.0 openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr
+    deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4
+    grok2-community gemma unknown other""".split()  # noqa: SIM905
+)
+_FREE = frozenset(("mit", "isc", "bsd-2-clause", "bsd-3-clause", "zlib", "ncsa", "cc0-1.0", "unlicense"))
+_PERMISSIVE = _FREE | {"apache-2.0"}
+_NAMED = _PERMISSIVE | {"cc-by-3.0", "cc-by-4.0"}
+# A licence of the whole -> those of parts that it is known to carry, from the one that asks least. Share-alike,
+# no-derivatives and the GPL carry their own kind alone; whatever is not here is carried by itself only.
+CARRIES = {
+    "mit": _FREE,
+    "apache-2.0": _PERMISSIVE,
+    "cc-by-4.0": _NAMED,
+    "cc-by-nc-4.0": _NAMED | {"cc-by-nc-4.0"},
+    "cc-by-sa-4.0": _NAMED | {"cc-by-sa-4.0"},
+    "cc-by-nc-sa-4.0": _NAMED | {"cc-by-nc-4.0", "cc-by-nc-sa-4.0"},
+    "gpl-3.0": _PERMISSIVE | {"gpl-3.0"},
+    "agpl-3.0": _PERMISSIVE | {"agpl-3.0"},
+    **dict.fromkeys(("openrail", "openrail++", "bigscience-openrail-m", "creativeml-openrail-m"), _PERMISSIVE),
+}
+
+
+@dataclass(frozen=True)
+class Licence:
+    """The licence of a whole model; `other` has a name and a link."""
+
+    id: str
+    name: str | None = None
+    link: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,24 +69,64 @@ class Tower:
     hub_id: str | None  # None: a folder that is not on the Hub, or not recorded
     model_type: str
     licence: str  # an id, or UNKNOWN
+    name: str | None = None  # of a licence that is `other`
+    link: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Return where it is from, for a card and an error."""
+        return self.hub_id or "not on the Hub, or not recorded"
+
+    @property
+    def terms(self) -> Licence | None:
+        """Return its own terms as those of the whole; `None` where they are not known."""
+        link = self.link or (f"https://huggingface.co/{self.hub_id}" if self.hub_id else None)
+        name = self.name or (self.licence if self.licence != OTHER else None)
+        return Licence(OTHER, name, link) if link and name and self.licence != UNKNOWN else None
 
 
-def read_towers(config: Mapping) -> list[Tower]:
+def read_towers(config: Mapping, told: Mapping[str, str] | None = None) -> list[Tower]:
     """List the towers of a checkpoint, by the content of its `config.json`, with their licences.
 
-    A tower in a folder of this machine has the licence of the `README.md` there; its path goes into no card.
+    Args:
+        config (`Mapping`): A tower in a folder of this machine has the licence of the `README.md` there, one of the
+            Hub that of its card; its path goes into no card.
+        told (`Mapping`, *optional*): Licences by part, as people said (`--tower-license`) where nothing else says it.
+
+    Raises:
+        ValueError: `told` names no tower of the model, or no licence of the Hub, or contradicts what the tower says.
     """
     towers = []
     sections = {"audio_tower": "audio_config", "emotion_tower": "emotion_config", "text_model": "text_config"}
-    for part, section in sections.items():
-        if config.get(section) is None:
-            continue
-        name = (config.get("towers") or {}).get(part, {}).get("name")
-        folder = Path(name) if name is not None and is_local(name) else None
-        licence = TOWER_LICENCES.get(name or "", UNKNOWN) if folder is None else _licence_of_folder(folder)
-        model_type = str(config[section].get("model_type", UNKNOWN))
-        towers.append(Tower(part, None if folder else name, model_type, licence))
+    parts = [part for part, section in sections.items() if config.get(section) is not None]
+    for part, licence in (told or {}).items():
+        if part not in parts:
+            raise ValueError(f"--tower-license {part}={licence}: this model has the towers {', '.join(parts)}.")
+        check_id(licence, f"--tower-license {part}={licence}")
+    for part in parts:
+        source = (config.get("towers") or {}).get(part, {})
+        place = source.get("name")
+        hub_id = None if place is None or is_local(place) else place
+        model_type = str(config[sections[part]].get("model_type", UNKNOWN))
+        if hub_id in TOWER_LICENCES:
+            found = Licence(TOWER_LICENCES[hub_id])
+        else:
+            found = _licence_of_card(_find_card(place, source.get("revision")))
+        said = (told or {}).get(part, found.id)
+        if found.id == UNKNOWN:
+            found = Licence(said)
+        elif said != found.id:
+            raise ValueError(f"{said} is given for the {part}, which is under {found.id} ({place}). Leave it out.")
+        towers.append(Tower(part, hub_id, model_type, found.id, found.name, found.link))
     return towers
+
+
+def parse_told(told: Sequence[str]) -> dict[str, str]:
+    """Read what `--tower-license` says, `text_model=apache-2.0`, by part."""
+    pairs = [one.partition("=") for one in told]
+    if wrong := [part for part, _, licence in pairs if not licence]:
+        raise ValueError(f"--tower-license {wrong[0]}: expected PART=LICENCE, such as text_model=apache-2.0.")
+    return {part: licence for part, _, licence in pairs}
 
 
 def is_local(name: str) -> bool:
@@ -55,31 +134,88 @@ def is_local(name: str) -> bool:
     return os.path.isabs(name) or os.path.isdir(name) or name.count("/") > 1 or name.startswith((".", "~"))
 
 
-def model_licence(towers: Sequence[Tower], chosen: str | None = None) -> str:
-    """Find the licence of the whole: the strictest of its towers', or `chosen`, or `"unknown"`.
-
-    A `chosen` that asks for less than a tower is a `ValueError`, and so is one that cannot be compared with a tower's
-    that forbids commercial use or binds what is built on it.
-    """
-    known = [tower for tower in towers if tower.licence in STRICTNESS]
-    strictest = max(known, key=lambda tower: STRICTNESS.index(tower.licence), default=None)
-    if chosen is None:
-        return strictest.licence if strictest else next((t.licence for t in towers if t.licence == "other"), UNKNOWN)
-    if strictest is None:
-        return chosen
-    needed = STRICTNESS.index(strictest.licence)
-    weaker = chosen in STRICTNESS and STRICTNESS.index(chosen) < needed
-    if weaker or (chosen not in STRICTNESS and needed >= STRICTNESS.index("cc-by-sa-4.0")):
+def check_id(licence: str, what: str) -> None:
+    """Raise a `ValueError` for a licence that the Hub does not know."""
+    if licence not in HUB_LICENCES - {UNKNOWN}:
+        near = difflib.get_close_matches(licence.lower(), HUB_LICENCES, n=3, cutoff=0.5)
         raise ValueError(
-            f"--license {chosen}: the {strictest.part} ({strictest.hub_id or 'a local folder'}) is under "
-            f"{strictest.licence}, which marks the whole model. Leave --license out, or give one at least as strict: "
-            f"{', '.join(STRICTNESS[needed:])}."
+            f"{what}: the Hub has no licence of that id; near ones: {', '.join(near) or 'none'}. One that it does not "
+            "list is `other`, with --license-name and --license-link."
         )
-    return chosen
 
 
-def _licence_of_folder(folder: Path) -> str:
-    """Read it in the card in a tower's folder, if there is one."""
-    card = folder / "README.md"
-    licence = ((metadata_load(card) if card.is_file() else None) or {}).get("license")
-    return licence if isinstance(licence, str) else UNKNOWN
+def combine_licences(licences: Iterable[str]) -> str:
+    """Return the licence that asks least of those that carry all of these, or `other`."""
+    parts = set(licences)
+    if len(parts) == 1:
+        return parts.pop() if UNKNOWN not in parts else OTHER
+    return next((whole for whole, carried in CARRIES.items() if parts <= carried), OTHER)
+
+
+def choose_licence(
+    towers: Sequence[Tower], corpora: Sequence[Mapping] = (), chosen: Licence | None = None, *, link: str = ""
+) -> Licence:
+    """Return the licence of the whole: `chosen`, or what follows from towers and corpora.
+
+    Args:
+        corpora (`Sequence[Mapping]`): What is known of the training data; for what a model may carry people choose
+            themselves, and without a choice their terms count as a part's.
+        link (`str`): To the card, where the terms of each part are.
+
+    Raises:
+        ValueError: `chosen` is not known to carry the licence of a tower.
+    """
+    if chosen is not None:
+        check_id(chosen.id, f"--license {chosen.id}")
+        check_carries(towers, chosen.id)
+        return chosen if chosen.id != OTHER else Licence(OTHER, chosen.name or PARTS, chosen.link or link)
+    parts = [*(tower.licence for tower in towers), *(str(facts.get("licence", UNKNOWN)) for facts in corpora)]
+    found = combine_licences(parts)
+    special = [tower for tower in towers if tower.licence not in _PERMISSIVE]
+    if found != OTHER:
+        return Licence(found)
+    if len(special) == 1 and special[0].terms is not None and _PERMISSIVE.issuperset(parts[len(towers) :]):
+        return special[0].terms
+    return Licence(OTHER, PARTS, link)
+
+
+def check_carries(towers: Sequence[Tower], licence: str) -> None:
+    """Raise a `ValueError` if a licence is not known to carry those of all towers; `other` says nothing of them."""
+    if licence == OTHER:
+        return
+    for tower in sorted(towers, key=lambda tower: sum(tower.licence in carried for carried in CARRIES.values())):
+        if tower.licence in CARRIES.get(licence, ()) or tower.licence == licence:
+            continue
+        if tower.licence == UNKNOWN:
+            raise ValueError(
+                f"--license {licence}: the licence of the {tower.part} ({tower.place}) is not known, and it binds the "
+                f"whole model. Find out and say it: --tower-license {tower.part}=ID, or `license:` in the README.md "
+                "of its folder. Without --license the card says `other`."
+            )
+        carrying = [whole for whole, carried in CARRIES.items() if all(t.licence in carried for t in towers)]
+        remedy = f"give one that is known to carry them: {', '.join(carrying)}" if carrying else "give `other`"
+        raise ValueError(
+            f"--license {licence}: the {tower.part} ({tower.place}) is under {tower.licence}, which marks the whole "
+            f"model, and {licence} is not known to carry it. Leave --license out, or {remedy}."
+        )
+
+
+def _find_card(place: str | None, revision: str | None) -> Path | None:
+    """Return the `README.md` of a tower, here or on the Hub; `None` where there is none, or none that can be seen."""
+    if place is None:
+        return None
+    if is_local(place):
+        card = Path(place) / "README.md"
+        return card if card.is_file() else None
+    try:
+        return Path(hf_hub_download(place, "README.md", revision=revision))
+    except (OSError, HTTPError):  # offline, gone, not for this token: then it is not known, which the card says
+        return None
+
+
+def _licence_of_card(card: Path | None) -> Licence:
+    found = (metadata_load(card) if card is not None else None) or {}
+    licence = found.get("license")
+    if not isinstance(licence, str) or licence not in HUB_LICENCES:
+        return Licence(UNKNOWN)
+    return Licence(licence, found.get("license_name"), found.get("license_link"))

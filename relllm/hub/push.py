@@ -12,9 +12,8 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
@@ -154,7 +153,7 @@ def _look_ahead(settings: PushSettings, staged: Container[str]) -> tuple[list[st
         before = HfApi().model_info(settings.repo_id, revision=settings.revision)
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return [], "it is not there yet, or your token may not see it"
-    except (OSError, httpx.TransportError) as error:  # offline among them
+    except (OSError, HTTPError) as error:  # offline among them
         return [], str(error)
     return find_replaced([file.rfilename for file in before.siblings or ()], staged), None
 

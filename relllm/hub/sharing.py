@@ -30,7 +30,11 @@ class CardSettings:
         [], "Folders of `relllm evaluate` on this checkpoint; none: not evaluated.", argument=True
     )
     repo_id: str | None = setting(None, "Where it will be: org/name; by default org/ and the folder's name.")
-    license: str | None = setting(None, "An id of the Hub, at least as strict as the towers'.")
+    license: str | None = setting(None, "An id of the Hub that is known to carry the towers' licences; or other.")
+    license_name: str | None = setting(None, "Of a licence that is other.")
+    license_link: str | None = setting(None, "To a licence that is other; by default to the card's own section.")
+    tower_license: list[str] = setting([], "The licence of a tower that says none: text_model=apache-2.0. Repeat it.")
+    language: list[str] = setting([], "Languages that it was trained on, where the data do not say: en. Repeat it.")
     overwrite: bool = setting(False, "Replace a README.md that is there.")
 
 

@@ -6,7 +6,6 @@ That folder is made of links to a checkpoint's files, and of those that change o
 import contextlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import cast
 
 from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils.hub import cached_file
 
 from relllm.data.journal import write_json
+from relllm.data.membership import RECORD_NAME, read_training_record
 from relllm.modeling.modeling_relllm import AUTO_CLASSES, ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
 
@@ -25,8 +24,7 @@ from .files import take_inventory
 from .licences import is_local
 from .sharing import Form, MergeSettings
 
-SETTINGS_NAME = "training_settings.json"
-CARD_FILES = ("README.md", "LICENSE", "NOTICE", EVIDENCE_NAME, SETTINGS_NAME, "plots/")
+CARD_FILES = ("README.md", "LICENSE", "NOTICE", EVIDENCE_NAME, RECORD_NAME, "plots/")
 PROCESSOR_CODE = "processing_relllm.ReLLMProcessor"
 
 
@@ -45,21 +43,8 @@ def merge_checkpoint(settings: MergeSettings) -> None:
     options = {"towers": moved} if moved else {}
     AutoModel.from_pretrained(light, revision=settings.revision, **options).save_pretrained(out)
     processor.save_pretrained(out)
-    record = read_record(light, settings.revision)
-    if record is not None:
-        write_json(record, out / SETTINGS_NAME)
-
-
-def read_record(model: str, revision: str = "main") -> dict | None:
-    """Read how a checkpoint was trained, also where it is one of several in the folder of a run; `None`: not known."""
-    missing = {"_raise_exceptions_for_missing_entries": False, "revision": revision}
-    if (found := cached_file(model, SETTINGS_NAME, **missing)) is not None:
-        return _read(Path(found))
-    step = re.fullmatch(r"checkpoint-(\d+)", Path(model).resolve().name)
-    if step is None or not (of_run := Path(model).resolve().parent / SETTINGS_NAME).is_file():
-        return None
-    ends = {"steps_done", "epochs_done"}
-    return {name: value for name, value in _read(of_run).items() if name not in ends} | {"steps_done": int(step[1])}
+    if record := read_training_record(light, revision=settings.revision):
+        write_json(record, out / RECORD_NAME)
 
 
 @contextlib.contextmanager

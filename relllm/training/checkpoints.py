@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 from transformers.utils import logging
 
 from relllm.data.journal import name_differences, rows_fingerprint, write_json
-from relllm.data.loading import corpus_name
+from relllm.data.loading import corpus_facts, corpus_name
 from relllm.data.membership import RECORD_NAME, digest_rows, pack_digests, read_training_record, unpack_digests
 from relllm.modeling.checkpoint_relllm import TOWERS, check_left_out, source_fingerprint, why_not_light
 
@@ -129,14 +129,18 @@ def describe_seen(
     """
     read = {"train": train_rows, "validation": eval_rows}
     seen = {name: digest_rows(rows) for name, rows in read.items() if isinstance(rows, Dataset)}
-    corpora = {corpus_name(data) for name in ("data", "eval_data") if (data := getattr(script, name, None))}
+    given = [str(data) for name in ("data", "eval_data") if (data := getattr(script, name, None))]
+    corpora = {corpus_name(data) for data in given}
+    facts = {corpus_name(data): found for data in given if (found := corpus_facts(data))}
     for name, place in places.items():
         record = read_training_record(place, revision=revision if name == "model_name_or_path" else "main")
         corpora |= set(record.get("seen_corpora", []))
+        facts |= record.get("corpus_facts", {})
         for split, packed in record.get("seen_rows", {}).items():
             seen[split] = seen.get(split, set()) | unpack_digests(packed)
     packed_rows = {name: pack_digests(digests) for name, digests in seen.items() if digests}
-    return {"seen_corpora": sorted(corpora), **({"seen_rows": packed_rows} if packed_rows.get("train") else {})}
+    known: dict[str, object] = {"seen_corpora": sorted(corpora), **({"corpus_facts": facts} if facts else {})}
+    return {**known, **({"seen_rows": packed_rows} if packed_rows.get("train") else {})}
 
 
 def checkpoint_to_resume(output_dir: Path, resume: str) -> str | None:

@@ -115,6 +115,7 @@ def test_the_card_has_terms_and_counts_but_no_utterance(corpus: Corpus, tmp_path
     for private in (SECRET, str(tmp_path), *(row["id"] for row in corpus.rows)):
         assert private not in card
     front = yaml.safe_load(card.split("---\n")[1])
+    assert front["license_name"] == "terms-of-its-owner" and front["license_link"] == "https://example.org"
     assert front["license"] == "other" and front["language"] == ["en"]
     files = {entry["split"]: entry["path"] for entry in front["configs"][0]["data_files"]}
     assert {split: len(list((tmp_path / "out").glob(glob))) for split, glob in files.items()} == {

@@ -1,20 +1,26 @@
 """Model cards: numbers only from runs on the same weights, licences carried over, nothing of a corpus."""
 
+import importlib.metadata
 import json
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+import transformers
+from fake_hub import Repository, serve_hub
+from huggingface_hub import ModelCard, constants
 from light_checkpoints import build, save_towers
+from packaging.requirements import Requirement
 from tiny_models import tiny_model, tiny_processor
 from typer.testing import CliRunner
 
 from relllm.cli import app
+from relllm.data.corpora import iemocap
 from relllm.evaluation.fingerprints import model_fingerprint
 from relllm.hub.cards import TEMPLATE, check_card, check_measured, write_model_card
 from relllm.hub.evidence import read_public_run
-from relllm.hub.licences import MSP_TOWER, Tower, model_licence, read_towers
+from relllm.hub.licences import MSP_TOWER, Licence, Tower, choose_licence, read_towers
 from relllm.hub.sharing import CardSettings, MergeSettings
 from relllm.hub.staging import merge_checkpoint
 from relllm.training.config import ReLLMScriptArguments, ReLLMSFTConfig
@@ -97,6 +103,14 @@ def test_a_card_has_nothing_of_the_corpus(model: Path, tmp_path: Path) -> None:
     assert "held out by speaker" in published
 
 
+def test_a_card_says_which_of_the_clips_made_the_model(model: Path, tmp_path: Path) -> None:
+    """Which `relllm evaluate --allow-seen` measures."""
+    seen = {"recorded": True, "trained_on": 7, "validated_on": 3, "chosen_by": True, "corpora": ["iemocap"]}
+    write_model_card(CardSettings(model, [save_run(tmp_path / "run", model_fingerprint(str(model)), training=seen)]))
+    words = "**Not unseen:** of these clips 7 trained it and by 3 its checkpoint was chosen."
+    assert words in (model / "README.md").read_text()
+
+
 def test_without_a_run_the_card_says_so_and_has_no_metric(model: Path) -> None:
     card = ModelCard.load(write_model_card(CardSettings(model)))
     assert "**Not evaluated.**" in card.text and card.data.get("eval_results") is None
@@ -151,16 +165,20 @@ def test_a_card_of_hand_is_not_replaced_unasked(model: Path) -> None:
 
 def test_the_emotion_tower_of_audeering_marks_the_whole_and_its_corpus(model: Path, tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text())
-    names = {"audio_tower": "openai/whisper-large-v2", "emotion_tower": MSP_TOWER, "text_model": "Qwen/Qwen-7B-Chat"}
+    names = {
+        "audio_tower": "openai/whisper-large-v2",
+        "emotion_tower": MSP_TOWER,
+        "text_model": "Qwen/Qwen2.5-7B-Instruct",
+    }
     config["towers"] = {part: {"name": name, "revision": None} for part, name in names.items()}
     (model / "config.json").write_text(json.dumps(config))
     data = {"corpus": "msp-podcast", "split": "Test1", "held_out": None, "num_clips": 9, "num_failed": 0}
     run = save_run(tmp_path / "run", model_fingerprint(str(model)), data={**data, "num_speakers": None})
     card = ModelCard.load(write_model_card(CardSettings(model, [run])))
     assert card.data.license == "cc-by-nc-sa-4.0" and card.data.base_model == list(names.values())
+    assert card.data.tower_licenses["emotion_tower"] == "cc-by-nc-sa-4.0"
     assert "results on MSP-Podcast with it are not clean" in card.text and "**Not clean:**" in card.text
-    assert "**Warning:** the terms of the text_model" in card.text
-    with pytest.raises(ValueError, match="is under cc-by-nc-sa-4.0, which marks the whole model"):
+    with pytest.raises(ValueError, match="is under cc-by-nc-sa-4.0, which marks the whole"):
         write_model_card(CardSettings(model, [run], license="apache-2.0", overwrite=True))
     (model / "README.md").write_text("---\nlicense: mit\n---\n")
     with pytest.raises(ValueError, match="is under cc-by-nc-sa-4.0"):
@@ -169,37 +187,145 @@ def test_the_emotion_tower_of_audeering_marks_the_whole_and_its_corpus(model: Pa
 
 def test_a_local_tower_has_the_licence_of_its_own_card_and_no_path(tmp_path: Path) -> None:
     towers = save_towers(tmp_path / "towers")
-    (towers / "llm" / "README.md").write_text("---\nlicense: cc-by-sa-4.0\n---\n")
+    for tower in ("llm", "speech"):
+        (towers / tower / "README.md").write_text("---\nlicense: cc-by-sa-4.0\n---\n")
     model = build(towers)
     model.save_pretrained(tmp_path / "model", light=True)
     found = read_towers(json.loads((tmp_path / "model" / "config.json").read_text()))
-    assert [tower.licence for tower in found] == ["unknown", "unknown", "cc-by-sa-4.0"]
+    assert [tower.licence for tower in found] == ["cc-by-sa-4.0", "unknown", "cc-by-sa-4.0"]
     text = write_model_card(CardSettings(tmp_path / "model")).read_text()
-    assert str(tmp_path) not in text and "license: cc-by-sa-4.0" in text
+    assert str(tmp_path) not in text and "license: other\n" in text  # until the third says something
+    said = ["emotion_tower=mit"]
+    card = ModelCard.load(write_model_card(CardSettings(tmp_path / "model", tower_license=said, overwrite=True)))
+    assert card.data.license == "cc-by-sa-4.0"
+    check_card(tmp_path / "model")  # which knows from the card what was said
+    with pytest.raises(ValueError, match="mit is given for the text_model, which is under cc-by-sa-4.0"):
+        write_model_card(CardSettings(tmp_path / "model", tower_license=["text_model=mit"], overwrite=True))
+
+
+def test_a_tower_of_the_hub_has_the_licence_of_its_card_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terms = "license: other\nlicense_name: its-agreement\nlicense_link: https://example.org/terms"
+    cards = {"org/llm": terms, "org/speech": "license: apache-2.0"}
+    with serve_hub(tmp_path / "served") as hub:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        for name, front in cards.items():
+            hub.repositories[name] = Repository({"README.md": f"---\n{front}\n---\n".encode()})
+        sections = dict.fromkeys(("audio_config", "text_config"), {"model_type": "x"})
+        names = {"audio_tower": {"name": "org/speech"}, "text_model": {"name": "org/llm"}}
+        towers = read_towers({**sections, "towers": names})
+        missing = read_towers({**sections, "towers": {**names, "text_model": {"name": "org/gone"}}})
+    assert [tower.licence for tower in towers] == ["apache-2.0", "other"] and missing[1].licence == "unknown"
+    found = choose_licence(towers)  # all other parts may go under the one's own terms
+    assert found == Licence("other", "its-agreement", "https://example.org/terms")
+    assert choose_licence(missing, link="card") == Licence("other", "terms-of-its-parts", "card")
 
 
 @pytest.mark.parametrize(
-    ("towers", "chosen", "expected"),
+    ("parts", "chosen", "expected"),
     [
-        (["apache-2.0", "mit"], None, "apache-2.0"),
-        (["unknown"], None, "unknown"),
-        (["unknown"], "mit", "mit"),
-        (["other", "cc-by-nc-sa-4.0"], None, "cc-by-nc-sa-4.0"),
-        (["apache-2.0"], "cc-by-nc-4.0", "cc-by-nc-4.0"),
-        (["apache-2.0"], "openrail", "openrail"),
-        (["cc-by-nc-4.0"], "openrail", None),
-        (["apache-2.0"], "mit", None),
+        ("apache-2.0 mit", None, "apache-2.0"),
+        ("bsd-3-clause cc0-1.0", None, "mit"),
+        ("apache-2.0 cc-by-4.0", None, "cc-by-4.0"),
+        ("apache-2.0 cc-by-nc-4.0 mit", None, "cc-by-nc-4.0"),
+        ("apache-2.0 cc-by-nc-sa-4.0 cc-by-nc-4.0", None, "cc-by-nc-sa-4.0"),
+        ("apache-2.0 gpl-3.0", None, "gpl-3.0"),
+        ("gpl-2.0 gpl-2.0", None, "gpl-2.0"),
+        ("llama3.1 llama3.1", None, "llama3.1"),
+        ("unknown", None, "other"),
+        ("apache-2.0 other", None, "other"),
+        ("apache-2.0 llama3.1", None, "other"),
+        ("cc-by-nc-sa-4.0 other", None, "other"),
+        ("cc-by-sa-4.0 cc-by-nc-4.0", None, "other"),
+        ("cc-by-sa-4.0 cc-by-nc-sa-4.0", None, "other"),
+        ("cc-by-nd-4.0 mit", None, "other"),
+        ("apache-2.0 gpl-2.0", None, "other"),
+        ("gpl-3.0 cc-by-nc-4.0", None, "other"),
+        ("apache-2.0", "cc-by-nc-4.0", "cc-by-nc-4.0"),
+        ("apache-2.0", "openrail", "openrail"),
+        ("apache-2.0 unknown", "other", "other"),
+        ("apache-2.0 unknown", "apache-2.0", r"not known.*--tower-license text_model=ID"),
+        ("apache-2.0 other", "apache-2.0", "is under other"),
+        ("apache-2.0 gpl-3.0", "apache-2.0", "is under gpl-3.0.*known to carry them: gpl-3.0"),
+        ("cc-by-sa-4.0 cc-by-nc-4.0", "cc-by-nc-4.0", "is under cc-by-sa-4.0.*or give `other`"),
+        ("cc-by-nc-4.0", "openrail", "is under cc-by-nc-4.0"),
+        ("cc-by-nd-4.0 mit", "cc-by-nd-4.0", "is under mit"),
+        ("apache-2.0", "mit", "is under apache-2.0"),
+        ("apache-2.0", "cc0-1.0", "is under apache-2.0"),
+        ("apache-2.0", "banana", "no licence of that id"),
+        ("apache-2.0", "Apache-2.0", "near ones: apache-2.0"),
+        ("apache-2.0", "unknown", "no licence of that id"),
     ],
 )
-def test_the_strictest_licence_is_carried_and_a_wish_may_only_add(
-    towers: list[str], chosen: str | None, expected: str | None
-) -> None:
-    parts = [Tower("text_model", "org/x", "llama", licence) for licence in towers]
-    if expected is None:
-        with pytest.raises(ValueError, match="--license"):
-            model_licence(parts, chosen)
-    else:
-        assert model_licence(parts, chosen) == expected
+def test_a_licence_says_no_more_than_is_known(parts: str, chosen: str | None, expected: str) -> None:
+    towers = [Tower("text_model", None, "llama", licence) for licence in parts.split()]
+    wish = Licence(chosen) if chosen else None
+    if " " in expected:
+        with pytest.raises(ValueError, match=f"--license {chosen}: .*{expected}"):
+            choose_licence(towers, chosen=wish)
+        return
+    found = choose_licence(towers, chosen=wish, link="the card")
+    assert found.id == expected and bool(found.name and found.link) == (expected == "other")
+
+
+def test_other_needs_a_name_and_a_link_and_has_them(model: Path) -> None:
+    flags = ["--license-name", "our-terms", "--license-link", "https://example.org"]
+    done = CliRunner().invoke(app, ["card", "--model", str(model), *flags])
+    assert done.exit_code == 0 and "Licence: other (our-terms: https://example.org)" in done.output
+    check_card(model)
+    card = (model / "README.md").read_text()
+    (model / "README.md").write_text(card.replace("license_link: https://example.org\n", ""))
+    with pytest.raises(ValueError, match="needs `license_name:` and `license_link:`"):
+        check_card(model)
+
+
+IEMOCAP = {"seen_corpora": ["iemocap"], "corpus_facts": {"iemocap": asdict(iemocap.FACTS)}}
+
+
+def test_what_it_was_trained_on_is_on_the_card_and_in_what_is_asked(model: Path) -> None:
+    record = {**IEMOCAP, "data": "org/rows", "seen_rows": {"train": "AAAA"}}
+    (model / "training_settings.json").write_text(json.dumps(record))
+    flags = [f"--tower-license={part}=apache-2.0" for part in ("audio_tower", "emotion_tower", "text_model")]
+    done = CliRunner().invoke(app, ["card", "--model", str(model), "--language", "de", *flags])
+    assert done.exit_code == 0, done.output
+    told = "Trained on IEMOCAP: Interactive Emotional Dyadic Motion Capture database: Given on request by SAIL"
+    assert "Licence: other (terms-of-its-parts: " in done.output and told in done.output
+    card = ModelCard.load(model / "README.md")
+    assert card.data.language == ["de", "en"] and card.data.datasets == ["org/rows"]
+    assert "for academic use" in card.text and "@article{busso2008iemocap" in card.text
+    assert "iemocap-academic-release](https://sail.usc.edu/iemocap/)" in card.text and "AAAA" not in card.text
+    chosen = CardSettings(model, tower_license=[flag.partition("=")[2] for flag in flags], license="apache-2.0")
+    card = ModelCard.load(write_model_card(replace(chosen, overwrite=True)))
+    assert card.data.license == "apache-2.0" and "for academic use" in card.text  # a person has decided
+
+
+def test_the_card_says_which_releases_load_the_code(model: Path) -> None:
+    text = write_model_card(CardSettings(model)).read_text()
+    wanted = next(one for one in importlib.metadata.requires("relllm") if one.startswith("transformers"))
+    found = re.search(r"`(transformers>=[^`]*)`", text)[1]
+    assert Requirement(found) == Requirement(wanted) and f"saved with Transformers {transformers.__version__}" in text
+
+
+def test_a_leave_one_out_run_is_on_the_card_of_each_of_its_models(model: Path, tmp_path: Path) -> None:
+    mean = {"recognition": {"head": {"ua": 0.4321, "wa": 0.5, "macro_f1": 0.5}}, "dimensions": {}}
+    own = model_fingerprint(str(model))
+    folds = {"column": "session", "values": ["Ses01", "Ses02"], "models": {"Ses01": "sha256:1", "Ses02": own}}
+    run = save_run(tmp_path / "run", "sha256:pooled", folds={**folds, "mean": mean})
+    card = ModelCard.load(write_model_card(CardSettings(model, [run])))
+    assert "2 folds by session" in card.text and "This checkpoint is one of them" in card.text
+    assert "| by the emotion head, mean over folds | 0.432 | 0.500 | 0.500 | |" in card.text
+    assert {result.dataset_name for result in card.data.eval_results} == {
+        "iemocap test, 2 folds by session of 2 models"
+    }
+    assert card.data.metrics == ["recall", "accuracy", "ccc", "empathy"]
+    check_card(model)
+    check_measured(model)
+    assert "Ses0" not in (model / "README.md").read_text() + (model / "evaluation.json").read_text()
+    others = save_run(tmp_path / "others", "sha256:pooled", folds={**folds, "models": {"Ses01": "sha256:1"}})
+    with pytest.raises(ValueError, match="or of the folds that it is one of"):
+        write_model_card(CardSettings(model, [others], overwrite=True))
 
 
 def test_training_settings_beside_the_checkpoint_are_in_the_card(model: Path) -> None:

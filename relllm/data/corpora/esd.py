@@ -22,6 +22,7 @@ FACTS = CorpusFacts(
     title="ESD: Emotional Speech Database",
     language="en",
     licence="other",
+    licence_name="esd-research-only",
     terms="Given on request by the HLT laboratory of the National University of Singapore, for research only.",
     homepage="https://hltsingapore.github.io/ESD/",
     citation="""@inproceedings{zhou2021seen,

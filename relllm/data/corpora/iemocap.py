@@ -22,6 +22,7 @@ FACTS = CorpusFacts(
     title="IEMOCAP: Interactive Emotional Dyadic Motion Capture database",
     language="en",
     licence="other",
+    licence_name="iemocap-academic-release",
     terms="Given on request by SAIL at the University of Southern California under a release agreement, for academic "
     "use; it may not be redistributed.",
     homepage="https://sail.usc.edu/iemocap/",

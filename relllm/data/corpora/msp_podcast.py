@@ -23,6 +23,7 @@ FACTS = CorpusFacts(
     title="MSP-Podcast corpus",
     language="en",
     licence="other",
+    licence_name="msp-podcast-academic",
     terms="Given on request by the MSP laboratory of the University of Texas at Dallas under an academic licence; it "
     "may not be redistributed.",
     homepage="https://ecs.utdallas.edu/research/researchlabs/msp-lab/MSP-Podcast.html",
