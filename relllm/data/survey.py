@@ -1,4 +1,8 @@
-"""What rows can teach: how many have audio, a reply, a transcript and labels, counted before a model is loaded."""
+"""What rows can teach: how many have audio, a reply, a transcript and labels, counted before a model is loaded.
+
+A clip is taught as a reply to it, as recognition of its emotion in words or as its transcription, where its row has
+what that needs.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,11 @@ if TYPE_CHECKING:
 READ = {*COLUMNS, "messages", "audios", "length"}
 SHOWN_IDS = 3
 TRAINING = "training"
+TASKS = {  # that a clip may be taught as, and what a row needs for each
+    "reply": "a reply (`response`, or `messages`)",
+    "recognition": "one `emotion`",
+    "transcription": "the `text` of one clip",
+}
 
 
 @dataclass
@@ -32,13 +41,42 @@ class RowSurvey:
     emotions: Counter[str] = field(default_factory=Counter)  # by name, of clips
     dimensions: dict[str, int] = field(default_factory=dict)  # values in [0, 1], of clips
     outside: dict[str, list[float]] = field(default_factory=dict)  # values that are not
-    without_reply: list[str] = field(default_factory=list)  # ids or places of the first ones
+    fed: Counter[tuple[str, ...]] = field(default_factory=Counter)  # rows by the tasks that they can feed
+    ids_by_fed: dict[tuple[str, ...], list[str]] = field(default_factory=dict)  # ids or places of the first ones
     ids_by_emotion: dict[str, list[str]] = field(default_factory=dict)  # the first ones
 
     @property
     def unread(self) -> list[str]:
         """Name the columns that nothing reads."""
         return sorted(set(self.columns) - READ)
+
+    def feeding(self, task: str) -> int:
+        """Count the rows that can feed a task."""
+        return sum(count for fed, count in self.fed.items() if task in fed)
+
+    def idle(self, tasks: Iterable[str]) -> tuple[int, list[str]]:
+        """Count the rows that can feed none of some tasks, and name the first ones."""
+        found = [fed for fed in self.fed if not set(fed).intersection(tasks)]
+        return sum(self.fed[fed] for fed in found), [name for fed in found for name in self.ids_by_fed[fed]][
+            :SHOWN_IDS
+        ]
+
+
+def fed_tasks(row: Mapping) -> tuple[str, ...]:
+    """Return the tasks that a row can feed; its audio is not looked at."""
+    conversation = row.get("messages")
+    has = {
+        "reply": bool(row.get("response")) if conversation is None else _has_reply(conversation),
+        "recognition": bool(only_one(row.get("emotion"))),
+        "transcription": bool((only_one(row.get("text")) or "").strip()),
+    }
+    return tuple(task for task in TASKS if has[task])
+
+
+def only_one(value: object) -> str | None:
+    """Return the label or transcript of a row of one clip; `None` where there is none, or are several."""
+    values = list(_each(value))
+    return values[0] if len(values) == 1 else None
 
 
 def survey_rows(rows: Dataset) -> RowSurvey:
@@ -47,14 +85,16 @@ def survey_rows(rows: Dataset) -> RowSurvey:
     columns = {name: rows[name] for name in READ & set(rows.column_names) - {"audio", "audios", "length"}}
     ids = [str(value) for value in columns.get("id", range(len(rows)))]
     messages = columns.get("messages") or [None] * len(rows)
-    replies = columns.get("response") or [None] * len(rows)
     has_column = "audio" in survey.columns or "audios" in survey.columns
-    for row_id, conversation, response in zip(ids, messages, replies, strict=True):
-        replied = bool(response) if conversation is None else _has_reply(conversation)
-        survey.replies += replied
+    teaching = [name for name in ("messages", "response", "emotion", "text") if name in columns]
+    for index, (row_id, conversation) in enumerate(zip(ids, messages, strict=True)):
+        fed = fed_tasks({name: columns[name][index] for name in teaching})
+        survey.fed[fed] += 1
+        first = survey.ids_by_fed.setdefault(fed, [])
+        if len(first) < SHOWN_IDS:
+            first.append(row_id)
         survey.audio += has_column or (conversation is not None and _has_audio(conversation))
-        if not replied and len(survey.without_reply) < SHOWN_IDS:
-            survey.without_reply.append(row_id)
+    survey.replies = survey.feeding("reply")
     survey.transcripts = sum(bool(text) and all(_each(text)) for text in columns.get("text", ()))
     for row_id, value in zip(ids, columns.get("emotion", ()), strict=False):
         for name in filter(None, _each(value)):
@@ -93,19 +133,35 @@ def emotions_of(survey: RowSurvey | None) -> list[str]:
 
 
 def check_surveys(
-    surveys: Mapping[str, RowSurvey], emotion_labels: Sequence[str], weights: Mapping[str, float]
+    surveys: Mapping[str, RowSurvey],
+    emotion_labels: Sequence[str],
+    weights: Mapping[str, float],
+    tasks: Sequence[str] = ("reply",),
 ) -> None:
-    """Raise a `ValueError` where rows do not feed a loss that has a weight, or hold what it cannot take.
+    """Raise a `ValueError` where rows do not feed a task, or a loss that has a weight, or hold what it cannot take.
 
     Args:
         surveys (`Mapping[str, RowSurvey]`): As of [`survey_splits`]; only the training rows have to feed the losses.
         emotion_labels (`Sequence[str]`): The classes of the model's head.
         weights (`Mapping[str, float]`): `response_loss_weight` and its kin.
+        tasks (`Sequence[str]`): Of `TASKS`, those that clips are taught as.
     """
     for name, survey in surveys.items():
-        _check_values(survey, f"the {name} rows", emotion_labels, weights)
+        _check_values(survey, f"the {name} rows", emotion_labels, weights, tasks)
         if name == TRAINING:
             _check_fed(survey, weights)
+            if len(tasks) > 1:
+                _check_tasks(survey, tasks)
+
+
+def _check_tasks(survey: RowSurvey, tasks: Sequence[str]) -> None:
+    for task in tasks:
+        if survey.rows and not survey.feeding(task):
+            counts = ", ".join(f"{one}: {survey.feeding(one)}" for one in tasks)
+            raise ValueError(
+                f"The task {task!r} is given, and none of {survey.rows} training rows has {TASKS[task]}; rows for "
+                f"each task: {counts}; the columns are {survey.columns}. Leave it out of tasks, or add the column."
+            )
 
 
 def _check_fed(survey: RowSurvey, weights: Mapping[str, float]) -> None:
@@ -122,18 +178,22 @@ def _check_fed(survey: RowSurvey, weights: Mapping[str, float]) -> None:
             )
 
 
-def _check_values(survey: RowSurvey, split: str, emotion_labels: Sequence[str], weights: Mapping[str, float]) -> None:
+def _check_values(
+    survey: RowSurvey, split: str, emotion_labels: Sequence[str], weights: Mapping[str, float], tasks: Sequence[str]
+) -> None:
     has = f"the columns are {survey.columns}"
     if survey.rows and not survey.audio:
         raise ValueError(f"None of {split} has audio; {has}. Name the column `audio`.")
     replied = weights["response_loss_weight"] > 0 or weights["response_kl_weight"] > 0
-    if replied and survey.replies < survey.rows:
+    count, first = survey.idle(tasks)
+    if replied and count:
+        what = "no reply to learn" if list(tasks) == ["reply"] else f"nothing for any of the tasks {', '.join(tasks)}"
         raise ValueError(
-            f"{survey.rows - survey.replies} of {survey.rows} of {split} have no reply to learn (rows "
-            f"{', '.join(survey.without_reply)}, …); {has}. Write replies with `relllm write-targets`, leave them "
-            "out, or train the heads alone with response_loss_weight: 0."
+            f"{count} of {survey.rows} of {split} have {what} (rows {', '.join(first)}, …); {has}. Write replies with "
+            "`relllm write-targets`, leave them out, or train the heads alone with response_loss_weight: 0."
         )
-    if weights["emotion_loss_weight"] > 0 and (foreign := sorted(survey.emotions.keys() - set(emotion_labels))):
+    named = weights["emotion_loss_weight"] > 0 or "recognition" in tasks
+    if named and (foreign := sorted(survey.emotions.keys() - set(emotion_labels))):
         listed = "; ".join(
             f"{name!r} in {survey.emotions[name]} (rows {', '.join(survey.ids_by_emotion[name])})" for name in foreign
         )
@@ -148,8 +208,8 @@ def _check_values(survey: RowSurvey, split: str, emotion_labels: Sequence[str], 
         )
 
 
-def draw_survey(surveys: Mapping[str, RowSurvey]) -> Table:
-    """Return the table of counts, one column a split."""
+def draw_survey(surveys: Mapping[str, RowSurvey], tasks: Sequence[str] = ()) -> Table:
+    """Return the table of counts, one column a split; with `tasks`, the rows that can feed each."""
     from rich.table import Table
 
     table = Table("", *surveys, title="What the rows teach", title_justify="left")
@@ -159,6 +219,7 @@ def draw_survey(surveys: Mapping[str, RowSurvey]) -> Table:
         "with audio": [one.audio for one in surveys.values()],
         "with a reply": [one.replies for one in surveys.values()],
         "with a transcript": [one.transcripts for one in surveys.values()],
+        **{f"for {task}": [one.feeding(task) for one in surveys.values()] for task in tasks},
         **{f"emotion: {name}": [one.emotions[name] for one in surveys.values()] for name in emotions},
         **{name: [one.dimensions[name] for one in surveys.values()] for name in DIMENSIONS},
     }

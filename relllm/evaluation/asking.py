@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from relllm.labels import canonical_emotion
-from relllm.processing.prompts_relllm import RECOGNITION_PROMPT, SPEECH_PROMPT, SYSTEM_PROMPT
+from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT, ask_about, recognition_prompt
 
 from .evaluation_settings import Task
 
@@ -19,8 +19,6 @@ RECOGNITION_TOKENS = 16  # of an answer that names an emotion
 DIGITS = 6  # of a number in the predictions; more would differ between machines
 Turns: TypeAlias = "list[dict[str, object]]"
 
-_OPTIONS = "neutral, sad, angry, happy, or surprise"  # as the frozen prompt has them, which sets their order
-_ORDER = ("neutral", "sad", "angry", "happy", "surprise")
 _CLAUSE_END = re.compile(r"[.,;:!?()\n]|\bbut\b")
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 _NEGATIONS = ("not", "no", "never", "neither", "nor", "cannot")
@@ -39,16 +37,12 @@ class Questions:
 
 
 def conversations(questions: Questions, turn: Mapping[str, str]) -> dict[str, Turns]:
-    """Return the two requests about one turn, which is audio or text.
-
-    Recognition has no system turn: ours asks for a reaction, and the question is for a name.
-    """
-    asked = {"type": "text", "text": recognition_prompt(questions.labels)}
+    """Return the two requests about one turn, which is audio or text."""
     request = [{"type": "text", "text": questions.instruction}] if questions.instruction else []
     reply: Turns = [{"role": "user", "content": [*request, turn]}]
     if questions.system_prompt:
         reply.insert(0, {"role": "system", "content": questions.system_prompt})
-    return {"recognition": [{"role": "user", "content": [asked, turn]}], "reply": reply}
+    return {"recognition": ask_about(recognition_prompt(questions.labels), dict(turn)), "reply": reply}
 
 
 def render_prompts(
@@ -98,15 +92,6 @@ def number(value: float) -> float:
             f"The model's output is {value}: its weights or its precision are broken. Try --dtype float32."
         )
     return round(value, DIGITS)
-
-
-def recognition_prompt(labels: Sequence[str]) -> str:
-    """Return the frozen prompt with the labels in use as its options; with the original's five it is unchanged."""
-    if len(labels) < 2:
-        raise ValueError(f"Recognition needs at least two labels to choose from, got {list(labels)}.")
-    options = [name for name in _ORDER if name in labels] + [name for name in labels if name not in _ORDER]
-    comma = "," if len(options) > 2 else ""
-    return RECOGNITION_PROMPT.replace(_OPTIONS, f"{', '.join(options[:-1])}{comma} or {options[-1]}")
 
 
 def parse_emotion(answer: str, labels: Sequence[str]) -> str | None:

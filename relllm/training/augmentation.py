@@ -81,7 +81,23 @@ class AugmentationSettings:
         return ranges or self.augment_telephone or bool(self.augment_codec)
 
 
-class Augmentation:
+class SharedEpoch:
+    """Something whose draws differ from epoch to epoch, also in workers that have a copy of it."""
+
+    def __init__(self) -> None:
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch whose draws are made, from 0; the same in all workers, also once it is set."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+
+class Augmentation(SharedEpoch):
     """Gives each clip the effects that its row and the epoch draw.
 
     A clip that another speed would make shorter than `min_duration_s` or longer than `max_duration_s` keeps its speed.
@@ -96,6 +112,7 @@ class Augmentation:
         min_duration_s: float = MIN_DURATION_S,
         max_duration_s: float = MAX_DURATION_S,
     ) -> None:
+        super().__init__()
         settings.check_augmentation()
         self.settings = settings
         self.seed = seed
@@ -106,16 +123,6 @@ class Augmentation:
         for codec in settings.augment_codec or []:
             if not soundfile.check_format(*CODECS[codec]):
                 raise ValueError(f"augment_codec: {codec!r} needs libsndfile >= 1.1. Update soundfile, or leave it.")
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    @property
-    def epoch(self) -> int:
-        """Return the epoch whose draws are made, from 0; the same in all workers, also once it is set."""
-        return int(self._epoch)
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
 
     def __call__(self, waveform: np.ndarray, *, row_id: object = None, clip: int = 0) -> np.ndarray:
         """Return the clip, `(samples,)` in float32, with what it draws; the one that is given stays as it is.
@@ -270,7 +277,7 @@ class AugmentationMixin(Trainer):
     def augment(self, augmentation: Augmentation) -> None:
         """Have the training loader augment from now on, and no other."""
         self._augmentation = augmentation
-        self.add_callback(_EpochCallback(augmentation))
+        self.add_callback(EpochCallback(augmentation))
 
     def get_train_dataloader(self) -> DataLoader:
         """Do as Transformers, with a collator that augments where [`augment`] was called."""
@@ -284,18 +291,18 @@ class AugmentationMixin(Trainer):
             self.data_collator = plain
 
 
-class _EpochCallback(TrainerCallback):
-    """Counts the epochs for an [`Augmentation`]; the trainer asks for an epoch's first row after its beginning."""
+class EpochCallback(TrainerCallback):
+    """Counts the epochs for what draws by them; the trainer asks for an epoch's first row after its beginning."""
 
-    def __init__(self, augmentation: Augmentation) -> None:
-        self.augmentation = augmentation
+    def __init__(self, drawn: SharedEpoch) -> None:
+        self.drawn = drawn
         self.next_epoch = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: object) -> None:
         self.next_epoch = int(state.epoch or 0)  # of a resumed run 1.5, say: in the middle of the second epoch
 
     def on_epoch_begin(self, *_: object, **kwargs: object) -> None:
-        self.augmentation.epoch = self.next_epoch
+        self.drawn.epoch = self.next_epoch
         self.next_epoch += 1
 
 

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 
+from relllm.data.survey import only_one
 from relllm.labels import DIMENSIONS
 from relllm.processing.processing_relllm import AUDIO_KEYS, ReLLMProcessor, audio_parts
+from relllm.processing.prompts_relllm import TRANSCRIPTION_PROMPT, ask_about, recognition_prompt
 
 from .augmentation import Augmentation
 from .losses import IGNORE_INDEX
+from .tasks import GIVEN_TASK, TaskMix
 from .tower_cache import TowerCache
 
+NO_LABELS = dict.fromkeys(("emotion", *DIMENSIONS))
 AUDIO_PLACE = "<audio>"  # where a clip stands in the text of LLaMA-Factory's and ms-swift's messages
 
 
@@ -31,6 +35,9 @@ class ReLLMCollator:
     A row is one of a corpus (`audio`, `response`, and where known `emotion`, `arousal`, `dominance`, `valence`), or a
     TRL conversation (`messages`; see [`place_clips`]) with the same labels beside it. Token labels are on the
     assistant's words and the end of its turn, and nowhere else.
+
+    With a `mix` a row may be taught as another task than its reply: the question that `relllm evaluate` asks of the
+    emotion, answered by the label, or the transcript.
     """
 
     processor: ReLLMProcessor
@@ -38,6 +45,7 @@ class ReLLMCollator:
     teacher: bool = False  # make the teacher's input from the column `text`: transcripts, one of each clip
     replies: bool = True  # whether rows need one: the heads learn without
     augmentation: Augmentation | None = None  # of every clip, once it is read and before anything is counted
+    mix: TaskMix | None = None  # of the tasks; without one each row is a reply
     tower_cache: TowerCache | None = None  # clips that it has come as tower outputs, and have no features
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
@@ -46,9 +54,12 @@ class ReLLMCollator:
         Returns:
             `dict`: The model's inputs, padded on the right; `labels` `(batch, sequence)`; `emotion_labels` `(clips,)`,
             -100 where unlabelled; `dimension_labels` `(clips, 3)`, NaN where unlabelled; `clips_per_row` `(batch,)`.
-            With `teacher` those of `TEACHER_INPUTS`, with a `tower_cache` those of [`TowerCache.look_up`].
+            With a `mix` `row_tasks` `(batch,)`, with `teacher` those of `TEACHER_INPUTS`, with a `tower_cache` those
+            of [`TowerCache.look_up`].
         """
-        conversations = [self._conversation(row) for row in rows]
+        given = [self._task(row) for row in rows]
+        tasks = [task for task, _ in given]
+        conversations = [self._conversation(row, task) for row, task in zip(rows, tasks, strict=True)]
         clips = [len(audio_parts(conversation)) for conversation in conversations]
         audio_kwargs: dict[str, list[bool]] = {}
         of_towers: dict[str, Tensor] = {}
@@ -74,14 +85,19 @@ class ReLLMCollator:
                 "between {% generation %} and {% endgeneration %}? `from_config` without `chat_template` makes one."
             )
         batch["labels"] = batch["input_ids"].masked_fill(~is_reply, IGNORE_INDEX)
-        emotions = [self._emotions(row, count) for row, count in zip(rows, clips, strict=True)]
-        dimensions = [_dimension_targets(row, count) for row, count in zip(rows, clips, strict=True)]
+        # a clip that comes again, as another task, has been counted in the losses of the heads
+        labelled = [{**row, **NO_LABELS} if again else row for row, (_, again) in zip(rows, given, strict=True)]
+        emotions = [self._emotions(row, count) for row, count in zip(labelled, clips, strict=True)]
+        dimensions = [_dimension_targets(row, count) for row, count in zip(labelled, clips, strict=True)]
         batch["emotion_labels"] = torch.tensor([label for labels in emotions for label in labels], dtype=torch.long)
         targets = [target for row_targets in dimensions for target in row_targets]
         batch["dimension_labels"] = torch.tensor(targets, dtype=torch.float32).reshape(-1, len(DIMENSIONS))
         batch["clips_per_row"] = torch.tensor(clips)
+        if self.mix is not None:
+            batch["row_tasks"] = torch.tensor([self.mix.names.index(task) for task in tasks])
         if self.teacher:
-            batch.update(self._teacher_inputs(rows, conversations, batch))
+            heard = [row if task == "reply" else {"id": row.get("id")} for row, task in zip(rows, tasks, strict=True)]
+            batch.update(self._teacher_inputs(heard, conversations, batch))
         return batch
 
     def _augment(self, rows: Sequence[Mapping], conversations: list[list[dict]], augmentation: Augmentation) -> None:
@@ -95,7 +111,7 @@ class ReLLMCollator:
     ) -> dict[str, Tensor]:
         """Return `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`, all `(batch, T)`.
 
-        A row that lacks the transcript of a clip keeps its place in the batch and has no labels.
+        A row that lacks the transcript of a clip, or is no reply, keeps its place in the batch and has no labels.
         """
         lengths = batch["attention_mask"].sum(1).tolist()
         tokens, labels = [], []
@@ -134,7 +150,22 @@ class ReLLMCollator:
         for is_audio, items in segments:
             yield from ((token, IGNORE_INDEX) for token in next(spoken)) if is_audio else items
 
-    def _conversation(self, row: Mapping) -> list[dict]:
+    def _task(self, row: Mapping) -> tuple[str, bool]:
+        """Return what a row is taught as, and whether its clip has come before."""
+        if self.mix is None:
+            return "reply", False
+        return row[GIVEN_TASK] if GIVEN_TASK in row else (self.mix.draw(row), False)
+
+    def _conversation(self, row: Mapping, task: str) -> list[dict]:
+        if self.mix is not None and task != "reply":
+            clip = _clip_of(row)
+            if task == "recognition":
+                options = self.mix.order(row, self.emotion_labels)
+                prompt = recognition_prompt(options, in_order=not self.mix.draws_options)
+                answer = only_one(row["emotion"])
+            else:
+                prompt, answer = TRANSCRIPTION_PROMPT, only_one(row["text"])
+            return [*ask_about(prompt, clip), {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         if row.get("messages") is not None:
             if self.replies and not any(message["role"] == "assistant" for message in row["messages"]):
                 raise ValueError(f"{_name(row)} has `messages` without an assistant turn: there is nothing to learn.")
@@ -194,6 +225,18 @@ def place_clips(row: Mapping) -> list[dict]:
             for part in message["content"]
         ]
     return messages
+
+
+def _clip_of(row: Mapping) -> dict:
+    """Return the only clip of a row, as a part of a message."""
+    if row.get("messages") is None:
+        return {"type": "audio", "audio": row["audio"]}
+    parts = audio_parts(place_clips(row))
+    if len(parts) != 1:
+        raise ValueError(
+            f"{_name(row)} has one `emotion` or `text` and {len(parts)} clips. Give a list, one for each."
+        )
+    return dict(parts[0])
 
 
 def _has_clip(part: Mapping) -> bool:

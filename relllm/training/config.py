@@ -1,12 +1,14 @@
 """Settings of `relllm train`: of the trainer, and of the model and the rows. Architecture is `ReLLMConfig`."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from trl import SFTConfig
 
+from relllm.data.survey import TASKS
 from relllm.modeling.places_relllm import check_place
 from relllm.setting import setting
 
@@ -39,7 +41,13 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
     dimension_loss_weight: float = setting(1.0, "Weight of the dimension loss.")
     dimension_loss: Literal["mse", "ccc"] = setting("mse", "mse (paper), or ccc: 1 - concordance of the micro-batch.")
     emotion_class_weights: list[str] | None = setting(None, "One for each emotion class, or `balanced`.")
-    response_loss_weight: float = setting(1.0, "Weight of the reply's cross-entropy.")
+    response_loss_weight: float = setting(1.0, "Weight of the cross-entropy of what is said, in every task.")
+    tasks: dict[str, float] | str | None = setting(
+        None, "What clips are taught as, with shares: reply=1,recognition=0.5,transcription=0.25; by default reply."
+    )
+    recognition_options: Literal["fixed", "drawn"] = setting(
+        "fixed", "Order of the emotions in the question: the frozen prompt's, or one for each row and epoch."
+    )
     response_kl_weight: float = setting(0.0, "Weight of KL(text || speech) over the reply (BLSP-Emo); rows need text.")
     kl_temperature: float = setting(2.0, "Divides the logits of both branches of the KL (BLSP-Emo: 2).")
     kl_shifted: bool = setting(True, "False: the positions of the original code, one late.")
@@ -69,6 +77,11 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
         for weight in self.emotion_class_weights or []:
             if self.emotion_class_weights != ["balanced"] and not _is_weight(weight):
                 raise ValueError(f"emotion_class_weights takes numbers >= 0, or `balanced`, got {weight!r}.")
+        if self.tasks is not None:
+            self.tasks = parse_shares(self.tasks, "tasks")
+            self._check_tasks(self.tasks)
+        if self.recognition_options not in ("fixed", "drawn"):
+            raise ValueError(f"recognition_options must be 'fixed' or 'drawn', got {self.recognition_options!r}.")
         if self.dimension_loss not in ("mse", "ccc"):
             raise ValueError(f"dimension_loss must be 'mse' or 'ccc', got {self.dimension_loss!r}.")
         if unknown := sorted(set(self.unfreeze) - set(TOWERS)):
@@ -85,6 +98,19 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
         self.remove_unused_columns = False
         dataset_kwargs: dict | None = self.dataset_kwargs  # type: ignore[has-type]
         self.dataset_kwargs = {**(dataset_kwargs or {}), "skip_prepare_dataset": True}
+
+    @property
+    def task_shares(self) -> dict[str, float]:
+        """Return the weight of each task that clips are taught as."""
+        return self.tasks if isinstance(self.tasks, dict) else {"reply": 1.0}
+
+    def _check_tasks(self, shares: Mapping[str, float]) -> None:
+        if unknown := sorted(set(shares) - set(TASKS)):
+            raise ValueError(f"tasks has {unknown}; it takes any of {', '.join(TASKS)}.")
+        if self.response_loss_weight == 0 and set(shares) != {"reply"}:
+            raise ValueError(f"tasks has {sorted(shares)}, and response_loss_weight=0 teaches none of them.")
+        if self.response_kl_weight > 0 and "reply" not in shares:
+            raise ValueError("response_kl_weight > 0 compares replies, and tasks has none. Add reply, or set it to 0.")
 
     def _check_tower_cache(self) -> None:
         if towers := sorted(set(self.unfreeze) & {"audio_tower", "emotion_tower"}):
@@ -112,6 +138,17 @@ def check_places(script: "RowsSettings", *, data: bool = True) -> None:
     for name in ("data", "eval_data") if data else ():
         if place := getattr(script, name, None):
             check_place(place, repo_type="dataset")
+
+
+def parse_shares(given: Mapping[str, Any] | str, name: str) -> dict[str, float]:
+    """Return `{"a": 1.0, "b": 0.5}` of itself or of `"a=1,b=0.5"`; without a number it is 1, and 0 is left out."""
+    pairs = list(given.items()) if isinstance(given, Mapping) else []
+    if isinstance(given, str):
+        pairs = [(key.strip(), value or 1) for key, _, value in (part.partition("=") for part in given.split(","))]
+    shares = {key: float(value) for key, value in pairs if _is_weight(value) and key}
+    if len(shares) < len(pairs) or not any(shares.values()):
+        raise ValueError(f"{name} is {given!r}, expected each name once with a share >= 0, such as a=1,b=0.5.")
+    return {key: share for key, share in shares.items() if share > 0}
 
 
 def loss_weights(args: ReLLMSFTConfig) -> dict[str, float]:

@@ -15,7 +15,7 @@ from .alignment import Alignment, check_head
 from .config import ReLLMSFTConfig
 from .losses import IGNORE_INDEX, ccc_loss, dimension_loss, emotion_loss
 
-TARGETS = ("emotion_labels", "dimension_labels", "clips_per_row")
+TARGETS = ("emotion_labels", "dimension_labels", "clips_per_row", "row_tasks")
 NO_LABEL_OF_A_ROW = {"labels": IGNORE_INDEX, "teacher_labels": IGNORE_INDEX}
 NO_LABEL_OF_A_CLIP = {"emotion_labels": IGNORE_INDEX, "dimension_labels": float("nan")}
 

@@ -108,13 +108,13 @@ def _survey(script: ReLLMScriptArguments, args: ReLLMSFTConfig, train_rows: obje
     """Print what the rows teach, choose a new model's classes, and check all that before a model is loaded."""
     surveys = survey_splits(train_rows, eval_rows)
     if surveys and args.process_index == 0 and not args.disable_tqdm:
-        Console(stderr=True).print(draw_survey(surveys))
+        Console(stderr=True).print(draw_survey(surveys, list(args.tasks or ())))
     if script.model_name_or_path is not None:
         config = AutoConfig.from_pretrained(script.model_name_or_path, revision=script.revision)
         labels = getattr(config, "emotion_labels", EMOTIONS)  # what is no ReLLM is refused when it is loaded
     else:
         labels = script.emotion_labels = script.emotion_labels or emotions_of(surveys.get(TRAINING))
-    check_surveys(surveys, labels, loss_weights(args))
+    check_surveys(surveys, labels, loss_weights(args), list(args.task_shares))
     if args.emotion_class_weights is not None:
         class_weights(args.emotion_class_weights, labels, surveys[TRAINING].emotions if TRAINING in surveys else None)
     if args.augments:
@@ -138,7 +138,7 @@ def training_record(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> dict[
 
 
 def _plain(value: object) -> object:
-    return value if type(value) in (bool, int, float, str, list) else str(getattr(value, "value", value))
+    return value if type(value) in (bool, int, float, str, list, dict) else str(getattr(value, "value", value))
 
 
 def _load_data(

@@ -37,12 +37,14 @@ from .freezing import LearningRatesMixin, TrainableTableCallback, lora_counts_as
 from .lengths import GroupByLengthMixin, row_lengths
 from .losses import IGNORE_INDEX
 from .objective import TARGETS, Objective, RunningMeans, keep_labels
+from .tasks import TaskMix, TaskMixin, log_tasks, task_metrics
 from .tower_cache import TowerCacheMixin
 
 logger = logging.get_logger(__name__)
 
 
 class ReLLMSFTTrainer(
+    TaskMixin,
     LearningRatesMixin,
     CompletionsMixin,
     GroupByLengthMixin,
@@ -81,7 +83,7 @@ class ReLLMSFTTrainer(
         train_dataset = _normalized(train_dataset, "train_dataset")
         eval_dataset = _normalized(eval_dataset, "eval_dataset")
         surveys = survey_splits(train_dataset, eval_dataset) if "data_collator" not in kwargs else {}
-        check_surveys(surveys, model.config.emotion_labels, loss_weights(args))
+        check_surveys(surveys, model.config.emotion_labels, loss_weights(args), list(args.task_shares))
         self.objective = Objective(args, model, surveys[TRAINING].emotions if TRAINING in surveys else None)
         for name in ("instruction", "system_prompt"):  # which whoever loads the model then asks with
             if getattr(args, name) is not None:
@@ -89,12 +91,16 @@ class ReLLMSFTTrainer(
         ends = find_ends(model.generation_config, processing_class.tokenizer, processing_class.chat_template)
         model.generation_config.eos_token_id = ends
         prepare_trainable(model, args.unfreeze, self.objective.unused_heads)
+        mix = None
+        if args.tasks is not None and "data_collator" not in kwargs:
+            mix = TaskMix(args.task_shares, seed=args.seed, draws_options=args.recognition_options == "drawn")
         if "data_collator" not in kwargs:
             kwargs["data_collator"] = ReLLMCollator(
                 processing_class,
                 model.config.emotion_labels,
                 teacher=self.objective.alignment is not None,
                 replies=args.response_loss_weight > 0 or args.response_kl_weight > 0,
+                mix=mix,
             )
         with lora_counts_as_adapter(model):
             super().__init__(
@@ -119,6 +125,9 @@ class ReLLMSFTTrainer(
         self.add_callback(_ShortRunCallback)
         self._num_items = torch.zeros(len(self.objective.weights))
         names = ["response_loss", "emotion_accuracy", "tower_cache_hits", *self.objective.active]
+        if mix is not None:
+            self.teach_tasks(mix)
+            names += task_metrics(mix)
         self._means = RunningMeans(names, self.args.device)
         self._heard: list[Tensor] = []  # of the running evaluation; see `_remember`
 
@@ -181,6 +190,8 @@ class ReLLMSFTTrainer(
                 steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
                 reply = loss - self.router_aux_loss_coef * output.aux_loss / steps
             self._log_response(reply, inputs["labels"], num_items_in_batch)
+            if self._mix is not None:
+                log_tasks(self._means, mode, self._mix, output, inputs["labels"], targets["row_tasks"])
             loss = loss * self.args.response_loss_weight
         training = self.model.training and num_items_in_batch is not None
         num_items = self._num_items if training else local_counts

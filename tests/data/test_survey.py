@@ -30,7 +30,7 @@ def test_every_kind_of_row_is_counted(tmp_path: Path) -> None:
     assert (survey.rows, survey.audio, survey.replies, survey.transcripts) == (3, 2, 1, 1)
     assert survey.emotions == {"sad": 1, "boredom": 1} and survey.ids_by_emotion["boredom"] == ["b"]
     assert survey.dimensions == {"arousal": 2, "dominance": 0, "valence": 0} and survey.outside == {"valence": [7.0]}
-    assert survey.without_reply == ["b", "c"] and survey.unread == ["gender"]
+    assert survey.idle(["reply"]) == (2, ["b", "c"]) and survey.unread == ["gender"]
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(draw_survey({"training": survey}))
     text = " ".join(console.export_text().split())
@@ -40,7 +40,7 @@ def test_every_kind_of_row_is_counted(tmp_path: Path) -> None:
 def test_rows_of_a_corpus_have_a_reply_that_is_not_empty(tmp_path: Path) -> None:
     rows = [{"id": f"{index}", "audio": "a.wav", "response": reply} for index, reply in enumerate(("Oh.", "", None))]
     survey = survey_rows(load(rows, tmp_path))
-    assert (survey.audio, survey.replies, survey.without_reply) == (3, 1, ["1", "2"])
+    assert (survey.audio, survey.replies, survey.idle(["reply"])) == (3, 1, (2, ["1", "2"]))
 
 
 def test_the_classes_of_a_new_head_are_those_of_the_rows(tmp_path: Path) -> None:

@@ -15,12 +15,11 @@ from relllm.evaluation.asking import (
     encode_prompts,
     number,
     parse_emotion,
-    recognition_prompt,
 )
 from relllm.evaluation.predicting import SpeechPredictor, TextPredictor, resolve_system
 from relllm.inference.replies import generate_answers, score_answers
 from relllm.labels import EMOTIONS, FURTHER_EMOTIONS
-from relllm.processing.prompts_relllm import RECOGNITION_PROMPT
+from relllm.processing.prompts_relllm import RECOGNITION_PROMPT, recognition_prompt
 from relllm.processing.turns_relllm import build_chat_template
 
 ALL = EMOTIONS + FURTHER_EMOTIONS
