@@ -62,7 +62,7 @@ class TaskMix(SharedEpoch):
     def _uniform(self, row: Mapping, what: str) -> float:
         words = [row.get(name) for name in ("text", "response", "emotion", "messages")]
         key = row["id"] if row.get("id") is not None else words
-        return int.from_bytes(hashlib.sha256(repr((self.seed, key, what)).encode()).digest()[:7]) / 2**56
+        return int.from_bytes(hashlib.sha256(repr((self.seed, key, what)).encode()).digest()[:7], "big") / 2**56
 
 
 class TaskRows(TorchDataset):

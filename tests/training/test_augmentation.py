@@ -347,7 +347,7 @@ def test_only_training_knows_of_augmentation() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom) and "augmentation" in (node.module or "")
     }
-    files = ("collator", "config", "emotion_training", "run", "trainer")
+    files = ("collator", "config", "emotion_training", "run", "tasks", "trainer")
     assert users == {f"training/{name}.py" for name in files}
 
 

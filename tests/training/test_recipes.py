@@ -27,6 +27,7 @@ DIFFERENCES = {  # of stage2_emotion.yaml
     "ablations/token_fusion": {"emotion_fusion": "token"},
     "ablations/lora_text": {"lora_scope": "text"},
     "ablations/lora_global": {"lora_scope": "global"},
+    "stage2_multitask": {"tasks": {"reply": 1, "recognition": 0.5, "transcription": 0.25}},
     "stage2_emotion_kl": {"response_kl_weight": 1.0, "kl_temperature": 2.0},
     "qlora_7b": {
         **{"load_in_4bit": True, "light_checkpoints": False, "save_total_limit": 1, "optim": "paged_adamw_8bit"},
