@@ -3,11 +3,15 @@
 import io
 import json
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 from pictures import blank_pictures
+from processes import run_command
 from rich.console import Console
 
+from relllm.demo import steps
 from relllm.demo.demo_settings import DemoSettings
 from relllm.demo.tiny import run_demo
 from relllm.hub import push
@@ -23,10 +27,15 @@ def tiny_settings(folder, **changes) -> DemoSettings:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, fork_server):
+    def start(command, *, check):
+        assert command[:3] == [sys.executable, "-m", "relllm.cli"] and check
+        fork_server.run(run_command, *command[3:])
+
     folder = tmp_path_factory.mktemp("runs") / "demo"
     console = Console(file=io.StringIO(), width=200)
-    with blank_pictures():
+    with blank_pictures(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "subprocess", SimpleNamespace(run=start))  # forked here; its own imports everything
         learned = run_demo(tiny_settings(folder), console)
     return folder, learned, console.file.getvalue()
 
@@ -58,7 +67,7 @@ def test_the_verdict_follows_from_the_measured_accuracy(run):
 
 @pytest.fixture
 def no_fresh_processes(monkeypatch):
-    """The first run has loaded the checkpoint in fresh processes."""
+    """The first run has loaded the checkpoint in other processes."""
     asked = []
     monkeypatch.setattr(push, "check_loads", lambda folder, **options: asked.append(folder))
     monkeypatch.setattr(subprocess, "run", lambda command, **options: asked.append(command))
