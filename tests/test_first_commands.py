@@ -43,6 +43,7 @@ STAND_INS = {  # of what is on the Hub, and of sizes; in README's lines and in t
     "Qwen/Qwen2.5-7B-Instruct": "towers/llm",
     "microsoft/wavlm-large": "towers/wavlm",
     "--mechanism ER": "--mechanism ER --encoder towers/encoder --epochs 1",
+    "--empathy-scorers runs/scorers": "--empathy-scorers runs/scorers --allow-weak-scorers",
     "prepare synthetic": "prepare synthetic --train-clips 4 --validation-clips 1 --test-clips 1",
     "bf16: true": "bf16: true\nuse_cpu: true\nmax_steps: 2",
     "dataloader_num_workers: 4": "dataloader_num_workers: 0",

@@ -55,6 +55,8 @@ def score_command(settings: ScoringSettings) -> None:
 
 
 def _show_training(metrics: dict, folder: Path) -> None:
+    from relllm.evaluation.empathy.quality import find_weaknesses, quality_of
+
     data, test = metrics["data"], metrics["test"]
     table = Table("split", "pairs", "seeker posts", "level 0 / 1 / 2")
     for name, part in metrics["splits"].items():
@@ -67,10 +69,16 @@ def _show_training(metrics: dict, folder: Path) -> None:
         for reason, part in found.items():
             if part["count"]:
                 console.print(f"[yellow]{title}:[/yellow] {reason}: {part['count']:,} (lines {part['lines']})")
-    baseline, level, rationale = metrics["test_baseline"], test["level"], test["rationale"]
-    numbers = Table("test", "accuracy", "macro-F1", "token F1")
-    scores = [level["accuracy"], level["macro_f1"], rationale["token_f1"]]
-    numbers.add_row(metrics["mechanism"], *("—" if value is None else f"{value:.3f}" for value in scores))
-    numbers.add_row(f"always {baseline['level']}", f"{baseline['accuracy']:.3f}", f"{baseline['macro_f1']:.3f}", "")
+    baseline, bag, token_f1 = metrics["test_baseline"], metrics["bag_of_words"], test["rationale"]["token_f1"]
+    numbers = Table("test", "accuracy", "macro-F1", "recall 0 / 1 / 2", "token F1")
+    found = "—" if token_f1 is None else f"{token_f1:.3f}"
+    for name, level, tokens in ((metrics["mechanism"], test["level"], found), ("bag of words", bag, "")):
+        recalls = " / ".join("—" if recall is None else f"{recall:.2f}" for recall in level["recall"].values())
+        numbers.add_row(name, f"{level['accuracy']:.3f}", f"{level['macro_f1']:.3f}", recalls, tokens)
+    numbers.add_row(
+        f"always {baseline['level']}", f"{baseline['accuracy']:.3f}", f"{baseline['macro_f1']:.3f}", "", ""
+    )
     console.print(numbers)
+    for weakness in find_weaknesses({metrics["mechanism"]: quality_of(metrics)}):
+        console.print(f"[red]`relllm evaluate` will refuse it:[/red] {weakness}", highlight=False)
     console.print(f"Scorer and metrics: [bold]{escape(str(folder))}[/bold]")

@@ -12,7 +12,7 @@ from relllm.labels import DIMENSIONS
 from relllm.metrics import dimension_metrics, recognition_metrics
 
 from .evaluation_settings import LEVELS, MECHANISMS, SYSTEMS, WAYS
-from .runs import Run, group_by_corpus
+from .runs import Run, find_differences, group_by_corpus
 from .statistics import PairedTest, Resampler, holm, percentile_interval, wilcoxon_test
 
 MAX_MISSING = 0.01  # of the clips of a data set; with more, the runs are not of one evaluation
@@ -116,6 +116,8 @@ def compare_runs(
         by_label = {labels[run.path]: run for run in sorted(members, key=lambda run: systems.index(labels[run.path]))}
         pairs = _pairs(list(by_label), chosen)
         notes += [f"{corpus}: no run of the baseline {name}." for name in chosen if name not in by_label]
+        notes += [f"{corpus}: {difference}." for difference in find_differences(members)]
+        notes += [note for label, run in by_label.items() for note in _say_seen(corpus, label, run)]
         for measured, units, ids in _measure_parts(corpus, by_label, resample, notes):
             resampler = Resampler(units, num_resamples=num_resamples, seed=seed) if len(set(units)) > 1 else None
             for metric, of_system in measured.items():
@@ -154,6 +156,19 @@ def _row_labels(groups: Mapping[str, Sequence[Run]]) -> tuple[dict[Path, str], d
                 "system a name of its own with `relllm evaluate --name`."
             )
     return labels, kinds
+
+
+def _say_seen(corpus: str, label: str, run: Run) -> list[str]:
+    """Say what a model's training has to do with the rows it was measured on."""
+    if not run.seen:
+        return []
+    notes = []
+    if count := run.seen["trained_on"] + (run.seen["validated_on"] if run.seen["chosen_by"] else 0):
+        notes.append(f"{corpus}: {label} is NOT CLEAN: {count} of the clips trained it or chose its checkpoint.")
+    elif str(run.data.get("corpus")) in run.seen["corpora"]:
+        held = "on other clips of it" if run.seen["recorded"] else "on it, and on which clips is not known"
+        notes.append(f"{corpus}: {label}, or a tower of it, was trained {held}.")
+    return notes
 
 
 def _find_baseline(name: str, runs: Sequence[Run], labels: Mapping[Path, str]) -> str:

@@ -14,7 +14,9 @@ from relllm.data.journal import write_json
 from relllm.plots import ForestLine, plot_forest, plot_levels
 
 from .comparison import SYSTEM_TITLES, Cell, Comparison, Gain, Metric
+from .empathy.quality import describe_quality, find_weaknesses
 from .evaluation_settings import LEVELS, MECHANISMS
+from .runs import Run
 from .tables import Table, to_latex, to_markdown
 
 COMPARISON_FORMAT = "relllm-comparison-1"
@@ -158,7 +160,37 @@ def _value_table(comparison: Comparison, name: str) -> Table:
     if name != "dimensions" and any(text != DASH for text in known):
         rows.append([PUBLISHED, *[DASH] * (num_stubs - 1), *known])
         notes.append(f"{PUBLISHED}: printed in {SOURCE}, not measured here; splits, replies and scorers are its own.")
+    if name == "empathy":
+        notes += _scorer_notes(comparison)
     return Table(name, TITLES[name], header, num_stubs, rows, notes + _count_notes(cells))
+
+
+def _scorer_notes(comparison: Comparison) -> list[str]:
+    """Say how good the scorers are that gave the levels, and whether they are too weak."""
+    scored = [run for runs in comparison.runs.values() for run in runs if run.scorers is not None]
+    notes = []
+    for run in {run.scorers: run for run in scored}.values():
+        notes += describe_quality(run.scorer_quality)
+        notes += [f"Too weak to report: {weakness}." for weakness in find_weaknesses(run.scorer_quality)]
+        if run.scorer_quality == {}:
+            notes.append(f"How good the scorers of {run.name} are is not in its metrics.json: evaluate it again.")
+    return notes + [note for runs in comparison.runs.values() for run in runs for note in _length_notes(run)]
+
+
+def _length_notes(run: Run) -> list[str]:
+    """Say how long a run's replies are at each level, and how many the scorers read in part."""
+    notes = []
+    for name in MECHANISMS:
+        read = [
+            clip["empathy"][name] for clip in run.clips.values() if "tokens" in clip.get("empathy", {}).get(name, {})
+        ]
+        if not read:
+            continue
+        lengths = [[part["tokens"] for part in read if part["level"] == level] for level in range(LEVELS)]
+        means = " / ".join(f"{sum(tokens) / len(tokens):.0f}" if tokens else DASH for tokens in lengths)
+        share = sum(part["cut"] for part in read) / len(read)
+        notes.append(f"{run.name}, {name}: {means} tokens a reply at level 0 / 1 / 2; {share:.1%} read in part only.")
+    return notes
 
 
 def _gain_table(comparison: Comparison, name: str) -> Table:

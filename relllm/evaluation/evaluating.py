@@ -32,6 +32,7 @@ from relllm.modeling.checkpoint_relllm import find_commit
 from relllm.modeling.places_relllm import check_place
 
 from .asking import RECOGNITION_TOKENS, Questions, render_prompts
+from .empathy.quality import find_weaknesses, read_quality
 from .evaluation_settings import FORMAT, METRICS, PREDICTIONS, TASKS, EvaluationSettings, System
 from .fingerprints import (
     check_extras,
@@ -123,6 +124,8 @@ def write_predictions(out: Path, identity: Mapping, lines: Sequence[Mapping]) ->
 def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     """Read data and configuration, and check that every task can be measured."""
     check_place(settings.model, holds="config.json")
+    if settings.empathy_scorers is not None and not settings.allow_weak_scorers:
+        _check_scorers(settings.empathy_scorers)
     config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
     system = resolve_system(config, settings.system, settings.model)
     rows = _load_rows(settings)
@@ -180,6 +183,15 @@ def _find_seen(
     if not settings.allow_seen:
         check_unseen(seen, len(rows), settings.model)
     return seen
+
+
+def _check_scorers(scorers: str) -> None:
+    if weaknesses := find_weaknesses(read_quality(scorers)):
+        raise ValueError(
+            f"The scorers in {scorers} are too weak to measure by: {'; '.join(weaknesses)}. Train them again (`relllm "
+            "empathy train`, by default with a learning rate for the encoder's size), or with a larger encoder; "
+            "--allow-weak-scorers uses them all the same, and the comparison shows how good they are."
+        )
 
 
 def _obstacles(rows: Dataset, system: System, labels: Sequence[str], with_scorers: bool) -> dict[str, str]:
@@ -294,7 +306,10 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
     }
     if "empathy" in metrics:
         fingerprint = plan.identity["scorers_fingerprint"]
-        metrics["empathy"]["scorers"] = {"id": settings.empathy_scorers, "fingerprint": fingerprint}
+        scorers = settings.empathy_scorers
+        quality = {} if scorers is None else read_quality(scorers)
+        same = {"id": scorers, "fingerprint": fingerprint, "in_windows": settings.reply_windows}
+        metrics["empathy"]["scorers"] = {**same, "quality": quality}
     write_json(metrics, settings.output_dir / METRICS)
 
 
@@ -320,7 +335,8 @@ def _load_score(settings: EvaluationSettings, device: str) -> Score:
 
     assert settings.empathy_scorers is not None  # else the task is left out
     scorers = load_scorers(settings.empathy_scorers)
-    return lambda pairs: score_pairs(scorers, pairs, batch_size=settings.batch_size, device=device)
+    size, windows = settings.batch_size, settings.reply_windows
+    return lambda pairs: score_pairs(scorers, pairs, batch_size=size, device=device, windows=windows)
 
 
 def _run_identity(settings: EvaluationSettings, plan: Plan) -> dict:
@@ -335,6 +351,7 @@ def _run_identity(settings: EvaluationSettings, plan: Plan) -> dict:
         "prompts": plan.prompts,
         "dtype": settings.dtype,
         "seed": settings.seed,
+        **({"reply_windows": True} if settings.reply_windows else {}),
     }
 
 

@@ -46,6 +46,12 @@ class EvaluationSettings:
     held_out: str | None = setting(None, "The test split made at reading, such as session=Ses05.")
     allow_seen: bool = setting(False, "Measure rows that the model was trained on or chosen by; its card says so.")
     empathy_scorers: str | None = setting(None, "Folder of trained scorers of ER, IP, EX.")
+    reply_windows: bool = setting(
+        False, "Score a reply longer than the scorers read in parts, of which the highest level counts."
+    )
+    allow_weak_scorers: bool = setting(
+        False, "Score with scorers that never give a level, or are below a bag of words."
+    )
     batch_size: int = setting(16, "Clips at once, in each process.", min=1)
     max_new_tokens: int = setting(128, "Longest reply, in tokens.", min=1)
     limit: int | None = setting(None, "Only the first so many rows.", min=1)
@@ -93,9 +99,12 @@ class EmpathySettings:
     output_dir: Path = setting(Path("runs/empathy"), "The scorer goes into a folder MECHANISM in it.")
     revision: str = setting("main", "Of the encoder: branch, tag or commit on the Hub.")
     max_length: int = setting(64, "Tokens of a post or response; the rest is cut.", min=3)
-    learning_rate: float = setting(2e-5, "Falls linearly to 0.")
+    learning_rate: float | None = setting(
+        None, "Falls linearly to 0; by default by the encoder's size: 2e-5 for RoBERTa-base, more for smaller ones."
+    )
     batch_size: int = setting(32, "Pairs a step.", min=1)
-    epochs: int = setting(4, "The best on the validation split is kept.", min=1)
+    epochs: int = setting(10, "At most; the best on the validation split is kept.", min=1)
+    patience: int = setting(4, "Epochs without a better one that end the training.", min=1)
     level_weight: float = setting(1.0, "Of the level's loss.", min=0)
     rationale_weight: float = setting(0.5, "Of the rationale's loss.", min=0)
     validation_share: float = setting(0.1, "Of the seeker posts.")
@@ -111,7 +120,7 @@ class EmpathySettings:
         for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        if self.learning_rate <= 0:
+        if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
@@ -23,6 +24,9 @@ class Run:
     failed: tuple[str, ...]  # ids of the clips that could not be read
     class_names: dict[str, list[str]]  # of each way of recognition
     scorers: str | None  # fingerprint of what scored the replies
+    scorer_quality: dict  # of each scorer, as `read_quality` has it; empty in older runs
+    conditions: dict  # how it was asked: "longest reply", "prompts", "precision", "versions"; empty where not recorded
+    seen: dict  # what its training has to do with the rows, as `find_seen` has it; empty in older runs
     fold_column: str | None  # what the folds are, where the predictions of several folds are pooled
     fold_means: dict  # as in metrics.json; empty without folds
 
@@ -51,7 +55,10 @@ def read_run(path: Path) -> Run:
         clips={clip_id: clip for clip_id, clip in clips.items() if "error" not in clip},
         failed=tuple(clip_id for clip_id, clip in clips.items() if "error" in clip),
         class_names={way: numbers["class_names"] for way, numbers in metrics.get("recognition", {}).items()},
-        scorers=(metrics.get("empathy", {}).get("scorers") or {}).get("fingerprint"),
+        scorers=_name_scorers(metrics.get("empathy", {}).get("scorers") or {}),
+        scorer_quality=(metrics.get("empathy", {}).get("scorers") or {}).get("quality") or {},
+        conditions=_conditions(metrics),
+        seen=metrics.get("training") or {},
         fold_column=folds.get("column"),
         fold_means=folds.get("mean", {}),
     )
@@ -69,12 +76,51 @@ def group_by_corpus(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return groups
 
 
+def find_differences(runs: Iterable[Run]) -> list[str]:
+    """Say in what else the runs of one corpus differ: prompts, precision, versions; and what is not recorded."""
+    members = list(runs)
+    notes = []
+    for what in dict.fromkeys(name for run in members for name in run.conditions):
+        values = {run.name: run.conditions.get(what) for run in members if what in run.conditions}
+        if len(set(map(str, values.values()))) > 1:
+            said = "" if what == "prompts" else ": " + ", ".join(f"{value} ({name})" for name, value in values.items())
+            notes.append(f"the runs differ in {what}{said}")
+        if lacking := [run.name for run in members if what not in run.conditions]:
+            notes.append(f"{what} of {', '.join(lacking)} is not recorded: evaluate again to have it compared")
+    return notes
+
+
+def _conditions(metrics: dict) -> dict:
+    """Return how a run was asked; what stands in a prompt for the clip, which is its system's, counts for nothing."""
+    found: dict[str, object] = {}
+    if prompts := metrics.get("prompts"):
+        spoken = {name: re.sub(r"\{transcript\}|<\|audio\|>", "…", text) for name, text in prompts.items()}
+        found["prompts"] = json.dumps(spoken, sort_keys=True)
+    if (dtype := (metrics.get("model") or {}).get("dtype")) is not None:
+        found["precision"] = dtype
+    if longest := ((metrics.get("generation") or {}).get("max_new_tokens") or {}).get("reply"):
+        found["longest reply"] = longest
+    for name in ("relllm", "transformers", "torch"):
+        if version := (metrics.get("versions") or {}).get(name):
+            found[f"version of {name}"] = version
+    return found
+
+
+def _name_scorers(scorers: dict) -> str | None:
+    """Return the fingerprint of what scored the replies, and how it read them."""
+    name = scorers.get("fingerprint")
+    return f"{name}, in windows" if name is not None and scorers.get("in_windows") else name
+
+
 def _check_same_data(corpus: str, first: Run, other: Run) -> None:
-    names = ("split", "held_out", "fingerprint")
+    names = ("split", "held_out", "limit", "fingerprint")
     pairs: list[tuple] = [(name, first.data.get(name), other.data.get(name)) for name in names]
     pairs.append(("folds", first.fold_column, other.fold_column))
     if first.scorers is not None and other.scorers is not None:
         pairs.append(("empathy scorers", first.scorers, other.scorers))
+        longest = "longest reply"
+        if longest in first.conditions and longest in other.conditions:
+            pairs.append((f"{longest} (max_new_tokens)", first.conditions[longest], other.conditions[longest]))
     for way in first.class_names.keys() & other.class_names.keys():
         pairs.append((f"classes ({way})", first.class_names[way], other.class_names[way]))
     for what, one, two in pairs:

@@ -152,7 +152,17 @@ def _empathy(lines: Sequence[Mapping], mechanism: str) -> dict | None:
     if not levels:
         return None
     counts = [levels.count(level) for level in range(LEVELS)]
-    return {"mean_level": sum(levels) / len(levels), "levels": counts, "num_replies": len(levels)}
+    found = {"mean_level": sum(levels) / len(levels), "levels": counts, "num_replies": len(levels)}
+    read = [part for line in lines if "tokens" in (part := line.get("empathy", {}).get(mechanism, {}))]
+    if len(read) < len(levels):  # of an older release, or of another `score`
+        return found
+    of_level = [[part["tokens"] for part in read if part["level"] == level] for level in range(LEVELS)]
+    lengths = {
+        "mean_tokens": sum(part["tokens"] for part in read) / len(read),
+        "mean_tokens_of_level": [sum(tokens) / len(tokens) if tokens else None for tokens in of_level],
+        "share_cut": sum(part["cut"] for part in read) / len(read),
+    }
+    return {**found, **lengths}
 
 
 def _mean(rows: Sequence[Mapping], measures: Sequence[str]) -> dict[str, float | None]:
@@ -177,11 +187,12 @@ def _number_tables(metrics: Mapping) -> list[Table]:
             table.add_row(name, *(_decimals(part[key]) for key in ("ccc", "pearson", "rmse")), str(part["num_clips"]))
         tables.append(table)
     if empathy := metrics.get("empathy"):
-        table = Table("empathy", "mean level", "level 0 / 1 / 2", "replies")
+        table = Table("empathy", "mean level", "level 0 / 1 / 2", "replies", "mean tokens", "read in part")
         for name in (name for name in MECHANISMS if name in empathy):
             part = empathy[name]
             counts = " / ".join(str(count) for count in part["levels"])
-            table.add_row(name, _decimals(part["mean_level"]), counts, str(part["num_replies"]))
+            lengths = [f"{part['mean_tokens']:.0f}", f"{part['share_cut']:.0%}"] if "share_cut" in part else ["—", "—"]
+            table.add_row(name, _decimals(part["mean_level"]), counts, str(part["num_replies"]), *lengths)
         tables.append(table)
     return tables
 

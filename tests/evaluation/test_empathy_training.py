@@ -259,9 +259,24 @@ def test_scored_together_pairs_have_the_levels_they_have_alone(tmp_path: Path) -
 def test_an_empty_response_is_level_0_and_an_empty_post_is_refused(tmp_path: Path) -> None:
     save_scorer(tmp_path / "ER", "ER")
     scorers = load_scorers(tmp_path / "ER")
-    assert score_pairs(scorers, [("i feel sad", " ")]) == [{"ER": {"level": 0, "probabilities": [1.0, 0.0, 0.0]}}]
+    silence = {"level": 0, "probabilities": [1.0, 0.0, 0.0], "tokens": 0, "cut": False}
+    assert score_pairs(scorers, [("i feel sad", " ")]) == [{"ER": silence}]
     with pytest.raises(ValueError, match="seeker post at position 1 is empty"):
         score_pairs(scorers, [("a", "b"), ("", "b")])
+
+
+def test_a_long_response_is_read_in_part_or_in_windows(tmp_path: Path) -> None:
+    save_scorer(tmp_path / "ER", "ER")
+    scorers = load_scorers(tmp_path)
+    words = (" ".join(TEXTS) + " " + " ".join(FILLERS)).split()[:24]
+    parts = [" ".join(words[start : start + 10]) for start in (0, 10, 20)]  # 12 tokens, of which two are special
+    alone = [found["ER"] for found in score_pairs(scorers, [("i feel sad", part) for part in parts])]
+    [[cut], [whole]] = ([found["ER"] for found in score_pairs(scorers, [("i feel sad", " ".join(words))], windows=w)]
+                        for w in (False, True))  # fmt: skip
+    assert (cut["tokens"], cut["cut"], whole["tokens"], whole["cut"]) == (24, True, 24, False)
+    assert cut["probabilities"] == pytest.approx(alone[0]["probabilities"], abs=1e-5)
+    assert whole["level"] == max(found["level"] for found in alone)
+    assert [found["cut"] for found in alone] == [False] * 3
 
 
 def test_folders_without_a_scorer_are_named(tmp_path: Path) -> None:

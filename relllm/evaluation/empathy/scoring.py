@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -57,10 +58,13 @@ def score_pairs(
     batch_size: int = 32,
     device: str | torch.device = "cpu",
     progress: bool = False,
+    windows: bool = False,
 ) -> list[dict[str, dict]]:
     """Give each pair (seeker post, response) a level and probabilities, by each scorer; the scorers move to `device`.
 
-    Returns `{mechanism: {"level": 0 | 1 | 2, "probabilities": [p0, p1, p2]}}` for each pair. An empty response says
+    Returns `{mechanism: {"level": 0 | 1 | 2, "probabilities": [p0, p1, p2], "tokens": n, "cut": bool}}` for each pair:
+    the length of the response, and whether the scorer read its beginning only. With `windows` it reads all of it, in
+    parts of the length that it was trained on, of which the one with the highest level counts. An empty response says
     nothing: it has level 0 with probability 1 by definition, no scorer reads it. An empty seeker post is a
     `ValueError`.
     """
@@ -73,13 +77,36 @@ def score_pairs(
         for mechanism, scorer in scorers.items():
             scorer.model.to(device)
             for part in found:
-                part[mechanism] = {"level": 0, "probabilities": [1.0, *[0.0] * (LEVELS - 1)]}
+                part[mechanism] = {
+                    "level": 0,
+                    "probabilities": [1.0, *[0.0] * (LEVELS - 1)],
+                    "tokens": 0,
+                    "cut": False,
+                }
             for start in range(0, len(spoken), batch_size):
                 batch = spoken[start : start + batch_size]
-                for index, row in zip(batch, _level_probabilities(scorer, [pairs[one] for one in batch]), strict=True):
-                    found[index][mechanism] = {"level": max(range(LEVELS), key=row.__getitem__), "probabilities": row}
+                parts = [cut_windows(pairs[one][1], scorer) for one in batch]
+                read = [texts if windows else [pairs[one][1]] for one, (texts, _) in zip(batch, parts, strict=True)]
+                asked = [(pairs[one][0], text) for one, texts in zip(batch, read, strict=True) for text in texts]
+                rows = iter(_level_probabilities(scorer, asked))
+                for index, texts, (everything, tokens) in zip(batch, read, parts, strict=True):
+                    level, _, row = max(_rank(next(rows)) for _ in texts)
+                    cut = len(texts) < len(everything)
+                    found[index][mechanism] = {"level": level, "probabilities": row, "tokens": tokens, "cut": cut}
                 bar.update(len(batch))
     return found
+
+
+def cut_windows(text: str, scorer: LoadedScorer) -> tuple[list[str], int]:
+    """Return the parts of a text that its scorer can read at once, and how many tokens the whole has."""
+    limit = scorer.model.config.max_length - scorer.tokenizer.num_special_tokens_to_add()
+    offsets = scorer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+        "offset_mapping"
+    ]
+    if len(offsets) <= limit:
+        return [text], len(offsets)
+    starts = [0, *(offsets[at][0] for at in range(limit, len(offsets), limit)), len(text)]
+    return [text[start:end] for start, end in pairwise(starts)], len(offsets)
 
 
 def score_table(
@@ -123,6 +150,12 @@ def score_table(
         }
         for name, given in levels.items()
     }
+
+
+def _rank(row: list[float]) -> tuple[int, float, list[float]]:
+    """Order parts of a response by their level, then by how sure the scorer is of it."""
+    level = max(range(LEVELS), key=row.__getitem__)
+    return level, row[level], row
 
 
 def _load_scorer(folder: Path) -> LoadedScorer:
