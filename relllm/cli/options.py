@@ -112,13 +112,27 @@ def _print_line(text: str) -> None:
 
 
 def _check_places(settings: Any) -> None:
-    """Look for the checkpoints and data that settings name; `{fold}` in a name stands for several."""
+    """Look for the device, checkpoints and data that settings name; `{fold}` in a name stands for several."""
+    if (device := getattr(settings, "device", "auto")) != "auto":
+        check_device(device)
     for field in dataclasses.fields(settings):
         kind, value = field.metadata.get("place"), getattr(settings, field.name)
         if kind == "checkpoint" and value is not None and "{" not in str(value):
             check_place(value, holds="config.json")
         elif kind == "dataset" and value is not None:
             check_place(value, repo_type="dataset")
+
+
+def check_device(device: str) -> None:
+    """Raise a `typer.BadParameter` for what is no device, or a GPU that is not there."""
+    import torch
+
+    try:
+        kind = torch.device("cpu" if device == "auto" else device).type
+    except RuntimeError as error:
+        raise typer.BadParameter(f"device is {device!r}, expected cpu, cuda, cuda:1, … or auto.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"device is {device!r}, and PyTorch finds no GPU. Leave it to auto, or take cpu.")
 
 
 def pick_device(device: str) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 METADATA = "metadata.jsonl"
+LOOKED_AT = 1000  # rows of a stream, to see whether they name a split
 SHARDS = 64  # of a streamed table: enough for the workers of a training run
 AUDIO_KEYS = ("audio", "path", "url")  # of an audio part in `messages`
 HELD_OUT_FORM = "column=value[,value…][;validation:column=value[,value…]], for example session=Ses05"
@@ -303,6 +304,8 @@ def _choose(loaded: dict | Dataset | IterableDataset, split: str | None, source:
         found: list[str] = []
     elif isinstance(loaded, Dataset):
         found = [value for value in loaded.unique("split") if value is not None]
+    elif split == TRAIN and all(row["split"] is None for row in loaded.select_columns(["split"]).take(LOOKED_AT)):
+        return loaded.filter(_names_none, input_columns="split")
     else:  # a stream shows its rows when it is read
         found = [split]
     if split == TRAIN and not found:
@@ -310,6 +313,16 @@ def _choose(loaded: dict | Dataset | IterableDataset, split: str | None, source:
     if split not in found:
         raise ValueError(_say_splits(source, split, found))
     return loaded.filter(lambda value: value == split, input_columns="split")
+
+
+def _names_none(split: str | None) -> bool:
+    """Return True for each row of a stream in which none names a split."""
+    if split is not None:
+        raise ValueError(
+            f"The first {LOOKED_AT} rows of the stream name no split, and were taken for {TRAIN!r}; a later one is of "
+            f"{split!r}. Name the split of every row, or load the rows without streaming."
+        )
+    return True
 
 
 def _with_located_audio(row: dict, folder: Path) -> dict:

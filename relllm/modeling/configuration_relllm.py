@@ -51,6 +51,7 @@ class ReLLMEmotionConfig(PreTrainedConfig):
     @classmethod
     def from_encoder_config(cls, config: PreTrainedConfig) -> "ReLLMEmotionConfig":
         """Return the configuration of a checkpoint of audEERING's layout: an encoder's, with a head's labels in it."""
+        cls(encoder_config=config)  # refuses what is no waveform encoder
         labels = {int(index): name for index, name in (config.to_dict().get("id2label") or {}).items()}
         unnamed = set(labels.values()) == {f"LABEL_{index}" for index in labels}  # the layout's own order is ours
         return cls(encoder_config=config, final_dropout=config.final_dropout, id2label=None if unnamed else labels)

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from relllm.processing.feature_extraction_relllm import extractor_settings
 from relllm.processing.processing_relllm import ReLLMProcessor
 
 from .config import ReLLMScriptArguments
+from .freezing import prepare_trainable
 
 
 @whole_weights()
@@ -79,6 +81,20 @@ def build_config(script: ReLLMScriptArguments) -> ReLLMConfig:
         lora_config=script.lora,
         **_architecture(script),
     )
+
+
+def check_model(script: ReLLMScriptArguments, unfreeze: Sequence[str] = ()) -> None:
+    """Raise what [`build_model`] and `unfreeze` would raise of kinds, names of layers, attention and packages.
+
+    The model is built without weights, from configurations and the tokenizer.
+    """
+    with torch.device("meta"):
+        model = ReLLMForConditionalGeneration(build_config(script))
+    prepare_trainable(model, unfreeze)
+    if script.attn_implementation is not None:
+        model.set_attn_implementation(script.attn_implementation)
+    if script.load_in_4bit:
+        four_bit_config()
 
 
 def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:

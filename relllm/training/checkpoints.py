@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import logging
 
-from relllm.data.journal import name_differences, rows_fingerprint, write_json
+from relllm.data.journal import audio_fingerprint, name_differences, rows_fingerprint, write_json
 from relllm.data.loading import corpus_facts, corpus_name
 from relllm.data.membership import RECORD_NAME, digest_rows, pack_digests, read_training_record, unpack_digests
 from relllm.modeling.checkpoint_relllm import TOWERS, check_left_out, source_fingerprint, why_not_light
@@ -103,6 +103,8 @@ def describe_data(
             columns = [column for column in rows.column_names if column != "audio"]
             record[name] = len(rows)
             record[f"{name}_fingerprint"] = rows_fingerprint(rows, columns)
+            if (digest := audio_fingerprint(rows)) is not None:
+                record[f"{name}_audio_fingerprint"] = digest
     return record
 
 

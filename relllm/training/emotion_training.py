@@ -37,7 +37,7 @@ from .checkpoints import LastStepMixin, begin_run, describe_data, describe_seen,
 from .config import RowsSettings, check_places
 from .lengths import GroupByLengthMixin, clip_duration
 from .losses import ccc_loss
-from .settings import SettingsParser
+from .settings import SettingsParser, check_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +191,7 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     It goes on from what is in that folder as [`~relllm.training.run.run_training`] does.
     """
     check_places(script)
+    check_trainer(args, ("ccc", "loss"))
     assert script.data is not None and script.model_name_or_path is not None
     if script.eval_split == "test" and args.load_best_model_at_end:
         raise ValueError("eval_split='test' would keep the checkpoint that is best on it. Choose a development split.")

@@ -14,11 +14,11 @@ from relllm.data.survey import TRAINING, check_surveys, draw_survey, emotions_of
 from relllm.labels import EMOTIONS
 
 from .augmentation import Augmentation, AugmentationSettings
-from .building import build_model, starting_points
+from .building import build_model, check_model, starting_points
 from .checkpoints import begin_run, describe_data, describe_seen, describe_weights, end_run
 from .config import ReLLMScriptArguments, ReLLMSFTConfig, check_places, loss_weights
 from .objective import class_weights
-from .settings import SettingsParser
+from .settings import SettingsParser, check_trainer
 from .tower_cache import TowerCacheSettings
 from .trainer import ReLLMSFTTrainer
 
@@ -34,6 +34,10 @@ TRAINER_SETTINGS = (
     *("lr_scheduler_kwargs", "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy", "data_seed"),
     *("max_steps", "world_size", "bf16", "fp16", "gradient_checkpointing", "seed"),
     *("load_best_model_at_end", "metric_for_best_model"),
+)
+METRICS = (  # of an evaluation: losses, the heads', TRL's
+    *("loss", "response_loss", "emotion_loss", "dimension_loss", "response_kl", "emotion_accuracy", "ua", "wa"),
+    *("macro_f1", "ccc", "entropy", "mean_token_accuracy"),
 )
 DESCRIPTION = """\
 Train a ReLLM on rows with audio, replies and emotions.
@@ -69,6 +73,7 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     a [`~relllm.training.checkpoints.RunComplete`].
     """
     check_places(script)
+    check_trainer(args, METRICS)
     folder = Path(args.output_dir)
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows = _load_data(script, args)
@@ -119,8 +124,7 @@ def _survey(script: ReLLMScriptArguments, args: ReLLMSFTConfig, train_rows: obje
         class_weights(args.emotion_class_weights, labels, surveys[TRAINING].emotions if TRAINING in surveys else None)
     if args.augments:
         Augmentation(args, seed=args.seed)  # whether its recordings and codecs are there
-    if script.model_name_or_path is None and script.emotion_fusion == "none" and "emotion_tower" in args.unfreeze:
-        raise ValueError("unfreeze has 'emotion_tower', and emotion_fusion='none' builds none. Leave one of them out.")
+    check_model(script, args.unfreeze)
 
 
 def training_record(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> dict[str, object]:

@@ -1,4 +1,6 @@
-"""Settings of a run from a YAML file and flags: TRL's parser, with a help page that puts what matters first."""
+"""Settings of a run from a YAML file and flags: TRL's parser, with a help page that puts what matters first; and what
+of Transformers' settings is checked before anything is loaded.
+"""
 
 import argparse
 import difflib
@@ -8,7 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import TrlParser
 
 REST = "everything else that TRL and Transformers know"
@@ -117,6 +123,48 @@ def read_recipe(path: str | os.PathLike, above: Sequence[Path] = ()) -> dict[str
     if not isinstance(base, str):
         raise ValueError(f"base of {file} is {base!r}; it takes the path of one recipe.")
     return read_recipe(file.parent / base, trail) | recipe
+
+
+def check_trainer(args: TrainingArguments, metrics: Sequence[str]) -> None:
+    """Raise a `ValueError` (or `ImportError`) for what Transformers would refuse once the model is loaded, or later.
+
+    `metrics` are those of an evaluation, without `eval_`; what begins with one of these and `_` is one as well.
+    """
+    for name, least in {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "dataloader_num_workers": 0,
+    }.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(args, name)}.")
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise ValueError(
+            f"num_train_epochs is {args.num_train_epochs}, and no max_steps is given: nothing would train."
+        )
+    checkpoint = args.resume_from_checkpoint
+    if isinstance(checkpoint, str) and not os.path.isfile(os.path.join(checkpoint, TRAINER_STATE_NAME)):
+        raise FileNotFoundError(f"resume_from_checkpoint: {checkpoint} is no checkpoint with a {TRAINER_STATE_NAME}.")
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if not any(metric == name or metric.startswith(f"{name}_") for name in metrics):
+        raise ValueError(f"metric_for_best_model: no evaluation of this run has {metric!r}, but {', '.join(metrics)}.")
+    if not args.optim_target_modules:  # with which an optimizer asks for the model
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate),
+            num_warmup_steps=args.get_warmup_steps(max(args.max_steps, 1)),
+            num_training_steps=max(args.max_steps, 1),
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},
+        )
+    except TypeError as error:
+        raise ValueError(f"lr_scheduler_kwargs {args.lr_scheduler_kwargs}: {error}.") from error
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except RuntimeError as error:
+        raise ImportError(f"report_to {args.report_to}: {error}") from error
 
 
 def _kinds(hint: Any) -> set[Any]:

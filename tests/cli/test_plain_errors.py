@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from target_rows import make_rows, write_lines
-from tiny_models import tiny_emotion_tower, tiny_llm, tiny_speech_tower, tiny_tokenizer
+from tiny_models import tiny_emotion_tower, tiny_llm, tiny_model, tiny_processor, tiny_speech_tower, tiny_tokenizer
 from typer.testing import CliRunner
 
 from relllm.cli import app
@@ -20,6 +20,13 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_tokenizer(audio_token=False).save_pretrained(folder / "towers" / "llm")
     (folder / "data" / "ours").mkdir(parents=True)
     write_lines(folder / "data" / "ours" / "metadata.jsonl", make_rows(3))
+    labels = {"emotion": "sad", "arousal": 0.3, "dominance": 0.4, "valence": 0.5}
+    rows = [{"id": f"{i}", "audio": f"{i}.wav", "response": "I am sorry.", **labels} for i in range(4)]
+    (folder / "data" / "taught").mkdir()
+    write_lines(folder / "data" / "taught" / "metadata.jsonl", rows)
+    model = tiny_model(fusion="none")
+    model.save_pretrained(folder / "data" / "deaf")
+    tiny_processor(model.config).save_pretrained(folder / "data" / "deaf")
     places = {"audio_tower": "speech", "emotion_tower": "emotion", "text_model": "llm"}
     lines = [f"{name}: towers/{place}" for name, place in places.items()]
     (folder / "recipe.yaml").write_text("\n".join([*lines, "output_dir: runs/x", "use_cpu: true", ""]))
@@ -121,3 +128,53 @@ def test_what_fails_is_one_line_of_status_1(here: Path, monkeypatch, tmp_path) -
     (tmp_path / "rows.jsonl").write_text("{broken\n")
     status, line = said("inspect", str(tmp_path / "rows.jsonl"))
     assert status == 1 and line.startswith("stopped: ") and "line 1 is not JSON" in line
+
+
+EVALUATED = ["--train_split", "all", "--eval_split", "all", "--eval_strategy", "steps", "--eval_steps", "1"]
+BEST = [*EVALUATED, "--save_strategy", "steps", "--save_steps", "1", "--load_best_model_at_end", "true"]
+EARLY = {  # settings of `train`, and of `train-emotion` where they are its too, and what is said
+    "attention": (["--attn_implementation", "sdpaa"], 'attn_implementation="sdpaa"` is not supported'),
+    "attention, not here": (["--attn_implementation", "flash_attention_2"], "FlashAttention2"),
+    "a schedule's arguments": (["--lr_scheduler_kwargs", '{"x": 1}'], "unexpected keyword argument 'x'"),
+    "a schedule that needs some": (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
+    "optimizer": (["--optim", "adamw_anyprecision"], "torchdistx"),
+    "report": (["--report_to", "wandb"], "WandbCallback requires wandb"),
+    "report to nothing known": (["--report_to", "wandbb"], "wandbb is not supported"),
+    "metric": ([*BEST, "--metric_for_best_model", "eval_lss"], "no evaluation of this run has 'lss', but loss, "),
+    "checkpoint": (["--resume_from_checkpoint", "runs/none"], "runs/none is no checkpoint"),
+    "layers": (["--lora_target_modules", "q_prj"], "lora_config names ['q_prj']"),
+    "an LLM that hears": (["--audio_tower", "towers/llm"], "audio_config must be of one of the kinds"),
+    "an LLM that feels": (["--emotion_tower", "towers/llm"], "encoder_config must be of one of the kinds"),
+    "batch": (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1, got 0."),
+    "accumulation": (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1"),
+    "no epoch": (["--num_train_epochs", "0"], "num_train_epochs is 0.0, and no max_steps is given"),
+    "a tower that is not there": (
+        ["--model_name_or_path", "data/deaf", "--unfreeze", "emotion_tower"],
+        "unfreeze has 'emotion_tower', and this model has none",
+    ),
+}
+OF_BOTH = {"report", "batch", "no epoch", "checkpoint", "optimizer"}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_what_needs_no_weights_is_said_before_they_are_read(here: Path, monkeypatch, tmp_path, case: str) -> None:
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
+    given, message = EARLY[case]
+    common = ["--data", "data/taught", "--use_cpu", "true", "--disable_tqdm", "true", "--save_strategy", "no"]
+    out = ["--output_dir", str(tmp_path / "run")]
+    status, line = said("train", "--config", "recipe.yaml", *common, *out, *given)
+    assert status in (1, 2) and message in line, line
+    if case in OF_BOTH:
+        common += ["--model_name_or_path", "towers/emotion", "--eval_split", "", "--eval_strategy", "no"]
+        status, line = said("train-emotion", *common, *out, "--load_best_model_at_end", "false", *given)
+        assert status in (1, 2) and message in line, line
+
+
+def test_a_device_that_is_not_there_is_said_at_once(here: Path, monkeypatch) -> None:
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for device, message in (("gpu", "expected cpu, cuda, cuda:1"), ("cuda:1", "PyTorch finds no GPU")):
+        command = ["annotate", "data/ours", "--emotion-model", "towers/emotion", "--out", "o.jsonl"]
+        status, line = said(*command, "--device", device)
+        assert status == 2 and f"device is '{device}'" in line and message in line

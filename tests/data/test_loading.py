@@ -11,6 +11,7 @@ from tiny_models import clip
 
 import relllm
 from relllm.data.data_settings import PrepareSettings
+from relllm.data.journal import audio_fingerprint
 from relllm.data.loading import column_values, load_corpus
 from relllm.data.preparing import prepare_corpus
 from relllm.data.rows import COLUMNS, Corpus, CorpusFacts, Row
@@ -235,8 +236,7 @@ def test_rows_that_name_no_split_are_for_training_wherever_they_lie(tmp_path: Pa
     for name in ("rows.jsonl", "rows.csv", "rows.parquet", "prepared", "saved"):
         path = tmp_path / name
         assert load_corpus(path, "train")["id"] == ["a", "b", "c"], name
-        if not named or name not in ("rows.parquet", "saved"):  # whose values a stream shows when it is read
-            assert [row["id"] for row in load_corpus(path, "train", streaming=True)] == ["a", "b", "c"], name
+        assert [row["id"] for row in load_corpus(path, "train", streaming=True)] == ["a", "b", "c"], name
         with pytest.raises(ValueError, match="name no split, which makes them all 'train'.*make them by held_out"):
             load_corpus(path, "test")
 
@@ -294,3 +294,29 @@ def test_all_is_the_rows_of_every_split(prepared: Path, corpus: Path) -> None:
     assert sorted(load_corpus(prepared, "all")["id"]) == sorted(by_split) and len(by_split) == len(set(by_split)) > 2
     assert {row["id"] for row in load_corpus(prepared, "all", streaming=True)} == set(by_split)
     assert load_corpus(corpus, "all")["id"] == ["a", "b", "c"]
+
+
+def test_a_stream_whose_later_rows_name_a_split_is_refused_there(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("relllm.data.loading.LOOKED_AT", 2)
+    rows = [{"id": name, "audio": f"{name}.wav", "split": None} for name in "abc"]
+    Dataset.from_list([*rows[:2], rows[2] | {"split": "test"}]).to_parquet(str(tmp_path / "rows.parquet"))
+    with pytest.raises(ValueError, match="first 2 rows of the stream name no split.*a later one is of 'test'"):
+        list(load_corpus(tmp_path / "rows.parquet", "train", streaming=True))
+
+
+def test_clips_that_are_in_a_table_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
+    clips = [bytes([number]) * 9000 for number in range(4)]
+    rows = [{"id": f"{i}", "audio": {"bytes": one, "path": "a.wav"}} for i, one in enumerate(clips)]
+    first = Dataset.from_list(rows).cast_column("audio", Audio(decode=False))
+    moved = [rows[0] | {"audio": rows[0]["audio"] | {"path": "elsewhere/a.wav"}}, *rows[1:]]
+    assert audio_fingerprint(first) == audio_fingerprint(Dataset.from_list(moved)) is not None
+    longer = [rows[0] | {"audio": {"bytes": clips[0] + b"\0", "path": "a.wav"}}, *rows[1:]]
+    other = [rows[0] | {"audio": {"bytes": clips[3], "path": "a.wav"}}, *rows[1:]]  # of the same size
+    swapped = [rows[0] | {"audio": rows[1]["audio"]}, rows[1] | {"audio": rows[0]["audio"]}, *rows[2:]]
+    assert len({audio_fingerprint(Dataset.from_list(one)) for one in (rows, longer, other, swapped)}) == 4
+    half, same_half = first.select([2, 0]), Dataset.from_list([rows[2], rows[0]])
+    assert audio_fingerprint(half) == audio_fingerprint(same_half) != audio_fingerprint(first)
+    first.to_parquet(str(tmp_path / "table.parquet"))
+    assert audio_fingerprint(load_corpus(tmp_path / "table.parquet")) == audio_fingerprint(first)
+    assert audio_fingerprint(Dataset.from_list([{"id": "a", "audio": "a.wav"}])) is None
+    assert audio_fingerprint(Dataset.from_list([{"audio": {"bytes": None, "path": "a.wav"}}])) is None

@@ -184,6 +184,25 @@ def test_a_failure_that_passes_is_tried_again(serve, failure) -> None:
     assert ask(endpoint_writer(url)) == {f"r{i}": f"You told me about number {i}." for i in range(5)}
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "You exceeded your current quota.", "code": "insufficient_quota"},
+        {"message": "Your team has used all available credits."},
+    ],
+)
+def test_spent_credit_is_not_waited_for(serve, error: dict) -> None:
+    asked: list[str] = []
+
+    def answer(body: dict, headers: Message, number: int) -> tuple[int, object]:
+        asked.append(body["messages"][-1]["content"])
+        return (429, {"error": error}) if number > 2 else echo(body, headers, number)
+
+    with pytest.raises(PermissionError, match=f"{error['message']}.*What is written is kept"):
+        ask(endpoint_writer(serve(answer), concurrency=1))
+    assert len(set(asked)) == len(asked) <= 4  # no row again; the next one was on its way
+
+
 @pytest.mark.parametrize("status", [429, 503, *range(520, 527), 529])
 def test_an_endpoint_that_has_answered_is_waited_for(serve, status, monkeypatch) -> None:
     """Longer than the client itself tries: twelve failures, at three tries each."""

@@ -6,6 +6,7 @@ Both take the same requests and yield replies in batches, in any order.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from ..data_settings import Sampling
 from ..processes import run_ahead
 
 if TYPE_CHECKING:
+    import httpx
     from openai import APIStatusError
 
 logger = logging.get_logger(__name__)
@@ -35,6 +37,10 @@ FATAL_STATUSES = {
 }
 MAX_REJECTED_IN_A_ROW = 10
 PATIENCE_S, PAUSE_S = 3600.0, 15.0  # for an endpoint that has answered before
+# HTTP 429 is said of too many requests, which pass, and of an account that has nothing left, which does not.
+SPENT = re.compile(
+    r"insufficient[_ ](quota|balance|credits?|funds)|credit balance|available credits|spending limit", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,7 @@ class EndpointWriter:
         extra_body: Mapping[str, object] | None = None,
     ) -> None:
         try:
-            from openai import Omit, OpenAI
+            from openai import DefaultHttpxClient, Omit, OpenAI
         except ImportError as error:
             raise ImportError("Replies from an endpoint need its client: `pip install relllm[data]`.") from error
         if not endpoint.startswith(("http://", "https://")):
@@ -194,6 +200,7 @@ class EndpointWriter:
             api_key=os.environ[api_key_env] if api_key_env else "none",
             max_retries=max_retries,
             timeout=timeout_s,
+            http_client=DefaultHttpxClient(event_hooks={"response": [_stop_where_spent]}),
         )
         self.headers = {} if api_key_env else {"Authorization": Omit()}
         self.url = endpoint.rstrip("/") + "/chat/completions"
@@ -210,7 +217,7 @@ class EndpointWriter:
         """Yield replies as they come.
 
         Raises:
-            PermissionError: On HTTP 401 or 403.
+            PermissionError: On HTTP 401 or 403, or if the account has no credit left.
             ValueError: On HTTP 404, or if the endpoint gives no reply to ten rows in a row.
             ConnectionError: If a request fails to the last.
         """
@@ -268,6 +275,8 @@ class EndpointWriter:
     def _refused(self, request: Request, error: APIStatusError) -> Written:
         status = error.status_code
         message = f"HTTP {status} {error.response.reason_phrase}: {error.response.text.strip():.300}"
+        if status == 429 and SPENT.search(error.response.text):
+            raise PermissionError(f"{self.url}: {message} What is written is kept: go on when the account has credit.")
         if status in (408, 409, 429) or status >= 500:  # which the client has tried again
             raise self._failed(request, message) from error
         if status in (401, 403):
@@ -281,3 +290,11 @@ class EndpointWriter:
             f"{self.url} keeps failing, at row {request.id!r} with: {message}. What is written is kept: run the same "
             "command again when the endpoint is back."
         )
+
+
+def _stop_where_spent(response: httpx.Response) -> None:
+    """Tell OpenAI's client, by the header that its own service sends, not to ask again where credit is spent."""
+    if response.status_code == 429:
+        response.read()
+        if SPENT.search(response.text):
+            response.headers["x-should-retry"] = "false"
