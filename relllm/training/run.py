@@ -35,9 +35,10 @@ TRAINER_SETTINGS = (
     *("max_steps", "world_size", "bf16", "fp16", "gradient_checkpointing", "seed"),
     *("load_best_model_at_end", "metric_for_best_model"),
 )
-METRICS = (  # of an evaluation: losses, the heads', TRL's
+METRICS = (  # of an evaluation: losses, the heads', those of tasks, TRL's
     *("loss", "response_loss", "emotion_loss", "dimension_loss", "response_kl", "emotion_accuracy", "ua", "wa"),
-    *("macro_f1", "ccc", "entropy", "mean_token_accuracy"),
+    *("macro_f1", "ccc", "reply_loss", "recognition_loss", "recognition_accuracy", "transcription_loss"),
+    *("entropy", "mean_token_accuracy"),
 )
 DESCRIPTION = """\
 Train a ReLLM on rows with audio, replies and emotions.
