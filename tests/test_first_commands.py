@@ -172,7 +172,9 @@ def test_the_commands_of_the_readme_run_to_their_end(title: str) -> None:
     if title == "IEMOCAP":
         assert json.loads(Path("runs/eval/five-folds/metrics.json").read_text())["data"]["num_clips"] == 40
         assert json.loads(Path("re-llm/training_settings.json").read_text())["lora_r"] == 16  # which the card has
-        assert "lora_r" in Path("re-llm/README.md").read_text()
+        card = Path("re-llm/README.md").read_text()
+        assert "lora_r" in card and "IEMOCAP: Interactive" in card and "for academic use" in card
+        assert "5 folds by session of 5 models" in Path("runs/iemocap-Ses05/README.md").read_text()
 
 
 def test_every_command_of_the_documents_is_one_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from fake_hub import Repository, serve_hub
-from huggingface_hub import ModelCard, constants
+from fake_hub import Repository, point_at, serve_hub
+from huggingface_hub import ModelCard
 from light_checkpoints import build, save_towers
 from packaging.requirements import Requirement
 from tiny_models import tiny_model, tiny_processor
@@ -207,10 +207,7 @@ def test_a_tower_of_the_hub_has_the_licence_of_its_card_there(tmp_path: Path, mo
     terms = "license: other\nlicense_name: its-agreement\nlicense_link: https://example.org/terms"
     cards = {"org/llm": terms, "org/speech": "license: apache-2.0"}
     with serve_hub(tmp_path / "served") as hub:
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        point_at(hub, tmp_path / "cache", monkeypatch)
         for name, front in cards.items():
             hub.repositories[name] = Repository({"README.md": f"---\n{front}\n---\n".encode()})
         sections = dict.fromkeys(("audio_config", "text_config"), {"model_type": "x"})

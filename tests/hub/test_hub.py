@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers.utils.hub as transformers_hub
-from fake_hub import Failure, FakeHub, serve_hub
+from fake_hub import Failure, FakeHub, point_at, serve_hub
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
@@ -39,15 +39,9 @@ PART = 40_000  # bytes
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """With LFS and without Xet, as `HF_ENDPOINT` and `HF_HUB_DISABLE_XET` say to a fresh process."""
+    """With LFS and without Xet."""
     with serve_hub(tmp_path / "served", lfs=True) as server:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        point_at(server, tmp_path / "cache", monkeypatch)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         disable_progress_bars()
         yield server
