@@ -56,7 +56,8 @@ def compare(settings: ComparisonSettings) -> None:
     from relllm.evaluation.tables import to_rich
 
     runs = [read_run(path) for path in settings.runs]
-    comparison = compare_runs(runs, settings.baseline, resample=settings.resample, seed=settings.seed)
+    options = {"resample": settings.resample, "seed": settings.seed, "group": settings.group}
+    comparison = compare_runs(runs, settings.baseline, **options)  # type: ignore[arg-type]
     written = write_comparison(comparison, settings.output_dir)
     for table in comparison_tables(comparison):
         console.print(to_rich(table))

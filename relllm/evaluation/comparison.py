@@ -17,6 +17,7 @@ from .statistics import PairedTest, Resampler, holm, percentile_interval, wilcox
 
 MAX_MISSING = 0.01  # of the clips of a data set; with more, the runs are not of one evaluation
 RESAMPLE = ("auto", "clips", "speakers")
+GROUPS = ("system", "name")
 MIN_SPEAKERS = 10  # fewer make no interval that holds
 PARTS = (
     *(("empathy", name) for name in MECHANISMS),
@@ -61,6 +62,8 @@ class Cell:
     value: float | None  # in the metric's own unit (shares are not per cent); None where it is not defined
     num_clips: int
     fold_mean: float | None  # where there are folds
+    num_runs: int = 1  # of which `value` is the mean
+    deviation: float | None = None  # between runs, where there are several: of the sample (n - 1)
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,17 @@ class Comparison:
     gains: list[Gain]
     notes: list[str]
     settings: dict[str, object]
+    rows: dict[Path, str]  # the row of each run
 
 
 def compare_runs(
-    runs: Sequence[Run], baselines: Sequence[str], *, resample: str = "auto", num_resamples: int = 2000, seed: int = 0
+    runs: Sequence[Run],
+    baselines: Sequence[str],
+    *,
+    resample: str = "auto",
+    num_resamples: int = 2000,
+    seed: int = 0,
+    group: str | None = None,
 ) -> Comparison:
     """Set two runs or more side by side, as the paper does: systems x corpora, gains over the baselines.
 
@@ -102,28 +112,40 @@ def compare_runs(
     names. Only clips count that every run of a corpus with that task has; a run that lacks more than 1 % of them is
     refused. A baseline is a system, a run's name, or its folder. The bootstrap draws `"clips"` or `"speakers"`;
     `"auto"` takes speakers where a corpus has 10 of them.
+
+    With `group` (`"system"` or `"name"`) runs of one system, or name, on a corpus are one row, such as one training
+    with several seeds: its value is their mean, the bootstrap draws runs too, tests are of the clips' means over runs.
     """
+    if group not in (None, *GROUPS):
+        raise ValueError(f"--group {group}: expected one of {', '.join(GROUPS)}.")
     if resample not in RESAMPLE:
         raise ValueError(f"--resample {resample}: expected one of {', '.join(RESAMPLE)}.")
     groups = group_by_corpus(runs)
-    labels, kinds = _row_labels(groups)
+    labels, kinds = _row_labels(groups, group)
     chosen = [_find_baseline(name, runs, labels) for name in baselines]
     systems = list(kinds)
     notes: list[str] = []
     cells: list[Cell] = []
     gains: list[Gain] = []
     for corpus, members in groups.items():
-        by_label = {labels[run.path]: run for run in sorted(members, key=lambda run: systems.index(labels[run.path]))}
-        pairs = _pairs(list(by_label), chosen)
-        notes += [f"{corpus}: no run of the baseline {name}." for name in chosen if name not in by_label]
+        ordered = sorted(members, key=lambda run: systems.index(labels[run.path]))
+        present = [labels[run.path] for run in ordered]
+        by_label = {_key(run, labels[run.path], present): run for run in ordered}
+        rows = {key: labels[run.path] for key, run in by_label.items()}
+        pairs = _pairs(list(dict.fromkeys(present)), chosen)
+        notes += [f"{corpus}: no run of the baseline {name}." for name in chosen if name not in present]
         notes += [f"{corpus}: {difference}." for difference in find_differences(members)]
         notes += [note for label, run in by_label.items() for note in _say_seen(corpus, label, run)]
         for measured, units, ids in _measure_parts(corpus, by_label, resample, notes):
             resampler = Resampler(units, num_resamples=num_resamples, seed=seed) if len(set(units)) > 1 else None
-            for metric, of_system in measured.items():
-                for label, one in of_system.items():
-                    of_folds = by_label[label].fold_means.get(metric.table, {}).get(metric.part, {})
-                    cells.append(Cell(corpus, label, metric, one.value, len(ids), of_folds.get(metric.name)))
+            for metric, of_run in measured.items():
+                of_system = {}
+                for label in dict.fromkeys(rows[key] for key in of_run):
+                    keys = [key for key in of_run if rows[key] == label]
+                    of_system[label] = combine_runs([of_run[key] for key in keys], (seed, systems.index(label)))
+                    cells.append(
+                        _cell(corpus, label, metric, of_run, [(key, by_label[key]) for key in keys], len(ids))
+                    )
                 gains += [
                     _gain(corpus, pair, metric, (of_system[pair[0]], of_system[pair[1]]), resampler)
                     for pair in pairs
@@ -132,21 +154,77 @@ def compare_runs(
     if not gains:
         raise ValueError(f"Nothing to compare: no corpus has a baseline ({', '.join(baselines)}) and another run.")
     settings = {"baselines": chosen, "resample": resample, "num_resamples": num_resamples, "seed": seed}
-    return Comparison(systems, kinds, groups, cells, _correct(gains), list(dict.fromkeys(notes)), settings)
+    return Comparison(systems, kinds, groups, cells, _correct(gains), list(dict.fromkeys(notes)), settings, labels)
 
 
-def _row_labels(groups: Mapping[str, Sequence[Run]]) -> tuple[dict[Path, str], dict[str, str]]:
+def combine_runs(measured: Sequence[Measured], seed: tuple[int, ...]) -> Measured:
+    """Return the mean of one metric over several runs on the same clips; a resample draws runs as well as clips.
+
+    What the drawn runs move it by is widened by sqrt(n / (n - 1)): resamples of few runs vary by that much too little.
+    """
+    if len(measured) == 1:
+        return measured[0]
+    values = [one.value for one in measured]
+    widths = np.cumsum([one.summands.shape[1] for one in measured])[:-1]
+
+    def statistic(sums: np.ndarray) -> np.ndarray:
+        parts = np.split(sums, widths, axis=1)
+        of_runs = np.stack([one.statistic(part) for one, part in zip(measured, parts, strict=True)], axis=1)
+        drawn = np.random.default_rng(seed).integers(len(measured), size=of_runs.shape)
+        mean, count = of_runs.mean(axis=1), len(measured)
+        return mean + (np.take_along_axis(of_runs, drawn, axis=1).mean(axis=1) - mean) * np.sqrt(count / (count - 1))
+
+    paired = [one.paired for one in measured if one.paired is not None]
+    return Measured(
+        value=None if None in values else float(np.mean([value for value in values if value is not None])),
+        summands=np.concatenate([one.summands for one in measured], axis=1),
+        statistic=statistic,
+        paired=np.mean(paired, axis=0) if len(paired) == len(measured) else None,
+    )
+
+
+def _cell(
+    corpus: str,
+    label: str,
+    metric: Metric,
+    measured: Mapping[str, Measured],
+    runs: Sequence[tuple[str, Run]],
+    num_clips: int,
+) -> Cell:
+    values = [measured[key].value for key, _ in runs]
+    means = [run.fold_means.get(metric.table, {}).get(metric.part, {}).get(metric.name) for _, run in runs]
+    known = [value for value in values if value is not None]
+    complete = len(known) == len(values)
+    return Cell(
+        corpus=corpus,
+        system=label,
+        metric=metric,
+        value=float(np.mean(known)) if complete else None,
+        num_clips=num_clips,
+        fold_mean=None if None in means else float(np.mean([mean for mean in means if mean is not None])),
+        num_runs=len(runs),
+        deviation=float(np.std(known, ddof=1)) if complete and len(known) > 1 else None,
+    )
+
+
+def _key(run: Run, label: str, present: Sequence[str]) -> str:
+    """Name a run by its row, and by its folder too where the row has several."""
+    return label if present.count(label) == 1 else f"{label} ({run.path.name})"
+
+
+def _row_labels(groups: Mapping[str, Sequence[Run]], group: str | None) -> tuple[dict[Path, str], dict[str, str]]:
     """Return what row each run is in, and the system of each row, in the order of the rows."""
     by_system = all(len({run.system for run in members}) == len(members) for members in groups.values())
+    by_system = group == "system" or (by_system and group is None)
     everyone = sorted((run for group in groups.values() for run in group), key=lambda run: SYSTEMS.index(run.system))
     labels = {run.path: SYSTEM_TITLES[run.system] if by_system else run.name for run in everyone}
     for corpus, members in groups.items():
         names = [labels[run.path] for run in members]
         for run, name in zip(members, names, strict=True):
-            if names.count(name) > 1:
+            if names.count(name) > 1 and group is None:
                 raise ValueError(
                     f"Two runs on {corpus} are called {name!r}, one of them {run.path}. Leave one out, or evaluate it "
-                    "with another --name."
+                    "with another --name, or set them side by side as seeds of one training with --group name."
                 )
     kinds: dict[str, str] = {}
     for run in everyone:

@@ -277,10 +277,9 @@ def _count_levels(comparison: Comparison, corpus: str) -> dict[str, dict[str, li
         scored = [clip["empathy"] for clip in run.clips.values() if "empathy" in clip]
         if scored and all(name in one for one in scored for name in MECHANISMS):
             levels = {name: [one[name]["level"] for one in scored] for name in MECHANISMS}
-            title = SYSTEM_TITLES[run.system]
-            found[title if title in comparison.systems else run.name] = {
-                name: [values.count(level) for level in range(LEVELS)] for name, values in levels.items()
-            }
+            of_row = found.setdefault(comparison.rows[run.path], {name: [0] * LEVELS for name in MECHANISMS})
+            for name, values in levels.items():
+                of_row[name] = [count + values.count(level) for level, count in enumerate(of_row[name])]
     return {name: found[name] for name in comparison.systems if name in found}
 
 
@@ -310,14 +309,25 @@ def _group(corpus: str, cells: Mapping[tuple[str, str, Metric], Cell]) -> str:
 
 def _count_notes(cells: Mapping[tuple[str, str, Metric], Cell]) -> list[str]:
     folds = sorted({corpus for (corpus, _, _), cell in cells.items() if cell.fold_mean is not None})
-    return [f"{corpus}: 'folds pooled' counts the clips of all folds at once." for corpus in folds]
+    notes = [f"{corpus}: 'folds pooled' counts the clips of all folds at once." for corpus in folds]
+    runs = {(cell.corpus, cell.system): cell.num_runs for cell in cells.values() if cell.num_runs > 1}
+    several = [
+        f"{corpus}: {system} is the mean ± standard deviation of {count} runs"
+        for (corpus, system), count in runs.items()
+    ]
+    return notes + [
+        f"{said}; intervals resample runs and clips, tests are of the clips' means over runs." for said in several
+    ]
 
 
 def _show_cell(cell: Cell | None, *, fold_mean: bool = False) -> str:
     value = None if cell is None else cell.fold_mean if fold_mean else cell.value
     if cell is None or value is None:
         return DASH
-    text = f"{100 * value:.1f}" if cell.metric.table == "recognition" else f"{value:.3f}"
+    scale, form = (100, ".1f") if cell.metric.table == "recognition" else (1, ".3f")
+    text = f"{scale * value:{form}}"
+    if cell.deviation is not None and not fold_mean:
+        text += f" ± {scale * cell.deviation:{form}}"
     return text.replace("-", "−")
 
 

@@ -86,6 +86,9 @@ class ComparisonSettings:
     resample: Literal["auto", "clips", "speakers"] = setting(
         "auto", "What the bootstrap draws; auto: speakers where there are 10."
     )
+    group: Literal["system", "name"] | None = setting(
+        None, "Make runs of one system, or name, one row: several seeds, mean and deviation."
+    )
     seed: int = setting(0, "Of the bootstrap.")
 
 

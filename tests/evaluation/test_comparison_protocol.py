@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from run_folders import simulated_clips, write_run
+from typer.testing import CliRunner
 
-from relllm.evaluation.comparison import Comparison, compare_runs
+from relllm.cli import app
+from relllm.evaluation.comparison import Comparison, Measured, combine_runs, compare_runs
 from relllm.evaluation.comparison_tables import comparison_tables
 from relllm.evaluation.runs import read_run
 
@@ -88,3 +91,45 @@ def test_a_model_from_the_corpus_is_marked(tmp_path: Path) -> None:
     assert "iemocap: RE-LLM, or a tower of it, was trained on it, and on which clips is not known." in found
     clean = run_of(tmp_path / "b", "re-llm", 0.7, training=UNREAD)
     assert "trained on" not in notes_of(compare(one, clean)).replace("Speech-LLM", "")
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_seeds_are_one_row_with_mean_and_deviation(tmp_path: Path) -> None:
+    folders, levels = [], {}
+    for system, skill in (("speech-only", 0.4), ("re-llm", 0.7)):
+        for seed in range(3):
+            clips = simulated_clips(60, skill, seed=seed + 10 * len(system))
+            levels[system, seed] = np.mean([clip["empathy"]["ER"]["level"] for clip in clips])
+            folders.append(write_run(tmp_path / f"{system}-{seed}", system, clips, **ASKED))
+    with pytest.raises(ValueError, match="could be"):
+        compare(*folders)  # six runs, and a baseline that is three of them
+    runs = [read_run(folder) for folder in folders]
+    found = compare_runs(runs, ["speech-only"], num_resamples=50, group="system")
+    assert found.systems == ["Speech-LLM without the emotion module", "RE-LLM"]
+    [cell] = [one for one in found.cells if one.system == "RE-LLM" and one.metric.part == "ER"]
+    ours, theirs = ([levels[system, seed] for seed in range(3)] for system in ("re-llm", "speech-only"))
+    assert cell.value == pytest.approx(np.mean(ours)) and cell.deviation == pytest.approx(np.std(ours, ddof=1))
+    [gain] = [one for one in found.gains if one.metric.part == "ER"]
+    assert gain.difference == pytest.approx(np.mean(ours) - np.mean(theirs)) and gain.num_clips == 60
+    assert gain.test is not None and gain.test.num_different > 30  # of means over seeds, of which few tie
+    given = [*map(str, folders), "--baseline", "speech-only", "--group", "system", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["compare", *given])
+    assert result.exit_code == 0, result.output
+    assert f"{np.mean(ours):.3f} ± {np.std(ours, ddof=1):.3f}" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "RE-LLM is the mean ± standard deviation of 3 runs" in " ".join(result.output.split())
+
+
+def test_the_bootstrap_draws_seeds_as_well_as_clips() -> None:
+    def run_of_levels(values: np.ndarray) -> Measured:
+        summands = np.stack([values, np.ones(len(values))], axis=1)
+        return Measured(float(values.mean()), summands, lambda sums: sums[:, 0] / sums[:, 1], values)
+
+    constant = [run_of_levels(np.full(8, level)) for level in (0.0, 1.0, 2.0)]  # clips of a run do not differ
+    group = combine_runs(constant, (0, 1))
+    resampled = group.statistic(np.tile(group.summands.sum(axis=0), (20_000, 1)))
+    assert group.value == 1 and np.mean(resampled) == pytest.approx(1, abs=0.02)
+    assert np.std(resampled) == pytest.approx(np.std([0, 1, 2], ddof=1) / np.sqrt(3), rel=0.02)
+    same = combine_runs([run_of_levels(np.arange(8.0))] * 3, (0, 1))  # seeds do not differ
+    sums = np.random.default_rng(0).multinomial(8, np.full(8, 1 / 8), size=50) @ same.summands
+    assert same.statistic(sums) == pytest.approx(run_of_levels(np.arange(8.0)).statistic(sums[:, :2]))
+    assert combine_runs(constant[:1], (0, 1)) is constant[0]
