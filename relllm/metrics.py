@@ -56,6 +56,15 @@ class CalibrationMetrics(TypedDict):
     num_clips: int
 
 
+class VoteMetrics(TypedDict):
+    """What [`vote_metrics`] gives: plain numbers, ready for JSON."""
+
+    any_rater_macro_f1: float  # a prediction that any rater gave is right
+    jensen_shannon: float | None  # mean divergence of votes and probabilities in bits, in [0, 1]; 0 is equal
+    ece: float | None  # as of `CalibrationMetrics`, the share of votes in the place of right or wrong
+    num_clips: int  # those with a vote for one of the classes
+
+
 def recognition_metrics(
     labels: Sequence[str] | Sequence[int],
     predictions: Sequence[str | None] | Sequence[int | None],
@@ -148,12 +157,64 @@ def calibration_metrics(
     true = np.array([_index(label, names, "label", position) for position, label in enumerate(labels)])
     confidence = table.max(axis=1).clip(max=1)  # a sum of 1.0004 may hold one
     bins = _bins(confidence, table.argmax(axis=1) == true, num_bins)
+    return CalibrationMetrics(ece=_gap(bins, len(labels)), bins=bins, num_clips=len(labels))
+
+
+def vote_metrics(
+    votes: Sequence[Sequence[str]],
+    predictions: Sequence[str | None],
+    class_names: Sequence[str],
+    *,
+    labels: Sequence[str | None],
+    probabilities: Sequence[Mapping[str, float]] | None = None,
+) -> VoteMetrics:
+    """Return how predictions agree with all raters rather than with their majority.
+
+    `votes` has the names that the raters of each clip gave; those outside the classes count for nothing, and every
+    clip needs one of the classes. A prediction that any rater gave is right; for another one the truth is the clip's
+    label (`labels`) or, where that is no class, the most frequent vote, the first one of `class_names` among equals.
+    """
+    _check_clips(votes, predictions, "predictions")
+    names = list(class_names)
+    shares = np.array([[list(row).count(name) for name in names] for row in votes], dtype=float)  # (clips, classes)
+    if (empty := np.flatnonzero(shares.sum(axis=1) == 0)).size:
+        raise ValueError(f"The votes at position {empty[0]} have none of {names}. Leave out clips without one.")
+    shares /= shares.sum(axis=1, keepdims=True)
+    majority = [
+        label if label in names else names[at] for label, at in zip(labels, shares.argmax(axis=1), strict=True)
+    ]
+    credited = [
+        said if said is not None and said in row else truth
+        for said, row, truth in zip(predictions, votes, majority, strict=True)
+    ]
+    found = VoteMetrics(
+        any_rater_macro_f1=recognition_metrics(credited, predictions, names)["macro_f1"],
+        jensen_shannon=None,
+        ece=None,
+        num_clips=len(votes),
+    )
+    if probabilities is not None:
+        table = np.array([_probabilities(position, row, names) for position, row in enumerate(probabilities)])
+        found["jensen_shannon"] = float(np.mean([_divergence(p, q) for p, q in zip(shares, table, strict=True)]))
+        chosen, confidence = table.argmax(axis=1), table.max(axis=1).clip(max=1)
+        bins = _bins(confidence, shares[np.arange(len(shares)), chosen], NUM_BINS)
+        found["ece"] = _gap(bins, len(votes))
+    return found
+
+
+def _divergence(p: np.ndarray, q: np.ndarray) -> float:
+    """Return the Jensen-Shannon divergence of two distributions in bits, in [0, 1]."""
+    middle, q = (p + q / q.sum()) / 2, q / q.sum()
+    return sum(float((a[a > 0] * np.log2(a[a > 0] / middle[a > 0])).sum()) for a in (p, q)) / 2
+
+
+def _gap(bins: Sequence[CalibrationBin], num_clips: int) -> float:
     gaps = [
         one["num_clips"] * abs(one["accuracy"] - one["confidence"])
         for one in bins
         if one["accuracy"] is not None and one["confidence"] is not None
     ]
-    return CalibrationMetrics(ece=float(sum(gaps) / len(labels)), bins=bins, num_clips=len(labels))
+    return float(sum(gaps) / num_clips)
 
 
 def _check_clips(labels: Sequence, given: Sequence, what: str) -> None:

@@ -6,11 +6,12 @@ import warnings
 import audmetric
 import numpy as np
 import pytest
+from scipy.spatial.distance import jensenshannon
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, root_mean_squared_error
 
 from relllm.labels import EMOTIONS
-from relllm.metrics import calibration_metrics, concordances, dimension_metrics, recognition_metrics
+from relllm.metrics import calibration_metrics, concordances, dimension_metrics, recognition_metrics, vote_metrics
 
 
 def test_recognition_agrees_with_the_naive_formulas() -> None:
@@ -244,3 +245,28 @@ def test_calibration_of_one_clip_ties_and_certainty() -> None:
 def test_calibration_refuses_what_it_cannot_count(labels: list[str], row: dict | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         calibration_metrics(labels, [] if row is None else [row], ["sad", "happy"])
+
+
+def test_votes_are_held_against_every_rater() -> None:
+    names = ["neutral", "happy", "angry"]
+    votes = [["neutral", "angry", "angry"], ["happy"], ["other", "happy", "neutral"], ["neutral", "neutral"]]
+    labels = ["angry", "happy", None, "neutral"]
+    table = [[0.6, 0.1, 0.3], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7], [1.0, 0.0, 0.0]]
+    probabilities = [dict(zip(names, row, strict=True)) for row in table]
+    predictions = ["neutral", "happy", "angry", "neutral"]
+    found = vote_metrics(votes, predictions, names, labels=labels, probabilities=probabilities)
+    # The first is some rater's; the third nobody's, and its votes are equal: the first class of them is the truth.
+    truth = ["neutral", "happy", "neutral", "neutral"]
+    assert found["any_rater_macro_f1"] == pytest.approx(
+        f1_score(truth, predictions, labels=names[:2], average="macro")
+    )
+    shares = [[1 / 3, 0, 2 / 3], [0, 1, 0], [0.5, 0.5, 0], [1, 0, 0]]
+    expected = [jensenshannon(p, q, base=2) ** 2 for p, q in zip(shares, table, strict=True)]
+    assert found["jensen_shannon"] == pytest.approx(np.mean(expected))
+    # Bins of 1/15: 0.6 alone (share 1/3), the two of 0.7 together (shares 1 and 0), 1.0 alone (share 1).
+    assert found["ece"] == pytest.approx((abs(1 / 3 - 0.6) + 2 * abs(0.5 - 0.7) + 0) / 4)
+    assert found["num_clips"] == 4
+    only = vote_metrics(votes, [None, "happy", "angry", "neutral"], names, labels=labels)
+    assert only["jensen_shannon"] is only["ece"] is None
+    with pytest.raises(ValueError, match="votes at position 0 have none of"):
+        vote_metrics([["other"]], ["happy"], names, labels=[None])

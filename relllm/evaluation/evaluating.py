@@ -313,6 +313,10 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
     write_json(metrics, settings.output_dir / METRICS)
 
 
+def _votes_of(row: Mapping) -> dict:
+    return {"emotion_votes": row["emotion_votes"]} if row.get("emotion_votes") else {}
+
+
 def _predict(
     predictor: Predictor, rows: Dataset, batches: Sequence[Sequence[int]], done: Container[str], score: Score | None
 ) -> Iterator[list[dict]]:
@@ -320,7 +324,7 @@ def _predict(
     for batch in batches:
         asked = list(rows.select(batch))
         found = zip(asked, predictor.predict(asked), strict=True)
-        lines = [{**{name: row.get(name) for name in COLUMNS}, **parts} for row, parts in found]
+        lines = [{**{name: row.get(name) for name in COLUMNS}, **_votes_of(row), **parts} for row, parts in found]
         if score is not None:
             both = zip(asked, lines, strict=True)
             replied = [(row["text"], line) for row, line in both if "reply" in line and (row["text"] or "").strip()]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from relllm.labels import DIMENSIONS
-from relllm.metrics import calibration_metrics, dimension_metrics, recognition_metrics
+from relllm.metrics import calibration_metrics, dimension_metrics, recognition_metrics, vote_metrics
 from relllm.plots import plot_confusion_matrix, plot_levels, plot_reliability, plot_valence_arousal
 
 from .evaluation_settings import LEVELS, MECHANISMS, WAYS
@@ -130,12 +130,30 @@ def _recognition_of(lines: Sequence[Mapping], labels: Sequence[str], way: str) -
         return None
     truth = [line["emotion"] for line in asked]
     answers = [line["recognition"][way] for line in asked]
+    votes = _votes(lines, labels, way)
     if way == "generated":
-        return {**recognition_metrics(truth, [answer["emotion"] for answer in answers], labels)}
+        return {**recognition_metrics(truth, [answer["emotion"] for answer in answers], labels), **votes}
     likeliest = [max(labels, key=lambda name, row=answer: row[name]) for answer in answers]  # type: ignore[misc]
     calibration = calibration_metrics(truth, answers, labels)
     scores = recognition_metrics(truth, likeliest, labels)
-    return {**scores, "ece": calibration["ece"], "bins": calibration["bins"]}
+    return {**scores, "ece": calibration["ece"], "bins": calibration["bins"], **votes}
+
+
+def _votes(lines: Sequence[Mapping], labels: Sequence[str], way: str) -> dict:
+    """Hold the answers against every rater's vote, where the data has them; clips without a majority count too."""
+    asked = [
+        line
+        for line in lines
+        if way in line.get("recognition", {}) and set(line.get("emotion_votes") or ()) & set(labels)
+    ]
+    if not asked:
+        return {}
+    votes, answers = [line["emotion_votes"] for line in asked], [line["recognition"][way] for line in asked]
+    told = {"labels": [line["emotion"] for line in asked]}
+    if way == "generated":
+        return {"votes": vote_metrics(votes, [answer["emotion"] for answer in answers], labels, **told)}
+    likeliest = [max(labels, key=lambda name, row=answer: row[name]) for answer in answers]  # type: ignore[misc]
+    return {"votes": vote_metrics(votes, likeliest, labels, probabilities=answers, **told)}
 
 
 def _dimensions(lines: Sequence[Mapping]) -> dict | None:
@@ -180,6 +198,12 @@ def _number_tables(metrics: Mapping) -> list[Table]:
             ece = _decimals(part["ece"]) if "ece" in part else ""
             table.add_row(way, *scores, ece, str(part["num_unparsed"]), str(part["num_clips"]))
         tables.append(table)
+        table = Table("by votes", "macro-F1, any rater's", "Jensen-Shannon", "ECE", "clips")
+        for way in (way for way in WAYS if "votes" in recognition.get(way, {})):
+            part = recognition[way]["votes"]
+            scores = [_decimals(part[name]) for name in ("any_rater_macro_f1", "jensen_shannon", "ece")]
+            table.add_row(way, *scores, str(part["num_clips"]))
+        tables += [table] if table.row_count else []
     if dimensions := metrics.get("dimensions"):
         table = Table(f"dimension, {dimensions['scale']}".replace("[", r"\["), "CCC", "Pearson", "RMSE", "clips")
         for name in DIMENSIONS:

@@ -24,7 +24,7 @@ from .losses import IGNORE_INDEX
 from .tasks import GIVEN_TASK, TaskMix
 from .tower_cache import TowerCache
 
-NO_LABELS = dict.fromkeys(("emotion", *DIMENSIONS))
+NO_LABELS = dict.fromkeys(("emotion", "emotion_votes", *DIMENSIONS))
 AUDIO_PLACE = "<audio>"  # where a clip stands in the text of LLaMA-Factory's and ms-swift's messages
 
 
@@ -46,6 +46,7 @@ class ReLLMCollator:
     replies: bool = True  # whether rows need one: the heads learn without
     augmentation: Augmentation | None = None  # of every clip, once it is read and before anything is counted
     mix: TaskMix | None = None  # of the tasks; without one each row is a reply
+    votes: bool = False  # whether raters' votes, where a row has them, are the emotion's targets
     tower_cache: TowerCache | None = None  # clips that it has come as tower outputs, and have no features
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
@@ -53,9 +54,9 @@ class ReLLMCollator:
 
         Returns:
             `dict`: The model's inputs, padded on the right; `labels` `(batch, sequence)`; `emotion_labels` `(clips,)`,
-            -100 where unlabelled; `dimension_labels` `(clips, 3)`, NaN where unlabelled; `clips_per_row` `(batch,)`.
-            With a `mix` `row_tasks` `(batch,)`, with `teacher` those of `TEACHER_INPUTS`, with a `tower_cache` those
-            of [`TowerCache.look_up`].
+            -100 where unlabelled; with `votes` `emotion_votes` `(clips, classes)`; `dimension_labels` `(clips, 3)`,
+            NaN where unlabelled; `clips_per_row` `(batch,)`. With a `mix` `row_tasks` `(batch,)`, with `teacher` those
+            of `TEACHER_INPUTS`, with a `tower_cache` those of [`TowerCache.look_up`].
         """
         given = [self._task(row) for row in rows]
         tasks = [task for task, _ in given]
@@ -88,6 +89,10 @@ class ReLLMCollator:
         # a clip that comes again, as another task, has been counted in the losses of the heads
         labelled = [{**row, **NO_LABELS} if again else row for row, (_, again) in zip(rows, given, strict=True)]
         emotions = [self._emotions(row, count) for row, count in zip(labelled, clips, strict=True)]
+        if self.votes:
+            shares = [self._votes(row, labels) for row, labels in zip(labelled, emotions, strict=True)]
+            votes = torch.tensor([share for of_row in shares for share in of_row], dtype=torch.float32)
+            batch["emotion_votes"] = votes.reshape(-1, len(self.emotion_labels))
         dimensions = [_dimension_targets(row, count) for row, count in zip(labelled, clips, strict=True)]
         batch["emotion_labels"] = torch.tensor([label for labels in emotions for label in labels], dtype=torch.long)
         targets = [target for row_targets in dimensions for target in row_targets]
@@ -187,6 +192,21 @@ class ReLLMCollator:
                 "Map it to one of them, or set it to None."
             )
         return [IGNORE_INDEX if name is None else list(self.emotion_labels).index(name) for name in names]
+
+    def _votes(self, row: Mapping, labels: list[int]) -> list[list[float]]:
+        """Return the share of each class among a clip's votes for classes; without any, all on its label, or zeros."""
+        given = row.get("emotion_votes")
+        if len(labels) == 1:
+            given = None if given is None else [given]  # the votes for the one clip
+        shares = []
+        for label, votes in zip(
+            labels, _per_clip({**row, "emotion_votes": given}, "emotion_votes", len(labels)), strict=True
+        ):
+            counts = [list(votes or ()).count(name) for name in self.emotion_labels]
+            if not any(counts) and label != IGNORE_INDEX:
+                counts[label] = 1
+            shares.append([count / max(sum(counts), 1) for count in counts])
+        return shares
 
 
 def place_clips(row: Mapping) -> list[dict]:

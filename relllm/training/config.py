@@ -41,6 +41,9 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
     dimension_loss_weight: float = setting(1.0, "Weight of the dimension loss.")
     dimension_loss: Literal["mse", "ccc"] = setting("mse", "mse (paper), or ccc: 1 - concordance of the micro-batch.")
     emotion_class_weights: list[str] | None = setting(None, "One for each emotion class, or `balanced`.")
+    emotion_targets: Literal["majority", "votes"] = setting(
+        "majority", "majority (paper): the column emotion; votes: the shares of emotion_votes, where a row has them."
+    )
     response_loss_weight: float = setting(1.0, "Weight of the cross-entropy of what is said, in every task.")
     tasks: dict[str, float] | str | None = setting(
         None, "What clips are taught as, with shares: reply=1,recognition=0.5,transcription=0.25; by default reply."
@@ -84,6 +87,8 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
             raise ValueError(f"recognition_options must be 'fixed' or 'drawn', got {self.recognition_options!r}.")
         if self.dimension_loss not in ("mse", "ccc"):
             raise ValueError(f"dimension_loss must be 'mse' or 'ccc', got {self.dimension_loss!r}.")
+        if self.emotion_targets not in ("majority", "votes"):
+            raise ValueError(f"emotion_targets must be 'majority' or 'votes', got {self.emotion_targets!r}.")
         if unknown := sorted(set(self.unfreeze) - set(TOWERS)):
             raise ValueError(f"unfreeze has {unknown}; it takes any of {TOWERS}.")
         for name in ("packing", "padding_free"):

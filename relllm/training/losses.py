@@ -22,6 +22,16 @@ def emotion_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = 
     return functional.cross_entropy(logits[counted].float(), labels[counted], weight=weights, reduction="sum")
 
 
+def soft_emotion_loss(logits: Tensor, votes: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Return the cross-entropy of the emotion against what raters said, summed over clips.
+
+    Both are `(clips, classes)`; `votes` are shares that sum to 1, or 0 where nobody voted. With one vote a clip it is
+    [`emotion_loss`].
+    """
+    weights = 1.0 if class_weights is None else class_weights.to(logits.device, torch.float32)
+    return -(weights * votes * functional.log_softmax(logits.float(), dim=-1)).sum()
+
+
 def dimension_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Return the squared errors of the emotion dimensions, summed (RE-LLM; `input_er_avd` in the original code).
 

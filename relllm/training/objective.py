@@ -13,11 +13,11 @@ from transformers.utils import ModelOutput
 
 from .alignment import Alignment, check_head
 from .config import ReLLMSFTConfig
-from .losses import IGNORE_INDEX, ccc_loss, dimension_loss, emotion_loss
+from .losses import IGNORE_INDEX, ccc_loss, dimension_loss, emotion_loss, soft_emotion_loss
 
-TARGETS = ("emotion_labels", "dimension_labels", "clips_per_row", "row_tasks")
+TARGETS = ("emotion_labels", "emotion_votes", "dimension_labels", "clips_per_row", "row_tasks")
 NO_LABEL_OF_A_ROW = {"labels": IGNORE_INDEX, "teacher_labels": IGNORE_INDEX}
-NO_LABEL_OF_A_CLIP = {"emotion_labels": IGNORE_INDEX, "dimension_labels": float("nan")}
+NO_LABEL_OF_A_CLIP = {"emotion_labels": IGNORE_INDEX, "emotion_votes": 0.0, "dimension_labels": float("nan")}
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Objective:
         """Return `(3,)`: items that each loss counts in a batch, in the order of `weights`; 0 for one that is off."""
         counts = {}
         if "emotion_labels" in batch:
-            counts["emotion_loss"] = self._class_weight(batch["emotion_labels"]).sum()
+            counts["emotion_loss"] = self._class_weight(batch).sum()
             counts["dimension_loss"] = batch["dimension_labels"].isfinite().sum()
         if self.alignment is not None and "teacher_labels" in batch:
             counts["response_kl"] = self.alignment.positions(batch["teacher_labels"]).sum()
@@ -85,7 +85,9 @@ class Objective:
         sums: dict[str, Tensor] = {}
         if "emotion_labels" in batch and output.emotion_logits is not None:
             if "emotion_loss" in self.active:
-                sums["emotion_loss"] = emotion_loss(output.emotion_logits, batch["emotion_labels"], self.class_weights)
+                is_soft = "emotion_votes" in batch
+                loss, targets = (soft_emotion_loss, "emotion_votes") if is_soft else (emotion_loss, "emotion_labels")
+                sums["emotion_loss"] = loss(output.emotion_logits, batch[targets], self.class_weights)
             if "dimension_loss" in self.active and self.dimension_loss == "mse":
                 sums["dimension_loss"] = dimension_loss(output.dimensions, batch["dimension_labels"])
             elif "dimension_loss" in self.active:
@@ -100,8 +102,12 @@ class Objective:
             value = total / torch.where(count == 0, 1, count)  # the sum over nothing is zero
             yield Term(name, self.weights[name], value, total.detach(), local[name].to(total.device))
 
-    def _class_weight(self, labels: Tensor) -> Tensor:
-        """Return the weight of each labelled clip: 1, or that of its class."""
+    def _class_weight(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight of each labelled clip: 1, or that of its class, or of its votes' classes."""
+        labels = batch["emotion_labels"]
+        if "emotion_votes" in batch:
+            votes = batch["emotion_votes"]
+            return votes if self.class_weights is None else votes * self.class_weights.to(votes.device)
         labelled = labels[labels != IGNORE_INDEX]
         if self.class_weights is None:
             return torch.ones_like(labelled, dtype=torch.float)

@@ -101,6 +101,7 @@ class ReLLMSFTTrainer(
                 teacher=self.objective.alignment is not None,
                 replies=args.response_loss_weight > 0 or args.response_kl_weight > 0,
                 mix=mix,
+                votes=args.emotion_targets == "votes",
             )
         with lora_counts_as_adapter(model):
             super().__init__(

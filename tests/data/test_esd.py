@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -52,6 +53,32 @@ def test_every_layout_gives_the_same_rows(tmp_path: Path, nested: bool, split_fo
         assert row["arousal"] is row["dominance"] is row["valence"] is row["dimension_source"] is None
 
 
+@pytest.mark.parametrize("names", [("val", "test"), ("valid", "test"), ("dev", "test"), ("eval", "test")])
+@pytest.mark.parametrize("layout", ["split last", "split first", "flat"])
+def test_mirrors_give_the_rows_of_the_release(tmp_path: Path, layout: str, names: tuple[str, str]) -> None:
+    expected = parse_esd(EsdSettings(write_esd(tmp_path / "release", split_folders=True)))
+    root = tmp_path / "mirror"
+    for row in expected.rows:
+        split = {"validation": names[0], "test": names[1], "train": "Train"}[row["split"]]
+        speaker, emotion = row["speaker"], row["emotion"].title()
+        folders = {
+            "split last": f"{speaker}/{emotion}/{split}",
+            "split first": f"{split}/{speaker}/{emotion}",
+            "flat": "",
+        }
+        (root / folders[layout]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(row["audio"], root / folders[layout])
+        text = tmp_path / "release" / speaker / f"{speaker}.txt"
+        shutil.copy(text, root / {"split last": f"{speaker}", "split first": f"{split}/{speaker}", "flat": ""}[layout])
+    found = parse_esd(EsdSettings(root))
+    assert found.dropped == [] and found.notes == expected.notes
+
+    def strip(corpus: Corpus) -> list[dict]:
+        return sorted(({**row, "audio": ""} for row in corpus.rows), key=lambda row: row["id"])
+
+    assert strip(found) == strip(expected)
+
+
 def test_the_folder_with_the_speakers_is_taken_as_well_as_the_one_above(tmp_path: Path) -> None:
     write_esd(tmp_path, nested=True)
     inner = parse_esd(EsdSettings(tmp_path / "Emotion Speech Dataset", label_set="5"))
@@ -100,7 +127,7 @@ def test_clips_without_a_transcript_keep_their_labels(tmp_path: Path) -> None:
         "0011_000351": ("angry", None),
     }
     assert corpus.notes == [
-        "No transcripts of speaker 0011: there is no 0011/0011.txt.",
+        "No transcripts of speaker 0011: there is no 0011.txt.",
         "2 clips have no transcript: 0011_000351, 0011_000001.",
     ]
 

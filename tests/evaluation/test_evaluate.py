@@ -12,6 +12,7 @@ import soundfile
 from empathy_scorers import scorer_of
 from pictures import blank_pictures
 from processes import ForkServer
+from scipy.spatial.distance import jensenshannon
 from tiny_models import RATE, clip, tiny_llm, tiny_model, tiny_processor, tiny_tokenizer
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -40,6 +41,9 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+VOTES = {0: ["happy", "sad", "other"], 1: ["angry"], 2: ["disgust"]}
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """Ten clips: one no audio, one outside the label set, one without emotion, one without dimensions."""
@@ -50,6 +54,7 @@ def corpus(tmp_path_factory) -> Path:
         soundfile.write(folder / f"c{i}.wav", clip(0.3 + 0.07 * ((7 * i) % 10), seed=i), RATE)
         values = {name: None if i == 3 else round(float(rng.random()), 3) for name in DIMENSIONS}
         who = {"speaker": f"s{i % 3}", "session": f"Ses0{1 + i % 2}", "split": "test", "dimension_source": "label"}
+        who["emotion_votes"] = VOTES.get(i)
         rows.append({"id": f"c{i}", "audio": f"c{i}.wav", "text": f"words {i}", "emotion": emotion, **values, **who})
     (folder / "c5.wav").write_bytes(b"no audio at all")
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -116,6 +121,21 @@ def test_the_metrics_are_those_of_the_lines_counted_by_hand(whole: Path):
         assert found["ccc"] == pytest.approx(ccc) and found["pearson"] == pytest.approx(np.corrcoef(x, y)[0, 1])
         assert found["rmse"] == pytest.approx(np.sqrt(np.mean((x - y) ** 2))) and found["num_clips"] == len(x) == 8
     assert metrics["dimensions"]["scale"] == "[0, 1]"
+
+
+def test_raters_votes_are_in_the_lines_and_answers_are_held_against_them(whole: Path):
+    metrics, (_, lines) = json.loads((whole / "metrics.json").read_text()), read_predictions(whole)
+    assert {i: line["emotion_votes"] for i, line in enumerate(lines) if "emotion_votes" in line} == VOTES
+    shares = [[0, 0.5, 0, 0.5, 0], [0, 0, 1, 0, 0]]  # in the order of EMOTIONS
+    for way in ("generated", "likelihood", "head"):
+        part = metrics["recognition"][way]["votes"]
+        assert part["num_clips"] == 2 and 0 <= part["any_rater_macro_f1"] <= 1
+        if way == "generated":
+            assert part["ece"] is part["jensen_shannon"] is None
+            continue
+        said = [[line["recognition"][way][name] for name in EMOTIONS] for line in lines[:2]]
+        expected = [jensenshannon(p, q, base=2) ** 2 for p, q in zip(shares, said, strict=True)]
+        assert part["jensen_shannon"] == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_lines_are_in_the_order_of_the_data_and_what_is_left_out_is_counted(whole: Path, corpus: Path):

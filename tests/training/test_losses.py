@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from relllm import ReLLMSFTConfig
 from relllm.training.alignment import Alignment, divergence
-from relllm.training.losses import ccc_loss, dimension_loss, emotion_loss, response_kl
+from relllm.training.losses import ccc_loss, dimension_loss, emotion_loss, response_kl, soft_emotion_loss
 from relllm.training.objective import Objective
 
 NAN = float("nan")
@@ -40,6 +40,18 @@ def test_emotion_loss_ignores_unlabelled_clips():
     assert loss.item() == pytest.approx(-np.sum([scores[0, 2], scores[2, 0], scores[3, 4]]), rel=1e-6)
     assert_finite_gradient(loss, logits)
     assert (logits.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 0.5, 1.0, 2.0, 3.0])])
+def test_the_loss_on_votes_is_torch_s_and_with_one_vote_that_of_the_label(weights: Tensor | None):
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    votes = torch.tensor([[0.5, 0.5, 0, 0, 0], [0, 0, 1, 0, 0], [0.2, 0.2, 0.2, 0.2, 0.2], [0, 0, 0, 0, 1]])
+    expected = torch.nn.functional.cross_entropy(logits, votes, weight=weights, reduction="sum")
+    torch.testing.assert_close(soft_emotion_loss(logits, votes, weights), expected)
+    labels = torch.tensor([3, -100, 0, 4])
+    shares = torch.zeros(4, 5)
+    shares[[0, 2, 3], [3, 0, 4]] = 1.0
+    torch.testing.assert_close(soft_emotion_loss(logits, shares, weights), emotion_loss(logits, labels, weights))
 
 
 def test_emotion_loss_weighs_classes():

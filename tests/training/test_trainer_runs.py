@@ -169,6 +169,32 @@ def test_class_weights_weigh_the_emotion(tmp_path: Path, processor) -> None:
         make_trainer(rows, tmp_path / "run", processor, emotion_class_weights=[1.0, 1.0])
 
 
+def test_votes_teach_the_emotion_that_a_row_has_them_of(tmp_path: Path, processor) -> None:
+    rows = [{**row, "emotion_votes": None} for row in make_rows(tmp_path)]
+    rows[0] |= {"emotion": None, "emotion_votes": ["sad", "angry", "angry", "other"]}  # no agreement, and yet votes
+    rows[1] |= {"emotion": "neutral", "emotion_votes": ["other", "fear"]}  # none for a class of the model
+    batch = ReLLMCollator(processor, EMOTIONS, votes=True)(rows)
+    votes = batch["emotion_votes"]
+    assert votes[0].tolist() == pytest.approx([0, 0, 2 / 3, 1 / 3, 0]) and votes[1].tolist() == [1, 0, 0, 0, 0]
+    known = (
+        torch.nn.functional.one_hot(batch["emotion_labels"].clamp(min=0), 5) * (batch["emotion_labels"] >= 0)[:, None]
+    )
+    torch.testing.assert_close(votes[1:], known[1:].float())
+    model = tiny_model(lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.0})
+    audio = {name: batch[name] for name in batch if name.startswith(("input_f", "input_v", "audio"))}
+    logits = model.get_audio_features(**audio).emotion_logits
+    loss = torch.nn.functional.cross_entropy(logits, votes, reduction="sum") / votes.sum()
+    loss.backward()
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "emotion_targets": "votes"}
+    trainer = make_trainer(rows, tmp_path / "run", processor, **settings)
+    step = step_of(trainer)
+    expected = model.model.emotion_head.weight.grad
+    torch.testing.assert_close(step["model.emotion_head.weight"], expected, rtol=1e-4, atol=3e-6)
+    assert trainer.state.log_history[0]["emotion_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="emotion_targets must be"):
+        make_trainer(rows, tmp_path / "run", processor, emotion_targets="all")
+
+
 # What trains
 
 

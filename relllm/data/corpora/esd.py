@@ -1,15 +1,15 @@
 """ESD as rows: twenty speakers who read the same 350 sentences in each of five emotions, in English and Mandarin.
 
 [Emotion Speech Dataset/]0011/Angry/[train|test|evaluation/]0011_000351.wav
+(or, in mirrors, the split first: train/0011/Angry/0011_000351.wav; or no folders at all)
 [Emotion Speech Dataset/]0011/0011.txt               0011_000351<tab>text<tab>Angry
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +34,8 @@ FACTS = CorpusFacts(
 )
 BLOCKS = ("neutral", "angry", "happy", "sad", "surprise")  # of 350 numbers each, from 1
 BLOCK_SIZE = 350
-SPLIT_FOLDERS = {"train": "train", "test": "test", "evaluation": "validation"}  # as this package names the splits
+SPLIT_FOLDERS = {"train": "train", "test": "test"}  # as this package names the splits
+SPLIT_FOLDERS |= dict.fromkeys(("evaluation", "eval", "validation", "valid", "val", "dev"), "validation")
 
 CONTRADICTION = "folder contradicts the number"
 NO_SPLIT_FOLDER = "not in a split folder"
@@ -100,11 +101,30 @@ def _locate(folder: Path) -> Path | None:
     return folder / inner[0] if len(inner) == 1 else None
 
 
-def _has_speakers(folder: Path) -> bool:
+def _has_speakers(folder: Path, *, deeper: bool = True) -> bool:
+    """Return whether folders of speakers are here, clips, or folders of splits or emotions that have them."""
+    if deeper and _is_ours(folder.name):  # a part of the corpus
+        return False
     try:
-        return any(_SPEAKER.fullmatch(name) for name in parsing.list_folder(folder)[0])
+        folders, files = parsing.list_folder(folder)
     except PermissionError:  # a disk's `lost+found` beside the corpus
         return False
+    if any(_SPEAKER.fullmatch(name) for name in folders) or any(_CLIP.match(name) for name in files):
+        return True
+    return deeper and any(_has_speakers(folder / name, deeper=False) for name in folders if _is_ours(name))
+
+
+def _is_ours(name: str) -> bool:
+    """Return whether a folder's name is that of a speaker, a split or an emotion."""
+    return bool(_SPEAKER.fullmatch(name)) or name.lower() in (*SPLIT_FOLDERS, *BLOCKS)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield the folders of the corpus, deeper ones first and the root last, and nothing that lies beside them."""
+    for name in parsing.list_folder(root)[0]:
+        if _is_ours(name):
+            yield from parsing.walk_folders(root / name)
+    yield root
 
 
 def _language_of(speaker: str) -> str | None:
@@ -113,7 +133,11 @@ def _language_of(speaker: str) -> str | None:
 
 def _choose_speakers(root: Path, settings: EsdSettings, corpus: Corpus) -> list[str]:
     wanted = _SPEAKERS_OF if settings.language == "all" else (settings.language,)
-    present = [name for name in parsing.list_folder(root)[0] if _SPEAKER.fullmatch(name)]
+    found = {part for folder in _walk(root) for part in folder.relative_to(root).parts if _SPEAKER.fullmatch(part)}
+    found |= {
+        parsed[1] for folder in _walk(root) for name in parsing.list_audio(folder) if (parsed := _CLIP.match(name))
+    }
+    present = sorted(found)
     chosen = [name for name in present if _language_of(name) in wanted]
     show = parsing.name_some
     if not chosen:
@@ -128,19 +152,22 @@ def _choose_speakers(root: Path, settings: EsdSettings, corpus: Corpus) -> list[
 def _find_clips(root: Path, speakers: list[str], dropped: list[Dropped]) -> dict[str, _Clip]:
     """Clips by id. Deeper folders come first: of a clip that lies there twice, the one in a split folder is taken."""
     clips: dict[str, _Clip] = {}
-    for speaker in speakers:
-        for folder in parsing.walk_folders(root / speaker):
-            parts = [part.lower() for part in folder.relative_to(root / speaker).parts]
-            emotion = next((part for part in parts if part in BLOCKS), None)
-            split = next((SPLIT_FOLDERS[part] for part in parts if part in SPLIT_FOLDERS), None)
-            for name, path in parsing.list_audio(folder).items():
-                parsed = _CLIP.fullmatch(name)
-                if parsed is None or parsed[1] != speaker or not 1 <= int(parsed[2]) <= BLOCK_SIZE * len(BLOCKS):
-                    dropped.append(Dropped(name, NO_CLIP_NAME, path))
-                elif name in clips:
-                    dropped.append(Dropped(name, parsing.REPEATED, f"{path}, taken from {clips[name].path}"))
-                else:
-                    clips[name] = _Clip(name, path, *_read_number(int(parsed[2])), emotion, split)
+    for folder in _walk(root):
+        parts = [part.lower() for part in folder.relative_to(root).parts]
+        emotion = next((part for part in parts if part in BLOCKS), None)
+        split = next((SPLIT_FOLDERS[part] for part in parts if part in SPLIT_FOLDERS), None)
+        owner = next((part for part in parts if _SPEAKER.fullmatch(part)), None)
+        for name, path in parsing.list_audio(folder).items():
+            parsed = _CLIP.fullmatch(name)
+            if (owner or (parsed and parsed[1])) not in (*speakers, None):
+                continue
+            is_number = parsed is not None and 1 <= int(parsed[2]) <= BLOCK_SIZE * len(BLOCKS)
+            if parsed is None or not is_number or owner not in (None, parsed[1]):
+                dropped.append(Dropped(name, NO_CLIP_NAME, path))
+            elif name in clips:
+                dropped.append(Dropped(name, parsing.REPEATED, f"{path}, taken from {clips[name].path}"))
+            else:
+                clips[name] = _Clip(name, path, *_read_number(int(parsed[2])), emotion, split)
     return clips
 
 
@@ -153,10 +180,11 @@ def _read_number(number: int) -> tuple[str, str]:
 def _read_transcripts(root: Path, speakers: list[str], corpus: Corpus) -> dict[str, _Line]:
     lines: dict[str, _Line] = {}
     guessed, strange = [], Counter[str]()
+    texts = {name: folder / name for folder in _walk(root) for name in parsing.list_folder(folder)[1]}
     for speaker in speakers:
-        path = root / speaker / f"{speaker}.txt"
-        if not path.is_file():
-            corpus.notes.append(f"No transcripts of speaker {speaker}: there is no {speaker}{os.sep}{speaker}.txt.")
+        path = texts.get(f"{speaker}.txt")
+        if path is None:
+            corpus.notes.append(f"No transcripts of speaker {speaker}: there is no {speaker}.txt.")
             continue
         # Mandarin that is not Unicode is in GB2312, which GB18030 holds.
         content, encoding = parsing.read_lines(path, ["gb18030"] if _language_of(speaker) == "zh" else ())
