@@ -73,9 +73,10 @@ def column_values(data: str | Path, column: str) -> list[str]:
 
 
 def corpus_name(data: str | Path) -> str:
-    """Return what `relllm prepare` wrote; else the folder's name, `iemocap` of `data/iemocap/targets.jsonl`."""
+    """Return the name of a published corpus that was prepared; else the folder's, `ours` of `data/ours/x.jsonl`."""
     folder, prepared = _read_report(data)
-    return str(prepared.get("corpus", folder.name))
+    name = str(prepared.get("corpus", "folder"))
+    return folder.name if name == "folder" else name
 
 
 def corpus_facts(data: str | Path) -> dict:

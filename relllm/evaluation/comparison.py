@@ -11,7 +11,7 @@ import numpy as np
 from relllm.labels import DIMENSIONS
 from relllm.metrics import dimension_metrics, recognition_metrics
 
-from .evaluation_settings import LEVELS, MECHANISMS, SYSTEMS, WAYS
+from .evaluation_settings import LEVELS, MECHANISMS, NO_TRANSCRIPT, SYSTEMS, WAYS
 from .runs import Run, find_differences, group_by_corpus
 from .statistics import PairedTest, Resampler, holm, percentile_interval, wilcoxon_test
 
@@ -237,10 +237,12 @@ def _row_labels(groups: Mapping[str, Sequence[Run]], group: str | None) -> tuple
 
 
 def _say_seen(corpus: str, label: str, run: Run) -> list[str]:
-    """Say what a model's training has to do with the rows it was measured on."""
-    if not run.seen:
-        return []
+    """Say what a system reads in the place of transcripts, and what its training has to do with the rows."""
     notes = []
+    if column := run.data.get("text_column"):
+        notes.append(f"{corpus}: {label} reads the column {column!r}, not the corpus's own transcripts.")
+    if not run.seen:
+        return notes
     if count := run.seen["trained_on"] + (run.seen["validated_on"] if run.seen["chosen_by"] else 0):
         notes.append(f"{corpus}: {label} is NOT CLEAN: {count} of the clips trained it or chose its checkpoint.")
     elif str(run.data.get("corpus")) in run.seen["corpora"]:
@@ -310,12 +312,17 @@ def _common(corpus: str, having: Mapping[str, set[str]], by_label: Mapping[str, 
             continue
         run = by_label[label]
         named = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
-        if len(lacking) > MAX_MISSING * len(everything):
+        failed = run.data.get("failed") or {}
+        unread = sum(failed.get(clip_id) == NO_TRANSCRIPT for clip_id in lacking)
+        if len(lacking) - unread > MAX_MISSING * len(everything):
             raise ValueError(
                 f"{run.path} lacks {len(lacking)} of the {len(everything)} clips that other runs on {corpus} have "
                 f"({named}), more than {MAX_MISSING:.0%}. Find out why, and evaluate them."
             )
-        notes.append(f"{corpus}: {label} lacks {len(lacking)} of {len(everything)} clips, left out of all: {named}.")
+        why = f" ({unread} without a transcript)" if unread else ""
+        notes.append(
+            f"{corpus}: {label} lacks {len(lacking)} of {len(everything)} clips{why}, left out of all: {named}."
+        )
     first = by_label[next(iter(having))]
     return [clip_id for clip_id in first.clips if clip_id in shared]
 

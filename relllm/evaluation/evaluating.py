@@ -22,7 +22,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig, set_seed
 
-from relllm.data.journal import Journal, write_json
+from relllm.data.journal import Journal, rows_fingerprint, write_json
 from relllm.data.loading import corpus_name, load_corpus
 from relllm.data.membership import read_training_record
 from relllm.data.rows import LABEL_SETS
@@ -43,7 +43,7 @@ from .fingerprints import (
     model_fingerprint,
 )
 from .leakage import check_unseen, find_seen
-from .predicting import Predictor, load_predictor, load_tokenizer, resolve_system
+from .predicting import Predictor, TextPredictor, load_predictor, load_tokenizer, resolve_system
 from .summary import count_clips, draw_plots, summarize_clips
 
 PLOTS = "plots"
@@ -133,7 +133,9 @@ def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     labels = tuple(config.emotion_labels) if config.model_type == "relllm" else EMOTIONS
     if settings.label_set is not None:
         labels = LABEL_SETS[settings.label_set]
-    obstacles = _obstacles(rows, system, labels, with_scorers)
+    if settings.text_column is not None:
+        _check_text_column(settings, system, rows)
+    obstacles = _obstacles(rows, system, labels, with_scorers, settings.text_column or "text")
     for task in settings.tasks or ():
         if task in obstacles:
             raise ValueError(f"Task {task!r} cannot be measured: {obstacles[task]}. Mend it, or leave {task} out.")
@@ -185,6 +187,15 @@ def _find_seen(
     return seen
 
 
+def _check_text_column(settings: EvaluationSettings, system: System, rows: Dataset) -> None:
+    if system != "text-only":
+        raise ValueError(
+            f"--text-column {settings.text_column} is for text-only; the system {system!r} hears the clips."
+        )
+    if settings.text_column not in rows.column_names:
+        raise ValueError(f"{settings.data} has no column {settings.text_column!r}; it has {rows.column_names}.")
+
+
 def _check_scorers(scorers: str) -> None:
     if weaknesses := find_weaknesses(read_quality(scorers)):
         raise ValueError(
@@ -194,7 +205,7 @@ def _check_scorers(scorers: str) -> None:
         )
 
 
-def _obstacles(rows: Dataset, system: System, labels: Sequence[str], with_scorers: bool) -> dict[str, str]:
+def _obstacles(rows: Dataset, system: System, labels: Sequence[str], with_scorers: bool, read: str) -> dict[str, str]:
     """Tasks that cannot be measured, and why."""
 
     def any_of(column: str) -> bool:
@@ -210,9 +221,10 @@ def _obstacles(rows: Dataset, system: System, labels: Sequence[str], with_scorer
         found["dimensions"] = f"no row has any of {', '.join(DIMENSIONS)}"
     if not with_scorers:
         found["empathy"] = "there are no scorers (--empathy-scorers DIR; `relllm empathy train` makes them)"
+    if system == "text-only" and not any_of(read):
+        found |= dict.fromkeys(TASKS, f"no row has a transcript (`{read}`)")
     if not any_of("text"):
-        needs_text = TASKS if system == "text-only" else ("empathy",)
-        found |= dict.fromkeys(needs_text, "no row has a transcript (`text`)")
+        found["empathy"] = "no row has a transcript (`text`)"
     return found
 
 
@@ -246,6 +258,8 @@ def _answer(
     device = state.device if settings.device == "auto" else settings.device
     options = {"revision": settings.revision, "dtype": settings.dtype}
     predictor = load_predictor(settings.model, plan.system, plan.questions, device=device, **options)
+    if isinstance(predictor, TextPredictor):
+        predictor.text_column = settings.text_column or "text"
     if score is None and "empathy" in plan.questions.tasks:
         score = _load_score(settings, str(device))
     name = PREDICTIONS if state.is_main_process else f"predictions.part{state.process_index}.jsonl"
@@ -290,6 +304,7 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
             "split": settings.split or "all",
             "held_out": settings.held_out,
             "limit": settings.limit,
+            "text_column": settings.text_column,
             "fingerprint": plan.identity["data_fingerprint"],
             **count_clips(lines, plan.questions.labels),
         },
@@ -356,7 +371,13 @@ def _run_identity(settings: EvaluationSettings, plan: Plan) -> dict:
         "dtype": settings.dtype,
         "seed": settings.seed,
         **({"reply_windows": True} if settings.reply_windows else {}),
+        **(_text_identity(plan.rows, settings.text_column) if settings.text_column else {}),
     }
+
+
+def _text_identity(rows: Dataset, column: str) -> dict[str, str]:
+    """Return what text-only reads in the place of the transcript, apart from the fingerprint of the rows."""
+    return {"text_column": column, "text_fingerprint": rows_fingerprint(rows, ("id", column))}
 
 
 def _is_complete(out: Path, identity: Mapping) -> bool:

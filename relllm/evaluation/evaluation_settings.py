@@ -20,6 +20,7 @@ SYSTEMS: tuple[System, ...] = get_args(System)
 MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
 LEVELS = 3  # of a mechanism: none, weak, strong
 WAYS = ("generated", "likelihood", "head")  # of recognising an emotion
+NO_TRANSCRIPT = "no transcript"  # why text-only has no answer for a clip
 FORMAT, PREDICTIONS, METRICS = "relllm-run-1", "predictions.jsonl", "metrics.json"  # of a run's folder
 
 
@@ -45,6 +46,7 @@ class EvaluationSettings:
     split: str = setting("test", "Split of the data; all, or empty, for all rows.")
     held_out: str | None = setting(None, "The test split made at reading, such as session=Ses05.")
     allow_seen: bool = setting(False, "Measure rows that the model was trained on or chosen by; its card says so.")
+    text_column: str | None = setting(None, "What text-only reads, for example a recogniser's words; by default text.")
     empathy_scorers: str | None = setting(None, "Folder of trained scorers of ER, IP, EX.")
     reply_windows: bool = setting(
         False, "Score a reply longer than the scorers read in parts, of which the highest level counts."

@@ -36,7 +36,7 @@ from .asking import (
     render,
     render_prompts,
 )
-from .evaluation_settings import SYSTEMS, System
+from .evaluation_settings import NO_TRANSCRIPT, SYSTEMS, System
 
 
 class Predictor:
@@ -159,10 +159,13 @@ class SpeechPredictor(Predictor):
 class TextPredictor(Predictor):
     """A causal LM, a ReLLM's `text_model` or another, that reads the transcripts: `text-only`. No audio is opened."""
 
+    text_column = "text"
+
     def read(self, row: Mapping, result: dict) -> Any:
-        if not (row.get("text") or "").strip():
-            raise ValueError("no transcript")
-        return row["text"]
+        text = (row.get(self.text_column) or "").strip()
+        if not text:
+            raise ValueError(NO_TRANSCRIPT)
+        return row[self.text_column]
 
     def answer(self, subjects: list) -> list[dict]:
         asked = [conversations(self.questions, {"type": "text", "text": text}) for text in subjects]

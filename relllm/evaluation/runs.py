@@ -65,10 +65,15 @@ def read_run(path: Path) -> Run:
 
 
 def group_by_corpus(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Return the runs of each corpus, which must have the same clips, labels, classes, scorers and folds."""
-    groups: dict[str, list[Run]] = {}
+    """Return the runs of each corpus, which must have the same clips, labels, classes, scorers and folds.
+
+    Where a corpus was measured in several ways (splits, held-out rows, label sets, data), each by two runs or more,
+    each is a group of its own, named by what sets it apart.
+    """
+    corpora: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(str(run.data.get("corpus") or run.data.get("id")), []).append(run)
+        corpora.setdefault(str(run.data.get("corpus") or run.data.get("id")), []).append(run)
+    groups = {title: of for corpus, members in corpora.items() for title, of in _split_by_protocol(corpus, members)}
     for corpus, members in groups.items():
         for first, other in combinations(members, 2):
             _check_same_data(corpus, first, other)
@@ -110,6 +115,27 @@ def _name_scorers(scorers: dict) -> str | None:
     """Return the fingerprint of what scored the replies, and how it read them."""
     name = scorers.get("fingerprint")
     return f"{name}, in windows" if name is not None and scorers.get("in_windows") else name
+
+
+def _split_by_protocol(corpus: str, members: list[Run]) -> list[tuple[str, list[Run]]]:
+    """Return the runs of each way a corpus was measured; all under its name if one way has a single run."""
+    ways: dict[tuple[str, ...], list[Run]] = {}
+    for run in members:
+        ways.setdefault(_protocol(run), []).append(run)
+    if len(ways) == 1 or any(len(of) < 2 for of in ways.values()):
+        return [(corpus, members)]
+    differing = [at for at, values in enumerate(zip(*ways, strict=True)) if len(set(values)) > 1]
+    words = [at for at in differing if at < len(next(iter(ways))) - 1]  # the data, where nothing else does
+    return [(", ".join([corpus, *(way[at] for at in words or differing)]), of) for way, of in ways.items()]
+
+
+def _protocol(run: Run) -> tuple[str, ...]:
+    """Return split, what is held out, folds, classes and data of a run, in words."""
+    data, classes = run.data, next(iter(run.class_names.values()), [])
+    held_out = f"held out {data['held_out']}" if data.get("held_out") else "no rows held out"
+    folds = f"folds by {run.fold_column}" if run.fold_column else "no folds"
+    fingerprint = str(data.get("fingerprint")).removeprefix("sha256:")[:8]
+    return str(data.get("split")), held_out, folds, f"{len(classes)} classes", fingerprint
 
 
 def _check_same_data(corpus: str, first: Run, other: Run) -> None:

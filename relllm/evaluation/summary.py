@@ -10,6 +10,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
+from relllm.data.rows import LABEL_SETS
 from relllm.labels import DIMENSIONS
 from relllm.metrics import calibration_metrics, dimension_metrics, recognition_metrics, vote_metrics
 from relllm.plots import plot_confusion_matrix, plot_levels, plot_reliability, plot_valence_arousal
@@ -106,11 +107,25 @@ def report_run(metrics: Mapping, out: Path, console: Console) -> None:
     for count, which in ((data["num_without_emotion"], without), (data["num_outside_label_set"], outside)):
         if count:
             console.print(f"{count} clips {which} count for no recognition number")
+    for missing in _classes_without_clips(metrics):
+        console.print(missing)
     if data["num_failed"]:
         console.print(f"[red]{data['num_failed']} clips could not be read[/red] and count for nothing:")
         for row_id, reason in list(data["failed"].items())[:SHOWN]:
             console.print(f"  {row_id}: {reason}", markup=False)
     console.print(f"Predictions, metrics and plots: [bold]{out}[/bold]")
+
+
+def _classes_without_clips(metrics: Mapping) -> list[str]:
+    """Say which emotions to choose from no clip has, and which label set has the others alone."""
+    part = next(iter(metrics.get("recognition", {}).values()), None)
+    absent = [] if part is None else [name for name, recall in part["recall"].items() if recall is None]
+    if part is None or not absent:
+        return []
+    present = set(part["class_names"]) - set(absent)
+    sets = [name for name, labels in LABEL_SETS.items() if set(labels) == present]
+    offer = f"; --label-set {sets[0]} asks for the others alone" if sets else ""
+    return [f"no clip is {' or '.join(absent)}, which can be answered and is then wrong{offer}"]
 
 
 def _with_unparsed(lines: Sequence[Mapping], part: Mapping, way: str) -> tuple[list[list[int]], list[str]]:

@@ -133,3 +133,37 @@ def test_the_bootstrap_draws_seeds_as_well_as_clips() -> None:
     sums = np.random.default_rng(0).multinomial(8, np.full(8, 1 / 8), size=50) @ same.summands
     assert same.statistic(sums) == pytest.approx(run_of_levels(np.arange(8.0)).statistic(sums[:, :2]))
     assert combine_runs(constant[:1], (0, 1)) is constant[0]
+
+
+DATA = {"corpus": "msp-podcast", "split": "Test1", "held_out": None, "fingerprint": "abc"}
+
+
+def test_two_splits_and_two_label_sets_of_a_corpus_are_two_tables(tmp_path: Path) -> None:
+    folders = []
+    for split in ("Test1", "Test2"):
+        for system, skill in (("speech-only", 0.3), ("re-llm", 0.7)):
+            data = {**DATA, "split": split, "fingerprint": split}
+            folders.append(run_of(tmp_path / split, system, skill, data=data))
+    found = compare(*folders)
+    assert list(found.runs) == ["msp-podcast, Test1", "msp-podcast, Test2"]
+    assert {gain.corpus for gain in found.gains} == set(found.runs) and len(found.systems) == 2
+    other = [run_of(tmp_path / "own" / str(n), system, 0.5, data={**DATA, "fingerprint": f"own{n}"})
+             for n in (1, 2) for system in ("speech-only", "re-llm")]  # fmt: skip
+    assert list(compare(*other).runs) == ["msp-podcast, own1", "msp-podcast, own2"]
+    with pytest.raises(ValueError, match="split differ: 'Test1' and 'Test2'"):
+        compare(*folders[:3])  # one of them has no partner: nothing says that it was meant
+
+
+def test_clips_without_a_transcript_are_left_out_of_all_and_counted(tmp_path: Path) -> None:
+    lacking = [f"clip{number:04d}" for number in range(12)]
+    data = {**DATA, "failed": dict.fromkeys(lacking, "no transcript"), "text_column": "asr"}
+    heard = run_of(tmp_path, "speech-only", 0.5, data=DATA)
+    clips = [{"id": clip["id"], "error": "no transcript"} if clip["id"] in lacking else clip
+             for clip in simulated_clips(60, 0.3, seed=3)]  # fmt: skip
+    found = compare(heard, write_run(tmp_path / "text-only", "text-only", clips, **{**ASKED, "data": data}))
+    assert {cell.num_clips for cell in found.cells if cell.metric.table == "empathy"} == {48}
+    assert "lacks 12 of 60 clips (12 without a transcript), left out of all" in notes_of(found)
+    assert "Text-only LLM on transcripts reads the column 'asr'" in notes_of(found)
+    other = {**DATA, "failed": dict.fromkeys(lacking, "No such audio file")}
+    with pytest.raises(ValueError, match="lacks 12 of the 60 clips"):
+        compare(heard, write_run(tmp_path / "b", "text-only", clips, **{**ASKED, "data": other}))

@@ -27,6 +27,7 @@ from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.fingerprints import data_fingerprint, model_fingerprint
 from relllm.evaluation.folds import evaluate_folds, fold_values
 from relllm.evaluation.predicting import SpeechPredictor
+from relllm.evaluation.summary import _classes_without_clips
 from relllm.labels import DIMENSIONS, EMOTIONS
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
@@ -267,6 +268,33 @@ def test_text_only_opens_no_audio_and_takes_any_causal_lm(model, corpus, tmp_pat
         assert metrics["system"] == "text-only" and metrics["data"]["num_failed"] == 0
         assert set(metrics["recognition"]) == {"generated", "likelihood"} and "dimensions" not in metrics
         assert "Speech: {transcript}<|im_end|>" in metrics["prompts"]["recognition"]
+
+
+def test_text_only_reads_a_recognisers_words_and_its_rows_stay_the_same(model, corpus, tmp_path: Path):
+    rows = [json.loads(line) for line in (corpus / "metadata.jsonl").read_text().splitlines()]
+    rows = [row | {"asr": None if row["id"] == "c2" else f"heard {row['id']}"} for row in rows]
+    (tmp_path / "asr.jsonl").write_text("".join(json.dumps(row | {"audio": "gone.wav"}) + "\n" for row in rows))
+    options = {"system": "text-only", "tasks": ("ser",)}
+    read = evaluate(
+        settings(model, tmp_path / "asr.jsonl", tmp_path / "a", text_column="asr", **options), progress=False
+    )
+    gold = evaluate(settings(model, tmp_path / "asr.jsonl", tmp_path / "b", **options), progress=False)
+    assert read["data"]["failed"] == {"c2": "no transcript"} and gold["data"]["num_failed"] == 0
+    assert read["data"]["fingerprint"] == gold["data"]["fingerprint"] and read["data"]["text_column"] == "asr"
+    ways = [{line["id"]: line["recognition"]["likelihood"] for line in read_predictions(tmp_path / name)[1][3:]}
+            for name in "ab"]  # fmt: skip
+    assert ways[0].keys() == ways[1].keys() and all(ways[0][name] != ways[1][name] for name in ways[0])
+    with pytest.raises(ValueError, match="hears the clips"):
+        evaluate(settings(model, corpus, tmp_path / "c", text_column="asr"))
+    with pytest.raises(ValueError, match="has no column 'asr'"):
+        evaluate(settings(model, corpus, tmp_path / "c", text_column="asr", **options))
+
+
+def test_a_class_that_no_clip_has_is_named_with_the_label_set_that_leaves_it_out():
+    part = {"class_names": list(EMOTIONS), "recall": dict.fromkeys(EMOTIONS, 0.5) | {"surprise": None}}
+    [said] = _classes_without_clips({"recognition": {"head": part}})
+    assert said.startswith("no clip is surprise") and "--label-set 4" in said
+    assert _classes_without_clips({"recognition": {"head": part | {"recall": dict.fromkeys(EMOTIONS, 0.5)}}}) == []
 
 
 def test_folds_are_pooled_and_their_mean_is_beside_it(corpus, tmp_path: Path):
