@@ -26,6 +26,7 @@ from .evidence import (
     read_corpora,
     read_evidence,
     read_public_run,
+    started_from,
 )
 from .licences import MSP_TOWER, OTHER, UNKNOWN, Licence, choose_licence, parse_told, read_towers
 from .sharing import CardSettings
@@ -72,7 +73,8 @@ def _make_card(
     config = json.loads((settings.model / "config.json").read_text(encoding="utf-8"))
     record = read_training_record(str(settings.model))
     repo_id = settings.repo_id or f"org/{settings.model.resolve().name}"
-    towers, corpora = read_towers(config, parse_told(settings.tower_license)), read_corpora(record)
+    towers = read_towers(config, parse_told(settings.tower_license), started_from=started_from(record))
+    corpora = read_corpora(record)
     licence = choose_licence(towers, corpora, _chosen(settings), link=f"https://huggingface.co/{repo_id}#licence")
     results = eval_results(runs)
     languages = sorted({*settings.language, *(facts["language"] for facts in corpora if facts.get("language"))})
@@ -156,7 +158,8 @@ def check_card(folder: Path) -> None:
     if licence == OTHER and not (card.data.license_name and card.data.license_link):
         raise ValueError(f"{path}: `license: other` needs `license_name:` and `license_link:` beside it.")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    choose_licence(read_towers(config, card.data.get("tower_licenses")), chosen=Licence(licence))
+    started = started_from(read_training_record(str(folder)))
+    choose_licence(read_towers(config, card.data.get("tower_licenses"), started_from=started), chosen=Licence(licence))
     _check_metrics(card, folder)
     for image in IMAGE.findall(card.text):
         if not (folder / image).is_file():

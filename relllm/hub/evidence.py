@@ -82,6 +82,12 @@ def hub_datasets(record: Mapping) -> list[str]:
     return list(dict.fromkeys(name for name in named if HUB_ID.fullmatch(name)))
 
 
+def started_from(record: Mapping) -> str | None:
+    """Return the checkpoint of the Hub that a training went on with."""
+    name = str(record.get("model_name_or_path", ""))
+    return name if HUB_ID.fullmatch(name) else None
+
+
 def describe_training(record: Mapping) -> dict[str, str]:
     """Write the settings of a training as a table in a card takes them."""
     return {

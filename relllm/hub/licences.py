@@ -16,6 +16,7 @@ from huggingface_hub.repocard import metadata_load
 
 MSP_TOWER = "audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim"
 OTHER, UNKNOWN = "other", "unknown"
+CHECKPOINT = "checkpoint"
 PARTS = "terms-of-its-parts"  # the name of an `other` whose link is the card's table of parts
 TOWER_LICENCES = {  # of what people often use, as we know their pages; of any other its card is read
     MSP_TOWER: "cc-by-nc-sa-4.0",
@@ -65,7 +66,7 @@ class Licence:
 class Tower:
     """One pretrained part of a model, as its card names it."""
 
-    part: str  # "audio_tower", "emotion_tower" or "text_model"
+    part: str  # "audio_tower", "emotion_tower" or "text_model"; "checkpoint", from which its training started
     hub_id: str | None  # None: a folder that is not on the Hub, or not recorded
     model_type: str
     licence: str  # an id, or UNKNOWN
@@ -85,29 +86,38 @@ class Tower:
         return Licence(OTHER, name, link) if link and name and self.licence != UNKNOWN else None
 
 
-def read_towers(config: Mapping, told: Mapping[str, str] | None = None) -> list[Tower]:
+def read_towers(
+    config: Mapping, told: Mapping[str, str] | None = None, *, started_from: str | None = None
+) -> list[Tower]:
     """List the towers of a checkpoint, by the content of its `config.json`, with their licences.
 
     Args:
         config (`Mapping`): A tower in a folder of this machine has the licence of the `README.md` there, one of the
             Hub that of its card; its path goes into no card.
         told (`Mapping`, *optional*): Licences by part, as people said (`--tower-license`) where nothing else says it.
+        started_from (`str`, *optional*): The ReLLM of the Hub that its training went on with, whose terms it has too.
 
     Raises:
         ValueError: `told` names no tower of the model, or no licence of the Hub, or contradicts what the tower says.
     """
     towers = []
     sections = {"audio_tower": "audio_config", "emotion_tower": "emotion_config", "text_model": "text_config"}
-    parts = [part for part, section in sections.items() if config.get(section) is not None]
+    model_types = {
+        part: str(config[section].get("model_type", UNKNOWN))
+        for part, section in sections.items()
+        if config.get(section) is not None
+    }
+    sources = dict(config.get("towers") or {})
+    if started_from is not None:
+        model_types[CHECKPOINT], sources[CHECKPOINT] = "relllm", {"name": started_from}
     for part, licence in (told or {}).items():
-        if part not in parts:
-            raise ValueError(f"--tower-license {part}={licence}: this model has the towers {', '.join(parts)}.")
+        if part not in model_types:
+            raise ValueError(f"--tower-license {part}={licence}: this model has {', '.join(model_types)}.")
         check_id(licence, f"--tower-license {part}={licence}")
-    for part in parts:
-        source = (config.get("towers") or {}).get(part, {})
+    for part, model_type in model_types.items():
+        source = sources.get(part, {})
         place = source.get("name")
         hub_id = None if place is None or is_local(place) else place
-        model_type = str(config[sections[part]].get("model_type", UNKNOWN))
         if hub_id in TOWER_LICENCES:
             found = Licence(TOWER_LICENCES[hub_id])
         else:

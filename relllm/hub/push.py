@@ -121,23 +121,23 @@ def send_files(folder: Path, settings: PushSettings) -> tuple[str, list[str]]:
         create_pr=settings.create_pr,
         parent_commit=before.sha,  # a push of somebody else meanwhile is an error of the Hub
     )
-    _check_arrived(api, repo_id, done.oid, additions, removed)
+    _check_arrived(api, repo_id, done.pr_revision or done.oid, additions, removed)
     if settings.tag:
         api.create_tag(repo_id, tag=settings.tag, revision=done.oid)
     return done.pr_url or str(repository), removed
 
 
 def _check_arrived(
-    api: HfApi, repo_id: str, commit: str, additions: Sequence[CommitOperationAdd], removed: Sequence[str]
+    api: HfApi, repo_id: str, revision: str, additions: Sequence[CommitOperationAdd], removed: Sequence[str]
 ) -> None:
-    """Hold what the Hub says of a commit's files against the digests of what was sent."""
-    entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+    """Hold what the Hub says of the files at a commit or pull request against the digests of what was sent."""
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
     there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     wrong = [name for name in removed if name in there]
     wrong += [sent.path_in_repo for sent in additions if not _is_same(sent, there.get(sent.path_in_repo))]
     if wrong:
         raise RuntimeError(
-            f"{repo_id} does not hold at {commit[:12]} what was sent: {', '.join(wrong)}. Run the same command again."
+            f"{repo_id} does not hold at {revision[:12]} what was sent: {', '.join(wrong)}. Run the command again."
         )
 
 

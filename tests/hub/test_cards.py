@@ -278,6 +278,17 @@ def test_other_needs_a_name_and_a_link_and_has_them(model: Path) -> None:
         check_card(model)
 
 
+def test_the_checkpoint_that_a_training_went_on_with_marks_the_whole(model: Path) -> None:
+    (model / "training_settings.json").write_text('{"model_name_or_path": "org/stage1"}')
+    towers = [f"{part}=apache-2.0" for part in ("audio_tower", "emotion_tower", "text_model")]
+    card = ModelCard.load(write_model_card(CardSettings(model, tower_license=towers)))
+    assert card.data.license == "other" and "| checkpoint | org/stage1 | relllm | unknown |" in card.text
+    said = [*towers, "checkpoint=cc-by-nc-4.0"]
+    card = ModelCard.load(write_model_card(CardSettings(model, tower_license=said, overwrite=True)))
+    assert card.data.license == "cc-by-nc-4.0" and card.data.base_model == ["org/stage1"]
+    check_card(model)
+
+
 IEMOCAP = {"seen_corpora": ["iemocap"], "corpus_facts": {"iemocap": asdict(iemocap.FACTS)}}
 
 
