@@ -1,5 +1,14 @@
 """Training: `relllm train`, `train-emotion`, `plan`."""
 
+import hashlib
+import io
+import os
+import sys
+from contextlib import redirect_stdout, suppress
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
 import typer
 from rich.console import Console
 
@@ -15,6 +24,8 @@ def train(context: typer.Context) -> None:
 
     Example: relllm train --config recipes/stage2_emotion.yaml --data data/iemocap/targets.jsonl --out runs/iemocap
     """
+    if _asks_help(context):
+        return _show_help("run", "parse_arguments")
     from relllm.training.checkpoints import RunComplete
     from relllm.training.run import parse_arguments, run_training
 
@@ -33,6 +44,8 @@ def train_emotion(context: typer.Context) -> None:
 
     Example: relllm train-emotion --model_name_or_path microsoft/wavlm-large --data data/msp --output_dir runs/tower
     """
+    if _asks_help(context):
+        return _show_help("emotion_training", "parse_emotion_arguments")
     from relllm.training.checkpoints import RunComplete
     from relllm.training.emotion_training import parse_emotion_arguments, run_emotion_training
 
@@ -54,7 +67,38 @@ def plan(context: typer.Context) -> None:
 
     Example: relllm plan --config recipes/stage2_emotion.yaml --gpu-memory 24GB
     """
+    if _asks_help(context):
+        return _show_help("planning.plan", "parse_plan")
     from relllm.training.planning.plan import parse_plan, run_plan
 
     if not run_plan(*parse_plan(context.args), console):
         raise typer.Exit(1)
+
+
+def _asks_help(context: typer.Context) -> bool:
+    return bool({"--help", "-h"}.intersection(context.args))
+
+
+def _show_help(module: str, parse: str) -> None:
+    """Print a command's page of settings, which is kept: it lists TRL's, and importing TRL takes seconds."""
+    own = sorted((Path(__file__).parents[1] / "training").rglob("*.py"))
+    made_of = [
+        sys.version,
+        *map(version, ("torch", "transformers", "trl")),
+        *((str(f), f.stat().st_mtime) for f in own),
+    ]
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relllm"
+    path = cache / f"help-{module}-{key}.txt"
+    if not path.is_file():
+        page = io.StringIO()
+        with redirect_stdout(page), suppress(SystemExit):
+            getattr(import_module(f"relllm.training.{module}"), parse)(["--help"])
+        print(page.getvalue(), end="")
+        with suppress(OSError):  # a home that cannot be written to: it is made again next time
+            cache.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_text(page.getvalue(), encoding="utf-8")
+            partial.replace(path)
+        return
+    print(path.read_text(encoding="utf-8"), end="")

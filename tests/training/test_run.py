@@ -601,3 +601,17 @@ def test_a_run_in_four_bit_trains_in_float32_and_resumes(corpus: str, tmp_path: 
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
     processor = ReLLMProcessor.from_pretrained(tmp_path)
     assert loaded.generate(**processor.apply_request(clip(0.4)), max_new_tokens=2).shape[0] == 1
+
+
+def test_the_heads_train_on_a_corpus_without_replies(towers: dict[str, str], corpus: str, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (Path(corpus) / "metadata.jsonl").read_text().splitlines()]
+    rows = [{key: value for key, value in row.items() if key != "response"} for row in rows]
+    rows = [row | {"audio": str(Path(corpus) / row["audio"])} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = settings_of(towers, str(tmp_path / "rows.jsonl"), eval_split="validation")
+    trainer = run_training(script, args_of(tmp_path / "run", response_loss_weight=0))
+    metrics = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_emotion_loss"] + metrics["eval_dimension_loss"])
+    assert "eval_ua" in metrics and "eval_response_loss" not in metrics and trainer.state.global_step == 2
+    with pytest.raises(ValueError, match="response"):
+        run_training(settings_of(towers, str(tmp_path / "rows.jsonl")), args_of(tmp_path / "another"))
