@@ -22,7 +22,7 @@ from relllm.processing.audio_relllm import SAMPLING_RATE, AudioSource, load_audi
 from .clips import CLIPPED_SAMPLES, SILENT_PEAK, measure_loudness
 from .data_settings import InspectSettings
 from .journal import write_json
-from .loading import load_corpus
+from .loading import hub_place, load_corpus
 from .processes import available_cores, run_in_processes
 from .rows import UNSPLIT
 
@@ -120,16 +120,16 @@ def check_table(rows: Sequence[Mapping]) -> list[Finding]:
     return findings
 
 
-def _find_shared(rows: Sequence[Mapping], check: str, key: Callable[[Mapping], str | None]) -> Iterator[Finding]:
+def _find_shared(rows: Sequence[Mapping], check: str, key: Callable[[Mapping], object]) -> Iterator[Finding]:
     """Yield what rows of several splits have in common, with the number of its rows in each."""
-    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[object, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["split"] is not None and (value := key(row)) is not None:
             found[value][row["split"]].append(row["id"])
-    for value, splits in sorted(found.items()):
+    for value, splits in sorted(found.items(), key=lambda item: str(item[0])):
         if len(splits) > 1:
             counts = ", ".join(f"{len(ids)} in {split}" for split, ids in splits.items())
-            yield Finding(check, [name for ids in splits.values() for name in ids], f"{value:.60}: {counts}")
+            yield Finding(check, [name for ids in splits.values() for name in ids], f"{value!s:.60}: {counts}")
 
 
 def _plain_text(row: Mapping) -> str | None:
@@ -239,7 +239,8 @@ def _name_splits(data: str) -> list[str | None]:
     if not path.exists() and "/" in data and not data.startswith((".", "/", "~")):
         from datasets import get_dataset_split_names
 
-        return list(get_dataset_split_names(data))
+        name, config, revision = hub_place(data)
+        return list(get_dataset_split_names(name, config, revision=revision))
     return [None]
 
 

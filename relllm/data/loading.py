@@ -39,8 +39,8 @@ def load_corpus(
 
     Args:
         data (`str` or `Path`): A directory that `relllm prepare` or `datasets.save_to_disk` wrote, or one with
-            `metadata.jsonl` or Parquet files; a `.jsonl`, `.csv` or `.parquet` file; or the id of a data set on the
-            Hub. Audio paths are relative to the folder.
+            `metadata.jsonl` or Parquet files; a `.jsonl`, `.csv` or `.parquet` file; or a data set on the Hub,
+            `org/name`, `org/name:configuration` or `org/name@revision`. Audio paths are relative to the folder.
         split (`str`, *optional*): Name of a split of the data set, or else a value of the rows' column `split`.
             Not needed where there is only one; `"all"` for the rows of every split. Where no row names a split, all
             are `"train"`, as `datasets` has it of a single file, and there is no other.
@@ -98,9 +98,14 @@ def _load(data: str, split: str | None, streaming: bool) -> Dataset | IterableDa
     if not path.exists():
         check_place(data, repo_type="dataset")
         try:
-            loaded = load_dataset(data, streaming=streaming)
+            name, config, revision = hub_place(data)
+            loaded = _with_ids(load_dataset(name, config, revision=revision, streaming=streaming))
         except (FileNotFoundError, ConnectionError) as error:
             raise PlaceError(f"{data} is no file or folder here, and no data set of the Hub comes: {error}") from error
+        except ValueError as error:
+            if "onfig" not in str(error):
+                raise
+            raise ValueError(f"{data}: {error} Name a configuration as ORG/NAME:CONFIGURATION.") from error
         return normalize_columns(_choose(loaded, split, data))
     if path.is_dir() and (path / METADATA).is_file():
         path = path / METADATA
@@ -111,6 +116,28 @@ def _load(data: str, split: str | None, streaming: bool) -> Dataset | IterableDa
     if path.suffix in (".jsonl", ".csv"):
         return normalize_columns(_stream(_load_table(path, split), streaming))
     raise ValueError(f"{data} is a {path.suffix or 'nameless kind of'} file; expected .jsonl, .csv or .parquet.")
+
+
+def hub_place(data: str) -> tuple[str, str | None, str | None]:
+    """Return id, configuration and revision of `"org/name:configuration@revision"`, a data set on the Hub."""
+    named = re.fullmatch(r"([^:@]+)(?::([^@]+))?(?:@(.+))?", data)
+    return (named[1], named[2], named[3]) if named else (data, None, None)
+
+
+def _with_ids(loaded: dict | Dataset | IterableDataset) -> dict | Dataset | IterableDataset:
+    """Number the rows of each split where the Hub's have no `id`."""
+    from datasets import Dataset
+
+    if not isinstance(loaded, dict):
+        return _with_ids({TRAIN: loaded})[TRAIN]
+    for split, rows in loaded.items():
+        if "id" in (rows.column_names or ()):
+            continue
+        if isinstance(rows, Dataset):
+            loaded[split] = rows.add_column("id", [f"{split}-{number:06d}" for number in range(len(rows))])
+        else:
+            loaded[split] = rows.map(lambda _, number, split=split: {"id": f"{split}-{number:06d}"}, with_indices=True)
+    return loaded
 
 
 def _stream(dataset: Dataset, streaming: bool) -> Dataset | IterableDataset:

@@ -167,7 +167,7 @@ def test_tables_are_read_as_spreadsheets_write_them(speech: Path, separator: str
     ]
     (speech / "t.csv").write_bytes("\r\n".join(separator.join(line) for line in lines).encode(encoding))
     [row] = parse_folder(FolderSettings(speech / "t.csv")).rows
-    assert (row["emotion"], row["text"], row["speaker"], row["gender"]) == ("angry", "Déjà vu", "7", "f")
+    assert (row["emotion"], row["text"], row["speaker"], row["gender"]) == ("angry", "Déjà vu", "7", "female")
     assert (row["valence"], row["emotion_votes"]) == (0.5, ["sad", "other", "angry"])
 
 

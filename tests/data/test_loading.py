@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from datasets import Audio, Dataset, DatasetDict, IterableDataset, disable_progress_bars
+from datasets import Audio, Dataset, DatasetDict, IterableDataset, List, Value, disable_progress_bars
 from tiny_models import clip
 
 import relllm
-from relllm.data.data_settings import PrepareSettings
+from relllm.data.data_settings import InspectSettings, PrepareSettings
+from relllm.data.inspection import inspect_corpus
 from relllm.data.journal import audio_fingerprint
 from relllm.data.loading import column_values, load_corpus
 from relllm.data.preparing import prepare_corpus
@@ -118,6 +119,9 @@ def test_columns_that_are_missing_everywhere_keep_their_type(corpus: Path) -> No
     unlabelled = load_corpus(str(corpus))
     assert unlabelled.features["arousal"] == dataset.features["arousal"]
     assert unlabelled.features["emotion"] == dataset.features["emotion"]
+    for votes in (None, []):
+        (corpus / "metadata.jsonl").write_text(json.dumps(ROWS[1] | {"emotion_votes": votes}) + "\n")
+        assert load_corpus(str(corpus)).features["emotion_votes"] == List(Value("string"))
 
 
 @pytest.mark.parametrize(
@@ -320,3 +324,30 @@ def test_clips_that_are_in_a_table_are_told_apart_by_their_bytes(tmp_path: Path)
     assert audio_fingerprint(load_corpus(tmp_path / "table.parquet")) == audio_fingerprint(first)
     assert audio_fingerprint(Dataset.from_list([{"id": "a", "audio": "a.wav"}])) is None
     assert audio_fingerprint(Dataset.from_list([{"audio": {"bytes": None, "path": "a.wav"}}])) is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_set_of_the_hub_is_named_with_configuration_and_revision_and_its_rows_are_numbered(
+    corpus: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load_dataset(name: str, config: str | None = None, **kwargs: object) -> DatasetDict:
+        asked.append((name, config, kwargs["revision"]))
+        rows = Dataset.from_dict({"audio": [str(corpus / "audio/a.wav")] * 2, "speaker": [3, 4]})
+        parts = {"train": rows, "test": rows}
+        return {name: part.to_iterable_dataset() for name, part in parts.items()} if streaming else DatasetDict(parts)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *where, **kwargs: ["train", "test"])
+    rows = list(load_corpus("org/speech:de@v2", "test", streaming=streaming))
+    assert [row["id"] for row in rows] == ["test-000000", "test-000001"]
+    held = list(load_corpus("org/speech", "train", held_out="speaker=3", streaming=streaming))
+    assert [row["id"] for row in held] == ["train-000001", "test-000001"]  # a speaker that is a number
+    assert asked == [("org/speech", "de", "v2"), ("org/speech", None, None)]
+    if not streaming:
+        findings = inspect_corpus(InspectSettings("org/speech", audio=False)).findings
+        assert [(one.check, one.detail) for one in findings] == [
+            ("speaker in several splits", "3: 1 in train, 1 in test"),
+            ("speaker in several splits", "4: 1 in train, 1 in test"),
+        ]

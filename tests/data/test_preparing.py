@@ -343,6 +343,23 @@ def test_a_complete_data_set_is_left_alone(corpus: Corpus, tmp_path: Path, no_pl
     assert not list(tmp_path.glob("out.*"))
 
 
+def test_a_data_set_of_an_earlier_release_loads_and_is_not_overwritten(
+    corpus: Corpus, tmp_path: Path, no_plots: None
+) -> None:
+    """It lacks the columns that have come since."""
+    settings = FolderSettings(tmp_path, output_dir=tmp_path / "out", num_proc=1)
+    prepare_corpus(corpus, settings, progress=False)
+    new = ["emotion_votes", "gender", "style", "events"]
+    for path in (tmp_path / "out/data").glob("*.parquet"):
+        pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).drop_columns(new), path)
+    report = tmp_path / "out/report.json"
+    report.write_text(report.read_text().replace("relllm-data-2", "relllm-data-1"))
+    rows = load_corpus(tmp_path / "out", "all")
+    assert len(rows) > 0 and not set(new) & set(rows.column_names)
+    with pytest.raises(FileExistsError, match="a data set that another release prepared"):
+        prepare_corpus(corpus, settings, progress=False)
+
+
 def test_another_folder_is_not_overwritten(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="holds no data set of `relllm prepare`"):
         prepare(corpus, tmp_path / "wav")

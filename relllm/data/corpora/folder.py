@@ -230,7 +230,7 @@ def _clean(found: _Found, maps: Mapping[str, Mapping[str, str]], settings: Label
     for name, default in (("split", settings.split), ("language", settings.language)):
         fields[name] = default if fields[name] is None else fields[name]
     if isinstance(fields["gender"], str):
-        fields["gender"] = fields["gender"].lower()
+        fields["gender"] = {"f": "female", "m": "male"}.get(fields["gender"].lower(), fields["gender"].lower())
     if isinstance(fields["split"], str):
         try:
             fields["split"] = fold_split(fields["split"])
