@@ -139,11 +139,12 @@ def _divide(row: Mapping, processor: Any) -> tuple[list[dict], str | None]:
 
 
 def _draw(lines: list[dict[str, object]]) -> Table:
-    """Return the lines as a table, a row for each."""
-    columns = list(dict.fromkeys(key for line in lines for key in line if key != "step"))
-    columns = [column for column in columns if any(line.get(column) is not None for line in lines)]
-    table = Table(*columns, title=f"Replies at step {lines[0]['step']}", title_justify="left", show_lines=True)
+    """Return the lines as a table, a row for each: what the model says and hears, beside what the row has."""
+    title = f"Replies at step {lines[0]['step']}"
+    table = Table("row", "the model", "the row", title=title, title_justify="left", show_lines=True)
+    names = ("emotion", *DIMENSIONS)
     for line in lines:
-        values = [line.get(column) for column in columns]
-        table.add_row(*(Text("-" if value is None else str(value)) for value in values))
+        heard = ("  ".join(str(line.get(f"{name}{of}", "-")) for name in names) for of in ("", "_of_row"))
+        said = (str(line.get(name) or "-") for name in ("reply", "reply_of_row"))
+        table.add_row(*map(Text, (str(line["id"]), *map("\n".join, zip(said, heard, strict=True)))))
     return table
