@@ -209,7 +209,7 @@ def _cell(
 
 def _key(run: Run, label: str, present: Sequence[str]) -> str:
     """Name a run by its row, and by its folder too where the row has several."""
-    return label if present.count(label) == 1 else f"{label} ({run.path.name})"
+    return label if present.count(label) == 1 else f"{label} ({run.path})"
 
 
 def _row_labels(groups: Mapping[str, Sequence[Run]], group: str | None) -> tuple[dict[Path, str], dict[str, str]]:
@@ -245,7 +245,10 @@ def _say_seen(corpus: str, label: str, run: Run) -> list[str]:
         return notes
     if count := run.seen["trained_on"] + (run.seen["validated_on"] if run.seen["chosen_by"] else 0):
         notes.append(f"{corpus}: {label} is NOT CLEAN: {count} of the clips trained it or chose its checkpoint.")
-    elif str(run.data.get("corpus")) in run.seen["corpora"]:
+    if run.seen["validated_on"] and not run.seen["chosen_by"]:
+        watched = f"{run.seen['validated_on']} of the clips while it trained"
+        notes.append(f"{corpus}: {label} was evaluated on {watched}; who chose it may have looked.")
+    if not count and str(run.data.get("corpus")) in run.seen["corpora"]:
         held = "on other clips of it" if run.seen["recorded"] else "on it, and on which clips is not known"
         notes.append(f"{corpus}: {label}, or a tower of it, was trained {held}.")
     return notes

@@ -5,6 +5,7 @@ Protocols, splits and scorers of the paper are not those of a run here, so no te
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,7 +107,8 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
             written.append(plot_forest(panels, out / f"forest_{name}.png", title=GAIN_TITLES[name]))
     for corpus in comparison.runs:
         if levels := _count_levels(comparison, corpus):
-            written.append(plot_levels(levels, out / f"levels_{corpus}.png", title=corpus))
+            name = re.sub(r"[^\w.=-]+", "_", corpus)  # what is held out may have any mark
+            written.append(plot_levels(levels, out / f"levels_{name}.png", title=corpus))
     return written
 
 

@@ -107,6 +107,11 @@ def report_run(metrics: Mapping, out: Path, console: Console) -> None:
     for count, which in ((data["num_without_emotion"], without), (data["num_outside_label_set"], outside)):
         if count:
             console.print(f"{count} clips {which} count for no recognition number")
+    seen = metrics.get("training") or {}
+    if metrics["system"] != "text-only" and seen and not seen["recorded"]:
+        console.print("which rows trained this model is not recorded: whether it has read these is not known")
+    if count := seen.get("trained_on", 0) + seen.get("validated_on", 0):
+        console.print(f"[red]{count} of the clips are rows that it was trained on, or evaluated on meanwhile[/red]")
     for missing in _classes_without_clips(metrics):
         console.print(missing)
     if data["num_failed"]:

@@ -100,9 +100,9 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path: Path) -> None:
         for seed in range(3):
             clips = simulated_clips(60, skill, seed=seed + 10 * len(system))
             levels[system, seed] = np.mean([clip["empathy"]["ER"]["level"] for clip in clips])
-            folders.append(write_run(tmp_path / f"{system}-{seed}", system, clips, **ASKED))
-    with pytest.raises(ValueError, match="could be"):
-        compare(*folders)  # six runs, and a baseline that is three of them
+            folders.append(write_run(tmp_path / f"seed{seed}" / system, system, clips, **ASKED))
+    with pytest.raises(ValueError, match="--group name"):
+        compare(*folders)  # three of a name
     runs = [read_run(folder) for folder in folders]
     found = compare_runs(runs, ["speech-only"], num_resamples=50, group="system")
     assert found.systems == ["Speech-LLM without the emotion module", "RE-LLM"]
@@ -167,3 +167,10 @@ def test_clips_without_a_transcript_are_left_out_of_all_and_counted(tmp_path: Pa
     other = {**DATA, "failed": dict.fromkeys(lacking, "No such audio file")}
     with pytest.raises(ValueError, match="lacks 12 of the 60 clips"):
         compare(heard, write_run(tmp_path / "b", "text-only", clips, **{**ASKED, "data": other}))
+
+
+def test_clips_that_were_watched_while_it_trained_are_named(tmp_path: Path) -> None:
+    watched = {**UNREAD, "validated_on": 60, "chosen_by": False}
+    one = run_of(tmp_path, "speech-only", 0.3, training=watched)
+    found = notes_of(compare(one, run_of(tmp_path, "re-llm", 0.7, training=UNREAD)))
+    assert "was evaluated on 60 of the clips while it trained" in found and "NOT CLEAN" not in found
