@@ -472,10 +472,19 @@ def replaces_weights(folder: str | os.PathLike, writes: bool) -> Iterator[None]:
     Transformers removes surplus shards and leaves the other form, which a load might prefer.
     """
     index, single = os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME), os.path.join(folder, SAFE_WEIGHTS_NAME)
-    writes = writes and not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        writes = writes and torch.distributed.get_rank() == 0
+    aside = f"{index}.before"
     if writes and os.path.exists(index):
-        os.remove(index)
-    yield
+        os.replace(index, aside)
+    try:
+        yield
+    except BaseException:
+        if writes and os.path.exists(aside):  # refused before anything was written, as a light save may be
+            os.replace(aside, index)
+        raise
+    if writes and os.path.exists(aside):
+        os.remove(aside)
     if writes and os.path.exists(index) and os.path.exists(single):
         os.remove(single)
 

@@ -1,6 +1,7 @@
 """`relllm push` against a Hub on this machine: what goes, what stops it, and broken connections."""
 
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -414,21 +415,21 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
     return made
 
 
-@pytest.mark.parametrize("first", FORMS)
 def test_what_loads_is_what_was_pushed_last(
-    first: str, hub: FakeHub, forms: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: FakeHub, forms: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Single file, shards, light and with code, each after the others."""
+    """Single file, shards, light and with code, each after each of the others."""
     monkeypatch.setattr(staging, "_name_public_towers", lambda staged: None)  # they stand for towers on the Hub
     monkeypatch.setattr(transformers_hub, "_hf_api", HfApi(endpoint=hub.url))
-    for second in FORMS:
-        for form in (first, second):
-            with stage(forms[form][0], with_code=form == "code") as staged:
-                send(staged)
-                assert served(hub) == on_disk(staged)
-        model = AutoModel.from_pretrained("org/m", cache_dir=tmp_path / f"cache-{second}")
+    order = [FORMS[number] for number in (0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3, 0)]
+    assert len(set(itertools.pairwise(order))) == 12
+    for form in order:
+        with stage(forms[form][0], with_code=form == "code") as staged:
+            send(staged)
+            assert served(hub) == on_disk(staged)
+        model = AutoModel.from_pretrained("org/m", cache_dir=tmp_path / "cache")
         for name, weight in model.state_dict().items():
-            assert torch.equal(weight, forms[second][1][name]), (first, second, name)
+            assert torch.equal(weight, forms[form][1][name]), (form, name)
 
 
 def test_two_forms_at_one_place_are_refused_by_a_load_and_a_push(forms: dict, tmp_path: Path) -> None:
@@ -447,3 +448,12 @@ def test_a_save_leaves_nothing_of_the_save_before(sizes: tuple[str, str], tmp_pa
         torch.nn.init.constant_(model.model.emotion_head.weight, number)
         model.save_pretrained(tmp_path, max_shard_size=size)
     assert torch.all(AutoModel.from_pretrained(tmp_path).model.emotion_head.weight == 1)
+
+
+def test_a_save_that_is_refused_leaves_the_save_before(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    before = on_disk(tmp_path)
+    with pytest.raises(ValueError, match="not known where this model's"):
+        model.save_pretrained(tmp_path, light=True)
+    assert on_disk(tmp_path) == before
