@@ -208,6 +208,18 @@ def _check_values(
         )
 
 
+def fed_readings(survey: RowSurvey | None, weights: Mapping[str, float]) -> list[str]:
+    """Name the readings, `"emotion"` and the dimensions, that a training on these rows teaches.
+
+    A stream, whose rows nobody has counted, counts for all that have a weight.
+    """
+    counts = {"emotion": 1, **dict.fromkeys(DIMENSIONS, 1)}
+    if survey is not None:
+        counts = {"emotion": survey.emotions.total(), **survey.dimensions}
+    weight = {"emotion": weights["emotion_loss_weight"], **dict.fromkeys(DIMENSIONS, weights["dimension_loss_weight"])}
+    return [name for name, count in counts.items() if count and weight[name] > 0]
+
+
 def draw_survey(surveys: Mapping[str, RowSurvey], tasks: Sequence[str] = ()) -> Table:
     """Return the table of counts, one column a split; with `tasks`, the rows that can feed each."""
     from rich.table import Table

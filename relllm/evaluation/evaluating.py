@@ -136,6 +136,9 @@ def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     if settings.text_column is not None:
         _check_text_column(settings, system, rows)
     obstacles = _obstacles(rows, system, labels, with_scorers, settings.text_column or "text")
+    taught = getattr(config, "trained_readings", None)
+    if system != "text-only" and taught is not None and not set(DIMENSIONS) & set(taught):
+        obstacles["dimensions"] = "no training has taught them to the model (trained_readings in its config.json)"
     for task in settings.tasks or ():
         if task in obstacles:
             raise ValueError(f"Task {task!r} cannot be measured: {obstacles[task]}. Mend it, or leave {task} out.")

@@ -140,8 +140,10 @@ class SpeechPredictor(Predictor):
                 part["recognition"]["head"] = probabilities
         if "dimensions" in self.questions.tasks:
             assert heard.dimensions is not None  # the heads always run
+            trained = self.model.config.trained_readings
             for part, values in zip(found, heard.dimensions.float().tolist(), strict=True):
-                part["dimensions"] = {name: number(value) for name, value in zip(DIMENSIONS, values, strict=True)}
+                named = zip(DIMENSIONS, values, strict=True)
+                part["dimensions"] = {k: number(v) for k, v in named if trained is None or k in trained}
         return found
 
     def _head_probabilities(self, heard: ReLLMAudioOutput) -> list[dict[str, float]]:
@@ -149,7 +151,8 @@ class SpeechPredictor(Predictor):
         assert heard.emotion_logits is not None  # the heads always run
         classes = list(self.model.config.emotion_labels)
         known = [name for name in self.questions.labels if name in classes]
-        if not known:
+        trained = self.model.config.trained_readings
+        if not known or not (trained is None or "emotion" in trained):
             return []
         logits = heard.emotion_logits.float()[:, [classes.index(name) for name in known]]
         rows = [dict(zip(known, row, strict=True)) for row in logits.softmax(-1).tolist()]

@@ -79,7 +79,8 @@ def draw_plots(lines: Sequence[Mapping], metrics: Mapping, folder: Path, *, titl
         if "bins" in part:
             heading = f"{title}: {way}, ECE {part['ece']:.3f}"
             drawn.append(plot_reliability(part["bins"], folder / f"reliability_{way}.png", title=heading))
-    plane = [line for line in lines if "dimensions" in line and None not in (line["valence"], line["arousal"])]
+    axes = {"valence", "arousal"}
+    plane = [line for line in lines if axes <= {k for k in line.get("dimensions", ()) if line[k] is not None}]
     if plane:
         valence, arousal = ([line[name] for line in plane] for name in ("valence", "arousal"))
         heard = [[line["dimensions"][name] for line in plane] for name in ("valence", "arousal")]
@@ -180,8 +181,9 @@ def _dimensions(lines: Sequence[Mapping]) -> dict | None:
     read = [line for line in lines if "dimensions" in line]
     if not read:
         return None
-    labels = {name: [line[name] for line in read] for name in DIMENSIONS}
-    predictions = {name: [line["dimensions"][name] for line in read] for name in DIMENSIONS}
+    names = [name for name in DIMENSIONS if name in read[0]["dimensions"]]  # those that the model was taught
+    labels = {name: [line[name] for line in read] for name in names}
+    predictions = {name: [line["dimensions"][name] for line in read] for name in names}
     return {**dimension_metrics(labels, predictions), "scale": "[0, 1]"}
 
 
@@ -226,7 +228,7 @@ def _number_tables(metrics: Mapping) -> list[Table]:
         tables += [table] if table.row_count else []
     if dimensions := metrics.get("dimensions"):
         table = Table(f"dimension, {dimensions['scale']}".replace("[", r"\["), "CCC", "Pearson", "RMSE", "clips")
-        for name in DIMENSIONS:
+        for name in (name for name in DIMENSIONS if name in dimensions):
             part = dimensions[name]
             table.add_row(name, *(_decimals(part[key]) for key in ("ccc", "pearson", "rmse")), str(part["num_clips"]))
         tables.append(table)

@@ -25,19 +25,20 @@ GREEDY = {
 
 @dataclass
 class Heard:
-    """What the model makes of one clip, by its two heads."""
+    """What the model makes of one clip, by its two heads; what these were never taught is left out."""
 
     probabilities: dict[str, float]  # by emotion
     dimensions: dict[str, float]  # arousal, dominance and valence, about 0 to 1
 
     @property
-    def emotion(self) -> str:
-        """Return the most probable emotion."""
-        return max(self.probabilities, key=self.probabilities.__getitem__)
+    def emotion(self) -> str | None:
+        """Return the most probable emotion; `None` from a head that was not trained."""
+        return max(self.probabilities, key=self.probabilities.__getitem__, default=None)
 
     def __str__(self) -> str:
-        dimensions = "  ".join(f"{name} {value:.2f}" for name, value in self.dimensions.items())
-        return f"{self.emotion} {self.probabilities[self.emotion]:.0%}  {dimensions}"
+        emotion = [f"{self.emotion} {self.probabilities[self.emotion]:.0%}"] if self.emotion is not None else []
+        readings = [*emotion, *(f"{name} {value:.2f}" for name, value in self.dimensions.items())]
+        return "  ".join(readings) or "no emotion: the heads were not trained"
 
 
 @dataclass
@@ -153,9 +154,12 @@ def score_answers(
 def read_heard(model: ReLLMForConditionalGeneration, encoded: ReLLMAudioOutput) -> list[Heard]:
     """Return what was heard in each clip that the model's `get_audio_features` encoded, in order."""
     assert encoded.emotion_logits is not None and encoded.dimensions is not None  # the heads always run
-    labels = model.config.emotion_labels
-    probabilities = encoded.emotion_logits.float().softmax(-1).tolist()
+    config, probabilities = model.config, encoded.emotion_logits.float().softmax(-1).tolist()
+    trained = ("emotion", *DIMENSIONS) if config.trained_readings is None else config.trained_readings
     return [
-        Heard(dict(zip(labels, row, strict=True)), dict(zip(DIMENSIONS, values, strict=True)))
+        Heard(
+            dict(zip(config.emotion_labels, row, strict=True)) if "emotion" in trained else {},
+            {name: value for name, value in zip(DIMENSIONS, values, strict=True) if name in trained},
+        )
         for row, values in zip(probabilities, encoded.dimensions.float().tolist(), strict=True)
     ]

@@ -277,11 +277,12 @@ class Page:
         gr = self.gradio
         busy = session.status.kind == "busy"
         shown = session.shown.values()
+        probabilities = session.heard[-1].probabilities if session.heard else {}
         columns = ([{**turn, "content": escape(turn["content"])} for turn in turns] for turns in shown)
         return [
             *columns,
             _as_html(session.status),
-            gr.Label(session.heard[-1].probabilities if session.heard else None, visible=bool(session.heard)),
+            gr.Label(probabilities or None, visible=bool(probabilities)),
             self._plot(session.heard),
             gr.MultimodalTextbox(submit_btn=not busy, stop_btn=busy, **box),
         ]

@@ -95,6 +95,9 @@ class ReLLMConfig(PreTrainedConfig):
         tower_dtypes (`dict` of `str` to `str`, *optional*):
             The precision of `"audio_tower"` and `"emotion_tower"` where it is not the LLM's, such as `"float32"` of a
             tower that was trained over an LLM in half precision.
+        trained_readings (`list[str]`, *optional*):
+            Of `"emotion"` and the three dimensions those that rows have taught the heads; in eval mode the others are
+            NaN. `None` in checkpoints that do not say: none is.
         light_checkpoint (`bool`, *optional*, defaults to `False`): Of a `config.json` beside which some weights lack.
     """
 
@@ -117,6 +120,7 @@ class ReLLMConfig(PreTrainedConfig):
     lora_scope: Literal["audio", "text", "global"] = "audio"
     towers: dict | None = None
     tower_dtypes: dict[str, str] | None = None
+    trained_readings: list[str] | None = None
     light_checkpoint: bool = False
     initializer_range: float = 0.02
 
@@ -144,6 +148,8 @@ class ReLLMConfig(PreTrainedConfig):
         if self.emotion_fusion == "none" and self.emotion_config is not None:
             raise ValueError("emotion_fusion='none' takes no emotion_config: its tower would never be used.")
         self._check_projector()
+        if unknown := set(self.trained_readings or ()) - {"emotion", *DIMENSIONS}:
+            raise ValueError(f"trained_readings may name 'emotion' and {DIMENSIONS}, got {sorted(unknown)}.")
         if self.audio_token_id < 0:
             raise ValueError(f"audio_token_id must be a token id (>= 0), got {self.audio_token_id}.")
         if not self.emotion_labels or len(set(self.emotion_labels)) != len(self.emotion_labels):

@@ -4,6 +4,7 @@ audEERING's `wav2vec2-large-robust-12-ft-emotion-msp-dim` loads as it is: `wav2v
 """
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,13 @@ class EmotionTowerOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+def only_trained(dimensions: Tensor, trained: Collection[str]) -> Tensor:
+    """Return dimensions `(clips, 3)` with NaN for those that no training has taught."""
+    pairs = zip(DIMENSIONS, dimensions.unbind(-1), strict=True)
+    columns = [column if name in trained else torch.full_like(column, torch.nan) for name, column in pairs]
+    return torch.stack(columns, dim=-1)
 
 
 class EmotionHead(nn.Module):
@@ -91,12 +99,7 @@ class ReLLMEmotionModel(SpreadModel):
         encoded, lengths = encode_audio(self.encoder, input_values, input_values_mask, **kwargs)
         hidden = encoded.last_hidden_state
         embedding = masked_mean(hidden, lengths)
-        dimensions = self.classifier(embedding)
-        trained = self.config.trained_dimensions or DIMENSIONS
-        if len(trained) < len(DIMENSIONS):
-            pairs = zip(DIMENSIONS, dimensions.unbind(-1), strict=True)
-            columns = [column if name in trained else torch.full_like(column, torch.nan) for name, column in pairs]
-            dimensions = torch.stack(columns, dim=-1)
+        dimensions = only_trained(self.classifier(embedding), self.config.trained_dimensions or DIMENSIONS)
         output = EmotionTowerOutput(embedding, dimensions, hidden, encoded.hidden_states, encoded.attentions)
         return output if return_dict is not False else output.to_tuple()
 

@@ -49,7 +49,7 @@ from .checkpoint_relllm import (
 )
 from .configuration_relllm import DIMENSIONS, ReLLMConfig, config_fields
 from .devices_relllm import SpreadModel
-from .emotion_tower_relllm import ReLLMEmotionModel
+from .emotion_tower_relllm import ReLLMEmotionModel, only_trained
 from .lora_relllm import (
     LoraScope,
     ScopedLinear,
@@ -288,16 +288,22 @@ class ReLLMModel(ReLLMPreTrainedModel):
         by_frames = clip_average(audio_num_windows, towers.lengths)
         pooled = _averaged(by_tokens, pooled)
         readings = (towers.emotion_embedding, towers.dimensions)
-        embedding, dimensions = (None if one is None else _averaged(by_frames, one) for one in readings)
+        embedding, tower_dimensions = (None if one is None else _averaged(by_frames, one) for one in readings)
+        emotion_logits = self.emotion_head(pooled.to(self.emotion_head.weight.dtype))
+        dimensions = self.dimension_head(pooled.to(self.dimension_head.weight.dtype))
+        trained = self.config.trained_readings
+        if trained is not None and not self.training:
+            emotion_logits = emotion_logits if "emotion" in trained else torch.full_like(emotion_logits, torch.nan)
+            dimensions = only_trained(dimensions, trained)
         return ReLLMAudioOutput(
             last_hidden_state=projected.hidden_states,
             lengths=projected.lengths,
             hidden_states=towers.hidden_states,
             attentions=towers.attentions,
-            emotion_logits=self.emotion_head(pooled.to(self.emotion_head.weight.dtype)),
-            dimensions=self.dimension_head(pooled.to(self.dimension_head.weight.dtype)),
+            emotion_logits=emotion_logits,
+            dimensions=dimensions,
             emotion_embedding=embedding,
-            tower_dimensions=dimensions,
+            tower_dimensions=tower_dimensions,
         )
 
     def run_towers(

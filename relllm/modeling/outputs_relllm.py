@@ -36,6 +36,7 @@ class ReLLMAudioOutput(BaseModelOutputWithPooling):
         hidden_states, attentions (`tuple` of `torch.Tensor`, *optional*): Of the speech tower, layer by layer.
         emotion_logits (`torch.Tensor` of shape `(clips, classes)`): Of `config.emotion_labels`.
         dimensions (`torch.Tensor` of shape `(clips, 3)`): Arousal, dominance, valence from the projected positions.
+            Both are NaN in eval mode for what is not among the configuration's `trained_readings`.
         emotion_embedding (`torch.Tensor` of shape `(clips, d_e)`, *optional*): The utterance embedding.
         tower_dimensions (`torch.Tensor` of shape `(clips, 3)`, *optional*): The emotion tower's own reading.
     """

@@ -14,15 +14,16 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from transformers.utils import ModelOutput, logging
 from trl import SFTTrainer
 
 from relllm.data.columns import normalize_columns
-from relllm.data.survey import TRAINING, check_surveys, survey_splits
+from relllm.data.survey import TRAINING, check_surveys, fed_readings, survey_splits
 from relllm.labels import DIMENSIONS
 from relllm.metrics import concordances, recognition_metrics
 from relllm.modeling.checkpoint_relllm import find_ends
+from relllm.modeling.configuration_relllm import config_fields
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 from relllm.processing.processing_relllm import ReLLMProcessor
@@ -85,6 +86,7 @@ class ReLLMSFTTrainer(
         surveys = survey_splits(train_dataset, eval_dataset) if "data_collator" not in kwargs else {}
         check_surveys(surveys, model.config.emotion_labels, loss_weights(args), list(args.task_shares))
         self.objective = Objective(args, model, surveys[TRAINING].emotions if TRAINING in surveys else None)
+        self._fed = fed_readings(surveys.get(TRAINING), loss_weights(args))
         for name in ("instruction", "system_prompt"):  # which whoever loads the model then asks with
             if getattr(args, name) is not None:
                 setattr(processing_class, name, getattr(args, name))
@@ -140,6 +142,16 @@ class ReLLMSFTTrainer(
             return
         limits = {name: getattr(extractor, name) for name in ("sampling_rate", "min_duration_s", "max_duration_s")}
         self.augment(Augmentation(self.args, seed=self.args.seed, **limits))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as in Transformers, and record in the configuration which readings of the heads were taught.
+
+        Of a checkpoint that does not say what was taught before, it stays unknown.
+        """
+        config = self.model.config
+        if config.trained_readings is not None or not config.name_or_path:
+            config.trained_readings = sorted({*(config.trained_readings or ()), *self._fed})
+        return super().train(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -229,7 +241,8 @@ class ReLLMSFTTrainer(
                 "The evaluation reads a stream on several processes, and Accelerate repeats rows of a stream without "
                 "saying which: these count twice. Load the evaluation's rows without streaming."
             )
-        result = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with config_fields(self.model.config, {"trained_readings": None}):  # the losses want numbers
+            result = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self._means.means(self.accelerator.reduce(self._means.take("eval"), reduction="sum"))
         metrics |= self._heads_metrics()
         if self.objective.dimension_loss == "ccc" and "dimension_loss" in metrics:
