@@ -67,6 +67,8 @@ class ConvProjector(nn.Module):
         for conv in self.conv_layers:
             if self.config.projector_masking:  # zeros past the end, as a lone clip has them from the convolution
                 hidden = hidden * frame_mask(lengths, hidden.shape[-1])[:, None].to(hidden)
+            if hidden.shape[-1] == 1:  # of one frame oneDNN leaves parts of a bfloat16 weight gradient unwritten
+                hidden = nn.functional.pad(hidden, (0, 1))  # one of the convolution's own zeros: the length stays 1
             hidden = nn.functional.glu(conv(hidden), dim=1)
             lengths = (lengths - 1) // 2 + 1
         hidden = hidden.transpose(1, 2)
