@@ -35,8 +35,6 @@ STAND_INS = {
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny_model().save_pretrained("runs/demo/re-llm")
-    tiny_processor().save_pretrained("runs/demo/re-llm")
     tiny_speech_tower("whisper").save_pretrained("towers/whisper")
     tiny_emotion_tower().save_pretrained("towers/emotion")
     tiny_llm().to(torch.bfloat16).save_pretrained("towers/llm")  # as LLMs are published, over float32 towers
@@ -48,11 +46,15 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     names = {"waveform": clip(0.5, rate=44_100), "dataset": Dataset.from_list(rows)}
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) >= 6
+    for written, stand_in in STAND_INS.items():
+        blocks = [block.replace(written, stand_in) for block in blocks]
+    tiny_processor().save_pretrained("runs/demo/re-llm")
     try:
-        for block in blocks:
-            for written, stand_in in STAND_INS.items():
-                block = block.replace(written, stand_in)
-            exec(compile(block, "README.md", "exec"), names)
+        for dtype, run in ((torch.bfloat16, blocks[:3]), (torch.float32, blocks)):  # those that load a checkpoint
+            tiny_model().to(dtype).save_pretrained("runs/demo/re-llm")
+            for block in run:
+                exec(compile(block, "README.md", "exec"), names)
+            assert names["heard"].dimensions.dtype == torch.float32 and names["heard"].dimensions.isfinite().all()
     finally:
         relllm.register_for_auto_class(False)
     assert Path("with-code/modeling_relllm.py").exists() and not Path("re-llm/modeling_relllm.py").exists()

@@ -183,6 +183,13 @@ class ReLLMPreTrainedModel(SpreadModel):
             with config_fields(self.config, fields):  # a later save without the code files must not point at them
                 super().save_pretrained(save_directory, *args, **kwargs)
 
+    def delete_adapter(self, adapter_names: list[str] | str) -> None:
+        """Do as Transformers, and once there is none have our LoRA train again, which adding one had frozen."""
+        super().delete_adapter(adapter_names)
+        for name, parameter in self.named_parameters():
+            if is_lora_parameter(name) and not self._hf_peft_config_loaded:
+                parameter.requires_grad_(True)
+
 
 class ReLLMModel(ReLLMPreTrainedModel):
     """RE-LLM without the language-modelling head: hears the audio, places it, runs the LLM's body."""

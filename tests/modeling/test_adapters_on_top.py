@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from light_checkpoints import build, save_towers
+from light_checkpoints import build, save_towers, trained_names
 from tiny_models import clip, conversation_inputs, tiny_model, tiny_processor, user_turn
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -165,12 +165,17 @@ def test_set_adapter_chooses_among_the_others(folder: Path, inputs, below, both)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter default was active:UserWarning")
-def test_a_deleted_adapter_leaves_the_plain_model_and_ours_cannot_be_deleted(folder: Path, inputs, below) -> None:
+def test_a_deleted_adapter_leaves_the_plain_model_and_ours_cannot_be_deleted(
+    folder: Path, inputs, below, both
+) -> None:
     model = with_add_adapter(folder)
     with pytest.raises(ValueError, match="relllm"):
         model.delete_adapter(ADAPTER_NAME)
+    trained = trained_names(load(folder))
+    assert not trained <= trained_names(model)  # Transformers has frozen our LoRA
     model.delete_adapter("default")
     assert torch.equal(logits(model, inputs), below) and not has_adapters(model)
+    assert trained_names(model) == trained
     layer = next(layer for layer in model.modules() if isinstance(layer, ScopedLinear))
     with pytest.raises(ValueError, match="a part of it, which cannot be deleted"):
         layer.delete_adapter(ADAPTER_NAME)

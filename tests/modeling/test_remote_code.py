@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 from fake_hub import COMMIT, serve_hub
-from light_checkpoints import build, save_towers
+from light_checkpoints import build, save_towers, trained_names
 from safetensors.torch import load_file
 from tiny_models import (
     RATE,
@@ -101,6 +101,13 @@ with torch.no_grad():
         model = AutoModel.from_pretrained(where, **remote)
         tensors[name] = model(**inputs).logits
         model.save_pretrained(folder + "/" + name + " again")
+        with torch.enable_grad():
+            model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+            if parameter.grad is not None:  # the heads have another loss
+                parameter -= 0.1 * parameter.grad
+        tensors[name + " trained"] = model.eval()(**inputs).logits
+        model.save_pretrained(folder + "/" + name + " trained")
 save_file(tensors, folder + "/parts.safetensors")
 assert not [name for name in sys.modules if name.partition(".")[0] == "relllm"]
 """
@@ -278,6 +285,19 @@ def test_a_checkpoint_and_its_towers_load_without_the_package(name: str, parts: 
     for where in (name, f"{name} again"):
         with torch.no_grad():
             assert torch.equal(AutoModel.from_pretrained(parts / where)(**inputs).logits, found)
+
+
+@pytest.mark.parametrize("name", ["light", "half"])
+def test_a_training_step_without_the_package_is_saved_to_the_bit(name: str, parts: Path, wav: Path) -> None:
+    found = load_file(parts / "parts.safetensors")
+    inputs = AutoProcessor.from_pretrained(parts / name).apply_request(wav)
+    before, after = (AutoModel.from_pretrained(parts / where) for where in (name, f"{name} trained"))
+    assert after.dtype == before.dtype == (torch.bfloat16 if name == "half" else torch.float32)
+    with torch.no_grad():
+        assert torch.equal(after(**inputs).logits, found[f"{name} trained"])
+    moved = {key for key, weight in after.named_parameters() if not torch.equal(weight, before.get_parameter(key))}
+    assert moved and {after.get_parameter(key).dtype for key in moved} == {torch.float32}
+    assert moved <= trained_names(before) and any(".lora_B." in key for key in moved)
 
 
 def test_a_later_save_of_a_tower_without_the_code_points_at_none(parts: Path, tmp_path: Path) -> None:

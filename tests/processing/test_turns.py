@@ -14,8 +14,8 @@ from transformers.utils import chat_template_utils
 
 from relllm import ReLLMProcessor
 from relllm.inference.typed_text import encode_conversation
-from relllm.modeling.checkpoint_relllm import find_ends
-from relllm.processing.turns_relllm import build_chat_template, close_thought
+from relllm.modeling.checkpoint_relllm import TURN_ENDS, find_ends
+from relllm.processing.turns_relllm import _TOKENS, build_chat_template, close_thought
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 TURNS = [
@@ -206,3 +206,8 @@ def _with_template(template: str) -> PreTrainedTokenizerBase:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     return tokenizer
+
+
+def test_the_model_ends_a_turn_as_the_processor_writes_it() -> None:
+    """They may not import each other."""
+    assert {token: end for token, (_, end, _, _) in _TOKENS.items()} == TURN_ENDS
