@@ -90,6 +90,12 @@ def take_language_model(model: PreTrainedModel) -> PreTrainedModel:
     return llm
 
 
+def aux_loss_weight(model: PreTrainedModel) -> float:
+    """Return what a mixture of experts weighs the loss of its routers with; JetMoE has a name of its own for it."""
+    own: dict[str, Any] = vars(model)
+    return own["aux_loss_coef"] if "aux_loss_coef" in own else own["router_aux_loss_coef"]
+
+
 def reads_token_ids(model: PreTrainedModel) -> bool:
     """Tell whether an LLM adds an embedding of the token itself in every layer, as Gemma 3n and 4 do."""
     return bool(getattr(model.config, "hidden_size_per_layer_input", 0))

@@ -24,7 +24,7 @@ from .audio_tower_relllm import (
     masked_mean,
     without_graph,
 )
-from .causal_lm_relllm import build_causal_lm, check_family, per_layer_inputs, reads_token_ids
+from .causal_lm_relllm import aux_loss_weight, build_causal_lm, check_family, per_layer_inputs, reads_token_ids
 from .checkpoint_relllm import (
     TOWERS,
     check_complete,
@@ -587,7 +587,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **loss_kwargs)
             if outputs.aux_loss is not None:  # as every mixture of experts of Transformers
-                loss = loss + self.config.text_config.router_aux_loss_coef * outputs.aux_loss
+                loss = loss + aux_loss_weight(self.model.text_model) * outputs.aux_loss
         return ReLLMCausalLMOutput(loss=loss, logits=logits, **fields)
 
     @torch.no_grad()

@@ -188,6 +188,18 @@ def test_hybrids_score_answers_as_each_alone(family: str, speech: Path, tmp_path
     assert_scores(build_family(family, speech, tmp_path), batch, alone)
 
 
+@pytest.mark.parametrize("family", ["dbrx", "gpt_oss", "jetmoe"])
+def test_the_loss_of_the_routers_is_weighed_as_by_the_bare_llm(family: str, speech: Path, tmp_path: Path) -> None:
+    """Its weight is in DBRX's `ffn_config`, and called otherwise in JetMoE."""
+    built = build_family(family, speech, tmp_path)
+    options = {"labels": TEXT_IDS, "output_router_logits": True}
+    found, expected = built.model(input_ids=TEXT_IDS, **options), built.llm(TEXT_IDS, **options)
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert expected.aux_loss > 0 and not torch.isclose(
+        found.loss, built.model(input_ids=TEXT_IDS, labels=TEXT_IDS).loss
+    )
+
+
 def test_the_table_of_the_docs_is_this_list() -> None:
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     section = text.split("## Causal LMs that are tested")[1].split("\n## ")[0]
