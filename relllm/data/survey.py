@@ -111,11 +111,16 @@ def survey_rows(rows: Dataset) -> RowSurvey:
     return survey
 
 
-def survey_splits(train_rows: object, eval_rows: object) -> dict[str, RowSurvey]:
-    """Survey what a run trains and evaluates on, by name; streams and other sequences are passed over."""
+def survey_splits(
+    train_rows: object, eval_rows: object, parts: Mapping[str, object] | None = None
+) -> dict[str, RowSurvey]:
+    """Survey what a run trains and evaluates on, by name, and the `parts` that several data sets are of the first.
+
+    Streams and other sequences are passed over.
+    """
     from datasets import Dataset
 
-    splits = {TRAINING: train_rows}
+    splits = {TRAINING: train_rows, **{f"{TRAINING} {name}": rows for name, rows in (parts or {}).items()}}
     splits |= {f"evaluation {name}": rows for name, rows in eval_rows.items()} if isinstance(eval_rows, dict) else {}
     splits |= {} if isinstance(eval_rows, dict) else {"evaluation": eval_rows}
     return {name: survey_rows(rows) for name, rows in splits.items() if isinstance(rows, Dataset)}

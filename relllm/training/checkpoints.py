@@ -87,7 +87,9 @@ def end_run(output_dir: Path, identity: Mapping[str, object], state: TrainerStat
 
 
 def describe_data(
-    script: RowsSettings, train_rows: Dataset | IterableDataset, eval_rows: Dataset | None
+    script: RowsSettings,
+    train_rows: Dataset | IterableDataset,
+    eval_rows: Dataset | IterableDataset | dict[str, Dataset] | None,
 ) -> dict[str, object]:
     """Return which rows a run reads, by names and fingerprints, for its record; streamed rows have no fingerprint."""
     record: dict[str, object] = {
@@ -96,9 +98,13 @@ def describe_data(
         if (value := getattr(script, name, None))
     }
     for name in {"data", "eval_data"} & record.keys():
-        if os.path.exists(str(record[name])):
-            record[name] = Path(str(record[name])).name
-    for name, rows in (("train_rows", train_rows), ("eval_rows", eval_rows)):
+        record[name] = _without_folder(record[name])
+    read: dict[str, object] = {"train_rows": train_rows}
+    if isinstance(eval_rows, dict):
+        read |= {f"eval_rows_{name}": rows for name, rows in eval_rows.items()}
+    else:
+        read["eval_rows"] = eval_rows
+    for name, rows in read.items():
         if isinstance(rows, Dataset):
             columns = [column for column in rows.column_names if column != "audio"]
             record[name] = len(rows)
@@ -106,6 +112,13 @@ def describe_data(
             if (digest := audio_fingerprint(rows)) is not None:
                 record[f"{name}_audio_fingerprint"] = digest
     return record
+
+
+def _without_folder(place: object) -> object:
+    """Return a data set's place, or several, without the folder of this machine that it is in."""
+    if isinstance(place, list):
+        return [{**one, "name": _without_folder(one["name"])} for one in place]
+    return Path(str(place)).name if os.path.exists(str(place)) else place
 
 
 def describe_weights(places: Mapping[str, str], revision: str) -> dict[str, str]:
@@ -121,7 +134,7 @@ def describe_weights(places: Mapping[str, str], revision: str) -> dict[str, str]
 def describe_seen(
     script: RowsSettings,
     train_rows: Dataset | IterableDataset,
-    eval_rows: Dataset | IterableDataset | None,
+    eval_rows: Dataset | IterableDataset | dict[str, Dataset] | None,
     places: Mapping[str, str],
     revision: str,
 ) -> dict[str, object]:
@@ -129,9 +142,13 @@ def describe_seen(
 
     `relllm evaluate` holds that against the rows to measure. Streamed rows, and rows without ids, are not known.
     """
-    read = {"train": train_rows, "validation": eval_rows}
-    seen = {name: digest_rows(rows) for name, rows in read.items() if isinstance(rows, Dataset)}
-    given = [str(data) for name in ("data", "eval_data") if (data := getattr(script, name, None))]
+    evaluated = list(eval_rows.values()) if isinstance(eval_rows, dict) else [eval_rows]
+    read = {"train": [train_rows], "validation": evaluated}
+    seen = {
+        name: set().union(*(digest_rows(one) for one in rows if isinstance(one, Dataset)))
+        for name, rows in read.items()
+    }
+    given = [*(source.name for source in script.sources), *filter(None, [getattr(script, "eval_data", None)])]
     corpora = {corpus_name(data) for data in given}
     facts = {corpus_name(data): found for data in given if (found := corpus_facts(data))}
     for name, place in places.items():

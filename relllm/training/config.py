@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from trl import SFTConfig
 
+from relllm.data.mixing import DataSource, parse_sources
 from relllm.data.survey import TASKS
 from relllm.modeling.places_relllm import check_place
 from relllm.setting import setting
@@ -140,9 +141,9 @@ def check_places(script: "RowsSettings", *, data: bool = True) -> None:
     for name in ("model_name_or_path", *TOWERS):
         if name not in unread and (place := getattr(script, name, None)):
             check_place(place, holds="config.json")
-    for name in ("data", "eval_data") if data else ():
-        if place := getattr(script, name, None):
-            check_place(place, repo_type="dataset")
+    places = [source.name for source in script.sources] + [getattr(script, "eval_data", None)]
+    for place in filter(None, places if data else ()):
+        check_place(place, repo_type="dataset")
 
 
 def parse_shares(given: Mapping[str, Any] | str, name: str) -> dict[str, float]:
@@ -172,7 +173,9 @@ def _is_weight(value: object) -> bool:
 class RowsSettings:
     """Which rows a run reads, and whether it goes on with what its folder holds."""
 
-    data: str | None = setting(None, "Prepared corpus, .jsonl/.csv/.parquet, save_to_disk folder or Hub id.")
+    data: list[Any] | str | None = setting(
+        None, "Prepared corpus, .jsonl/.csv/.parquet, save_to_disk folder or Hub id; several by shares: a=1,b=0.5."
+    )
     train_split: str = setting("train", "Split to train on; empty for all rows.")
     held_out: str | None = setting(
         None, "Splits of data from columns: session=Ses05;validation:session=Ses04; empty for its own."
@@ -183,6 +186,14 @@ class RowsSettings:
         self.resume = str(self.resume).lower()  # YAML reads `true` as a bool
         if self.resume not in ("auto", "true", "false"):
             raise ValueError(f"resume must be one of 'auto', 'true', 'false', got {self.resume!r}.")
+        if self.data is not None:
+            sources = self.sources
+            self.data = sources[0].name if sources == [DataSource(sources[0].name)] else list(map(asdict, sources))
+
+    @property
+    def sources(self) -> list[DataSource]:
+        """Return the data sets that `data` names."""
+        return parse_sources(self.data) if self.data is not None else []
 
 
 @dataclass

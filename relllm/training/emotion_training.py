@@ -192,7 +192,9 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     """
     check_places(script)
     check_trainer(args, ("ccc", "loss"))
-    assert script.data is not None and script.model_name_or_path is not None
+    assert script.model_name_or_path is not None
+    if not isinstance(script.data, str):
+        raise ValueError(f"data is {script.data!r}; an emotion tower is trained on one data set. Name one.")
     if script.eval_split == "test" and args.load_best_model_at_end:
         raise ValueError("eval_split='test' would keep the checkpoint that is best on it. Choose a development split.")
     train_rows = _load_labelled(script.data, script.train_split or "all", script.held_out)

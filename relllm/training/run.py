@@ -4,12 +4,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TypeAlias
 
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from transformers import AutoConfig, EarlyStoppingCallback, TrainerCallback, set_seed
 
 from relllm.data.loading import load_corpus
+from relllm.data.mixing import mix_rows, name_sources
 from relllm.data.survey import TRAINING, check_surveys, draw_survey, emotions_of, survey_splits
 from relllm.labels import EMOTIONS
 
@@ -22,6 +24,7 @@ from .settings import SettingsParser, check_trainer
 from .tower_cache import TowerCacheSettings
 from .trainer import ReLLMSFTTrainer
 
+Rows: TypeAlias = Dataset | IterableDataset
 PLACES = ("model_name_or_path", "audio_tower", "emotion_tower", "text_model")
 MODEL_SETTINGS = (
     *PLACES,
@@ -77,8 +80,8 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     check_trainer(args, METRICS)
     folder = Path(args.output_dir)
     with args.main_process_first(desc="reading the rows"):
-        train_rows, eval_rows = _load_data(script, args)
-        _survey(script, args, train_rows, eval_rows)
+        train_rows, eval_rows, parts = _load_data(script, args)
+        _survey(script, args, train_rows, eval_rows, parts)
         identity = training_record(script, args) | describe_data(script, train_rows, eval_rows)
         places = starting_points(script)
         identity |= describe_weights(places, script.revision)
@@ -110,9 +113,11 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     return trainer
 
 
-def _survey(script: ReLLMScriptArguments, args: ReLLMSFTConfig, train_rows: object, eval_rows: object) -> None:
+def _survey(
+    script: ReLLMScriptArguments, args: ReLLMSFTConfig, train_rows: object, eval_rows: object, parts: dict[str, Rows]
+) -> None:
     """Print what the rows teach, choose a new model's classes, and check all that before a model is loaded."""
-    surveys = survey_splits(train_rows, eval_rows)
+    surveys = survey_splits(train_rows, eval_rows, parts if len(parts) > 1 else None)
     if surveys and args.process_index == 0 and not args.disable_tqdm:
         Console(stderr=True).print(draw_survey(surveys, list(args.tasks or ())))
     if script.model_name_or_path is not None:
@@ -148,7 +153,10 @@ def _plain(value: object) -> object:
 
 def _load_data(
     script: ReLLMScriptArguments, args: ReLLMSFTConfig
-) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+) -> tuple[Rows, Rows | dict[str, Rows] | None, dict[str, Rows]]:
+    """Return the rows to train on, those to evaluate on (by data set where there are several), and the parts of the
+    first.
+    """
     if script.streaming and args.max_steps <= 0:
         raise ValueError("streaming=True needs max_steps: the number of rows is not known beforehand.")
     if script.eval_split is None and args.eval_strategy != "no":
@@ -158,17 +166,25 @@ def _load_data(
             "eval_split='test' with load_best_model_at_end would choose the checkpoint by the rows that measure it. "
             "Evaluate on a development split (--held_out makes one: validation:session=Ses04)."
         )
-    assert script.data is not None
-    train_rows = load_corpus(
-        script.data, script.train_split or "all", held_out=script.held_out, streaming=script.streaming
-    )
-    if script.streaming:
-        train_rows = train_rows.shuffle(seed=args.seed, buffer_size=1000)
-    eval_rows = None
-    if script.eval_split:
-        held_out = None if script.eval_data else script.held_out  # which is of `data`
-        eval_rows = load_corpus(script.eval_data or script.data, script.eval_split, held_out=held_out)
-    return train_rows, eval_rows
+    sources = script.sources
+    names = name_sources(sources) if len(sources) > 1 else ["data"]
+    parts: dict[str, Rows] = {}
+    held_back: dict[str, Rows] = {}
+    for name, source in zip(names, sources, strict=True):
+        own = script.held_out if source.held_out is None else source.held_out
+        taught = script.train_split if source.train_split is None else source.train_split
+        parts[name] = load_corpus(source.name, taught or "all", held_out=own, streaming=script.streaming)
+        if script.streaming:
+            parts[name] = parts[name].shuffle(seed=args.seed, buffer_size=1000)
+        split = script.eval_split if source.eval_split is None else source.eval_split
+        if split and not script.eval_data:
+            held_back[name] = load_corpus(source.name, split, held_out=own)
+    train_rows = parts[names[0]]
+    if len(parts) > 1:
+        train_rows = mix_rows(parts, [source.weight for source in sources], seed=args.seed)
+    if script.eval_data and script.eval_split:
+        return train_rows, load_corpus(script.eval_data, script.eval_split), parts
+    return train_rows, (held_back if len(parts) > 1 else held_back.get(names[0])) or None, parts
 
 
 def _callbacks(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> list[TrainerCallback]:

@@ -132,6 +132,7 @@ class ReLLMSFTTrainer(
             self.teach_tasks(mix)
             names += task_metrics(mix)
         self._means = RunningMeans(names, self.args.device)
+        self._pool: list[tuple[Tensor, list[Tensor]]] | None = None  # of an evaluation over several data sets
         self._heard: list[Tensor] = []  # of the running evaluation; see `_remember`
 
     def _set_up_clips(self, model: ReLLMForConditionalGeneration, extractor: ReLLMFeatureExtractor) -> None:
@@ -243,15 +244,45 @@ class ReLLMSFTTrainer(
             )
         with config_fields(self.model.config, {"trained_readings": None}):  # the losses want numbers
             result = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = self._means.means(self.accelerator.reduce(self._means.take("eval"), reduction="sum"))
-        metrics |= self._heads_metrics()
+        sums = self.accelerator.reduce(self._means.take("eval"), reduction="sum")
+        if self._pool is not None:
+            self._pool.append((sums, list(self._heard)))
+        metrics = self._measure(sums)
+        result.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return result
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Do as Transformers; of several data sets also the metrics over all of them, without a name in between."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(rows, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._pool = []
+        try:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            self._heard[:] = [clips for _, heard in self._pool for clips in heard]
+            found = self._measure(torch.stack([sums for sums, _ in self._pool]).sum(0))
+        finally:
+            self._pool = None
+        pooled = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(dict(pooled))
+        control = self.control  # type: ignore[has-type]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, pooled)
+        return {**metrics, **pooled}
+
+    def _measure(self, sums: Tensor) -> dict[str, float]:
+        """Return the metrics of an evaluation from its sums over all processes, and from what the heads said."""
+        metrics = self._means.means(sums) | self._heads_metrics()
         if self.objective.dimension_loss == "ccc" and "dimension_loss" in metrics:
             concordance = [value for name, value in metrics.items() if name.startswith("ccc_")]
             metrics["dimension_loss"] = 1 - sum(concordance) / len(concordance) if concordance else 0.0
         weights = {"response_loss": self.args.response_loss_weight, **self.objective.weights}
         metrics["loss"] = sum(weight * metrics.get(name, 0.0) for name, weight in weights.items())
-        result.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return result
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Do as TRL, with the mean of each loss since the last log, over the items of all processes."""
