@@ -77,7 +77,8 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     a [`~relllm.training.checkpoints.RunComplete`].
     """
     check_places(script)
-    check_trainer(args, METRICS)
+    of_sets = [f"{name}_{metric}" for name in _set_names(script) for metric in METRICS]
+    check_trainer(args, [*METRICS, *of_sets])
     folder = Path(args.output_dir)
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows, parts = _load_data(script, args)
@@ -151,6 +152,11 @@ def _plain(value: object) -> object:
     return value if type(value) in (bool, int, float, str, list, dict) else str(getattr(value, "value", value))
 
 
+def _set_names(script: ReLLMScriptArguments) -> list[str]:
+    """Return the short names of the data sets where there are several."""
+    return name_sources(script.sources) if len(script.sources) > 1 else []
+
+
 def _load_data(
     script: ReLLMScriptArguments, args: ReLLMSFTConfig
 ) -> tuple[Rows, Rows | dict[str, Rows] | None, dict[str, Rows]]:
@@ -167,7 +173,7 @@ def _load_data(
             "Evaluate on a development split (--held_out makes one: validation:session=Ses04)."
         )
     sources = script.sources
-    names = name_sources(sources) if len(sources) > 1 else ["data"]
+    names = _set_names(script) or ["data"]
     parts: dict[str, Rows] = {}
     held_back: dict[str, Rows] = {}
     for name, source in zip(names, sources, strict=True):
