@@ -22,19 +22,20 @@ def test_every_kind_of_row_is_counted(tmp_path: Path) -> None:
     answer: dict = {"role": "assistant", "content": []}
     typed = {"role": "user", "content": [{"type": "text", "text": "Hi."}]}
     rows = [
-        {"id": "a", "emotion": "sad", "arousal": 0.2, "valence": 7, "messages": [user, {**answer, "content": said}]},
+        {"id": "a", "emotion": "sad", "arousal": 0.2, "valence": 0.7, "messages": [user, {**answer, "content": said}]},
         {"id": "b", "emotion": "boredom", "arousal": None, "messages": [typed, answer]},
-        {"id": "c", "emotion": None, "arousal": 1.0, "text": "hello", "messages": [user], "gender": "f"},
+        {"id": "c", "emotion": None, "arousal": 1.0, "text": "hello", "messages": [user], "age": "40"},
     ]
-    survey = survey_rows(load(rows, tmp_path))
+    loaded = load(rows, tmp_path).map(lambda row: {"valence": None if row["valence"] is None else 7.0})
+    survey = survey_rows(loaded)  # `load_corpus` would refuse the 7
     assert (survey.rows, survey.audio, survey.replies, survey.transcripts) == (3, 2, 1, 1)
     assert survey.emotions == {"sad": 1, "boredom": 1} and survey.ids_by_emotion["boredom"] == ["b"]
     assert survey.dimensions == {"arousal": 2, "dominance": 0, "valence": 0} and survey.outside == {"valence": [7.0]}
-    assert survey.idle(["reply"]) == (2, ["b", "c"]) and survey.unread == ["gender"]
+    assert survey.idle(["reply"]) == (2, ["b", "c"]) and survey.unread == ["age"]
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(draw_survey({"training": survey}))
     text = " ".join(console.export_text().split())
-    assert "emotion: boredom" in text and "Columns that nothing reads: gender." in text
+    assert "emotion: boredom" in text and "Columns that nothing reads: age." in text
 
 
 def test_rows_of_a_corpus_have_a_reply_that_is_not_empty(tmp_path: Path) -> None:
