@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -49,7 +50,7 @@ class PrepareSettings:
     @property
     def identity(self) -> dict[str, object]:
         """Return what two runs must share to make one data set."""
-        elsewhere = ("root", "output_dir", "num_proc")
+        elsewhere = ("root", "output_dir", "num_proc", "name")  # the name is that of the corpus
         return {name: value for name, value in asdict(self).items() if name not in elsewhere}
 
 
@@ -161,12 +162,18 @@ class FolderSettings(LabelSettings):
         None, "How paths say what is in a clip: a regular expression with named groups, or a .yaml file."
     )
     unlabelled: bool = setting(False, "The table has no emotions.")
+    name: str | None = setting(None, "What cards and comparisons call the corpus; by default the folder's name.")
     NAME: ClassVar[str] = "folder"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(f"name is {self.name!r}, expected letters, digits, '.', '_' and '-' only.")
 
     @property
     def directory(self) -> Path:
         """Return where the data set goes."""
-        return (self.output_dir or Path("data") / self.root.absolute().stem).expanduser().absolute()
+        return (self.output_dir or Path("data") / (self.name or self.root.absolute().stem)).expanduser().absolute()
 
 
 @dataclass(frozen=True)

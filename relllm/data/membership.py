@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,11 @@ def read_training_record(checkpoint: str, *, revision: str = "main") -> dict:
         return {}
     of_run = json.loads(record.read_text(encoding="utf-8"))
     return {**{name: value for name, value in of_run.items() if name != "epochs_done"}, "steps_done": int(step[1])}
+
+
+def is_chosen(record: Mapping) -> bool:
+    """Tell whether a checkpoint, or one that its training began with, was chosen by its validation rows."""
+    return any(record.get(name) for name in ("load_best_model_at_end", "early_stopping_patience", "chosen_before"))
 
 
 def digest_rows(rows: Dataset) -> set[bytes]:

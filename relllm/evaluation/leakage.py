@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from datasets import Dataset
 
-from relllm.data.membership import RECORD_NAME, digest_rows, unpack_digests
+from relllm.data.membership import RECORD_NAME, digest_rows, is_chosen, unpack_digests
 
 # Towers whose training is known though they have no record: their id on the Hub, and the corpus.
 PUBLIC_TOWERS = {"audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim": "msp-podcast"}
@@ -36,7 +36,7 @@ def find_seen(record: Mapping, rows: Dataset, *, towers: Mapping[str, Mapping] |
         "recorded": seen is not None,
         "trained_on": read.get("train", 0),
         "validated_on": read.get("validation", 0),
-        "chosen_by": bool(record.get("load_best_model_at_end") or record.get("early_stopping_patience")),
+        "chosen_by": is_chosen(record),
         "corpora": sorted(corpora),
     }
 

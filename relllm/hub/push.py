@@ -20,7 +20,7 @@ from huggingface_hub.utils.sha import git_hash
 from .cards import check_card, check_measured
 from .files import find_replaced, take_inventory
 from .sharing import PushSettings
-from .staging import stage
+from .staging import leave_out_digests, stage
 
 PACKAGE_PARENT = str(Path(__file__).parent.parent.parent)
 _LOAD = """
@@ -58,6 +58,8 @@ def push_checkpoint(settings: PushSettings) -> Push:
     check_card(settings.model)
     left_out = take_inventory(settings.model).left_out
     with stage(settings.model, form=settings.form, with_code=settings.with_code) as staged:
+        if not settings.row_digests:
+            leave_out_digests(staged)
         check_measured(staged)
         if not settings.no_load:
             check_loads(staged, without_package=False)

@@ -64,6 +64,7 @@ def stage(folder: Path, *, form: Form | None = None, with_code: bool = False) ->
         for name in inventory.upload:
             if not converts or name.startswith(CARD_FILES):
                 (staged / name).parent.mkdir(exist_ok=True)
+                (staged / name).unlink(missing_ok=True)  # the record, which a conversion has written already
                 (staged / name).symlink_to((folder / name).resolve())
         _name_public_towers(staged)
         if with_code:
@@ -88,6 +89,17 @@ def add_code(folder: Path) -> None:
     _rewrite(folder / "processor_config.json", processor)
     tokenizer = _read(folder / "tokenizer_config.json")
     _rewrite(folder / "tokenizer_config.json", {**tokenizer, "auto_map": {"AutoProcessor": PROCESSOR_CODE}})
+
+
+def leave_out_digests(folder: Path) -> None:
+    """Take the digests of rows out of a training's record where it has read recordings that are not a public corpus.
+
+    Whoever knows an id can try the words that were said; of a public corpus they can be read anyway.
+    """
+    record = read_training_record(str(folder))
+    facts = record.get("corpus_facts", {})
+    if "seen_rows" in record and not all(facts.get(name, {}).get("homepage") for name in record["seen_corpora"]):
+        _rewrite(folder / RECORD_NAME, {name: value for name, value in record.items() if name != "seen_rows"})
 
 
 def _convert(folder: Path, out: Path, *, light: bool) -> None:

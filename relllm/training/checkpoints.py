@@ -21,7 +21,14 @@ from transformers.utils import logging
 
 from relllm.data.journal import audio_fingerprint, name_differences, rows_fingerprint, write_json
 from relllm.data.loading import corpus_facts, corpus_name
-from relllm.data.membership import RECORD_NAME, digest_rows, pack_digests, read_training_record, unpack_digests
+from relllm.data.membership import (
+    RECORD_NAME,
+    digest_rows,
+    is_chosen,
+    pack_digests,
+    read_training_record,
+    unpack_digests,
+)
 from relllm.modeling.checkpoint_relllm import TOWERS, check_left_out, source_fingerprint, why_not_light
 
 from .config import RowsSettings
@@ -32,7 +39,7 @@ logger = logging.get_logger(__name__)
 # says again which rows it reads.
 MAY_DIFFER = (
     *("world_size", "gradient_checkpointing", "light_checkpoints", "log_completions"),
-    *("seen_rows", "seen_corpora"),
+    *("seen_rows", "seen_corpora", "chosen_before"),
 )
 OPTIMIZER_FILES = ("optimizer", "global_step")  # DeepSpeed's are in a folder
 UNFINISHED = "_unfinished"  # `Trainer` pushes no file or folder whose name starts with an underscore
@@ -151,15 +158,18 @@ def describe_seen(
     given = [*(source.name for source in script.sources), *filter(None, [getattr(script, "eval_data", None)])]
     corpora = {corpus_name(data) for data in given}
     facts = {corpus_name(data): found for data in given if (found := corpus_facts(data))}
+    inherited: dict[str, object] = {}
     for name, place in places.items():
         record = read_training_record(place, revision=revision if name == "model_name_or_path" else "main")
         corpora |= set(record.get("seen_corpora", []))
         facts |= record.get("corpus_facts", {})
+        before = {"chosen_before": is_chosen(record), "selected_on_test": bool(record.get("selected_on_test"))}
+        inherited |= {name: True for name, value in before.items() if value}
         for split, packed in record.get("seen_rows", {}).items():
             seen[split] = seen.get(split, set()) | unpack_digests(packed)
     packed_rows = {name: pack_digests(digests) for name, digests in seen.items() if digests}
     known: dict[str, object] = {"seen_corpora": sorted(corpora), **({"corpus_facts": facts} if facts else {})}
-    return {**known, **({"seen_rows": packed_rows} if packed_rows.get("train") else {})}
+    return {**known, **inherited, **({"seen_rows": packed_rows} if packed_rows.get("train") else {})}
 
 
 def checkpoint_to_resume(output_dir: Path, resume: str) -> str | None:

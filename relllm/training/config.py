@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from relllm.data.mixing import DataSource, parse_sources
@@ -146,6 +147,20 @@ def check_places(script: "RowsSettings", *, data: bool = True) -> None:
         check_place(place, repo_type="dataset")
 
 
+def check_selection(script: "RowsSettings", args: TrainingArguments) -> dict[str, bool]:
+    """Return what a run's record says of a checkpoint that the test split chooses; `ValueError` unless it is meant."""
+    splits = [getattr(script, "eval_split", None), *(source.eval_split for source in script.sources)]
+    if not (args.load_best_model_at_end and "test" in splits):
+        return {}
+    if not script.select_on_test:
+        raise ValueError(
+            "eval_split='test' with load_best_model_at_end would choose the checkpoint by the rows that measure it. "
+            "Evaluate on a development split (--held_out makes one: validation:session=Ses04); --select_on_test true "
+            "does it all the same, and the card says so."
+        )
+    return {"selected_on_test": True}
+
+
 def parse_shares(given: Mapping[str, Any] | str, name: str) -> dict[str, float]:
     """Return `{"a": 1.0, "b": 0.5}` of itself or of `"a=1,b=0.5"`; without a number it is 1, and 0 is left out."""
     pairs = list(given.items()) if isinstance(given, Mapping) else []
@@ -179,6 +194,9 @@ class RowsSettings:
     train_split: str = setting("train", "Split to train on; empty for all rows.")
     held_out: str | None = setting(
         None, "Splits of data from columns: session=Ses05;validation:session=Ses04; empty for its own."
+    )
+    select_on_test: bool = setting(
+        False, "Choose the checkpoint by the test split all the same: its numbers are no test, and its card says so."
     )
     resume: str = setting("auto", "auto: from the last complete checkpoint if any; true: demand it; false: refuse.")
 
@@ -231,7 +249,7 @@ class ReLLMScriptArguments(RowsSettings):
     load_in_4bit: bool = setting(False, "QLoRA: the LLM alone in 4 bit (bitsandbytes).")
     full_window: bool | None = setting(None, "Whisper over its whole 30 s, as it was trained (default: true).")
     max_duration_s: float | None = setting(None, "Longest clip accepted, in seconds (default: 600).")
-    eval_split: str | None = setting(None, "Split to evaluate on, as eval_strategy says; never the test split.")
+    eval_split: str | None = setting(None, "Split to evaluate on, as eval_strategy says.")
     eval_data: str | None = setting(None, "Where eval_split is, if not in data.")
     streaming: bool = setting(False, "Read rows as they are needed; needs max_steps.")
     early_stopping_patience: int | None = setting(None, "Stop after so many evaluations without a better metric.")

@@ -34,7 +34,7 @@ from relllm.setting import setting
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
 from .checkpoints import LastStepMixin, begin_run, describe_data, describe_seen, describe_weights, end_run
-from .config import RowsSettings, check_places
+from .config import RowsSettings, check_places, check_selection
 from .lengths import GroupByLengthMixin, clip_duration
 from .losses import ccc_loss
 from .settings import SettingsParser, check_trainer
@@ -195,8 +195,7 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     assert script.model_name_or_path is not None
     if not isinstance(script.data, str):
         raise ValueError(f"data is {script.data!r}; an emotion tower is trained on one data set. Name one.")
-    if script.eval_split == "test" and args.load_best_model_at_end:
-        raise ValueError("eval_split='test' would keep the checkpoint that is best on it. Choose a development split.")
+    selection = check_selection(script, args)
     train_rows = _load_labelled(script.data, script.train_split or "all", script.held_out)
     eval_rows = None
     if script.eval_split:
@@ -204,7 +203,7 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     if eval_rows is None:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     with args.main_process_first(desc="looking at the folder"):
-        identity = _training_record(script, args) | describe_data(script, train_rows, eval_rows)
+        identity = _training_record(script, args) | selection | describe_data(script, train_rows, eval_rows)
         places = {"model_name_or_path": str(script.model_name_or_path)}
         identity |= describe_weights(places, "main") | describe_seen(script, train_rows, eval_rows, places, "main")
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)

@@ -18,7 +18,7 @@ from relllm.labels import EMOTIONS
 from .augmentation import Augmentation, AugmentationSettings
 from .building import build_model, check_model, starting_points
 from .checkpoints import begin_run, describe_data, describe_seen, describe_weights, end_run
-from .config import ReLLMScriptArguments, ReLLMSFTConfig, check_places, loss_weights
+from .config import ReLLMScriptArguments, ReLLMSFTConfig, check_places, check_selection, loss_weights
 from .objective import class_weights
 from .settings import SettingsParser, check_trainer
 from .tower_cache import TowerCacheSettings
@@ -79,11 +79,12 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     check_places(script)
     of_sets = [f"{name}_{metric}" for name in _set_names(script) for metric in METRICS]
     check_trainer(args, [*METRICS, *of_sets])
+    selection = check_selection(script, args)
     folder = Path(args.output_dir)
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows, parts = _load_data(script, args)
         _survey(script, args, train_rows, eval_rows, parts)
-        identity = training_record(script, args) | describe_data(script, train_rows, eval_rows)
+        identity = training_record(script, args) | selection | describe_data(script, train_rows, eval_rows)
         places = starting_points(script)
         identity |= describe_weights(places, script.revision)
         identity |= describe_seen(script, train_rows, eval_rows, places, script.revision)
@@ -167,11 +168,6 @@ def _load_data(
         raise ValueError("streaming=True needs max_steps: the number of rows is not known beforehand.")
     if script.eval_split is None and args.eval_strategy != "no":
         raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_split (or eval_data as well).")
-    if script.eval_split == "test" and args.load_best_model_at_end:
-        raise ValueError(
-            "eval_split='test' with load_best_model_at_end would choose the checkpoint by the rows that measure it. "
-            "Evaluate on a development split (--held_out makes one: validation:session=Ses04)."
-        )
     sources = script.sources
     names = _set_names(script) or ["data"]
     parts: dict[str, Rows] = {}

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from relllm.cli import app
 from relllm.data.corpora.folder import parse_folder
 from relllm.data.data_settings import FolderSettings
-from relllm.data.loading import load_corpus
+from relllm.data.loading import corpus_facts, corpus_name, load_corpus
 from relllm.data.rows import COLUMNS, validate_row
 from relllm.processing.audio_relllm import load_audio
 
@@ -271,3 +271,19 @@ def test_the_command_stops_with_a_line_and_no_traceback(tmp_path: Path) -> None:
 def test_a_wrong_root_of_a_corpus_is_said_in_a_line(corpus: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["prepare", corpus, str(tmp_path), "--out", str(tmp_path / "out")])
     assert done.exit_code == 1 and "stopped:" in done.output and not (tmp_path / "out").exists()
+
+
+def test_a_corpus_is_called_as_it_is_named_on_its_card_and_in_what_reads_it(speech: Path, tmp_path: Path) -> None:
+    out, rows = tmp_path / "out", [{"path": "b.wav", "emotion": "sad"}, {"path": "a.flac", "emotion": "happy"}]
+    write_csv(speech / "metadata.csv", rows)
+    given = ["prepare", "folder", str(speech), "--out", str(out)]
+    done = CliRunner().invoke(app, [*given, "--name", "clinic-2"])
+    assert done.exit_code == 0, done.output
+    assert corpus_name(out) == "clinic-2" and "# clinic-2\n" in (out / "README.md").read_text()
+    assert corpus_facts(out)["name"] == corpus_facts(out)["title"] == "clinic-2"
+    again = CliRunner().invoke(app, [*given, "--name", "other"])
+    assert again.exit_code != 0 and "corpus" in f"{again.output} {again.exception}"
+    with pytest.raises(ValueError, match="name is 'my clinic'"):
+        FolderSettings(speech, name="my clinic")
+    pattern = FolderSettings(speech, name="clinic", pattern=r"(?P<speaker>[ab])\.(wav|flac)")
+    assert parse_folder(pattern).facts.name == "clinic" and FolderSettings(speech, name="x").directory.name == "x"

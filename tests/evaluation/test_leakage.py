@@ -1,6 +1,7 @@
 """A model measured on rows that made it: its training's record against them, from `relllm train` to `--folds`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from relllm.evaluation.evaluating import evaluate
 from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.folds import evaluate_folds
 from relllm.evaluation.leakage import find_seen
-from relllm.training.config import ReLLMScriptArguments, ReLLMSFTConfig
+from relllm.training.checkpoints import describe_seen
+from relllm.training.config import ReLLMScriptArguments, ReLLMSFTConfig, check_selection
 from relllm.training.run import run_training
 
 pytestmark = [pytest.mark.usefixtures("no_drawing"), pytest.mark.slow]
@@ -42,29 +44,37 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run for each session held out, the one before it to choose the checkpoint by."""
+    """A run with the first session held out, the last to choose the checkpoint by; the others by their records alone:
+    the same model, which would have read other rows.
+    """
     folder = tmp_path_factory.mktemp("runs")
     save_towers(folder / "towers")
-    for index, session in enumerate(SESSIONS):
-        held_out = f"session={session};validation:session={SESSIONS[index - 1]}"
-        train(folder / session, towers_of(folder), data=str(corpus), held_out=held_out, eval_split="validation")
+    names = {"audio_tower": "speech", "emotion_tower": "emotion", "text_model": "llm"}
+    start = {setting: str(folder / "towers" / name) for setting, name in names.items()}
+    held_out = "session=Ses01;validation:session=Ses03"
+    script = ReLLMScriptArguments(
+        **start, projector_inner_dim=16, lora_r=2, lora_alpha=2, full_window=False, data=str(corpus),
+        held_out=held_out, eval_split="validation",
+    )  # fmt: skip
+    args = ReLLMSFTConfig(
+        output_dir=str(folder / "Ses01"), disable_tqdm=True, dataloader_pin_memory=False, bf16=False, use_cpu=True,
+        gradient_checkpointing=False, max_steps=1, save_steps=1, eval_steps=1, eval_strategy="steps",
+        report_to="none", load_best_model_at_end=True, metric_for_best_model="eval_loss", log_completions=0,
+    )  # fmt: skip
+    run_training(script, args)
+    for index, session in enumerate(SESSIONS[1:], start=1):
+        shutil.copytree(folder / "Ses01", folder / session)
+        write_record(folder / session, corpus, f"session={session};validation:session={SESSIONS[index - 1]}")
     return folder
 
 
-def towers_of(folder: Path) -> dict[str, str]:
-    names = {"audio_tower": "speech", "emotion_tower": "emotion", "text_model": "llm"}
-    return {setting: str(folder / "towers" / name) for setting, name in names.items()}
-
-
-def train(out: Path, start: dict[str, str], **rows: object) -> None:
-    tiny = {"projector_inner_dim": 16, "lora_r": 2, "lora_alpha": 2, "full_window": False} if len(start) > 1 else {}
-    chosen = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_strategy": "steps"}
-    quick = {"max_steps": 1, "save_steps": 1, "eval_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False}
-    args = ReLLMSFTConfig(
-        output_dir=str(out), disable_tqdm=True, dataloader_pin_memory=False, gradient_checkpointing=False,
-        **(chosen if rows.get("eval_split") else {}), **quick,
-    )  # fmt: skip
-    run_training(ReLLMScriptArguments(**start, **tiny, **rows), args)
+def write_record(run: Path, corpus: Path, held_out: str) -> None:
+    """Have a run's record say which rows another would have read."""
+    path = run / "training_settings.json"
+    record = json.loads(path.read_text())
+    rows = {name: load_corpus(str(corpus), name, held_out=held_out) for name in ("train", "validation")}
+    record["seen_rows"] = {name: pack_digests(digest_rows(one)) for name, one in rows.items()}
+    path.write_text(json.dumps(record))
 
 
 def settings(model: Path, corpus: Path, out: Path, **options: object) -> EvaluationSettings:
@@ -111,13 +121,28 @@ def test_the_same_clips_under_another_split_are_found(runs: Path, corpus: Path) 
     assert find_seen(record, other)["trained_on"] == 0
 
 
-def test_what_the_first_stage_read_is_read(runs: Path, corpus: Path, tmp_path: Path) -> None:
-    train(
-        tmp_path / "further", {"model_name_or_path": str(runs / "Ses01")}, data=str(corpus), held_out="session=Ses03"
-    )
-    record = json.loads((tmp_path / "further" / "training_settings.json").read_text())
-    assert find_seen(record, load_corpus(str(corpus), "test", held_out="session=Ses03"))["validated_on"] == 2
+def test_what_the_first_stage_read_is_read(runs: Path, corpus: Path) -> None:
+    """And what it was chosen by is what this one was chosen by."""
+    held_out = "session=Ses03"
+    script = ReLLMScriptArguments(model_name_or_path=str(runs / "Ses01"), data=str(corpus), held_out=held_out)
+    train_rows = load_corpus(str(corpus), "train", held_out=held_out)
+    record = describe_seen(script, train_rows, None, {"model_name_or_path": str(runs / "Ses01")}, "main")
+    seen = find_seen(record, load_corpus(str(corpus), "test", held_out=held_out))
+    assert (seen["trained_on"], seen["validated_on"], seen["chosen_by"]) == (0, 2, True)
     assert find_seen(record, load_corpus(str(corpus), "all"))["trained_on"] == 4
+
+
+def test_a_checkpoint_chosen_by_the_test_split_needs_a_flag_and_says_so(tmp_path: Path) -> None:
+    args = ReLLMSFTConfig(output_dir=str(tmp_path), load_best_model_at_end=True, eval_strategy="steps", use_cpu=True)
+    for given in ({"data": "rows", "eval_split": "test"}, {"data": [{"name": "rows", "eval_split": "test"}]}):
+        of = {"audio_tower": "a", "text_model": "b", "emotion_fusion": "none", **given}
+        with pytest.raises(ValueError, match="--select_on_test true"):
+            check_selection(ReLLMScriptArguments(**of), args)
+        meant = ReLLMScriptArguments(**of, select_on_test=True)
+        assert check_selection(meant, args) == {"selected_on_test": True}
+    (tmp_path / "training_settings.json").write_text('{"selected_on_test": true}')
+    start = {"model_name_or_path": str(tmp_path)}
+    assert describe_seen(meant, Dataset.from_list([]), None, start, "main")["selected_on_test"]
 
 
 def test_a_model_without_a_record_is_not_known_and_a_public_tower_is() -> None:

@@ -305,8 +305,11 @@ def test_what_it_was_trained_on_is_on_the_card_and_in_what_is_asked(model: Path)
     assert "for academic use" in card.text and "@article{busso2008iemocap" in card.text
     assert "iemocap-academic-release](https://sail.usc.edu/iemocap/)" in card.text and "AAAA" not in card.text
     chosen = CardSettings(model, tower_license=[flag.partition("=")[2] for flag in flags], license="apache-2.0")
+    (model / "training_settings.json").write_text(json.dumps({**record, "selected_on_test": True}))
+    assert "A checkpoint of it was chosen by a test split" not in card.text
     card = ModelCard.load(write_model_card(replace(chosen, overwrite=True)))
     assert card.data.license == "apache-2.0" and "for academic use" in card.text  # a person has decided
+    assert "A checkpoint of it was chosen by a test split" in card.text
 
 
 def test_the_card_says_which_releases_load_the_code(model: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ from typer.testing import CliRunner
 
 import relllm
 from relllm.cli import app
+from relllm.data.corpora import iemocap
+from relllm.data.membership import read_training_record
 from relllm.hub import push, staging
 from relllm.hub.cards import write_model_card
 from relllm.hub.files import take_inventory
@@ -238,6 +241,7 @@ def test_a_light_checkpoint_of_local_towers_goes_in_full_only_and_names_no_folde
     words = "audio_tower, emotion_tower, text_model is a folder .*relllm merge"
     with pytest.raises(ValueError, match=words), stage(tmp_path / "light"):
         pass
+    (tmp_path / "light" / "training_settings.json").write_text('{"learning_rate": 1e-5}')
     with stage(tmp_path / "light", form="full") as staged:
         config = json.loads((staged / "config.json").read_text())
         assert config["light_checkpoint"] is False and config["towers"] == {}
@@ -264,6 +268,19 @@ def test_a_light_checkpoint_whose_towers_are_on_the_hub_goes_as_it_is(tmp_path: 
         assert json.loads((staged / "config.json").read_text())["towers"] == config["towers"]
         assert str(tmp_path) not in (staged / "config.json").read_text()
     assert staging.is_local(str(tmp_path)) and not staging.is_local("openai/whisper-tiny")
+
+
+def test_digests_of_rows_go_where_all_are_of_public_corpora_or_it_is_asked_for(checkpoint: Path) -> None:
+    record = {"seen_corpora": ["iemocap"], "corpus_facts": {"iemocap": asdict(iemocap.FACTS)}, "seen_rows": {}}
+    own = {**record, "seen_corpora": ["iemocap", "clinic"]}
+    for given, flags, kept in ((record, {}, True), (own, {}, False), (own, {"row_digests": True}, True)):
+        (checkpoint / "training_settings.json").write_text(json.dumps(given))
+        sent = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(push, "check_measured", lambda at, sent=sent: sent.append(read_training_record(str(at))))
+            push.push_checkpoint(PushSettings(checkpoint, "org/m", dry_run=True, no_load=True, **flags))
+        assert ("seen_rows" in sent[0]) == kept and sent[0]["seen_corpora"] == given["seen_corpora"]
+    assert "seen_rows" in json.loads((checkpoint / "training_settings.json").read_text())
 
 
 # --- the transfer ----------------------------------------------------------------------------------------------------

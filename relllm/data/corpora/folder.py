@@ -77,8 +77,11 @@ def parse_folder(settings: FolderSettings) -> Corpus:
             emotions, or a line is no row; an emotion has an unknown name, a split one that it cannot have, or a
             column of dimensions is on another scale.
     """
+    name = settings.name
     if settings.pattern is not None:
-        return parse_pattern(load_pattern(settings.pattern), settings)
+        pattern = load_pattern(settings.pattern)
+        named = pattern if name is None else replace(pattern, facts=replace(pattern.facts, name=name, title=name))
+        return parse_pattern(named, settings)
     root = settings.root.expanduser().absolute()
     tables = _find_tables(root)
     folder = root if root.is_dir() else root.parent
@@ -86,7 +89,8 @@ def parse_folder(settings: FolderSettings) -> Corpus:
         "Your own recordings: nothing is known here of the consent of those who speak. Publish neither audio nor "
         "transcripts unless they agreed to it."
     )
-    corpus = Corpus(CorpusFacts("folder", folder.name, settings.language or "", "other", terms), [], [], [])
+    facts = CorpusFacts(name or "folder", name or folder.name, settings.language or "", "other", terms)
+    corpus = Corpus(facts, [], [], [])
     found = [one for table, split in tables for one in _read_fields(table, split, folder, corpus, settings)]
     add_rows(found if tables else _list_audio_files(folder, corpus), corpus, settings, {})
     return corpus
