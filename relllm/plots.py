@@ -39,6 +39,39 @@ def check_matplotlib() -> None:
         raise ImportError("Plots need matplotlib: `pip install relllm[eval]`, or `relllm[data]`.") from error
 
 
+# A clip
+
+
+def plot_over_time(
+    edges_s: Sequence[float],
+    probabilities: Mapping[str, Sequence[float]],
+    dimensions: Mapping[str, Sequence[float]],
+    path: str | Path,
+    *,
+    title: str = "",
+) -> Path:
+    """Draw what was heard in the windows of one clip, over its seconds: emotions as a stack, dimensions as lines.
+
+    `edges_s` are where each window begins, and where the last one ends: one more than there are windows.
+    """
+    _check_lengths(edges_s[1:], *probabilities.values(), *dimensions.values())
+    figure = _new_figure(min(9.0 + len(edges_s) / 40, 30.0), 5.2)
+    panels = figure.subplots(2, 1, sharex=True)
+    below = np.zeros(len(edges_s) - 1)
+    for index, name in enumerate(_in_order(probabilities)):
+        top = below + np.asarray(probabilities[name])
+        panels[0].stairs(top, edges_s, baseline=below, fill=True, color=_colour(index), label=name)
+        below = top
+    for name, colour in zip(dimensions, (_ORANGE, _GREY, _BLUE), strict=False):
+        panels[1].stairs(dimensions[name], edges_s, baseline=None, color=colour, linewidth=1.5, label=name)
+    panels[0].set(ylabel="probability", ylim=(0, 1))
+    panels[0].set_title(title, parse_math=False)  # a file may have any name
+    panels[1].set(ylabel="dimension", xlabel="seconds", xlim=(edges_s[0], edges_s[-1]))
+    for axes in (axes for axes, shown in zip(panels, (probabilities, dimensions), strict=True) if shown):
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return _save(figure, path)
+
+
 # A run
 
 

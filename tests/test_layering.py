@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "modeling": set(),
     "data": BASE | {"plots"},
     "training": BASE | {"data", "metrics"},
-    "inference": BASE,
+    "inference": BASE | {"data", "plots"},
     "evaluation": BASE | {"data", "inference", "metrics", "plots"},
     "conversion": BASE,
     "hub": BASE | {"data", "evaluation"},

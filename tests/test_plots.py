@@ -10,6 +10,7 @@ from relllm.plots import (
     plot_confusion_matrix,
     plot_forest,
     plot_levels,
+    plot_over_time,
     plot_reliability,
     plot_valence_arousal,
 )
@@ -52,3 +53,15 @@ def test_reliability_levels_and_forest_are_drawn(tmp_path: Path) -> None:
         plot_levels({"RE-LLM": {"ER": [0, 0, 0]}}, tmp_path / "x.png")
     with pytest.raises(ValueError, match="no gain to draw"):
         plot_forest({}, tmp_path / "x.png")
+
+
+def test_a_clip_over_time_is_drawn_and_takes_an_edge_more_than_windows(tmp_path: Path) -> None:
+    probabilities = {"sad": [0.2, 0.9], "happy": [0.8, 0.1]}
+    assert is_png(
+        plot_over_time(
+            [0.0, 2.0, 3.1], probabilities, {"arousal": [0.1, 1.2]}, tmp_path / "time.png", title="$1_{.wav"
+        )
+    )
+    assert is_png(plot_over_time([0.0, 2.0, 3.1], {}, {}, tmp_path / "none.png"))
+    with pytest.raises(ValueError, match="same number of values"):
+        plot_over_time([0.0, 2.0], probabilities, {}, tmp_path / "x.png")

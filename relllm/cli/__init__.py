@@ -30,6 +30,10 @@ def _commands() -> None:
     """RE-LLM: a speech LLM that hears how something is said."""
     if "--help" not in sys.argv:  # this runs before the command's own help
         register_with_transformers()
+        if not sys.stderr.isatty():
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()  # of weights that are loaded
 
 
 def main() -> None:

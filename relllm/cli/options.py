@@ -10,6 +10,7 @@ The dataclasses live in their rooms, in files that import nothing heavy: `relllm
 
 import dataclasses
 import inspect
+import re
 import sys
 import types
 import typing
@@ -57,7 +58,11 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from error
             _check_places(given[name])
-        function(**given)
+        try:
+            function(**given)
+        except KeyboardInterrupt as error:
+            goes_on = re.search(r"[^.;]*the same command goes on[^.;]*", function.__doc__ or "")
+            raise KeyboardInterrupt(f"{goes_on[0]}." if goes_on else "") from error
 
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
     command.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
@@ -79,6 +84,9 @@ class PlainCommands(TyperGroup):
         try:
             with plain_errors():
                 return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            _print_line(f"stopped by Ctrl-C. {error}")
+            raise typer.Exit(130) from error
         except UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # shows the help
                 raise

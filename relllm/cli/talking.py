@@ -13,7 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from relllm.demo.demo_settings import DemoSettings
-from relllm.inference.inference_settings import CheckpointSettings, ClipSettings, PageSettings, TalkSettings
+from relllm.inference.inference_settings import (
+    CheckpointSettings,
+    ClipSettings,
+    HearSettings,
+    PageSettings,
+    TalkSettings,
+)
 from relllm.modeling.places_relllm import check_place
 
 from .options import from_settings, pick_device
@@ -29,6 +35,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 console = Console(highlight=False)
+messages = Console(stderr=True, highlight=False, soft_wrap=True)
+SHOWN = 10  # reasons why a clip was not read; the table has all
 
 HELP = """\
 Type a line and press Enter, or:
@@ -71,6 +79,34 @@ def reply_to_clips(
             failed += 1
             console.print(f"[red]not answered:[/red] {escape(str(error))}")
     if failed:
+        raise typer.Exit(1)
+
+
+@app.command("hear")
+@from_settings
+def hear_many(
+    settings: HearSettings,
+    audio: Annotated[list[str], typer.Argument(help="Audio files, URLs, folders of them, data sets, or - for stdin.")],
+) -> None:
+    """Write the emotions of many clips as a table: probabilities, arousal, dominance, valence; no LLM runs.
+
+    A row a clip, or a window with --every; `tower_…` is what the emotion tower itself reads. A clip that cannot be
+    read has its reason in the column `error`, and the exit status is 1. With --out, the same command goes on where it
+    was when it is killed.
+
+    Example: relllm hear runs/demo/re-llm recordings --out heard.csv
+
+    Over time: relllm hear runs/demo/re-llm session.wav --every 2 --channel each --out heard.csv --plots plots
+    """
+    from relllm.inference.hearing import find_clips, write_heard
+
+    report = write_heard(find_clips(audio, settings.split), lambda: load_relllm(settings), settings)
+    for reason in list(report["not_read"].values())[:SHOWN]:
+        messages.print(f"[red]not heard:[/red] {escape(reason)}")
+    if settings.out is not None:
+        more = f", {len(report['not_read']):,} of them not read" if report["not_read"] else ""
+        console.print(f"{report['clips']:,} clips{more}, {report['rows']:,} rows in [bold]{settings.out}[/bold]")
+    if report["not_read"]:
         raise typer.Exit(1)
 
 

@@ -197,6 +197,25 @@ def add_columns(
         FileExistsError: If `out` is there from another run.
     """
     _check_out(rows, out)
+
+    def make(found: Mapping[str, dict]) -> tuple[dict, Callable[[Path], None]]:
+        counts, written = finish(found)
+        return {"rows": len(rows), **counts}, lambda path: write_rows(written, path)
+
+    return make_file(out, settings, fill, make)
+
+
+def make_file(
+    out: Path,
+    settings: Mapping[str, object],
+    fill: Callable[[Journal], None],
+    finish: Callable[[Mapping[str, dict]], tuple[dict, Callable[[Path], None]]],
+) -> dict:
+    """Make a file by way of a journal, and return the report, which is written beside it.
+
+    `fill` puts what the file is made of into the journal, beside what is `done`; `finish` makes the report and what
+    writes the file from all entries. A run that is complete is not done again; errors are those of [`add_columns`].
+    """
     wanted = json.loads(json.dumps(settings))
     if out.exists() and not journal_path(out).exists():
         known = report_path(out)
@@ -209,10 +228,10 @@ def add_columns(
         return found
     with Journal(journal_path(out), wanted) as journal:
         fill(journal)
-    counts, written = finish(journal.done)
-    report = {"settings": wanted, "rows": len(rows), **counts}
+    counts, write = finish(journal.done)
+    report = {"settings": wanted, **counts}
     write_json(report, report_path(out))
-    write_rows(written, out)
+    write(out)
     journal_path(out).unlink()
     return report
 

@@ -63,6 +63,14 @@ def load_corpus(
     return _hold_out(_load(str(data), ALL, streaming), split, wanted, str(data))
 
 
+def holds_rows(path: Path) -> bool:
+    """Tell whether a file or folder is what [`load_corpus`] reads, rather than audio."""
+    if path.is_file():
+        return path.suffix in (".jsonl", ".csv", ".parquet")
+    named = any((path / name).is_file() for name in (METADATA, "state.json", "dataset_dict.json"))
+    return named or any(path.rglob("*.parquet"))
+
+
 def column_values(data: str | Path, column: str) -> list[str]:
     """Return the values of a column in the rows of all splits, sorted; missing ones are left out."""
     dataset = _load(str(data), ALL, True)

@@ -1,6 +1,7 @@
 """The settings of the commands that use a model, each declared once. Nothing heavy is imported here."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from relllm.setting import REQUIRED, setting
@@ -12,7 +13,7 @@ class CheckpointSettings:
 
     model: str = setting(REQUIRED, "A ReLLM checkpoint: a directory or a Hub id.", argument=True, place="checkpoint")
     device: str = setting("auto", "cpu, cuda, cuda:1, … or auto.")
-    dtype: str = setting("auto", "float32, bfloat16, float16, or auto for the checkpoint's own.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "Auto is the checkpoint's own.")
     revision: str = setting("main", "Branch, tag or commit of the model on the Hub.")
 
 
@@ -36,6 +37,29 @@ class ClipSettings(ReplySettings):
     """What of a file is answered."""
 
     channel: Literal["mix", "left", "right", "each"] = setting("mix", "Of a file with several; `each` answers each.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HearSettings(CheckpointSettings):
+    """What is heard, and where the table goes."""
+
+    out: Path | None = setting(None, "The table: .csv, .jsonl or .parquet; by default CSV, printed.")
+    every: float | None = setting(None, "A row for each window of so many seconds; files of up to 4 h.", min=0.1)
+    overlap: float = setting(0.0, "Seconds by which a window goes on into the next one.", min=0)
+    channel: Literal["mix", "left", "right", "each"] = setting("mix", "Of a file with several; `each`: rows for each.")
+    split: str | None = setting(None, "Split of a data set; by default every one.")
+    batch_size: int = setting(16, "Windows of the speech tower (30 s for Whisper) heard at once.", min=1)
+    plots: Path | None = setting(None, "Folder for a picture of each clip over time; needs --every.")
+
+    def __post_init__(self) -> None:
+        if self.every is None and (self.overlap or self.plots):
+            raise ValueError("--overlap and --plots are of windows: give --every, for example --every 2.")
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """Return what two runs must share to make one table."""
+        names = ("model", "revision", "dtype", "every", "overlap", "channel")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

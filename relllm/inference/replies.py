@@ -1,7 +1,7 @@
 """Using a trained model: replies to spoken turns, emotions of many clips, and how likely given answers are."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Heard:
 
     probabilities: dict[str, float]  # by emotion
     dimensions: dict[str, float]  # arousal, dominance and valence, about 0 to 1
+    tower_dimensions: dict[str, float] = field(default_factory=dict)  # the emotion tower's own, where there is one
 
     @property
     def emotion(self) -> str | None:
@@ -156,10 +157,13 @@ def read_heard(model: ReLLMForConditionalGeneration, encoded: ReLLMAudioOutput) 
     assert encoded.emotion_logits is not None and encoded.dimensions is not None  # the heads always run
     config, probabilities = model.config, encoded.emotion_logits.float().softmax(-1).tolist()
     trained = ("emotion", *DIMENSIONS) if config.trained_readings is None else config.trained_readings
+    of_tower = [()] * len(probabilities) if encoded.tower_dimensions is None else encoded.tower_dimensions.tolist()
+    known = () if config.emotion_config is None else config.emotion_config.trained_dimensions  # type: ignore[union-attr]
     return [
         Heard(
             dict(zip(config.emotion_labels, row, strict=True)) if "emotion" in trained else {},
             {name: value for name, value in zip(DIMENSIONS, values, strict=True) if name in trained},
+            {name: value for name, value in zip(DIMENSIONS, own, strict=False) if name in known},
         )
-        for row, values in zip(probabilities, encoded.dimensions.float().tolist(), strict=True)
+        for row, values, own in zip(probabilities, encoded.dimensions.float().tolist(), of_tower, strict=True)
     ]

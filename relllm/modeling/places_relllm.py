@@ -12,7 +12,7 @@ class PlaceError(FileNotFoundError):
     """There is no checkpoint, or no data, where a user says it is."""
 
 
-def check_place(place: str | os.PathLike, *, holds: str | None = None, repo_type: str = "model") -> None:
+def check_place(place: str | os.PathLike, *, holds: str | None = None, repo_type: str | None = "model") -> None:
     """Raise a [`PlaceError`] for a path where nothing is, rather than have it looked for on the Hub.
 
     A name is a path if it is written like one (`./x`, `a/b/c`, `x.jsonl`), if its folder is here, or if something here
@@ -20,7 +20,8 @@ def check_place(place: str | os.PathLike, *, holds: str | None = None, repo_type
 
     Args:
         holds (`str`, *optional*): A file that a folder must have, such as `config.json`.
-        repo_type (`str`, *optional*, defaults to `"model"`): What it would be on the Hub; or `"dataset"`.
+        repo_type (`str`, *optional*, defaults to `"model"`): What it would be on the Hub; or `"dataset"`; `None` for
+            what is on this machine only.
     """
     name = str(place)
     path = Path(name).expanduser()
@@ -29,11 +30,13 @@ def check_place(place: str | os.PathLike, *, holds: str | None = None, repo_type
             inside = sorted(str(found.parent) for depth in ("*/", "*/*/") for found in path.glob(depth + holds))
             raise PlaceError(f"{name} is no folder with a {holds}; {_there_is(inside) or _listing(path)}.")
         return
-    written = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in TABLES
+    written = (
+        repo_type is None or name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in TABLES
+    )
     nearest = _nearest(path)
     if not written:
         beside_others = "/" in name and path.parent.is_dir()
-        if not (beside_others or nearest) or _is_cached(name, repo_type):
+        if not (beside_others or nearest) or _is_cached(name, str(repo_type)):
             return
     what = "file or folder" if holds is None else "folder"
     remedy = "" if written else f" If it is an id of the Hub, `hf download {name} --repo-type {repo_type}` it first."

@@ -161,6 +161,11 @@ def _walk_files(folder: Path) -> list[Path]:
     return sorted(inner / name for inner in parsing.walk_folders(folder) for name in parsing.list_folder(inner)[1])
 
 
+def find_audio(folder: Path) -> list[Path]:
+    """Return the audio files in a folder and its folders, sorted; hidden ones are left out."""
+    return [path for path in _walk_files(folder) if _is_audio(path)]
+
+
 def _is_audio(path: Path) -> bool:
     return path.suffix.lower() in AUDIO_SUFFIXES + OTHER_SUFFIXES
 

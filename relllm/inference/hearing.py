@@ -1,0 +1,283 @@
+"""The emotions of many clips as a table: a row for each clip, or for each window of it (`relllm hear`).
+
+A clip's rows go into a journal when it has been heard: a run that was killed goes on where it was. No LLM runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO, TypeAlias
+
+import numpy as np
+from tqdm import tqdm
+
+from relllm.data.corpora.folder import AUDIO_SUFFIXES, OTHER_SUFFIXES, find_audio
+from relllm.data.journal import Journal, check_columns, make_file, publish
+from relllm.data.loading import holds_rows, load_corpus
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.modeling.places_relllm import PlaceError, check_place
+from relllm.plots import check_matplotlib, plot_over_time
+from relllm.processing.audio_relllm import AudioSource
+from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
+from relllm.processing.processing_relllm import ReLLMProcessor
+
+from .inference_settings import HearSettings
+from .replies import Heard, hear
+
+STDIN = "-"
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+LONGEST_S = 4 * 3600.0  # of a file that is heard window by window
+DIGITS = 6
+EMOTION = "p_"  # before the name of an emotion: the column of its probability
+TOWER = "tower_"  # before the name of a dimension: the column of the emotion tower's own reading
+
+Clips: TypeAlias = Mapping[str, Callable[[], AudioSource]]
+LoadModel: TypeAlias = Callable[[], tuple[ReLLMForConditionalGeneration, ReLLMProcessor]]
+
+
+@dataclass
+class _Part:
+    """What becomes one row: a window of one channel of a clip, or, without `samples`, a clip that cannot be read."""
+
+    clip: str
+    count: int  # rows of the clip
+    row: dict[str, object]
+    samples: np.ndarray | None = None
+
+
+def find_clips(sources: Sequence[str], split: str | None = None) -> Clips:
+    """Return what opens each clip, by name, of files, URLs, folders of audio, data sets, or `-` for standard input.
+
+    A file's name is its path, a row's its `id`, or its path where it has none. What is not there is a [`PlaceError`].
+    """
+    clips: dict[str, Callable[[], AudioSource]] = {}
+    for source in sources:
+        path = Path(source).expanduser()
+        if source == STDIN:
+            content = sys.stdin.buffer.read()
+            clips["stdin"] = lambda content=content: content  # type: ignore[misc]
+        elif "://" in source:
+            clips[source] = lambda source=source: source  # type: ignore[misc]
+        elif path.exists() and not holds_rows(path):
+            found = find_audio(path) if path.is_dir() else [path]
+            if not found:
+                raise PlaceError(f"{source} holds no audio files ({', '.join(AUDIO_SUFFIXES)}) and no data set.")
+            clips |= {str(file): lambda file=file: file for file in found}  # type: ignore[misc]
+        else:
+            of_hub = (
+                re.fullmatch(r"[^/]+/[^/]+", source) and path.suffix.lower() not in AUDIO_SUFFIXES + OTHER_SUFFIXES
+            )
+            check_place(source, repo_type="dataset" if of_hub else None)
+            _add_rows(clips, source, split)
+    return clips
+
+
+def _add_rows(clips: dict[str, Callable[[], AudioSource]], data: str, split: str | None) -> None:
+    rows = load_corpus(data, split or "all")
+    check_columns(rows, {"audio"})
+    names = rows["id"] if "id" in rows.column_names else [_path_of(audio) for audio in rows["audio"]]
+    for number, name in enumerate(names):
+        if not isinstance(name, str) or name in clips:
+            raise ValueError(f"{data}: every row needs an `id` or an audio path of its own; got {name!r} (again).")
+        clips[name] = lambda number=number: rows[number]["audio"]  # type: ignore[misc]
+
+
+def _path_of(audio: object) -> object:
+    return audio.get("path") if isinstance(audio, Mapping) else audio
+
+
+def write_heard(clips: Clips, load_model: LoadModel, settings: HearSettings) -> dict:
+    """Hear the clips, write `settings.out`, and return the report: `clips`, `rows`, and `not_read`, by name with why.
+
+    `load_model` is called once, if there is anything left to hear. Killed, the same call goes on where it was. Without
+    `settings.out` the table is printed as CSV, and nothing is kept.
+
+    Raises:
+        ValueError: `out` has another suffix, or belongs to an unfinished run with other settings.
+        FileExistsError: `out` is there from another run.
+    """
+    if settings.plots is not None:
+        check_matplotlib()
+    out = settings.out
+
+    def finish(done: Mapping[str, dict]) -> tuple[dict, Callable[[Path], None]]:
+        table = {name: done[name]["rows"] for name in clips}
+        if settings.plots is not None:
+            _draw(table, settings.plots)
+        rows = [row for of_clip in table.values() for row in of_clip]
+        not_read = {row["clip"]: row["error"] for row in rows if row.get("error")}
+        return {"clips": len(clips), "rows": len(rows), "not_read": not_read}, lambda path: _write_table(rows, path)
+
+    if out is None:
+        done = {entry["id"]: entry for entries in hear_windows(clips, load_model, settings) for entry in entries}
+        report, _ = finish(done)
+        _write_csv([row for name in clips for row in done[name]["rows"]], sys.stdout)
+        return report
+    if out.suffix not in SUFFIXES or out.is_dir():
+        raise ValueError(f"--out {out}: expected a file that ends in one of {', '.join(SUFFIXES)}.")
+
+    def fill(journal: Journal) -> None:
+        if todo := {name: clips[name] for name in clips if name not in journal.done}:
+            for entries in hear_windows(todo, load_model, settings, done=len(journal.done)):
+                journal.append(entries)
+
+    stamps = {"weights": _stamp(Path(settings.model)), "clips": _digest(clips)}
+    return make_file(out, {"task": "hear", **settings.identity, **stamps}, fill, finish)
+
+
+def hear_windows(
+    clips: Clips, load_model: LoadModel, settings: HearSettings, *, done: int = 0
+) -> Iterator[list[dict]]:
+    """Yield `{"id": name, "rows": […]}` of the clips that each batch completes, in order; `done` were heard before."""
+    model, processor = load_model()
+    rows: dict[str, list[dict]] = {}
+    with tqdm(total=done + len(clips), initial=done, desc="Hearing", unit="clip", disable=None) as bar:
+        parts = _read_parts(clips, processor.feature_extractor, settings)
+        for batch in _batched(parts, processor.feature_extractor, settings.batch_size):
+            samples: list[AudioSource] = [{"waveform": one.samples} for one in batch if one.samples is not None]
+            heard = hear(model, processor, samples, batch_size=max(len(samples), 1))
+            finished = []
+            for part in batch:
+                readings = _columns(next(heard), part) if part.samples is not None else {}
+                own = rows.setdefault(part.clip, [])
+                own.append(part.row | readings)
+                if len(own) == part.count:
+                    finished.append({"id": part.clip, "rows": rows.pop(part.clip)})
+            yield finished
+            bar.update(len(finished))
+
+
+def _read_parts(clips: Clips, extractor: ReLLMFeatureExtractor, settings: HearSettings) -> Iterator[_Part]:
+    """Yield the parts of each clip as it is read; one that cannot be is a part with the reason."""
+    for name, open_clip in clips.items():
+        try:
+            read = extractor.read_clip(open_clip(), channel=settings.channel, max_duration_s=LONGEST_S, name=name)
+            duration_s = read.shape[-1] / extractor.sampling_rate
+            if settings.every is None and duration_s > extractor.max_duration_s:
+                longest = f"{extractor.max_duration_s:g} s"
+                raise ValueError(
+                    f"{name}: it lasts {duration_s:.1f} s, and one row is of at most {longest}: --every 10."
+                )
+        except (ImportError, OSError, ValueError, TypeError) as error:  # ImportError: what a container needs
+            yield _Part(name, 1, {"clip": name, "error": f"{error}"})
+            continue
+        channels = [read] if read.ndim == 1 else list(read)
+        named = [settings.channel] if read.ndim == 1 else _name_channels(len(channels))
+        spans = list(_cut_spans(read.shape[-1], extractor, settings))
+        for channel, samples in zip(named, channels, strict=True):
+            for start, end in spans:
+                seconds = [round(place / extractor.sampling_rate, 3) for place in (start, end)]
+                row = {"clip": name, "channel": channel, "start_s": seconds[0], "end_s": seconds[1]}
+                yield _Part(name, len(spans) * len(channels), row, samples[start:end])
+
+
+def _name_channels(count: int) -> list[str]:
+    return ["left", "right"] if count == 2 else [str(number + 1) for number in range(count)]
+
+
+def _cut_spans(length: int, extractor: ReLLMFeatureExtractor, settings: HearSettings) -> Iterator[tuple[int, int]]:
+    """Yield where the windows begin and end, in samples; a rest below half a window belongs to the last one."""
+    if settings.every is None:
+        yield 0, length
+        return
+    step = round(settings.every * extractor.sampling_rate)
+    beyond = round(settings.overlap * extractor.sampling_rate)
+    least = max(step / 2, extractor.min_duration_s * extractor.sampling_rate)
+    starts = [start for start in range(0, length, step) if start == 0 or length - start >= least]
+    for start in starts:
+        yield start, length if start == starts[-1] else min(start + step + beyond, length)
+
+
+def _batched(parts: Iterator[_Part], extractor: ReLLMFeatureExtractor, size: int) -> Iterator[list[_Part]]:
+    """Yield parts by so many windows of the speech tower, or a single part that has more."""
+    batch: list[_Part] = []
+    windows = 0
+    for part in parts:
+        own = 0 if part.samples is None else -(-len(part.samples) // extractor.n_samples)
+        if batch and windows + own > size:
+            yield batch
+            batch, windows = [], 0
+        batch.append(part)
+        windows += own
+    if batch:
+        yield batch
+
+
+def _columns(heard: Heard, part: _Part) -> dict[str, object]:
+    named = {f"{EMOTION}{name}": value for name, value in heard.probabilities.items()}
+    named |= heard.dimensions | {f"{TOWER}{name}": value for name, value in heard.tower_dimensions.items()}
+    if wrong := [name for name, value in named.items() if not math.isfinite(value)]:
+        raise ValueError(
+            f"{part.clip}: the model gives no number for {', '.join(wrong)}. Run it with --dtype float32."
+        )
+    rounded = {name: round(value, DIGITS) for name, value in named.items()}
+    return {"emotion": heard.emotion, **rounded}
+
+
+def _digest(clips: Clips) -> str:
+    """Return a digest of which clips these are; of files with their size and age."""
+    lines = [f"{name}\0{_stamp(Path(name))}\n" for name in clips]
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _stamp(place: Path) -> str | None:
+    """Return size and time of a file, or of a folder's weights; `None` of what is elsewhere."""
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
+    return " ".join(f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files) or None
+
+
+def _write_table(rows: Sequence[Mapping[str, object]], path: Path) -> None:
+    """Write rows, which may lack columns; the file is complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    if path.suffix == ".parquet":
+        from datasets import Dataset
+
+        Dataset.from_list(_complete(rows)).to_parquet(str(partial))
+    else:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            if path.suffix == ".csv":
+                _write_csv(rows, file)
+            else:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in _complete(rows))
+    publish(partial, path)
+
+
+def _write_csv(rows: Sequence[Mapping[str, object]], file: TextIO) -> None:
+    complete = _complete(rows)
+    writer = csv.DictWriter(file, list(complete[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(complete)
+
+
+def _complete(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+    """Give each row every column of any, the error last."""
+    names = dict.fromkeys(name for row in rows for name in row if name != "error")
+    return [{name: row.get(name) for name in (*names, "error")} for row in rows]
+
+
+def _draw(table: Mapping[str, Sequence[Mapping]], folder: Path) -> None:
+    """Draw each channel of each clip that has more than one window."""
+    for number, (clip, rows) in enumerate(table.items(), start=1):
+        stem = f"{number:04d}_" + re.sub(r"[^\w.-]+", "_", Path(clip).name)
+        for channel in dict.fromkeys(row.get("channel") for row in rows):
+            own = [row for row in rows if row.get("channel") == channel]
+            if len(own) < 2:
+                continue
+            names = [name for name in own[0] if name.startswith(EMOTION)]
+            edges = [*(row["start_s"] for row in own), own[-1]["end_s"]]
+            plot_over_time(
+                edges,
+                {name.removeprefix(EMOTION): [row[name] for row in own] for name in names},
+                {name: [row[name] for row in own] for name in ("arousal", "dominance", "valence") if name in own[0]},
+                folder / f"{stem}_{channel}.png",
+                title=f"{clip} ({channel})",
+            )
