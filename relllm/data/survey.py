@@ -42,7 +42,7 @@ class RowSurvey:
     dimensions: dict[str, int] = field(default_factory=dict)  # values in [0, 1], of clips
     outside: dict[str, list[float]] = field(default_factory=dict)  # values that are not
     fed: Counter[tuple[str, ...]] = field(default_factory=Counter)  # rows by the tasks that they can feed
-    ids_by_fed: dict[tuple[str, ...], list[str]] = field(default_factory=dict)  # ids or places of the first ones
+    ids_by_fed: dict[tuple[str, ...], dict[int, str]] = field(default_factory=dict)  # places and ids of the first ones
     ids_by_emotion: dict[str, list[str]] = field(default_factory=dict)  # the first ones
 
     @property
@@ -57,9 +57,8 @@ class RowSurvey:
     def idle(self, tasks: Iterable[str]) -> tuple[int, list[str]]:
         """Count the rows that can feed none of some tasks, and name the first ones."""
         found = [fed for fed in self.fed if not set(fed).intersection(tasks)]
-        return sum(self.fed[fed] for fed in found), [name for fed in found for name in self.ids_by_fed[fed]][
-            :SHOWN_IDS
-        ]
+        first = sorted(place for fed in found for place in self.ids_by_fed[fed].items())
+        return sum(self.fed[fed] for fed in found), [name for _, name in first[:SHOWN_IDS]]
 
 
 def fed_tasks(row: Mapping) -> tuple[str, ...]:
@@ -90,9 +89,9 @@ def survey_rows(rows: Dataset) -> RowSurvey:
     for index, (row_id, conversation) in enumerate(zip(ids, messages, strict=True)):
         fed = fed_tasks({name: columns[name][index] for name in teaching})
         survey.fed[fed] += 1
-        first = survey.ids_by_fed.setdefault(fed, [])
+        first = survey.ids_by_fed.setdefault(fed, {})
         if len(first) < SHOWN_IDS:
-            first.append(row_id)
+            first[index] = row_id
         survey.audio += has_column or (conversation is not None and _has_audio(conversation))
     survey.replies = survey.feeding("reply")
     survey.transcripts = sum(bool(text) and all(_each(text)) for text in columns.get("text", ()))

@@ -32,6 +32,23 @@ class TrainableRow:
     dtype: str  # for example `"bfloat16"`; several are joined by a comma
 
 
+def keep_unpacked(model: nn.Module) -> None:
+    """Hold 4-bit layers to the layout that has gradients, in place.
+
+    bitsandbytes packs them anew for a CPU at the first pass in eval mode, an evaluation between two steps for one, and
+    nothing behind a packed layer gets a gradient from then on.
+    """
+    for layer in model.modules():
+        if not getattr(layer, "support_avx512bf16_for_cpu", False):
+            continue
+        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        weight: Any = layer.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+
+
 def prepare_trainable(
     model: ReLLMForConditionalGeneration, unfreeze: Iterable[str] = (), unused: Collection[str] = ()
 ) -> None:

@@ -34,7 +34,13 @@ from .checkpoints import CheckpointMixin
 from .collator import ReLLMCollator
 from .completions import CompletionsMixin
 from .config import ReLLMSFTConfig, loss_weights
-from .freezing import LearningRatesMixin, TrainableTableCallback, lora_counts_as_adapter, prepare_trainable
+from .freezing import (
+    LearningRatesMixin,
+    TrainableTableCallback,
+    keep_unpacked,
+    lora_counts_as_adapter,
+    prepare_trainable,
+)
 from .lengths import GroupByLengthMixin, row_lengths
 from .losses import IGNORE_INDEX
 from .objective import TARGETS, Objective, RunningMeans, keep_labels
@@ -85,6 +91,7 @@ class ReLLMSFTTrainer(
         eval_dataset = _normalized(eval_dataset, "eval_dataset")
         surveys = survey_splits(train_dataset, eval_dataset) if "data_collator" not in kwargs else {}
         check_surveys(surveys, model.config.emotion_labels, loss_weights(args), list(args.task_shares))
+        keep_unpacked(model)
         self.objective = Objective(args, model, surveys[TRAINING].emotions if TRAINING in surveys else None)
         self._fed = fed_readings(surveys.get(TRAINING), loss_weights(args))
         for name in ("instruction", "system_prompt"):  # which whoever loads the model then asks with

@@ -76,7 +76,7 @@ def test_a_mistyped_path_is_no_hub_id_and_the_nearest_is_named(here: Path, monke
 
 WRONG = {
     "a tab": ("data:\tours\n\tx: 1", "no YAML"),
-    "a list for a name": ("data: [a, b]", "data is ['a', 'b'], a list; it takes one value"),
+    "a list for a name": ("eval_split: [a, b]", "eval_split is ['a', 'b'], a list; it takes one value"),
     "a name for a list": (
         "unfreeze: audio_tower",
         "unfreeze is 'audio_tower', a str; it takes a list, such as [",

@@ -586,8 +586,9 @@ def test_a_run_in_four_bit_trains_in_float32_and_resumes(corpus: str, tmp_path: 
     make_tiny_towers(tmp_path / "towers")  # whose widths fit bitsandbytes' blocks of 64
     names = {"audio_tower": "speech", "emotion_tower": "emotion", "text_model": "llm"}
     towers = {setting: str(tmp_path / "towers" / name) for setting, name in names.items()}
-    script = settings_of(towers, corpus, load_in_4bit=True, dtype="bfloat16")
-    settings = {"max_steps": 2, "light_checkpoints": False, "logging_steps": 1}
+    script = settings_of(towers, corpus, load_in_4bit=True, dtype="bfloat16", eval_split="validation")
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1}  # between two steps, when bitsandbytes may pack weights
+    settings = {"max_steps": 2, "light_checkpoints": False, "logging_steps": 1, **evaluates}
     whole = run_training(script, args_of(tmp_path, **settings)).model.state_dict()
     assert torch.load(tmp_path / "checkpoint-1" / "optimizer.pt")["state"][0]["exp_avg"].dtype is torch.float32
     shutil.rmtree(tmp_path / "checkpoint-2")
