@@ -38,7 +38,7 @@ logger = logging.get_logger(__name__)
 # Of a record: where a run runs, how much memory it takes, what it logs, which do not decide what comes out; and what
 # says again which rows it reads.
 MAY_DIFFER = (
-    *("world_size", "gradient_checkpointing", "light_checkpoints", "log_completions"),
+    *("world_size", "rows_per_update", "gradient_checkpointing", "light_checkpoints", "log_completions"),
     *("seen_rows", "seen_corpora", "chosen_before"),
 )
 OPTIMIZER_FILES = ("optimizer", "global_step")  # DeepSpeed's are in a folder

@@ -1,5 +1,7 @@
 """Settings of `relllm train`: of the trainer, and of the model and the rows. Architecture is `ReLLMConfig`."""
 
+import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +24,9 @@ OF_A_NEW_MODEL: dict[str, Any] = {  # where nothing is set; a checkpoint has its
     **{"emotion_fusion": "concat", "projector_inner_dim": 512, "full_window": True, "max_duration_s": 600.0},
     **{"lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "lora_scope": "audio"},
 }
+AUTO = "auto"  # a value of these two, for the trainer to choose by the device's memory
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # Transformers renames it
+ROWS_PER_UPDATE = 16  # paper: 2 x 8
 LOSS_WEIGHTS = ("response_loss_weight", "emotion_loss_weight", "dimension_loss_weight", "response_kl_weight")
 
 
@@ -35,8 +40,11 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
     weight_decay: float = setting(0.05, "AdamW's weight decay (paper: 0.05).")
     warmup_steps: float = setting(200, "Warm-up steps (paper: 200).")
     num_train_epochs: float = setting(3.0, "Epochs (paper: 3).")
-    per_device_train_batch_size: int = setting(2, "Rows a device and step (paper: 2).")
+    per_device_train_batch_size: int = setting(2, "Rows a device and step (paper: 2); auto: as many as fit.")
     gradient_accumulation_steps: int = setting(8, "Steps an update (paper: 8).")
+    rows_per_update: int | None = setting(
+        None, "Rows an update, of all devices together; with per_device_train_batch_size: auto 16 (paper)."
+    )
     max_length: int | None = setting(None, "Must stay unset: a cut would go through audio.")
     loss_type: str = setting("nll", "Of the response; TRL before 1.16 defaults to another.")
     emotion_loss_weight: float = setting(1.0, "Weight of the emotion cross-entropy; 0: the loss is not computed.")
@@ -66,6 +74,7 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
         bf16: bool | None = self.bf16  # type: ignore[has-type]
         if bf16 is None and not torch.cuda.is_available():
             self.bf16 = False  # TRL's default is True, which on a CPU is several times slower than float32
+        self._share_update()
         super().__post_init__()
         for name in LOSS_WEIGHTS:
             if getattr(self, name) < 0:
@@ -110,6 +119,31 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
     def task_shares(self) -> dict[str, float]:
         """Return the weight of each task that clips are taught as."""
         return self.tasks if isinstance(self.tasks, dict) else {"reply": 1.0}
+
+    def _share_update(self) -> None:
+        """Put in the place of `auto` what holds until the trainer has measured: the paper's, 2 rows at once."""
+        names = ("per_device_train_batch_size", *CHECKPOINTING)
+        self.automatic = frozenset(name for name in names if getattr(self, name, None) == AUTO)
+        for name in self.automatic.intersection(CHECKPOINTING):
+            setattr(self, name, True)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if names[0] in self.automatic:
+            if self.dimension_loss == "ccc":
+                raise ValueError(
+                    "dimension_loss: ccc is of the rows that go through at once: give their number, not auto."
+                )
+            if self.gradient_accumulation_steps != type(self).gradient_accumulation_steps:
+                raise ValueError("gradient_accumulation_steps follows from rows_per_update where the batch is auto.")
+            self.rows_per_update = self.rows_per_update or ROWS_PER_UPDATE
+            self.per_device_train_batch_size = 1 if self.rows_per_update % (2 * processes) else 2
+            self.gradient_accumulation_steps = self.rows_per_update // (self.per_device_train_batch_size * processes)
+        factors = (self.per_device_train_batch_size, self.gradient_accumulation_steps, processes)
+        if self.rows_per_update not in (None, math.prod(factors)):
+            raise ValueError(
+                f"rows_per_update is {self.rows_per_update}, and {' × '.join(map(str, factors))} processes are "
+                f"{math.prod(factors)}. Take per_device_train_batch_size: auto with a multiple of {processes}, or "
+                "numbers whose product it is."
+            )
 
     def _check_tasks(self, shares: Mapping[str, float]) -> None:
         if unknown := sorted(set(shares) - set(TASKS)):

@@ -17,6 +17,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import TrlParser
 
+from .config import AUTO, CHECKPOINTING, ReLLMSFTConfig
+
 REST = "everything else that TRL and Transformers know"
 
 
@@ -40,6 +42,10 @@ class SettingsParser(TrlParser):
             allow_abbrev=False,
         )
         self.sections = sections
+        for action in self._actions:
+            named = action.dest in ("per_device_train_batch_size", *CHECKPOINTING)
+            if named and ReLLMSFTConfig in dataclass_types and action.nargs != 0:
+                action.type = _or_auto(action.type)
 
     def parse_settings(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """Read one instance of each dataclass from flags, and `--config file.yaml`, whose lines are their defaults.
@@ -165,6 +171,10 @@ def check_trainer(args: TrainingArguments, metrics: Sequence[str]) -> None:
             callback()
     except RuntimeError as error:
         raise ImportError(f"report_to {args.report_to}: {error}") from error
+
+
+def _or_auto(kind: Any) -> Any:
+    return lambda text: text if text == AUTO else kind(text)
 
 
 def _kinds(hint: Any) -> set[Any]:

@@ -7,6 +7,7 @@ gradients, unlabelled rows included.
 import dataclasses
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from .freezing import (
 from .lengths import GroupByLengthMixin, row_lengths
 from .losses import IGNORE_INDEX
 from .objective import TARGETS, Objective, RunningMeans, keep_labels
+from .planning.micro_batch import MicroBatchMixin
 from .tasks import TaskMix, TaskMixin, log_tasks, task_metrics
 from .tower_cache import TowerCacheMixin
 
@@ -52,6 +54,7 @@ logger = logging.get_logger(__name__)
 
 class ReLLMSFTTrainer(
     TaskMixin,
+    MicroBatchMixin,
     LearningRatesMixin,
     CompletionsMixin,
     GroupByLengthMixin,
@@ -159,7 +162,21 @@ class ReLLMSFTTrainer(
         config = self.model.config
         if config.trained_readings is not None or not config.name_or_path:
             config.trained_readings = sorted({*(config.trained_readings or ()), *self._fed})
+        self.fit_micro_batch(self.objective.unused_heads)
         return super().train(*args, **kwargs)
+
+    @contextmanager
+    def leave_no_trace(self) -> Iterator[None]:
+        """Ask no other process for anything in a `with` block, and count what is computed in it in no log."""
+        gather = self.accelerator.gather_for_metrics
+        tokens: int = self._total_train_tokens  # type: ignore[has-type]
+        self.accelerator.gather_for_metrics = lambda value: value
+        try:
+            yield
+        finally:
+            self.accelerator.gather_for_metrics, self._total_train_tokens = gather, tokens
+            self._metrics["train"].clear()
+            self._means.take("train")
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

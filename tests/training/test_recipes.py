@@ -66,7 +66,9 @@ def test_a_recipe_gives_the_architecture_that_it_says(name: str, towers: dict[st
     assert config.lora_scope == recipe.get("lora_scope", "audio")
     assert (config.lora_config or {"r": 0})["r"] == recipe["lora_r"]
     for setting, value in recipe.items():
-        if setting not in towers and setting not in ("output_dir", "bf16", "optim", "report_to"):
+        if value == "auto":
+            assert setting in args.automatic
+        elif setting not in towers and setting not in ("output_dir", "bf16", "optim", "report_to"):
             assert getattr(script if hasattr(script, setting) else args, setting) == value, setting
 
 

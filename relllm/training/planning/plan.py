@@ -22,6 +22,7 @@ from ..config import ReLLMScriptArguments, ReLLMSFTConfig, check_places
 from ..freezing import HEADS, draw_table, trainable_table
 from ..settings import SettingsParser, read_recipe
 from .memory import MemoryPlan, RowSize, StepSettings, TrainingStep
+from .micro_batch import choose_micro_batch, list_micro_batches
 
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 DESCRIPTION = """\
@@ -101,8 +102,9 @@ def run_plan(assumed: PlanArguments, script: ReLLMScriptArguments, args: ReLLMSF
     config = build_config(script)
     settings = step_settings(script, args, config)
     step = TrainingStep(config, settings, assumed)
-    batch_size = args.per_device_train_batch_size
+    update = args.per_device_train_batch_size * args.gradient_accumulation_steps
     memory = parse_bytes(assumed.gpu_memory) * (1 - assumed.reserve)
+    batch_size = choose_micro_batch(list_micro_batches(args, step.sequence), step, memory)[0].rows
     plan, largest, flops = step.memory(batch_size), step.largest_batch(memory), step.flops()
     rows = assumed.peak_tflops * 1e12 * assumed.utilisation / flops  # a second
     console.print(draw_table(trainable_table(step.model), args))
@@ -113,7 +115,6 @@ def run_plan(assumed: PlanArguments, script: ReLLMScriptArguments, args: ReLLMSF
         f"A batch of {batch_size} {verdict} a GPU of {assumed.gpu_memory} ({1 - assumed.reserve:.0%} of it used "
         f"here); the largest batch is [bold]{largest}[/bold]."
     )
-    update = batch_size * args.gradient_accumulation_steps
     console.print(
         f"Speed: about {rows * step.sequence:,.0f} tokens or {rows:.1f} rows a second on one GPU, "
         f"{update / rows:.1f} s an update of {update} rows ({flops / 1e12:.2f} TFLOP a row)."
