@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -205,19 +205,24 @@ class ForestLine:
 
 def plot_forest(panels: Mapping[tuple[str, str], Sequence[ForestLine]], path: str | Path, *, title: str = "") -> Path:
     """Draw gains with their intervals: a row of panels for each metric, a column for each data set, which are the
-    keys.
+    keys. Where not every one has a gain, those that have are drawn below each other.
     """
     if not panels:
         raise ValueError("There is no gain to draw.")
     metrics, corpora = (list(dict.fromkeys(key[index] for key in panels)) for index in (0, 1))
-    labels = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
-    figure = _new_figure(3.0 + 2.9 * len(corpora), 1.3 + len(metrics) * (0.55 + 0.48 * len(labels)))
-    grid = figure.subplots(len(metrics), len(corpora), sharex="row", sharey=True, squeeze=False)
+    is_grid = len(panels) == len(metrics) * len(corpora)
+    rows = [[(metric, corpus) for corpus in corpora] for metric in metrics] if is_grid else [[key] for key in panels]
+    every = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
+    labels = [every if is_grid else [line.label for line in panels[keys[0]]] for keys in rows]
+    heights = [0.55 + 0.48 * len(of_row) for of_row in labels]
+    figure = _new_figure(3.0 + 2.9 * len(rows[0]), 1.3 + sum(heights))
+    shared: dict[str, Any] = {"sharex": "row", "sharey": is_grid, "height_ratios": heights}
+    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False, **shared)
     for (row, column), axes in np.ndenumerate(grid):
-        _draw_forest(axes, panels.get((metrics[row], corpora[column]), ()), labels)
-        axes.set_title(f"{metrics[row]}, {corpora[column]}", fontsize=10, loc="left")
-    grid[0, 0].set_yticks(range(len(labels)), labels)
-    grid[0, 0].set_ylim(len(labels) - 0.4, -0.6)
+        _draw_forest(axes, panels[rows[row][column]], labels[row])
+        axes.set_title(", ".join(rows[row][column]), fontsize=10, loc="left")
+        axes.set_yticks(range(len(labels[row])), labels[row])
+        axes.set_ylim(len(labels[row]) - 0.4, -0.6)
     if any(line.published is not None for lines in panels.values() for line in lines):
         measured = _marker("s", _BLUE, "measured, with its 95 % interval")
         measured.set(linestyle="-", linewidth=2.2, markersize=6)
@@ -364,8 +369,6 @@ def _draw_forest(axes: Axes, lines: Sequence[ForestLine], labels: Sequence[str])
             axes.text(0, at, " not defined", va="center", fontsize=8, color=_GREY)
         if line.published is not None:
             axes.plot(line.published, at, "D", markerfacecolor="white", markeredgecolor=_ORANGE, markersize=6)
-    if not lines:
-        axes.text(0.5, 0.5, "no runs", transform=axes.transAxes, ha="center", va="center", color=_GREY)
     axes.grid(axis="x", color="#EEEEEE", zorder=-1)
     axes.tick_params(axis="y", length=0, labelsize=8.5)
     axes.locator_params(axis="x", nbins=4)  # more would touch each other where values have three decimals

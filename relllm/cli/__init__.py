@@ -4,6 +4,8 @@ Heavy imports are inside the commands, so that `--help` answers at once.
 """
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -17,7 +19,6 @@ app = typer.Typer(
     cls=PlainCommands,
     help="RE-LLM: a speech LLM that hears how something is said.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": same_flag},
 )
@@ -25,8 +26,17 @@ for group in (talking, serving, data, training, evaluation, empathy, hub):
     app.add_typer(group.app)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"relllm {version('relllm')}, transformers {version('transformers')}, torch {version('torch')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error as well.")] = False,
+    shown: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
     """RE-LLM: a speech LLM that hears how something is said."""
     if "--help" not in sys.argv:  # this runs before the command's own help
         register_with_transformers()

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from relllm.data.corpora.patterns import PATTERNS, Pattern
@@ -27,14 +25,13 @@ from relllm.data.data_settings import (
 )
 from relllm.demo.demo_settings import SyntheticSettings, TinyTowersSettings
 
-from .options import from_settings
+from .options import console, from_settings
 
 if TYPE_CHECKING:
     from relllm.data.inspection import Finding, Inspection
     from relllm.data.rows import Corpus
 
 app = typer.Typer()
-console = Console()
 prepare = typer.Typer(help="Write corpora in the form that training reads.", no_args_is_help=True)
 app.add_typer(prepare, name="prepare")
 Settings = TypeVar("Settings", bound=CorpusSettings)
@@ -126,7 +123,7 @@ def tiny_towers(settings: TinyTowersSettings) -> None:
     from relllm.demo.tiny_towers import make_tiny_towers
 
     make_tiny_towers(settings.output_dir, seed=settings.seed)
-    console.print(f"speech, emotion and llm in [bold]{settings.output_dir}[/bold]")
+    console.print(f"speech, emotion and llm in {settings.output_dir}")
 
 
 @app.command()
@@ -151,7 +148,7 @@ def inspect(settings: InspectSettings) -> None:
     _show_findings(inspection)
     out = settings.output_dir or Path("runs/inspect") / Path(settings.data).absolute().name
     for path in write_report(inspection, out):
-        console.print(f"written: [bold]{escape(str(path))}[/bold]")
+        console.print(f"written: {path}")
     if settings.strict and inspection.findings:
         raise typer.Exit(1)
 
@@ -171,7 +168,7 @@ def write_replies(settings: WriteTargetsSettings) -> None:
     report = run_write_targets(settings)
     console.print(target_table(report))
     dropped = report_path(settings.out)
-    console.print(f"Replies: [bold]{settings.out}[/bold]; what was dropped, with ids and texts: {dropped}")
+    console.print(f"Replies: {settings.out}; what was dropped, with ids and texts: {dropped}")
 
 
 @app.command()
@@ -189,7 +186,7 @@ def annotate(settings: AnnotateSettings) -> None:
     from relllm.data.journal import report_path
 
     console.print(annotation_table(run_annotate(settings)))
-    console.print(f"Rows: [bold]{settings.out}[/bold]; clipped and unread ones by id: {report_path(settings.out)}")
+    console.print(f"Rows: {settings.out}; clipped and unread ones by id: {report_path(settings.out)}")
 
 
 def _prepare(parse: Callable[[Settings], Corpus], settings: Settings) -> None:
@@ -208,15 +205,15 @@ def _show_report(report: dict, out: Path) -> None:
         table.add_row(name, f"{split['rows']:,}", f"{split['hours']:.3g}", f"{speakers:,}", emotions)
     console.print(table)
     for reason, dropped in report["dropped"].items():
-        console.print(f"[yellow]left out:[/yellow] {escape(reason)}: {dropped['count']:,}")
+        console.print(f"left out: {reason}: {dropped['count']:,}", style="yellow")
     for reason, empty in report["left_empty"].items():
-        console.print(f"kept, but left empty: {escape(reason)}: {empty['count']:,}")
+        console.print(f"kept, but left empty: {reason}: {empty['count']:,}")
     for mark, ids in report["kept_but_marked"].items():
         if ids:
             console.print(f"kept, but {mark}: {len(ids):,}")
     for note in report["notes"]:
-        console.print(f"[yellow]note:[/yellow] {escape(note)}")
-    console.print(f"Data set in [bold]{out}[/bold]; what was left out, by id: [bold]{out / 'report.json'}[/bold]")
+        console.print(f"note: {note}", style="yellow")
+    console.print(f"Data set in {out}; what was left out, by id: {out / 'report.json'}")
 
 
 def _show_splits(inspection: Inspection) -> None:
@@ -232,10 +229,10 @@ def _show_splits(inspection: Inspection) -> None:
         if seconds is not None:
             durations = [f"{of['hours']:.2f}", *(f"{seconds[name]:.1f} s" for name in ("min", "median", "max"))]
         counted = [f"{of[name]:,}" for name in ("num_speakers", "num_with_text", "num_with_dimensions")]
-        numbers.add_row(escape(split), f"{of['num_clips']:,}", *durations, *counted)
+        numbers.add_row(split, f"{of['num_clips']:,}", *durations, *counted)
     emotions = Table("emotion", title="Clips of each emotion", title_justify="left")
     for split in summary:
-        emotions.add_column(escape(split), justify="right")
+        emotions.add_column(split, justify="right")
     for emotion in dict.fromkeys(name for of in summary.values() for name in of["emotions"]):
         emotions.add_row(emotion, *(f"{of['emotions'].get(emotion, 0):,}" for of in summary.values()))
     console.print(numbers, emotions)
@@ -249,7 +246,7 @@ def _show_rows(inspection: Inspection, count: int) -> None:
         values = [row.get(name) for name in ("arousal", "dominance", "valence")]
         dimensions = " / ".join("-" if value is None else f"{value:.2f}" for value in values)
         texts = [row["id"], row["split"] or "-", row.get("emotion") or "-", dimensions, row.get("text") or "-"]
-        table.add_row(*map(escape, texts))
+        table.add_row(*texts)
     if chosen:
         console.print(table)
 
@@ -263,7 +260,7 @@ def _show_findings(inspection: Inspection) -> None:
     for check, found in by_check.items():
         clips = len({row_id for finding in found for row_id in finding.ids})
         example = f"{', '.join(found[0].ids[:3])}: {found[0].detail}"
-        table.add_row(check, f"{len(found):,}", f"{clips:,}", escape(example))
+        table.add_row(check, f"{len(found):,}", f"{clips:,}", example)
     console.print(table if by_check else "No findings.")
     if not inspection.audio_was_read:
         console.print("The audio was not read: nothing is known of it.")

@@ -3,16 +3,13 @@
 from pathlib import Path
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from relllm.evaluation.evaluation_settings import EmpathySettings, ScoringSettings
 
-from .options import from_settings, pick_device
+from .options import console, from_settings, pick_device
 
 app = typer.Typer()
-console = Console()
 empathy = typer.Typer(help="Train scorers of empathy, and score responses with them.", no_args_is_help=True)
 app.add_typer(empathy, name="empathy")
 
@@ -50,8 +47,8 @@ def score_command(settings: ScoringSettings) -> None:
         table.add_row(name, f"{part['mean_level']:.3f}", counts, f"{part['num_pairs']:,}")
     console.print(table)
     if num_empty := next(iter(found.values()))["num_empty"]:
-        console.print(f"[yellow]{num_empty:,} responses are empty:[/yellow] they count as level 0")
-    console.print(f"Levels and probabilities of each pair: [bold]{escape(str(out))}[/bold]")
+        console.print(f"{num_empty:,} responses are empty: they count as level 0", style="yellow")
+    console.print(f"Levels and probabilities of each pair: {out}")
 
 
 def _show_training(metrics: dict, folder: Path) -> None:
@@ -68,7 +65,7 @@ def _show_training(metrics: dict, folder: Path) -> None:
     for title, found in (("left out", data["dropped"]), ("teaches its level only", data["rationale_not_known"])):
         for reason, part in found.items():
             if part["count"]:
-                console.print(f"[yellow]{title}:[/yellow] {reason}: {part['count']:,} (lines {part['lines']})")
+                console.print(f"{title}: {reason}: {part['count']:,} (lines {part['lines']})", style="yellow")
     baseline, bag, token_f1 = metrics["test_baseline"], metrics["bag_of_words"], test["rationale"]["token_f1"]
     numbers = Table("test", "accuracy", "macro-F1", "recall 0 / 1 / 2", "token F1")
     found = "—" if token_f1 is None else f"{token_f1:.3f}"
@@ -80,5 +77,5 @@ def _show_training(metrics: dict, folder: Path) -> None:
     )
     console.print(numbers)
     for weakness in find_weaknesses({metrics["mechanism"]: quality_of(metrics)}):
-        console.print(f"[red]`relllm evaluate` will refuse it:[/red] {weakness}", highlight=False)
-    console.print(f"Scorer and metrics: [bold]{escape(str(folder))}[/bold]")
+        console.print(f"`relllm evaluate` will refuse it: {weakness}", style="red")
+    console.print(f"Scorer and metrics: {folder}")

@@ -3,14 +3,12 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from relllm.evaluation.evaluation_settings import ComparisonSettings, EvaluationSettings
 
-from .options import from_settings
+from .options import console, from_settings
 
 app = typer.Typer()
-console = Console()
 
 
 @app.command("evaluate")
@@ -53,14 +51,15 @@ def compare(settings: ComparisonSettings) -> None:
     from relllm.evaluation.comparison import compare_runs
     from relllm.evaluation.comparison_tables import comparison_tables, write_comparison
     from relllm.evaluation.runs import read_run
-    from relllm.evaluation.tables import to_rich
+    from relllm.evaluation.tables import show_table
 
     runs = [read_run(path) for path in settings.runs]
     options = {"resample": settings.resample, "seed": settings.seed, "group": settings.group}
     comparison = compare_runs(runs, settings.baseline, **options)  # type: ignore[arg-type]
     written = write_comparison(comparison, settings.output_dir)
-    for table in comparison_tables(comparison):
-        console.print(to_rich(table))
-        for note in table.notes:
-            console.print(note, style="dim", markup=False, highlight=False)
-    console.print(f"{', '.join(path.name for path in written)} in [bold]{settings.output_dir}[/bold]")
+    tables = comparison_tables(comparison)
+    for table in tables:
+        show_table(table, console)
+    for note in dict.fromkeys(note for table in tables for note in table.notes):
+        console.print(note, style="dim", soft_wrap=False)
+    console.print(f"{', '.join(path.name for path in written)} in {settings.output_dir}")

@@ -1,14 +1,12 @@
 """Checkpoints to keep and to share: `relllm merge`, `card` and `push`."""
 
 import typer
-from rich.console import Console
 
 from relllm.hub.sharing import CardSettings, MergeSettings, PushSettings
 
-from .options import from_settings, plain_errors
+from .options import console, from_settings, plain_errors
 
 app = typer.Typer()
-console = Console()
 
 
 @app.command()
@@ -21,7 +19,7 @@ def merge(settings: MergeSettings) -> None:
     from relllm.hub.staging import merge_checkpoint
 
     merge_checkpoint(settings)
-    console.print(f"Full checkpoint: [bold]{settings.output_dir}[/bold]")
+    console.print(f"Full checkpoint: {settings.output_dir}")
 
 
 @app.command()
@@ -37,11 +35,11 @@ def card(settings: CardSettings) -> None:
 
     with plain_errors(HTTPError, RuntimeError):
         path = write_model_card(settings)
-    console.print(f"Card: [bold]{path}[/bold]{'' if settings.runs else ' (no run given: it says “not evaluated”)'}")
+    console.print(f"Card: {path}{'' if settings.runs else ' (no run given: it says “not evaluated”)'}")
     licence, corpora = told_terms(path)
-    console.print(f"Licence: {licence}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Licence: {licence}")
     for terms in corpora:
-        console.print(f"Trained on {terms}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"Trained on {terms}")
 
 
 @app.command()
@@ -58,13 +56,13 @@ def push(settings: PushSettings) -> None:
     with plain_errors(HTTPError, RuntimeError):
         done = push_checkpoint(settings)
     for name, size in done.files.items():
-        console.print(f"{size:>15,}  {name}", highlight=False)
-    console.print(f"{sum(done.files.values()):>15,}  bytes in {len(done.files)} files", highlight=False)
+        console.print(f"{size:>15,}  {name}")
+    console.print(f"{sum(done.files.values()):>15,}  bytes in {len(done.files)} files")
     for what, told in (
         (f"Goes from {settings.repo_id}", ", ".join(done.removed)),
         (f"What goes from {settings.repo_id} is not known", done.unseen),
         ("Stays here", ", ".join(done.left_out)),
     ):
         if told:
-            console.print(f"{what}: {told}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"[bold]{done.url}[/bold]" if done.url else "Nothing was sent (--dry-run).")
+            console.print(f"{what}: {told}")
+    console.print(done.url if done.url else "Nothing was sent (--dry-run).")

@@ -2,16 +2,18 @@
 
 A field is an option: its name is the flag, its default the flag's, `metadata` what Typer shows and checks:
 `{"help": "…"}`, and where it applies `"min"` and `"max"`, `"envvar"`, `"argument": True` (no flag in front), `"flags"`
-(other spellings) and `"place"` (one of `HOLDS`, or a `"dataset"`, which is looked for before anything is loaded). A
-field that is a tuple is given with commas. `output_dir` may be written `--out`.
+(other spellings) and `"place"` (it names a `"checkpoint"` or a `"dataset"`, which is looked for before anything is
+loaded). A field that is a tuple is given with commas. `output_dir` may be written `--out`.
 
 The dataclasses live in their rooms, in files that import nothing heavy: `relllm --help` reads them all.
 """
 
 import dataclasses
 import inspect
+import os
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -20,14 +22,25 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperGroup
 
 from relllm.modeling.places_relllm import PlaceError, check_place
 
 UsageError: type[Any] = typer.BadParameter.__bases__[0]  # Typer's own copy of Click is private
 ALIASES = {"output_dir": ["--out"]}
-HOLDS = {"checkpoint": "config.json", "checkpoint or adapter": ("config.json", "adapter_config.json")}
+WIDTH_OF_PIPES = 200  # a table's, where there is no terminal to ask
+
+
+def _make_console(*, stderr: bool = False) -> Console:
+    """Return a console that shows what it is given letter by letter: a name with brackets is no markup."""
+    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    width = None if is_terminal or "COLUMNS" in os.environ else WIDTH_OF_PIPES
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+    return Console(stderr=stderr, width=width, **plain)
+
+
+console = _make_console()  # of every command
+messages = _make_console(stderr=True)
 
 
 def from_settings(function: Callable[..., None]) -> Callable[..., None]:
@@ -49,7 +62,9 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
         else:
             parameters.append(parameter.replace(annotation=kind))
 
-    def command(**given: Any) -> None:
+    def command(context: typer.Context, debug: bool, **given: Any) -> None:
+        root = context.find_root()
+        root.params["debug"] = debug or root.params.get("debug", False)
         for name, kind in settings.items():
             own = {
                 field.name: _split(given.pop(field.name), field) for field in dataclasses.fields(kind) if field.init
@@ -65,6 +80,11 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
             goes_on = re.search(r"[^.;]*the same command goes on[^.;]*", function.__doc__ or "")
             raise KeyboardInterrupt(f"{goes_on[0]}." if goes_on else "") from error
 
+    told = typer.Option("--debug", hidden=True)  # shown by `relllm --help`, and taken on either side of the command
+    parameters += [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    parameters += [
+        inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[bool, told], default=False)
+    ]
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
     command.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword}
@@ -82,6 +102,14 @@ class PlainCommands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command as Click does."""
+        try:
+            return self._invoke_plainly(ctx)
+        except typer.Exit as end:
+            if end.__cause__ is not None and (ctx.params.get("debug") or sys.flags.dev_mode):
+                traceback.print_exception(end.__cause__)
+            raise
+
+    def _invoke_plainly(self, ctx: Any) -> Any:
         try:
             with plain_errors():
                 return super().invoke(ctx)
@@ -101,14 +129,14 @@ class PlainCommands(TyperGroup):
 def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Show an error of these kinds on one line, without a traceback, and exit.
 
-    By default they are those that say what a user can do: `ImportError`, `OSError` and `ValueError`. Python's
-    development mode (`PYTHONDEVMODE=1`) has the traceback as well. A [`PlaceError`] is a wrong use.
+    By default they are those that say what a user can do: `ImportError`, `OSError` and `ValueError`. A [`PlaceError`]
+    is a wrong use. [`PlainCommands`] shows the traceback with `--debug`, or in Python's development mode.
     """
     kinds = kinds or (ImportError, OSError, ValueError)
     try:
         yield
     except kinds as error:
-        if isinstance(error, BrokenPipeError) or sys.flags.dev_mode:
+        if isinstance(error, BrokenPipeError):
             raise
         cause = f" {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else ""  # of an upload
         _print_line(f"stopped: {error}{cause}")
@@ -117,7 +145,7 @@ def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 def _print_line(text: str) -> None:
     line = " ".join(text.split())
-    Console(stderr=True).print(f"[red]{escape(line)}[/red]", highlight=False, soft_wrap=True)
+    messages.print(line, style="red")
 
 
 def _check_places(settings: Any) -> None:
@@ -126,8 +154,8 @@ def _check_places(settings: Any) -> None:
         check_device(device)
     for field in dataclasses.fields(settings):
         kind, value = field.metadata.get("place"), getattr(settings, field.name)
-        if value is not None and kind in HOLDS and "{" not in str(value):
-            check_place(value, holds=HOLDS[kind])
+        if kind == "checkpoint" and value is not None and "{" not in str(value):
+            check_place(value, holds="config.json")
         elif kind == "dataset" and value is not None:
             check_place(value, repo_type="dataset")
 

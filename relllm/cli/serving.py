@@ -3,15 +3,13 @@
 from pathlib import Path
 
 import typer
-from rich.console import Console
 
 from relllm.inference.inference_settings import BatchSettings, RequestLimits, ServerSettings
 
-from .options import from_settings
+from .options import console, from_settings
 from .talking import load_relllm
 
 app = typer.Typer()
-console = Console()
 
 
 @app.command()
@@ -44,10 +42,10 @@ def serve(settings: ServerSettings, batching: BatchSettings, limits: RequestLimi
         place = f"[{host}]" if ":" in host else host
         address = f"http://{place}:{sock.getsockname()[1]}"
         if key is None and host not in ("localhost", "::1") and not host.startswith("127."):
-            console.print("[yellow]No --api-key: whoever reaches this address can use the model.[/yellow]")
+            console.print("No --api-key: whoever reaches this address can use the model.", style="yellow")
 
         def announce() -> None:
-            console.print(f"Serving [bold]{name}[/bold] at {address}/v1 (Ctrl-C or SIGTERM stops it)", soft_wrap=True)
+            console.print(f"Serving {name} at {address}/v1 (Ctrl-C or SIGTERM stops it)")
 
         serve_until_stopped(Server(service, grace_s=settings.grace_period, announce=announce), sock)
         console.print("Stopped.")

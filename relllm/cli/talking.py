@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from relllm.demo.demo_settings import DemoSettings
 from relllm.inference.inference_settings import (
@@ -18,33 +15,24 @@ from relllm.inference.inference_settings import (
     ClipSettings,
     HearSettings,
     PageSettings,
+    ReplySettings,
     TalkSettings,
 )
 from relllm.modeling.places_relllm import check_place
 
-from .options import from_settings, pick_device
+from .chatting import Chat, describe_reply, run_chat
+from .options import console, from_settings, messages, pick_device
 
 if TYPE_CHECKING:
-    from relllm.inference.conversation import Conversation
-    from relllm.inference.text_conversation import TextConversation
+    from transformers.generation.streamers import BaseStreamer
+
     from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
-    from relllm.processing.audio_relllm import AudioSource
     from relllm.processing.processing_relllm import ReLLMProcessor
 
-    System: TypeAlias = Conversation | TextConversation
+    from .chatting import System
 
 app = typer.Typer()
-console = Console(highlight=False)
-messages = Console(stderr=True, highlight=False, soft_wrap=True)
 SHOWN = 10  # reasons why a clip was not read; the table has all
-
-HELP = """\
-Type a line and press Enter, or:
-  /wav FILE [TEXT]   say what is in an audio file (a path or URL), with text before it if you like
-  /record [TEXT]     record from the microphone until Enter
-  /reset             begin a new conversation
-  /help              this list
-  /quit              end; Ctrl-D does so as well, Ctrl-C stops a reply"""
 
 
 @app.command("reply")
@@ -60,26 +48,51 @@ def reply_to_clips(
 
     A call with a speaker on each side: relllm reply runs/demo/re-llm call.wav --channel each
     """
-    from transformers import TextStreamer
-
+    from relllm.inference.hearing import name_channels
     from relllm.inference.replies import reply
 
     model, processor = load_relllm(settings)
+    how: dict[str, Any] = {
+        "max_new_tokens": settings.max_new_tokens,
+        "sampling": settings.sampling,
+        **settings.prompts,
+    }
     failed = 0
     for source in audio:
-        console.print(f"[bold]{escape(source)}[/bold]")
-        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        length = settings.max_new_tokens
+        if not settings.json:
+            console.print(source, style="bold")
         try:
-            for clip in processor.feature_extractor.read_clips([source], channel=settings.channel):
-                read = {"waveform": clip}
-                answer = reply(model, processor, read, streamer=streamer, max_new_tokens=length, **settings.prompts)
-                console.print(f"[dim]{answer.heard}[/dim]")
-        except (OSError, ValueError) as error:
+            clips = processor.feature_extractor.read_clips([source], channel=settings.channel)
+            for channel, clip in zip(name_channels(settings.channel, len(clips)), clips, strict=True):
+                draw_from(settings)
+                answer = reply(model, processor, {"waveform": clip}, streamer=_streamer(settings, processor), **how)
+                if settings.json:
+                    print(json.dumps({"clip": source, "channel": channel, **describe_reply(answer)}), flush=True)
+                else:
+                    console.print(str(answer.heard), style="dim")
+        except (ImportError, OSError, ValueError) as error:  # ImportError: what a container or a rate needs
+            if isinstance(error, BrokenPipeError):
+                raise
             failed += 1
-            console.print(f"[red]not answered:[/red] {escape(str(error))}")
+            if settings.json:
+                print(json.dumps({"clip": source, "error": f"{error}"}), flush=True)
+            messages.print(f"not answered: {error}", style="red")
     if failed:
         raise typer.Exit(1)
+
+
+def _streamer(settings: ClipSettings, processor: ReLLMProcessor) -> BaseStreamer | None:
+    from transformers import TextStreamer
+
+    return None if settings.json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def draw_from(settings: ReplySettings) -> None:
+    """Begin the draws of tokens at the seed that is given."""
+    import torch
+
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
 
 
 @app.command("hear")
@@ -102,10 +115,10 @@ def hear_many(
 
     report = write_heard(find_clips(audio, settings.split), lambda: load_relllm(settings), settings)
     for reason in list(report["not_read"].values())[:SHOWN]:
-        messages.print(f"[red]not heard:[/red] {escape(reason)}")
+        messages.print(f"not heard: {reason}", style="red")
     if settings.out is not None:
         more = f", {len(report['not_read']):,} of them not read" if report["not_read"] else ""
-        console.print(f"{report['clips']:,} clips{more}, {report['rows']:,} rows in [bold]{settings.out}[/bold]")
+        console.print(f"{report['clips']:,} clips{more}, {report['rows']:,} rows in {settings.out}")
     if report["not_read"]:
         raise typer.Exit(1)
 
@@ -115,29 +128,16 @@ def hear_many(
 def chat(settings: TalkSettings) -> None:
     """Talk with a model over several turns, typed or spoken; each spoken turn shows the emotion that was heard.
 
-    Inside, /help lists the commands: /wav FILE, /record, /reset, /quit.
+    Inside, /help lists the commands: /wav FILE, /record, /save FILE, /reset, /quit.
     Earlier turns are not computed again. Lines from a pipe work as well:
     then each line is shown before its reply.
 
     Example: relllm chat runs/demo/re-llm --text-only own --transcriber openai/whisper-tiny.en
     """
-    chat = Chat({name: start() for name, start in load_systems(settings).items()}, settings.max_new_tokens)
-    console.print(f"[dim]{escape(settings.model)}. /help lists the commands.[/dim]")
-    interactive = sys.stdin.isatty()
-    if interactive:
-        import readline  # noqa: F401  # line editing and history for input()
-    while True:
-        try:
-            line = input("you: ") if interactive else input()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            console.print("\n[dim]/quit or Ctrl-D ends.[/dim]")
-            continue
-        if not interactive:
-            console.print(f"[bold]you:[/bold] {escape(line)}")
-        if not chat.handle(line):
-            return
+    systems = {name: start() for name, start in load_systems(settings).items()}
+    draw_from(settings)
+    console.print(f"{settings.model}. /help lists the commands.", style="dim")
+    run_chat(Chat(systems, settings.model, settings.max_new_tokens))
 
 
 @app.command()
@@ -155,8 +155,9 @@ def web(settings: PageSettings) -> None:
     """
     from relllm.inference.web import Page
 
+    draw_from(settings)
     page = Page(load_systems(settings), max_new_tokens=settings.max_new_tokens)
-    console.print(f"{escape(settings.model)}: http://{settings.host}:{settings.port}  (Ctrl-C ends)")
+    console.print(f"{settings.model}: http://{settings.host}:{settings.port}  (Ctrl-C ends)")
     page.launch(host=settings.host, port=settings.port)
 
 
@@ -173,75 +174,6 @@ def demo(settings: DemoSettings) -> None:
 
     if not run_demo(settings, console):
         raise typer.Exit(1)
-
-
-class Chat:
-    """The systems that answer each line, by name; RE-LLM first."""
-
-    def __init__(self, systems: dict[str, System], max_new_tokens: int):
-        self.systems = systems
-        self.max_new_tokens = max_new_tokens
-
-    def handle(self, line: str) -> bool:
-        """Act on one line; return `False` if it ends the chat."""
-        command, _, rest = line.strip().partition(" ")
-        rest = rest.strip()
-        if command == "/quit":
-            return False
-        if command == "/help":
-            console.print(HELP, markup=False)
-        elif command == "/reset":
-            for system in self.systems.values():
-                system.reset()
-            console.print("[dim]A new conversation.[/dim]")
-        elif command == "/wav":
-            self._say_file(rest)
-        elif command == "/record":
-            self._say_recording(rest)
-        elif command.startswith("/"):
-            console.print(f"[red]No such command:[/red] {escape(command)}. /help lists them.")
-        elif command:
-            self.say(None, line.strip())
-        return True
-
-    def _say_file(self, rest: str) -> None:
-        if not rest:
-            console.print("[red]/wav needs a file:[/red] /wav question.wav")
-            return
-        path, _, text = rest.partition(" ")
-        if Path(rest).exists():  # a name with spaces
-            path, text = rest, ""
-        self.say(path, text.strip() or None)
-
-    def _say_recording(self, text: str) -> None:
-        from relllm.inference.microphone import record
-
-        console.print("[yellow]Recording.[/yellow] Enter ends it.")
-        try:
-            audio = record(input)
-        except (ImportError, OSError) as error:
-            console.print(f"[red]not recorded:[/red] {escape(str(error))}")
-            return
-        self.say(audio, text or None)
-
-    def say(self, audio: AudioSource | None, text: str | None) -> None:
-        """Say something to every system. A failure is named, and that conversation goes on without the turn."""
-        from transformers import TextStreamer
-
-        for name, system in self.systems.items():
-            if len(self.systems) > 1:
-                console.print(f"[bold]{escape(name)}[/bold]")
-            streamer = TextStreamer(system.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            try:
-                reply = system.say(audio, text, streamer=streamer, max_new_tokens=self.max_new_tokens)
-            except (ImportError, OSError, ValueError) as error:  # ImportError: what a container or a rate needs
-                console.print(f"[red]not answered:[/red] {escape(str(error))}")
-            except KeyboardInterrupt:
-                console.print("\n[yellow]Stopped: this turn is forgotten.[/yellow]")
-                return
-            else:
-                if reply.heard is not None:
-                    console.print(f"[dim]{reply.heard}[/dim]")
 
 
 def load_relllm(settings: CheckpointSettings) -> tuple[ReLLMForConditionalGeneration, ReLLMProcessor]:
@@ -271,13 +203,14 @@ def load_systems(settings: TalkSettings) -> dict[str, Callable[[], System]]:
     if settings.text_only not in (None, "own"):
         check_place(settings.text_only, holds="config.json")
     model, processor = load_relllm(settings)
-    device, prompts = pick_device(settings.device), settings.prompts
-    systems: dict[str, Callable[[], System]] = {"RE-LLM": partial(Conversation, model, processor, **prompts)}
+    device = pick_device(settings.device)
+    how: dict[str, Any] = {**settings.prompts, **settings.sampling}
+    systems: dict[str, Callable[[], System]] = {"RE-LLM": partial(Conversation, model, processor, **how)}
     if settings.baseline is not None:
         where = CheckpointSettings(model=settings.baseline, device=settings.device, dtype=settings.dtype)
         second, its_processor = load_relllm(where)
         name = "speech only" if second.config.emotion_fusion == "none" else "second RE-LLM"
-        systems[name] = partial(Conversation, second, its_processor, **prompts)
+        systems[name] = partial(Conversation, second, its_processor, **how)
     if settings.text_only is not None:
         writer = None if settings.transcriber is None else Transcriber(settings.transcriber, device=device)
         start: Callable[..., System] = partial(TextConversation.inside, model, processor)
@@ -286,7 +219,7 @@ def load_systems(settings: TalkSettings) -> dict[str, Callable[[], System]]:
             llm = AutoModelForCausalLM.from_pretrained(settings.text_only, **options).to(device).eval()
             tokenizer = AutoTokenizer.from_pretrained(settings.text_only)
             asked = {"instruction": processor.instruction, "system_prompt": processor.system_prompt}
-            prompts = asked | prompts
+            how = asked | how
             start = partial(TextConversation, llm, tokenizer)
-        systems["text only"] = partial(start, transcriber=writer, **prompts)
+        systems["text only"] = partial(start, transcriber=writer, **how)
     return systems

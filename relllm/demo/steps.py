@@ -20,7 +20,7 @@ from relllm.evaluation.evaluating import evaluate
 from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.runs import read_run
 from relllm.evaluation.summary import report_run
-from relllm.evaluation.tables import to_rich
+from relllm.evaluation.tables import show_table
 from relllm.hub.cards import write_model_card
 from relllm.hub.push import push_checkpoint
 from relllm.hub.sharing import CardSettings, PushSettings
@@ -47,7 +47,7 @@ def once(path: Path, what: str, make: Callable[[Path], None], console: Console, 
     With `goes_on`, `make` goes on with what an interrupted one left.
     """
     if path.exists():
-        console.print(f"[green]{path.name}[/green]: there already")
+        console.print(f"{path.name}: there already", style="green")
         return
     console.rule(f"{path.name}: {what}")
     partial = path.with_name(path.name + ".partial")
@@ -75,7 +75,7 @@ def compare_systems(out: Path, systems: Mapping[str, object], console: Console) 
     comparison = compare_runs([read_run(run) for run in runs], ["speech-only"])
     write_comparison(comparison, out / "comparison")
     for table in comparison_tables(comparison):
-        console.print(to_rich(table))
+        show_table(table, console)
     console.print(f"Chance UA {1 / len(EMOTIONS):.2f}. Rule-made prosody, not human emotion.")
 
 
@@ -87,7 +87,7 @@ def share(model: Path, run: Path, training: dict, console: Console, *, repo_id: 
     write_json(training, model / RECORD_NAME)
     terms = {"license": "apache-2.0", "tower_license": own}
     card = write_model_card(CardSettings(model, [run], repo_id, overwrite=True, **terms))  # type: ignore[arg-type]
-    console.print(f"Card: [bold]{card}[/bold]")
+    console.print(f"Card: {card}")
     console.rule(f"$ relllm push {model} {repo_id} --dry-run{' --full' if full else ''}")
     checked = push_checkpoint(PushSettings(model, repo_id, full=full, dry_run=True))
     console.print(f"{len(checked.files)} files of {sum(checked.files.values()):,} bytes would go.", highlight=False)
@@ -116,7 +116,8 @@ def has_learned(metrics: Mapping, console: Console) -> bool:
     learned = accuracy > 1 / len(EMOTIONS) + NEAR_CHANCE
     if not learned:
         console.print(
-            f"[red]This run has learned nothing: UA {accuracy:.2f} on unseen voices is near chance "
-            f"({1 / len(EMOTIONS):.2f}).[/red]"
+            f"This run has learned nothing: UA {accuracy:.2f} on unseen voices is near chance "
+            f"({1 / len(EMOTIONS):.2f}).",
+            style="red",
         )
     return learned

@@ -18,11 +18,10 @@ from .comparison import SYSTEM_TITLES, Cell, Comparison, Gain, Metric
 from .empathy.quality import describe_quality, find_weaknesses
 from .evaluation_settings import LEVELS, MECHANISMS
 from .runs import Run
-from .tables import Table, to_latex, to_markdown
+from .tables import DASH, Table, to_latex, to_markdown
 
 COMPARISON_FORMAT = "relllm-comparison-1"
 SOURCE = "RE-LLM, arXiv 2602.10716"
-DASH = "–"
 PUBLISHED = "RE-LLM, published"
 TITLES = {
     "empathy": "Empathy: mean level of the replies, 0 to 2",
@@ -83,14 +82,11 @@ PUBLISHED_GAINS = (
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Make of each task that was measured a table of values and one of gains."""
-    tables = []
-    for name in TITLES:
-        if any(cell.metric.table == name for cell in comparison.cells):
-            tables.append(_value_table(comparison, name))
-        if any(gain.metric.table == name for gain in comparison.gains):
-            tables.append(_gain_table(comparison, name))
-    return tables
+    """Make a table of values of each task that was measured, and behind them all one of its gains."""
+    measured = [name for name in TITLES if any(cell.metric.table == name for cell in comparison.cells)]
+    gained = [name for name in TITLES if any(gain.metric.table == name for gain in comparison.gains)]
+    values = [_value_table(comparison, name) for name in measured]
+    return values + [_gain_table(comparison, name) for name in gained]
 
 
 def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
@@ -104,7 +100,9 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     for name in GAIN_TITLES:
         panels = _forest_panels(comparison, name)
         if panels:
-            written.append(plot_forest(panels, out / f"forest_{name}.png", title=GAIN_TITLES[name]))
+            over = {gain.baseline for gain in comparison.gains}
+            title = f"{GAIN_TITLES[name]}, over {over.pop()}" if len(over) == 1 else GAIN_TITLES[name]
+            written.append(plot_forest(panels, out / f"forest_{name}.png", title=title))
     for corpus in comparison.runs:
         if levels := _count_levels(comparison, corpus):
             name = re.sub(r"[^\w.=-]+", "_", corpus)  # what is held out may have any mark
@@ -246,6 +244,7 @@ def _published_gains(comparison: Comparison, name: str) -> list[list[str]]:
 def _forest_panels(comparison: Comparison, name: str) -> dict[tuple[str, str], list[ForestLine]]:
     """Return one line a pair of systems for each metric and corpus, and the published gain over the same system."""
     panels: dict[tuple[str, str], list[ForestLine]] = {}
+    several = len({gain.baseline for gain in comparison.gains}) > 1
     for gain in comparison.gains:
         if gain.metric.table != name or gain.metric.name in ("wa", "macro_f1"):
             continue
@@ -253,7 +252,7 @@ def _forest_panels(comparison: Comparison, name: str) -> dict[tuple[str, str], l
         scale = 100 if name == "recognition" else 1
         panels.setdefault((_metric_title(gain.metric), gain.corpus), []).append(
             ForestLine(
-                label=f"{gain.system}\nover {gain.baseline}",
+                label=f"{gain.system}\nover {gain.baseline}" if several else gain.system,
                 value=None if value is None else scale * value,
                 interval=None if interval is None else (scale * interval[0], scale * interval[1]),
                 published=_published_beside(comparison, gain),

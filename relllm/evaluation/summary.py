@@ -99,7 +99,7 @@ def report_run(metrics: Mapping, out: Path, console: Console) -> None:
         return
     data, folds = metrics["data"], metrics["folds"]
     pooled = f", pooled over {len(folds['values'])} folds of {folds['column']}" if folds else ""
-    console.print(f"[bold]{metrics['name']}[/bold] ({metrics['system']}): {data['num_clips']} clips{pooled}")
+    console.print(f"{metrics['name']} ({metrics['system']}): {data['num_clips']} clips{pooled}")
     for table in _number_tables(metrics):
         console.print(table)
     for task, reason in metrics["left_out"].items():
@@ -112,14 +112,14 @@ def report_run(metrics: Mapping, out: Path, console: Console) -> None:
     if metrics["system"] != "text-only" and seen and not seen["recorded"]:
         console.print("which rows trained this model is not recorded: whether it has read these is not known")
     if count := seen.get("trained_on", 0) + seen.get("validated_on", 0):
-        console.print(f"[red]{count} of the clips are rows that it was trained on, or evaluated on meanwhile[/red]")
+        console.print(f"{count} of the clips are rows that it was trained on, or evaluated on meanwhile", style="red")
     for missing in _classes_without_clips(metrics):
         console.print(missing)
     if data["num_failed"]:
-        console.print(f"[red]{data['num_failed']} clips could not be read[/red] and count for nothing:")
+        console.print(f"{data['num_failed']} clips could not be read and count for nothing:", style="red")
         for row_id, reason in list(data["failed"].items())[:SHOWN]:
             console.print(f"  {row_id}: {reason}", markup=False)
-    console.print(f"Predictions, metrics and plots: [bold]{out}[/bold]")
+    console.print(f"Predictions, metrics and plots: {out}")
 
 
 def _classes_without_clips(metrics: Mapping) -> list[str]:
@@ -227,7 +227,7 @@ def _number_tables(metrics: Mapping) -> list[Table]:
             table.add_row(way, *scores, str(part["num_clips"]))
         tables += [table] if table.row_count else []
     if dimensions := metrics.get("dimensions"):
-        table = Table(f"dimension, {dimensions['scale']}".replace("[", r"\["), "CCC", "Pearson", "RMSE", "clips")
+        table = Table(f"dimension, {dimensions['scale']}", "CCC", "Pearson", "RMSE", "clips")
         for name in (name for name in DIMENSIONS if name in dimensions):
             part = dimensions[name]
             table.add_row(name, *(_decimals(part[key]) for key in ("ccc", "pearson", "rmse")), str(part["num_clips"]))

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from rich.padding import Padding
+
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table as RichTable
+
+DASH = "–"  # a cell without a value
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -65,16 +70,28 @@ def to_latex(table: Table) -> str:
 
 def to_rich(table: Table) -> RichTable:
     """Return the table for `rich.console.Console.print`; without its notes."""
-    from rich.markup import escape
     from rich.table import Table as RichTable
 
-    rich_table = RichTable(title=escape(table.title), title_justify="left")
+    rich_table = RichTable(title=table.title, title_justify="left")
     for index, (group, name) in enumerate(table.header):
         justify = "left" if index < table.num_stubs else "right"
-        rich_table.add_column(escape(f"{group}\n{name}" if group else name), justify=justify)  # type: ignore[arg-type]
+        rich_table.add_column(f"{group}\n{name}" if group else name, justify=justify)  # type: ignore[arg-type]
     for row in table.rows:
-        rich_table.add_row(*(escape(cell) for cell in row))
+        rich_table.add_row(*row)
     return rich_table
+
+
+def show_table(table: Table, console: Console) -> None:
+    """Print a table without its notes; where the console is too narrow for it, a paragraph for each row."""
+    drawn = to_rich(table)
+    if console.measure(drawn, options=console.options.update(width=10_000)).maximum <= console.width:
+        console.print(drawn)
+        return
+    console.print(table.title, style="italic", soft_wrap=False)
+    for row in table.rows:
+        cells = [f"{group} {name} {cell}".strip() for (group, name), cell in zip(table.header, row, strict=True)]
+        said = [shown for shown, cell in zip(cells, row, strict=True) if cell not in ("", DASH)]
+        console.print(Padding(", ".join(said), (0, 0, 0, 2)), soft_wrap=False)
 
 
 def _mark_down(cell: str) -> str:

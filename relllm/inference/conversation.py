@@ -34,7 +34,7 @@ class Conversation:
 
     Several conversations may share a model if their turns do not overlap. `instruction` stands before the clip of a
     spoken turn that comes without text of its own; it and `system_prompt` are by default the processor's, and may be
-    empty for none.
+    empty for none. `generation_options` are what each turn takes unless it is told otherwise.
     """
 
     def __init__(
@@ -44,7 +44,9 @@ class Conversation:
         *,
         system_prompt: str | None = None,
         instruction: str | None = None,
+        **generation_options: object,
     ):
+        self.generation_options = generation_options
         self.model = model
         self.processor = processor
         self.system_prompt = processor.system_prompt if system_prompt is None else system_prompt
@@ -85,7 +87,7 @@ class Conversation:
         is a `ValueError`, also a conversation that is longer than the LLM reads.
         """
         check_turn(audio, text)
-        if reserved := sorted(RESERVED_OPTIONS & options.keys()):
+        if reserved := sorted(RESERVED_OPTIONS & (options.keys() | self.generation_options.keys())):
             raise ValueError(f"A conversation sets {', '.join(reserved)} itself. Leave it out.")
         positions, heard = self._positions, None
         content: list[dict[str, object]] = [{"type": "text", "text": text}]
@@ -103,7 +105,8 @@ class Conversation:
                 f"The conversation has {ids.shape[1]} positions and the reply may take {max_new_tokens} more; the LLM "
                 f"reads {limit}. Begin anew with `reset()`, or allow a shorter reply."
             )
-        options = {"do_sample": False, "max_new_tokens": max_new_tokens, "streamer": streamer, **options}
+        told = {"max_new_tokens": max_new_tokens, "streamer": streamer, **self.generation_options, **options}
+        options = {"do_sample": False, **told}
         reply_ids = self._generate(ids, positions, options)
         reply = self.tokenizer.decode(reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._messages = [*messages, {"role": "assistant", "content": reply}]

@@ -170,7 +170,7 @@ def _read_parts(clips: Clips, extractor: ReLLMFeatureExtractor, settings: HearSe
             yield _Part(name, 1, {"clip": name, "error": f"{error}"})
             continue
         channels = [read] if read.ndim == 1 else list(read)
-        named = [settings.channel] if read.ndim == 1 else _name_channels(len(channels))
+        named = name_channels(settings.channel, len(channels))
         spans = list(_cut_spans(read.shape[-1], extractor, settings))
         for channel, samples in zip(named, channels, strict=True):
             for start, end in spans:
@@ -179,7 +179,10 @@ def _read_parts(clips: Clips, extractor: ReLLMFeatureExtractor, settings: HearSe
                 yield _Part(name, len(spans) * len(channels), row, samples[start:end])
 
 
-def _name_channels(count: int) -> list[str]:
+def name_channels(channel: str, count: int) -> list[str]:
+    """Return what each of the clips is called that the setting `channel` makes of a file."""
+    if channel != "each":
+        return [channel] * count
     return ["left", "right"] if count == 2 else [str(number + 1) for number in range(count)]
 
 

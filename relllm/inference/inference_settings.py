@@ -6,6 +6,8 @@ from typing import Literal
 
 from relllm.setting import REQUIRED, setting
 
+LEAST_TEMPERATURE = 0.01
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
@@ -24,6 +26,21 @@ class ReplySettings(CheckpointSettings):
     instruction: str | None = setting(None, "Text before a clip; empty for none.")
     system_prompt: str | None = setting(None, "System turn; empty for none.")
     max_new_tokens: int = setting(128, "Longest reply, in tokens.", min=1)
+    temperature: float = setting(0.0, "0 takes the most probable token; above, tokens are drawn.", min=0, max=2)
+    seed: int | None = setting(None, "Of the draws; by default another one each time.", min=0)
+
+    def __post_init__(self) -> None:
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            least = f"0 for the most probable token, or at least {LEAST_TEMPERATURE}"
+            raise ValueError(f"temperature is {self.temperature}, expected {least}.")
+        if self.seed is not None and not self.temperature:
+            raise ValueError(f"seed is {self.seed}, and nothing is drawn: give a --temperature above 0, such as 0.7.")
+
+    @property
+    def sampling(self) -> dict[str, object]:
+        """How tokens are taken, as options of `generate`."""
+        drawn = self.temperature > 0
+        return {"do_sample": True, "temperature": self.temperature} if drawn else {"do_sample": False}
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -37,6 +54,7 @@ class ClipSettings(ReplySettings):
     """What of a file is answered."""
 
     channel: Literal["mix", "left", "right", "each"] = setting("mix", "Of a file with several; `each` answers each.")
+    json: bool = setting(False, "Print one JSON object a clip, with every reading, and nothing else.")
 
 
 @dataclass(frozen=True, kw_only=True)

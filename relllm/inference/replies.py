@@ -16,6 +16,7 @@ from relllm.modeling.releases_relllm import CACHE
 from relllm.processing.audio_relllm import AudioSource
 from relllm.processing.processing_relllm import ReLLMProcessor
 
+MOST_PROBABLE = {"do_sample": False}
 # Whatever sampling or penalty a checkpoint's generation settings have: a measured answer is the most probable one.
 GREEDY = {
     **{"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0},
@@ -58,16 +59,18 @@ def reply(
     *,
     streamer: BaseStreamer | None = None,
     max_new_tokens: int = 128,
+    sampling: Mapping[str, object] = MOST_PROBABLE,
     **request: str,
 ) -> Reply:
     """Answer one spoken turn. The audio is encoded once, for the reply and for the emotion.
 
-    `request` is `instruction` and `system_prompt`; a `streamer` gets the reply token by token.
+    `request` is `instruction` and `system_prompt`; a `streamer` gets the reply token by token; `sampling` is what
+    `generate` draws with.
     """
     inputs = processor.apply_request(audio, **request).to(model.device)
     text_inputs = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
     encoded = model.get_audio_features(**inputs, return_dict=True)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
+    options = {"max_new_tokens": max_new_tokens, "streamer": streamer, **sampling}
     generated = model.generate(**text_inputs, mm_encoder_outputs={"audio": encoded}, **options)
     prompt_length = text_inputs["input_ids"].shape[1]
     text = processor.tokenizer.decode(generated[0, prompt_length:], skip_special_tokens=True).strip()

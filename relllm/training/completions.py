@@ -104,7 +104,7 @@ class CompletionsMixin(Trainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         if not self.args.disable_tqdm:
-            Console(stderr=True).print(_draw(lines))
+            Console(stderr=True, markup=False).print(_draw(lines))
         cells = [
             {key: str(value) if isinstance(value, list) else value for key, value in one.items()} for one in lines
         ]

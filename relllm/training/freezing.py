@@ -186,4 +186,5 @@ class TrainableTableCallback(TrainerCallback):
     ) -> None:
         assert isinstance(args, ReLLMSFTConfig)
         if state.is_world_process_zero and not args.disable_tqdm:
-            Console(stderr=True).print(draw_table(trainable_table(model), args))  # beside the progress bar
+            beside_the_bar = Console(stderr=True, markup=False)
+            beside_the_bar.print(draw_table(trainable_table(model), args))

@@ -156,7 +156,8 @@ class TowerCacheMixin(Trainer):
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             folder = self._tower_cache.folder
             free = shutil.disk_usage(folder).free / 1e9
-            Console(stderr=True).print(f"Tower outputs are kept in {folder}: {free:.3g} GB are free there.")
+            where = f"Tower outputs are kept in {folder}: {free:.3g} GB are free there."
+            Console(stderr=True, markup=False).print(where)
         return self._tower_cache
 
     def put_towers(self, inputs: dict) -> None:

@@ -22,6 +22,7 @@ from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec
 from typer.testing import CliRunner
 
 from relllm.cli import app
+from relllm.cli.chatting import complete_line
 from relllm.inference.conversation import Conversation
 from relllm.inference.text_conversation import NoWordsError, TextConversation, Transcriber
 from relllm.processing.prompts_relllm import SPEECH_PROMPT
@@ -236,3 +237,71 @@ def test_a_turn_that_fails_is_not_in_the_text_conversation() -> None:
     with pytest.raises(ValueError, match="needs audio or text"):
         conversation.say(text=" ")
     assert conversation.messages == before
+
+
+def test_a_line_that_is_not_utf8_is_said_and_named(checkpoint) -> None:
+    lines = b"caf\xe9\nAnd you?\n"
+    result = CliRunner().invoke(app, ["chat", checkpoint, "--device", "cpu", "--max-new-tokens", "4"], input=lines)
+    assert result.exit_code == 0 and "what is not UTF-8" in result.output and "you: And you?" in result.output
+
+
+def test_a_file_in_quotes_and_a_name_with_brackets_are_said_as_they_are(
+    checkpoint, model, processor, tmp_path
+) -> None:
+    name = str(tmp_path / "take[1] [x] :cat:.wav")
+    soundfile.write(name, clip(0.6), RATE)
+    output = chat(checkpoint, f'/wav "{name}" What is it?', f"/wav {name}.gone", "[/x] [bold]")
+    assert replies(model, processor, (name, "What is it?"))[0] in output and f'you: /wav "{name}"' in output
+    assert "No such audio file" in output and "you: [/x] [bold]\n" in output
+
+
+def test_a_conversation_is_saved_as_json_and_markdown(checkpoint, model, processor, wav, tmp_path) -> None:
+    saved, page = tmp_path / "talk.json", tmp_path / "my talk.md"
+    (tmp_path / "there.md").write_text("Mine.")
+    lines = ("Hello.", f"/wav {wav}", f"/save {saved}", f'/save "{page}"', f"/save {tmp_path / 'there.md'}", "/save x")
+    output = chat(checkpoint, *lines, f"/save {saved}")
+    talk = json.loads(saved.read_text())
+    expected = replies(model, processor, (None, "Hello."), (wav, None))
+    assert [turn["replies"]["RE-LLM"]["reply"] for turn in talk["turns"]] == expected
+    assert talk["turns"][1]["audio"] == wav and sum(
+        talk["turns"][1]["replies"]["RE-LLM"]["probabilities"].values()
+    ) == pytest.approx(1)
+    assert "**you:** Hello." in page.read_text() and "*heard: " in page.read_text()
+    assert (tmp_path / "there.md").read_text() == "Mine." and output.count("is there already") == 1
+    assert ".json or .md" in output and output.count("2 turns in") == 3
+
+
+def test_tab_completes_commands_and_files(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b.wav").touch()
+    (tmp_path / "ab.wav").touch()
+    (tmp_path / "sub").mkdir()
+    assert complete_line("/w") == ["/wav "] and complete_line("Hello") == []
+    assert complete_line("/wav a") == ['/wav "a b.wav"', "/wav ab.wav"]
+    assert complete_line('/wav "a ') == ['/wav "a b.wav"'] and complete_line("/save su") == ["/save sub/"]
+
+
+def test_draws_are_those_of_the_seed_and_the_default_is_greedy(checkpoint, wav) -> None:
+    drawn = [chat(checkpoint, "Hello.", options=("--temperature", "2", "--seed", seed)) for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2] and chat(checkpoint, "Hello.") not in drawn
+    for wrong, message in ((["--seed", "1"], "--temperature above 0"), (["--temperature", "0.001"], "at least 0.01")):
+        result = CliRunner().invoke(app, ["reply", checkpoint, wav, *wrong])
+        assert result.exit_code == 2 and message in result.stderr
+
+
+def test_reply_as_json_is_a_line_a_clip_with_every_reading(checkpoint, model, processor, tmp_path) -> None:
+    call = str(tmp_path / "call.wav")
+    soundfile.write(call, np.stack([clip(0.6), clip(0.6, seed=1)], axis=1), RATE)
+    options = ["--json", "--channel", "each", "--max-new-tokens", "4"]
+    result = CliRunner().invoke(app, ["reply", checkpoint, call, "gone.wav", *options])
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(line["clip"], line.get("channel")) for line in lines] == [
+        (call, "left"),
+        (call, "right"),
+        ("gone.wav", None),
+    ]
+    assert result.exit_code == 1 and "No such audio file" in lines[2]["error"]
+    samples = soundfile.read(call, dtype="float32")[0][:, 1]
+    turn = Conversation(model, processor).say(samples, max_new_tokens=4)
+    assert lines[1]["reply"] == turn.text and lines[1]["dimensions"] == pytest.approx(turn.heard.dimensions, abs=1e-5)
+    assert lines[1]["tower_dimensions"].keys() == {"arousal", "dominance", "valence"}

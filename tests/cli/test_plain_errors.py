@@ -7,6 +7,7 @@ from target_rows import make_rows, write_lines
 from tiny_models import tiny_emotion_tower, tiny_llm, tiny_model, tiny_processor, tiny_speech_tower, tiny_tokenizer
 from typer.testing import CliRunner
 
+import relllm
 from relllm.cli import app
 
 
@@ -178,3 +179,20 @@ def test_a_device_that_is_not_there_is_said_at_once(here: Path, monkeypatch) -> 
         command = ["annotate", "data/ours", "--emotion-model", "towers/emotion", "--out", "o.jsonl"]
         status, line = said(*command, "--device", device)
         assert status == 2 and f"device is '{device}'" in line and message in line
+
+
+def test_debug_shows_the_traceback_on_either_side_of_the_command(here: Path, monkeypatch) -> None:
+    monkeypatch.chdir(here)
+    for arguments in (["--debug", "inspect", "data/ousr"], ["inspect", "data/ousr", "--debug"]):
+        result = CliRunner().invoke(app, arguments)
+        first, *others = result.stderr.splitlines()
+        assert result.exit_code == 2 and "there is data/ours" in first
+        assert others[0].startswith("Traceback") and "PlaceError" in others[-1]
+
+
+def test_the_version_and_the_completion_are_there() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0 and result.stdout.startswith(f"relllm {relllm.__version__}, transformers ")
+    asked = {"_RELLLM_COMPLETE": "complete_bash", "COMP_WORDS": "relllm he", "COMP_CWORD": "1"}
+    shown = CliRunner().invoke(app, [], env=asked, prog_name="relllm")
+    assert shown.stdout.split() == ["hear"]

@@ -301,7 +301,7 @@ def test_a_plot_of_nothing_or_of_other_lengths_is_refused(tmp_path: Path) -> Non
 
 
 def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
-    monkeypatch.setattr("relllm.cli.data.console", Console(width=160))
+    monkeypatch.setattr("relllm.cli.data.console", Console(width=160, markup=False))
     result = CliRunner().invoke(app, ["inspect", *arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output

@@ -1,12 +1,15 @@
 """Runs side by side: hand-made run folders against naive formulas, what is refused, and the files."""
 
+import io
 import json
 import re
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+from rich.console import Console
 from run_folders import CLASSES, simulated_clips, write_run
 from scipy.stats import wilcoxon
 from sklearn.metrics import balanced_accuracy_score, f1_score
@@ -22,7 +25,8 @@ from relllm.evaluation.comparison_tables import (
 )
 from relllm.evaluation.runs import read_run
 from relllm.evaluation.statistics import holm
-from relllm.evaluation.tables import Table, to_latex, to_markdown
+from relllm.evaluation.tables import Table, show_table, to_latex, to_markdown
+from relllm.plots import ForestLine, plot_forest
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
 SYSTEMS = {"text-only": 0.45, "speech-only": 0.6, "re-llm": 0.75}
@@ -214,7 +218,8 @@ def test_a_baseline_at_zero_has_no_relative_gain(folders: list[Path]) -> None:
     gain = gain_of(comparison, "iemocap", "RE-LLM", "EX", "mean_level")
     assert (gain.relative, gain.relative_interval) == (None, None)
     assert gain.difference is not None and gain.difference > 0
-    row = next(row for row in comparison_tables(comparison)[1].rows if row[:3] == ["iemocap", "EX", "RE-LLM"])
+    by_name = {table.name: table for table in comparison_tables(comparison)}
+    row = next(row for row in by_name["empathy-gains"].rows if row[:3] == ["iemocap", "EX", "RE-LLM"])
     assert row[4:6] == ["–", "–"]
 
 
@@ -289,6 +294,33 @@ def test_the_command_prints_the_tables_and_writes_them(folders: list[Path], tmp_
     assert result.exit_code == 0
     assert "RE-LLM, published" in (tmp_path / "out" / "comparison.md").read_text()
     assert "Empathy" in result.output and "forest_empathy.png" in result.output
+
+
+@pytest.mark.parametrize("width", [40, 80, 300])
+def test_a_table_that_the_terminal_is_too_narrow_for_is_a_paragraph_a_row(folders: list[Path], width: int) -> None:
+    for table in comparison_tables(compare(folders, "text-only")):
+        console = Console(file=io.StringIO(), width=width, soft_wrap=True, markup=False)
+        show_table(table, console)
+        text = console.file.getvalue()
+        assert max(map(len, text.splitlines())) <= width and "…" not in text
+        words = " ".join(text.replace("│", " ").split())
+        for cell in (cell for row in table.rows for cell in row if cell != "–" and width > len(cell)):
+            assert cell in words
+
+
+def test_values_come_before_gains_and_a_forest_has_no_empty_panel(folders: list[Path], tmp_path: Path) -> None:
+    comparison = compare(folders, "text-only")
+    names = [table.name for table in comparison_tables(comparison)]
+    assert names == sorted(names, key=lambda name: name.endswith("-gains"))
+    figures = []
+    with mock.patch("relllm.plots._save", lambda figure, path: figures.append(figure) or path):
+        line = ForestLine("RE-LLM", 0.1, (0.0, 0.2), None)
+        plot_forest({("UA", "a"): [line], ("UA", "b"): [line], ("arousal", "b"): [line]}, tmp_path / "forest.png")
+        write_comparison(comparison, tmp_path)
+    assert [axes.get_title(loc="left") for axes in figures[0].axes] == ["UA, a", "UA, b", "arousal, b"]
+    labels = {label.get_text() for figure in figures for axes in figure.axes for label in axes.get_yticklabels()}
+    assert not any("over" in label for label in labels)  # the one baseline is in the title
+    assert any("over Text-only" in figure.get_suptitle() for figure in figures)
 
 
 def test_what_cannot_be_measured_is_refused_or_said(folders: list[Path]) -> None:

@@ -110,10 +110,11 @@ def run_plan(assumed: PlanArguments, script: ReLLMScriptArguments, args: ReLLMSF
     console.print(draw_table(trainable_table(step.model), args))
     console.print(_memory_table(plan, batch_size))
     fits = plan.total <= memory
-    verdict = "[green]fits[/green]" if fits else "[red]does not fit[/red]"
+    verdict = "fits" if fits else "does not fit"
     console.print(
         f"A batch of {batch_size} {verdict} a GPU of {assumed.gpu_memory} ({1 - assumed.reserve:.0%} of it used "
-        f"here); the largest batch is [bold]{largest}[/bold]."
+        f"here); the largest batch is {largest}.",
+        style="green" if fits else "red",
     )
     console.print(
         f"Speed: about {rows * step.sequence:,.0f} tokens or {rows:.1f} rows a second on one GPU, "
@@ -150,7 +151,7 @@ def _memory_table(plan: MemoryPlan, batch_size: int) -> Table:
     ):
         table.add_row(name, f"{size / size_of_unit:.2f}")
     table.add_section()
-    table.add_row("[bold]peak[/bold]", f"[bold]{plan.total / size_of_unit:.2f}[/bold]")
+    table.add_row("peak", f"{plan.total / size_of_unit:.2f}")
     return table
 
 
