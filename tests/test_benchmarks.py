@@ -60,6 +60,7 @@ def test_a_benchmark_without_goals_runs(name, results):
     assert all(isinstance(row["reached"], float) for row in run_quickly(name, results)["rows"])
 
 
+@pytest.mark.slow
 def test_profiles_are_drawn_and_traced(results, tmp_path, monkeypatch):
     profiles = importlib.import_module("profiles")
     monkeypatch.setattr(profiles, "RESULTS", results)
@@ -83,6 +84,7 @@ def measure(*arguments: object) -> None:
     print(json.dumps(importlib.import_module("memory").measure(*arguments)))
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_memory_runs(results, monkeypatch, fork_server):
     """Its processes are forked here; its own start afresh, and import everything."""
 

@@ -287,6 +287,7 @@ def prepare_and_be_killed(corpus: Corpus, out: Path) -> None:
     prepare(corpus, out, make_audio=kill_at_the_third_shard)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_does_the_rest_with_the_same_bytes(
     corpus: Corpus, fork_server: ForkServer, tmp_path: Path
 ) -> None:

@@ -165,6 +165,7 @@ def test_a_prompt_without_the_emotion_needs_none(tmp_path: Path) -> None:
     assert write_targets(rows, tmp_path / "out.jsonl", writer, settings, progress=False)["written"] == 3
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_the_command_writes_what_an_uninterrupted_one_writes(
     chat_model: Path, fork_server: ForkServer, tmp_path: Path
 ) -> None:

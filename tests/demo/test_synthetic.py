@@ -53,6 +53,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- the audio -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_corpus_is_bit_identical_when_written_again_later(corpus: Path, tmp_path: Path) -> None:
     time.sleep(1.1)  # eSpeak NG seeds its noise by the second, unless told otherwise; each call starts a process of it
     synthesize_tiny(tmp_path / "again")

@@ -102,6 +102,7 @@ def test_without_an_effect_a_family_has_a_false_finding_in_one_run_of_twenty() -
     assert abs(np.mean(found) - 0.05) < error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_speakers", "clips_each", "spread"), [(150, 1, 0.0), (12, 20, 0.15)])
 def test_the_interval_covers_a_known_gain_as_often_as_it_says(
     num_speakers: int, clips_each: int, spread: float

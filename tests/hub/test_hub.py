@@ -432,6 +432,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
     return made
 
 
+@pytest.mark.slow
 def test_what_loads_is_what_was_pushed_last(
     hub: FakeHub, forms: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -219,6 +219,7 @@ def test_generate_works_through_an_adapter_on_top(folder: Path, inputs) -> None:
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @WAYS
 @pytest.mark.parametrize("light", [False, True], ids=["full", "light"])
 @pytest.mark.parametrize("kind", [None, "all-linear", "modules_to_save"])

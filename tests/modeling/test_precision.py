@@ -108,6 +108,7 @@ def test_each_load_hears_and_replies_in_the_precision_that_was_asked_for(built, 
     assert positions.isfinite().all() and positions.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "asked"), [("full", None), ("light", torch.bfloat16)])
 def test_a_training_step_on_it_is_saved_and_comes_back_to_the_bit(asked, kind: str, built, tmp_path: Path) -> None:
     _, folder = built
@@ -144,6 +145,7 @@ def test_a_tower_that_trained_comes_back_in_float32_as_well(published: Path, tmp
     assert AutoModel.from_pretrained(tmp_path / "rounded").model.audio_tower.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", HALVES, ids=str)
 def test_a_tower_comes_back_in_the_precision_in_which_it_was_saved(half: torch.dtype, tmp_path: Path) -> None:
     model = build(save_towers(tmp_path))

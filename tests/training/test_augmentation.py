@@ -282,6 +282,7 @@ WORKERS = (
 )
 
 
+@pytest.mark.slow
 def test_workers_draw_what_one_process_draws(tmp_path: Path, processor, drawn: Path) -> None:
     expected_weights = run_of(tmp_path / "alone", processor)
     expected = take(drawn)
@@ -294,6 +295,7 @@ def test_workers_draw_what_one_process_draws(tmp_path: Path, processor, drawn: P
         assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights), workers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "workers",
     [{}, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}],

@@ -44,6 +44,7 @@ def test_weight_decay_is_transformers_in_every_group(tmp_path: Path) -> None:
     assert groups[0]["lr"] == 1.0 and sum(len(group["params"]) for group in groups) == len(trained)
 
 
+@pytest.mark.slow
 def test_they_are_logged_warmed_up_and_resumed_to_the_bit(tmp_path: Path) -> None:
     towers = save_towers(tmp_path / "towers")
     settings = {"projector_learning_rate": 4e-2, "heads_learning_rate": 1e-3, "logging_steps": 1}

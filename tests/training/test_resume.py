@@ -70,6 +70,7 @@ KILLS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", KILLS)
 def test_a_killed_run_ends_as_an_uninterrupted_one(
     kill: str, towers: Path, uninterrupted: Path, fork_server: ForkServer, tmp_path: Path

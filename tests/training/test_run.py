@@ -215,6 +215,7 @@ def test_a_run_trains_evaluates_and_saves_what_loads(towers: dict[str, str], cor
     assert processor.apply_request(clip(0.3))["input_ids"].shape[0] == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_and_one_that_is_complete_does_nothing(
     towers: dict[str, str], corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +237,7 @@ def test_a_run_that_was_killed_goes_on_and_one_that_is_complete_does_nothing(
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == files
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_its_last_step_takes_no_further_one(
     towers: dict[str, str], corpus: str, tmp_path: Path
 ) -> None:
@@ -499,6 +501,7 @@ def test_a_checkpoint_has_its_own_architecture_where_nothing_is_set(corpus: str,
     assert (extractor.full_window, extractor.max_duration_s) == (True, 9.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", ["concat", "token"])
 def test_a_second_stage_sets_an_emotion_tower_beside_the_first(
     fusion: str, towers: dict[str, str], corpus: str, tmp_path: Path

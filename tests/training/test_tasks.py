@@ -182,6 +182,7 @@ def train_rank(folder: Path, rows: list[dict]) -> None:
     trainer.accelerator.end_training()
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path: Path, fork_server: ForkServer, processor) -> None:
     rows = make_rows(tmp_path)
     ranks = fork_server.run_ranks(train_rank, tmp_path, rows)
@@ -196,6 +197,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path, fork_server: ForkServer,
         assert log[name] == pytest.approx(alone.state.log_history[0][name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
     towers = save_towers(tmp_path / "towers")
     settings = {"tasks": {"reply": 1, "recognition": 1}, "recognition_options": "drawn", "save_steps": 1}

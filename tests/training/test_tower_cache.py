@@ -123,6 +123,7 @@ def test_so_is_one_with_a_teacher_and_several_clips_a_row(tmp_path: Path) -> Non
     assert hits(runs[1]) == [0, 1] and "response_kl" in runs[1].state.log_history[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [{"fusion": "none"}, {"audio": "wavlm-group", "fusion": "token"}])
 def test_so_is_one_of_other_towers(tmp_path: Path, rows, kind: dict[str, str]) -> None:
     settings = {"max_steps": 3}
@@ -162,6 +163,7 @@ def test_with_all_clips_in_it_no_tower_runs_and_no_features_are_made(tmp_path: P
     assert not any(name.startswith("input_features") or name.startswith("input_values") for name in batch)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, rows) -> None:
     settings = RUN | {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
     settings |= {"light_checkpoints": False, "optim": "adamw_torch"}

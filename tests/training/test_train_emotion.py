@@ -100,6 +100,7 @@ def test_a_wrong_setting_is_refused(change: dict, message: str) -> None:
         EmotionScriptArguments(**{"model_name_or_path": "m", "data": "d", **change})
 
 
+@pytest.mark.slow
 def test_a_run_learns_keeps_the_best_and_gives_a_tower_that_rellm_takes(corpus: str, tmp_path: Path) -> None:
     script = EmotionScriptArguments(model_name_or_path=save_encoder(tmp_path / "encoder"), data=corpus)
     trainer = run_emotion_training(script, args_of(tmp_path / "run", num_train_epochs=20))

@@ -137,6 +137,7 @@ def train_rank(folder: Path, rows: list[dict]) -> None:
     trainer.accelerator.end_training()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradient_of_one(fork_server: ForkServer, tmp_path: Path) -> None:
     rows = make_rows(tmp_path)
     ranks = fork_server.run_ranks(train_rank, tmp_path, rows)
