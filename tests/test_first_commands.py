@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from relllm.cli import app
 from relllm.demo.tiny_towers import make_tiny_towers
 from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT
+from relllm.training.baselines.text_training import parse_text_arguments
 from relllm.training.emotion_training import parse_emotion_arguments
 from relllm.training.planning.plan import parse_plan
 from relllm.training.run import parse_arguments
@@ -36,7 +37,12 @@ BASH = shutil.which("bash")
 SAY = "command_not_found_handle() { printf '%s\\0' \"$@\"; printf '\\036'; }\nPATH=/dev/null\n"
 CLIP_S = 0.3
 KINDS = ("neu", "hap", "ang", "sad")
-PARSERS = {"train": parse_arguments, "train-emotion": parse_emotion_arguments, "plan": parse_plan}
+PARSERS = {
+    "train": parse_arguments,
+    "train-emotion": parse_emotion_arguments,
+    "train-text": parse_text_arguments,
+    "plan": parse_plan,
+}
 STAND_INS = {  # of what is on the Hub, and of sizes; in README's lines and in the recipes
     "openai/whisper-large-v2": "towers/speech",
     "audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim": "towers/emotion",

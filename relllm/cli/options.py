@@ -2,8 +2,8 @@
 
 A field is an option: its name is the flag, its default the flag's, `metadata` what Typer shows and checks:
 `{"help": "…"}`, and where it applies `"min"` and `"max"`, `"envvar"`, `"argument": True` (no flag in front), `"flags"`
-(other spellings) and `"place"` (it names a `"checkpoint"` or a `"dataset"`, which is looked for before anything is
-loaded). A field that is a tuple is given with commas. `output_dir` may be written `--out`.
+(other spellings) and `"place"` (one of `HOLDS`, or a `"dataset"`, which is looked for before anything is loaded). A
+field that is a tuple is given with commas. `output_dir` may be written `--out`.
 
 The dataclasses live in their rooms, in files that import nothing heavy: `relllm --help` reads them all.
 """
@@ -28,6 +28,7 @@ from relllm.modeling.places_relllm import PlaceError, check_place
 
 UsageError: type[Any] = typer.BadParameter.__bases__[0]  # Typer's own copy of Click is private
 ALIASES = {"output_dir": ["--out"]}
+HOLDS = {"checkpoint": "config.json", "checkpoint or adapter": ("config.json", "adapter_config.json")}
 WIDTH_OF_PIPES = 200  # a table's, where there is no terminal to ask
 
 
@@ -154,8 +155,8 @@ def _check_places(settings: Any) -> None:
         check_device(device)
     for field in dataclasses.fields(settings):
         kind, value = field.metadata.get("place"), getattr(settings, field.name)
-        if kind == "checkpoint" and value is not None and "{" not in str(value):
-            check_place(value, holds="config.json")
+        if value is not None and kind in HOLDS and "{" not in str(value):
+            check_place(value, holds=HOLDS[kind])
         elif kind == "dataset" and value is not None:
             check_place(value, repo_type="dataset")
 

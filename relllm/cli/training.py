@@ -1,4 +1,4 @@
-"""Training: `relllm train`, `train-emotion`, `plan`."""
+"""Training: `relllm train`, `train-emotion`, `train-text`, `plan`."""
 
 import hashlib
 import io
@@ -56,6 +56,26 @@ def train_emotion(context: typer.Context) -> None:
         return
     if trainer.is_world_process_zero():
         console.print(f"The tower is in {trainer.args.output_dir}.")
+
+
+@app.command("train-text", context_settings=PASSED_ON)
+def train_text(context: typer.Context) -> None:
+    """Fine-tune an LLM alone on transcripts and replies, the baseline text-only-tuned; `--help` lists the settings.
+
+    Example: relllm train-text --config recipes/text_only.yaml --data data/iemocap/targets.jsonl --out runs/text
+    """
+    if _asks_help(context):
+        return _show_help("baselines.text_training", "parse_text_arguments")
+    from relllm.training.baselines.text_training import parse_text_arguments, run_text_training
+    from relllm.training.checkpoints import RunComplete
+
+    try:
+        trainer = run_text_training(*parse_text_arguments(context.args))
+    except RunComplete as complete:
+        console.print(str(complete))
+        return
+    if trainer.is_world_process_zero():
+        console.print(f"The adapter is in [bold]{trainer.args.output_dir}[/bold].")
 
 
 @app.command(context_settings=PASSED_ON)

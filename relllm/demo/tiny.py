@@ -20,7 +20,7 @@ from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
-from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT
+from relllm.processing.prompts_relllm import RECOGNITION_PROMPT, SYSTEM_PROMPT, WRITER_PROMPT, recognition_prompt
 from relllm.processing.turns_relllm import build_chat_template
 from relllm.training.checkpoints import checkpoint_to_resume
 from relllm.training.config import ReLLMSFTConfig
@@ -35,6 +35,7 @@ from .tiny_towers import llama_config, train_byte_tokenizer, wav2vec2_config, wh
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}  # the paper's
 REPO_ID = "org/re-llm-demo"  # in the card; nothing is sent
 LEARNING_RATE, BATCH_SIZE = 2e-3, 16  # of all three trainings
+TASKS = {"reply": 1.0, "recognition": 2.0}  # of RE-LLM and its baseline; an answer is one word, a reply many
 SPEECH_TRAINING = {  # what the card says of it
     "data": "synthetic speech (eSpeak NG): rule-made prosody, not human emotion",
     "towers": "trained for the demo, in minutes, on the same synthetic corpus; nothing is pretrained",
@@ -77,7 +78,10 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
 
 
 def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
-    """Train a tokenizer and a small Llama on the corpus's own text: writer's prompt and transcript in, reply out."""
+    """Train a tokenizer and a small Llama on the corpus's own text: writer's prompt and transcript in, reply out.
+
+    It learns the question about the emotion too, as an LLM knows it: with the emotion told behind the transcript.
+    """
     set_seed(settings.seed)
     tokenizer = _train_tokenizer(corpus["train"])
     config = llama_config(tokenizer, 128, layers=4, num_key_value_heads=4)
@@ -88,6 +92,14 @@ def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
                 {"role": "user", "content": WRITER_PROMPT.format(emotion=row["emotion"]) + row["text"]},
             ],
             "completion": [{"role": "assistant", "content": row["response"]}],
+        }
+        for row in corpus["train"]
+    ]
+    question = recognition_prompt(EMOTIONS)
+    rows += [
+        {
+            "prompt": [{"role": "user", "content": f"{question}{row['text']} ({row['emotion']})"}],
+            "completion": [{"role": "assistant", "content": row["emotion"]}],
         }
         for row in corpus["train"]
     ]
@@ -102,7 +114,8 @@ def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
 
 
 def _train_tokenizer(rows: Dataset) -> PreTrainedTokenizerFast:
-    texts = [SYSTEM_PROMPT, WRITER_PROMPT, *rows["text"], *rows["response"], *EMOTIONS, "system\nuser\nassistant\n"]
+    prompts = [SYSTEM_PROMPT, WRITER_PROMPT, RECOGNITION_PROMPT, "system\nuser\nassistant\n"]
+    texts = [*prompts, *rows["text"], *rows["response"], *EMOTIONS]
     tokenizer = train_byte_tokenizer(texts, vocab_size=1000, min_frequency=2)
     tokenizer.chat_template = build_chat_template(tokenizer)
     return tokenizer
@@ -159,6 +172,7 @@ def _train_speech(corpus: DatasetDict, settings: DemoSettings, path: Path, fusio
         args=ReLLMSFTConfig(
             **_arguments(settings, path, epochs=settings.speech_epochs),
             unfreeze=["audio_tower"],
+            tasks=TASKS,
             light_checkpoints=False,  # this folder is to be moved and shared
         ),
         train_dataset=corpus["train"],

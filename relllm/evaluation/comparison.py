@@ -26,6 +26,7 @@ PARTS = (
 )
 SYSTEM_TITLES = {
     "text-only": "Text-only LLM on transcripts",
+    "text-only-tuned": "Text-only LLM, fine-tuned on the replies",
     "speech-only": "Speech-LLM without the emotion module",
     "re-llm": "RE-LLM",
 }

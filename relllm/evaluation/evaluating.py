@@ -20,7 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedConfig, set_seed
+from transformers import PreTrainedConfig, set_seed
 
 from relllm.data.journal import Journal, rows_fingerprint, write_json
 from relllm.data.loading import corpus_name, load_corpus
@@ -31,9 +31,10 @@ from relllm.labels import DIMENSIONS, EMOTIONS
 from relllm.modeling.checkpoint_relllm import find_commit
 from relllm.modeling.places_relllm import check_place
 
+from .adapters import ADAPTER_CONFIG, read_adapter, read_config
 from .asking import RECOGNITION_TOKENS, Questions, render_prompts
 from .empathy.quality import find_weaknesses, read_quality
-from .evaluation_settings import FORMAT, METRICS, PREDICTIONS, TASKS, EvaluationSettings, System
+from .evaluation_settings import FORMAT, METRICS, PREDICTIONS, READERS, TASKS, EvaluationSettings, System
 from .fingerprints import (
     check_extras,
     data_fingerprint,
@@ -123,21 +124,20 @@ def write_predictions(out: Path, identity: Mapping, lines: Sequence[Mapping]) ->
 
 def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     """Read data and configuration, and check that every task can be measured."""
-    check_place(settings.model, holds="config.json")
+    check_place(settings.model, holds=("config.json", ADAPTER_CONFIG))
     if settings.empathy_scorers is not None and not settings.allow_weak_scorers:
         _check_scorers(settings.empathy_scorers)
-    config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
-    system = resolve_system(config, settings.system, settings.model)
+    config = read_config(settings.model, settings.revision)
+    adapter = read_adapter(settings.model, settings.revision)
+    system = resolve_system(config, settings.system, settings.model, tuned=adapter is not None)
     rows = _load_rows(settings)
     seen = _find_seen(settings, config, system, rows)
-    labels = tuple(config.emotion_labels) if config.model_type == "relllm" else EMOTIONS
-    if settings.label_set is not None:
-        labels = LABEL_SETS[settings.label_set]
+    labels = _labels_of(settings, config)
     if settings.text_column is not None:
         _check_text_column(settings, system, rows)
     obstacles = _obstacles(rows, system, labels, with_scorers, settings.text_column or "text")
     taught = getattr(config, "trained_readings", None)
-    if system != "text-only" and taught is not None and not set(DIMENSIONS) & set(taught):
+    if system not in READERS and taught is not None and not set(DIMENSIONS) & set(taught):
         obstacles["dimensions"] = "no training has taught them to the model (trained_readings in its config.json)"
     for task in settings.tasks or ():
         if task in obstacles:
@@ -149,7 +149,7 @@ def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     questions = Questions(tuple(task for task in TASKS if task in tasks), labels, settings.max_new_tokens)
     if processor is not None:  # a ReLLM is asked as it was trained
         questions = replace(questions, instruction=processor.instruction, system_prompt=processor.system_prompt)
-    prompts = render_prompts(tokenizer, template, questions, audio=system != "text-only")
+    prompts = render_prompts(tokenizer, template, questions, audio=system not in READERS)
     return Plan(rows, system, questions, prompts, left_out={} if settings.tasks else obstacles, seen=seen)
 
 
@@ -177,6 +177,15 @@ def _load_rows(settings: EvaluationSettings) -> Dataset:
     return rows
 
 
+def _labels_of(settings: EvaluationSettings, config: PreTrainedConfig) -> tuple[str, ...]:
+    """Return the emotions to choose from: a ReLLM's, or those of the rows that an LLM was fine-tuned on."""
+    if settings.label_set is not None:
+        return LABEL_SETS[settings.label_set]
+    if config.model_type == "relllm":
+        return tuple(config.emotion_labels)
+    return tuple(read_training_record(settings.model, revision=settings.revision).get("emotion_labels", EMOTIONS))
+
+
 def _find_seen(
     settings: EvaluationSettings, config: PreTrainedConfig, system: System, rows: Dataset
 ) -> dict[str, object]:
@@ -191,9 +200,9 @@ def _find_seen(
 
 
 def _check_text_column(settings: EvaluationSettings, system: System, rows: Dataset) -> None:
-    if system != "text-only":
+    if system not in READERS:
         raise ValueError(
-            f"--text-column {settings.text_column} is for text-only; the system {system!r} hears the clips."
+            f"--text-column {settings.text_column} is for those that read; the system {system!r} hears the clips."
         )
     if settings.text_column not in rows.column_names:
         raise ValueError(f"{settings.data} has no column {settings.text_column!r}; it has {rows.column_names}.")
@@ -218,13 +227,13 @@ def _obstacles(rows: Dataset, system: System, labels: Sequence[str], with_scorer
     emotions = set(rows["emotion"]) if "emotion" in rows.column_names else set()
     if not emotions & set(labels):
         found["ser"] = f"no row has an emotion of the label set ({', '.join(labels)})"
-    if system == "text-only":
+    if system in READERS:
         found["dimensions"] = "a text-only system has no dimensions"
     elif not any(any_of(name) for name in DIMENSIONS):
         found["dimensions"] = f"no row has any of {', '.join(DIMENSIONS)}"
     if not with_scorers:
         found["empathy"] = "there are no scorers (--empathy-scorers DIR; `relllm empathy train` makes them)"
-    if system == "text-only" and not any_of(read):
+    if system in READERS and not any_of(read):
         found |= dict.fromkeys(TASKS, f"no row has a transcript (`{read}`)")
     if not any_of("text"):
         found["empathy"] = "no row has a transcript (`text`)"
@@ -233,7 +242,7 @@ def _obstacles(rows: Dataset, system: System, labels: Sequence[str], with_scorer
 
 def _length(row: Mapping, system: System) -> float:
     """Seconds of a clip, characters of a transcript; 0 where the header does not say, which reading will explain."""
-    if system == "text-only":
+    if system in READERS:
         return len(row.get("text") or "")
     if row.get("duration_s") is not None:
         return float(row["duration_s"])
@@ -284,8 +293,10 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
     summary = summarize_clips(lines, plan.questions.labels)
     name = settings.name or settings.output_dir.name
     draw_plots(lines, summary, settings.output_dir / PLOTS, title=name)
-    config = AutoConfig.from_pretrained(settings.model, revision=settings.revision)
+    config = read_config(settings.model, settings.revision)
     towers = getattr(config, "towers", None) or {}
+    if (adapter := read_adapter(settings.model, settings.revision)) is not None:
+        towers = {"text_model": {"name": adapter["base_model_name_or_path"], "revision": adapter.get("revision")}}
     greedy = {name: value for name, value in GREEDY.items() if value is not None}
     limits = {"recognition": RECOGNITION_TOKENS, "reply": plan.questions.max_new_tokens}
     packages = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "audmetric")

@@ -10,13 +10,14 @@ from typing import Literal, TypeAlias, get_args
 from relllm.setting import REQUIRED, setting
 
 Task: TypeAlias = Literal["ser", "dimensions", "empathy"]
-System: TypeAlias = Literal["text-only", "speech-only", "re-llm"]
+System: TypeAlias = Literal["text-only", "text-only-tuned", "speech-only", "re-llm"]
 Mechanism: TypeAlias = Literal["ER", "IP", "EX"]  # of empathy, after EPITOME
 LabelSetName: TypeAlias = Literal["4", "5", "all"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
 TASKS: tuple[Task, ...] = get_args(Task)
 SYSTEMS: tuple[System, ...] = get_args(System)
+READERS: tuple[System, ...] = ("text-only", "text-only-tuned")  # of the transcript, which hear nothing
 MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
 LEVELS = 3  # of a mechanism: none, weak, strong
 WAYS = ("generated", "likelihood", "head")  # of recognising an emotion
@@ -30,9 +31,9 @@ class EvaluationSettings:
 
     model: str = setting(
         REQUIRED,
-        "A checkpoint, or for text-only any causal LM: a directory or Hub id.",
+        "A checkpoint, or any causal LM or LoRA on one, which read transcripts: a directory or Hub id.",
         argument=True,
-        place="checkpoint",
+        place="checkpoint or adapter",
     )
     data: str = setting(
         REQUIRED, "A corpus: a directory, a .jsonl/.csv/.parquet file, or a Hub id.", argument=True, place="dataset"

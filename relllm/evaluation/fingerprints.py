@@ -18,10 +18,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils.hub import cached_file
 
 from relllm import __version__
 from relllm.labels import DIMENSIONS
 from relllm.modeling.checkpoint_relllm import weight_files
+
+from .adapters import ADAPTER_WEIGHTS, base_of, describe_adapter, read_adapter
 
 UNFINISHED = ".unfinished/"  # in the path of a training that was killed, beside the scorers that are complete
 CHUNK = 1 << 20  # bytes
@@ -50,6 +53,8 @@ def model_fingerprint(model: str, *, revision: str = "main") -> str:
     The weights are those of the full checkpoint, whether it is one file, shards, or a light one, which is put together
     with its towers: each by its name, precision, shape and bytes.
     """
+    if (adapter := read_adapter(model, revision)) is not None:
+        return _adapter_fingerprint(model, revision, adapter)
     config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
     with ThreadPoolExecutor() as pool:  # hashing leaves other threads the interpreter
         if config.get("light_checkpoint"):
@@ -65,6 +70,14 @@ def model_fingerprint(model: str, *, revision: str = "main") -> str:
             parts.sort()
     parts.append(json.dumps({name: config.get(name) for name in BEHAVIOUR}, sort_keys=True))
     return combine_fingerprints(parts)
+
+
+def _adapter_fingerprint(model: str, revision: str, adapter: dict) -> str:
+    base = base_of(adapter)
+    below = model_fingerprint(base["pretrained_model_name_or_path"], revision=base["revision"])
+    with safe_open(cached_file(model, ADAPTER_WEIGHTS, revision=revision), "pt") as opened:
+        weights = [_weight_line(name, opened.get_tensor(name)) for name in sorted(opened.keys())]
+    return combine_fingerprints([below, *weights, describe_adapter(adapter)])
 
 
 def folder_fingerprint(path: str) -> str:

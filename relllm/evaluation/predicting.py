@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
@@ -25,6 +23,7 @@ from relllm.modeling.outputs_relllm import ReLLMAudioOutput
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.turns_relllm import build_chat_template
 
+from .adapters import base_of, find_file, load_causal_lm, read_adapter, read_config
 from .asking import (
     RECOGNITION_TOKENS,
     Questions,
@@ -36,7 +35,7 @@ from .asking import (
     render,
     render_prompts,
 )
-from .evaluation_settings import NO_TRANSCRIPT, SYSTEMS, System
+from .evaluation_settings import NO_TRANSCRIPT, READERS, SYSTEMS, System
 
 
 class Predictor:
@@ -182,11 +181,14 @@ def load_predictor(
 ) -> Predictor:
     """Load a system, ready to be asked, as [`resolve_system`] names it."""
     tokenizer, template, processor = load_tokenizer(model, revision)
-    loader = AutoModelForCausalLM if processor is None else AutoModel
-    loaded = loader.from_pretrained(model, revision=revision, dtype=dtype, use_safetensors=True).to(device).eval()
+    if processor is None:
+        loaded = load_causal_lm(model, revision=revision, dtype=dtype)
+    else:
+        loaded = AutoModel.from_pretrained(model, revision=revision, dtype=dtype, use_safetensors=True)
+    loaded = loaded.to(device).eval()
     given = loaded.generation_config  # of the whole model; the LLM inside has none of its own
     given.eos_token_id = find_ends(given, tokenizer, template)
-    if processor is not None and system != "text-only":
+    if processor is not None and system not in READERS:
         return SpeechPredictor(loaded, processor, questions)
     if processor is None:
         return TextPredictor(loaded, tokenizer, template, questions)
@@ -199,28 +201,39 @@ def load_tokenizer(model: str, revision: str) -> tuple[PreTrainedTokenizerBase, 
 
     A bare LLM gets the template that a ReLLM built on it has, so that only the hearing differs between the two.
     """
-    if AutoConfig.from_pretrained(model, revision=revision).model_type == "relllm":
+    if read_config(model, revision).model_type == "relllm":
         processor = AutoProcessor.from_pretrained(model, revision=revision)
         return processor.tokenizer, _template_of(processor), processor
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+    adapter = read_adapter(model, revision)
+    place = {"pretrained_model_name_or_path": model, "revision": revision}
+    if adapter is not None and find_file(model, "tokenizer_config.json", revision) is None:
+        place = base_of(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(**place)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, build_chat_template(tokenizer), None
 
 
-def resolve_system(config: PreTrainedConfig, system: System | None, model: str) -> System:
-    """Return which system a checkpoint is, or the one asked for; `ValueError` says what to do if it is another."""
+def resolve_system(config: PreTrainedConfig, system: System | None, model: str, *, tuned: bool = False) -> System:
+    """Return which system a checkpoint is, or the one asked for; `ValueError` says what to do if it is another.
+
+    A causal LM that is `tuned` has an adapter on it; another may be told to be one that was fine-tuned.
+    """
     if system is not None and system not in SYSTEMS:
         raise ValueError(f"Unknown system {system!r}; expected one of {', '.join(SYSTEMS)}.")
     if config.model_type != "relllm":
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(f"{model} holds a {config.model_type!r} model; expected a ReLLM or a causal LM.")
-        if system not in (None, "text-only"):
+        if system not in (None, *READERS):
             raise ValueError(
                 f"{model} is a causal LM ({config.model_type}), which hears nothing, and system {system!r} was asked "
                 "for. Use --system text-only, or give a ReLLM checkpoint."
             )
-        return "text-only"
+        if tuned and system == "text-only":
+            raise ValueError(
+                f"{model} is an adapter, and the system {system!r} is an LLM as it is. Leave --system out."
+            )
+        return "text-only-tuned" if tuned else system or "text-only"
     is_speech_only = config.emotion_fusion == "none"
     own: System = "speech-only" if is_speech_only else "re-llm"
     if system not in (None, "text-only", own):

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 TABLES = (".jsonl", ".csv", ".parquet")
@@ -12,23 +13,30 @@ class PlaceError(FileNotFoundError):
     """There is no checkpoint, or no data, where a user says it is."""
 
 
-def check_place(place: str | os.PathLike, *, holds: str | None = None, repo_type: str | None = "model") -> None:
+def check_place(
+    place: str | os.PathLike, *, holds: str | Sequence[str] | None = None, repo_type: str | None = "model"
+) -> None:
     """Raise a [`PlaceError`] for a path where nothing is, rather than have it looked for on the Hub.
 
     A name is a path if it is written like one (`./x`, `a/b/c`, `x.jsonl`), if its folder is here, or if something here
     has nearly that name. An id of the Hub of which this is true is known by being in the Hub's cache.
 
     Args:
-        holds (`str`, *optional*): A file that a folder must have, such as `config.json`.
+        holds (`str`, *optional*): A file that a folder must have, such as `config.json`, or several of which it must
+            have one.
         repo_type (`str`, *optional*, defaults to `"model"`): What it would be on the Hub; or `"dataset"`; `None` for
             what is on this machine only.
     """
     name = str(place)
     path = Path(name).expanduser()
     if path.exists():
-        if holds is not None and not (path / holds).is_file():
-            inside = sorted(str(found.parent) for depth in ("*/", "*/*/") for found in path.glob(depth + holds))
-            raise PlaceError(f"{name} is no folder with a {holds}; {_there_is(inside) or _listing(path)}.")
+        wanted = [holds] if isinstance(holds, str) else list(holds or ())
+        if wanted and not any((path / one).is_file() for one in wanted):
+            depths = [depth + one for depth in ("*/", "*/*/") for one in wanted]
+            inside = sorted({str(found.parent) for depth in depths for found in path.glob(depth)})
+            raise PlaceError(
+                f"{name} is no folder with a {' or '.join(wanted)}; {_there_is(inside) or _listing(path)}."
+            )
         return
     written = (
         repo_type is None or name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in TABLES

@@ -249,7 +249,40 @@ class RowsSettings:
 
 
 @dataclass
-class ReLLMScriptArguments(RowsSettings):
+class SplitSettings(RowsSettings):
+    """Which rows measure a run while it trains."""
+
+    eval_split: str | None = setting(None, "Split to evaluate on, as eval_strategy says.")
+    eval_data: str | None = setting(None, "Where eval_split is, if not in data.")
+
+
+@dataclass
+class LoraSettings:
+    """The LoRA of an LLM; what a checkpoint does not say has the paper's value."""
+
+    lora_r: int | None = setting(None, "Rank of the LLM's LoRA (default; paper: 16); 0 for no LoRA.")
+    lora_alpha: int | None = setting(None, "LoRA's alpha (default; paper: 16).")
+    lora_dropout: float | None = setting(None, "LoRA's dropout (default; paper: 0.05).")
+    lora_target_modules: list[str] | None = setting(
+        None, "Layers by name, or one regular expression; by default all linear (paper)."
+    )
+
+    @property
+    def lora(self) -> dict | None:
+        """Return the arguments of `peft.LoraConfig`, or `None`."""
+        if not self.lora_r:
+            return None
+        names = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+        given = {name: getattr(self, setting) for name, setting in names.items()}
+        lora = {name: OF_A_NEW_MODEL[names[name]] if value is None else value for name, value in given.items()}
+        named: list[str] | str | None = self.lora_target_modules
+        if named is not None and len(named) == 1 and not re.fullmatch(r"[\w.]+", named[0]):
+            named = named[0]
+        return lora if named is None else lora | {"target_modules": named}
+
+
+@dataclass
+class ReLLMScriptArguments(LoraSettings, SplitSettings):
     """What `relllm train` takes beside [`ReLLMSFTConfig`]: the model to start from, its LoRA, and the data.
 
     A new model is built from towers, with the paper's architecture where nothing is set. A ReLLM checkpoint has its
@@ -266,16 +299,10 @@ class ReLLMScriptArguments(RowsSettings):
         None, "How emotion joins speech: concat (default; paper), token, none (the baseline, without emotion tower)."
     )
     projector_inner_dim: int | None = setting(None, "Width of the bottleneck (default, and original: 512).")
-    lora_r: int | None = setting(None, "Rank of the LLM's LoRA (default; paper: 16); 0 for no LoRA.")
-    lora_alpha: int | None = setting(None, "LoRA's alpha (default; paper: 16).")
-    lora_dropout: float | None = setting(None, "LoRA's dropout (default; paper: 0.05).")
     lora_scope: Literal["audio", "text", "global"] | None = setting(
         None, "Where LoRA acts: audio (default; paper), text, global."
     )
     emotion_labels: list[str] | None = setting(None, "Classes of a new model's head; by default those of the data.")
-    lora_target_modules: list[str] | None = setting(
-        None, "Layers by name, or one regular expression; by default all linear (paper)."
-    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
         None, "Of the frozen weights; by default the LLM's own. What trains is in float32."
     )
@@ -283,8 +310,6 @@ class ReLLMScriptArguments(RowsSettings):
     load_in_4bit: bool = setting(False, "QLoRA: the LLM alone in 4 bit (bitsandbytes).")
     full_window: bool | None = setting(None, "Whisper over its whole 30 s, as it was trained (default: true).")
     max_duration_s: float | None = setting(None, "Longest clip accepted, in seconds (default: 600).")
-    eval_split: str | None = setting(None, "Split to evaluate on, as eval_strategy says.")
-    eval_data: str | None = setting(None, "Where eval_split is, if not in data.")
     streaming: bool = setting(False, "Read rows as they are needed; needs max_steps.")
     early_stopping_patience: int | None = setting(None, "Stop after so many evaluations without a better metric.")
 
@@ -315,16 +340,3 @@ class ReLLMScriptArguments(RowsSettings):
             raise ValueError(f"Expected lora_r >= 0, lora_dropout in [0, 1), got {self.lora_r}, {self.lora_dropout}.")
         if self.max_duration_s is not None and self.max_duration_s <= 0:
             raise ValueError(f"max_duration_s must be positive, got {self.max_duration_s}.")
-
-    @property
-    def lora(self) -> dict | None:
-        """Return the arguments of `peft.LoraConfig`, or `None`."""
-        if not self.lora_r:
-            return None
-        names = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
-        given = {name: getattr(self, setting) for name, setting in names.items()}
-        lora = {name: OF_A_NEW_MODEL[names[name]] if value is None else value for name, value in given.items()}
-        named: list[str] | str | None = self.lora_target_modules
-        if named is not None and len(named) == 1 and not re.fullmatch(r"[\w.]+", named[0]):
-            named = named[0]
-        return lora if named is None else lora | {"target_modules": named}

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from datasets import Dataset, IterableDataset
 from rich.console import Console
-from transformers import AutoConfig, EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers import AutoConfig, EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from relllm.data.loading import load_corpus
 from relllm.data.mixing import mix_rows, name_sources
@@ -18,7 +18,7 @@ from relllm.labels import EMOTIONS
 from .augmentation import Augmentation, AugmentationSettings
 from .building import build_model, check_model, starting_points
 from .checkpoints import begin_run, describe_data, describe_seen, describe_weights, end_run
-from .config import ReLLMScriptArguments, ReLLMSFTConfig, check_places, check_selection, loss_weights
+from .config import ReLLMScriptArguments, ReLLMSFTConfig, SplitSettings, check_places, check_selection, loss_weights
 from .objective import class_weights
 from .settings import SettingsParser, check_trainer
 from .tower_cache import TowerCacheSettings
@@ -82,7 +82,7 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     selection = check_selection(script, args)
     folder = Path(args.output_dir)
     with args.main_process_first(desc="reading the rows"):
-        train_rows, eval_rows, parts = _load_data(script, args)
+        train_rows, eval_rows, parts = load_rows(script, args, streaming=script.streaming)
         _survey(script, args, train_rows, eval_rows, parts)
         identity = training_record(script, args) | selection | describe_data(script, train_rows, eval_rows)
         places = starting_points(script)
@@ -153,18 +153,18 @@ def _plain(value: object) -> object:
     return value if type(value) in (bool, int, float, str, list, dict) else str(getattr(value, "value", value))
 
 
-def _set_names(script: ReLLMScriptArguments) -> list[str]:
+def _set_names(script: SplitSettings) -> list[str]:
     """Return the short names of the data sets where there are several."""
     return name_sources(script.sources) if len(script.sources) > 1 else []
 
 
-def _load_data(
-    script: ReLLMScriptArguments, args: ReLLMSFTConfig
+def load_rows(
+    script: SplitSettings, args: TrainingArguments, *, streaming: bool = False
 ) -> tuple[Rows, Rows | dict[str, Rows] | None, dict[str, Rows]]:
     """Return the rows to train on, those to evaluate on (by data set where there are several), and the parts of the
     first.
     """
-    if script.streaming and args.max_steps <= 0:
+    if streaming and args.max_steps <= 0:
         raise ValueError("streaming=True needs max_steps: the number of rows is not known beforehand.")
     if script.eval_split is None and args.eval_strategy != "no":
         raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_split (or eval_data as well).")
@@ -175,8 +175,8 @@ def _load_data(
     for name, source in zip(names, sources, strict=True):
         own = script.held_out if source.held_out is None else source.held_out
         taught = script.train_split if source.train_split is None else source.train_split
-        parts[name] = load_corpus(source.name, taught or "all", held_out=own, streaming=script.streaming)
-        if script.streaming:
+        parts[name] = load_corpus(source.name, taught or "all", held_out=own, streaming=streaming)
+        if streaming:
             parts[name] = parts[name].shuffle(seed=args.seed, buffer_size=1000)
         split = script.eval_split if source.eval_split is None else source.eval_split
         if split and not script.eval_data:

@@ -19,7 +19,7 @@ from relllm.training.settings import read_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.yaml"))
-RUNS = [str(path) for path in RECIPES if path.parts[0] != "accelerate"]
+RUNS = [str(path) for path in RECIPES if path.parts[0] != "accelerate" and path.stem != "text_only"]
 DIFFERENCES = {  # of stage2_emotion.yaml
     "ablations/no_emotion_fusion": {"emotion_tower": None, "emotion_fusion": "none"},
     "ablations/no_auxiliary_losses": {"emotion_loss_weight": 0.0, "dimension_loss_weight": 0.0},

@@ -1,0 +1,181 @@
+"""`relllm train-text`: the LLM alone, reading, fine-tuned on a ReLLM's replies: the baseline `text-only-tuned`.
+
+PEFT's LoRA on a bare causal LM, by TRL's `SFTTrainer`, with the paper's settings of RE-LLM where nothing else is said.
+The prompt is the one that `relllm evaluate` gives such a system: the transcript where the audio would stand.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils import logging
+from trl import SFTConfig, SFTTrainer
+
+from relllm.data.survey import emotions_of, survey_rows
+from relllm.modeling.checkpoint_relllm import place_of
+from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
+from relllm.processing.turns_relllm import build_chat_template
+from relllm.setting import setting
+
+from ..checkpoints import LastStepMixin, begin_run, describe_data, describe_seen, describe_weights, end_run
+from ..config import OF_A_NEW_MODEL, LoraSettings, SplitSettings, check_places, check_selection
+from ..run import TRAINER_SETTINGS, load_rows
+from ..settings import SettingsParser, check_trainer
+
+logger = logging.get_logger(__name__)
+
+METRICS = ("loss", "mean_token_accuracy", "entropy")
+DESCRIPTION = """\
+Fine-tune an LLM alone, on transcripts and the replies to them: what a ReLLM is compared with beside the LLM as it is.
+
+  relllm train-text --config recipes/text_only.yaml --data data/iemocap/targets.jsonl --out runs/iemocap-text
+  relllm evaluate runs/iemocap-text data/iemocap --out runs/eval/text-only-tuned
+
+Writes a PEFT adapter (LoRA on all linear layers). Rows need `text` and `response`. The prompt is the one that
+`relllm evaluate` gives to text-only systems. Interrupted, the same command goes on from the last complete checkpoint.
+"""
+
+
+@dataclass
+class TextScriptArguments(LoraSettings, SplitSettings):
+    """What `relllm train-text` takes beside [`TextTrainingConfig`]."""
+
+    text_model: str | None = setting(None, "Any causal LM: id or path.")
+    dtype: str | None = setting(None, "Of its frozen weights; by default its own. The LoRA is in float32.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text_model is None or self.data is None:
+            raise ValueError("text_model and data are needed: what to fine-tune, and on which rows.")
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}.")
+        for name in ("lora_r", "lora_alpha", "lora_dropout"):
+            if getattr(self, name) is None:
+                setattr(self, name, OF_A_NEW_MODEL[name])
+        if self.lora is None:
+            raise ValueError(f"lora_r is {self.lora_r}: nothing would train. Give a rank, such as 16.")
+
+
+@dataclass
+class TextTrainingConfig(SFTConfig):
+    """`trl.SFTConfig` with the optimisation of RE-LLM's recipe as the defaults, so that the input alone differs."""
+
+    learning_rate: float = setting(2e-5, "Peak learning rate, as RE-LLM's.")
+    weight_decay: float = setting(0.05, "AdamW's weight decay, as RE-LLM's.")
+    warmup_steps: float = setting(200, "Warm-up steps, as RE-LLM's.")
+    num_train_epochs: float = setting(3.0, "Epochs, as RE-LLM's.")
+    per_device_train_batch_size: int = setting(2, "Rows a device and step, as RE-LLM's.")
+    gradient_accumulation_steps: int = setting(8, "Steps an update, as RE-LLM's.")
+    max_length: int | None = setting(None, "Longest row in tokens; by default none is cut.")
+    loss_type: str = setting("nll", "Of the reply; TRL before 1.16 defaults to another.")
+    report_to: str = setting("none", "trackio, tensorboard, wandb, …")
+
+    def __post_init__(self) -> None:
+        bf16: bool | None = self.bf16  # type: ignore[has-type]
+        if bf16 is None and not torch.cuda.is_available():
+            self.bf16 = False
+        super().__post_init__()
+        self.assistant_only_loss = True  # the reply and its end, as in a ReLLM's labels
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the token: the trainer pickles its settings to `training_args.bin`, which a push sends along."""
+        return {**self.__dict__, "hub_token": None}
+
+
+class TextTrainer(LastStepMixin, SFTTrainer):
+    """TRL's, which can be resumed after its last step, and writes no card of its own."""
+
+    def create_model_card(self, *args: object, **kwargs: object) -> None:
+        """Write none: what it was trained on is in its record."""
+
+
+def parse_text_arguments(arguments: Sequence[str]) -> tuple[TextScriptArguments, TextTrainingConfig]:
+    """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does."""
+    sections = {
+        "model and data": [one.name for one in fields(TextScriptArguments)],
+        "where RE-LLM's recipe differs from TRL's": list(TextTrainingConfig.__annotations__),
+    }
+    kinds, command = (TextScriptArguments, TextTrainingConfig), "relllm train-text"
+    parser = SettingsParser(kinds, command=command, description=DESCRIPTION, sections=sections)
+    script, args = parser.parse_settings(arguments)
+    return script, args
+
+
+def run_text_training(script: TextScriptArguments, args: TextTrainingConfig) -> TextTrainer:
+    """Train the LoRA, evaluate and save, as the settings say; adapter and tokenizer are in `args.output_dir`.
+
+    It goes on from what is in that folder as [`~relllm.training.run.run_training`] does.
+    """
+    check_places(script)
+    check_trainer(args, METRICS)
+    assert script.text_model is not None
+    folder, places = Path(args.output_dir), {"text_model": script.text_model}
+    selection = check_selection(script, args)
+    with args.main_process_first(desc="reading the rows"):
+        train_rows, eval_rows, _ = load_rows(script, args)
+        train_rows = keep_spoken(train_rows)
+        held_back = eval_rows if isinstance(eval_rows, dict) else {"": eval_rows} if eval_rows is not None else {}
+        held_back = {name: keep_spoken(rows) for name, rows in held_back.items()}
+        eval_rows = held_back.get("", held_back or None)
+        identity = _training_record(script, args) | selection | describe_data(script, train_rows, eval_rows)
+        identity["emotion_labels"] = emotions_of(survey_rows(train_rows))  # a ReLLM's of these rows, to choose from
+        identity |= describe_weights(places, "main") | describe_seen(script, train_rows, eval_rows, places, "main")
+        checkpoint = args.resume_from_checkpoint or begin_run(folder, identity, script.resume)
+        turns = {name: write_turns(rows) for name, rows in held_back.items()}
+    tokenizer = AutoTokenizer.from_pretrained(script.text_model)
+    set_seed(args.seed)  # what is drawn for the LoRA
+    model = AutoModelForCausalLM.from_pretrained(
+        place_of(script.text_model), dtype=script.dtype or "auto", use_safetensors=True
+    )
+    own, tokenizer.chat_template = tokenizer.chat_template, build_chat_template(tokenizer)
+    trainer = TextTrainer(
+        model=model,
+        args=args,
+        train_dataset=write_turns(train_rows),
+        eval_dataset=turns.get("", turns or None),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **{"target_modules": "all-linear", **(script.lora or {})}),
+    )
+    tokenizer.chat_template = own  # it has made the rows; the LLM's own is saved
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    if eval_rows is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    if trainer.is_world_process_zero():
+        end_run(folder, identity, trainer.state)
+    return trainer
+
+
+def keep_spoken(rows: Dataset) -> Dataset:
+    """Return the rows that have a transcript and a reply; `ValueError` if there is none."""
+    columns = [rows[name] if name in rows.column_names else [None] * len(rows) for name in ("text", "response")]
+    kept = [index for index, (text, reply) in enumerate(zip(*columns, strict=True)) if (text or "").strip() and reply]
+    if not kept:
+        raise ValueError(f"None of {len(rows)} rows has `text` and `response`. `relllm write-targets` writes replies.")
+    if len(kept) < len(rows):
+        logger.warning(f"{len(rows) - len(kept)} of {len(rows)} rows lack a transcript or a reply: left out.")
+    return rows.select(kept)
+
+
+def write_turns(rows: Dataset) -> Dataset:
+    """Return the conversations of rows as TRL's `prompt` and `completion`."""
+    return Dataset.from_list([_turns(text, reply) for text, reply in zip(rows["text"], rows["response"], strict=True)])
+
+
+def _turns(text: str, reply: str) -> dict[str, list[dict[str, str]]]:
+    asked = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": SPEECH_PROMPT + text}]
+    return {"prompt": asked, "completion": [{"role": "assistant", "content": reply}]}
+
+
+def _training_record(script: TextScriptArguments, args: TextTrainingConfig) -> dict[str, object]:
+    """Return the settings that decide what comes out of a run."""
+    names = [*TextTrainingConfig.__annotations__, *(name for name in TRAINER_SETTINGS if name != "world_size")]
+    record = {one.name: getattr(script, one.name) for one in fields(LoraSettings)} | {"dtype": script.dtype}
+    record |= {name: getattr(args, name) for name in names if name != "report_to"}
+    return {name: getattr(value, "value", value) for name, value in record.items() if value is not None}
