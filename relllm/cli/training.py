@@ -75,7 +75,7 @@ def train_text(context: typer.Context) -> None:
         console.print(str(complete))
         return
     if trainer.is_world_process_zero():
-        console.print(f"The adapter is in [bold]{trainer.args.output_dir}[/bold].")
+        console.print(f"The adapter is in {trainer.args.output_dir}.")
 
 
 @app.command(context_settings=PASSED_ON)
