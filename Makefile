@@ -17,11 +17,11 @@ DEMO_small := $(BIN)/python examples/pretrained/pretrained_demo.py
 
 # Two test processes of one thread each: several threads in each process would fight over the cores. Files keep the
 # order of tests/conftest.py, which begins with slow ones, so that both processes end together.
-TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+TEST_ENV := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-all test-transformers test-real check check-releases format demo bench clean distclean
+.PHONY: help setup test test-slow test-all test-gpu test-transformers test-real check check-releases format demo bench bench-gpu clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -46,6 +46,9 @@ test-slow: .venv/.ready  ## Run the slow ones: fresh interpreters, compilers, la
 
 test-all: .venv/.ready  ## Run both in one go, which imports and collects once
 	$(PYTEST) $(ARGS)
+
+test-gpu: .venv/.ready $(SUITE)/.ready  ## Run those that compare a card with this machine's CPU, in float32 and bfloat16, and Transformers' own on it
+	RELLM_TEST_DEVICE=cuda TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m gpu tests/test_card.py tests/transformers $(ARGS)
 
 test-transformers: .venv/.ready $(SUITE)/.ready  ## Run Transformers' own model and processor tests on ours
 	$(PYTEST) tests/transformers $(ARGS)
@@ -80,6 +83,9 @@ demo: .venv/.ready  ## Train, evaluate and talk to a small RE-LLM on synthetic s
 bench: .venv/.ready  ## Measure speed and memory against docs/performance.md (ARGS="towers reply" for some)
 	OMP_NUM_THREADS=$(BENCH_THREADS) MKL_NUM_THREADS=$(BENCH_THREADS) TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 		$(BIN)/python benchmarks/run_all.py $(ARGS)
+
+bench-gpu: .venv/.ready  ## Measure the card that is here, with random weights at the paper's sizes: benchmarks/results/gpu.json
+	TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean:  ## Remove caches and build products, keep .venv and runs/
 	rm -rf build dist .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis relllm.egg-info

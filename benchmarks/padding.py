@@ -1,7 +1,7 @@
 """Padding of training batches, in random order and with `train_sampling_strategy="group_by_length"`.
 
-Of the batches as they come, and of what the towers run, which on a CPU and on an accelerator make groups of like
-length of each batch (Whisper in the cheap mode, a waveform tower with layer norms).
+Of the batches as they come, and of what the towers run, which on a CPU make groups of like length of each batch
+(Whisper in the cheap mode, a waveform tower with layer norms).
 
 Durations are log-normal around a median of 5 s (sigma 0.6), cut to 1-30 s: about what corpora of emotional speech
 have. Replies are 40-240 characters, drawn apart from the duration. Lengths are those that the trainer groups by.
@@ -16,7 +16,7 @@ from reference import RATE, build_model, build_processor, conversations
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from relllm import ReLLMProcessor
-from relllm.modeling.audio_tower_relllm import ACCELERATOR_PADDING, ACCELERATOR_SLACK, CPU_SLACK, group_by_length
+from relllm.modeling.audio_tower_relllm import CPU_SLACK, group_by_length
 from relllm.training.lengths import row_length
 
 BATCH, ACCUMULATION = 8, 2
@@ -82,9 +82,7 @@ def _run_padding(lengths: np.ndarray, *, on_cpu: bool) -> float:
     run = 0.0
     batches = lengths[: len(lengths) // BATCH * BATCH].reshape(-1, BATCH).tolist()
     for batch in batches:
-        padding = 1 - sum(batch) / (BATCH * max(batch))
-        whole = ACCELERATOR_SLACK if padding > ACCELERATOR_PADDING else 1.0
-        groups = group_by_length(batch, CPU_SLACK if on_cpu else whole, math.inf)
+        groups = group_by_length(batch, CPU_SLACK if on_cpu else 1.0, math.inf)
         run += sum(len(group) * batch[group[0]] for group in groups)
     return 1 - sum(map(sum, batches)) / run
 

@@ -14,6 +14,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.setdefault("RELLM_TEST_DEVICE", "cpu") == "cpu":  # `make test-gpu` says cuda
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is expected here is float32's on a CPU, also beside a card
+os.environ["TRANSFORMERS_TEST_DEVICE"] = os.environ["RELLM_TEST_DEVICE"]
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, each of which imports PyTorch
 
 import numpy as np

@@ -59,12 +59,20 @@ from .lora_relllm import (
     plain_lora_config,
 )
 from .outputs_relllm import ReLLMAudioOutput, ReLLMCausalLMOutput, ReLLMModelOutput, TowerOutputs
-from .projector_relllm import ConvProjector, ProjectorOutput, check_counts, count_message, place_positions
+from .projector_relllm import (
+    ConvProjector,
+    ProjectorOutput,
+    check_counts,
+    count_message,
+    count_positions,
+    place_positions,
+)
 from .releases_relllm import CACHE, cache_arguments
 
 FEATURES = ("input_features", "input_features_mask", "input_values", "input_values_mask")
 AUDIO_INPUTS = (*FEATURES, "audio_num_windows", "tower_outputs")
 READINGS = ("emotion_logits", "dimensions", "emotion_embedding", "tower_dimensions")
+MEL_HOP = 160  # samples a mel frame of Whisper
 AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForSpeechSeq2Seq")
 
 # On one device: what Transformers adds up between a tower's layers does not follow them to another.
@@ -323,7 +331,11 @@ class ReLLMModel(ReLLMPreTrainedModel):
     ) -> TowerOutputs:
         """Return what the towers make of the audio, to keep as `tower_outputs` while they are frozen."""
         with without_graph(self.audio_tower):
-            encoded, lengths = encode_audio(self.audio_tower, input_features, input_features_mask, **kwargs)
+            # The waveforms are of the same clips, and padded to the longest.
+            longest = None
+            if input_values is not None and self.audio_tower.config.model_type == "whisper":
+                longest = -(-input_values.shape[-1] // MEL_HOP)
+            encoded, lengths = encode_audio(self.audio_tower, input_features, input_features_mask, longest, **kwargs)
         outputs = TowerOutputs(
             encoded.last_hidden_state, lengths, hidden_states=encoded.hidden_states, attentions=encoded.attentions
         )
@@ -379,7 +391,8 @@ class ReLLMModel(ReLLMPreTrainedModel):
             positions, lengths = (audio.pooler_output, None) if packed else (audio.last_hidden_state, audio.lengths)
             inputs_embeds = place_positions(inputs_embeds, audio_mask, positions, lengths)
         elif input_ids is not None:
-            check_counts(audio_mask, torch.zeros((), dtype=torch.long, device=audio_mask.device))
+            none = torch.zeros((), dtype=torch.long, device=audio_mask.device)
+            check_counts(audio_mask, none, waits=not torch.is_grad_enabled())
             if scope == "audio" and not torch.is_grad_enabled():  # in training the LoRA stays in the graph
                 return inputs_embeds, None
         if scope == "global":
@@ -425,6 +438,12 @@ class ReLLMModel(ReLLMPreTrainedModel):
         audio = (mm_encoder_outputs or {}).get("audio")
         if audio is None and (input_features is not None or tower_outputs is not None):
             features = (input_features, input_features_mask, input_values, input_values_mask)
+            places = audio_mask
+            if places is None and input_ids is not None:
+                places = torch.eq(input_ids, self.config.audio_token_id)
+            if places is not None and not torch.is_grad_enabled():  # before a tower runs
+                frames = tower_outputs.lengths if tower_outputs is not None else None
+                check_counts(places, count_positions(self.config, *features[:2], frames), waits=True)
             audio = self._hear(features, audio_num_windows, tower_outputs)
         caches = cache_arguments(past_key_values, cache)
         inputs_embeds, lora_mask = self.place_audio(input_ids, inputs_embeds, audio_mask, audio, caches[CACHE])

@@ -11,7 +11,7 @@ from transformers import WhisperConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
-from .audio_tower_relllm import frame_mask
+from .audio_tower_relllm import count_frames, frame_mask
 from .configuration_relllm import ReLLMConfig
 
 
@@ -32,6 +32,17 @@ def count_projected(config: ReLLMConfig, frames: Tensor) -> Tensor:
     for _ in config.projector_kernel_sizes:
         frames = (frames - 1) // 2 + 1
     return frames
+
+
+def count_positions(
+    config: ReLLMConfig, inputs: Tensor | None, mask: Tensor | None, frames: Tensor | None = None
+) -> Tensor:
+    """Count, `()`, the positions of speech inputs and their mask, or of the `frames` that a tower has made of them."""
+    if frames is None:
+        assert inputs is not None
+        lengths = mask.sum(-1) if mask is not None else torch.full(inputs.shape[:1], inputs.shape[-1])
+        frames = count_frames(config.audio_config, lengths)
+    return (count_projected(config, frames) + (config.emotion_fusion == "token")).sum()
 
 
 class ConvProjector(nn.Module):
@@ -100,7 +111,9 @@ def place_positions(
     audio_mask = audio_mask.to(inputs_embeds.device)  # each of these may come from another device
     lengths = None if lengths is None else lengths.to(inputs_embeds.device)
     count = torch.tensor(positions.shape[0], device=audio_mask.device) if lengths is None else lengths.sum()
-    check_counts(audio_mask, count)
+    # Packed positions have been waited for. Others are counted before a tower runs, but for a training's: the collator
+    # has counted these, and waiting for the queue here would cost a step.
+    check_counts(audio_mask, count, waits=lengths is None and not torch.is_grad_enabled())
     flat = positions.flatten(0, -2).to(inputs_embeds)
     if len(flat) == 0:
         return inputs_embeds
@@ -112,13 +125,13 @@ def place_positions(
     return torch.where(audio_mask.unsqueeze(-1), placed, inputs_embeds)
 
 
-def check_counts(audio_mask: Tensor, positions: Tensor) -> None:
+def check_counts(audio_mask: Tensor, positions: Tensor, *, waits: bool) -> None:
     """Raise a `ValueError` if the number of placeholders is not that of audio positions `()`.
 
-    On an accelerator the check runs there, as an assertion of the device, and the host does not wait for it.
+    On an accelerator the host `waits` for both, or else the check is an assertion of the device.
     """
-    placeholders = audio_mask.sum()
-    if audio_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+    placeholders, positions = audio_mask.sum(), positions.to(audio_mask.device)
+    if (waits or audio_mask.device.type == "cpu") and not torch.compiler.is_compiling():
         if placeholders != positions:
             raise ValueError(count_message(int(placeholders), int(positions)))
     else:

@@ -17,9 +17,8 @@ def emotion_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = 
 
     `logits` are `(clips, classes)`, `labels` `(clips,)` with -100 where unlabelled, `class_weights` `(classes,)`.
     """
-    counted = labels != IGNORE_INDEX
     weights = None if class_weights is None else class_weights.to(logits.device, torch.float32)
-    return functional.cross_entropy(logits[counted].float(), labels[counted], weight=weights, reduction="sum")
+    return functional.cross_entropy(logits.float(), labels, weight=weights, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def soft_emotion_loss(logits: Tensor, votes: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -38,7 +37,7 @@ def dimension_loss(predicted: Tensor, target: Tensor) -> Tensor:
     Both are `(clips, 3)`, in the order of `DIMENSIONS`; targets are in [0, 1], or NaN, each value by itself.
     """
     labelled = ~target.isnan()
-    return (predicted[labelled].float() - target[labelled].float()).square().sum()
+    return ((predicted.float() - target.float().nan_to_num()) * labelled).square().sum()
 
 
 def ccc_loss(predicted: Tensor, target: Tensor) -> Tensor:

@@ -103,15 +103,15 @@ class Objective:
             yield Term(name, self.weights[name], value, total.detach(), local[name].to(total.device))
 
     def _class_weight(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the weight of each labelled clip: 1, or that of its class, or of its votes' classes."""
+        """Return the weight of each clip: 1, or that of its class, or of its votes' classes; 0 where unlabelled."""
         labels = batch["emotion_labels"]
         if "emotion_votes" in batch:
             votes = batch["emotion_votes"]
             return votes if self.class_weights is None else votes * self.class_weights.to(votes.device)
-        labelled = labels[labels != IGNORE_INDEX]
+        labelled = (labels != IGNORE_INDEX).float()
         if self.class_weights is None:
-            return torch.ones_like(labelled, dtype=torch.float)
-        return self.class_weights.to(labels.device)[labelled]
+            return labelled
+        return labelled * self.class_weights.to(labels.device)[labels.clamp(min=0)]
 
 
 def class_weights(given: Sequence[str | float], classes: Sequence[str], emotions: Mapping[str, int] | None) -> list:

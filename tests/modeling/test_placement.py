@@ -1,13 +1,20 @@
 """Projected positions in the sequence: where they come to stand, what is refused, and that no device is waited for."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from placed_tensors import several_devices, spread
 from tiny_models import clip, conversation_inputs, tiny_config, tiny_model, tiny_processor, user_turn
 from torch import Tensor
+from transformers import masking_utils
 
+from relllm import ReLLMSFTConfig
 from relllm.modeling.projector_relllm import place_positions
+from relllm.training.collator import ReLLMCollator
+from relllm.training.objective import TARGETS, Objective
 
 D = 3
 
@@ -91,9 +98,49 @@ def test_projecting_placing_and_the_llm_never_ask_a_device_for_a_value(fusion: s
     assert trained and all(parameter.grad is not None for parameter in trained)
 
 
-def test_an_accelerator_checks_the_counts_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("full_window", [True, False])
+def test_towers_never_ask_a_device_for_a_value_either(full_window: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a collator's batch to the losses, with clips of unlike length.
+
+    But for what Transformers itself asks of each mask, whether it is all ones.
+    """
+    config = tiny_config()
+    for name in ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa"):
+        monkeypatch.setattr(masking_utils, name, lambda *_: False)
+    model, processor = tiny_model(config), tiny_processor(config, full_window=full_window)
+    rows = [{"audio": clip(seconds), "response": "I see.", "emotion": "sad"} for seconds in (0.5, 1.7)]
+    batch = ReLLMCollator(processor, config.emotion_labels)(rows)
+    targets = {name: batch.pop(name) for name in TARGETS if name in batch}
+    with torch.no_grad():
+        expected = model(**batch)
+    args = ReLLMSFTConfig("unused", use_cpu=True, report_to="none", response_kl_weight=0)
+    objective = Objective(args, model)
+    targets, batch = ({name: value.to("meta") for name, value in one.items()} for one in (targets, batch))
+    counts = objective.count(batch | targets)
+    output = model.to("meta").train()(**batch)
+    assert output.audio_hidden_states.shape == expected.audio_hidden_states.shape
+    (output.loss + sum(term.value for term in objective.terms(output, targets, counts, counts))).backward()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_accelerator_counts_before_a_tower_runs_and_asserts_in_training(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On "meta:0", which is a CPU under another name. In training the collator has counted."""
+    config = tiny_config()
+    batch = conversation_inputs(tiny_processor(config), [[user_turn("A ", clip(0.5))], [user_turn(clip(1.7))]])
+    batch["input_ids"][0, (batch["input_ids"][0] == config.audio_token_id).nonzero()[0]] = 5
+    count = int((batch["input_ids"] == config.audio_token_id).sum())
     asked: list[Tensor] = []
     monkeypatch.setattr(torch, "_assert_async", lambda condition, message: asked.append(condition))
-    mask = torch.zeros(1, 5, dtype=torch.bool, device="meta")
-    place_positions(torch.zeros(1, 5, D, device="meta"), mask, torch.ones(2, D, device="meta"))
-    assert len(asked) == 1 and asked[0].device.type == "meta"
+    with several_devices(), torch.set_grad_enabled(training):
+        model = spread(tiny_model(config), {"": "meta:0"})
+        inputs = {name: value.to("meta:0") for name, value in batch.items()}
+        if training:
+            model(**inputs)
+            assert len(asked) == 1 and not asked[0]
+            return
+        monkeypatch.setattr(type(model.model), "run_towers", None)
+        for call in (model, functools.partial(model.generate, max_new_tokens=1)):
+            with pytest.raises(ValueError, match=f"{count} audio placeholder tokens .* makes {count + 1} positions"):
+                call(**inputs)

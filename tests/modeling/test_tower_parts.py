@@ -109,13 +109,11 @@ def test_groups_hold_every_clip_once_and_keep_both_limits(sizes, slack, most):
         assert len(groups) == 1
 
 
-def test_an_accelerator_splits_a_batch_only_where_much_of_it_is_padding():
-    tower, device = build_tower(tiny_audio_config()), torch.device("meta")
-    limits = audio_tower_relllm._limits
-    assert limits(tower, [100, 80, 60], device, {}) == (1.0, float("inf"))  # 0.2 of it
-    slack, most = limits(tower, [100, 80, 30], device, {})  # 0.3 of it
-    assert group_by_length([100, 80, 30], slack, most) == [[0, 1], [2]]
-    assert limits(tower, [100, 80, 30], device, {"output_hidden_states": True}) == (1.0, float("inf"))
+@pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "wav2vec2-group"])
+def test_an_accelerator_runs_a_batch_whole_but_where_a_norm_allows_no_padding(kind):
+    tower, sizes = build_tower(tiny_audio_config(kind)), [100, 80, 30, 30]
+    groups = group_by_length(sizes, *audio_tower_relllm._limits(tower, torch.device("cuda"), {}))
+    assert groups == ([[0], [1], [2, 3]] if kind == "wav2vec2-group" else [[0, 1, 2, 3]])
 
 
 def test_a_group_is_no_larger_than_the_limit_for_a_cpu_allows(monkeypatch):

@@ -8,13 +8,17 @@ import json
 import unittest
 from unittest.mock import patch
 
+import pytest
 import tests.test_modeling_common as suite
 import torch
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 from tiny_models import LORA, tiny_config, tiny_emotion_config
+from transformers.testing_utils import torch_device
 
 from relllm import ReLLMConfig, ReLLMEmotionConfig, ReLLMEmotionModel, ReLLMForConditionalGeneration, ReLLMModel
+
+pytestmark = pytest.mark.gpu
 
 WINDOW_S = 0.64
 MEL_FRAMES = 64
@@ -52,9 +56,9 @@ class ReLLMModelTester:
         mels = self.get_config().audio_config.num_mel_bins
         return {
             "input_features": floats_tensor([clips, mels, MEL_FRAMES]),
-            "input_features_mask": torch.ones(clips, MEL_FRAMES, dtype=torch.long),
+            "input_features_mask": torch.ones(clips, MEL_FRAMES, dtype=torch.long, device=torch_device),
             "input_values": floats_tensor([clips, SAMPLES]),
-            "input_values_mask": torch.ones(clips, SAMPLES, dtype=torch.long),
+            "input_values_mask": torch.ones(clips, SAMPLES, dtype=torch.long, device=torch_device),
         }
 
     def text_ids(self, shape, vocab_size, **kwargs):
@@ -136,7 +140,7 @@ class ReLLMEmotionModelTester:
     def prepare_config_and_inputs_for_common(self):
         return self.get_config(), {
             "input_values": floats_tensor([self.batch_size, SAMPLES]),
-            "input_values_mask": torch.ones(self.batch_size, SAMPLES, dtype=torch.long),
+            "input_values_mask": torch.ones(self.batch_size, SAMPLES, dtype=torch.long, device=torch_device),
         }
 
 
