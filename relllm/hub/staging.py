@@ -98,7 +98,8 @@ def leave_out_digests(folder: Path) -> None:
     """
     record = read_training_record(str(folder))
     facts = record.get("corpus_facts", {})
-    if "seen_rows" in record and not all(facts.get(name, {}).get("homepage") for name in record["seen_corpora"]):
+    read = [facts.get(name, {}).get("homepage") for name in record.get("seen_corpora", ())]
+    if "seen_rows" in record and not (read and all(read)):
         _rewrite(folder / RECORD_NAME, {name: value for name, value in record.items() if name != "seen_rows"})
 
 

@@ -20,6 +20,7 @@ from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.fingerprints import model_fingerprint
 from relllm.evaluation.predicting import load_tokenizer
 from relllm.training.baselines.text_training import TextTrainer, parse_text_arguments, run_text_training
+from relllm.training.checkpoints import RunComplete
 from relllm.training.settings import read_recipe
 
 pytestmark = [pytest.mark.usefixtures("no_drawing"), pytest.mark.slow]
@@ -49,10 +50,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(place: Path) -> TextTrainer:
+    return train(place, "tuned")
+
+
+def train(place: Path, name: str) -> TextTrainer:
     recipe = str(ROOT / "recipes" / "text_only.yaml")
     changes = {
         **{"text_model": place / "llm", "data": place / "iemocap", "held_out": "session=Ses02", "eval_split": ""},
-        **{"output_dir": place / "tuned", "learning_rate": 2e-2, "warmup_steps": 0, "max_steps": 40, "seed": 0},
+        **{
+            "output_dir": place / name,
+            "save_steps": 20,
+            "learning_rate": 2e-2,
+            "warmup_steps": 0,
+            "max_steps": 40,
+            "seed": 0,
+        },
         **{"gradient_accumulation_steps": 1, "bf16": "false", "use_cpu": "true", "eval_strategy": "no"},
         **{"disable_tqdm": "true", "dataloader_pin_memory": "false", "gradient_checkpointing": "false"},
     }
@@ -100,6 +112,20 @@ def test_the_adapter_on_its_llm_computes_what_the_sum_of_their_weights_does(trai
     torch.testing.assert_close(found(ids).logits, expected(ids).logits, rtol=1e-3, atol=1e-4)
     fingerprints = {model_fingerprint(str(place / name)) for name in ("tuned", "llm", "tuned/checkpoint-40", "scaled")}
     assert len(fingerprints) == 3  # the last checkpoint is what was saved
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_adapter(trained: TextTrainer, place: Path) -> None:
+    again = shutil.copytree(place / "tuned", place / "again")
+    shutil.rmtree(again / "checkpoint-40")
+    (again / "adapter_model.safetensors").unlink()
+    record = json.loads((again / "training_settings.json").read_text())
+    assert record.pop("steps_done") == 40
+    (again / "training_settings.json").write_text(json.dumps(record))
+    assert train(place, "again").state.global_step == 40
+    found, expected = (load_file(place / name / "adapter_model.safetensors") for name in ("again", "tuned"))
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    with pytest.raises(RunComplete, match="40 steps"):
+        train(place, "again")
 
 
 def test_trained_measured_and_compared_with_the_llm_as_it_is(trained: TextTrainer, place: Path) -> None:
