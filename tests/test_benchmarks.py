@@ -21,6 +21,7 @@ IN_PROCESS = (
     "decoding",
     "features",
     "growth",
+    "launches",
     "padding",
     "prefill",
     "prompt_cache",
@@ -60,7 +61,21 @@ def test_a_benchmark_without_goals_runs(name, results):
     assert all(isinstance(row["reached"], float) for row in run_quickly(name, results)["rows"])
 
 
+<<<<<<< HEAD
 @pytest.mark.slow
+=======
+def test_the_lora_dispatches_no_more_operations_than_it_did():
+    """At the paper's number of layers; what the LLM itself dispatches is Transformers'."""
+    launches = importlib.import_module("launches")
+    ours, bare = (launches.count_launches(lora=lora) for lora in (True, False))
+    own = {name: counts.total() - bare[name].total() for name, counts in ours.items()}
+    assert own["training step"] <= 1433 * 1.05 and own["prefill"] <= 422 * 1.05
+    assert own["decode step"] == 0
+    # Once for each input: of the attention, of its output, of the MLP, and of what that widens to.
+    assert ours["training step"]["bernoulli_"] == 4 * 28
+
+
+>>>>>>> a0ae308 (Let the LoRA cost an accelerator a third of the operations: parameters copied once a pass, one product for what reads the same)
 def test_profiles_are_drawn_and_traced(results, tmp_path, monkeypatch):
     profiles = importlib.import_module("profiles")
     monkeypatch.setattr(profiles, "RESULTS", results)

@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,34 +49,44 @@ WHY_NOT = {
 NOT_BY_POSITION = re.compile(r"(.*\.)?(\w*experts?(_\w+)?|\w*router|gate|kv_b_proj|\w*_coefs|indexer|\w*_delayed)")
 
 
+# Linear layers, by the ends of their names, that read the same input: their A's are one product.
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+WITHOUT_COPIES = ("cpu",)  # devices where an operation costs nothing to launch, and a copy its time
+
+
 class LoraScope(threading.local):
     """Where the LoRA acts in the running forward pass; one object for each model, and a mask for each thread.
 
     `mask` is `None` (nowhere), `True` (everywhere) or a bool tensor of shape `(batch, sequence)`; `positions` are its
-    True ones in `batch * sequence`, on a CPU only, as finding them waits elsewhere.
+    True ones in `batch * sequence`, on a CPU only, as finding them waits elsewhere. `copies` are of [`copy_lora`].
     """
 
     mask: Tensor | bool | None = None
     positions: Tensor | None = None
+    copies: "dict[ScopedLinear, tuple[Tensor, Tensor]] | None" = None
+    low: "tuple[Tensor, dict[ScopedLinear, Tensor]] | None" = None  # the last input, and its products still to be used
+    kept: Tensor | float | None = None  # the chance of a value to pass dropout: 0 where the LoRA does not act
 
     @contextlib.contextmanager
-    def use(self, mask: Tensor | bool | None) -> Iterator[None]:
-        """Set the mask for the length of a `with` block."""
-        before = self.mask, self.positions
-        self.mask, self.positions = mask, _find_positions(mask)
+    def use(
+        self, mask: Tensor | bool | None, copies: "dict[ScopedLinear, tuple[Tensor, Tensor]] | None" = None
+    ) -> Iterator[None]:
+        """Set the mask, and the parameters' copies, for the length of a `with` block."""
+        before = self.mask, self.positions, self.copies, self.low, self.kept
+        self.mask, self.positions, self.copies, self.low, self.kept = mask, _find_positions(mask), copies, None, None
         try:
             yield
         finally:
-            self.mask, self.positions = before
+            self.mask, self.positions, self.copies, self.low, self.kept = before
 
     def wrap_checkpoint(self, checkpoint: Callable) -> Callable:
         """Make a gradient-checkpointing function that runs again, after `use`, under the mask of the first run."""
 
         def scoped_checkpoint(function: Callable, *args: object, **kwargs: object) -> object:
-            mask = self.mask
+            mask, copies = self.mask, self.copies
 
             def run(*run_args: object, **run_kwargs: object) -> object:
-                with self.use(mask):
+                with self.use(mask, copies):
                     return function(*run_args, **run_kwargs)
 
             return checkpoint(run, *args, **kwargs)
@@ -104,6 +114,7 @@ class ScopedLinear(PeftLinear):
         super().__init__(base_layer, ADAPTER_NAME, config, r, alpha, is_target_conv_1d_layer=config.fan_in_fan_out)
         self.layer_name, self.lora_scope, self.scope_name = name, scope, scope_name
         self.start_from = config.init_lora_weights
+        self.same_input: tuple[ScopedLinear, ...] = (self,)
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return what the base layer and PEFT's other adapters give, plus our LoRA where the scope's mask says so.
@@ -142,6 +153,10 @@ class ScopedLinear(PeftLinear):
         if isinstance(mask, Tensor) and mask.device != x.device:  # a spread model goes on, on its next device
             mask = self.lora_scope.mask = mask.to(x.device)
             self.lora_scope.positions = None
+        if self.lora_scope.copies is not None and not torch.compiler.is_compiling():
+            copied = self.lora_scope.copies.get(self)
+            if copied is not None and (copied[0].dtype, copied[0].device) == (result.dtype, result.device):
+                return self._add_by_copies(x, result, *copied)
         lora_a, lora_b = self.lora_A[ADAPTER_NAME], self.lora_B[ADAPTER_NAME]
         dropout, scaling = self.lora_dropout[ADAPTER_NAME], self.scaling[ADAPTER_NAME]
         if (positions := self.lora_scope.positions) is not None:  # the others are left alone, and cost nothing
@@ -152,6 +167,25 @@ class ScopedLinear(PeftLinear):
         if isinstance(mask, Tensor):
             delta = delta * mask.unsqueeze(-1).to(delta.dtype)
         return result + delta.to(result.dtype)
+
+    def _add_by_copies(self, x: Tensor, result: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Add our LoRA with copied parameters; what reads the same input shares its dropout and one product."""
+        scope = self.lora_scope
+        where = scope.mask.view(-1, 1) if isinstance(scope.mask, Tensor) else None
+        if scope.low is None or scope.low[0] is not x or self not in scope.low[1]:
+            rows = x.flatten(0, -2).to(a.dtype)
+            if chance := _dropped(self):
+                if scope.kept is None:
+                    scope.kept = (1 - chance) * (1 if where is None else where)
+                rows = rows * torch.empty_like(rows, dtype=torch.bool).bernoulli_(scope.kept)
+            low = rows @ a.t()
+            if where is not None and not chance:
+                low = low * where
+            ranks = [layer.r[ADAPTER_NAME] for layer in self.same_input]
+            parts = [low] if len(ranks) == 1 else low.split(ranks, dim=1)
+            scope.low = x, dict(zip(self.same_input, parts, strict=True))
+        low = scope.low[1].pop(self)
+        return torch.addmm(result.flatten(0, -2), low, b.t()).view_as(result)
 
     def update_layer(self, adapter_name: str, *args: object, **kwargs: object) -> None:
         """Do as PEFT for another adapter; a `ValueError` for a second one of our name, which would replace ours."""
@@ -241,8 +275,108 @@ def inject_scoped_lora(
     for name, layer in layers.items():
         text_model.set_submodule(name, ScopedLinear(name, layer, scope, scope_name, config))
     cast_adapter_dtype(text_model, ADAPTER_NAME)  # what trains is float32, also over an LLM in half precision
-    text_model.lora_layers = len(layers)
+    text_model.lora_layers = tuple(text_model.get_submodule(name) for name in layers)
+    _find_same_input(text_model, list(layers))
     return lora_config
+
+
+class _CopyLora(torch.autograd.Function):
+    """Copies of many parameters in one operation, and their gradients back in another."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dtype: torch.dtype, groups: list[int], scales: list[float], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return the A's of each group as one `(ranks, width)`, then each B times its scale."""
+        shapes, first_b = [weight.shape for weight in weights], sum(groups)
+        ctx.groups, ctx.scales, ctx.shapes, ctx.precision = groups, scales, shapes, weights[0].dtype
+        ctx.set_materialize_grads(False)
+        copies = _one_storage(shapes, weights[0], dtype)
+        torch._foreach_copy_(copies, [*weights[:first_b], *_times(weights[first_b:], scales)])
+        return (*_joined(copies[:first_b], groups), *copies[first_b:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients in the parameters' precision."""
+        parts: list[Tensor | None] = []
+        for size, grad in zip(ctx.groups, grads, strict=False):
+            ranks = [shape[0] for shape in ctx.shapes[len(parts) : len(parts) + size]]
+            parts += [None] * size if grad is None else grad.split(ranks)
+        first_b = len(parts)
+        parts += grads[len(ctx.groups) :]
+        known = [index for index, part in enumerate(parts) if part is not None]
+        given = [part for part in parts if part is not None]
+        if given and given[0].dtype != ctx.precision:
+            exact = _one_storage([part.shape for part in given], given[0], ctx.precision)
+            torch._foreach_copy_(exact, given)
+            given = exact
+        number = sum(index < first_b for index in known)
+        scales = [ctx.scales[index - first_b] for index in known[number:]]
+        for index, grad in zip(known, [*given[:number], *_times(given[number:], scales)], strict=True):
+            parts[index] = grad
+        return None, None, None, *parts
+
+
+def copy_lora(text_model: PreTrainedModel, like: Tensor) -> dict[ScopedLinear, tuple[Tensor, Tensor]] | None:
+    """Return, for each layer, its A with those that share its input and its B, scaled, in the LLM's precision.
+
+    `None` on a CPU, where a layer's parameters are there in its own forward only (FSDP, ZeRO 3, weights that are
+    spread or offloaded) and while a graph is traced.
+    """
+    layers = text_model.__dict__.get("lora_layers", ())
+    if not layers or like.device.type in WITHOUT_COPIES or torch.compiler.is_compiling():
+        return None
+    if any(layer.lora_bias[ADAPTER_NAME] for layer in layers):
+        return None
+    groups = list({id(layer.same_input): layer.same_input for layer in layers}.values())
+    weights = [layer.lora_A[ADAPTER_NAME].weight for group in groups for layer in group]
+    ordered = [layer for group in groups for layer in group]
+    weights += [layer.lora_B[ADAPTER_NAME].weight for layer in ordered]
+    kinds = {(type(weight), weight.device, weight.dtype) for weight in weights}
+    if kinds != {(nn.Parameter, like.device, weights[0].dtype)} or any(weight.dim() != 2 for weight in weights):
+        return None
+    kind = like.device.type
+    dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else like.dtype
+    scales = [layer.scaling[ADAPTER_NAME] / (1 - _dropped(layer)) for layer in ordered]
+    copies = _CopyLora.apply(dtype, [len(group) for group in groups], scales, *weights)
+    joined = [copies[index] for index, group in enumerate(groups) for _ in group]
+    return dict(zip(ordered, zip(joined, copies[len(groups) :], strict=True), strict=True))
+
+
+def _dropped(layer: ScopedLinear) -> float:
+    """Return the share of its input that dropout takes from our LoRA now."""
+    dropout = layer.lora_dropout[ADAPTER_NAME]
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _times(tensors: Sequence[Tensor], scales: list[float]) -> Sequence[Tensor]:
+    return tensors if all(scale == 1 for scale in scales) else torch._foreach_mul(list(tensors), scales)
+
+
+def _one_storage(shapes: list[torch.Size], like: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return uninitialised tensors that lie one behind the other."""
+    sizes = [shape.numel() for shape in shapes]
+    pieces = like.new_empty(sum(sizes), dtype=dtype).split(sizes)
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _joined(tensors: list[Tensor], groups: list[int]) -> Iterator[Tensor]:
+    """Yield the tensors of each group as one: they lie behind one another in one storage."""
+    start = 0
+    for size in groups:
+        group = tensors[start : start + size]
+        yield group[0].as_strided((sum(map(len, group)), group[0].shape[1]), group[0].stride())
+        start += size
+
+
+def _find_same_input(text_model: PreTrainedModel, names: list[str]) -> None:
+    """Tell layers which others read what they read."""
+    for parent in {name.rpartition(".")[0] for name in names}:
+        for ends in SAME_INPUT:
+            found = [name for end in ends if (name := f"{parent}.{end}") in names]
+            group = tuple(text_model.get_submodule(name) for name in found)
+            for layer in group:
+                layer.same_input = group
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
@@ -254,7 +388,7 @@ def has_adapters(model: PreTrainedModel) -> bool:
             "with `unmerge_adapter()`, or make them a part of the weights with `merge_and_unload()`."
         )
     own = [layer for layer in layers if isinstance(layer, ScopedLinear)]
-    if lost := model.base_model.text_model.__dict__.get("lora_layers", 0) - len(own):
+    if lost := len(model.base_model.text_model.__dict__.get("lora_layers", ())) - len(own):
         raise ValueError(
             f"The model has lost {lost} layers of its own LoRA: `merge_and_unload` of what is no LoRA takes "
             "them out. Load the model again, and keep such an adapter as it is."

@@ -54,6 +54,7 @@ from .lora_relllm import (
     LoraScope,
     ScopedLinear,
     adapters_apart,
+    copy_lora,
     inject_scoped_lora,
     is_lora_parameter,
     plain_lora_config,
@@ -449,7 +450,8 @@ class ReLLMModel(ReLLMPreTrainedModel):
         inputs_embeds, lora_mask = self.place_audio(input_ids, inputs_embeds, audio_mask, audio, caches[CACHE])
         if self.reads_token_ids and "per_layer_inputs" not in kwargs:
             kwargs |= per_layer_inputs(self.text_model, input_ids, self.config.audio_token_id)
-        with self.lora_scope.use(lora_mask):
+        copies = None if lora_mask is None else copy_lora(self.text_model, inputs_embeds)
+        with self.lora_scope.use(lora_mask, copies):
             outputs = (self.text_model if language_modeling else self.text_model.base_model)(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,

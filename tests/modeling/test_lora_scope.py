@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import peft
 import pytest
@@ -30,7 +31,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from relllm import ReLLMForConditionalGeneration
-from relllm.modeling.lora_relllm import ADAPTER_NAME, ScopedLinear
+from relllm.modeling import lora_relllm
+from relllm.modeling.lora_relllm import ADAPTER_NAME, ScopedLinear, copy_lora
 
 SCOPES = ("audio", "text", "global")
 CHECKPOINTING = {"reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
@@ -239,6 +241,83 @@ def test_gradients_equal_those_of_the_hand_written_lora(inputs: dict[str, Tensor
         for part, factor in (("A", a), ("B", b)):
             gradient = found[f"model.text_model.{name}.lora_{part}.{ADAPTER_NAME}.weight"]
             torch.testing.assert_close(gradient, factor.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The LoRA at all positions, times its mask, by copies of its parameters."""
+    monkeypatch.setattr(lora_relllm, "_find_positions", lambda mask: None)
+    monkeypatch.setattr(lora_relllm, "WITHOUT_COPIES", ())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # PyTorch, on the teacher pass
+@pytest.mark.parametrize("scope", SCOPES)
+def test_copies_of_the_parameters_give_in_float64_what_each_layers_own_modules_give(
+    scope: str, inputs: dict[str, Tensor], as_on_an_accelerator: None
+) -> None:
+    """Logits and gradients, with ranks and scalings of their own in layers that share an input, also checkpointed."""
+    lora = {"r": 4, "lora_alpha": 6, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"up_proj": 3}}
+    model = tiny_model(lora_scope=scope, lora=lora).double()
+    exact = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    results = []
+    for places in ((), ("cpu",)):
+        with mock.patch.object(lora_relllm, "WITHOUT_COPIES", places), count_copied() as layers:
+            logits = model(**exact).logits[exact["attention_mask"].bool()]
+            assert len(layers) == (0 if places else 2 * 7)
+            results.append({"logits": logits.detach(), **gradients(model, exact)})
+    model.train().enable_input_require_grads()
+    for settings in CHECKPOINTING.values():
+        model.gradient_checkpointing_enable(settings)
+        found = gradients(model, exact, teacher=True)
+        results.append({"logits": logits.detach(), **{name: found[name] for name in results[0] if name in found}})
+    for result in (results[0], *results[2:]):
+        assert result.keys() == results[1].keys()
+        for name, value in results[1].items():
+            torch.testing.assert_close(result[name], value, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@contextmanager
+def count_copied() -> Iterator[list[str]]:
+    """Names of the layers that add their LoRA by the pass's copies inside the block."""
+    calls: list[str] = []
+    add = ScopedLinear._add_by_copies
+    with mock.patch.object(
+        ScopedLinear, "_add_by_copies", lambda layer, *args: calls.append(layer.layer_name) or add(layer, *args)
+    ):
+        yield calls
+
+
+def test_dropout_takes_its_share_once_for_all_that_read_the_same(as_on_an_accelerator: None) -> None:
+    """With A of ones and B of ones a layer adds, to each output, rank times the sum of what dropout left, scaled."""
+    model = tiny_model(lora={"r": 2, "lora_alpha": 2, "lora_dropout": 0.25}).model
+    layers = [getattr(model.get_decoder().layers[0].self_attn, f"{name}_proj") for name in ("q", "k", "v")]
+    for parameter in (p for name, p in model.named_parameters() if "lora_" in name):
+        torch.nn.init.ones_(parameter)
+    mask = torch.arange(400)[None] % 2 == 0
+    x = torch.ones(1, 400, layers[0].in_features)
+    with model.train().lora_scope.use(mask, copy_lora(model.text_model, x)):
+        added = [(layer(x) - layer.base_layer(x))[0, :, 0] for layer in layers]
+        again = (layers[0](x) - layers[0].base_layer(x))[0, :, 0]
+    assert torch.allclose(added[0], added[1], atol=1e-4) and torch.allclose(added[0], added[2], atol=1e-4)
+    assert not added[0][~mask[0]].any() and not torch.allclose(again, added[0])  # another input, another draw
+    left = added[0][mask[0]] / 2 / layers[0].in_features * 0.75  # the share that was kept
+    assert abs(left.mean() - 0.75) < 4 * (0.25 * 0.75 / (200 * layers[0].in_features)) ** 0.5
+
+
+def test_in_bfloat16_what_trains_is_float32_and_its_gradients_are_those_of_float32(
+    inputs: dict[str, Tensor], as_on_an_accelerator: None
+) -> None:
+    model = tiny_model()
+    expected = gradients(model, inputs)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    with count_copied() as layers:
+        found = gradients(model, inputs)
+    assert len(layers) == 2 * 7
+    for name in (name for name in expected if "lora_" in name):
+        assert found[name].dtype == torch.float32
+        assert (found[name] - expected[name]).norm() < 0.1 * expected[name].norm(), name
 
 
 def test_a_text_only_batch_keeps_the_lora_in_the_graph_with_zero_gradients() -> None:

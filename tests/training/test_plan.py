@@ -131,6 +131,7 @@ def as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     tile of the KL is as much smaller.
     """
     monkeypatch.setattr(lora_relllm, "_find_positions", lambda mask: None)
+    monkeypatch.setattr(lora_relllm, "WITHOUT_COPIES", ())
     monkeypatch.setattr(audio_tower_relllm, "can_convolve", lambda layers, waveforms: False)
     monkeypatch.setattr(alignment, "TILE_WORDS", 2**20)
     utils = pytest.importorskip("trl.trainer.utils")

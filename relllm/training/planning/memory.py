@@ -7,8 +7,8 @@ row; c bytes of an activation (2 under bfloat16, else 4). What autograd keeps of
     norms      2 · 4d                             float32 input of both RMS norms
     attention  4cq + cS                           query, repeated key and value, output; the padding mask as numbers
     MLP        3cf                                gate, its activation, up; a layer without a gate keeps 2cf
-    LoRA       inputs of A + c·r for each target  shared by the targets of one input, unless dropout or a cast
-                                                  (bfloat16) gives each its own copy; dropout's mask is one byte more
+    LoRA       inputs of A + c·r for each target  shared by the targets of one input; a copy after dropout, whose
+                                                  mask is one byte more, or a cast (bfloat16)
 
 A frozen linear layer keeps nothing of its input; an unfrozen one keeps it (2cd + cq + cf a layer, and cd for each
 norm). With gradient checkpointing a layer keeps its input (cd), and one layer at a time is whole. Logits are tiled by
@@ -226,9 +226,12 @@ class TrainingStep:
             inputs = {k: v for k, v in inputs.items() if any(end.endswith(f".{k}") for end in ends)} or inputs
         dropout = float(lora.get("lora_dropout", 0.0)) > 0
         rank = size * int(lora.get("r", 8)) * len(inputs)
-        shared = 2 * width + mlp  # the norms' outputs and the MLP's product; the attention's output is kept anyway
-        copies = sum(inputs.values()) if dropout or self.settings.bf16 else shared
-        return rank + size * copies + (sum(inputs.values()) if dropout else 0)
+        # One for all that read the same; the attention's output is kept anyway.
+        distinct = {"k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "up_proj"}
+        read = {distinct.get(name, name): size for name, size in inputs.items()}
+        copied = dropout or self.settings.bf16
+        copies = sum(size for name, size in read.items() if copied or name not in ("o_proj", "c_proj"))
+        return rank + size * copies + (sum(read.values()) if dropout else 0)
 
     def _head_bytes(self, replies: int) -> float:
         """Return the tile of logits, float32 in the backward pass, and the gradient of the hidden states."""
