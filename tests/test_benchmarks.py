@@ -61,9 +61,6 @@ def test_a_benchmark_without_goals_runs(name, results):
     assert all(isinstance(row["reached"], float) for row in run_quickly(name, results)["rows"])
 
 
-<<<<<<< HEAD
-@pytest.mark.slow
-=======
 def test_the_lora_dispatches_no_more_operations_than_it_did():
     """At the paper's number of layers; what the LLM itself dispatches is Transformers'."""
     launches = importlib.import_module("launches")
@@ -75,7 +72,7 @@ def test_the_lora_dispatches_no_more_operations_than_it_did():
     assert ours["training step"]["bernoulli_"] == 4 * 28
 
 
->>>>>>> a0ae308 (Let the LoRA cost an accelerator a third of the operations: parameters copied once a pass, one product for what reads the same)
+@pytest.mark.slow
 def test_profiles_are_drawn_and_traced(results, tmp_path, monkeypatch):
     profiles = importlib.import_module("profiles")
     monkeypatch.setattr(profiles, "RESULTS", results)
