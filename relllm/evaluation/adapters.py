@@ -6,6 +6,8 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from relllm.modeling.places_relllm import check_place
+
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Of its settings: where the model below is, and what says nothing of what the adapter does.
 ELSEWHERE = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "task_type")
@@ -32,6 +34,7 @@ def read_config(model: str, revision: str = "main") -> PreTrainedConfig:
     adapter = read_adapter(model, revision)
     if adapter is None:
         return AutoConfig.from_pretrained(model, revision=revision)
+    check_place(adapter["base_model_name_or_path"], holds="config.json")
     config = AutoConfig.from_pretrained(**base_of(adapter))
     if config.model_type == "relllm":
         base = adapter["base_model_name_or_path"]

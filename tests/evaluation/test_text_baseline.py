@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from chat_templates import CHATML
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import add_bos, tiny_llm, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +20,7 @@ from relllm.evaluation.evaluating import evaluate
 from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.fingerprints import model_fingerprint
 from relllm.evaluation.predicting import load_tokenizer
+from relllm.modeling.places_relllm import PlaceError
 from relllm.training.baselines.text_training import TextTrainer, parse_text_arguments, run_text_training
 from relllm.training.checkpoints import RunComplete
 from relllm.training.settings import read_recipe
@@ -157,6 +159,27 @@ def test_rows_that_taught_it_and_other_names_for_it_are_refused(trained: TextTra
     (place / "on-rellm" / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="an adapter on the ReLLM"):
         run(place / "on-rellm", place, "other")
+    moved = settings | {"base_model_name_or_path": str(place / "lm")}
+    (place / "on-rellm" / "adapter_config.json").write_text(json.dumps(moved))
+    with pytest.raises(PlaceError, match="there is .*llm"):
+        run(place / "on-rellm", place, "other")
+
+
+def test_an_adapter_that_came_without_a_tokenizer_has_that_of_its_llm(place: Path) -> None:
+    """As `PeftModel.save_pretrained` leaves it; one of another kind than weights is refused."""
+    llm = AutoModelForCausalLM.from_pretrained(place / "llm")
+    get_peft_model(llm, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(place / "own")
+    assert run(place / "own", place, "own", tasks=("ser",))["system"] == "text-only-tuned"
+    tokenizer, template, _ = load_tokenizer(str(place / "own"), "main")
+    assert (
+        tokenizer.get_vocab() == AutoTokenizer.from_pretrained(place / "llm").get_vocab()
+        and "<|im_start|>" in template
+    )
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    llm = AutoModelForCausalLM.from_pretrained(place / "llm")
+    get_peft_model(llm, prompt).save_pretrained(place / "prompts")
+    with pytest.raises(ValueError, match="PROMPT_TUNING adapter"):
+        load_causal_lm(str(place / "prompts"), revision="main", dtype="auto")
 
 
 def test_the_recipe_is_that_of_stage_two_without_the_hearing() -> None:
