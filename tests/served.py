@@ -67,13 +67,13 @@ def serving(
     """A server on a free port; it has stopped when the block is left."""
     service = build_service(model, processor, name=NAME, api_key=api_key, settings=settings, limits=limits)
     batches: list[list[Job]] = []
-    answer = service.engine._answer
+    begin = service.engine._begin
 
     def recorded(batch: list[Job]) -> None:
         batches.append(batch)
-        answer(batch)
+        begin(batch)
 
-    service.engine._answer = recorded
+    service.engine._begin = recorded
     started = threading.Event()
     server = Server(service, grace_s=grace_s, announce=started.set)
     sock = bind_socket("127.0.0.1", 0)

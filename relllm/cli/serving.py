@@ -1,5 +1,7 @@
 """An OpenAI-compatible server: `relllm serve`."""
 
+import os
+import re
 from pathlib import Path
 
 import typer
@@ -28,6 +30,10 @@ def serve(settings: ServerSettings, batching: BatchSettings, limits: RequestLimi
         raise ImportError(f"Serving needs further packages ({error}): `pip install relllm[serve]`.") from error
 
     host = settings.host
+    key = settings.api_key if settings.api_key is not None else os.environ.get("RELLLM_API_KEY")  # also an empty one
+    if key is not None and not re.fullmatch("[!-~]+", key):
+        found = "is empty" if not key else "has a space, a line break or a character beyond ASCII"
+        raise typer.BadParameter(f"The key (--api-key, RELLLM_API_KEY) {found}. Leave both out to serve without one.")
     try:
         sock = bind_socket(host, settings.port)
     except OSError as error:
@@ -37,7 +43,6 @@ def serve(settings: ServerSettings, batching: BatchSettings, limits: RequestLimi
         model, processor = load_relllm(settings)
         folder = Path(settings.model)
         name = settings.name or (folder.resolve().name if folder.is_dir() else settings.model)
-        key = settings.api_key or None
         service = build_service(model, processor, name=name, api_key=key, settings=batching, limits=limits)
         place = f"[{host}]" if ":" in host else host
         address = f"http://{place}:{sock.getsockname()[1]}"

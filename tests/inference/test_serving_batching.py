@@ -1,5 +1,6 @@
 """`server.engine`: requests worked on together, against each alone; what goes wrong stays with its request."""
 
+import json
 import socket
 import threading
 import time
@@ -8,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from served import NAME, as_read, clip, clip_part, reply_alone, serving, user, wait_until
+from served import NAME, as_read, clip, clip_part, raw_request, reply_alone, serving, user, wait_until
 from tiny_models import tiny_config, tiny_model, tiny_processor
 
 from relllm.inference.inference_settings import BatchSettings, RequestLimits
 from relllm.inference.replies import hear
+from relllm.inference.server import app, engine
 
 CLIPS = [clip(0.3 + 0.25 * index, seed=index) for index in range(6)]
 CONVERSATIONS = [([user(f"Number {index}. " * (1 + index), CLIPS[index])], [CLIPS[index]]) for index in range(6)]
@@ -266,6 +268,119 @@ def test_a_clip_too_short_for_the_towers_is_refused_before_it_reaches_a_batch() 
         assert ask(client, [user(clip(1.0)[:770])]).choices[0].message.content
 
 
+def rows_of(model, batches: list[int], most: int = 99, after: int = 0) -> object:
+    """Notes how many rows each step of the LLM has; more than `most` are too many, after some steps."""
+
+    def step(_: object, arguments: tuple, options: dict) -> None:
+        rows = next(value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)).shape[0]
+        batches.append(rows)
+        if rows > most and len(batches) > after:
+            raise torch.OutOfMemoryError("out of memory")
+
+    return model.model.text_model.register_forward_pre_hook(step, with_kwargs=True)
+
+
+@pytest.mark.parametrize("after", [0, 4])
+def test_a_batch_that_is_too_large_is_halved_and_every_request_answered(model, processor, after: int) -> None:
+    options = {"temperature": 1.0, "seed": 7}
+    torch.manual_seed(7)
+    drawn = reply_alone(model, processor, *CONVERSATIONS[5], do_sample=True, top_k=0, temperature=1.0)
+    expected = [*(reply_alone(model, processor, *each) for each in CONVERSATIONS[:5]), drawn]
+    batches: list[int] = []
+    handle = rows_of(model, batches, most=2, after=after)
+    try:
+        with serving(model, processor, settings=together(6)) as running, running.client() as client:
+            requests = [{"messages": messages} for messages, _ in CONVERSATIONS]
+            answers = ask_all(client, [*requests[:5], {**requests[5], **options}])
+    finally:
+        handle.remove()
+    assert max(batches) == 6 and [answer.choices[0].message.content for answer in answers] == expected
+
+
+def test_rows_that_have_ended_are_not_computed_any_more(model, processor) -> None:
+    lengths, batches = (2, 5, 20), []
+    handle = rows_of(model, batches)
+    with serving(model, processor, settings=together(3)) as running, running.client() as client:
+        requests = [{"messages": CONVERSATIONS[n][0], "max_tokens": length} for n, length in enumerate(lengths)]
+        answers = ask_all(client, requests)
+    handle.remove()
+    assert batches == [3] * 2 + [2] * 3 + [1] * 15
+    for answer, length, conversation in zip(answers, lengths, CONVERSATIONS, strict=False):
+        expected = reply_alone(model, processor, *conversation, max_new_tokens=length)
+        assert answer.choices[0].message.content == expected
+
+
+@pytest.mark.parametrize("most_groups", [1, 4])
+def test_clips_are_heard_and_short_replies_written_while_a_long_one_is(
+    model, processor, monkeypatch, most_groups: int
+) -> None:
+    monkeypatch.setattr(engine, "MOST_GROUPS", most_groups)
+    messages, waveforms = CONVERSATIONS[1]
+    alone = reply_alone(model, processor, messages, waveforms, max_new_tokens=200)
+    expected = [reply_alone(model, processor, *each) for each in CONVERSATIONS]
+    slow = model.model.text_model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    with serving(model, processor) as running, running.client() as client, ThreadPoolExecutor(1) as pool:
+        long = pool.submit(ask, client, messages, max_tokens=200)
+        wait_until(lambda: len(running.batches) == 1)
+        body = {"model": NAME, "input": [clip_part(CLIPS[4])]}
+        found = client.post("/emotion", body=body, cast_to=object)
+        answers = ask_all(client, [{"messages": each} for each, _ in CONVERSATIONS])
+        assert not long.done()
+        slow.remove()
+        assert long.result().choices[0].message.content == alone
+    [heard] = hear(model, processor, [as_read(CLIPS[4])])
+    assert found["data"][0]["dimensions"] == pytest.approx(heard.dimensions, abs=1e-5)
+    assert [answer.choices[0].message.content for answer in answers] == expected
+
+
+def test_health_tells_of_a_model_that_fails_on_everything_until_it_does_not(model, processor, monkeypatch) -> None:
+    def fail(**_: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    def health() -> tuple[int, str]:
+        status, _, body = raw_request(running.port, head).partition(b"\r\n")
+        return int(status.split()[1]), json.loads(body.rpartition(b"\r\n")[2])["status"]
+
+    head = "GET /health HTTP/1.1\nHost: x\nConnection: close\n\n"
+    monkeypatch.setattr(engine, "PROBE_EVERY_S", 0.05)
+    with serving(model, processor) as running, running.client() as client:
+        with monkeypatch.context() as broken:
+            broken.setattr(model, "get_audio_features", fail)
+            with pytest.raises(openai.InternalServerError):
+                ask(client, CONVERSATIONS[0][0])
+            wait_until(lambda: health() == (503, "failing"))
+        wait_until(lambda: health() == (200, "ok"))
+
+
+def test_a_stream_that_waits_says_so_and_is_read_as_ever(model, processor, gate, monkeypatch) -> None:
+    monkeypatch.setattr(app, "HEAD_AFTER_S", 0.05)
+    monkeypatch.setattr(app, "COMMENT_EVERY_S", 0.05)
+    body = json.dumps({"model": NAME, "messages": CONVERSATIONS[1][0], "max_tokens": 8, "stream": True}).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\nHost: x\nContent-Type: application/json\nContent-Length: {len(body)}\n\n"
+    )
+    settings = BatchSettings(max_batch_size=1)
+    with (
+        serving(model, processor, settings=settings) as running,
+        running.client() as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        first = pool.submit(ask, client, CONVERSATIONS[0][0])
+        assert gate.reached.wait(10)
+        with socket.create_connection(("127.0.0.1", running.port), timeout=10) as queued:
+            queued.sendall(head.replace("\n", "\r\n").encode() + body)
+            seen = b""
+            while seen.count(b": the request waits") < 2:
+                seen += queued.recv(65536)
+            assert seen.startswith(b"HTTP/1.1 200")
+        stream = pool.submit(lambda: list(ask(client, CONVERSATIONS[1][0], stream=True)))
+        wait_until(lambda: running.num_waiting >= 1)
+        time.sleep(0.2)
+        gate.open.set()
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream.result())
+        assert first.result() and text == reply_alone(model, processor, *CONVERSATIONS[1])
+
+
 def test_a_failure_in_the_midst_of_a_stream_is_raised_by_the_client(model, processor) -> None:
     steps = []
 
@@ -279,6 +394,11 @@ def test_a_failure_in_the_midst_of_a_stream_is_raised_by_the_client(model, proce
         with serving(model, processor) as running, running.client() as client:
             with pytest.raises(openai.APIError, match="the server's log says why"):
                 list(ask(client, CONVERSATIONS[0][0], stream=True))
+            steps.clear()
+            body = json.dumps({"model": NAME, "messages": CONVERSATIONS[0][0], "max_tokens": 8, "stream": True})
+            head = "POST /v1/chat/completions HTTP/1.1\nHost: x\nContent-Type: application/json\n"
+            answer = raw_request(running.port, f"{head}Content-Length: {len(body)}\n\n", body.encode())
+            assert b"model_failed" in answer and not answer.endswith(b"0\r\n\r\n")  # cut off, for what counts answers
             assert ask(client, CONVERSATIONS[0][0]).choices[0].message.content
     finally:
         handle.remove()
@@ -306,9 +426,10 @@ def test_stopping_finishes_what_is_accepted_and_refuses_what_comes(model, proces
         accepted.append(pool.submit(ask, client, CONVERSATIONS[1][0]))
         wait_until(lambda: running.num_waiting == 1)
         running.server.should_exit = True
-        wait_until(lambda: not running.service.engine.is_ready)
-        with pytest.raises((openai.APIConnectionError, openai.InternalServerError)):
+        wait_until(lambda: running.service.engine.status == "stopping")
+        with pytest.raises(openai.InternalServerError) as refused:
             ask(client, CONVERSATIONS[0][0])
+        assert refused.value.status_code == 503 and refused.value.code == "server_stopping"
         gate.open.set()
         assert all(answer.result().choices[0].finish_reason == "length" for answer in accepted)
 

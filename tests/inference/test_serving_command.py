@@ -69,6 +69,14 @@ def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded(checkpoint)
     assert result.exit_code != 0 and f"port {port}" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize("key", ["", "a\n", "two words", "schlüssel"])
+@pytest.mark.parametrize("as_flag", [True, False])
+def test_a_key_that_no_client_can_send_is_refused(checkpoint, key: str, as_flag: bool) -> None:
+    flags, env = (["--api-key", key], {}) if as_flag else ([], {"RELLLM_API_KEY": key})
+    result = CliRunner().invoke(app, ["serve", str(checkpoint), "--port", "0", *flags], env=env)
+    assert result.exit_code == 2 and "The key (--api-key, RELLLM_API_KEY)" in " ".join(result.output.split())
+
+
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path) -> None:
     tiny_emotion_tower().save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)

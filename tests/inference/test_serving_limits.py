@@ -1,9 +1,11 @@
 """What the server refuses: each with its status and a reason in OpenAI's form, and the next request is answered."""
 
 import base64
+import contextlib
 import http.client
 import io
 import json
+import os
 import socket
 import struct
 import time
@@ -18,11 +20,14 @@ from tiny_models import tiny_model, tiny_processor
 
 from relllm.inference.inference_settings import RequestLimits
 from relllm.inference.server import app as routes
+from relllm.inference.server import schema
+from relllm.inference.server import server as connections
 from relllm.inference.server.prompts import PromptReader
 
 KEY = "a-key"
 LIMITS = RequestLimits(max_body_mib=400_000 / 1024**2, max_audio_seconds=3.0, max_clips=3, max_tokens=20)
 GOOD = [user(clip(0.5))]
+MANY_VALUES = b'{"model": "tiny", "metadata": [' + b"[]," * 120_000 + b"[]]}"  # each a Python object, were it parsed
 MANY_WRONG_PARTS = b'{"model": "tiny", "messages": [{"role": "user", "content": [' + b"1," * 150_000 + b"1]}]}"
 
 
@@ -69,10 +74,15 @@ REFUSED = {
     "truncated": (of_bytes(audio_file(clip(0.5))[:-2000]), {}, "truncated", "invalid_audio"),
     "too short": (of_bytes(audio_file(clip(0.01))), {}, "too short", "invalid_audio"),
     "not base64": (part_of("%%%"), {}, "not base64", "invalid_audio"),
-    "an address": (part_of("http://127.0.0.1:9/a.wav"), {}, "Addresses, paths", "invalid_audio"),
-    "a file URL": (part_of("file:///etc/passwd"), {}, "Addresses, paths", "invalid_audio"),
+    "an address": (part_of("http://127.0.0.1:9/a.wav"), {}, "Addresses and paths", "invalid_audio"),
+    "a file URL": (part_of("file:///etc/passwd"), {}, "Addresses and paths", "invalid_audio"),
     "a path": (part_of("/etc/hostname"), {}, "neither|base64|not an audio", "invalid_audio"),
-    "a data URL": (part_of("data:audio/wav;base64,UklGRg=="), {}, "Addresses, paths", "invalid_audio"),
+    "a data URL without audio": (
+        part_of("data:audio/wav;base64,UklGRg=="),
+        {},
+        "neither|not an audio",
+        "invalid_audio",
+    ),
     "audio_url": (
         other_part(type="audio_url", audio_url={"url": "http://127.0.0.1:9/a.wav"}),
         {},
@@ -133,17 +143,34 @@ def test_a_stream_that_is_refused_has_the_status_of_its_error(client) -> None:
         ask(client, of_bytes(b"this is no audio" * 10), stream=True)
 
 
-def test_base64_with_line_breaks_is_read(client) -> None:
-    assert ask(client, part_of(base64.encodebytes(audio_file(clip(0.5))).decode())).choices[0].message.content
+@pytest.mark.parametrize("head", ["", "data:audio/wav;base64,", "data:audio/ogg;codecs=opus;base64,"])
+def test_base64_with_line_breaks_is_read_also_in_a_data_url(client, head: str) -> None:
+    data = head + base64.encodebytes(audio_file(clip(0.5))).decode().replace("\n", "\r\n")
+    assert ask(client, part_of(data)).choices[0].message.content == ask(client).choices[0].message.content
 
 
 def test_good_requests_are_answered_after_all_that(client) -> None:
     assert ask(client).choices[0].message.content
 
 
-@pytest.mark.parametrize("neutral", [{"n": 1}, {"frequency_penalty": 0}, {"logprobs": False}, {"user": "someone"}])
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        {"n": 1},
+        {"frequency_penalty": 0},
+        {"logprobs": False},
+        {"user": "someone"},
+        {"extra_body": {"verbosity": None}},
+    ],
+)
 def test_fields_that_ask_for_nothing_are_accepted(client, neutral: dict) -> None:
     assert ask(client, **neutral).choices[0].message.content == ask(client).choices[0].message.content
+
+
+def test_a_field_of_a_part_that_is_null_is_as_if_left_out(client) -> None:
+    [turn] = GOOD
+    part = {**turn["content"][0], "text": None, "cache_control": None}
+    assert ask(client, [{**turn, "content": [part]}]).choices[0].message.content
 
 
 def test_an_unknown_model_is_a_404(client) -> None:
@@ -160,6 +187,12 @@ def test_unknown_routes_and_methods_are_errors_in_the_same_form(server) -> None:
             urllib.request.urlopen(urllib.request.Request(server.url + path, method=method), timeout=10)
         assert refused.value.code == status and json.load(refused.value)["error"]["message"]
         refused.value.close()
+
+
+def test_health_answers_head(server) -> None:
+    request = urllib.request.Request(server.url + "/health", method="HEAD")
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert answer.status == 200 and answer.read() == b""
 
 
 def test_a_conversation_that_the_models_template_refuses_is_a_400(server) -> None:
@@ -245,6 +278,48 @@ def test_a_body_that_never_arrives_is_given_up_and_others_are_answered_meanwhile
         assert ask(client).choices[0].message.content
         answer = slow.recv(65536)
     assert answer.startswith(b"HTTP/1.1 408")
+
+
+def test_a_body_of_many_values_is_refused_before_it_is_parsed(server, monkeypatch) -> None:
+    monkeypatch.setattr(schema.ChatRequest, "model_validate_json", lambda _: pytest.fail("it was parsed"))
+    head = "POST /v1/chat/completions HTTP/1.1\nHost: x\nConnection: close\nContent-Type: application/json\n"
+    answer = raw_request(server.port, f"{head}Content-Length: {len(MANY_VALUES)}\n\n", MANY_VALUES)
+    assert answer.startswith(b"HTTP/1.1 400") and b"up to 100000 are read" in answer
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_half_a_head_is_given_up_also_after_a_whole_request(server, client, monkeypatch, before: bytes) -> None:
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.5)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=4) as slow:
+        slow.sendall(before)
+        if before:
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += slow.recv(65536)
+        slow.sendall(b"POST /v1/emotion HTTP/1.1\r\nHo")
+        assert slow.recv(65536) == b""
+    assert ask(client).choices[0].message.content
+
+
+def test_a_head_in_time_gives_the_answer_all_the_time_it_takes(server, client, monkeypatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.2)
+    slow = server.server._engine._model.model.text_model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    assert ask(client, max_tokens=8).choices[0].message.content
+    slow.remove()
+
+
+def test_connections_beyond_the_most_are_refused_at_once_and_the_others_served(monkeypatch) -> None:
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 3)
+    with serving(tiny_model(), tiny_processor()) as running, contextlib.ExitStack() as held:
+        idle = [held.enter_context(socket.create_connection(("127.0.0.1", running.port))) for _ in range(3)]
+        assert raw_request(running.port, "").startswith(b"HTTP/1.1 503")
+        idle[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert idle[0].recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_the_most_connections_are_below_what_the_process_may_open(monkeypatch) -> None:
+    monkeypatch.setattr(connections.resource, "getrlimit", lambda _: (256, 256))
+    assert 1 <= connections.most_connections() + connections.BACKLOG < 256 - len(os.listdir("/dev/fd"))
 
 
 def test_clients_that_vanish_at_any_point_stop_nothing(server, client) -> None:

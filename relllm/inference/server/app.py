@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from ..replies import Heard
 from .decoding import Ended, Event, Job, Prompt
@@ -24,6 +24,8 @@ from .prompts import PromptReader
 from .schema import ChatRequest, EmotionRequest, parse_body
 
 BODY_TIMEOUT_S = 60.0  # for a whole body to arrive
+HEAD_AFTER_S = 1.0  # of a stream that has nothing to say yet
+COMMENT_EVERY_S = 10.0  # in such a stream
 CLIENT_GONE = 499  # nginx's; nobody reads it
 CLOSE = {"Connection": "close"}  # or the rest of the body would be read, to be thrown away
 READERS = 4  # threads that decode clips
@@ -66,11 +68,11 @@ def create_app(service: Service) -> FastAPI:
         handlers.check_model(name)
         return card
 
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        ready = service.engine.is_ready
-        return JSONResponse({"status": "ok" if ready else "stopping"}, status_code=200 if ready else 503)
+    async def health(_: Request) -> JSONResponse:
+        status = service.engine.status
+        return JSONResponse({"status": status}, status_code=200 if status == "ok" else 503)
 
+    app.add_route("/health", health, methods=["GET"])  # and HEAD
     app.include_router(routes)
     return app
 
@@ -107,10 +109,10 @@ class _Handlers:
         if not stream:
             heard, text, ended = await self._wait(request, job, _collect(events))
             return JSONResponse(completion.whole(heard, text, ended))
-        # the status is sent with the first event, so that a failure before it still has one of its own
-        heard = cast(list[Heard], await self._wait(request, job, _next_event(events)))
-        pieces = _stream(heard, events, completion, include_usage)
-        return _EventStream(pieces, at_end=lambda: self._service.engine.cancel(job))
+        # the status is sent with the first event if that comes soon: a failure before it has one of its own
+        first = await self._wait(request, job, _next_event(events, HEAD_AFTER_S))
+        pieces = _stream(first, events, completion, include_usage)
+        return _EventStream(pieces, completion, at_end=lambda: self._service.engine.cancel(job))
 
     async def emotion(self, request: Request) -> Response:
         def read(body: bytes) -> tuple[None, Prompt]:
@@ -192,19 +194,28 @@ async def _read_body(request: Request, limit: int) -> bytes:
 class _EventStream(StreamingResponse):
     """Server-sent events. `at_end` is called however it ends, also if the client goes before the first one."""
 
-    def __init__(self, content: AsyncIterator[bytes], at_end: Callable[[], None]) -> None:
+    def __init__(self, content: AsyncIterator[bytes], completion: "_Completion", at_end: Callable[[], None]) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._at_end = at_end
+        self._completion, self._at_end = completion, at_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_unless_failed(message: Message) -> None:
+            # a failed stream is cut off, which is logged: for whoever counts answers its 200 would be a success
+            if not self._completion.failed or message.get("more_body"):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_unless_failed)
         finally:
             self._at_end()
 
 
-async def _next_event(events: asyncio.Queue[Event]) -> Event:
-    event = await events.get()
+async def _next_event(events: asyncio.Queue[Event], timeout_s: float | None = None) -> Event | None:
+    """Return the next event, or `None` if none comes in time; raise an [`ApiError`]."""
+    try:
+        event = await asyncio.wait_for(events.get(), timeout_s)
+    except asyncio.TimeoutError:
+        return None
     if isinstance(event, ApiError):
         raise event
     return event
@@ -223,7 +234,7 @@ class _Completion:
     """The answers to one chat request, in OpenAI's JSON with `emotion` beside the choices."""
 
     def __init__(self, service: Service, prompt: Prompt) -> None:
-        self.prompt = prompt
+        self.prompt, self.failed = prompt, False
         self._audio_tokens = prompt.token_ids.count(service.audio_token_id)
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
 
@@ -253,19 +264,24 @@ class _Completion:
 
 
 async def _stream(
-    heard: list[Heard], events: asyncio.Queue[Event], completion: _Completion, include_usage: bool
+    event: Event | None, events: asyncio.Queue[Event], completion: _Completion, include_usage: bool
 ) -> AsyncIterator[bytes]:
     try:
-        emotion = _emotions(heard, completion.prompt)  # known before the first token
-        yield completion.chunk({"role": "assistant", "content": ""}, emotion=emotion)
-        while isinstance(event := await _next_event(events), str):
-            yield completion.chunk({"content": event})
-        ended = cast(Ended, event)
-        yield completion.chunk({}, ended.reason)
+        while not isinstance(event, Ended):
+            if event is None:
+                yield b": the request waits\n\n"  # a comment: what lies between knows that somebody is there
+            elif isinstance(event, str):
+                yield completion.chunk({"content": event})
+            else:  # what was heard is known before the first token
+                emotion = _emotions(cast(list[Heard], event), completion.prompt)
+                yield completion.chunk({"role": "assistant", "content": ""}, emotion=emotion)
+            event = await _next_event(events, COMMENT_EVERY_S)
+        yield completion.chunk({}, event.reason)
         if include_usage:
-            yield completion.chunk(None, usage=completion.usage(ended))
+            yield completion.chunk(None, usage=completion.usage(event))
         yield b"data: [DONE]\n\n"
     except ApiError as error:  # the status is sent; OpenAI's clients raise on this
+        completion.failed = True
         yield _sse(error.body())
 
 

@@ -8,12 +8,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteria
-from transformers.generation.logits_process import (
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 
 from ..replies import Heard
 from .errors import ApiError
@@ -65,7 +63,7 @@ class Job:
         self.prompt = prompt
         self.cancelled = False
         self.failure: ApiError | None = None  # set from outside to end it
-        self.begun = self.finished = False  # something was told; the last was
+        self.finished = False  # the last event was sent
         self._emit = emit
 
     @property
@@ -77,7 +75,6 @@ class Job:
         """Hand on an event, if somebody waits for it."""
         try:
             if not self.cancelled:
-                self.begun = True
                 self._emit(event)
         except RuntimeError:  # the event loop that waited for it is closed
             self.cancelled = True
@@ -143,18 +140,22 @@ class BatchRow:
     """The reply of a job while it is written, with `padding` positions before its prompt; any end token ends it."""
 
     def __init__(
-        self, job: Job, tokenizer: PreTrainedTokenizerBase, end_tokens: set[int], padding: int, device: torch.device
+        self, job: Job, clips: list[Tensor], model: ReLLMForConditionalGeneration, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         sampling = job.prompt.sampling
         assert sampling is not None  # those that hear only are answered before
-        self.padding = padding
-        self._job, self._end_tokens = job, end_tokens
-        self._num_tokens, self._max_tokens = 0, sampling.max_tokens
+        self.job, self.clips = job, clips  # positions (tokens, d) of each
+        self.tokens = list(job.prompt.token_ids)  # of the conversation, then of the reply
+        self.padding = 0
+        self.pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        end = model.generation_config.eos_token_id
+        self._end_tokens = {end} if isinstance(end, int) else set(end or ())
+        self._max_tokens = sampling.max_tokens
         self._writer = TextWriter(tokenizer, sampling.stop)
         self._generator: torch.Generator | None = None
         if sampling.temperature > NEARLY_GREEDY:
             seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-            self._generator = torch.Generator(device).manual_seed(seed)
+            self._generator = torch.Generator(model.device).manual_seed(seed)
             self._warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
             if sampling.top_p < 1:
                 self._warpers.append(TopPLogitsWarper(sampling.top_p))
@@ -162,7 +163,17 @@ class BatchRow:
     @property
     def done(self) -> bool:
         """Tell whether the reply has ended."""
-        return self._job.finished
+        return self.job.finished
+
+    @property
+    def num_tokens(self) -> int:
+        """Return how many tokens are written."""
+        return len(self.tokens) - len(self.job.prompt.token_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Return how many tokens may still be written."""
+        return self._max_tokens - self.num_tokens
 
     def choose(self, tokens: Tensor, scores: Tensor) -> Tensor:
         """Return scores `(1, vocabulary)` whose arg max is the token to take: drawn, where there is a temperature."""
@@ -174,59 +185,25 @@ class BatchRow:
 
     def take(self, token: int) -> None:
         """Go on by one token; a row that nobody waits for ends."""
-        if self.done:
+        if not self.job.is_wanted:
+            self.job.end(None, self.num_tokens)
             return
-        if not self._job.is_wanted:
-            self._job.end(None, self._num_tokens)
-            return
-        self._num_tokens += 1
+        self.tokens.append(token)
         if token in self._end_tokens:
             self.end("stop")
         else:
             self._write(self._writer.add(token))
             if self._writer.stopped:
-                self._job.end("stop", self._num_tokens)
-            elif self._num_tokens >= self._max_tokens:
+                self.job.end("stop", self.num_tokens)
+            elif self.num_left <= 0:
                 self.end("length")
 
     def end(self, reason: FinishReason) -> None:
         """Write what was held back; a stop string in it is what ended the reply."""
         if not self.done:
             self._write(self._writer.finish())
-            self._job.end("stop" if self._writer.stopped else reason, self._num_tokens)
+            self.job.end("stop" if self._writer.stopped else reason, self.num_tokens)
 
     def _write(self, text: str) -> None:
         if text:
-            self._job.send(text)
-
-
-class RowChoices(LogitsProcessor):
-    """Has `generate`, which takes the most probable token, take what each row chooses.
-
-    A checkpoint's repetition penalty is applied here: `generate` itself would apply it to the padding as well.
-    """
-
-    def __init__(self, rows: Sequence[BatchRow], repetition_penalty: float = 1.0) -> None:
-        self._rows = rows
-        self._penalty = RepetitionPenaltyLogitsProcessor(repetition_penalty) if repetition_penalty != 1.0 else None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chosen = []
-        for index, row in enumerate(self._rows):
-            tokens, own = input_ids[index : index + 1, row.padding :], scores[index : index + 1]
-            if self._penalty is not None and not row.done:
-                own = self._penalty(tokens, own)
-            chosen.append(own if row.done else row.choose(tokens, own))
-        return torch.cat(chosen)
-
-
-class RowEnds(StoppingCriteria):
-    """Hands every row of the batch its new token and tells `generate` which rows have ended."""
-
-    def __init__(self, rows: Sequence[BatchRow]) -> None:
-        self._rows = rows
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
-            row.take(token)
-        return torch.tensor([row.done for row in self._rows], device=input_ids.device)
+            self.job.send(text)

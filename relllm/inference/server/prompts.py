@@ -1,6 +1,7 @@
 """From a request to what the engine takes. Clips are bytes that the client sent: no path or address is opened."""
 
 import io
+import re
 import threading
 from typing import Any, cast
 
@@ -88,9 +89,9 @@ class PromptReader:
 
     def _read_clip(self, clip: AudioData, name: str, seconds_left: float) -> np.ndarray:
         try:
-            data = decode_base64(clip.data)
+            data = decode_base64(re.sub(r"^data:[^,]{,200};base64,", "", clip.data))
         except ValueError as error:
-            message = f"{name}: {error} Addresses, paths and data: URLs are not read."
+            message = f"{name}: {error} Addresses and paths are not read."
             raise bad_request(message, "invalid_audio", param=name) from None
         self._check_seconds(self._check_header(data, name) or 0.0, seconds_left, name)
         extractor = self._processor.feature_extractor

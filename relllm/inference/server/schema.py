@@ -8,6 +8,7 @@ from .errors import bad_request
 
 MAX_STOP_STRINGS = 4  # OpenAI's limit
 MAX_ITEMS = 1024  # messages of a conversation, parts of a message
+MAX_VALUES = 100_000  # in a body: each takes memory and time before it can be refused
 # Fields of OpenAI's that are accepted where they ask for nothing: each with the values that do.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     **{"n": (1,), "logit_bias": ({},), "logprobs": (False,)},
@@ -21,6 +22,13 @@ IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unset(cls, values: object) -> object:  # what a client sends for a field that it leaves out
+        given = values.items() if isinstance(values, dict) else ()
+        known = {name: value for name, value in given if value is not None or name in cls.model_fields}
+        return known if isinstance(values, dict) else values
 
 
 class AudioData(_Strict):
@@ -144,6 +152,9 @@ def parse_body(
     kind: type[ChatRequest] | type[EmotionRequest], body: bytes | bytearray
 ) -> ChatRequest | EmotionRequest:
     """Return the request in a body; what is wrong with it is an [`ApiError`] that names the field."""
+    if (values := sum(map(body.count, (b",", b"[", b"{")))) > MAX_VALUES:  # none of these is in base64
+        message = f"The body has {values} commas and brackets; up to {MAX_VALUES} are read. Send fewer turns."
+        raise bad_request(message, "request_too_large")
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:

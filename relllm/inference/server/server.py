@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
@@ -12,6 +13,7 @@ from typing import Any, cast
 import uvicorn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.processing_relllm import ReLLMProcessor
@@ -23,16 +25,56 @@ from .prompts import PromptReader
 
 logger = logging.get_logger(__name__)
 LAST_ANSWERS_S = 2.0  # after the grace period, for the errors that end what is still running to be sent
-MOST_CONNECTIONS = 1024  # beyond them uvicorn answers 503
+HEAD_TIMEOUT_S = 20.0  # for the whole head of a request, from the connection or the answer before it on
+MOST_CONNECTIONS = 1024  # more get 503 at once
+BACKLOG = 64  # connections that are accepted in one go; without a free descriptor asyncio logs each of them
+OTHER_FILES = 64  # descriptors kept for what is no connection
+
+
+class _Connection(H11Protocol):
+    """A client's connection: closed if a head does not come in time, refused if there are too many."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) >= cast(int, self.config.limit_concurrency):
+            transport.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            transport.close()
+        else:
+            self._expect_head()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.cycle is not None and not self.cycle.response_complete and self._head_timer is not None:
+            self._head_timer.cancel()
+
+    def on_response_complete(self) -> None:
+        self._expect_head()  # before the next one, which may have come already
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+
+    def _expect_head(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+
+
+def most_connections() -> int:
+    """Return how many connections the process has descriptors for, at most `MOST_CONNECTIONS`."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    left = descriptors - len(os.listdir("/dev/fd")) - BACKLOG - OTHER_FILES
+    return max(1, min(MOST_CONNECTIONS, left))
 
 
 class Server(uvicorn.Server):
     """A uvicorn server and its engine: `announce` is called once it accepts requests, `grace_s` is to finish them."""
 
     def __init__(self, service: Service, *, grace_s: float = 30.0, announce: Callable[[], None] | None = None) -> None:
-        quiet: dict[str, Any] = {"http": "h11", "ws": "none", "lifespan": "off", "log_level": "warning"}
-        quiet |= {"server_header": False, "limit_concurrency": MOST_CONNECTIONS}
-        quiet["timeout_graceful_shutdown"] = grace_s + LAST_ANSWERS_S  # a float waits as well
+        quiet: dict[str, Any] = {"http": _Connection, "ws": "none", "lifespan": "off", "log_level": "warning"}
+        quiet |= {"server_header": False, "limit_concurrency": most_connections() + 1, "backlog": BACKLOG}
         super().__init__(uvicorn.Config(create_app(service), **quiet))
         self._engine, self._grace_s, self._announce = service.engine, grace_s, announce
 
@@ -44,7 +86,13 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._engine.drain()
-        abort = asyncio.get_running_loop().call_later(self._grace_s, self._engine.abort)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._grace_s
+        abort = loop.call_at(end, self._engine.abort)
+        while loop.time() < end and not self.force_exit and not self._engine.join(0):
+            await asyncio.sleep(0.05)  # whoever comes meanwhile is told
+        # a float waits as well
+        self.config.timeout_graceful_shutdown = max(0.0, end - loop.time()) + LAST_ANSWERS_S  # type: ignore[assignment]
         await super().shutdown(sockets)
         abort.cancel()
         self._engine.abort()
