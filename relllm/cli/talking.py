@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -153,12 +155,31 @@ def web(settings: PageSettings) -> None:
 
     Example: relllm web runs/demo/re-llm --baseline runs/demo/speech-only
     """
-    from relllm.inference.web import Page
+    from relllm.inference.web import Page, recordings_folder
 
-    draw_from(settings)
-    page = Page(load_systems(settings), max_new_tokens=settings.max_new_tokens)
-    console.print(f"{settings.model}: http://{settings.host}:{settings.port}  (Ctrl-C ends)")
-    page.launch(host=settings.host, port=settings.port)
+    with recordings_folder(), ended_by_signals():
+        draw_from(settings)
+        page = Page(load_systems(settings), max_new_tokens=settings.max_new_tokens)
+        console.print(f"{settings.model}: http://{settings.host}:{settings.port}  (Ctrl-C or SIGTERM ends)")
+        try:
+            page.launch(host=settings.host, port=settings.port)
+        finally:
+            page.close()
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """End by SIGTERM and SIGHUP as by Ctrl-C, with what is to be cleaned up, and exit status 0."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(0)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @app.command()

@@ -7,9 +7,12 @@ leaves the machine that serves the page.
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -43,6 +46,7 @@ COLUMN: dict[str, Any] = {
 }
 AUDIO: dict[str, Any] = {"sources": ["microphone", "upload"], "file_types": ["audio"]}
 LARGEST_UPLOAD = "64mb"
+RECORDINGS = "relllm-web-"  # before the number of the process, in the name of its folder
 DELETE_RECORDINGS_S = (600, 3600)  # looks every ten minutes for uploads and recordings that are an hour old
 MOST_SESSIONS = 32  # each keeps a key-value cache; beyond them the one that was idle longest is dropped
 MOST_TURNS = 16  # at once: the lock lets one through, the others see that they wait
@@ -186,6 +190,29 @@ class Session:
                 stop.set()
                 raise
             return future.result()
+
+
+@contextmanager
+def recordings_folder() -> Iterator[Path]:
+    """Keep what visitors send in a folder that goes with this process; remove those that killed ones left behind.
+
+    It lies in `GRADIO_TEMP_DIR`, or with other temporary files, and can be read by this user only.
+    """
+    given = os.environ.get("GRADIO_TEMP_DIR")
+    place = Path(given or tempfile.gettempdir())
+    folder = place / f"{RECORDINGS}{os.getpid()}"
+    for left in place.glob(f"{RECORDINGS}*"):
+        if left == folder or not Path("/proc", left.name.removeprefix(RECORDINGS)).exists():  # its process has ended
+            shutil.rmtree(left, ignore_errors=True)
+    folder.mkdir(parents=True, mode=0o700)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.environ.pop("GRADIO_TEMP_DIR")
+        if given is not None:
+            os.environ["GRADIO_TEMP_DIR"] = given
 
 
 class Page:

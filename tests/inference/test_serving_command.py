@@ -1,8 +1,12 @@
 """The real `relllm serve`, in a process of its own: started, asked, flooded with rubbish, stopped by a signal."""
 
+import base64
+import json
+import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import openai
 import pytest
 from openai import OpenAI
 from processes import Child, ForkServer, run_command
-from served import clip, reply_alone, user, wait_until
+from served import audio_file, clip, reply_alone, user, wait_until
 from tiny_models import tiny_emotion_tower, tiny_model, tiny_processor
 from typer.testing import CliRunner
 
@@ -90,3 +94,19 @@ def test_a_missing_package_is_named_with_what_to_install(checkpoint, monkeypatch
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = CliRunner().invoke(app, ["serve", str(checkpoint), "--port", "0"])
     assert result.exit_code == 1 and "pip install relllm[serve]" in result.stderr
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_curl_lines_of_the_documents_send_clips_of_any_length(tmp_path, number: int) -> None:
+    """With a `curl` that keeps what it is given: a command line may be 128 KiB long, and 10 s of speech are 320 kB."""
+    lines = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    command = re.findall(r"^\$ (curl .*?)^```", lines, flags=re.DOTALL | re.MULTILINE)[number]
+    (tmp_path / "question.wav").write_bytes(audio_file(clip(10.0)))
+    (tmp_path / "curl").write_text("#!/bin/sh\ncat > body.json\n")
+    (tmp_path / "curl").chmod(0o755)
+    paths = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", command], cwd=tmp_path, env=paths, check=True)
+    body = json.loads((tmp_path / "body.json").read_text())
+    parts = body["input"] if number else body["messages"][0]["content"]
+    sent = next(part["input_audio"]["data"] for part in parts if part["type"] == "input_audio")
+    assert base64.b64decode(sent) == (tmp_path / "question.wav").read_bytes()

@@ -2,20 +2,28 @@
 
 import asyncio
 import gc
+import os
 import re
 import shutil
+import signal
+import socket
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
+import httpx
 import pytest
 import soundfile
 import torch
+from processes import ForkServer, run_command
 from tiny_models import RATE, clip, tiny_config, tiny_model, tiny_processor
 
 from relllm.inference.conversation import Conversation
 from relllm.inference.text_conversation import TextConversation
-from relllm.inference.web import EMPTY, Page, Session, Starts, Status
+from relllm.inference.web import EMPTY, Page, Session, Starts, Status, recordings_folder
 
 TOKENS = 6
 
@@ -288,6 +296,7 @@ def visit(browser, url) -> Iterator:
     for visitor in visitors:
         elsewhere = [address for address in visitor.requests if not address.startswith((url, "data:", "blob:"))]
         assert elsewhere == [] and visitor.errors == []
+        assert visitor.page.get_by_role("button", name=re.compile("share", re.IGNORECASE)).count() == 0
         visitor.context.close()
 
 
@@ -428,3 +437,44 @@ def test_the_command_says_why_it_cannot_serve(tmp_path, model, processor, url) -
     assert result.exit_code == 1 and taken in result.output
     del result  # its traceback holds the socket
     gc.collect()
+
+
+def test_recordings_go_with_the_process_and_those_of_a_killed_one_when_the_next_starts(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / f"relllm-web-{ended.pid}" / "deep").mkdir(parents=True)
+    (tmp_path / f"relllm-web-{os.getppid()}").mkdir()  # of one that runs
+    (tmp_path / "other").mkdir()
+    with recordings_folder() as folder:
+        (folder / "clip.wav").write_bytes(b"a voice")
+        assert os.environ["GRADIO_TEMP_DIR"] == str(folder) and folder.stat().st_mode & 0o077 == 0
+        left = {path.name for path in tmp_path.iterdir()}
+    assert left == {folder.name, f"relllm-web-{os.getppid()}", "other"}
+    assert not folder.exists() and os.environ["GRADIO_TEMP_DIR"] == str(tmp_path)
+
+
+def test_a_signal_ends_the_command_and_deletes_what_was_uploaded(
+    fork_server: ForkServer, tmp_path, model, processor, wav
+) -> None:
+    model.save_pretrained(tmp_path / "re-llm")
+    processor.save_pretrained(tmp_path / "re-llm")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "temporary").mkdir()
+    command = ["web", str(tmp_path / "re-llm"), "--port", str(port), "--device", "cpu"]
+    process = fork_server.start(run_command, *command, GRADIO_TEMP_DIR=str(tmp_path / "temporary"))
+    try:
+        for _ in range(300):
+            with suppress(httpx.TransportError), open(wav, "rb") as file:
+                address = f"http://127.0.0.1:{port}/gradio_api/upload"
+                httpx.post(address, files={"files": ("a.wav", file)}, timeout=30).raise_for_status()
+                break
+            time.sleep(0.2)
+        assert [path.name for path in (tmp_path / "temporary").rglob("*.wav")] == ["a.wav"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0 and list((tmp_path / "temporary").iterdir()) == []
+    finally:
+        process.kill()
+        process.wait(30)
