@@ -69,7 +69,7 @@ def test_what_comes_back_from_the_hub_predicts_what_was_measured(
     light, hub_s = (Path(f"runs/eval/{one}/predictions.jsonl").read_text() for one in ("light", "hub"))
     assert light == hub_s and "likelihood" in light
     card = ModelCard.load(tmp_path / "served" / "re-llm" / "README.md")
-    assert card.data.eval_results[0].dataset_type == "folder" and "| lora_r | 4 |" in card.text
+    assert card.data.eval_results[0].dataset_type == "ours" and "| lora_r | 4 |" in card.text
     assert card.data.license == "other" and "terms-of-its-owner" in card.text  # own speech, and towers of no licence
 
 
