@@ -134,10 +134,11 @@ def original_towers(
 ) -> TowerOutputs:
     """What the original code does before the projector: Whisper over 30 s, the emotion tower twice, clip by clip."""
     core = model.model
-    frames = core.audio_tower(inputs["input_features"]).last_hidden_state
+    device, dtype = inputs["input_features"].device, core.audio_tower.dtype
+    frames = core.audio_tower(inputs["input_features"].to(dtype)).last_hidden_state
     embeddings, dimensions = [], []
     for waveform in waveforms:
-        values = torch.from_numpy(waveform)[None]
+        values = torch.from_numpy(waveform)[None].to(device, dtype)
         embeddings.append(original_emotion(core.emotion_tower, values)[0])
         dimensions.append(original_emotion(core.emotion_tower, values)[1])
     lengths = (inputs["input_features_mask"].sum(-1) - 1) // 2 + 1

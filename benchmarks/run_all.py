@@ -17,7 +17,7 @@ from rich.table import Table
 
 FOLDER = Path(__file__).parent
 SHARED = ("harness", "reference", "run_all")
-ON_REQUEST = ("cheap_mode", "profiles", "real_models")  # weights needed, or no comparison: see their docstrings
+ON_REQUEST = ("cheap_mode", "gpu", "profiles", "real_models")  # see their docstrings
 
 
 def names() -> list[str]:

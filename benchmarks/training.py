@@ -42,7 +42,7 @@ def main(*, quick: bool = False) -> None:
 
     def original() -> None:
         with _lora_everywhere():
-            _update(_original_loss(model, batches[True], waveforms), plain)
+            _update(original_loss(model, batches[True], waveforms), plain)
 
     variants: dict[str, Callable[[], object]] = {
         "original": original,
@@ -90,7 +90,7 @@ def _update(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def _original_loss(model: ReLLMForConditionalGeneration, inputs: dict, waveforms: list) -> Tensor:
+def original_loss(model: ReLLMForConditionalGeneration, inputs: dict, waveforms: list) -> Tensor:
     """Reply, emotion and dimensions, by the model's own forward: logits at all positions."""
     output = model(
         input_ids=inputs["input_ids"],

