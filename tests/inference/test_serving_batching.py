@@ -9,8 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from served import NAME, as_read, clip, clip_part, raw_request, reply_alone, serving, user, wait_until
-from tiny_models import tiny_config, tiny_model, tiny_processor
+from served import (
+    NAME,
+    as_read,
+    clip,
+    clip_part,
+    own_conversation,
+    raw_request,
+    reply_alone,
+    serving,
+    user,
+    wait_until,
+)
+from tiny_models import conversation_inputs, tiny_config, tiny_model, tiny_processor
 
 from relllm.inference.inference_settings import BatchSettings, RequestLimits
 from relllm.inference.replies import hear
@@ -308,6 +319,20 @@ def test_rows_that_have_ended_are_not_computed_any_more(model, processor) -> Non
     for answer, length, conversation in zip(answers, lengths, CONVERSATIONS, strict=False):
         expected = reply_alone(model, processor, *conversation, max_new_tokens=length)
         assert answer.choices[0].message.content == expected
+
+
+def test_a_checkpoints_shortest_reply_is_counted_from_its_beginning(model, processor, monkeypatch) -> None:
+    messages, waveforms = CONVERSATIONS[1]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(0, len(processor.tokenizer), 2)))
+    monkeypatch.setattr(model.generation_config, "min_new_tokens", 6)
+    inputs = conversation_inputs(processor, own_conversation(messages, waveforms))
+    alone = model.generate(**inputs, do_sample=False, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :].tolist()
+    assert 6 < len(alone) <= 4 + 6  # of rows that begin again after 4 tokens
+    with serving(model, processor, settings=together(3)) as running, running.client() as client:
+        requests = [{"messages": messages, "max_tokens": length} for length in (2, 4, 20)]
+        answer = ask_all(client, requests)[2]
+    assert answer.usage.completion_tokens == len(alone)
+    assert answer.choices[0].message.content == processor.tokenizer.decode(alone[:-1])
 
 
 @pytest.mark.parametrize("most_groups", [1, 4])

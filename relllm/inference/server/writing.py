@@ -34,13 +34,10 @@ class Group:
     def write(self, model: ReLLMForConditionalGeneration, has_others: Callable[[int], bool]) -> None:
         """Write until a row ends or `has_others` (of the number of tokens) says so; rows that have ended leave."""
         pad_token = self.rows[0].pad_token
-        options: dict[str, object] = {}
-        if self._cache is None:
-            options = self._begin(model, pad_token)
-        else:  # what a checkpoint asks of the first tokens of a reply
-            written = min(row.num_tokens for row in self.rows)
+        options = self._begin(model, pad_token) if self._cache is None else {}
+        if written := min(row.num_tokens for row in self.rows):  # what a checkpoint asks of a reply's first tokens
             shortest = model.generation_config.min_new_tokens
-            options = {"begin_suppress_tokens": None, "min_new_tokens": shortest and max(0, shortest - written)}
+            options |= {"begin_suppress_tokens": None, "min_new_tokens": shortest and max(0, shortest - written)}
         turn = _Turn(self.rows, has_others)
         self._ids = model.generate(
             input_ids=self._ids,
