@@ -80,6 +80,11 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as error:
             goes_on = re.search(r"[^.;]*the same command goes on[^.;]*", function.__doc__ or "")
             raise KeyboardInterrupt(f"{goes_on[0]}." if goes_on else "") from error
+        except OSError as error:
+            ids = [place for name in settings for place in _places_elsewhere(given[name])]
+            if "huggingface.co" not in str(error) or not ids:
+                raise
+            raise OSError(f"{' or '.join(ids)}: no folder here, and of the Hub: {error}") from error
 
     told = typer.Option("--debug", hidden=True)  # shown by `relllm --help`, and taken on either side of the command
     parameters += [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
@@ -113,7 +118,10 @@ class PlainCommands(TyperGroup):
     def _invoke_plainly(self, ctx: Any) -> Any:
         try:
             with plain_errors():
-                return super().invoke(ctx)
+                try:
+                    return super().invoke(ctx)
+                finally:
+                    sys.stdout.flush()  # here a closed pipe is an error that ends the command quietly
         except KeyboardInterrupt as error:
             _print_line(f"stopped by Ctrl-C. {error}")
             raise typer.Exit(130) from error
@@ -159,6 +167,13 @@ def _check_places(settings: Any) -> None:
             check_place(value, holds=HOLDS[kind])
         elif kind == "dataset" and value is not None:
             check_place(value, repo_type="dataset")
+
+
+def _places_elsewhere(settings: Any) -> list[str]:
+    """Return what settings name that is not on this machine: ids of the Hub."""
+    names = [field.name for field in dataclasses.fields(settings) if "place" in field.metadata]
+    places = [str(place) for name in names if (place := getattr(settings, name)) is not None]
+    return [place for place in places if not os.path.exists(os.path.expanduser(place))]
 
 
 def check_device(device: str) -> None:
