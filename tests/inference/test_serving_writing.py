@@ -1,0 +1,34 @@
+"""`server.writing`: replies in turns, rows that leave and groups that begin again, against `generate` alone."""
+
+import pytest
+import torch
+from llm_families import family_config
+from tiny_models import tiny_config, tiny_model, tiny_tokenizer
+
+from relllm.inference.server.decoding import BatchRow, Job, Prompt, ReplySampling
+from relllm.inference.server.writing import Group
+
+PROMPTS = ([5, 9, 40, 41], list(range(30, 70)), list(range(7, 18)))
+LENGTHS = (3, 9, 20)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "jamba", "qwen3_next"])  # plain, sliding windows, with states
+@torch.no_grad()
+def test_replies_in_turns_are_those_of_each_alone(family: str) -> None:
+    config = tiny_config(fusion="none")
+    config.text_config = family_config(family)
+    model = tiny_model(config)
+    model.generation_config.eos_token_id = None
+    rows, expected = [], []
+    for ids, length in zip(PROMPTS, LENGTHS, strict=True):
+        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        expected.append(model.generate(**inputs, do_sample=False, max_new_tokens=length)[0].tolist())
+        job = Job(Prompt([], 0, 0.0, list(ids), ReplySampling(length)), lambda _: None)
+        rows.append(BatchRow(job, [], model, tiny_tokenizer()))
+    group, turns = Group(list(rows)), 0
+    while group.rows:
+        group.write(model, lambda written: written >= 5)
+        turns += 1
+        if turns == 4:
+            group = Group(group.rows)  # as after a failure, or together with others
+    assert turns == 6 and [row.tokens for row in rows] == expected
