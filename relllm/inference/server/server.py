@@ -39,6 +39,7 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) >= cast(int, self.config.limit_concurrency):
+            self.connections.discard(self)  # or uvicorn counts it, and refuses the requests of others
             transport.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
             transport.close()
         else:
