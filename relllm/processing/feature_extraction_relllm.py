@@ -218,12 +218,16 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
         longest = self.nb_max_frames if self.full_window else max(frames)
         if not self.full_window and longest == self.nb_max_frames:
             longest += 1  # a batch as wide as the window is one in which every clip attends to the whole of it
-        # n_fft zeros more, so that the last frame of the longest clip sees zeros after it, as in a full window
-        samples = longest * self.hop_length + (0 if self.full_window else self.n_fft)
+        # Behind the longest clip all frames of a window are the same: silence, from the third on. They are copied.
+        made = min(longest, max(frames) + 3) if self.full_window and not self.dither else longest
+        # n_fft zeros more, so that the last frame that is made sees zeros after it, as in a full window
+        samples = made * self.hop_length + (self.n_fft if made < self.nb_max_frames or not self.full_window else 0)
         padded = np.zeros((len(windows), samples), dtype=np.float32)
         for row, window in zip(padded, windows, strict=True):
             row[: len(window)] = window
-        features = torch.from_numpy(self._torch_extract_fbank_features(padded))[:, :, :longest].contiguous()
+        features = torch.from_numpy(self._torch_extract_fbank_features(padded))[:, :, :made]
+        silence = features[:, :, -1:].expand(-1, -1, longest - made)
+        features = torch.cat([features, silence], dim=-1).contiguous()
         mask = torch.arange(longest)[None] < torch.tensor(frames)[:, None]
         return {"input_features": features, "input_features_mask": mask.long()}
 

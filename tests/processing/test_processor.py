@@ -24,9 +24,9 @@ from tiny_models import (
     tiny_tokenizer,
     user_turn,
 )
-from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, WhisperFeatureExtractor
 
-from relllm import ReLLMConfig, ReLLMForConditionalGeneration, ReLLMProcessor
+from relllm import ReLLMConfig, ReLLMFeatureExtractor, ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.modeling.audio_tower_relllm import count_frames
 from relllm.modeling.projector_relllm import count_projected
 from relllm.processing import audio_relllm
@@ -349,6 +349,30 @@ def test_the_model_makes_as_many_positions_as_the_processor_left_room_for(kind: 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("seconds", [(0.5,), (3.2, 5.0), (29.95, 1.0), (29.98,), (30.0,)])
+def test_a_full_window_is_whispers_to_the_bit_and_its_silence_is_not_computed(
+    seconds: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extractor, transform = (
+        ReLLMFeatureExtractor(full_window=True),
+        WhisperFeatureExtractor._torch_extract_fbank_features,
+    )
+    clips = [clip(length, seed=seed) for seed, length in enumerate(seconds)]
+    expected = WhisperFeatureExtractor()(clips, sampling_rate=16_000, return_tensors="pt")["input_features"]
+    computed = []
+
+    def count(self: WhisperFeatureExtractor, samples: np.ndarray, *args: str) -> np.ndarray:
+        computed.append(samples.shape[1])
+        return transform(self, samples, *args)
+
+    monkeypatch.setattr(WhisperFeatureExtractor, "_torch_extract_fbank_features", count)
+    assert torch.equal(extractor.extract(clips)["input_features"], expected)
+    assert computed[0] <= (max(seconds) + 0.1) * 16_000
+    silence = [np.zeros(8000, dtype=np.float32)]
+    expected = WhisperFeatureExtractor()(silence, sampling_rate=16_000, return_tensors="pt")["input_features"]
+    assert torch.equal(extractor._speech_inputs(silence)["input_features"], expected)
+
+
 @pytest.mark.parametrize(("kind", "duration_s"), [("whisper", 5.3), ("hubert", 61.0)])
 def test_a_long_clip_is_its_windows_one_after_the_other_each_with_its_own_emotion(
     kind: str, duration_s: float
