@@ -119,8 +119,8 @@ def hear_many(
     for reason in list(report["not_read"].values())[:SHOWN]:
         messages.print(f"not heard: {reason}", style="red")
     if settings.out is not None:
-        more = f", {len(report['not_read']):,} of them not read" if report["not_read"] else ""
-        console.print(f"{report['clips']:,} clips{more}, {report['rows']:,} rows in {settings.out}")
+        more = f", of which not read {len(report['not_read']):,}" if report["not_read"] else ""
+        console.print(f"Heard in {settings.out}: clips {report['clips']:,}{more}; rows {report['rows']:,}")
     if report["not_read"]:
         raise typer.Exit(1)
 

@@ -242,9 +242,10 @@ def _write_table(rows: Sequence[Mapping[str, object]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     if path.suffix == ".parquet":
-        from datasets import Dataset
+        import pyarrow
+        import pyarrow.parquet
 
-        Dataset.from_list(_complete(rows)).to_parquet(str(partial))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(_complete(rows)), partial)
     else:
         with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             if path.suffix == ".csv":

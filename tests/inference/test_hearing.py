@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -184,9 +185,13 @@ def test_a_model_that_hears_speech_only_has_no_reading_of_a_tower(recordings: Pa
     assert status == 0 and "arousal" in table and "tower_" not in table
 
 
-def test_a_long_file_is_heard_in_windows_and_refused_whole(checkpoint: Path, tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "long.wav", np.tile(clip(1.0), 601), RATE)
-    status, _, errors = run(checkpoint, tmp_path / "long.wav")
-    assert status == 1 and "--every" in errors
-    status, table, _ = run(checkpoint, tmp_path / "long.wav", "--every", 300)
+def test_a_clip_beyond_the_limit_is_heard_in_windows_and_refused_whole(checkpoint: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(checkpoint, tmp_path / "re-llm")
+    processor = tiny_processor()
+    processor.feature_extractor.max_duration_s = 3.0  # ten minutes by default
+    processor.save_pretrained(model)
+    soundfile.write(tmp_path / "long.wav", clip(3.5), RATE)
+    status, _, errors = run(model, tmp_path / "long.wav")
+    assert status == 1 and "at most 3 s: --every" in errors
+    status, table, _ = run(model, tmp_path / "long.wav", "--every", 2)
     assert status == 0 and len(table.splitlines()) == 3
