@@ -5,6 +5,7 @@ the model: what PEFT does to adapters (activate, disable, delete, merge) it does
 """
 
 import contextlib
+import functools
 import os
 import re
 import threading
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -83,6 +85,8 @@ class LoraScope(threading.local):
         """Make a gradient-checkpointing function that runs again, after `use`, under the mask of the first run."""
 
         def scoped_checkpoint(function: Callable, *args: object, **kwargs: object) -> object:
+            if torch.compiler.is_compiling():  # the graph has the mask as an input, at recompute as well
+                return checkpoint(function, *args, **kwargs)
             mask, copies = self.mask, self.copies
 
             def run(*run_args: object, **run_kwargs: object) -> object:
@@ -153,7 +157,7 @@ class ScopedLinear(PeftLinear):
         if isinstance(mask, Tensor) and mask.device != x.device:  # a spread model goes on, on its next device
             mask = self.lora_scope.mask = mask.to(x.device)
             self.lora_scope.positions = None
-        if self.lora_scope.copies is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.lora_scope.copies is not None:
             copied = self.lora_scope.copies.get(self)
             if copied is not None and (copied[0].dtype, copied[0].device) == (result.dtype, result.device):
                 return self._add_by_copies(x, result, *copied)
@@ -321,10 +325,12 @@ def copy_lora(text_model: PreTrainedModel, like: Tensor) -> dict[ScopedLinear, t
     """Return, for each layer, its A with those that share its input and its B, scaled, in the LLM's precision.
 
     `None` on a CPU, where a layer's parameters are there in its own forward only (FSDP, ZeRO 3, weights that are
-    spread or offloaded) and while a graph is traced.
+    spread or offloaded), where layers are compiled and while a graph is traced.
     """
     layers = text_model.__dict__.get("lora_layers", ())
-    if not layers or like.device.type in WITHOUT_COPIES or torch.compiler.is_compiling():
+    if not layers or (text_model.__dict__.get("has_compiled_layers") and torch.is_grad_enabled()):
+        return None
+    if like.device.type in WITHOUT_COPIES or torch.compiler.is_compiling():
         return None
     if any(layer.lora_bias[ADAPTER_NAME] for layer in layers):
         return None
@@ -341,6 +347,27 @@ def copy_lora(text_model: PreTrainedModel, like: Tensor) -> dict[ScopedLinear, t
     copies = _CopyLora.apply(dtype, [len(group) for group in groups], scales, *weights)
     joined = [copies[index] for index, group in enumerate(groups) for _ in group]
     return dict(zip(ordered, zip(joined, copies[len(groups) :], strict=True), strict=True))
+
+
+def compile_layers(text_model: PreTrainedModel, **options: Any) -> None:
+    """Compile each decoder layer's training pass, in place; like layers share a graph, so it takes seconds.
+
+    A graph may not break, as a checkpoint outside of one would lose the LoRA's mask. Passes without a gradient or with
+    a cache run as before. `options` are those of `torch.compile`; a `ValueError` where no layers are marked as such.
+    """
+    layers = [module for module in text_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(text_model).__name__} marks no decoder layers to compile. Leave torch_compile out.")
+    for layer in layers:
+        plain = layer._call_impl
+        compiled = torch.compile(plain, fullgraph=True, **options)
+        layer._compiled_call_impl = functools.partial(_run_layer, plain, compiled)
+    text_model.has_compiled_layers = True
+
+
+def _run_layer(plain: Callable, compiled: Callable, *args: object, **kwargs: object) -> object:
+    trains = torch.is_grad_enabled() and kwargs.get("past_key_values") is None
+    return (compiled if trains else plain)(*args, **kwargs)
 
 
 def _dropped(layer: ScopedLinear) -> float:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,6 +26,7 @@ from relllm.labels import DIMENSIONS
 from relllm.metrics import concordances, recognition_metrics
 from relllm.modeling.checkpoint_relllm import find_ends
 from relllm.modeling.configuration_relllm import config_fields
+from relllm.modeling.lora_relllm import compile_layers
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 from relllm.processing.processing_relllm import ReLLMProcessor
@@ -127,6 +129,9 @@ class ReLLMSFTTrainer(
         if getattr(model, "is_quantized", False):  # TRL has put what trains in bfloat16: 2e-5 is lost there
             prepare_trainable(model, args.unfreeze, self.objective.unused_heads)
         return_heads(self.model, self.objective.alignment)
+        if self._compiles_layers:
+            options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+            compile_layers(self.model.base_model.text_model, **options)
         self.add_callback(TrainableTableCallback)
         if args.augments or args.tower_cache_dir is not None:
             if not isinstance(self.data_collator, ReLLMCollator):
@@ -144,6 +149,17 @@ class ReLLMSFTTrainer(
         self._means = RunningMeans(names, self.args.device)
         self._pool: list[tuple[Tensor, list[Tensor]]] | None = None  # of an evaluation over several data sets
         self._heard: list[Tensor] = []  # of the running evaluation; see `_remember`
+
+    @property
+    def _compiles_layers(self) -> bool:
+        """Whether the LLM's layers are compiled alone: all at once are many graphs, for minutes. Not under FSDP."""
+        return self.args.torch_compile and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Do as Transformers, but leave compiling to `compile_layers`."""
+        super().create_accelerator_and_postprocess()
+        if self._compiles_layers:
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
     def _set_up_clips(self, model: ReLLMForConditionalGeneration, extractor: ReLLMFeatureExtractor) -> None:
         """Have the collator augment clips, or look their tower outputs up; the settings allow one of the two."""

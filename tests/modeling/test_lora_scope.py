@@ -22,17 +22,19 @@ from tiny_models import (
     audio_inputs,
     clip,
     conversation_inputs,
+    tiny_config,
     tiny_model,
     tiny_processor,
     user_turn,
 )
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from relllm import ReLLMForConditionalGeneration
 from relllm.modeling import lora_relllm
-from relllm.modeling.lora_relllm import ADAPTER_NAME, ScopedLinear, copy_lora
+from relllm.modeling.lora_relllm import ADAPTER_NAME, ScopedLinear, compile_layers, copy_lora
 
 SCOPES = ("audio", "text", "global")
 CHECKPOINTING = {"reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
@@ -318,6 +320,41 @@ def test_in_bfloat16_what_trains_is_float32_and_its_gradients_are_those_of_float
     for name in (name for name in expected if "lora_" in name):
         assert found[name].dtype == torch.float32
         assert (found[name] - expected[name]).norm() < 0.1 * expected[name].norm(), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Dynamo touches deprecated and unusual things while it traces
+@pytest.mark.parametrize("scope", SCOPES)
+def test_compiled_decoder_layers_are_one_graph_without_a_break(
+    scope: str, inputs: dict[str, Tensor], as_on_an_accelerator: None
+) -> None:
+    """Three layers share one in training, one with gradient checkpointing and one in a prefill without a cache."""
+    config = tiny_config(lora_scope=scope)
+    config.text_config.num_hidden_layers = 3
+    model, graphs = tiny_model(config), CompileCounter()
+    inputs = {**inputs, "use_cache": False}
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return model.eval()(**inputs).logits[inputs["attention_mask"].bool()]
+
+    plain, expected = logits(), gradients(model.train(), inputs)
+    torch.compiler.reset()
+    compile_layers(model.model.text_model, backend=graphs)
+    results = [gradients(model, inputs)]
+    assert graphs.frame_count == 1
+    assert torch.equal(logits(), plain) and graphs.frame_count == 1  # without a gradient all is as before
+    model.generate(**{**inputs, "use_cache": True}, max_new_tokens=2)
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    results.append(gradients(model, inputs))
+    assert graphs.frame_count == 2
+    for layer in model.model.get_decoder().layers:
+        layer.compile(backend=graphs, fullgraph=True)
+    torch.testing.assert_close(logits(), plain, rtol=1e-4, atol=2e-5)
+    assert graphs.frame_count == 3
+    for result in results:
+        for name, value in expected.items():
+            torch.testing.assert_close(result[name], value, rtol=1e-4, atol=2e-5, msg=name)
 
 
 def test_a_text_only_batch_keeps_the_lora_in_the_graph_with_zero_gradients() -> None:
