@@ -62,6 +62,7 @@ def test_a_benchmark_without_goals_runs(name, results):
     assert all(isinstance(row["reached"], float) for row in run_quickly(name, results)["rows"])
 
 
+@pytest.mark.slow
 def test_the_lora_dispatches_no_more_operations_than_it_did():
     """At the paper's number of layers; what the LLM itself dispatches is Transformers'."""
     launches = importlib.import_module("launches")

@@ -302,6 +302,7 @@ def test_killed_and_started_again_it_does_the_rest_with_the_same_bytes(
     assert not list(tmp_path.glob("out.*"))
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     soundfile.write(tmp_path / "wav/u3.wav", clip(0.3, seed=9), 44_100)  # whose resampling sums many products
     prepare(corpus, tmp_path / "one", embed_audio=True)

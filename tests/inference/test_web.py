@@ -326,6 +326,7 @@ def test_typed_turns_are_answered_and_tabs_do_not_mix(visit, systems) -> None:
     assert second.said("user") == [] and len(first.said("user")) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @no_browser
 def test_a_recording_is_heard_and_drawn(visit) -> None:
@@ -348,6 +349,7 @@ def test_a_recording_is_heard_and_drawn(visit) -> None:
     assert visitor.page.locator(".plot_marks path").count() == 3  # one a dimension
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @no_browser
 def test_bad_audio_shows_an_error_and_the_conversation_goes_on(visit, tmp_path) -> None:
@@ -366,6 +368,7 @@ def test_bad_audio_shows_an_error_and_the_conversation_goes_on(visit, tmp_path) 
     assert visitor.said("user") == ["Hello.", "And you?"]
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @no_browser
 def test_on_a_phone_everything_fits_and_the_keyboard_reaches_it(visit) -> None:
@@ -454,6 +457,7 @@ def test_recordings_go_with_the_process_and_those_of_a_killed_one_when_the_next_
     assert not folder.exists() and os.environ["GRADIO_TEMP_DIR"] == str(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_command_and_deletes_what_was_uploaded(
     fork_server: ForkServer, tmp_path, model, processor, wav
 ) -> None:

@@ -110,6 +110,7 @@ def test_each_kind_of_tower_fusion_and_scope_may_be_spread(options: dict) -> Non
         assert_equal(answers(spread(model, placements(model, 4)[0]), batch), expected)
 
 
+@pytest.mark.slow
 def test_beams_and_a_conversation_run_on_a_spread_model() -> None:
     config = four_layers()
     model, processor = tiny_model(config), tiny_processor(config)
@@ -146,6 +147,7 @@ def offload(folder: Path, how: str, out: Path) -> ReLLMForConditionalGeneration:
     return load(folder, device_map=places, offload_folder=out).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("speech", "full_window"), [("whisper", True), ("whisper", False), ("wav2vec2", False), ("wavlm", False)]
 )

@@ -227,6 +227,7 @@ def test_the_cache_goes_by_both_names_whatever_the_release(model, name: str) -> 
         torch.testing.assert_close(model(**step, **{name: cache}).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_decode_step_with_a_static_cache_compiles_as_one_graph(model) -> None:
     row = dict(conversation_inputs(tiny_processor(), CONVERSATIONS[1]))
@@ -245,6 +246,7 @@ def test_a_decode_step_with_a_static_cache_compiles_as_one_graph(model) -> None:
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector", ["conv", "conv-layers"])
 def test_projecting_placing_and_the_llm_compile_as_one_graph(projector: str) -> None:
     config = tiny_config(projector_layers=int(projector == "conv-layers"), projector_ffn_dim=20)

@@ -97,6 +97,7 @@ def train_two(folder: Path) -> None:
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.slow
 def test_two_processes_log_them_once(fork_server: ForkServer, tmp_path: Path) -> None:
     (tmp_path / "clips").mkdir()
     make_rows(tmp_path / "clips")

@@ -87,6 +87,7 @@ def test_a_run_over_two_corpora_knows_both(corpora, towers, tmp_path: Path) -> N
         run_training(*parse_arguments(changed))
 
 
+@pytest.mark.slow
 def test_the_rows_are_drawn_by_the_weights_until_all_were_there(corpora) -> None:
     parts = {place: load_corpus(place, "all") for place in corpora}
     mixed = mix_rows(parts, [1, 4], seed=0)

@@ -158,6 +158,7 @@ def test_activations_are_what_autograd_keeps_within_a_tenth(as_planned, settings
     assert plan.memory(BATCH_SIZE).activations == pytest.approx(step.saved_bytes(), rel=0.10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -413,6 +413,7 @@ def test_early_stopping_and_streaming_run(towers: dict[str, str], corpus: str, t
     assert trainer.state.global_step == 2  # nothing learnt, so the second evaluation was no better
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_a_lora_is_given_one_that_changes_nothing(
     towers: dict[str, str], corpus: str, tmp_path: Path
 ) -> None:
@@ -584,6 +585,7 @@ def test_a_quantised_model_passes_for_one_with_an_adapter_only_while_the_trainer
         assert model._hf_peft_config_loaded is False
 
 
+@pytest.mark.slow
 def test_a_run_in_four_bit_trains_in_float32_and_resumes(corpus: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     make_tiny_towers(tmp_path / "towers")  # whose widths fit bitsandbytes' blocks of 64

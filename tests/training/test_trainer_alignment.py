@@ -73,6 +73,7 @@ def test_gradient_is_that_of_the_losses_written_out(small_tiles, tmp_path: Path,
         torch.testing.assert_close(step[name], gradient, rtol=1e-4, atol=3e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_gradients_agree_however_the_batch_is_accumulated(tmp_path: Path) -> None:
     """In float64; each gradient against its own norm."""
     rows = make_rows(tmp_path)
