@@ -104,7 +104,9 @@ def test_a_reply_is_shown_piece_by_piece(session, processor, monkeypatch) -> Non
     for _ in session.talk(None, "Hello."):
         if session.shown["speech only"] == []:
             seen.append(session.shown["RE-LLM"][-1]["content"].strip())
-    assert seen == ["…", "You", "You sound", "You sound upset", "You sound upset today.", "You sound upset today."]
+    pieces = seen[1:]  # words, or from Transformers 5.24 on tokens
+    assert seen[0] == "…" and seen[-1] == "You sound upset today." and len(pieces) >= 5
+    assert all(after.startswith(before) for before, after in zip(pieces, pieces[1:], strict=False))
 
 
 def test_a_turn_is_thinking_then_replying_then_over(session, wav) -> None:

@@ -8,9 +8,11 @@ import peft
 import pytest
 import torch
 from light_checkpoints import build, save_towers, trained_names
+from packaging.version import Version
 from tiny_models import clip, conversation_inputs, tiny_model, tiny_processor, user_turn
 from torch import Tensor, nn
 from transformers import AutoModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from relllm import ReLLMForConditionalGeneration
 from relllm.modeling.lora_relllm import ADAPTER_NAME, ScopedLinear, has_adapters
@@ -18,6 +20,10 @@ from relllm.training.freezing import prepare_trainable
 
 # PEFT, on a model that has a LoRA already, or gets a second adapter
 pytestmark = [
+    pytest.mark.skipif(
+        Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+        reason=f"the adapters of this Transformers ask for PEFT {MIN_PEFT_VERSION}",
+    ),
     pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
 ]
