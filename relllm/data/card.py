@@ -11,8 +11,8 @@ from .rows import CorpusFacts
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _PUBLIC_SETTINGS = (
-    *("label_set", "merge_excited", "held_out_session", "validation_session", "splits", "language"),
-    *("embed_audio", "min_seconds", "max_seconds"),
+    *("label_set", "merge_excited", "improvised_only", "held_out_session", "validation_session", "splits", "language"),
+    *("emotions", "unknown_emotions", "scale", "embed_audio", "channel", "min_seconds", "max_seconds"),
 )
 
 

@@ -43,7 +43,7 @@ def _check_scales(dataset: Dataset | IterableDataset) -> None:
     for name in DIMENSIONS if isinstance(dataset, Dataset) else ():
         if name not in dataset.column_names:
             continue
-        numbers = [one for value in dataset[name] for one in (value if isinstance(value, list) else [value])]
+        numbers = [one for value in dataset[name][:] for one in (value if isinstance(value, list) else [value])]
         numbers = [number for number in numbers if isinstance(number, (int, float))]
         if outside := sum(number < 0 or number > 1 for number in numbers):
             raise ValueError(
@@ -107,7 +107,7 @@ def _name_emotions(dataset: Dataset | IterableDataset, names: list[str] | None) 
     features = dataset.features.copy()
     features["emotion"] = _with_names(features["emotion"])
     if isinstance(dataset, Dataset) and names is None:
-        found = {value for row in dataset["emotion"] for value in (row if isinstance(row, list) else [row])}
+        found = {value for row in dataset["emotion"][:] for value in (row if isinstance(row, list) else [row])}
         if all(name_emotion(value) == value for value in found):
             return dataset
     return dataset.map(rename, input_columns="emotion", batched=True, features=features)

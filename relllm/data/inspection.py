@@ -39,6 +39,8 @@ CONTRADICTIONS = (
 )
 
 FEWEST_WORDS = 3  # of a transcript that two splits should not share
+_IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u9fff"  # each counts as a word: nothing is between them
+_WORD = re.compile(rf"[{_IDEOGRAPHS}]|(?:[^\W{_IDEOGRAPHS}]|')+")
 _NO_SPLIT = "no split"
 _FIRST_SPLITS = ("train", "validation", "test")  # others follow by name
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
@@ -134,7 +136,7 @@ def _find_shared(rows: Sequence[Mapping], check: str, key: Callable[[Mapping], o
 
 def _plain_text(row: Mapping) -> str | None:
     text = row.get("text")
-    words = re.findall(r"[\w']+", text.casefold()) if isinstance(text, str) else []
+    words = _WORD.findall(text.casefold()) if isinstance(text, str) else []
     return " ".join(words) if len(words) >= FEWEST_WORDS else None
 
 

@@ -93,8 +93,8 @@ def corpus_facts(data: str | Path) -> dict:
 
 
 def _read_report(data: str | Path) -> tuple[Path, dict]:
-    path = Path(data)
-    folder = path.absolute().parent if path.is_file() else path
+    path = Path(data).expanduser().absolute()
+    folder = path.parent if path.is_file() else path
     report = folder / "report.json"
     return folder, json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
 
@@ -134,7 +134,7 @@ def hub_place(data: str) -> tuple[str, str | None, str | None]:
 
 def _with_ids(loaded: dict | Dataset | IterableDataset) -> dict | Dataset | IterableDataset:
     """Number the rows of each split where the Hub's have no `id`."""
-    from datasets import Dataset
+    from datasets import Dataset, Features, Value
 
     if not isinstance(loaded, dict):
         return _with_ids({TRAIN: loaded})[TRAIN]
@@ -144,7 +144,12 @@ def _with_ids(loaded: dict | Dataset | IterableDataset) -> dict | Dataset | Iter
         if isinstance(rows, Dataset):
             loaded[split] = rows.add_column("id", [f"{split}-{number:06d}" for number in range(len(rows))])
         else:
-            loaded[split] = rows.map(lambda _, number, split=split: {"id": f"{split}-{number:06d}"}, with_indices=True)
+            features = Features({**rows.features, "id": Value("string")}) if rows.features else None
+            loaded[split] = rows.map(
+                lambda row, number, split=split: {"id": row.get("id", f"{split}-{number:06d}")},
+                with_indices=True,
+                features=features,
+            )
     return loaded
 
 

@@ -47,8 +47,8 @@ def digest_rows(rows: Dataset) -> set[bytes]:
     """Return a digest of the id and transcript of each row that has an id, wherever its audio lies."""
     if "id" not in rows.column_names:
         return set()
-    texts = rows["text"] if "text" in rows.column_names else [None] * len(rows)
-    return set(_digests(zip(rows["id"], texts, strict=True)))
+    texts = rows["text"][:] if "text" in rows.column_names else [None] * len(rows)
+    return set(_digests(zip(rows["id"][:], texts, strict=True)))
 
 
 def pack_digests(digests: Iterable[bytes]) -> str:

@@ -54,6 +54,7 @@ def build_report(
 ) -> dict:
     """Return the content of `report.json`, from the journal's entries; the same rows and settings give the same."""
     dropped = [*map(asdict, corpus.dropped), *(item for entry in entries for item in entry["dropped"])]
+    unread = {item["id"] for entry in entries for item in entry["dropped"]}
     voices = Counter(name for split in summary.values() for name in split.speakers if name != UNLABELLED)
     overshoot = {name: samples for entry in entries for name, samples in entry["overshoot"].items()}
     return {
@@ -66,7 +67,7 @@ def build_report(
         "splits": {name: _describe_split(split) for name, split in summary.items()},
         "speakers_in_several_splits": sorted(name for name, count in voices.items() if count > 1),
         "dropped": _group_by_reason(dropped),
-        "left_empty": _group_by_reason(map(asdict, corpus.blanked)),
+        "left_empty": _group_by_reason(asdict(one) for one in corpus.blanked if one.id not in unread),
         "kept_but_marked": {
             mark: [name for entry in entries for name in entry[mark]] for mark in ("silent", "clipped")
         },

@@ -81,7 +81,7 @@ def only_one(value: object) -> str | None:
 def survey_rows(rows: Dataset) -> RowSurvey:
     """Count what the rows of a split have; audio is not decoded."""
     survey = RowSurvey(len(rows), list(rows.column_names))
-    columns = {name: rows[name] for name in READ & set(rows.column_names) - {"audio", "audios", "length"}}
+    columns = {name: rows[name][:] for name in READ & set(rows.column_names) - {"audio", "audios", "length"}}
     ids = [str(value) for value in columns.get("id", range(len(rows)))]
     messages = columns.get("messages") or [None] * len(rows)
     has_column = "audio" in survey.columns or "audios" in survey.columns

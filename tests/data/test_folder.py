@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -89,6 +90,7 @@ def test_bad_rows_are_dropped_with_their_line_and_value(speech: Path) -> None:
     lines = [
         {"id": "typed", "audio": "b.wav", "valence": "high"},
         {"id": "pathless", "audio": None},
+        {"id": "empty", "audio": ""},
         {"id": "address", "audio": "https://example.org/a.wav"},
         {"id": "good", "audio": "b.wav"},
         {"id": "good", "audio": "a.flac"},
@@ -98,6 +100,7 @@ def test_bad_rows_are_dropped_with_their_line_and_value(speech: Path) -> None:
     assert {entry.id: entry.reason for entry in corpus.dropped} == {
         "typed": "row does not validate",
         "pathless": "no path of a local file",
+        "empty": "no path of a local file",
         "address": "no path of a local file",
         "good": "repeated id",
     }
@@ -121,6 +124,8 @@ def test_a_column_on_another_scale_is_refused_until_its_scale_is_told(speech: Pa
     ]
     with pytest.raises(ValueError, match="16 of 20 values are outside"):  # a wrong scale is no twenty odd values
         parse_folder(FolderSettings(speech, scale="0,1"))
+    write_lines(speech, {"audio": "0.wav", "arousal": 0.5}, {"audio": "1.wav", "arousal": math.nan})
+    assert [row["arousal"] for row in parse_folder(FolderSettings(speech)).rows] == [0.5, None]
     for wrong in ("5,1", "1", "rage=1,5", "1,2,3"):
         with pytest.raises(ValueError, match="expected for example 1,5"):
             FolderSettings(speech, scale=wrong)
@@ -141,6 +146,9 @@ def test_letters_and_other_unknown_names_are_listed_and_mapped_kept_or_dropped(s
     assert read(unknown_emotions="drop") == {"4": "angry", "5": None}
     with pytest.raises(ValueError, match="emotions has 'A'"):
         read(emotions=("A",))
+    write_lines(speech, {"audio": "0.wav", "emotion": "A", "emotion_votes": "A;F"})
+    corpus = parse_folder(FolderSettings(speech, emotions=("A=fear", "F=happy")))
+    assert corpus.rows[0]["emotion_votes"] == ["fear", "happy"]
 
 
 def test_split_names_are_folded_mapped_or_refused_with_their_line(speech: Path) -> None:
@@ -273,7 +281,9 @@ def test_a_wrong_root_of_a_corpus_is_said_in_a_line(corpus: str, tmp_path: Path)
     assert done.exit_code == 1 and "stopped:" in done.output and not (tmp_path / "out").exists()
 
 
-def test_a_corpus_is_called_as_it_is_named_on_its_card_and_in_what_reads_it(speech: Path, tmp_path: Path) -> None:
+def test_a_corpus_is_called_as_it_is_named_on_its_card_and_in_what_reads_it(
+    speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, rows = tmp_path / "out", [{"path": "b.wav", "emotion": "sad"}, {"path": "a.flac", "emotion": "happy"}]
     write_csv(speech / "metadata.csv", rows)
     given = ["prepare", "folder", str(speech), "--out", str(out)]
@@ -281,6 +291,8 @@ def test_a_corpus_is_called_as_it_is_named_on_its_card_and_in_what_reads_it(spee
     assert done.exit_code == 0, done.output
     assert corpus_name(out) == "clinic-2" and "# clinic-2\n" in (out / "README.md").read_text()
     assert corpus_facts(out)["name"] == corpus_facts(out)["title"] == "clinic-2"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert corpus_name("~/out") == "clinic-2" and corpus_facts("~/out") == corpus_facts(out)
     again = CliRunner().invoke(app, [*given, "--name", "other"])
     assert again.exit_code != 0 and "corpus" in f"{again.output} {again.exception}"
     with pytest.raises(ValueError, match="name is 'my clinic'"):

@@ -1,6 +1,7 @@
 """IEMOCAP: the release's layout with all that lies beside the labels, its splits, and lines that are wrong."""
 
 import os
+import re
 import string
 from collections import Counter
 from dataclasses import replace
@@ -209,6 +210,10 @@ def test_noises_are_a_column_the_scripted_half_can_stay_out_and_odd_lines_are_to
     improvised = parse_iemocap(IemocapSettings(tree, label_set="4", improvised_only=True))
     assert [row["id"] for row in improvised.rows] == [TURN.name]
     assert reasons(improvised) == {"Ses02M_script01_1_F003": NOT_IMPROVISED}
+    labels = tree / "Session2/dialog/EmoEvaluation/Ses02M_script01_1.txt"
+    write_text(labels, re.sub(r"\[\d\.\d+, ", "[5.5000, ", labels.read_text()))
+    assert parse_iemocap(IemocapSettings(tree, label_set="4")).blanked
+    assert parse_iemocap(IemocapSettings(tree, label_set="4", improvised_only=True)).blanked == []
 
 
 def test_excited_votes_count_as_happy_where_the_label_does(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def test_a_sentence_of_several_splits_is_found_whatever_its_case(tmp_path: Path)
         )
     ]
     assert check_table([row | {"text": "Oh, yes."} for row in rows]) == []
+    assert len(check_table([row | {"text": "打远一看，它们的确很是美丽"} for row in rows])) == 1
     assert check_table([row | {"split": "train"} for row in rows]) == []
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from datasets import Audio, Dataset, DatasetDict, IterableDataset, List, Value, disable_progress_bars
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, IterableDataset, List, Value, disable_progress_bars
 from tiny_models import clip
 
 import relllm
@@ -334,7 +334,8 @@ def test_a_set_of_the_hub_is_named_with_configuration_and_revision_and_its_rows_
 
     def load_dataset(name: str, config: str | None = None, **kwargs: object) -> DatasetDict:
         asked.append((name, config, kwargs["revision"]))
-        rows = Dataset.from_dict({"audio": [str(corpus / "audio/a.wav")] * 2, "speaker": [3, 4]})
+        rows = Dataset.from_dict({"audio": [str(corpus / "audio/a.wav")] * 2, "speaker": [3, 4], "emotion": [0, 1]})
+        rows = rows.cast_column("emotion", ClassLabel(names=["ang", "hap"]))
         parts = {"train": rows, "test": rows}
         return {name: part.to_iterable_dataset() for name, part in parts.items()} if streaming else DatasetDict(parts)
 
@@ -342,6 +343,7 @@ def test_a_set_of_the_hub_is_named_with_configuration_and_revision_and_its_rows_
     monkeypatch.setattr("datasets.get_dataset_split_names", lambda *where, **kwargs: ["train", "test"])
     rows = list(load_corpus("org/speech:de@v2", "test", streaming=streaming))
     assert [row["id"] for row in rows] == ["test-000000", "test-000001"]
+    assert [row["emotion"] for row in rows] == ["angry", "happy"]
     held = list(load_corpus("org/speech", "train", held_out="speaker=3", streaming=streaming))
     assert [row["id"] for row in held] == ["train-000001", "test-000001"]  # a speaker that is a number
     assert asked == [("org/speech", "de", "v2"), ("org/speech", None, None)]

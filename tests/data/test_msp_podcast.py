@@ -219,6 +219,8 @@ def test_headers_in_another_case_quoted_commas_short_names_and_the_folder_audio_
     row = corpus.rows[0]
     assert (row["id"], row["split"], row["speaker"], row["gender"]) == (FIRST.stem, "validation", None, "female")
     assert row["emotion_votes"] == ["sad"] and corpus.dropped == []
+    write_text(tree / LABELS, f"{header}\n{line.replace('Female', 'Unknown')}\n")
+    assert parse_msp_podcast(MspPodcastSettings(tree, label_set="5")).rows[0]["gender"] is None
 
 
 def test_old_labels_go_by_the_letters_and_not_by_the_order(tmp_path: Path) -> None:

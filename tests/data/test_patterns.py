@@ -176,10 +176,16 @@ def test_a_lab_s_own_corpus_is_five_lines(tmp_path: Path) -> None:
     told = {"emotions": ("01=happy", "02=angry", "03=sad"), "splits": ("train-a=train", "heldout=test")}
     corpus = parse_folder(FolderSettings(tmp_path / "lab", pattern=expression, **told))
     assert [row["emotion"] for row in corpus.rows] == ["happy", "angry", "sad"]
-    for broken, message in (("(", "no regular expression"), (str(tmp_path / "bad.yaml"), "expected `path`")):
-        (tmp_path / "bad.yaml").write_text("paths: x")
-        with pytest.raises(ValueError, match=message):
+    for broken in ("(", "(?i)x"):
+        with pytest.raises(ValueError, match="no regular expression"):
             parse_folder(FolderSettings(tmp_path / "lab", pattern=broken))
+    for content, message in (("paths: x", "expected `path`"), ("path: x\nmaps: {emotion: sad}", "maps has pairs")):
+        (tmp_path / "bad.yaml").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            parse_folder(FolderSettings(tmp_path / "lab", pattern=str(tmp_path / "bad.yaml")))
+    for columns, message in ((("emotion=mod",), r"columns names \['mod'\]"), (("emotoin=speaker",), "columns has")):
+        with pytest.raises(ValueError, match=message):
+            parse_folder(FolderSettings(tmp_path / "lab", pattern=expression, columns=columns, **told))
 
 
 @pytest.mark.usefixtures("no_drawing")

@@ -105,8 +105,13 @@ def parse_pattern(pattern: Pattern, settings: LabelSettings) -> Corpus:
     audio = [path.relative_to(root).as_posix() for path in _walk_files(root) if _is_audio(path)]
     tables = [path.relative_to(root).as_posix() for path in _walk_files(root) if not _is_audio(path)]
     columns = {**pattern.columns, **read_words(settings.columns, "columns")}
-    found = []
-    for place, fields in find_fields(pattern, root, audio, tables, corpus):
+    found, clips = [], list(find_fields(pattern, root, audio, tables, corpus))
+    if strange := [ours for ours in columns if ours not in COLUMNS]:
+        raise ValueError(f"columns has {strange}, expected of {list(COLUMNS)}.")
+    names = {name for _, fields in clips for name in fields}
+    if clips and (absent := [theirs for theirs in columns.values() if theirs not in names]):
+        raise ValueError(f"columns names {absent}, which neither paths nor tables have; there is {sorted(names)}.")
+    for place, fields in clips:
         known = {ours: fields.get(theirs) for ours, theirs in columns.items()}
         found.append(_Found(place, fields | known, root))
     settings = replace(settings, scale=settings.scale or pattern.scale, language=corpus.facts.language or None)
@@ -128,11 +133,14 @@ def add_rows(
     scales = _choose_scales(found, read_scales(settings.scale))
     seen: set[str] = set()
     for one in found:
+        blanked = len(corpus.blanked)
         made = _fields_to_row(one, corpus, settings, scales)
         if not isinstance(made, Dropped) and made["id"] in seen:
             made = Dropped(made["id"], parsing.REPEATED, one.place)
         elif not isinstance(made, Dropped):
             seen.add(made["id"])
+        if isinstance(made, Dropped):
+            del corpus.blanked[blanked:]
         corpus.add(made)
 
 
@@ -203,7 +211,7 @@ def _read_fields(table: Path, split: str | None, root: Path, corpus: Corpus, set
     found = []
     for place, fields in lines:
         ours = {name: fields.get(theirs) for name, theirs in renamed.items()}
-        if isinstance(ours["audio"], str) and "://" not in ours["audio"]:
+        if isinstance(ours["audio"], str) and ours["audio"].strip() and "://" not in ours["audio"]:
             ours["audio"] = str(inner / ours["audio"])
         if split is not None and ours.get("split") is None:
             ours["split"] = split
@@ -234,8 +242,8 @@ def _clean(found: _Found, maps: Mapping[str, Mapping[str, str]], settings: Label
     fields: dict[str, object] = {}
     for name in COLUMNS:
         value = _as_value(name, found.fields.get(name))
-        words = maps.get(name, {})
-        fields[name] = words.get(value, words.get(value.lower(), value)) if isinstance(value, str) else value
+        words = maps.get("emotion" if name == "emotion_votes" else name, {})
+        fields[name] = [_word(one, words) for one in value] if isinstance(value, list) else _word(value, words)
     for name, default in (("split", settings.split), ("language", settings.language)):
         fields[name] = default if fields[name] is None else fields[name]
     if isinstance(fields["gender"], str):
@@ -248,16 +256,21 @@ def _clean(found: _Found, maps: Mapping[str, Mapping[str, str]], settings: Label
     return fields
 
 
+def _word(value: object, words: Mapping[str, str]) -> object:
+    return words.get(value, words.get(value.lower(), value)) if isinstance(value, str) else value
+
+
 def _as_value(name: str, value: object) -> object:
     """Write a number as a name: tables have speakers 1, 2, 3. An empty text is a missing value."""
     if isinstance(value, str):
         value = value.strip() or None
     if name in DIMENSIONS and isinstance(value, str):
         try:
-            number = parse_number(value)
+            value = parse_number(value)
         except ValueError:
             return value
-        return None if math.isnan(number) else number
+    if name in DIMENSIONS and isinstance(value, float) and math.isnan(value):
+        return None
     if name in LIST_COLUMNS and isinstance(value, str):
         return [part.strip() for part in re.split("[;|,]", value) if part.strip()]
     if name not in DIMENSIONS and isinstance(value, int) and not isinstance(value, bool):
@@ -315,7 +328,6 @@ def _fields_to_row(
         return Dropped(str(row["id"] or place), NO_PATH, f"{place}: {audio!r:.200}")
     row_id = row["id"] = row["id"] or os.path.splitext(audio)[0]
     row["audio"] = str(found.folder / audio)
-    blanked = len(corpus.blanked)
     for name in DIMENSIONS:
         if isinstance(value := row[name], (int, float)) and not isinstance(value, bool):
             row[name] = parsing.scale_rating(value, scales[name], name, (str(row_id), place), corpus)
@@ -327,11 +339,9 @@ def _fields_to_row(
         reason = BAD_ROW
         validate_row(row, corpus.own_emotions)
     except ValueError as error:
-        del corpus.blanked[blanked:]
         return Dropped(str(row_id), reason, f"{place}: {error}")
     valid = cast(Row, row)
     if parsing.is_outside(valid["emotion"], settings.label_set):
-        del corpus.blanked[blanked:]
         return Dropped(valid["id"], parsing.OUTSIDE_SET, str(valid["emotion"]))
     return valid
 

@@ -68,14 +68,15 @@ def parse_iemocap(settings: IemocapSettings) -> Corpus:
     transcripts = _read_transcripts(root, present, corpus)
     label_set, merge = settings.label_set, settings.merge_excited
     for label in labels.values():
+        if settings.improvised_only and label.style != "improvised":
+            corpus.add(Dropped(label.id, NOT_IMPROVISED, label.where))
+            continue
         path = audio.get(label.id)
         made = parsing.label_to_row(label, path, corpus, label_set=label_set, scale=(1.0, 5.0), merge_excited=merge)
         if not isinstance(made, Dropped):
             text = transcripts.get(label.id) or ""
             made["text"] = " ".join(_EVENT.sub(" ", text).split()) or None
             made["events"] = [event.lower() for event in _EVENT.findall(text)] or None
-        if settings.improvised_only and label.style != "improvised":
-            made = Dropped(label.id, NOT_IMPROVISED, label.where)
         corpus.add(made)
     parsing.drop_unlabelled(corpus, labels, audio)
     absent = (str(number) for number in SESSIONS if number not in present)

@@ -122,7 +122,8 @@ def _parse_csv(path: Path, root: Path) -> Iterator[Label | Dropped]:
             yield Dropped(stem or where, parsing.BAD_LINE, f"{where}: {line:.100}")
             continue
         dimensions = {"arousal": row["emoact"], "dominance": row["emodom"], "valence": row["emoval"]}
-        told = {"speaker": row["spkrid"], "split": row["split_set"], "gender": row.get("gender", "").lower() or None}
+        gender = row.get("gender", "").lower().replace("unknown", "") or None
+        told = {"speaker": row["spkrid"], "split": row["split_set"], "gender": gender}
         yield Label(stem, row["emoclass"], dimensions, where, **told, votes=votes.get(stem, ()))
 
 

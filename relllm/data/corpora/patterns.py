@@ -59,9 +59,12 @@ def load_pattern(given: str) -> Pattern:
 def _checked(pattern: Pattern, given: str) -> Pattern:
     for name in ("path", "table", "line"):
         try:
-            re.compile(getattr(pattern, name) or "")
+            re.compile(f"(?:{getattr(pattern, name) or ''})")
         except re.error as error:
             raise ValueError(f"{given}: {name} is no regular expression ({error}).") from error
+    pairs = [pattern.columns, pattern.maps, *(pattern.maps.values() if isinstance(pattern.maps, Mapping) else ())]
+    if not all(isinstance(words, Mapping) for words in pairs):
+        raise ValueError(f"{given}: columns are pairs of names, and maps has pairs for each column.")
     return pattern
 
 
