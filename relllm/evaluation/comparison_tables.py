@@ -1,6 +1,6 @@
-"""A comparison as tables, JSON and forest plots, with the paper's published numbers beside it, as printed.
+"""A comparison as tables, JSON and forest plots, with published numbers of RE-LLM and BLSP-Emo beside it, as printed.
 
-Protocols, splits and scorers of the paper are not those of a run here, so no test sets the two against each other.
+Protocols, splits and scorers of the papers are not those of a run here, so no test sets the two against each other.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .tables import DASH, Table, to_latex, to_markdown
 
 COMPARISON_FORMAT = "relllm-comparison-1"
 SOURCE = "RE-LLM, arXiv 2602.10716"
+BLSP_EMO_SOURCE = "BLSP-Emo, arXiv 2406.03872, as cited by EmotionThinker, ICLR 2026"
 PUBLISHED = "RE-LLM, published"
 TITLES = {
     "empathy": "Empathy: mean level of the replies, 0 to 2",
@@ -38,12 +39,17 @@ METRIC_TITLES = {"ua": "UA", "wa": "WA", "macro_f1": "macro-F1", "ccc": "CCC"}
 
 @dataclass(frozen=True)
 class PublishedValue:
-    """A value of RE-LLM as printed."""
+    """A value of a system as printed."""
 
     corpus: str  # as `CorpusFacts.name`
-    metric: str  # "ER" (mean level, 0 to 2) or "ua" (per cent)
+    metric: str  # "ER" (mean level, 0 to 2), "ua" or "wa" (per cent)
     value: float  # in that unit
     source: str = SOURCE
+
+    @property
+    def system(self) -> str:
+        """Name the row of a table in which the value stands."""
+        return f"{self.source.split(',')[0]}, published"
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,9 @@ PUBLISHED_VALUES = (
     PublishedValue("iemocap", "ua", 76.6),
     PublishedValue("esd", "ua", 98.9),
     PublishedValue("msp-podcast", "ua", 66.4),
+    PublishedValue("iemocap", "wa", 76.0, BLSP_EMO_SOURCE),
+    PublishedValue("meld", "wa", 57.3, BLSP_EMO_SOURCE),
+    PublishedValue("ravdess", "wa", 72.0, BLSP_EMO_SOURCE),
 )
 PUBLISHED_GAINS = (
     PublishedGain("iemocap", "EX", "text-only", 35.42, "%"),
@@ -154,12 +163,15 @@ def _value_table(comparison: Comparison, name: str) -> Table:
                 rows[-1][0] = f"{system}, folds pooled"
                 means = [_show_cell(of_row.get(column), fold_mean=True) for column in columns]
                 rows.append([f"{system}, mean over folds", *stubs[1:], *means])
-    published = {(value.corpus, METRIC_TITLES.get(value.metric, value.metric)): value for value in PUBLISHED_VALUES}
-    known = [f"{published[column].value:.4g}" if column in published else DASH for column in columns]
-    notes = []
-    if name != "dimensions" and any(text != DASH for text in known):
-        rows.append([PUBLISHED, *[DASH] * (num_stubs - 1), *known])
-        notes.append(f"{PUBLISHED}: printed in {SOURCE}, not measured here; splits, replies and scorers are its own.")
+    notes, digits = [], 1 if name == "recognition" else 3
+    for source in dict.fromkeys(value.source for value in PUBLISHED_VALUES):
+        printed = [value for value in PUBLISHED_VALUES if value.source == source]
+        published = {(value.corpus, METRIC_TITLES.get(value.metric, value.metric)): value for value in printed}
+        known = [f"{published[column].value:.{digits}f}" if column in published else DASH for column in columns]
+        if any(text != DASH for text in known):
+            system = printed[0].system
+            rows.append([system, *[DASH] * (num_stubs - 1), *known])
+            notes.append(f"{system}: printed in {source}, not measured here; splits and protocol are its own.")
     if name == "empathy":
         notes += _scorer_notes(comparison)
     return Table(name, TITLES[name], header, num_stubs, rows, notes + _count_notes(cells))
