@@ -43,6 +43,11 @@ def is_chosen(record: Mapping) -> bool:
     return any(record.get(name) for name in ("load_best_model_at_end", "early_stopping_patience", "chosen_before"))
 
 
+def is_text_model_trained(record: Mapping) -> bool:
+    """Tell whether the LLM itself, without a LoRA, has learnt from the rows that a training or one before it read."""
+    return "text_model" in record.get("unfreeze", ()) or bool(record.get("text_model_trained"))
+
+
 def digest_rows(rows: Dataset) -> set[bytes]:
     """Return a digest of the id and transcript of each row that has an id, wherever its audio lies."""
     if "id" not in rows.column_names:

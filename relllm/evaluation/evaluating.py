@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, set_seed
 
 from relllm.data.journal import Journal, rows_fingerprint, write_json
 from relllm.data.loading import corpus_name, load_corpus
-from relllm.data.membership import read_training_record
+from relllm.data.membership import is_text_model_trained, read_training_record
 from relllm.data.rows import LABEL_SETS
 from relllm.inference.replies import GREEDY
 from relllm.labels import DIMENSIONS, EMOTIONS
@@ -44,7 +44,7 @@ from .fingerprints import (
     model_fingerprint,
 )
 from .leakage import check_unseen, find_seen
-from .predicting import Predictor, TextPredictor, load_predictor, load_tokenizer, resolve_system
+from .predicting import Predictor, load_predictor, load_tokenizer, resolve_system
 from .summary import count_clips, draw_plots, summarize_clips
 
 PLOTS = "plots"
@@ -153,10 +153,13 @@ def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     return Plan(rows, system, questions, prompts, left_out={} if settings.tasks else obstacles, seen=seen)
 
 
-def plan_batches(rows: Dataset, batch_size: int, system: System) -> list[list[int]]:
+def plan_batches(rows: Dataset, batch_size: int, system: System, text_column: str = "text") -> list[list[int]]:
     """Batch rows of like length, the longest first: what does not fit shows at once, and little is padded."""
-    columns = [name for name in ("audio", "duration_s", "text") if name in rows.column_names]
-    lengths = [_length(row, system) for row in rows.select_columns(columns)]
+    if system in READERS:
+        lengths: list[float] = [len(text or "") for text in rows[text_column]]
+    else:
+        columns = [name for name in ("audio", "duration_s") if name in rows.column_names]
+        lengths = [_duration(row) for row in rows.select_columns(columns)]
     order = sorted(range(len(rows)), key=lambda index: (-lengths[index], index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -191,7 +194,7 @@ def _find_seen(
 ) -> dict[str, object]:
     """Return what the training has read of the rows, which is refused unless it is allowed."""
     record, towers = read_training_record(settings.model, revision=settings.revision), getattr(config, "towers", None)
-    if system == "text-only" and config.model_type == "relllm" and "text_model" not in record.get("unfreeze", []):
+    if system == "text-only" and config.model_type == "relllm" and not is_text_model_trained(record):
         record, towers = {}, None  # its LLM with the LoRA off: nothing of them is in it
     seen = find_seen(record, rows, towers=towers)
     if not settings.allow_seen:
@@ -240,10 +243,8 @@ def _obstacles(rows: Dataset, system: System, labels: Sequence[str], with_scorer
     return found
 
 
-def _length(row: Mapping, system: System) -> float:
-    """Seconds of a clip, characters of a transcript; 0 where the header does not say, which reading will explain."""
-    if system in READERS:
-        return len(row.get("text") or "")
+def _duration(row: Mapping) -> float:
+    """Return the seconds of a clip; 0 where its header does not say, which reading will explain."""
     if row.get("duration_s") is not None:
         return float(row["duration_s"])
     audio = row["audio"]
@@ -262,16 +263,16 @@ def _answer(
 ) -> None:
     """Append a line for every clip of this process that has none yet; without one, no model is loaded."""
     done = _from_main(state, lambda: set(collect_journals(settings.output_dir, plan.identity)))
-    batches = plan_batches(plan.rows, settings.batch_size, plan.system)[state.process_index :: state.num_processes]
+    text_column = settings.text_column or "text"
+    batches = plan_batches(plan.rows, settings.batch_size, plan.system, text_column)
+    batches = batches[state.process_index :: state.num_processes]
     ids = plan.rows["id"]
     todo = [batch for batch in batches if not all(ids[index] in done for index in batch)]
     if not todo:
         return
     device = state.device if settings.device == "auto" else settings.device
-    options = {"revision": settings.revision, "dtype": settings.dtype}
+    options = {"revision": settings.revision, "dtype": settings.dtype, "text_column": text_column}
     predictor = load_predictor(settings.model, plan.system, plan.questions, device=device, **options)
-    if isinstance(predictor, TextPredictor):
-        predictor.text_column = settings.text_column or "text"
     if score is None and "empathy" in plan.questions.tasks:
         score = _load_score(settings, str(device))
     name = PREDICTIONS if state.is_main_process else f"predictions.part{state.process_index}.jsonl"

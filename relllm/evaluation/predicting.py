@@ -161,7 +161,9 @@ class SpeechPredictor(Predictor):
 class TextPredictor(Predictor):
     """A causal LM, a ReLLM's `text_model` or another, that reads the transcripts: `text-only`. No audio is opened."""
 
-    text_column = "text"
+    def __init__(self, *parts: Any, text_column: str = "text", **options: Any) -> None:
+        super().__init__(*parts, **options)
+        self.text_column = text_column
 
     def read(self, row: Mapping, result: dict) -> Any:
         text = (row.get(self.text_column) or "").strip()
@@ -177,9 +179,16 @@ class TextPredictor(Predictor):
 
 
 def load_predictor(
-    model: str, system: System, questions: Questions, *, revision: str, dtype: str, device: str | torch.device
+    model: str,
+    system: System,
+    questions: Questions,
+    *,
+    revision: str,
+    dtype: str,
+    device: str | torch.device,
+    text_column: str = "text",
 ) -> Predictor:
-    """Load a system, ready to be asked, as [`resolve_system`] names it."""
+    """Load a system, ready to be asked, as [`resolve_system`] names it; a reader takes `text_column` of a row."""
     tokenizer, template, processor = load_tokenizer(model, revision)
     if processor is None:
         loaded = load_causal_lm(model, revision=revision, dtype=dtype)
@@ -191,9 +200,10 @@ def load_predictor(
     if processor is not None and system not in READERS:
         return SpeechPredictor(loaded, processor, questions)
     if processor is None:
-        return TextPredictor(loaded, tokenizer, template, questions)
+        return TextPredictor(loaded, tokenizer, template, questions, text_column=text_column)
     options = {"eos_token_id": given.eos_token_id, "suppress_tokens": given.suppress_tokens}
-    return TextPredictor(loaded.model.text_model, tokenizer, template, questions, **options)
+    llm = loaded.model.text_model
+    return TextPredictor(llm, tokenizer, template, questions, text_column=text_column, **options)
 
 
 def load_tokenizer(model: str, revision: str) -> tuple[PreTrainedTokenizerBase, str, ReLLMProcessor | None]:

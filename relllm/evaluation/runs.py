@@ -86,11 +86,11 @@ def find_differences(runs: Iterable[Run]) -> list[str]:
     members = list(runs)
     notes = []
     for what in dict.fromkeys(name for run in members for name in run.conditions):
-        values = {run.name: run.conditions.get(what) for run in members if what in run.conditions}
-        if len(set(map(str, values.values()))) > 1:
-            said = "" if what == "prompts" else ": " + ", ".join(f"{value} ({name})" for name, value in values.items())
-            notes.append(f"the runs differ in {what}{said}")
-        if lacking := [run.name for run in members if what not in run.conditions]:
+        values = [(run.conditions[what], run.name) for run in members if what in run.conditions]
+        if len({str(value) for value, _ in values}) > 1:
+            each = ", ".join(dict.fromkeys(f"{value} ({name})" for value, name in values))
+            notes.append(f"the runs differ in {what}" + ("" if what == "prompts" else f": {each}"))
+        if lacking := dict.fromkeys(run.name for run in members if what not in run.conditions):
             notes.append(f"{what} of {', '.join(lacking)} is not recorded: evaluate again to have it compared")
     return notes
 
@@ -118,10 +118,17 @@ def _name_scorers(scorers: dict) -> str | None:
 
 
 def _split_by_protocol(corpus: str, members: list[Run]) -> list[tuple[str, list[Run]]]:
-    """Return the runs of each way a corpus was measured; all under its name if one way has a single run."""
+    """Return the runs of each way a corpus was measured; all under its name if one way has a single run.
+
+    A run without recognition has no classes: it belongs to each way that is its own but for them.
+    """
+    known = dict.fromkeys(_protocol(run) for run in members if run.class_names)
     ways: dict[tuple[str, ...], list[Run]] = {}
     for run in members:
-        ways.setdefault(_protocol(run), []).append(run)
+        own = _protocol(run)
+        like = [way for way in known if all(mine in ("", its) for mine, its in zip(own, way, strict=True))]
+        for way in like or [own]:
+            ways.setdefault(way, []).append(run)
     if len(ways) == 1 or any(len(of) < 2 for of in ways.values()):
         return [(corpus, members)]
     differing = [at for at, values in enumerate(zip(*ways, strict=True)) if len(set(values)) > 1]
@@ -130,12 +137,12 @@ def _split_by_protocol(corpus: str, members: list[Run]) -> list[tuple[str, list[
 
 
 def _protocol(run: Run) -> tuple[str, ...]:
-    """Return split, what is held out, folds, classes and data of a run, in words."""
+    """Return split, what is held out, folds, classes (empty without) and data of a run, in words."""
     data, classes = run.data, next(iter(run.class_names.values()), [])
     held_out = f"held out {data['held_out']}" if data.get("held_out") else "no rows held out"
     folds = f"folds by {run.fold_column}" if run.fold_column else "no folds"
     fingerprint = str(data.get("fingerprint")).removeprefix("sha256:")[:8]
-    return str(data.get("split")), held_out, folds, f"{len(classes)} classes", fingerprint
+    return str(data.get("split")), held_out, folds, f"{len(classes)} classes" if classes else "", fingerprint
 
 
 def _check_same_data(corpus: str, first: Run, other: Run) -> None:

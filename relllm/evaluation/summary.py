@@ -179,9 +179,9 @@ def _votes(lines: Sequence[Mapping], labels: Sequence[str], way: str) -> dict:
 
 def _dimensions(lines: Sequence[Mapping]) -> dict | None:
     read = [line for line in lines if "dimensions" in line]
-    if not read:
+    names = [name for name in DIMENSIONS if all(name in line["dimensions"] for line in read)]  # all models were taught
+    if not read or not names:
         return None
-    names = [name for name in DIMENSIONS if name in read[0]["dimensions"]]  # those that the model was taught
     labels = {name: [line[name] for line in read] for name in names}
     predictions = {name: [line["dimensions"][name] for line in read] for name in names}
     return {**dimension_metrics(labels, predictions), "scale": "[0, 1]"}

@@ -175,8 +175,7 @@ def _results_of_run(run: Mapping) -> Iterator[EvalResult]:
 def cell(value: object) -> str:
     """Write a value as a table in a card shows it; `–` for what is undefined."""
     if isinstance(value, float):
-        value = _rounded(value)
-        return "–" if value is None else f"{value:.3f}"
+        return f"{value:.3f}" if math.isfinite(value) else "–"
     return "–" if value is None else str(value)
 
 

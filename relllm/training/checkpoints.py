@@ -25,6 +25,7 @@ from relllm.data.membership import (
     RECORD_NAME,
     digest_rows,
     is_chosen,
+    is_text_model_trained,
     pack_digests,
     read_training_record,
     unpack_digests,
@@ -39,7 +40,7 @@ logger = logging.get_logger(__name__)
 # says again which rows it reads.
 MAY_DIFFER = (
     *("world_size", "rows_per_update", "gradient_checkpointing", "light_checkpoints", "log_completions"),
-    *("seen_rows", "seen_corpora", "chosen_before"),
+    *("seen_rows", "seen_corpora", "chosen_before", "text_model_trained"),
 )
 OPTIMIZER_FILES = ("optimizer", "global_step")  # DeepSpeed's are in a folder
 UNFINISHED = "_unfinished"  # `Trainer` pushes no file or folder whose name starts with an underscore
@@ -163,7 +164,11 @@ def describe_seen(
         record = read_training_record(place, revision=revision if name == "model_name_or_path" else "main")
         corpora |= set(record.get("seen_corpora", []))
         facts |= record.get("corpus_facts", {})
-        before = {"chosen_before": is_chosen(record), "selected_on_test": bool(record.get("selected_on_test"))}
+        before = {
+            "chosen_before": is_chosen(record),
+            "selected_on_test": bool(record.get("selected_on_test")),
+            "text_model_trained": is_text_model_trained(record) or (name == "text_model" and bool(record)),
+        }
         inherited |= {name: True for name, value in before.items() if value}
         for split, packed in record.get("seen_rows", {}).items():
             seen[split] = seen.get(split, set()) | unpack_digests(packed)

@@ -85,6 +85,14 @@ def test_the_folder_with_the_speakers_is_taken_as_well_as_the_one_above(tmp_path
     assert inner.rows == parse_esd(EsdSettings(tmp_path, label_set="5")).rows
 
 
+@pytest.mark.parametrize("name", ["dev", "Test", "train"])
+def test_a_root_that_is_called_as_a_split_is_says_nothing_of_the_splits(tmp_path: Path, name: str) -> None:
+    expected = parse_esd(EsdSettings(write_esd(tmp_path / "esd"), label_set="5"))
+    (tmp_path / "esd").rename(tmp_path / name)
+    found = parse_esd(EsdSettings(tmp_path / name, label_set="5"))
+    assert splits(found) == splits(expected) and found.notes == expected.notes
+
+
 def test_the_label_set_keeps_surprise_out_of_four_emotions(tmp_path: Path) -> None:
     corpus = parse_esd(EsdSettings(write_esd(tmp_path, ["0011"]), label_set="4"))
     assert reasons(corpus) == {"0011_001401": OUTSIDE_SET}

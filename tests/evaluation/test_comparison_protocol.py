@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from relllm.cli import app
 from relllm.evaluation.comparison import Comparison, Measured, combine_runs, compare_runs
 from relllm.evaluation.comparison_tables import comparison_tables
-from relllm.evaluation.runs import read_run
+from relllm.evaluation.runs import find_differences, read_run
 
 ASKED = {"prompts": {"reply": "User: <|audio|>"}, "generation": {"max_new_tokens": {"reply": 128}}}
 QUALITY = {"accuracy": 0.76, "macro_f1": 0.488, "recall": {"0": 0.87, "1": 0.63, "2": 0.0}, "num_pairs": 600}
@@ -54,6 +54,17 @@ def test_other_prompts_precision_and_versions_are_noted(tmp_path: Path) -> None:
     assert "iemocap: the runs differ in prompts." in found
     assert "differ in precision: float32 (speech-only), bfloat16 (re-llm)" in found
     assert "differ in version of torch: 2.12 (speech-only), 2.13 (re-llm)" in found
+
+
+def test_seeds_of_one_name_that_were_not_asked_alike_are_noted(tmp_path: Path) -> None:
+    runs = [
+        read_run(run_of(tmp_path / str(seed), "re-llm", 0.7, model={"dtype": dtype}, versions=versions))
+        for seed, (dtype, versions) in enumerate([("float32", {}), ("bfloat16", {}), ("bfloat16", {"torch": "2.13"})])
+    ]
+    assert find_differences(runs) == [
+        "the runs differ in precision: float32 (re-llm), bfloat16 (re-llm)",
+        "version of torch of re-llm is not recorded: evaluate again to have it compared",
+    ]
 
 
 def test_a_transcript_in_the_place_of_the_clip_is_no_other_prompt_and_older_runs_are_read(tmp_path: Path) -> None:
@@ -147,6 +158,14 @@ def test_two_splits_and_two_label_sets_of_a_corpus_are_two_tables(tmp_path: Path
     found = compare(*folders)
     assert list(found.runs) == ["msp-podcast, Test1", "msp-podcast, Test2"]
     assert {gain.corpus for gain in found.gains} == set(found.runs) and len(found.systems) == 2
+    silent = []
+    for split in ("Test1", "Test2"):
+        clips = [clip | {"recognition": {}} for clip in simulated_clips(60, 0.2, seed=3)]
+        data = {**DATA, "split": split, "fingerprint": split}
+        silent.append(write_run(tmp_path / "no-ser" / split, "text-only", clips, **ASKED, data=data))
+    joined = compare(*folders, *silent).runs
+    assert list(joined) == list(found.runs) and [len(of) for of in joined.values()] == [3, 3]
+    assert [len(of) for of in compare(*folders, silent[0]).runs.values()] == [3, 2]
     other = [run_of(tmp_path / "own" / str(n), system, 0.5, data={**DATA, "fingerprint": f"own{n}"})
              for n in (1, 2) for system in ("speech-only", "re-llm")]  # fmt: skip
     assert list(compare(*other).runs) == ["msp-podcast, own1", "msp-podcast, own2"]

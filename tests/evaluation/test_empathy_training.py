@@ -10,6 +10,8 @@ import pytest
 import torch
 from empathy_scorers import save_encoder, scorer_of, tokenizer_of, write_csv
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from tiny_models import tiny_tokenizer
+from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer, Trainer
 from typer.testing import CliRunner
 
@@ -19,7 +21,7 @@ from relllm.evaluation.empathy import scorer_training
 from relllm.evaluation.empathy.epitome import PairCollator, encode_pairs, read_pairs, split_pairs
 from relllm.evaluation.empathy.scorer import EmpathyScorer
 from relllm.evaluation.empathy.scorer_training import measure, train_scorer
-from relllm.evaluation.empathy.scoring import load_scorers, score_pairs, score_table
+from relllm.evaluation.empathy.scoring import cut_windows, load_scorers, score_pairs, score_table
 from relllm.evaluation.evaluation_settings import EmpathySettings
 
 SIGNS = {0: "ok", 1: "sorry", 2: "what"}  # the word that decides the level
@@ -277,6 +279,24 @@ def test_a_long_response_is_read_in_part_or_in_windows(tmp_path: Path) -> None:
     assert cut["probabilities"] == pytest.approx(alone[0]["probabilities"], abs=1e-5)
     assert whole["level"] == max(found["level"] for found in alone)
     assert [found["cut"] for found in alone] == [False] * 3
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_the_windows_of_a_byte_level_tokenizer_have_the_tokens_of_the_whole(tmp_path: Path, trims: bool) -> None:
+    """As RoBERTa's: the blank before a word is a part of its token, whose offsets leave it out or have it."""
+    save_scorer(tmp_path / "ER", "ER")
+    scorer = load_scorers(tmp_path)["ER"]
+    tokenizer = tiny_tokenizer(audio_token=False)
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trims)
+    tokenizer.save_pretrained(tmp_path / "ER")
+    by_bytes = load_scorers(tmp_path)["ER"]
+    text = "  I am so sorry,\nthat is really hard 😢 to hear … what happened next?  And how do you feel today "
+    for one in (scorer, by_bytes):
+        limit = 12 - one.tokenizer.num_special_tokens_to_add()
+        windows, count = cut_windows(text, one)
+        whole, *parts = (one.tokenizer(each, add_special_tokens=False)["input_ids"] for each in (text, *windows))
+        assert "".join(windows) == text and len(windows) > 1
+        assert sum(parts, []) == whole and count == len(whole) and max(map(len, parts)) <= limit
 
 
 def test_folders_without_a_scorer_are_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from datasets import Dataset
 from empathy_scorers import scorer_of
 from pictures import blank_pictures
 from processes import ForkServer
@@ -22,12 +23,12 @@ from relllm.data.journal import Journal
 from relllm.data.loading import load_corpus
 from relllm.evaluation import evaluating
 from relllm.evaluation.empathy.scoring import load_scorers, score_pairs
-from relllm.evaluation.evaluating import evaluate, read_predictions
+from relllm.evaluation.evaluating import evaluate, plan_batches, read_predictions
 from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.fingerprints import data_fingerprint, model_fingerprint
 from relllm.evaluation.folds import evaluate_folds, fold_values
 from relllm.evaluation.predicting import SpeechPredictor
-from relllm.evaluation.summary import _classes_without_clips
+from relllm.evaluation.summary import _classes_without_clips, summarize_clips
 from relllm.labels import DIMENSIONS, EMOTIONS
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
@@ -288,6 +289,19 @@ def test_text_only_reads_a_recognisers_words_and_its_rows_stay_the_same(model, c
         evaluate(settings(model, corpus, tmp_path / "c", text_column="asr"))
     with pytest.raises(ValueError, match="has no column 'asr'"):
         evaluate(settings(model, corpus, tmp_path / "c", text_column="asr", **options))
+
+
+def test_rows_are_batched_by_the_length_of_what_is_read():
+    rows = Dataset.from_list([{"id": "a", "text": "long words", "asr": "x"}, {"id": "b", "text": "y", "asr": "long"}])
+    assert plan_batches(rows, 1, "text-only") == [[0], [1]]
+    assert plan_batches(rows, 1, "text-only", "asr") == [[1], [0]]
+
+
+def test_dimensions_that_one_model_of_several_folds_was_not_taught_are_left_out():
+    labels = {"emotion": None, "arousal": 0.1, "dominance": 0.2, "valence": 0.3}
+    lines = [{**labels, "dimensions": {"arousal": 0.2, "valence": 0.4}}, {**labels, "dimensions": {"valence": 0.1}}]
+    assert summarize_clips(lines, EMOTIONS)["dimensions"].keys() == {"valence", "scale"}
+    assert "dimensions" not in summarize_clips([*lines, {**labels, "dimensions": {"arousal": 0.2}}], EMOTIONS)
 
 
 def test_a_class_that_no_clip_has_is_named_with_the_label_set_that_leaves_it_out():

@@ -132,6 +132,29 @@ def test_what_the_first_stage_read_is_read(runs: Path, corpus: Path) -> None:
     assert find_seen(record, load_corpus(str(corpus), "all"))["trained_on"] == 4
 
 
+@pytest.mark.parametrize("start", ["model_name_or_path", "text_model"])
+def test_an_llm_that_an_earlier_training_taught_is_not_unseen_when_it_reads(
+    runs: Path, corpus: Path, tmp_path: Path, start: str
+) -> None:
+    """Of a second stage whose own LLM was frozen, on other rows; an LLM that no training touched has read none."""
+    first, second = (shutil.copytree(runs / "Ses01", tmp_path / name) for name in ("first", "second"))
+    record = json.loads((first / "training_settings.json").read_text())
+    if start == "model_name_or_path":
+        (first / "training_settings.json").write_text(json.dumps(record | {"unfreeze": ["text_model"]}))
+    towers = {"audio_tower": "a", "text_model": str(first), "emotion_fusion": "none"}
+    given = towers if start == "text_model" else {"model_name_or_path": str(first)}
+    held_out = "session=Ses02"
+    rows = load_corpus(str(corpus), "test", held_out=held_out)
+    seen = describe_seen(ReLLMScriptArguments(data=str(corpus), **given), rows, None, {start: str(first)}, "main")
+    (second / "training_settings.json").write_text(json.dumps(record | seen))
+    asked = {"tasks": ("ser",), "system": "text-only", "device": "cpu", "held_out": held_out}
+    with pytest.raises(ValueError, match="2 of them are among the rows that it was trained on"):
+        evaluate(EvaluationSettings(str(second), str(corpus), tmp_path / "out", **asked))
+    with blank_pictures():
+        bare = evaluate(EvaluationSettings(str(runs / "Ses01"), str(corpus), tmp_path / "bare", **asked))
+    assert bare["training"]["trained_on"] == 0
+
+
 def test_a_checkpoint_chosen_by_the_test_split_needs_a_flag_and_says_so(tmp_path: Path) -> None:
     args = ReLLMSFTConfig(output_dir=str(tmp_path), load_best_model_at_end=True, eval_strategy="steps", use_cpu=True)
     for given in ({"data": "rows", "eval_split": "test"}, {"data": [{"name": "rows", "eval_split": "test"}]}):

@@ -19,7 +19,7 @@ from relllm.cli import app
 from relllm.data.corpora import iemocap
 from relllm.evaluation.fingerprints import model_fingerprint
 from relllm.hub.cards import TEMPLATE, check_card, check_measured, write_model_card
-from relllm.hub.evidence import read_public_run
+from relllm.hub.evidence import cell, read_public_run
 from relllm.hub.licences import MSP_TOWER, Licence, Tower, choose_licence, read_towers
 from relllm.hub.sharing import CardSettings, MergeSettings
 from relllm.hub.staging import merge_checkpoint
@@ -109,6 +109,10 @@ def test_a_card_says_which_of_the_clips_made_the_model(model: Path, tmp_path: Pa
     write_model_card(CardSettings(model, [save_run(tmp_path / "run", model_fingerprint(str(model)), training=seen)]))
     words = "**Not unseen:** of these clips 7 trained it and by 3 its checkpoint was chosen."
     assert words in (model / "README.md").read_text()
+
+
+def test_a_number_is_rounded_once() -> None:
+    assert [cell(value) for value in (0.56446, 0.5646, float("nan"), None, 40)] == ["0.564", "0.565", "–", "–", "40"]
 
 
 def test_without_a_run_the_card_says_so_and_has_no_metric(model: Path) -> None:

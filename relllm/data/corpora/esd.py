@@ -95,16 +95,14 @@ def _locate(folder: Path) -> Path | None:
     """Find the folder itself, or the only one in it that has speakers' folders."""
     if not folder.is_dir():
         return None
-    if _has_speakers(folder):
+    if (folder.name.lower() in SPLIT_FOLDERS or not _is_ours(folder.name)) and _has_speakers(folder):
         return folder
-    inner = [name for name in parsing.list_folder(folder)[0] if _has_speakers(folder / name)]
+    inner = [name for name in parsing.list_folder(folder)[0] if not _is_ours(name) and _has_speakers(folder / name)]
     return folder / inner[0] if len(inner) == 1 else None
 
 
 def _has_speakers(folder: Path, *, deeper: bool = True) -> bool:
     """Return whether folders of speakers are here, clips, or folders of splits or emotions that have them."""
-    if deeper and _is_ours(folder.name):  # a part of the corpus
-        return False
     try:
         folders, files = parsing.list_folder(folder)
     except PermissionError:  # a disk's `lost+found` beside the corpus

@@ -98,15 +98,20 @@ def score_pairs(
 
 
 def cut_windows(text: str, scorer: LoadedScorer) -> tuple[list[str], int]:
-    """Return the parts of a text that its scorer can read at once, and how many tokens the whole has."""
+    """Return the parts of a text that its scorer can read at once, and how many tokens the whole has.
+
+    Joined, the parts are the text. They end with a word where they can: what stands before a word may be a part of its
+    first token, and half a word has other tokens than in the whole.
+    """
     limit = scorer.model.config.max_length - scorer.tokenizer.num_special_tokens_to_add()
-    offsets = scorer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-        "offset_mapping"
-    ]
-    if len(offsets) <= limit:
-        return [text], len(offsets)
-    starts = [0, *(offsets[at][0] for at in range(limit, len(offsets), limit)), len(text)]
-    return [text[start:end] for start, end in pairwise(starts)], len(offsets)
+    encoded = scorer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    words, cuts = encoded.word_ids(), [0]
+    while cuts[-1] + limit < len(words):
+        last = cuts[-1] + limit
+        ends = (at for at in range(last, cuts[-1], -1) if words[at] != words[at - 1])
+        cuts.append(next(ends, last))
+    starts = [0, *(encoded["offset_mapping"][at - 1][1] for at in cuts[1:]), len(text)]
+    return [text[start:end] for start, end in pairwise(starts)], len(words)
 
 
 def score_table(
