@@ -55,6 +55,8 @@ STAND_INS = {  # of what is on the Hub, and of sizes; in README's lines and in t
     "dataloader_num_workers: 4": "dataloader_num_workers: 0",
     "max_steps: 12": "max_steps: 2",
 }
+OF_ALL = {"help", "version", "debug", "install-completion"}
+OF_THE_ORIGINAL = {"loss-names", "unfreeze-adapter", "unfreeze-qwen"}  # flags of its scripts, quoted beside ours
 ENDLESS = ("web", "serve")  # tests/inference/ has them; tests/training/test_recipes.py has `accelerate launch`
 REPLY = "That sounds hard. What happened next?"
 
@@ -191,6 +193,31 @@ def test_every_command_of_the_documents_is_one_that_there_is(monkeypatch: pytest
     for program, *arguments in commands:
         if program == "relllm":
             parse(arguments)
+
+
+def test_flags_in_the_text_of_a_document_are_flags_of_the_commands_that_it_names(capsys) -> None:
+    flags = {name: read_flags(name, capsys) for name in typer.main.get_command(app).commands}
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        of_page = {flag for name in re.findall(r"relllm ([a-z-]+)", text) for flag in flags.get(name, ())}
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for span in re.findall(r"`([^`]*--[^`]*)`", prose):
+            name = span.removeprefix("relllm ").split()[0]
+            if name in flags or name.startswith("--"):
+                named = {one.replace("_", "-") for one in re.findall(r"(?<!\S)--([a-z][\w-]*)", span)}
+                unknown = named - flags.get(name, of_page) - OF_ALL - OF_THE_ORIGINAL
+                assert not unknown, f"{path.name}: {span}"
+
+
+def read_flags(name: str, capsys: pytest.CaptureFixture) -> set[str]:
+    """The flags of a command, and of the commands below it."""
+    if name in PARSERS:
+        with pytest.raises(SystemExit):
+            PARSERS[name](["--help"])
+        return {flag.replace("_", "-") for flag in re.findall(r"--([\w-]+)", capsys.readouterr().out)} | {"out"}
+    command = typer.main.get_command(app).commands[name]
+    parts = [command, *getattr(command, "commands", {}).values()]
+    return {opt.removeprefix("--").replace("_", "-") for part in parts for param in part.params for opt in param.opts}
 
 
 def parse(arguments: list[str]) -> None:

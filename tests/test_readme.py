@@ -1,4 +1,4 @@
-"""The README's Python, run from top to bottom on tiny models, and its file tree held against the package."""
+"""The README's Python, run from top to bottom on tiny models, and the files that the documents name."""
 
 import re
 from pathlib import Path
@@ -20,6 +20,7 @@ from tiny_models import (
 import relllm
 
 ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What needs the Hub or a long run, and what stands in for it here.
 STAND_INS = {
@@ -62,21 +63,54 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PLACES = "relllm|tests|docs|recipes|ablations|accelerate|benchmarks|scripts|examples|model_cards"
+ELSEWHERE = {  # what benchmarks write, and files of the original code
+    "benchmarks/results/NAME.json",
+    "benchmarks/results/gpu.json",
+    "scripts/train_pretrain.sh",
+    "scripts/train_emotion.sh",
+}
+ROOMS = "modeling|processing|training|inference|evaluation|data|hub|demo|cli"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_that_the_documents_name_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:modeling|processing|training|evaluation|data|hub|cli)/[a-z_]+\.py)`", text))
+    named = set(re.findall(rf"`((?:{PLACES})/[\w./*-]+)", text)) - ELSEWHERE
+    named |= set(re.findall(rf"`((?:{ROOMS})/[a-z_/]+\.py)`", text))
     named |= {target for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text)}
-    places = (ROOT, ROOT / "relllm", (ROOT / document).parent)
-    missing = [name for name in named if not any((place / name).exists() for place in places)]
-    assert not missing
+    places = (ROOT, ROOT / "relllm", RECIPES, (ROOT / document).parent)
+    assert [name for name in sorted(named) if not any(any(place.glob(name)) for place in places)] == []
 
 
-def test_the_file_tree_names_every_room():
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_sections_that_the_documents_name_exist(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for page, section in re.findall(r"\]\(((?!http)[^)#]*)#([^)]+)\)", text):
+        path = (ROOT / document).parent / page if page else ROOT / document
+        headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert section in {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}
+
+
+def test_the_file_tree_names_every_room_recipe_and_page():
     tree = re.search(r"## Files\n\n```\n(.*?)```", README, flags=re.DOTALL).group(1)
     package = ROOT / "relllm"
-    rooms = {f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    rooms |= {path.name for path in package.glob("*.py") if path.name != "__init__.py"}
-    assert {room for room in rooms if room not in tree} == set()
+    names = {f"{path.parent.name}/" for path in package.rglob("*.py") if path.parent != package}
+    names |= {path.name for path in package.glob("*.py") if path.name != "__init__.py"}
+    names |= {f"{path.name}/" for path in RECIPES.iterdir() if path.is_dir()}
+    names |= {path.stem for path in RECIPES.glob("*.yaml")} | {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert names - set(re.findall(r"[\w.]+/?", tree)) == set()
+
+
+def test_the_table_of_recipes_names_each():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w/*]+\.yaml)` \|", text, flags=re.MULTILINE)
+    assert {path for row in rows for path in RECIPES.glob(row)} == set(RECIPES.rglob("*.yaml"))
+
+
+def test_the_architecture_says_where_every_file_is():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = re.search(r"## Where things are\n(.*?)\n## ", text, flags=re.DOTALL)[1]
+    package = ROOT / "relllm"
+    files = {str(path.relative_to(package)) for path in package.rglob("*.py") if not path.name.startswith("__")}
+    assert set(re.findall(r"`([a-z_/]+\.py)`", table)) == files | {"__init__.py"}
