@@ -144,6 +144,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "exaone4": ALTERNATING,
     "helium": {},
     "nemotron": {},
+    "doge": {"sliding_window": None},
     "ernie4_5": {},
     "hunyuan_v1_dense": {},
     "seed_oss": {},
