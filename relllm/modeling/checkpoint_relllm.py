@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from jinja2 import TemplateError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -354,20 +354,37 @@ def load_light(
     if record:
         config.towers = {tower: {key: source[key] for key in ("name", "revision")} for tower, source in record.items()}
     config.light_checkpoint = False
-    state = read_weights(path, hub)
-    prefix = "model." if any(name.startswith("model.") for name in state) else ""
+    return {**options, "config": config, "state_dict": dict(read_state(cls, config, path, record, hub))}
+
+
+def read_state(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    path: str | os.PathLike,
+    record: Mapping[str, dict],
+    hub: Mapping[str, Any],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each weight of the model that a configuration makes and its name: of its checkpoint, then of each tower.
+
+    `record` and `hub` are as in [`load_light`]. One tower at a time is in memory, and of the checkpoint one weight.
+    """
     with torch.device("meta"):  # only to learn the names
         base = cls(copy.deepcopy(config)).base_model
-    wrapped = {prefix + name.replace(".base_layer.", "."): prefix + name for name in base.state_dict()}
-    state = {wrapped.get(name, name): weight for name, weight in state.items()}  # of a LoRA that was not there
-    if extra := sorted(state.keys() - {prefix + name for name in base.state_dict()}):
+    inside = set(weight_names(path, hub))
+    prefix = "model." if any(name.startswith("model.") for name in inside) else ""
+    wanted = {prefix + name for name in base.state_dict()}
+    wrapped = {name.replace(".base_layer.", "."): name for name in wanted}
+    if extra := sorted({wrapped.get(name, name) for name in inside} - wanted):
         raise ValueError(
             f"{path} has {len(extra)} weights that the model of this configuration has no place for: {extra[:4]}. "
             "Load it with the configuration that it was saved with, above all its lora_config."
         )
-    missing = {name for name in base.state_dict() if prefix + name not in state} - base.all_tied_weights_keys.keys()
+    for name, weight in iterate_weights(path, hub):
+        yield wrapped.get(name, name), weight  # of a LoRA that was not there
+    tied = {prefix + name for name in base.all_tied_weights_keys}
+    missing = wanted - tied - {wrapped.get(name, name) for name in inside}
     for tower, source in record.items():
-        if not any(name.startswith(f"{tower}.") for name in missing):
+        if not any(name.startswith(f"{prefix}{tower}.") for name in missing):
             continue
         loaded = _load_source(tower, source, getattr(torch, source["dtype"]), hub)
         if (found := source_fingerprint(source, hub)) != source["fingerprint"]:
@@ -377,9 +394,7 @@ def load_light(
                 f"original back, or say where it is: from_pretrained(…, towers={{{tower!r}: DIRECTORY_OR_HUB_ID}})."
             )
         weights = name_tower_weights(base.state_dict(), {tower: loaded})
-        state |= {prefix + name: weight for name, weight in weights.items() if name in missing}
-        missing -= weights.keys()
-    return {**options, "config": config, "state_dict": state}
+        yield from ((prefix + name, weight) for name, weight in weights.items() if prefix + name in missing)
 
 
 def gets_lora(path: str | os.PathLike | None, options: Mapping[str, Any]) -> bool:
@@ -418,7 +433,7 @@ def check_left_out(model: PreTrainedModel, path: str | os.PathLike) -> None:
     config, _ = PreTrainedConfig.get_config_dict(path)
     if not config.get("light_checkpoint"):
         return
-    inside = read_weights(path).keys() | model.all_tied_weights_keys.keys()
+    inside = {*weight_names(path), *model.all_tied_weights_keys}
     for tower, source in config["towers"].items():
         prefix = f"{model.base_model_prefix}.{tower}."
         weights = {k: w for k, w in model.state_dict().items() if k.startswith(prefix) and k not in inside}
@@ -435,10 +450,23 @@ def check_left_out(model: PreTrainedModel, path: str | os.PathLike) -> None:
 
 def read_weights(path: str | os.PathLike, hub: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
     """Read the weights of a checkpoint, a directory or a Hub id, of one file or of several, to the CPU."""
-    weights: dict[str, Tensor] = {}
+    return dict(iterate_weights(path, hub))
+
+
+def iterate_weights(path: str | os.PathLike, hub: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of [`read_weights`] by name, one after the other."""
     for file in weight_files(path, hub or {}):
-        weights |= load_file(file)
-    return weights
+        with safe_open(file, "pt") as opened:
+            yield from zip(names := opened.keys(), map(opened.get_tensor, names), strict=True)
+
+
+def weight_names(path: str | os.PathLike, hub: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the names of the weights of a checkpoint; only the heads of its files are read."""
+    names: list[str] = []
+    for file in weight_files(path, hub or {}):
+        with safe_open(file, "pt") as opened:
+            names += opened.keys()
+    return names
 
 
 def weight_files(path: str | os.PathLike, options: Mapping[str, Any]) -> list[str]:

@@ -187,7 +187,7 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
             if self.emotion_values:
                 outputs["input_values"], outputs["input_values_mask"] = _pad([_normalize(window) for window in heard])
         outputs["audio_num_windows"] = torch.tensor([len(windows) for windows in cut])
-        outputs["num_audio_tokens"] = [sum(self.count_tokens(len(window)) for window in windows) for windows in cut]
+        outputs["num_audio_tokens"] = [self.count_clip(len(waveform)) for waveform in waveforms]
         return BatchFeature(outputs, tensor_type=return_tensors)
 
     def cut_windows(self, waveform: np.ndarray) -> list[np.ndarray]:
@@ -197,6 +197,10 @@ class ReLLMFeatureExtractor(WhisperFeatureExtractor):
             return [waveform]
         hops = -(-len(waveform) // (parts * self.hop_length))
         return [waveform[i * hops * self.hop_length : (i + 1) * hops * self.hop_length] for i in range(parts)]
+
+    def count_clip(self, num_samples: int) -> int:
+        """Count the positions in the LLM's sequence that a clip of so many samples takes, in all its windows."""
+        return sum(self.count_tokens(len(window)) for window in self.cut_windows(np.empty(num_samples, np.bool_)))
 
     def count_tokens(self, num_samples: int) -> int:
         """Count the positions in the LLM's sequence that one window of so many samples takes."""

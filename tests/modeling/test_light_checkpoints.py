@@ -40,6 +40,31 @@ def light(model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("form", ["full", "light"])
+def test_its_full_state_is_the_whole_model_weight_by_weight(model, light: Path, tmp_path: Path, form: str) -> None:
+    if form == "full":
+        model.save_pretrained(light := tmp_path, max_shard_size="50KB")
+    found = ReLLMForConditionalGeneration.full_state(light)
+    assert iter(found) is found  # nothing is read before it is asked for
+    state = dict(found)
+    expected = model.state_dict()
+    assert state.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
+
+
+def test_its_full_state_takes_a_tower_from_elsewhere_and_only_the_one_of_the_training(
+    model, light: Path, towers: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(towers / "llm", tmp_path / "moved")
+    places = {"text_model": str(tmp_path / "moved")}
+    name = "model.text_model.model.norm.weight"
+    state = dict(ReLLMForConditionalGeneration.full_state(light, towers=places))
+    assert torch.equal(state[name], model.state_dict()[name])
+    tiny_llm(vocab_size=320).to(torch.bfloat16).save_pretrained(tmp_path / "moved")
+    with pytest.raises(ValueError, match="text_model at .*moved is not the one"):
+        dict(ReLLMForConditionalGeneration.full_state(light, towers=places))
+
+
 # --- what is in one --------------------------------------------------------------------------------------------------
 
 

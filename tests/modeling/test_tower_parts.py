@@ -11,12 +11,15 @@ from tiny_models import (
     tiny_config,
     tiny_emotion_tower,
     tiny_extractor,
+    tiny_model,
     tiny_speech_tower,
 )
 from torch import Tensor, nn
 
+from relllm import ReLLMConfig
 from relllm.modeling import audio_tower_relllm
 from relllm.modeling.audio_tower_relllm import build_tower, encode_audio, group_by_length
+from relllm.modeling.hearing_relllm import ReLLMHearing
 
 DURATIONS_S = (0.5, 0.2, 0.9, 0.3, 0.88, 0.51)
 GROUPS = [[2, 4], [5, 0], [3], [1]]  # by hand: none below 0.9 of the longest of its group
@@ -170,3 +173,25 @@ def test_the_host_asks_for_the_lengths_once(monkeypatch):
     monkeypatch.setattr(Tensor, "tolist", lambda self: asked.append(1) or inner(self))
     encode_audio(encoder("whisper"), *speech_inputs("whisper", DURATIONS_S))
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("fusion", ["concat", "token", "none"])
+def test_the_hearing_half_alone_hears_what_the_model_hears_from_the_same_names(fusion: str) -> None:
+    """An engine with an LLM of its own takes this half from a checkpoint."""
+
+    class Alone(ReLLMHearing):
+        def __init__(self, config: ReLLMConfig) -> None:
+            super().__init__()
+            self.config = config
+            self.make_hearing(config)
+
+    model = tiny_model(fusion=fusion)
+    half = Alone(model.config).eval()
+    state = {name.removeprefix("model."): weight for name, weight in model.state_dict().items()}
+    half.load_state_dict({name: weight for name, weight in state.items() if not name.startswith("text_model.")})
+    features = tiny_extractor(model.config)([clip(0.5), clip(2.5, seed=1)])
+    features.pop("num_audio_tokens")
+    with torch.no_grad():
+        found, expected = half.get_audio_features(**features), model.get_audio_features(**features)
+    for name in ("pooler_output", "emotion_logits", "dimensions"):
+        assert torch.equal(found[name], expected[name])

@@ -331,6 +331,7 @@ def test_processor_and_model_count_the_same_tokens_from_50_ms_to_40_s(kind: str,
         frames = count_frames(config.audio_config, -(-lengths // 160) if kind == "whisper" else lengths)
         model_side = count_projected(config, frames) + (fusion == "token")
         assert model_side.tolist() == [extractor.count_tokens(window) for window in windows]
+        assert int(model_side.sum()) == extractor.count_clip(round(duration_s * RATE))
 
 
 @torch.no_grad()
