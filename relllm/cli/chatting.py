@@ -10,10 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from relllm.data.journal import publish
+
 from .options import console
 
 if TYPE_CHECKING:
     from relllm.inference.conversation import Conversation
+    from relllm.inference.inference_settings import TalkSettings
     from relllm.inference.replies import Reply
     from relllm.inference.text_conversation import TextConversation
     from relllm.processing.audio_relllm import AudioSource
@@ -36,10 +39,9 @@ UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 class Chat:
     """The systems that answer each line, by name; RE-LLM first."""
 
-    def __init__(self, systems: Mapping[str, System], model: str, max_new_tokens: int):
+    def __init__(self, systems: Mapping[str, System], settings: TalkSettings):
         self.systems = systems
-        self.model = model
-        self.max_new_tokens = max_new_tokens
+        self.settings = settings
         self.turns: list[dict[str, object]] = []  # what was said, and the replies by system
         self._saved: set[Path] = set()
 
@@ -69,11 +71,18 @@ class Chat:
         return True
 
     def _say_file(self, rest: str) -> None:
+        from relllm.processing.audio_relllm import load_audio
+
         path, text = _split_path(rest)
-        if path:
-            self.say(path, text or None)
-        else:
+        if not path:
             console.print("/wav needs a file: /wav question.wav", style="red")
+            return
+        try:
+            audio = {"waveform": load_audio(path, channel=self.settings.channel)}
+        except (ImportError, OSError, ValueError) as error:  # ImportError: what a container or a rate needs
+            console.print(f"not read: {error}", style="red")
+        else:
+            self.say(audio, text or None, spoken=path)
 
     def _say_recording(self, text: str) -> None:
         from relllm.inference.microphone import record
@@ -84,9 +93,12 @@ class Chat:
         except (ImportError, OSError) as error:
             console.print(f"not recorded: {error}", style="red")
             return
-        self.say(audio, text or None)
+        except (EOFError, KeyboardInterrupt):
+            console.print("\nStopped: this recording is forgotten.", style="yellow")
+            return
+        self.say(audio, text or None, spoken="a recording")
 
-    def say(self, audio: AudioSource | None, text: str | None) -> None:
+    def say(self, audio: AudioSource | None, text: str | None, *, spoken: str | None = None) -> None:
         """Say something to every system. A failure is named, and that conversation goes on without the turn."""
         from transformers import TextStreamer
 
@@ -96,8 +108,8 @@ class Chat:
                 console.print(name, style="bold")
             streamer = TextStreamer(system.tokenizer, skip_prompt=True, skip_special_tokens=True)
             try:
-                reply = system.say(audio, text, streamer=streamer, max_new_tokens=self.max_new_tokens)
-            except (ImportError, OSError, ValueError) as error:  # ImportError: what a container or a rate needs
+                reply = system.say(audio, text, streamer=streamer, max_new_tokens=self.settings.max_new_tokens)
+            except (ImportError, OSError, ValueError) as error:
                 if isinstance(error, BrokenPipeError):
                     raise
                 console.print(f"not answered: {error}", style="red")
@@ -109,21 +121,22 @@ class Chat:
                 if reply.heard is not None:
                     console.print(str(reply.heard), style="dim")
         if replies:
-            spoken = audio if audio is None or isinstance(audio, str) else "a recording"
             self.turns.append({"audio": spoken, "text": text, "replies": replies})
 
     def _save(self, rest: str) -> None:
-        path = Path(_split_path(rest)[0]).expanduser()
+        path = Path(os.path.expanduser(_split_path(rest)[0]))
         if path.suffix not in (".json", ".md"):
             console.print("/save needs a file that ends in .json or .md: /save talk.md", style="red")
             return
-        if path.exists() and path not in self._saved:
+        if os.path.exists(path) and path not in self._saved:
             console.print(f"not saved: {path} is there already. Name another file.", style="red")
             return
-        talk = {"model": self.model, "turns": self.turns}
+        talk = {"model": self.settings.model, "turns": self.turns}
         text = json.dumps(talk, indent=2, ensure_ascii=False) if path.suffix == ".json" else "\n\n".join(_mark(talk))
+        partial = path.with_name(path.name + ".partial")
         try:
-            path.write_text(text + "\n", encoding="utf-8")
+            partial.write_text(text + "\n", encoding="utf-8")
+            publish(partial, path)
         except OSError as error:
             console.print(f"not saved: {error}", style="red")
             return
@@ -197,7 +210,7 @@ def _split_path(rest: str) -> tuple[str, str]:
     """Return a path, which may be in quotes or have spaces if it is there, and the text behind it."""
     if rest[:1] in ("'", '"') and (end := rest.find(rest[0], 1)) > 0:
         return rest[1:end], rest[end + 1 :].strip()
-    if Path(rest).exists():
+    if os.path.exists(os.path.expanduser(rest)):
         return rest, ""
     path, _, text = rest.partition(" ")
     return path, text.strip()

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from relllm.modeling.places_relllm import PlaceError, check_place
@@ -86,7 +87,9 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
                 raise
             raise OSError(f"{' or '.join(ids)}: no folder here, and of the Hub: {error}") from error
 
-    told = typer.Option("--debug", hidden=True)  # shown by `relllm --help`, and taken on either side of the command
+    # shown by `relllm --help`, and taken on either side of a command of settings; those that hand every flag on to TRL
+    # (`train`, `plan`, …), whose own `debug` is another setting, take it before their name only
+    told = typer.Option("--debug", hidden=True)
     parameters += [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     parameters += [
         inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[bool, told], default=False)
@@ -94,7 +97,7 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
     command.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword}
-    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__name__, command.__doc__ = function.__name__, escape(function.__doc__ or "")
     return command
 
 
@@ -177,15 +180,17 @@ def _places_elsewhere(settings: Any) -> list[str]:
 
 
 def check_device(device: str) -> None:
-    """Raise a `typer.BadParameter` for what is no device, or a GPU that is not there."""
+    """Raise a `typer.BadParameter` for what is no device, or one that is not there."""
     import torch
 
     try:
-        kind = torch.device("cpu" if device == "auto" else device).type
-    except RuntimeError as error:
+        wanted = torch.device("cpu" if device == "auto" else device)
+        count = torch.get_device_module(wanted).device_count()
+    except RuntimeError as error:  # "meta" among them, which holds no numbers
         raise typer.BadParameter(f"device is {device!r}, expected cpu, cuda, cuda:1, … or auto.") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"device is {device!r}, and PyTorch finds no GPU. Leave it to auto, or take cpu.")
+    if (wanted.index or 0) >= count:
+        found = f"{count} of that kind, counted from 0" if count else "no such device (no GPU)"
+        raise typer.BadParameter(f"device is {device!r}, and PyTorch finds {found}. Leave it to auto, or take cpu.")
 
 
 def pick_device(device: str) -> str:
@@ -198,6 +203,7 @@ def pick_device(device: str) -> str:
 def _parameter(field: dataclasses.Field, kind: Any) -> inspect.Parameter:
     """Make one option or argument, as Typer takes it from a signature."""
     told: Mapping[str, Any] = field.metadata
+    help_text = escape(told["help"])  # Typer reads markup in it, and would eat what is in brackets
     limits = {name: told[name] for name in ("min", "max", "envvar") if name in told}
     default = field.default
     if field.default_factory is not dataclasses.MISSING:
@@ -208,12 +214,12 @@ def _parameter(field: dataclasses.Field, kind: Any) -> inspect.Parameter:
         kind = str if default is inspect.Parameter.empty else str | None
         default = ",".join(default) if isinstance(default, tuple) else default
     if told.get("argument"):
-        info: Any = typer.Argument(help=told["help"], **limits)
+        info: Any = typer.Argument(help=help_text, **limits)
     else:
         flag = "--" + field.name.replace("_", "-")
         if kind is bool:
             flag = f"{flag}/--no{flag[1:]}" if default else flag
-        info = typer.Option(flag, *told.get("flags", ALIASES.get(field.name, [])), help=told["help"], **limits)
+        info = typer.Option(flag, *told.get("flags", ALIASES.get(field.name, [])), help=help_text, **limits)
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )

@@ -139,7 +139,7 @@ def chat(settings: TalkSettings) -> None:
     systems = {name: start() for name, start in load_systems(settings).items()}
     draw_from(settings)
     console.print(f"{settings.model}. /help lists the commands.", style="dim")
-    run_chat(Chat(systems, settings.model, settings.max_new_tokens))
+    run_chat(Chat(systems, settings))
 
 
 @app.command()
@@ -159,7 +159,8 @@ def web(settings: PageSettings) -> None:
 
     with recordings_folder(), ended_by_signals():
         draw_from(settings)
-        page = Page(load_systems(settings), max_new_tokens=settings.max_new_tokens)
+        told: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "channel": settings.channel}
+        page = Page(load_systems(settings), **told)
         console.print(f"{settings.model}: http://{settings.host}:{settings.port}  (Ctrl-C or SIGTERM ends)")
         try:
             page.launch(host=settings.host, port=settings.port)

@@ -101,12 +101,9 @@ def _asks_help(context: typer.Context) -> bool:
 
 def _show_help(module: str, parse: str) -> None:
     """Print a command's page of settings, which is kept: it lists TRL's, and importing TRL takes seconds."""
-    own = sorted((Path(__file__).parents[1] / "training").rglob("*.py"))
-    made_of = [
-        sys.version,
-        *map(version, ("torch", "transformers", "trl")),
-        *((str(f), f.stat().st_mtime) for f in own),
-    ]
+    own = sorted(Path(__file__).parents[1].rglob("*.py"))
+    versions = [sys.version, *map(version, ("torch", "transformers", "trl"))]
+    made_of = [*versions, *((str(file), file.stat().st_mtime_ns) for file in own)]
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relllm"
     path = cache / f"help-{module}-{key}.txt"

@@ -131,8 +131,8 @@ def _requirements() -> str:
         wanted = importlib.metadata.requires("relllm") or []
     except importlib.metadata.PackageNotFoundError:
         return ""
-    named = [REQUIREMENT.fullmatch(one) for one in sorted(wanted) if one.startswith(LOADS_WITH)]
-    return ", ".join(f"`{one[1]}{','.join(sorted(one[2].split(','), reverse=True))}`" for one in named if one)
+    named = [found for one in sorted(wanted) if (found := REQUIREMENT.fullmatch(one)) and found[1] in LOADS_WITH]
+    return ", ".join(f"`{one[1]}{','.join(sorted(one[2].split(','), reverse=True))}`" for one in named)
 
 
 def told_terms(card: Path) -> tuple[str, list[str]]:

@@ -48,7 +48,7 @@ class PushSettings:
     with_code: bool = setting(False, "With the code files, for trust_remote_code=True.")
     light: bool = setting(False, "What was trained, and the towers' Hub ids.")
     full: bool = setting(False, "With the towers in it.")
-    row_digests: bool = setting(False, "With the digests of the rows that trained it, although not all are public.")
+    row_digests: bool = setting(False, "With the digests of the rows that trained it, also of unpublished corpora.")
     revision: str = setting("main", "The branch; made if it is not there.")
     create_pr: bool = setting(False, "As a pull request, which a person merges.")
     message: str = setting("Upload a ReLLM with relllm", "Of the commit.")

@@ -92,9 +92,9 @@ def add_code(folder: Path) -> None:
 
 
 def leave_out_digests(folder: Path) -> None:
-    """Take the digests of rows out of a training's record where it has read recordings that are not a public corpus.
+    """Take the digests of rows out of a training's record where it has read recordings that are no published corpus.
 
-    Whoever knows an id can try the words that were said; of a public corpus they can be read anyway.
+    Whoever knows an id can try the words that were said; of a published corpus they are known anyway.
     """
     record = read_training_record(str(folder))
     facts = record.get("corpus_facts", {})

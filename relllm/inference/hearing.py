@@ -9,19 +9,24 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TextIO, TypeAlias
+from typing import NamedTuple, TextIO, TypeAlias
 
 import numpy as np
+from datasets import Dataset
 from tqdm import tqdm
 
 from relllm.data.corpora.folder import AUDIO_SUFFIXES, OTHER_SUFFIXES, find_audio
-from relllm.data.journal import Journal, check_columns, make_file, publish
+from relllm.data.journal import Journal, audio_fingerprint, check_columns, make_file, publish
 from relllm.data.loading import holds_rows, load_corpus
+from relllm.data.table_files import read_table
+from relllm.labels import DIMENSIONS
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.modeling.places_relllm import PlaceError, check_place
 from relllm.plots import check_matplotlib, plot_over_time
@@ -39,7 +44,15 @@ DIGITS = 6
 EMOTION = "p_"  # before the name of an emotion: the column of its probability
 TOWER = "tower_"  # before the name of a dimension: the column of the emotion tower's own reading
 
-Clips: TypeAlias = Mapping[str, Callable[[], AudioSource]]
+
+class ClipSource(NamedTuple):
+    """What opens a clip, and what tells it from others of its name; of a URL nothing does."""
+
+    open: Callable[[], AudioSource]
+    stamp: str | None
+
+
+Clips: TypeAlias = Mapping[str, ClipSource]
 LoadModel: TypeAlias = Callable[[], tuple[ReLLMForConditionalGeneration, ReLLMProcessor]]
 
 
@@ -58,19 +71,19 @@ def find_clips(sources: Sequence[str], split: str | None = None) -> Clips:
 
     A file's name is its path, a row's its `id`, or its path where it has none. What is not there is a [`PlaceError`].
     """
-    clips: dict[str, Callable[[], AudioSource]] = {}
+    clips: dict[str, ClipSource] = {}
     for source in sources:
-        path = Path(source).expanduser()
+        path = Path(os.path.expanduser(source))
         if source == STDIN:
             content = sys.stdin.buffer.read()
-            clips["stdin"] = lambda content=content: content  # type: ignore[misc]
+            clips["stdin"] = ClipSource(partial(_same, content), hashlib.sha256(content).hexdigest())
         elif "://" in source:
-            clips[source] = lambda source=source: source  # type: ignore[misc]
-        elif path.exists() and not holds_rows(path):
+            clips[source] = ClipSource(partial(_same, source), None)
+        elif os.path.exists(path) and not holds_rows(path):
             found = find_audio(path) if path.is_dir() else [path]
             if not found:
                 raise PlaceError(f"{source} holds no audio files ({', '.join(AUDIO_SUFFIXES)}) and no data set.")
-            clips |= {str(file): lambda file=file: file for file in found}  # type: ignore[misc]
+            clips |= {str(file): ClipSource(partial(_same, file), _stamp(file)) for file in found}
         else:
             of_hub = (
                 re.fullmatch(r"[^/]+/[^/]+", source) and path.suffix.lower() not in AUDIO_SUFFIXES + OTHER_SUFFIXES
@@ -80,14 +93,25 @@ def find_clips(sources: Sequence[str], split: str | None = None) -> Clips:
     return clips
 
 
-def _add_rows(clips: dict[str, Callable[[], AudioSource]], data: str, split: str | None) -> None:
+def _add_rows(clips: dict[str, ClipSource], data: str, split: str | None) -> None:
     rows = load_corpus(data, split or "all")
     check_columns(rows, {"audio"})
-    names = rows["id"] if "id" in rows.column_names else [_path_of(audio) for audio in rows["audio"]]
-    for number, name in enumerate(names):
+    has_ids = "id" in rows.column_names
+    content = audio_fingerprint(rows)  # of clips that are in the rows themselves
+    paths = [None] * len(rows) if content and has_ids else [_path_of(audio) for audio in rows["audio"]]
+    for number, (name, path) in enumerate(zip(rows["id"] if has_ids else paths, paths, strict=True)):
         if not isinstance(name, str) or name in clips:
             raise ValueError(f"{data}: every row needs an `id` or an audio path of its own; got {name!r} (again).")
-        clips[name] = lambda number=number: rows[number]["audio"]  # type: ignore[misc]
+        stamp = _stamp(Path(path)) if isinstance(path, str) else None
+        clips[name] = ClipSource(partial(_open_row, rows, number), content or stamp)
+
+
+def _same(source: AudioSource) -> AudioSource:
+    return source
+
+
+def _open_row(rows: Dataset, number: int) -> AudioSource:
+    return rows[number]["audio"]
 
 
 def _path_of(audio: object) -> object:
@@ -109,18 +133,17 @@ def write_heard(clips: Clips, load_model: LoadModel, settings: HearSettings) -> 
     out = settings.out
 
     def finish(done: Mapping[str, dict]) -> tuple[dict, Callable[[Path], None]]:
-        table = {name: done[name]["rows"] for name in clips}
-        if settings.plots is not None:
-            _draw(table, settings.plots)
-        rows = [row for of_clip in table.values() for row in of_clip]
+        rows = [row for name in clips for row in done[name]["rows"]]
         not_read = {row["clip"]: row["error"] for row in rows if row.get("error")}
         return {"clips": len(clips), "rows": len(rows), "not_read": not_read}, lambda path: _write_table(rows, path)
 
     if out is None:
         done = {entry["id"]: entry for entries in hear_windows(clips, load_model, settings) for entry in entries}
-        report, _ = finish(done)
-        _write_csv([row for name in clips for row in done[name]["rows"]], sys.stdout)
-        return report
+        rows = [row for name in clips for row in done[name]["rows"]]
+        _write_csv(rows, sys.stdout)
+        if settings.plots is not None:
+            _draw(rows, settings.plots)
+        return finish(done)[0]
     if out.suffix not in SUFFIXES or out.is_dir():
         raise ValueError(f"--out {out}: expected a file that ends in one of {', '.join(SUFFIXES)}.")
 
@@ -129,8 +152,11 @@ def write_heard(clips: Clips, load_model: LoadModel, settings: HearSettings) -> 
             for entries in hear_windows(todo, load_model, settings, done=len(journal.done)):
                 journal.append(entries)
 
-    stamps = {"weights": _stamp(Path(settings.model)), "clips": _digest(clips)}
-    return make_file(out, {"task": "hear", **settings.identity, **stamps}, fill, finish)
+    stamps = {"weights": _stamp(Path(os.path.expanduser(settings.model))), "clips": _digest(clips)}
+    report = make_file(out, {"task": "hear", **settings.identity, **stamps}, fill, finish)
+    if settings.plots is not None:
+        _draw(_read_table(out), settings.plots)  # also of a table that was complete before
+    return report
 
 
 def hear_windows(
@@ -157,9 +183,9 @@ def hear_windows(
 
 def _read_parts(clips: Clips, extractor: ReLLMFeatureExtractor, settings: HearSettings) -> Iterator[_Part]:
     """Yield the parts of each clip as it is read; one that cannot be is a part with the reason."""
-    for name, open_clip in clips.items():
+    for name, clip in clips.items():
         try:
-            read = extractor.read_clip(open_clip(), channel=settings.channel, max_duration_s=LONGEST_S, name=name)
+            read = extractor.read_clip(clip.open(), channel=settings.channel, max_duration_s=LONGEST_S, name=name)
             duration_s = read.shape[-1] / extractor.sampling_rate
             if settings.every is None and duration_s > extractor.max_duration_s:
                 longest = f"{extractor.max_duration_s:g} s"
@@ -226,15 +252,15 @@ def _columns(heard: Heard, part: _Part) -> dict[str, object]:
 
 
 def _digest(clips: Clips) -> str:
-    """Return a digest of which clips these are; of files with their size and age."""
-    lines = [f"{name}\0{_stamp(Path(name))}\n" for name in clips]
+    """Return a digest of which clips these are, and of what is in them."""
+    lines = [f"{name}\0{clip.stamp}\n" for name, clip in clips.items()]
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _stamp(place: Path) -> str | None:
-    """Return size and time of a file, or of a folder's weights; `None` of what is elsewhere."""
+    """Return path, size and time of a file, or of a folder's weights; `None` of what is elsewhere."""
     files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
-    return " ".join(f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files) or None
+    return " ".join(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files) or None
 
 
 def _write_table(rows: Sequence[Mapping[str, object]], path: Path) -> None:
@@ -255,6 +281,14 @@ def _write_table(rows: Sequence[Mapping[str, object]], path: Path) -> None:
     publish(partial, path)
 
 
+def _read_table(path: Path) -> list[dict]:
+    if path.suffix != ".parquet":
+        return [row for _, row in read_table(path)]
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
 def _write_csv(rows: Sequence[Mapping[str, object]], file: TextIO) -> None:
     complete = _complete(rows)
     writer = csv.DictWriter(file, list(complete[0]), lineterminator="\n")
@@ -268,20 +302,23 @@ def _complete(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
     return [{name: row.get(name) for name in (*names, "error")} for row in rows]
 
 
-def _draw(table: Mapping[str, Sequence[Mapping]], folder: Path) -> None:
+def _draw(rows: Sequence[Mapping], folder: Path) -> None:
     """Draw each channel of each clip that has more than one window."""
-    for number, (clip, rows) in enumerate(table.items(), start=1):
+    table: dict[str, list[Mapping]] = {}
+    for row in rows:
+        table.setdefault(row["clip"], []).append(row)
+    for number, (clip, of_clip) in enumerate(table.items(), start=1):
         stem = f"{number:04d}_" + re.sub(r"[^\w.-]+", "_", Path(clip).name)
-        for channel in dict.fromkeys(row.get("channel") for row in rows):
-            own = [row for row in rows if row.get("channel") == channel]
+        for channel in dict.fromkeys(row.get("channel") for row in of_clip):
+            own = [row for row in of_clip if row.get("channel") == channel]
             if len(own) < 2:
                 continue
             names = [name for name in own[0] if name.startswith(EMOTION)]
-            edges = [*(row["start_s"] for row in own), own[-1]["end_s"]]
+            edges = [float(edge) for edge in (*(row["start_s"] for row in own), own[-1]["end_s"])]
             plot_over_time(
                 edges,
-                {name.removeprefix(EMOTION): [row[name] for row in own] for name in names},
-                {name: [row[name] for row in own] for name in ("arousal", "dominance", "valence") if name in own[0]},
+                {name.removeprefix(EMOTION): [float(row[name]) for row in own] for name in names},
+                {name: [float(row[name]) for row in own] for name in DIMENSIONS if name in own[0]},
                 folder / f"{stem}_{channel}.png",
                 title=f"{clip} ({channel})",
             )

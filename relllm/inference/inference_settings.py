@@ -93,6 +93,7 @@ class TalkSettings(ReplySettings):
     transcriber: str | None = setting(
         None, "Speech recognition that writes spoken turns down for --text-only.", place="checkpoint"
     )
+    channel: Literal["mix", "left", "right"] = setting("mix", "Of a file with several.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,8 +87,9 @@ class Session:
     The hearing of the first system is drawn. Sessions that share a model share the `lock`.
     """
 
-    def __init__(self, systems: Starts, lock: threading.Lock, *, max_new_tokens: int):
+    def __init__(self, systems: Starts, lock: threading.Lock, *, max_new_tokens: int, channel: str = "mix"):
         self.lock = lock
+        self.channel = channel
         self.max_new_tokens = max_new_tokens
         self.conversations = {name: start() for name, start in systems.items()}
         self._stop = threading.Event()
@@ -117,7 +118,7 @@ class Session:
         audio, label = None, text
         try:
             if path is not None:
-                audio = {"waveform": load_audio(path, name=Path(path).name)}
+                audio = {"waveform": load_audio(path, channel=self.channel, name=Path(path).name)}
             elif not text:
                 raise ValueError("there is nothing to send yet. Record, upload or type something.")
         except (ImportError, OSError, ValueError) as error:  # ImportError: what a container or a rate needs
@@ -202,7 +203,8 @@ def recordings_folder() -> Iterator[Path]:
     place = Path(given or tempfile.gettempdir())
     folder = place / f"{RECORDINGS}{os.getpid()}"
     for left in place.glob(f"{RECORDINGS}*"):
-        if left == folder or not Path("/proc", left.name.removeprefix(RECORDINGS)).exists():  # its process has ended
+        process = left.name.removeprefix(RECORDINGS)
+        if process.isdecimal() and (left == folder or not Path("/proc", process).exists()):  # ours, and it has ended
             shutil.rmtree(left, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
@@ -218,7 +220,7 @@ def recordings_folder() -> Iterator[Path]:
 class Page:
     """The page for some systems, as of [`Session`]; without Gradio an `ImportError` says what to install."""
 
-    def __init__(self, systems: Starts, *, max_new_tokens: int = 128):
+    def __init__(self, systems: Starts, *, max_new_tokens: int = 128, channel: str = "mix"):
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         try:
             import gradio
@@ -226,7 +228,7 @@ class Page:
             raise ImportError(f"The web page needs Gradio ({error}): `pip install relllm[web]`.") from error
         self.gradio = gradio
         self.systems = systems
-        self.max_new_tokens = max_new_tokens
+        self.told: dict[str, Any] = {"max_new_tokens": max_new_tokens, "channel": channel}
         self.lock = threading.Lock()  # one model for all visitors
         self.blocks = self._build()
 
@@ -273,7 +275,7 @@ class Page:
         return blocks
 
     def _start(self) -> list:
-        session = Session(self.systems, self.lock, max_new_tokens=self.max_new_tokens)
+        session = Session(self.systems, self.lock, **self.told)
         return [session, *self._show(session, {"value": None})]
 
     def _talk(self, session: Session | None, said: dict) -> Iterator[list]:

@@ -28,7 +28,7 @@ def check_place(
             what is on this machine only.
     """
     name = str(place)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.exists():
         wanted = [holds] if isinstance(holds, str) else list(holds or ())
         if wanted and not any((path / one).is_file() for one in wanted):

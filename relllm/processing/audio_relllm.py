@@ -214,7 +214,7 @@ def _open(source: object, name: str | None) -> tuple[BinaryIO, str]:
                 "with the library for that store and pass the bytes or the file object."
             )
         path = urllib.request.url2pathname(urllib.parse.urlparse(location).path) if kind else location
-        return _open_path(Path(path).expanduser()), name or location
+        return _open_path(Path(os.path.expanduser(path))), name or location
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source), name or f"audio bytes (length {len(source)})"
     if isinstance(source, BinaryFile):

@@ -1,6 +1,7 @@
 """`relllm chat`, driven by piped lines, and the systems that answer beside RE-LLM."""
 
 import json
+import os
 import sys
 import types
 
@@ -112,9 +113,27 @@ def test_text_behind_a_file_is_said_with_it(checkpoint, model, processor, tmp_pa
 def test_a_bad_file_is_named_and_the_conversation_goes_on(checkpoint, model, processor, tmp_path) -> None:
     (tmp_path / "bad.wav").write_text("this is no audio")
     output = chat(checkpoint, "Hello.", f"/wav {tmp_path / 'bad.wav'}", "/wav gone.wav", "/wav", "And you?")
-    assert output.count("not answered:") == 2
+    assert output.count("not read:") == 2
     assert "bad.wav" in output and "gone.wav" in output and "/wav needs a file" in output
     assert replies(model, processor, (None, "Hello."), (None, "And you?"))[1] in output
+
+
+def test_a_long_text_behind_a_file_and_a_path_that_cannot_be_are_no_end_of_the_chat(
+    checkpoint, model, processor, tmp_path
+) -> None:
+    soundfile.write(tmp_path / "x.wav", clip(0.6), RATE)
+    text = "What do you hear in it? " * 20
+    output = chat(checkpoint, f"/wav {tmp_path / 'x.wav'} {text}", f"/save {'x' * 300}.md", "/wav ~nobody-here/a.wav")
+    assert replies(model, processor, (str(tmp_path / "x.wav"), text.strip()))[0] in output
+    assert "not saved: " in output and "not read: No such audio file: ~nobody-here/a.wav" in output
+
+
+def test_a_channel_of_a_file_is_heard(checkpoint, model, processor, tmp_path) -> None:
+    call = str(tmp_path / "call.wav")
+    soundfile.write(call, np.stack([clip(0.6), clip(0.6, seed=1)], axis=1), RATE)
+    output = chat(checkpoint, f"/wav {call}", options=("--channel", "right"))
+    right = soundfile.read(call, dtype="float32")[0][:, 1]
+    assert str(Conversation(model, processor).say(right, max_new_tokens=1).heard) in output
 
 
 def test_reset_begins_anew(checkpoint, model, processor) -> None:
@@ -169,6 +188,16 @@ def test_a_recording_is_said(checkpoint, model, processor, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", module)
     output = chat(checkpoint, "/record", "", "/quit")
     assert replies(model, processor, (waveform, None))[0] in output and "arousal" in output
+
+
+@pytest.mark.parametrize("ended_by", [KeyboardInterrupt, EOFError])
+def test_what_ends_a_recording_does_not_end_the_chat(checkpoint, model, processor, monkeypatch, ended_by) -> None:
+    def interrupted(until: object) -> None:
+        raise ended_by
+
+    monkeypatch.setattr("relllm.inference.microphone.record", interrupted)
+    output = chat(checkpoint, "/record", "Hello.")
+    assert "this recording is forgotten" in output and replies(model, processor, (None, "Hello."))[0] in output
 
 
 def test_without_sounddevice_or_a_microphone_the_chat_says_what_is_missing(checkpoint, monkeypatch) -> None:
@@ -269,6 +298,21 @@ def test_a_conversation_is_saved_as_json_and_markdown(checkpoint, model, process
     assert "**you:** Hello." in page.read_text() and "*heard: " in page.read_text()
     assert (tmp_path / "there.md").read_text() == "Mine." and output.count("is there already") == 1
     assert ".json or .md" in output and output.count("2 turns in") == 3
+
+
+def test_a_save_that_fails_leaves_the_one_before(checkpoint, tmp_path, monkeypatch) -> None:
+    saved, calls = tmp_path / "talk.json", []
+    write = os.fsync
+
+    def full(file: int) -> None:
+        calls.append(file)
+        if len(calls) == 2:
+            raise OSError("No space left on device")
+        write(file)
+
+    monkeypatch.setattr("os.fsync", full)
+    output = chat(checkpoint, "Hello.", f"/save {saved}", "And you?", f"/save {saved}")
+    assert "not saved: No space left" in output and len(json.loads(saved.read_text())["turns"]) == 1
 
 
 def test_tab_completes_commands_and_files(tmp_path, monkeypatch) -> None:

@@ -104,6 +104,19 @@ def test_ctrl_c_is_one_line_and_status_130(monkeypatch, names: tuple[str, ...]) 
     assert result.exit_code == 130 and result.stderr == "stopped by Ctrl-C.\n"
 
 
+@pytest.mark.parametrize("names", list(command_names(typer.main.get_command(app))), ids=" ".join)
+def test_a_help_page_has_every_text_letter_by_letter(names: tuple[str, ...]) -> None:
+    command = typer.main.get_command(app)
+    for name in names:
+        command = command.commands[name]
+    if not command.get_help_option_names(command.make_context(names[-1], [], resilient_parsing=True)):
+        return  # a page of another kind, which TRL's parser makes
+    page = CliRunner().invoke(app, [*names, "--help"], env={"COLUMNS": "500", "TERMINAL_WIDTH": "500"}).output
+    shown = " ".join(page.replace("│", " ").split())
+    for text in (command.help, *(one.help for one in command.params if not getattr(one, "hidden", False))):
+        assert " ".join((text or "").replace("\\[", "[").split()) in shown
+
+
 def run_into_closed_pipe(*arguments: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)

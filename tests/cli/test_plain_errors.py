@@ -1,5 +1,6 @@
 """A wrong path or setting is one line on stderr: the value, what was expected, the remedy; 2 for wrong use."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -174,8 +175,13 @@ def test_what_needs_no_weights_is_said_before_they_are_read(here: Path, monkeypa
 
 def test_a_device_that_is_not_there_is_said_at_once(here: Path, monkeypatch) -> None:
     monkeypatch.chdir(here)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for device, message in (("gpu", "expected cpu, cuda, cuda:1"), ("cuda:1", "PyTorch finds no GPU")):
+    for count, device, message in (
+        (0, "gpu", "expected cpu, cuda, cuda:1"),
+        (0, "meta", "expected cpu, cuda, cuda:1"),
+        (0, "cuda:1", "PyTorch finds no such device (no GPU)"),
+        (2, "cuda:5", "PyTorch finds 2 of that kind"),
+    ):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
         command = ["annotate", "data/ours", "--emotion-model", "towers/emotion", "--out", "o.jsonl"]
         status, line = said(*command, "--device", device)
         assert status == 2 and f"device is '{device}'" in line and message in line
@@ -188,6 +194,21 @@ def test_debug_shows_the_traceback_on_either_side_of_the_command(here: Path, mon
         first, *others = result.stderr.splitlines()
         assert result.exit_code == 2 and "there is data/ours" in first
         assert others[0].startswith("Traceback") and "PlaceError" in others[-1]
+
+
+def test_a_page_of_settings_is_made_anew_when_any_file_of_the_package_changes(tmp_path, monkeypatch) -> None:
+    for name in ("cli/training.py", "data/survey.py"):
+        (tmp_path / "relllm" / name).parent.mkdir(parents=True)
+        (tmp_path / "relllm" / name).touch()
+    made: list[int] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(relllm.cli.training, "__file__", str(tmp_path / "relllm" / "cli" / "training.py"))
+    monkeypatch.setattr("relllm.training.run.parse_arguments", lambda arguments: print(made.append(1)))
+    for times, changed in ((1, False), (1, False), (2, True)):
+        if changed:
+            os.utime(tmp_path / "relllm" / "data" / "survey.py", (1, 1))
+        CliRunner().invoke(app, ["train", "--help"])
+        assert len(made) == times
 
 
 def test_the_version_and_the_completion_are_there() -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from relllm.cli import app
 from relllm.data.corpora import iemocap
 from relllm.evaluation.fingerprints import model_fingerprint
-from relllm.hub.cards import TEMPLATE, check_card, check_measured, write_model_card
+from relllm.hub.cards import TEMPLATE, _requirements, check_card, check_measured, write_model_card
 from relllm.hub.evidence import cell, read_public_run
 from relllm.hub.licences import MSP_TOWER, Licence, Tower, choose_licence, read_towers
 from relllm.hub.sharing import CardSettings, MergeSettings
@@ -321,6 +321,12 @@ def test_the_card_says_which_releases_load_the_code(model: Path) -> None:
     wanted = next(one for one in importlib.metadata.requires("relllm") if one.startswith("transformers"))
     found = re.search(r"`(transformers>=[^`]*)`", text)[1]
     assert Requirement(found) == Requirement(wanted) and f"saved with Transformers {transformers.__version__}" in text
+
+
+def test_a_requirement_is_named_by_its_whole_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["torchaudio>=2.11", "torch>=2.11", "peft-next<1", 'mypy>=1; extra == "dev"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: wanted)
+    assert _requirements() == "`torch>=2.11`"
 
 
 def test_a_leave_one_out_run_is_on_the_card_of_each_of_its_models(model: Path, tmp_path: Path) -> None:

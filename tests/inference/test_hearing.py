@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -157,6 +159,53 @@ def test_a_run_that_was_killed_goes_on_and_one_of_other_settings_is_refused(
     assert run(checkpoint, *files, "--out", out)[0] == 0
     status, _, errors = run(checkpoint, *files[:2], "--out", out)
     assert status == 1 and "is there already" in errors
+
+
+def test_other_audio_of_the_same_name_is_another_table(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    first, second = tmp_path / "a.wav", tmp_path / "b.wav"
+    soundfile.write(first, clip(0.7), RATE)
+    soundfile.write(second, clip(0.7, seed=1), RATE)
+    lines = tmp_path / "rows.jsonl"
+    sets = tmp_path / "rows.parquet"
+
+    def write_rows(path: Path) -> None:
+        lines.write_text(json.dumps({"id": "r", "audio": str(path)}) + "\n")
+        rows = datasets.Dataset.from_list([{"id": "r", "audio": {"bytes": path.read_bytes(), "path": "r.wav"}}])
+        rows.to_parquet(str(sets))
+
+    for name, source in (("stdin", "-"), ("rows", lines), ("sets", sets), ("file", "clip.wav")):
+        out, answers = tmp_path / f"{name}.csv", []
+        for path in (first, first, second):
+            write_rows(path)
+            (tmp_path / path.stem).mkdir(exist_ok=True)
+            shutil.copy2(path, tmp_path / path.stem / "clip.wav")  # the same name in two folders, of one size and age
+            os.utime(tmp_path / path.stem / "clip.wav", (1, 1))
+            monkeypatch.chdir(tmp_path / path.stem)
+            answers.append(run(checkpoint, source, "--out", out, stdin=path.read_bytes()))
+        assert [status for status, *_ in answers] == [0, 0, 1], (name, answers)
+        assert "is there already" in answers[2][2] and "clips: " in answers[2][2]
+
+
+def test_plots_are_drawn_of_a_table_that_is_complete(
+    checkpoint: Path, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = {}
+    for suffix in ("csv", "jsonl", "parquet"):
+        command = [recordings / "call.wav", recordings / "c.wav", "--every", 2, "--out", tmp_path / f"heard.{suffix}"]
+        run(checkpoint, *command)
+        with monkeypatch.context() as patch:
+            patch.setattr("transformers.PreTrainedModel.from_pretrained", None)
+            calls = drawn[suffix] = []
+            patch.setattr(relllm.inference.hearing, "plot_over_time", lambda *a, calls=calls, **kw: calls.append(a))
+            run(checkpoint, *command, "--plots", tmp_path / "plots")
+    edges, probabilities, dimensions, path = drawn["csv"][0]
+    assert edges == [0, 2, 4, 5.3] and path.name == "0001_call.wav_mix.png" and len(drawn["csv"]) == 1
+    assert len(probabilities) == 5 and list(dimensions) == list(DIMENSIONS)
+    assert all(0 <= value <= 1 for values in probabilities.values() for value in values)
+    assert drawn["csv"] == drawn["jsonl"] == drawn["parquet"]
 
 
 def test_what_is_not_there_or_holds_no_audio_is_said_before_a_model_is_loaded(

@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 
 import httpx
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -207,6 +208,15 @@ def test_what_was_heard_stands_beside_a_spoken_turn(session, wav) -> None:
     assert session.shown["RE-LLM"][0]["content"] == f"(spoken, 1.5 s)\n{session.heard[0]}"
     assert session.shown["text only"][0]["content"] == "(spoken, 1.5 s)"
     assert session.shown["RE-LLM"][2]["content"] == "Hello."
+
+
+def test_a_channel_of_a_recording_is_heard(model, processor, tmp_path) -> None:
+    call = np.stack([clip(0.6), clip(0.6, seed=1)], axis=1)
+    soundfile.write(tmp_path / "call.wav", call, RATE, subtype="FLOAT")
+    page = Page({"RE-LLM": partial(Conversation, model, processor)}, max_new_tokens=1, channel="right")
+    session, *_ = page._start()
+    talk(session, str(tmp_path / "call.wav"))
+    assert str(session.heard[0]) == str(Conversation(model, processor).say(call[:, 1], max_new_tokens=1).heard)
 
 
 def test_one_who_has_to_wait_is_told(session) -> None:
@@ -451,11 +461,12 @@ def test_recordings_go_with_the_process_and_those_of_a_killed_one_when_the_next_
     (tmp_path / f"relllm-web-{ended.pid}" / "deep").mkdir(parents=True)
     (tmp_path / f"relllm-web-{os.getppid()}").mkdir()  # of one that runs
     (tmp_path / "other").mkdir()
+    (tmp_path / "relllm-web-notes").mkdir()  # a person's own
     with recordings_folder() as folder:
         (folder / "clip.wav").write_bytes(b"a voice")
         assert os.environ["GRADIO_TEMP_DIR"] == str(folder) and folder.stat().st_mode & 0o077 == 0
         left = {path.name for path in tmp_path.iterdir()}
-    assert left == {folder.name, f"relllm-web-{os.getppid()}", "other"}
+    assert left == {folder.name, f"relllm-web-{os.getppid()}", "other", "relllm-web-notes"}
     assert not folder.exists() and os.environ["GRADIO_TEMP_DIR"] == str(tmp_path)
 
 
