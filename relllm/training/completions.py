@@ -6,6 +6,7 @@ starts with an underscore.
 
 import importlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,9 @@ class CompletionsMixin(Trainer):
         name = f"completions{of_set}"
         path = Path(self.args.output_dir) / FOLDER / f"{name}_{self.state.global_step:05d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        lines = [{key: _without_nan(value) for key, value in line.items()} for line in lines]
+        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        path.write_text(text, encoding="utf-8")
         if not self.args.disable_tqdm:
             Console(stderr=True, markup=False).print(_draw(lines))
         cells = [
@@ -114,8 +117,15 @@ class CompletionsMixin(Trainer):
             module.log({name: module.Table(dataframe=frame)})
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                text = "\n\n".join("\n".join(f"    {key}: {line[key]}" for key in line) for line in lines)
-                callback.tb_writer.add_text(name, text, self.state.global_step)
+                blocks = "\n\n".join("\n".join(f"    {key}: {line[key]}" for key in line) for line in lines)
+                callback.tb_writer.add_text(name, blocks, self.state.global_step)
+
+
+def _without_nan(value: object) -> object:
+    """Return `None` for what JSON has no number for: a dimension that nobody trained, or labelled."""
+    if isinstance(value, list):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _choose(rows: Dataset | IterableDataset, count: int) -> list[dict]:
