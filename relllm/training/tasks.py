@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from relllm.data.survey import fed_tasks
 
-from .augmentation import EpochCallback, SharedEpoch
+from .augmentation import SharedEpoch, count_epochs
 from .losses import IGNORE_INDEX
 from .objective import RunningMeans
 
@@ -52,6 +52,11 @@ class TaskMix(SharedEpoch):
             if place < 0:
                 return name
         return able[-1]
+
+    def longest(self, row: Mapping) -> str:
+        """Return the task whose conversation is likely the longest of those that a row can feed."""
+        by_length = ("reply", "transcription", "recognition")
+        return next(name for name in by_length if name in self.weights and name in fed_tasks(row))
 
     def order(self, row: Mapping, labels: Sequence[str]) -> list[str]:
         """Return the options of a question about a row's emotion: as they are, or in an order drawn each epoch."""
@@ -92,7 +97,7 @@ class TaskMixin(Trainer):
     def teach_tasks(self, mix: TaskMix) -> None:
         """Count the epochs for the mix, and evaluate on every task from now on."""
         self._mix = mix
-        self.add_callback(EpochCallback(mix))
+        count_epochs(self, mix)
 
     def _get_dataloader(self, dataset: Dataset, *args: object, **kwargs: object) -> DataLoader:
         if self._mix is not None and not kwargs.get("is_training") and isinstance(dataset, Dataset):

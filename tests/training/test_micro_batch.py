@@ -28,6 +28,7 @@ class Card:
     memory: float = 100e9
     free: float = 100e9
     tried: list[tuple[int, bool]] = dataclasses.field(default_factory=list)
+    tasks: list[int] = dataclasses.field(default_factory=list)  # of all rows, where there are several
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
 
     def noted(self, batch: dict, checkpointing: bool) -> None:
         card.tried.append((len(batch["labels"]), checkpointing))
+        card.tasks += batch["row_tasks"].tolist() if "row_tasks" in batch else []
         try_step(self, batch, checkpointing)
 
     def peak(device: torch.device, run) -> float:
@@ -97,6 +99,14 @@ def test_what_was_tried_leaves_no_trace_in_gradients_chance_and_log(tmp_path, pr
         assert (steps[1][name] - gradient).norm() <= 1e-12 * gradient.norm(), name
     for name in ("loss", "response_loss", "emotion_loss", "num_tokens"):
         assert float(logs[0][name]) == pytest.approx(float(logs[1][name])), name
+
+
+def test_what_is_tried_is_the_longest_task_whatever_an_epoch_draws(tmp_path, processor, card):
+    rows = [row for row in make_rows(tmp_path) if row["emotion"]]
+    rows[0] |= {"response": None}
+    tasks = {"recognition": 99, "transcription": 9, "reply": 1}
+    make_trainer(rows, tmp_path / "run", processor, tasks=tasks, **AUTO).fit_micro_batch([])
+    assert set(card.tasks) == {1, 2} and card.tasks.count(1) == 1
 
 
 def test_the_plan_says_what_is_not_tried_at_all(tmp_path, processor, card):

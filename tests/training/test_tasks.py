@@ -18,6 +18,7 @@ from trainers import LORA, TRANSCRIPTS, make_rows, make_trainer, step_of
 from relllm import EMOTIONS, ReLLMSFTConfig
 from relllm.evaluation.asking import Questions, answer_tokens, render_prompts
 from relllm.processing.prompts_relllm import TRANSCRIPTION_PROMPT, recognition_prompt
+from relllm.training.augmentation import EpochCallback
 from relllm.training.collator import ReLLMCollator
 from relllm.training.tasks import GIVEN_TASK, TaskMix, TaskRows
 
@@ -210,6 +211,16 @@ def test_a_resumed_run_draws_what_it_would_have_drawn(tmp_path: Path) -> None:
     assert trainer.data_collator.mix.epoch == 1
     again = load_file(tmp_path / "run" / "checkpoint-6" / "model.safetensors")
     assert [name for name in weights if not torch.equal(weights[name], again[name])] == []
+
+
+def test_one_callback_counts_the_epochs_of_tasks_and_augmentation(tmp_path: Path, processor) -> None:
+    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 3}
+    trainer = make_trainer(
+        make_rows(tmp_path), tmp_path / "run", processor, tasks=MIX, augment_gain_db=[-3, 3], **settings
+    )
+    trainer.train()
+    assert trainer._mix.epoch == trainer._augmentation.epoch == 2
+    assert sum(isinstance(one, EpochCallback) for one in trainer.callback_handler.callbacks) == 1
 
 
 def test_a_stream_is_taught_tasks_too(tmp_path: Path, processor) -> None:

@@ -23,6 +23,7 @@ from relllm.modeling.configuration_relllm import ReLLMConfig
 from ..collator import ReLLMCollator
 from ..config import CHECKPOINTING, ReLLMSFTConfig
 from ..losses import IGNORE_INDEX
+from ..tasks import GIVEN_TASK
 from .memory import FRAMES_A_SECOND, RowSize, StepSettings, TrainingStep
 
 RESERVE = 0.1  # of the memory, left for fragmentation
@@ -161,6 +162,8 @@ class MicroBatchMixin(Trainer):
         assert isinstance(args, ReLLMSFTConfig)
         collate = self.data_collator
         if isinstance(collate, ReLLMCollator):
+            if (mix := collate.mix) is not None:  # what this epoch has drawn for a row is not its longest
+                longest = [{**row, GIVEN_TASK: (mix.longest(row), False)} for row in longest]
             collate = dataclasses.replace(collate, tower_cache=None)  # in the first epoch the towers run
         size = row_size(collate(longest[:1]), config)
         step = TrainingStep(copy.deepcopy(config), self._step_settings(unused_heads), size)
