@@ -39,7 +39,7 @@ logger = logging.get_logger(__name__)
 # Of a record: where a run runs, how much memory it takes, what it logs, which do not decide what comes out; and what
 # says again which rows it reads.
 MAY_DIFFER = (
-    *("world_size", "rows_per_update", "gradient_checkpointing", "light_checkpoints", "log_completions"),
+    *("world_size", "gradient_checkpointing", "light_checkpoints", "log_completions"),
     *("seen_rows", "seen_corpora", "chosen_before", "text_model_trained"),
 )
 OPTIMIZER_FILES = ("optimizer", "global_step")  # DeepSpeed's are in a folder
@@ -201,7 +201,11 @@ def checkpoint_to_resume(output_dir: Path, resume: str) -> str | None:
 
 
 def _decides(record: Mapping[str, object]) -> dict[str, object]:
-    return {name: value for name, value in record.items() if name not in (*MAY_DIFFER, "steps_done", "epochs_done")}
+    """Return what of a record decides the result; how the rows of an update are divided does for a CCC alone."""
+    free = [*MAY_DIFFER, "steps_done", "epochs_done"]
+    if "rows_per_update" in record and record.get("dimension_loss") != "ccc":
+        free += ["per_device_train_batch_size", "gradient_accumulation_steps"]
+    return {name: value for name, value in record.items() if name not in free}
 
 
 def _has_state(checkpoint: Path) -> bool:

@@ -105,6 +105,8 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
         for name in ("packing", "padding_free"):
             if getattr(self, name):
                 raise ValueError(f"{name}=True would join rows, and audio belongs to its row. Leave it off.")
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel=True knows LLMs by their kind, and not one in a ReLLM. Leave it off.")
         if self.max_length is not None:
             raise ValueError(f"max_length={self.max_length} would cut through audio. Leave it unset; shorten clips.")
         self.check_augmentation()
@@ -127,6 +129,8 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
         for name in self.automatic.intersection(CHECKPOINTING):
             setattr(self, name, True)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.rows_per_update is not None and self.rows_per_update < 1:
+            raise ValueError(f"rows_per_update must be at least 1, got {self.rows_per_update}.")
         if names[0] in self.automatic:
             if self.dimension_loss == "ccc":
                 raise ValueError(
@@ -267,6 +271,15 @@ class LoraSettings:
         None, "Layers by name, or one regular expression; by default all linear (paper)."
     )
 
+    def check_lora(self) -> None:
+        """Raise a `ValueError` on a LoRA that cannot be, or would do nothing."""
+        if self.lora_r is not None and self.lora_r < 0:
+            raise ValueError(f"lora_r must be at least 0 (no LoRA), got {self.lora_r}.")
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha must be > 0, got {self.lora_alpha}. For no LoRA set lora_r to 0.")
+        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}.")
+
     @property
     def lora(self) -> dict | None:
         """Return the arguments of `peft.LoraConfig`, or `None`."""
@@ -336,7 +349,9 @@ class ReLLMScriptArguments(LoraSettings, SplitSettings):
                 f"emotion_fusion={self.emotion_fusion!r} needs an emotion_tower. Give one, or emotion_fusion='none' "
                 "for the speech-LLM baseline."
             )
-        if (self.lora_r or 0) < 0 or not 0 <= (self.lora_dropout or 0) < 1:
-            raise ValueError(f"Expected lora_r >= 0, lora_dropout in [0, 1), got {self.lora_r}, {self.lora_dropout}.")
+        self.check_lora()
+        for name in ("projector_inner_dim", "early_stopping_patience"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         if self.max_duration_s is not None and self.max_duration_s <= 0:
             raise ValueError(f"max_duration_s must be positive, got {self.max_duration_s}.")

@@ -41,11 +41,13 @@ def die(*args: object, **kwargs: object) -> None:
 def train(kind: str, place: Path, folder: Path, kill: str = "") -> None:
     """The whole run, of its own process; `kill` says where it dies."""
     owner = EmotionTowerTrainer if kind == "train-emotion" else ReLLMSFTTrainer
-    save, evaluate = TrainerState.save_to_json, owner.evaluate
+    save, evaluate, compute = TrainerState.save_to_json, owner.evaluate, owner.compute_loss
     if kill == "before the first save":
         owner.compute_loss = die
     elif kill == "within a save":  # all but the last file of a checkpoint is there
         TrainerState.save_to_json = lambda self, path: die() if "checkpoint-2" in path else save(self, path)
+    elif kill == "in the third step":
+        owner.compute_loss = lambda self, *a, **k: die() if self.state.global_step == 2 else compute(self, *a, **k)
     elif kill == "after the last save":
         owner.save_metrics = die
     elif kill == "in the final evaluation":
@@ -64,7 +66,10 @@ def train(kind: str, place: Path, folder: Path, kill: str = "") -> None:
         return
     places = {"audio_tower": "speech", "emotion_tower": "emotion", "text_model": "llm"}
     towers = {name: str(place / tower) for name, tower in places.items()}
-    sizes = {"projector_inner_dim": 16, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "full_window": False}
+    dropout = 0.0 if kind == "auto" else 0.2  # whose masks are drawn for each micro-batch
+    sizes = {"projector_inner_dim": 16, "lora_r": 4, "lora_alpha": 8, "lora_dropout": dropout, "full_window": False}
+    if kind == "auto":
+        options |= {"per_device_train_batch_size": "auto", "rows_per_update": 4, "gradient_accumulation_steps": 8}
     stopping = {"early_stopping_patience": 1} if kind == "stopping early" else {}
     options |= STOPPING if stopping else {}
     script = ReLLMScriptArguments(**towers, **sizes, **rows, **stopping)
@@ -116,6 +121,21 @@ def test_a_run_ends_as_one_that_was_not_killed(
         assert found == expected and len(found) > 3, name
     assert json.loads((run / "training_settings.json").read_text())["steps_done"] == STEPS[kind]
     assert not (run / "_unfinished").exists()
+
+
+def test_a_run_goes_on_with_another_number_of_processes(place: Path, fork_server: ForkServer, tmp_path: Path) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert fork_server.start(train, "auto", place, run, "in the third step").wait() == -signal.SIGKILL
+    ranks = fork_server.run_ranks(train, "auto", place, run)
+    assert [rank.exitcode for rank in ranks] == [0, 0], ranks[0].stderr[-2000:] + ranks[1].stderr[-2000:]
+    assert "Going on from" in ranks[0].stdout and "1 at once × 2 × 2" not in ranks[0].stdout
+    assert "2 at once × 1 × 2 processes" in ranks[0].stdout
+    fork_server.run(train, "auto", place, whole)
+    found, expected = (load_file(one / "model.safetensors") for one in (run, whole))
+    before = load_file(run / "checkpoint-2" / "model.safetensors")
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5)
+    assert any(not torch.allclose(before[name], weight, atol=1e-4) for name, weight in expected.items())
 
 
 def test_a_complete_run_is_left_alone(place: Path, uninterrupted: dict[str, Path]) -> None:

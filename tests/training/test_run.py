@@ -36,7 +36,7 @@ from relllm.inference.conversation import Conversation
 from relllm.inference.text_conversation import TextConversation
 from relllm.modeling.checkpoint_relllm import quantize_llm_alone
 from relllm.training.building import build_config, build_model, four_bit_config
-from relllm.training.checkpoints import RECORD_NAME, RunComplete, checkpoint_to_resume
+from relllm.training.checkpoints import RECORD_NAME, RunComplete, begin_run, checkpoint_to_resume
 from relllm.training.config import ReLLMScriptArguments, ReLLMSFTConfig
 from relllm.training.freezing import lora_counts_as_adapter
 from relllm.training.run import parse_arguments, run_training
@@ -158,7 +158,7 @@ def test_the_help_page_puts_what_matters_first(capsys: pytest.CaptureFixture[str
         (["--data", "d", "--audio_tower", "a", "--text_model", "b"], "needs an emotion_tower"),
         (["--data", "d", "--model_name_or_path", "m", "--resume", "maybe"], "resume must be one of"),
         (["--data", "d", "--model_name_or_path", "m", "--lora_scope", "all"], "lora_scope"),
-        (["--data", "d", "--model_name_or_path", "m", "--lora_dropout", "1"], r"lora_dropout in [0, 1)"),
+        (["--data", "d", "--model_name_or_path", "m", "--lora_dropout", "1"], "lora_dropout must be in [0, 1)"),
         (["--data", "d", "--model_name_or_path", "m", "--learnin_rate", "1"], "unknown: ['--learnin_rate', '1']"),
         (["--data", "d", "--model_name_or_path", "m", "--emotion_loss_weight", "-1"], "emotion_loss_weight"),
         (["--config", "gone.yaml"], "gone.yaml"),
@@ -292,6 +292,24 @@ def test_what_does_not_decide_may_change(one_fold: Path, towers: dict[str, str],
     script = settings_of(towers, corpus, held_out="session=1")
     with pytest.raises(RunComplete):
         run_training(script, args_of(one_fold, gradient_checkpointing=True, logging_steps=7, dataloader_num_workers=1))
+
+
+@pytest.mark.parametrize("loss", ["mse", "ccc"])
+def test_how_an_update_is_divided_decides_for_a_concordance_alone(loss: str, tmp_path: Path) -> None:
+    one = {"rows_per_update": 16, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}
+    one |= {"dimension_loss": loss}
+    begin_run(tmp_path, one, "auto")
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-1" / "optimizer.pt").touch()
+    two = one | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}  # and two processes
+    if loss == "mse":
+        assert begin_run(tmp_path, two, "auto") == str(tmp_path / "checkpoint-1")
+    else:
+        with pytest.raises(ValueError, match="per_device_train_batch_size: 2, now 4"):
+            begin_run(tmp_path, two, "auto")
+    with pytest.raises(ValueError, match="rows_per_update: 16, now 32"):
+        begin_run(tmp_path, one | {"rows_per_update": 32}, "auto")
 
 
 def test_a_checkpoint_of_an_unknown_run_or_without_its_optimiser_is_refused(
