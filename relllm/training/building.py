@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from relllm.modeling.checkpoint_relllm import find_audio_token, load_parts, load_tower, tower_source, whole_weights
@@ -83,10 +83,13 @@ def build_config(script: ReLLMScriptArguments) -> ReLLMConfig:
     )
 
 
-def check_model(script: ReLLMScriptArguments, unfreeze: Sequence[str] = ()) -> None:
+def check_model(script: ReLLMScriptArguments, unfreeze: Sequence[str] = ()) -> tuple[float, float]:
     """Raise what [`build_model`] and `unfreeze` would raise of kinds, names of layers, attention and packages.
 
     The model is built without weights, from configurations and the tokenizer.
+
+    Returns:
+        `tuple[float, float]`: The seconds of the shortest and of the longest clip that it takes.
     """
     with torch.device("meta"):
         model = ReLLMForConditionalGeneration(build_config(script))
@@ -95,6 +98,11 @@ def check_model(script: ReLLMScriptArguments, unfreeze: Sequence[str] = ()) -> N
         model.set_attn_implementation(script.attn_implementation)
     if script.load_in_4bit:
         four_bit_config()
+    longest_s = script.max_duration_s
+    if longest_s is None:  # a checkpoint's own
+        extractor = AutoFeatureExtractor.from_pretrained(script.model_name_or_path, revision=script.revision)
+        longest_s = extractor.max_duration_s
+    return extractor_settings(model.config)["min_duration_s"], longest_s
 
 
 def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:

@@ -28,16 +28,16 @@ from relllm.labels import DIMENSIONS
 from relllm.metrics import concordances
 from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
-from relllm.processing.audio_relllm import MIN_DURATION_S, load_audio
+from relllm.processing.audio_relllm import MAX_DURATION_S, MIN_DURATION_S, load_audio
 from relllm.processing.feature_extraction_relllm import shortest_clip
 from relllm.setting import setting
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
 from .checkpoints import LastStepMixin, begin_run, describe_data, describe_seen, describe_weights, end_run
 from .config import RowsSettings, check_places, check_selection
-from .lengths import GroupByLengthMixin, clip_duration
+from .lengths import GroupByLengthMixin, check_clip_limits, clip_duration
 from .losses import ccc_loss
-from .settings import SettingsParser, check_trainer
+from .settings import SettingsParser, check_metric, check_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,8 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     It goes on from what is in that folder as [`~relllm.training.run.run_training`] does.
     """
     check_places(script)
-    check_trainer(args, ("ccc", "loss"))
+    check_trainer(args)
+    check_metric(args, ("loss", "ccc", *(f"ccc_{name}" for name in DIMENSIONS)))
     assert script.model_name_or_path is not None
     if not isinstance(script.data, str):
         raise ValueError(f"data is {script.data!r}; an emotion tower is trained on one data set. Name one.")
@@ -200,6 +201,8 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     eval_rows = None
     if script.eval_split:
         eval_rows = _load_labelled(script.data, script.eval_split, script.held_out, _find_labelled(train_rows))
+        check_metric(args, ("loss", "ccc", *(f"ccc_{name}" for name in _find_labelled(eval_rows))))
+    check_clip_limits([train_rows, eval_rows], MIN_DURATION_S, MAX_DURATION_S)
     if eval_rows is None:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     with args.main_process_first(desc="looking at the folder"):

@@ -132,7 +132,8 @@ def draw_table(rows: Iterable[TrainableRow], args: ReLLMSFTConfig) -> Table:
 class LearningRatesMixin(Trainer):
     """For a trainer whose projector and heads may have learning rates of their own; `args` are a [`ReLLMSFTConfig`].
 
-    Each of Transformers' groups (with weight decay, and without) is divided; the first stays that of `learning_rate`.
+    Each of Transformers' groups (with weight decay, and without) is divided: first what trains at `learning_rate`, if
+    anything does, then a group for each setting. The log's `learning_rate` is that of the first group of all.
     """
 
     _own_rates: dict[str, float] = {}  # by setting, of the last update

@@ -1,7 +1,7 @@
 """How long a row is, by its audio's header and its characters, without decoding; batches of like length."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import soundfile
@@ -75,6 +75,24 @@ def clip_duration(source: object, sampling_rate: int) -> float:
     if isinstance(source, (np.ndarray, Tensor, Sequence)):
         return max(np.shape(source)) / sampling_rate  # channels are the other, shorter axis
     raise TypeError(f"no length of {type(source).__name__}")
+
+
+def check_clip_limits(splits: Iterable[object], shortest_s: float, longest_s: float) -> None:
+    """Raise a `ValueError` for clips that a model does not take, by the column `duration_s` of `relllm prepare`.
+
+    Streams, and rows without the column, are passed over.
+    """
+    for rows in splits:
+        if not isinstance(rows, Dataset) or "duration_s" not in rows.column_names:
+            continue
+        times = enumerate(rows["duration_s"])
+        beyond = [place for place, time in times if time is not None and not shortest_s <= time <= longest_s]
+        if beyond:
+            first = ", ".join(str(rows[place].get("id", place)) for place in beyond[:3])
+            raise ValueError(
+                f"{len(beyond)} clips do not last {shortest_s:g} to {longest_s:g} s, which the model takes (rows "
+                f"{first}, …). Leave them out or cut them; max_duration_s sets the longest."
+            )
 
 
 def _texts_and_clips(row: Mapping) -> tuple[list[str], list[object]]:

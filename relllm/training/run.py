@@ -1,7 +1,8 @@
 """`relllm train`: a training run from a YAML file and flags, and the record that a model card has of it."""
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeAlias
@@ -12,16 +13,17 @@ from transformers import AutoConfig, EarlyStoppingCallback, TrainerCallback, Tra
 
 from relllm.data.loading import load_corpus
 from relllm.data.mixing import mix_rows, name_sources
-from relllm.data.survey import TRAINING, check_surveys, draw_survey, emotions_of, survey_splits
-from relllm.labels import EMOTIONS
+from relllm.data.survey import TASKS, TRAINING, RowSurvey, check_surveys, draw_survey, emotions_of, survey_splits
+from relllm.labels import DIMENSIONS, EMOTIONS
 
 from .augmentation import Augmentation, AugmentationSettings
 from .building import build_model, check_model, starting_points
 from .checkpoints import begin_run, describe_data, describe_seen, describe_weights, end_run
 from .config import ReLLMScriptArguments, ReLLMSFTConfig, SplitSettings, check_places, check_selection, loss_weights
+from .lengths import check_clip_limits
 from .objective import class_weights
-from .settings import SettingsParser, check_trainer
-from .tower_cache import TowerCacheSettings
+from .settings import SettingsParser, check_metric, check_tokens, check_trainer
+from .tower_cache import TowerCacheSettings, check_cache_dir
 from .trainer import ReLLMSFTTrainer
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -38,10 +40,9 @@ TRAINER_SETTINGS = (
     *("max_steps", "world_size", "bf16", "fp16", "gradient_checkpointing", "seed"),
     *("load_best_model_at_end", "metric_for_best_model"),
 )
-METRICS = (  # of an evaluation: losses, the heads', those of tasks, TRL's
-    *("loss", "response_loss", "emotion_loss", "dimension_loss", "response_kl", "emotion_accuracy", "ua", "wa"),
-    *("macro_f1", "ccc", "reply_loss", "recognition_loss", "recognition_accuracy", "transcription_loss"),
-    *("entropy", "mean_token_accuracy"),
+EVALUATION = "evaluation"  # what `survey_splits` calls those rows, before a data set's name
+FULLY_LABELLED = RowSurvey(  # rows that have everything, while nobody has read them
+    *(2, [], 2, 2, 2, Counter(EMOTIONS), dict.fromkeys(DIMENSIONS, 2)), fed=Counter({tuple(TASKS): 2})
 )
 DESCRIPTION = """\
 Train a ReLLM on rows with audio, replies and emotions.
@@ -77,8 +78,9 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     a [`~relllm.training.checkpoints.RunComplete`].
     """
     check_places(script)
-    of_sets = [f"{name}_{metric}" for name in _set_names(script) for metric in METRICS]
-    check_trainer(args, [*METRICS, *of_sets])
+    check_trainer(args)
+    names = [] if script.eval_data else _set_names(script)
+    check_metric(args, evaluation_metrics(args, dict.fromkeys(names or [""], FULLY_LABELLED)))
     selection = check_selection(script, args)
     folder = Path(args.output_dir)
     with args.main_process_first(desc="reading the rows"):
@@ -128,11 +130,40 @@ def _survey(
     else:
         labels = script.emotion_labels = script.emotion_labels or emotions_of(surveys.get(TRAINING))
     check_surveys(surveys, labels, loss_weights(args), list(args.task_shares))
+    measured = {name[len(EVALUATION) + 1 :]: one for name, one in surveys.items() if name.startswith(EVALUATION)}
+    check_metric(args, evaluation_metrics(args, measured))
     if args.emotion_class_weights is not None:
         class_weights(args.emotion_class_weights, labels, surveys[TRAINING].emotions if TRAINING in surveys else None)
     if args.augments:
         Augmentation(args, seed=args.seed)  # whether its recordings and codecs are there
-    check_model(script, args.unfreeze)
+    if args.tower_cache_dir is not None:
+        check_cache_dir(args.tower_cache_dir)
+    check_tokens(args, str(script.model_name_or_path or script.text_model), script.revision)
+    held_back = eval_rows.values() if isinstance(eval_rows, dict) else [eval_rows]
+    check_clip_limits([*parts.values(), *held_back], *check_model(script, args.unfreeze))
+
+
+def evaluation_metrics(args: ReLLMSFTConfig, surveys: Mapping[str, RowSurvey]) -> list[str]:
+    """Name what an evaluation gives, without `eval_`, of one set of rows, or of several by name and of all."""
+    found = {name: _metrics_of(args, survey) for name, survey in surveys.items()}
+    names = list(dict.fromkeys(metric for metrics in found.values() for metric in metrics))
+    if len(found) > 1:
+        return [*names, *(f"{name}_{metric}" for name, metrics in found.items() for metric in metrics)]
+    return [*names, *(("entropy", "mean_token_accuracy") if args.response_loss_weight > 0 else ())]
+
+
+def _metrics_of(args: ReLLMSFTConfig, survey: RowSurvey) -> list[str]:
+    labelled = [name for name, count in survey.dimensions.items() if count]
+    tasks = [task for task in args.tasks or () if survey.feeding(task)]
+    heard = ("emotion_loss", "emotion_accuracy", "ua", "wa", "macro_f1")
+    given = {
+        ("response_loss", *(f"{task}_loss" for task in tasks)): args.response_loss_weight,
+        ("recognition_accuracy",): args.response_loss_weight * ("recognition" in tasks),
+        heard: args.emotion_loss_weight * survey.emotions.total(),
+        ("dimension_loss", *(f"ccc_{name}" for name in labelled)): args.dimension_loss_weight * len(labelled),
+        ("response_kl",): args.response_kl_weight * survey.transcripts,
+    }
+    return ["loss", *(name for names, weight in given.items() if weight > 0 for name in names)]
 
 
 def training_record(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> dict[str, object]:

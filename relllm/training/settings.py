@@ -3,6 +3,7 @@ of Transformers' settings is checked before anything is loaded.
 """
 
 import argparse
+import copy
 import difflib
 import os
 import types
@@ -12,14 +13,21 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import AutoTokenizer, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import TrlParser
+from transformers.utils import is_liger_kernel_available
+from trl import SFTConfig, TrlParser
 
 from .config import AUTO, CHECKPOINTING, ReLLMSFTConfig
 
 REST = "everything else that TRL and Transformers know"
+LOSS_TYPES = ("nll", "dft")  # TRL's
+AT_LEAST = {  # what Transformers takes for something else below, or finds out once the model is loaded
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("save_total_limit", "eval_accumulation_steps"), 1),
+    **dict.fromkeys(("dataloader_num_workers", "learning_rate", "weight_decay", "warmup_steps", "adam_epsilon"), 0),
+}
 
 
 class SettingsParser(TrlParser):
@@ -131,19 +139,27 @@ def read_recipe(path: str | os.PathLike, above: Sequence[Path] = ()) -> dict[str
     return read_recipe(file.parent / base, trail) | recipe
 
 
-def check_trainer(args: TrainingArguments, metrics: Sequence[str]) -> None:
-    """Raise a `ValueError` (or `ImportError`) for what Transformers would refuse once the model is loaded, or later.
-
-    `metrics` are those of an evaluation, without `eval_`; what begins with one of these and `_` is one as well.
+def check_metric(args: TrainingArguments, metrics: Sequence[str]) -> None:
+    """Raise a `ValueError` for a `metric_for_best_model` that no evaluation has: these have `metrics`, as named
+    without `eval_`.
     """
-    for name, least in {
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "dataloader_num_workers": 0,
-    }.items():
-        if getattr(args, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(args, name)}.")
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if args.eval_strategy != "no" and metric not in metrics:
+        raise ValueError(f"metric_for_best_model: no evaluation of this run has {metric!r}, but {', '.join(metrics)}.")
+
+
+def check_trainer(args: TrainingArguments) -> None:
+    """Raise a `ValueError` (or `ImportError`) for what Transformers and TRL would refuse once the model is loaded, or
+    later, or pass over.
+    """
+    for name, least in AT_LEAST.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(args, name)}.")
+    if args.save_strategy == "steps" and args.save_steps <= 0:
+        raise ValueError(f"save_steps is {args.save_steps}: nothing would be saved. save_strategy: no says so.")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise ValueError(
             f"num_train_epochs is {args.num_train_epochs}, and no max_steps is given: nothing would train."
@@ -151,11 +167,17 @@ def check_trainer(args: TrainingArguments, metrics: Sequence[str]) -> None:
     checkpoint = args.resume_from_checkpoint
     if isinstance(checkpoint, str) and not os.path.isfile(os.path.join(checkpoint, TRAINER_STATE_NAME)):
         raise FileNotFoundError(f"resume_from_checkpoint: {checkpoint} is no checkpoint with a {TRAINER_STATE_NAME}.")
-    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    if not any(metric == name or metric.startswith(f"{name}_") for name in metrics):
-        raise ValueError(f"metric_for_best_model: no evaluation of this run has {metric!r}, but {', '.join(metrics)}.")
     if not args.optim_target_modules:  # with which an optimizer asks for the model
-        Trainer.get_optimizer_cls_and_kwargs(args)
+        _check_optimizer(args)
+    if isinstance(args, SFTConfig):
+        _check_sft(args)
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("use_liger_kernel needs liger-kernel. Install it with `pip install liger-kernel`.")
+    if args.torch_compile:
+        try:  # what is not called is not compiled
+            torch.compile(torch.nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        except RuntimeError as error:
+            raise ValueError(f"torch_compile_backend and torch_compile_mode: {error}") from error
     try:
         get_scheduler(
             args.lr_scheduler_type,
@@ -171,6 +193,44 @@ def check_trainer(args: TrainingArguments, metrics: Sequence[str]) -> None:
             callback()
     except RuntimeError as error:
         raise ImportError(f"report_to {args.report_to}: {error}") from error
+
+
+def check_tokens(args: SFTConfig, place: str, revision: str = "main") -> None:
+    """Raise a `ValueError` for an `eos_token` or `pad_token` that the tokenizer at a place does not know."""
+    given = {name: token for name in ("eos_token", "pad_token") if (token := getattr(args, name)) is not None}
+    known = AutoTokenizer.from_pretrained(place, revision=revision).get_vocab() if given else {}
+    for name, token in given.items():
+        if token not in known:
+            raise ValueError(f"{name} is {token!r}, which is no token of {place}. Leave it out, or name one.")
+
+
+def _check_sft(args: SFTConfig) -> None:
+    if args.loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {args.loss_type!r}.")
+    path = args.chat_template_path
+    if path is not None and not (path.endswith((".jinja", ".j2")) and os.path.isfile(path)):
+        raise ValueError(f"chat_template_path must be a file that ends in .jinja or .j2, got {path!r}.")
+
+
+def _check_optimizer(args: TrainingArguments) -> None:
+    pairs = [part.strip().split("=") for part in (args.optim_args or "").split(",") if part.strip()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"optim_args is {args.optim_args!r}, expected name=value, and a comma between several.")
+    Trainer.get_optimizer_cls_and_kwargs(args)
+    if unread := [name for name, _ in pairs if not _is_read(args, name)]:
+        raise ValueError(f"optim_args has {unread}, which optim: {args.optim.value} does not read. Leave them out.")
+
+
+def _is_read(args: TrainingArguments, name: str) -> bool:
+    """Tell whether an optimizer reads a name in `optim_args`: Transformers passes over others without a word."""
+    tried, found = copy.copy(args), []
+    for value in ("0.5", "1"):
+        tried.optim_args = f"{name}={value}"
+        try:
+            found.append(Trainer.get_optimizer_cls_and_kwargs(tried)[1])
+        except (ValueError, AttributeError):  # it is a whole number, or a name of a kind
+            return True
+    return found[0] != found[1]
 
 
 def _or_auto(kind: Any) -> Any:

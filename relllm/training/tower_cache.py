@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
 import time
 import uuid
@@ -56,6 +57,17 @@ class TowerCacheSettings:
     tower_cache_dir: str | None = setting(
         None, "Keep the frozen towers' outputs here (also --cache-dir).", aliases=["--cache-dir"]
     )
+
+
+def check_cache_dir(place: str) -> None:
+    """Make the folder of a cache; `ValueError` where that cannot be, or nothing can be written into it."""
+    folder = Path(place).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"tower_cache_dir must be a folder, or be made one, and {folder} cannot: {error}.") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"tower_cache_dir is {folder}, which this user may not write into. Name another folder.")
 
 
 class TowerCache:

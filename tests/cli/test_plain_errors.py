@@ -22,7 +22,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_tokenizer(audio_token=False).save_pretrained(folder / "towers" / "llm")
     (folder / "data" / "ours").mkdir(parents=True)
     write_lines(folder / "data" / "ours" / "metadata.jsonl", make_rows(3))
-    labels = {"emotion": "sad", "arousal": 0.3, "dominance": 0.4, "valence": 0.5}
+    labels = {"emotion": "sad", "arousal": 0.3, "dominance": 0.4, "valence": 0.5, "duration_s": 1}
     rows = [{"id": f"{i}", "audio": f"{i}.wav", "response": "I am sorry.", **labels} for i in range(4)]
     (folder / "data" / "taught").mkdir()
     write_lines(folder / "data" / "taught" / "metadata.jsonl", rows)
@@ -143,19 +143,58 @@ EARLY = {  # settings of `train`, and of `train-emotion` where they are its too,
     "report": (["--report_to", "wandb"], "WandbCallback requires wandb"),
     "report to nothing known": (["--report_to", "wandbb"], "wandbb is not supported"),
     "metric": ([*BEST, "--metric_for_best_model", "eval_lss"], "no evaluation of this run has 'lss', but loss, "),
+    "a metric's beginning": ([*BEST, "--metric_for_best_model", "ccc"], "has 'ccc', but loss, "),
+    "more than a metric": ([*BEST, "--metric_for_best_model", "loss_typo"], "has 'loss_typo', but loss, "),
+    "a task's metric": (
+        [*BEST, "--metric_for_best_model", "recognition_accuracy"],
+        "has 'recognition_accuracy', but ",
+    ),
+    "a head that does not train": (
+        [*BEST, "--metric_for_best_model", "eval_ua", "--emotion_loss_weight", "0"],
+        "has 'ua', but loss, response_loss, dimension_loss, ccc_arousal, ccc_dominance, ccc_valence, entropy, mean_t",
+    ),
+    "a task that no row feeds": (
+        [*BEST, "--metric_for_best_model", "transcription_loss", "--tasks", "reply=1,transcription=1"],
+        "The task 'transcription' is given",
+    ),
     "checkpoint": (["--resume_from_checkpoint", "runs/none"], "runs/none is no checkpoint"),
     "layers": (["--lora_target_modules", "q_prj"], "lora_config names ['q_prj']"),
     "an LLM that hears": (["--audio_tower", "towers/llm"], "audio_config must be of one of the kinds"),
     "an LLM that feels": (["--emotion_tower", "towers/llm"], "encoder_config must be of one of the kinds"),
     "batch": (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1, got 0."),
     "accumulation": (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1"),
+    "rows of an update": (["--rows_per_update", "0"], "rows_per_update must be at least 1, got 0."),
+    "checkpoints to keep": (["--save_total_limit", "0"], "save_total_limit must be at least 1, got 0."),
+    "no checkpoint": (["--save_strategy", "steps", "--save_steps", "0"], "save_steps is 0"),
+    "rate": (["--learning_rate", "-1"], "learning_rate must be at least 0, got -1.0."),
+    "beta": (["--adam_beta2", "1"], "adam_beta2 must be in [0, 1), got 1.0."),
+    "optimizer's arguments": (["--optim_args", "momentum=0.9"], "optim_args has ['momentum'], which optim: adamw_"),
+    "optimizer's arguments, no pair": (["--optim_args", "momentum"], "expected name=value"),
+    "width": (["--projector_inner_dim", "0"], "projector_inner_dim must be at least 1, got 0."),
+    "patience": (["--early_stopping_patience", "0"], "early_stopping_patience must be at least 1, got 0."),
+    "rank": (["--lora_r", "-1"], "lora_r must be at least 0 (no LoRA), got -1."),
+    "alpha": (["--lora_alpha", "0"], "lora_alpha must be > 0, got 0."),
+    "dropout": (["--lora_dropout", "1.5"], "lora_dropout must be in [0, 1), got 1.5."),
+    "loss": (["--loss_type", "nnl"], "loss_type must be one of nll, dft, got 'nnl'."),
+    "kernels": (["--use_liger_kernel", "true"], "use_liger_kernel"),
+    "compiler": (["--torch_compile_backend", "inducter"], "Invalid backend: 'inducter'"),
+    "compiler's mode": (["--torch_compile_mode", "fast"], "Unrecognized mode=fast, should be one of: default, "),
+    "template": (["--chat_template_path", "gone.jinja"], "chat_template_path "),
+    "end": (["--eos_token", "<end>"], "eos_token is '<end>', which is no token of towers/llm."),
+    "cache": (["--tower_cache_dir", "recipe.yaml"], "tower_cache_dir must be a folder"),
+    "long clips": (
+        ["--max_duration_s", "0.5"],
+        "4 clips do not last 0.025 to 0.5 s, which the model takes (rows 0, 1",
+    ),
     "no epoch": (["--num_train_epochs", "0"], "num_train_epochs is 0.0, and no max_steps is given"),
     "a tower that is not there": (
         ["--model_name_or_path", "data/deaf", "--unfreeze", "emotion_tower"],
         "unfreeze has 'emotion_tower', and this model has none",
     ),
 }
-OF_BOTH = {"report", "batch", "no epoch", "checkpoint", "optimizer"}
+OF_ALL = {"report", "batch", "no epoch", "checkpoint", "optimizer", "checkpoints to keep", "beta", "compiler"}
+OF_ALL |= {"optimizer's arguments"}
+OF_TEXT = OF_ALL | {"rank", "alpha", "dropout", "loss", "kernels", "template", "end"}
 
 
 @pytest.mark.parametrize("case", EARLY)
@@ -167,7 +206,10 @@ def test_what_needs_no_weights_is_said_before_they_are_read(here: Path, monkeypa
     out = ["--output_dir", str(tmp_path / "run")]
     status, line = said("train", "--config", "recipe.yaml", *common, *out, *given)
     assert status in (1, 2) and message in line, line
-    if case in OF_BOTH:
+    if case in OF_TEXT:
+        status, line = said("train-text", "--text_model", "towers/llm", *common, *out, *given)
+        assert status in (1, 2) and message in line, line
+    if case in OF_ALL:
         common += ["--model_name_or_path", "towers/emotion", "--eval_split", "", "--eval_strategy", "no"]
         status, line = said("train-emotion", *common, *out, "--load_best_model_at_end", "false", *given)
         assert status in (1, 2) and message in line, line

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 import soundfile
 from datasets import Dataset, concatenate_datasets
+from processes import ForkServer
 from tiny_models import clip, tiny_emotion_tower, tiny_llm, tiny_processor, tiny_speech_tower, tiny_tokenizer
 from trainers import make_rows, make_trainer
 
 from relllm.data.loading import load_corpus
 from relllm.data.mixing import DataSource, mix_rows, name_sources, parse_sources
+from relllm.data.survey import survey_rows
+from relllm.training.baselines.text_training import parse_text_arguments, run_text_training
 from relllm.training.checkpoints import RECORD_NAME
 from relllm.training.config import ReLLMScriptArguments
-from relllm.training.run import parse_arguments, run_training
+from relllm.training.run import evaluation_metrics, parse_arguments, run_training
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -87,6 +90,58 @@ def test_a_run_over_two_corpora_knows_both(corpora, towers, tmp_path: Path) -> N
         run_training(*parse_arguments(changed))
 
 
+def run_mixed(given: list[str], processes: int) -> None:
+    """A run of four rows an update, in one process or as one of two."""
+    shares = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", str(2 // processes)]
+    run_training(*parse_arguments([*given, *shares]))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(corpora, towers, tmp_path: Path, fork_server: ForkServer) -> None:
+    logs = []
+    for processes in (1, 2):
+        (tmp_path / f"{processes}").mkdir()
+        recipe = (
+            f"data: [{{name: {corpora[0]}, weight: 1}}, {{name: {corpora[1]}, weight: 3}}]\nheld_out: speaker=ann\n"
+        )
+        recipe += "eval_split: test\neval_strategy: steps\neval_steps: 2\nlogging_steps: 1\nlora_dropout: 0\n"
+        given = arguments(towers, tmp_path / f"{processes}", recipe + "learning_rate: 1.0e-2\n")
+        given[given.index("--max_steps") + 1] = "4"
+        place = given.index("--gradient_accumulation_steps")
+        del given[place : place + 2]
+        if processes == 1:
+            fork_server.run(run_mixed, given, 1)
+        else:
+            ranks = fork_server.run_ranks(run_mixed, given, 2)
+            assert [rank.exitcode for rank in ranks] == [0, 0], ranks[0].stderr[-2000:] + ranks[1].stderr[-2000:]
+        state = json.loads((tmp_path / f"{processes}" / "run" / "trainer_state.json").read_text())
+        logs.append([{k: v for k, v in log.items() if "loss" in k or "ccc" in k} for log in state["log_history"]])
+    one, two = logs
+    assert len(one) == len(two) and {"eval_loss", "eval_one_loss", "eval_two_loss"} <= {k for log in one for k in log}
+    for expected, found in zip(one, two, strict=True):
+        assert found == pytest.approx(expected, rel=2e-4, abs=1e-6)
+
+
+def test_a_reader_chooses_its_checkpoint_by_the_rows_of_all_data_sets(towers, tmp_path: Path) -> None:
+    """Also where a transcript is a list of one; rows of several clips are left out."""
+    one = write_corpus(tmp_path / "one", "targets.jsonl", 4, text=["I won."], response="Great!")
+    two = write_corpus(tmp_path / "two", "targets.jsonl", 4, text=["I lost."])
+    more = {"id": "more", "audio": "0.wav", "response": "Oh.", "text": ["a", "b"], "speaker": "ben"}
+    one.write_text(one.read_text() + json.dumps(more) + "\n")
+    best = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1", "--load_best_model_at_end", "true"]
+    best += ["--select_on_test", "true"]
+    given = arguments({"text_model": towers["text_model"]}, tmp_path, "held_out: speaker=ben\neval_split: test\n")
+    place = given.index("--projector_inner_dim")
+    given[place : place + 6] = ["--lora_r", "4", "--data", f"{one}=1,{two}=3"]
+    trainer = run_text_training(*parse_text_arguments([*given, *best]))
+    measured = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert trainer.state.best_metric == measured["eval_loss"] and len(trainer.eval_dataset) == 4
+    words = trainer.processing_class.decode(trainer.eval_dataset[0]["input_ids"])
+    assert "I won." in words and "Great!" in words
+    record = json.loads((tmp_path / "run" / RECORD_NAME).read_text())
+    assert record["eval_rows_one"] == record["eval_rows_two"] == 2
+
+
 @pytest.mark.slow
 def test_the_rows_are_drawn_by_the_weights_until_all_were_there(corpora) -> None:
     parts = {place: load_corpus(place, "all") for place in corpora}
@@ -107,6 +162,12 @@ def test_metrics_over_all_data_sets_are_those_of_one_that_holds_them(tmp_path: P
     trainer = make_trainer(rows, tmp_path / "run", processor, tasks={"reply": 1, "recognition": 1})
     apart = trainer.evaluate(sets)
     whole = trainer.evaluate(concatenate_datasets(list(sets.values())))
+    surveys = {name: survey_rows(part) for name, part in sets.items()}
+    for given, found in ((surveys, apart), ({"": survey_rows(concatenate_datasets(list(sets.values())))}, whole)):
+        of_no_use = ("_time", "runtime", "_per_second", "tokens", "epoch")
+        of_no_use += ("eval_entropy", "eval_mean_token_accuracy") if found is apart else ()  # of the last set alone
+        mine = [name for name in found if not name.endswith(of_no_use)]
+        assert sorted(mine) == sorted(f"eval_{name}" for name in evaluation_metrics(trainer.args, given))
     names = [name for name in whole if not name.endswith(("_runtime", "_per_second", "entropy", "accuracy", "tokens"))]
     assert {"eval_loss", "eval_ua", "eval_ccc_arousal", "eval_recognition_loss"} <= set(names)
     for name in set(names) & apart.keys():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from relllm.data.survey import emotions_of, survey_rows
+from relllm.data.survey import emotions_of, only_one, survey_rows
 from relllm.modeling.checkpoint_relllm import place_of
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from relllm.processing.turns_relllm import build_chat_template
@@ -24,11 +24,10 @@ from relllm.setting import setting
 from ..checkpoints import LastStepMixin, begin_run, describe_data, describe_seen, describe_weights, end_run
 from ..config import OF_A_NEW_MODEL, LoraSettings, SplitSettings, check_places, check_selection
 from ..run import TRAINER_SETTINGS, load_rows
-from ..settings import SettingsParser, check_trainer
+from ..settings import SettingsParser, check_metric, check_tokens, check_trainer
 
 logger = logging.get_logger(__name__)
 
-METRICS = ("loss", "mean_token_accuracy", "entropy")
 DESCRIPTION = """\
 Fine-tune an LLM alone, on transcripts and the replies to them: what a ReLLM is compared with beside the LLM as it is.
 
@@ -56,6 +55,7 @@ class TextScriptArguments(LoraSettings, SplitSettings):
         for name in ("lora_r", "lora_alpha", "lora_dropout"):
             if getattr(self, name) is None:
                 setattr(self, name, OF_A_NEW_MODEL[name])
+        self.check_lora()
         if self.lora is None:
             raise ValueError(f"lora_r is {self.lora_r}: nothing would train. Give a rank, such as 16.")
 
@@ -79,6 +79,11 @@ class TextTrainingConfig(SFTConfig):
         if bf16 is None and not torch.cuda.is_available():
             self.bf16 = False
         super().__post_init__()
+        if self.chat_template_path is not None:
+            raise ValueError(
+                f"chat_template_path is {self.chat_template_path}, and rows are written in the LLM's own template, as "
+                "`relllm evaluate` asks. Leave it out."
+            )
         self.assistant_only_loss = True  # the reply and its end, as in a ReLLM's labels
 
     def __getstate__(self) -> dict[str, object]:
@@ -111,21 +116,23 @@ def run_text_training(script: TextScriptArguments, args: TextTrainingConfig) -> 
     It goes on from what is in that folder as [`~relllm.training.run.run_training`] does.
     """
     check_places(script)
-    check_trainer(args, METRICS)
+    check_trainer(args)
+    check_metric(args, ("loss", "mean_token_accuracy", "entropy"))
     assert script.text_model is not None
+    check_tokens(args, script.text_model)
     folder, places = Path(args.output_dir), {"text_model": script.text_model}
     selection = check_selection(script, args)
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows, _ = load_rows(script, args)
         train_rows = keep_spoken(train_rows)
-        held_back = eval_rows if isinstance(eval_rows, dict) else {"": eval_rows} if eval_rows is not None else {}
-        held_back = {name: keep_spoken(rows) for name, rows in held_back.items()}
-        eval_rows = held_back.get("", held_back or None)
+        if isinstance(eval_rows, dict):
+            eval_rows = {name: keep_spoken(rows) for name, rows in eval_rows.items()}
+        elif eval_rows is not None:
+            eval_rows = keep_spoken(eval_rows)
         identity = _training_record(script, args) | selection | describe_data(script, train_rows, eval_rows)
         identity["emotion_labels"] = emotions_of(survey_rows(train_rows))  # a ReLLM's of these rows, to choose from
         identity |= describe_weights(places, "main") | describe_seen(script, train_rows, eval_rows, places, "main")
         checkpoint = args.resume_from_checkpoint or begin_run(folder, identity, script.resume)
-        turns = {name: write_turns(rows) for name, rows in held_back.items()}
     tokenizer = AutoTokenizer.from_pretrained(script.text_model)
     set_seed(args.seed)  # what is drawn for the LoRA
     model = AutoModelForCausalLM.from_pretrained(
@@ -136,7 +143,7 @@ def run_text_training(script: TextScriptArguments, args: TextTrainingConfig) -> 
         model=model,
         args=args,
         train_dataset=write_turns(train_rows),
-        eval_dataset=turns.get("", turns or None),
+        eval_dataset=None if eval_rows is None else write_turns(eval_rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **{"target_modules": "all-linear", **(script.lora or {})}),
     )
@@ -155,17 +162,21 @@ def run_text_training(script: TextScriptArguments, args: TextTrainingConfig) -> 
 def keep_spoken(rows: Dataset) -> Dataset:
     """Return the rows that have a transcript and a reply; `ValueError` if there is none."""
     columns = [rows[name] if name in rows.column_names else [None] * len(rows) for name in ("text", "response")]
-    kept = [index for index, (text, reply) in enumerate(zip(*columns, strict=True)) if (text or "").strip() and reply]
+    kept = [
+        i for i, (text, reply) in enumerate(zip(*columns, strict=True)) if (only_one(text) or "").strip() and reply
+    ]
     if not kept:
         raise ValueError(f"None of {len(rows)} rows has `text` and `response`. `relllm write-targets` writes replies.")
     if len(kept) < len(rows):
-        logger.warning(f"{len(rows) - len(kept)} of {len(rows)} rows lack a transcript or a reply: left out.")
+        logger.warning(f"{len(rows) - len(kept)} of {len(rows)} rows lack one transcript or a reply: left out.")
     return rows.select(kept)
 
 
-def write_turns(rows: Dataset) -> Dataset:
-    """Return the conversations of rows as TRL's `prompt` and `completion`."""
-    return Dataset.from_list([_turns(text, reply) for text, reply in zip(rows["text"], rows["response"], strict=True)])
+def write_turns(rows: Dataset | dict[str, Dataset]) -> Dataset:
+    """Return the conversations of rows as TRL's `prompt` and `completion`; of several data sets those of all."""
+    parts = rows.values() if isinstance(rows, dict) else [rows]
+    pairs = [pair for part in parts for pair in zip(part["text"], part["response"], strict=True)]
+    return Dataset.from_list([_turns(str(only_one(text)), reply) for text, reply in pairs])
 
 
 def _turns(text: str, reply: str) -> dict[str, list[dict[str, str]]]:
