@@ -1,4 +1,4 @@
-"""Corpora whose paths or tables say what is in a clip: one mechanism, and six of them as patterns of it.
+"""Corpora whose paths or tables say what is in a clip: one mechanism; `patterns.yaml` has six of them.
 
 A corpus of your own is a pattern in a YAML file, or a regular expression on the command line: docs/data.md.
 """
@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import yaml
 
 from .. import parsing
 from ..rows import Corpus, CorpusFacts, Dropped
 from ..table_files import read_table
 
 NO_MATCH = "path is not of the pattern"
+FACTS = ("title", "language", "licence", "terms", "homepage")  # of a corpus, as a pattern's file may have them
 OWN = CorpusFacts("folder", "Recordings", "", "other", "Your own recordings: publish what is agreed to.")
 
 
@@ -38,22 +41,24 @@ class Pattern:
 
 
 def load_pattern(given: str) -> Pattern:
-    """Return the pattern of a `.yaml` file, which has the fields of [`Pattern`] and `language`, or of an expression.
+    """Return the pattern of a `.yaml` file, which has the fields of [`Pattern`] and of `FACTS`, or of an expression.
 
     Raises `ValueError` for other fields, a file without a path, and what is no regular expression.
     """
     if Path(given).suffix.lower() not in (".yaml", ".yml"):
         return _checked(Pattern(path=given, id="{stem}"), given)
-    import yaml
-
     # Texts only: YAML has 01 as a number, and no as false.
     content = yaml.load(Path(given).expanduser().read_text(encoding="utf-8"), yaml.BaseLoader)
-    known = [one.name for one in fields(Pattern) if one.name != "facts"]
-    if not isinstance(content, dict) or "path" not in content or set(content) - {*known, "language"}:
-        raise ValueError(f"{given} holds {content!r:.200}; expected `path`, and of {known[1:]} and `language`.")
-    facts = CorpusFacts("folder", Path(given).stem, content.pop("language", ""), "other", OWN.terms)
-    told: dict[str, Any] = {"id": "{stem}"} | content
-    return _checked(Pattern(**told, facts=facts), given)
+    known = [*(one.name for one in fields(Pattern) if one.name != "facts"), *FACTS]
+    if not isinstance(content, dict) or "path" not in content or set(content) - set(known):
+        raise ValueError(f"{given} holds {content!r:.200}; expected `path`, and of {known[1:]}.")
+    return _checked(_make_pattern({"id": "{stem}"} | content, "folder", Path(given).stem), given)
+
+
+def _make_pattern(told: Mapping[str, Any], name: str, title: str) -> Pattern:
+    """Return the pattern of a mapping with the fields of [`Pattern`] and of `FACTS`."""
+    facts = {**asdict(OWN), "title": title, **{field: told[field] for field in FACTS if field in told}, "name": name}
+    return Pattern(**{field: value for field, value in told.items() if field not in FACTS}, facts=CorpusFacts(**facts))
 
 
 def _checked(pattern: Pattern, given: str) -> Pattern:
@@ -135,166 +140,9 @@ def _read_labels(
                 yield f"{path}:{number}", groups | found.groupdict()
 
 
-def _facts(name: str, title: str, language: str, licence: str, terms: str, homepage: str) -> CorpusFacts:
-    return CorpusFacts(name, title, language, licence, terms, homepage)
+def _read_patterns() -> dict[str, Pattern]:
+    content = yaml.load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"), yaml.BaseLoader)
+    return {name: _make_pattern(told, name, name) for name, told in content.items()}
 
 
-_SPOKEN = r"\.(?:wav|flac|mp3|ogg)"
-PATTERNS: dict[str, Pattern] = {
-    # Actor_01/03-01-06-01-02-01-12.wav: sound alone, speech (songs: 03-02), emotion, strength, sentence, take, actor
-    "ravdess": Pattern(
-        path=rf"03-01-(?P<emotion>0\d)-\d\d-(?P<text>0\d)-\d\d-(?P<speaker>\d(?P<gender>\d)){_SPOKEN}",
-        maps={
-            "emotion": {
-                "01": "neutral",
-                "02": "calm",
-                "03": "happy",
-                "04": "sad",
-                "05": "angry",
-                "06": "fear",
-                "07": "disgust",
-                "08": "surprise",
-            },
-            "text": {"01": "Kids are talking by the door.", "02": "Dogs are sitting by the door."},
-            "gender": {digit: "male" if int(digit) % 2 else "female" for digit in "0123456789"},
-        },
-        facts=_facts(
-            "ravdess",
-            "RAVDESS: Ryerson Audio-Visual Database of Emotional Speech and Song",
-            "en",
-            "cc-by-nc-sa-4.0",
-            "Published under CC BY-NC-SA 4.0: not for commercial use, and what is made of it under the same licence.",
-            "https://zenodo.org/records/1188976",
-        ),
-    ),
-    # AudioWAV/1001_DFA_ANG_XX.wav: actor, sentence, emotion, level
-    "crema-d": Pattern(
-        path=rf"(?P<speaker>\d{{4}})_(?P<text>[A-Z]{{3}})_(?P<emotion>[A-Z]{{3}})_[A-Z]{{1,2}}{_SPOKEN}",
-        maps={
-            "text": {
-                "IEO": "It's eleven o'clock.",
-                "TIE": "That is exactly what happened.",
-                "IOM": "I'm on my way to the meeting.",
-                "IWW": "I wonder what this is about.",
-                "TAI": "The airplane is almost full.",
-                "MTI": "Maybe tomorrow it will be cold.",
-                "IWL": "I would like a new alarm clock.",
-                "ITH": "I think I have a doctor's appointment.",
-                "DFA": "Don't forget a jacket.",
-                "ITS": "I think I've seen this before.",
-                "TSI": "The surface is slick.",
-                "WSI": "We'll stop in a couple of minutes.",
-            }
-        },
-        facts=_facts(
-            "crema-d",
-            "CREMA-D: Crowd-sourced Emotional Multimodal Actors Dataset",
-            "en",
-            "odbl",
-            "Published under the Open Database License.",
-            "https://github.com/CheyneyComputerScience/CREMA-D",
-        ),
-    ),
-    # wav/03a01Fa.wav: speaker, sentence, emotion, take; A is Angst
-    "emodb": Pattern(
-        path=rf"(?=(?P<gender>\d\d))(?P<speaker>\d\d)(?P<text>[ab]\d\d)(?P<emotion>[WLEAFTN])[a-z]?{_SPOKEN}",
-        maps={
-            "emotion": {
-                "W": "angry",
-                "L": "boredom",
-                "E": "disgust",
-                "A": "fear",
-                "F": "happy",
-                "T": "sad",
-                "N": "neutral",
-            },
-            "gender": {
-                **dict.fromkeys(("03", "10", "11", "12", "15"), "male"),
-                **dict.fromkeys(("08", "09", "13", "14", "16"), "female"),
-            },
-            "text": {
-                "a01": "Der Lappen liegt auf dem Eisschrank.",
-                "a02": "Das will sie am Mittwoch abgeben.",
-                "a04": "Heute abend könnte ich es ihm sagen.",
-                "a05": "Das schwarze Stück Papier befindet sich da oben neben dem Holzstück.",
-                "a07": "In sieben Stunden wird es soweit sein.",
-                "b01": "Was sind denn das für Tüten, die da unter dem Tisch stehen?",
-                "b02": "Sie haben es gerade hochgetragen und jetzt gehen sie wieder runter.",
-                "b03": "An den Wochenenden bin ich jetzt immer nach Hause gefahren und habe Agnes besucht.",
-                "b09": "Ich will das eben wegbringen und dann mit Karl was trinken gehen.",
-                "b10": "Die wird auf dem Platz sein, wo wir sie immer hinlegen.",
-            },
-        },
-        facts=_facts(
-            "emodb",
-            "EmoDB: Berlin Database of Emotional Speech",
-            "de",
-            "other",
-            "Free to download from the Technical University of Berlin; ask it before you publish the recordings.",
-            "http://emodb.bilderbar.info/",
-        ),
-    ),
-    # AudioData/DC/sa01.wav, or DC_sa01.wav in one folder
-    "savee": Pattern(
-        path=rf"(?P<speaker>DC|JE|JK|KL)[/_](?P<emotion>sa|su|[adfhn])(?P<number>\d\d){_SPOKEN}",
-        id="{speaker}_{emotion}{number}",
-        maps={
-            "emotion": {
-                "a": "angry",
-                "d": "disgust",
-                "f": "fear",
-                "h": "happy",
-                "n": "neutral",
-                "sa": "sad",
-                "su": "surprise",
-            }
-        },
-        facts=_facts(
-            "savee",
-            "SAVEE: Surrey Audio-Visual Expressed Emotion",
-            "en",
-            "other",
-            "Given on registration by the University of Surrey, for research.",
-            "http://kahlan.eps.surrey.ac.uk/savee/",
-        ),
-    ),
-    # train_splits/dia0_utt0.mp4, dev_splits_complete/…, output_repeated_splits_test/…; train_sent_emo.csv, …
-    "meld": Pattern(
-        path=r"(?:output_repeated_splits_)?(?P<split>train|dev|test)(?:_[a-z_]*)?/(?:.*/)?"
-        r"dia(?P<Dialogue_ID>\d+)_utt(?P<Utterance_ID>\d+)\.(?:mp4|wav|flac|mp3|ogg)",
-        table=r"(?P<split>train|dev|test)_sent_emo\.csv",
-        id="{split}_dia{Dialogue_ID}_utt{Utterance_ID}",
-        columns={"text": "Utterance", "emotion": "Emotion", "speaker": "Speaker"},
-        facts=_facts(
-            "meld",
-            "MELD: Multimodal EmotionLines Dataset",
-            "en",
-            "gpl-3.0",
-            "The annotations are under GPL-3.0; the clips are of a television series, and not licensed.",
-            "https://affective-meld.github.io/",
-        ),
-    ),
-    # Audio/session1/S01A/P/MSP-IMPROV-S01A-F01-P-FM01.wav; Evalution.txt (so spelt), whose lines name the videos
-    "msp-improv": Pattern(
-        path=r"MSP-IMPROV-(?P<key>S\d\d[AHSN]-(?P<speaker>(?P<gender>[FM])0(?P<session>\d))-(?P<style>[PRST])-\w+)"
-        + _SPOKEN,
-        table=r"Evalu?a?tion\.txt",
-        line=r"UTD-IMPROV-(?P<key>[A-Z\d-]+)\.avi\s*;\s*(?P<emotion>[A-Z])\s*;\s*A:\s*(?P<arousal>[\d.]+|NaN)\s*;"
-        r"\s*V:\s*(?P<valence>[\d.]+|NaN)\s*;\s*D:\s*(?P<dominance>[\d.]+|NaN)\s*;.*",
-        id="MSP-IMPROV-{key}",
-        scale="1,5",
-        maps={
-            "emotion": {"A": "angry", "H": "happy", "S": "sad", "N": "neutral", "O": "other", "X": "no agreement"},
-            "gender": {"F": "female", "M": "male"},
-        },
-        facts=_facts(
-            "msp-improv",
-            "MSP-IMPROV",
-            "en",
-            "other",
-            "Given on request by the MSP laboratory of the University of Texas at Dallas under an academic licence; "
-            "it may not be redistributed.",
-            "https://ecs.utdallas.edu/research/researchlabs/msp-lab/MSP-Improv.html",
-        ),
-    ),
-}
+PATTERNS = _read_patterns()  # by the name of the corpus, as `relllm prepare` has it
