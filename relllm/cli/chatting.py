@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from relllm.data.journal import publish
+from relllm.data.journal import write_whole
 
 from .options import console
 
@@ -133,10 +133,9 @@ class Chat:
             return
         talk = {"model": self.settings.model, "turns": self.turns}
         text = json.dumps(talk, indent=2, ensure_ascii=False) if path.suffix == ".json" else "\n\n".join(_mark(talk))
-        partial = path.with_name(path.name + ".partial")
         try:
-            partial.write_text(text + "\n", encoding="utf-8")
-            publish(partial, path)
+            with write_whole(path) as partial:
+                partial.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             console.print(f"not saved: {error}", style="red")
             return

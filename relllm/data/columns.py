@@ -91,21 +91,15 @@ def _encoded(feature: object) -> object:
     return LargeList(_encoded(feature.feature)) if isinstance(feature, LargeList) else feature
 
 
-def _with_names(feature: object) -> object:
-    """Return the type of emotions by name: text, or a list of it where a row has several clips."""
-    from datasets import List, Value
-
-    return List(Value("string")) if isinstance(feature, List) else Value("string")
-
-
 def _name_emotions(dataset: Dataset | IterableDataset, names: list[str] | None) -> Dataset | IterableDataset:
-    from datasets import Dataset
+    from datasets import Dataset, List, Value
 
     def rename(values: list) -> dict[str, list]:
         return {"emotion": [_rename(value, names) for value in values]}
 
     features = dataset.features.copy()
-    features["emotion"] = _with_names(features["emotion"])
+    of_several = isinstance(features["emotion"], List)  # clips in a row
+    features["emotion"] = List(Value("string")) if of_several else Value("string")
     if isinstance(dataset, Dataset) and names is None:
         found = {value for row in dataset["emotion"][:] for value in (row if isinstance(row, list) else [row])}
         if all(name_emotion(value) == value for value in found):

@@ -6,7 +6,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -92,24 +93,20 @@ def write_rows(rows: Dataset, path: Path) -> None:
     `.jsonl` names audio beneath the file's folder relative to it and other audio by its absolute path; `.parquet`
     holds audio as it is, bytes included.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".parquet":
-        rows.to_parquet(str(partial))
-    else:
+    with write_whole(path) as partial:
+        if path.suffix == ".parquet":
+            rows.to_parquet(str(partial))
+            return
         with partial.open("w", encoding="utf-8") as file:
             for row in rows:
                 audio = _audio_path(row["audio"], path.parent.absolute())
                 file.write(json.dumps({**row, "audio": audio}, ensure_ascii=False) + "\n")
-    publish(partial, path)
 
 
 def write_json(content: Mapping[str, object], path: Path) -> None:
     """Write JSON with indents; the file is complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    publish(partial, path)
+    with write_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_out(rows: Dataset, path: Path) -> None:
@@ -284,8 +281,12 @@ def name_differences(found: object, wanted: Mapping[str, object]) -> str:
     return "; ".join(f"{name}: {found.get(name)!r:.80}, now {wanted.get(name)!r:.80}" for name in names)
 
 
-def publish(partial: Path, path: Path) -> None:
-    """Give a finished file its name, once its bytes are on the disk."""
+@contextmanager
+def write_whole(path: Path) -> Iterator[Path]:
+    """Yield where to write a file, which gets its name once its bytes are on the disk: it is complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    yield partial
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)

@@ -22,7 +22,7 @@ from relllm.labels import DIMENSIONS
 
 from .clips import read_row
 from .data_settings import PrepareSettings
-from .journal import Journal, name_differences, publish, write_json
+from .journal import Journal, name_differences, write_json, write_whole
 from .processes import available_cores, run_in_processes
 from .report import FORMAT, build_report, summarise_rows
 from .rows import COLUMNS, LIST_COLUMNS, UNSPLIT, Corpus, Dropped, Row, validate_row
@@ -118,14 +118,13 @@ def write_shard(
     if make_audio is not None:
         make_audio(rows, partial)
     entry: dict = {"id": name, "kept": [], "dropped": [], "silent": [], "clipped": [], "converted": 0, "overshoot": {}}
-    path = partial / "data" / f"{name}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.partial")
     schema = _table_schema(settings.embed_audio)
-    with pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
+    with (
+        write_whole(partial / "data" / f"{name}.parquet") as unfinished,
+        pyarrow.parquet.ParquetWriter(unfinished, schema) as writer,
+    ):
         for group in _group_rows(_read_rows(rows, entry, partial, settings)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema))
-    publish(unfinished, path)
     return entry
 
 

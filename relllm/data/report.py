@@ -77,7 +77,8 @@ def build_report(
         },
         "notes": corpus.notes,
         "settings": settings,
-        "versions": _versions(),
+        "versions": find_versions("datasets", "numpy", "pyarrow", "soundfile", "torch", "torchaudio")
+        | {"libsndfile": soundfile.__libsndfile_version__},
     }
 
 
@@ -112,13 +113,8 @@ def _describe_split(split: SplitSummary) -> dict:
     }
 
 
-def _versions() -> dict[str, str]:
+def find_versions(*names: str) -> dict[str, str]:
+    """Return the versions of packages that results depend on, and of Python and this package."""
     from relllm import __version__
 
-    packages = ("datasets", "numpy", "pyarrow", "soundfile", "torch", "torchaudio")
-    return {
-        "relllm": __version__,
-        "python": platform.python_version(),
-        "libsndfile": soundfile.__libsndfile_version__,
-        **{name: version(name) for name in packages},
-    }
+    return {"relllm": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}

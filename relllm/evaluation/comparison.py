@@ -14,6 +14,7 @@ from relllm.metrics import dimension_metrics, recognition_metrics
 from .evaluation_settings import LEVELS, MECHANISMS, NO_TRANSCRIPT, SYSTEMS, WAYS
 from .runs import Run, find_differences, group_by_corpus
 from .statistics import PairedTest, Resampler, holm, percentile_interval, wilcoxon_test
+from .summary import answered_emotion
 
 MAX_MISSING = 0.01  # of the clips of a data set; with more, the runs are not of one evaluation
 RESAMPLE = ("auto", "clips", "speakers")
@@ -165,7 +166,6 @@ def combine_runs(measured: Sequence[Measured], seed: tuple[int, ...]) -> Measure
     """
     if len(measured) == 1:
         return measured[0]
-    values = [one.value for one in measured]
     widths = np.cumsum([one.summands.shape[1] for one in measured])[:-1]
 
     def statistic(sums: np.ndarray) -> np.ndarray:
@@ -177,7 +177,7 @@ def combine_runs(measured: Sequence[Measured], seed: tuple[int, ...]) -> Measure
 
     paired = [one.paired for one in measured if one.paired is not None]
     return Measured(
-        value=None if None in values else float(np.mean([value for value in values if value is not None])),
+        value=_mean([one.value for one in measured]),
         summands=np.concatenate([one.summands for one in measured], axis=1),
         statistic=statistic,
         paired=np.mean(paired, axis=0) if len(paired) == len(measured) else None,
@@ -194,18 +194,22 @@ def _cell(
 ) -> Cell:
     values = [measured[key].value for key, _ in runs]
     means = [run.fold_means.get(metric.table, {}).get(metric.part, {}).get(metric.name) for _, run in runs]
-    known = [value for value in values if value is not None]
-    complete = len(known) == len(values)
+    mean = _mean(values)
     return Cell(
         corpus=corpus,
         system=label,
         metric=metric,
-        value=float(np.mean(known)) if complete else None,
+        value=mean,
         num_clips=num_clips,
-        fold_mean=None if None in means else float(np.mean([mean for mean in means if mean is not None])),
+        fold_mean=_mean(means),
         num_runs=len(runs),
-        deviation=float(np.std(known, ddof=1)) if complete and len(known) > 1 else None,
+        deviation=None if mean is None or len(runs) < 2 else float(np.std(np.array(values, dtype=float), ddof=1)),
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean; `None` where one of the values is."""
+    return None if None in values else float(np.mean(np.array(values, dtype=float)))
 
 
 def _key(run: Run, label: str, present: Sequence[str]) -> str:
@@ -427,11 +431,7 @@ def _levels_measured(clips: Sequence[dict], mechanism: str) -> Measured:
 
 def _recognition_measured(clips: Sequence[dict], way: str, names: list[str]) -> dict[str, Measured]:
     truth = [clip["emotion"] for clip in clips]
-    answers = [clip["recognition"][way] for clip in clips]
-    if way == "generated":
-        predictions = [answer["emotion"] for answer in answers]
-    else:
-        predictions = [max(names, key=answer.__getitem__) for answer in answers]
+    predictions = [answered_emotion(clip, way, names) for clip in clips]
     values = recognition_metrics(truth, predictions, names)
     true = np.array([names.index(name) for name in truth])[:, None] == np.arange(len(names))  # (clips, classes)
     predicted = np.array([[name == prediction for name in names] for prediction in predictions])
@@ -442,8 +442,10 @@ def _recognition_measured(clips: Sequence[dict], way: str, names: list[str]) -> 
     summands = np.concatenate([true & predicted, true, predicted], axis=1).astype(float)
     paired = {"ua": right * weights, "wa": right, "macro_f1": None}
     statistics: dict[str, Statistic] = {"ua": _ua, "wa": _wa, "macro_f1": _macro_f1}
-    found = {"ua": values["ua"], "wa": values["wa"], "macro_f1": values["macro_f1"]}
-    return {name: Measured(found[name], summands, statistics[name], paired[name]) for name in found}
+    return {
+        name: Measured(values[name], summands, statistic, paired[name])  # type: ignore[literal-required]
+        for name, statistic in statistics.items()
+    }
 
 
 def _ua(sums: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from relllm.data.journal import write_json
+from relllm.data.journal import write_json, write_whole
 from relllm.plots import ForestLine, plot_forest, plot_levels
 
 from .comparison import SYSTEM_TITLES, Cell, Comparison, Gain, Metric
@@ -101,10 +101,11 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     """Write comparison.md, .tex and .json, forest_*.png and levels_*.png; return the files."""
     tables = comparison_tables(comparison)
-    out.mkdir(parents=True, exist_ok=True)
     written = [out / "comparison.md", out / "comparison.tex", out / "comparison.json"]
-    _write_whole("# Comparison\n\n" + "\n".join(to_markdown(table) for table in tables), written[0])
-    _write_whole("\n".join(to_latex(table) for table in tables), written[1])
+    with write_whole(written[0]) as partial:
+        partial.write_text("# Comparison\n\n" + "\n".join(map(to_markdown, tables)), encoding="utf-8")
+    with write_whole(written[1]) as partial:
+        partial.write_text("\n".join(map(to_latex, tables)), encoding="utf-8")
     write_json(comparison_json(comparison), written[2])
     for name in GAIN_TITLES:
         panels = _forest_panels(comparison, name)
@@ -137,13 +138,6 @@ def comparison_json(comparison: Comparison) -> dict[str, object]:
         },
         "notes": comparison.notes,
     }
-
-
-def _write_whole(text: str, path: Path) -> None:
-    """Leave the file complete, or the one before."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _value_table(comparison: Comparison, name: str) -> Table:

@@ -22,9 +22,10 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedConfig, set_seed
 
-from relllm.data.journal import Journal, rows_fingerprint, write_json
+from relllm.data.journal import Journal, rows_fingerprint, write_json, write_whole
 from relllm.data.loading import corpus_name, load_corpus
 from relllm.data.membership import is_text_model_trained, read_training_record
+from relllm.data.report import find_versions
 from relllm.data.rows import LABEL_SETS
 from relllm.inference.replies import GREEDY
 from relllm.labels import DIMENSIONS, EMOTIONS
@@ -39,7 +40,6 @@ from .fingerprints import (
     check_extras,
     data_fingerprint,
     describe_hardware,
-    find_versions,
     folder_fingerprint,
     model_fingerprint,
 )
@@ -115,11 +115,10 @@ def read_predictions(out: Path) -> tuple[dict, list[dict]]:
 
 def write_predictions(out: Path, identity: Mapping, lines: Sequence[Mapping]) -> None:
     """Write `predictions.jsonl` in this order; the file is complete or the one before."""
-    partial = out / f"{PREDICTIONS}.partial"
-    partial.unlink(missing_ok=True)
-    with Journal(partial, identity) as journal:
-        journal.append(lines)
-        partial.replace(out / PREDICTIONS)
+    with write_whole(out / PREDICTIONS) as partial:
+        partial.unlink(missing_ok=True)
+        with Journal(partial, identity) as journal:
+            journal.append(lines)
 
 
 def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
@@ -310,7 +309,9 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
             "id": settings.model,
             "revision": find_commit(settings.model, settings.revision),
             "fingerprint": plan.identity["model_fingerprint"],
-            "towers": {kind: _source(tower) for kind, tower in towers.items()},
+            "towers": {
+                kind: "@".join(filter(None, map(tower.get, ("name", "revision")))) for kind, tower in towers.items()
+            },
             "dtype": settings.dtype,
         },
         "data": {
@@ -374,7 +375,7 @@ def _load_score(settings: EvaluationSettings, device: str) -> Score:
 
 
 def _run_identity(settings: EvaluationSettings, plan: Plan) -> dict:
-    scorers = settings.empathy_scorers
+    scorers, text = settings.empathy_scorers, settings.text_column
     return {
         "task": "evaluate",
         "system": plan.system,
@@ -386,13 +387,8 @@ def _run_identity(settings: EvaluationSettings, plan: Plan) -> dict:
         "dtype": settings.dtype,
         "seed": settings.seed,
         **({"reply_windows": True} if settings.reply_windows else {}),
-        **(_text_identity(plan.rows, settings.text_column) if settings.text_column else {}),
+        **({"text_column": text, "text_fingerprint": rows_fingerprint(plan.rows, ("id", text))} if text else {}),
     }
-
-
-def _text_identity(rows: Dataset, column: str) -> dict[str, str]:
-    """Return what text-only reads in the place of the transcript, apart from the fingerprint of the rows."""
-    return {"text_column": column, "text_fingerprint": rows_fingerprint(rows, ("id", column))}
 
 
 def _is_complete(out: Path, identity: Mapping) -> bool:
@@ -403,7 +399,3 @@ def _from_main(state: PartialState, make: Callable):  # type: ignore[no-untyped-
     """Return what the main process makes, in every process."""
     made = [make() if state.is_main_process else None]
     return broadcast_object_list(made)[0]
-
-
-def _source(tower: Mapping) -> str:
-    return f"{tower['name']}@{tower['revision']}" if tower.get("revision") else str(tower["name"])

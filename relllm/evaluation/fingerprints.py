@@ -20,7 +20,6 @@ from transformers import AutoModel, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.hub import cached_file
 
-from relllm import __version__
 from relllm.labels import DIMENSIONS
 from relllm.modeling.checkpoint_relllm import weight_files
 
@@ -113,12 +112,6 @@ def check_extras(what: str, *names: str) -> None:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError as error:
             raise ImportError(f"{what} needs {name}: `pip install relllm[eval]`.") from error
-
-
-def find_versions(*names: str) -> dict[str, str]:
-    """Return the versions of what the numbers depend on, and of Python and this package."""
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"relllm": __version__, "python": platform.python_version(), **found}
 
 
 def describe_hardware(device: torch.device) -> str:

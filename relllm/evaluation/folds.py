@@ -124,13 +124,10 @@ def _pool(
 def _pool_seen(runs: Sequence[Mapping]) -> dict[str, object]:
     """Return what the trainings of all folds have read of their own held-out rows; older runs do not say."""
     seen = [run["training"] for run in runs if "training" in run]
-    complete = len(seen) == len(runs)
     return {
         **{name: sum(one[name] for one in seen) for name in ("trained_on", "validated_on")},
-        **{
-            "recorded": complete and all(one["recorded"] for one in seen),
-            "chosen_by": any(one["chosen_by"] for one in seen),
-        },
+        "recorded": len(seen) == len(runs) and all(one["recorded"] for one in seen),
+        "chosen_by": any(one["chosen_by"] for one in seen),
         "corpora": sorted({name for one in seen for name in one["corpora"]}),
     }
 

@@ -47,6 +47,7 @@ def read_run(path: Path) -> Run:
         raise ValueError(f"{path}: the system is {metrics.get('system')!r}, expected one of {', '.join(SYSTEMS)}.")
     clips = _read_clips(path / PREDICTIONS)
     folds = metrics.get("folds") or {}
+    scorers = metrics.get("empathy", {}).get("scorers") or {}
     return Run(
         path=path,
         name=str(metrics.get("name") or path.name),
@@ -55,8 +56,8 @@ def read_run(path: Path) -> Run:
         clips={clip_id: clip for clip_id, clip in clips.items() if "error" not in clip},
         failed=tuple(clip_id for clip_id, clip in clips.items() if "error" in clip),
         class_names={way: numbers["class_names"] for way, numbers in metrics.get("recognition", {}).items()},
-        scorers=_name_scorers(metrics.get("empathy", {}).get("scorers") or {}),
-        scorer_quality=(metrics.get("empathy", {}).get("scorers") or {}).get("quality") or {},
+        scorers=_name_scorers(scorers),
+        scorer_quality=scorers.get("quality") or {},
         conditions=_conditions(metrics),
         seen=metrics.get("training") or {},
         fold_column=folds.get("column"),

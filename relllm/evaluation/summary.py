@@ -12,7 +12,7 @@ from rich.table import Table
 
 from relllm.data.rows import LABEL_SETS
 from relllm.labels import DIMENSIONS
-from relllm.metrics import calibration_metrics, dimension_metrics, recognition_metrics, vote_metrics
+from relllm.metrics import VoteMetrics, calibration_metrics, dimension_metrics, recognition_metrics, vote_metrics
 from relllm.plots import plot_confusion_matrix, plot_levels, plot_reliability, plot_valence_arousal
 
 from .evaluation_settings import LEVELS, MECHANISMS, WAYS
@@ -146,35 +146,34 @@ def _with_unparsed(lines: Sequence[Mapping], part: Mapping, way: str) -> tuple[l
 
 
 def _recognition_of(lines: Sequence[Mapping], labels: Sequence[str], way: str) -> dict | None:
-    asked = [line for line in lines if line["emotion"] in labels and way in line.get("recognition", {})]
+    answered = [line for line in lines if way in line.get("recognition", {})]
+    asked = [line for line in answered if line["emotion"] in labels]
     if not asked:
         return None
     truth = [line["emotion"] for line in asked]
-    answers = [line["recognition"][way] for line in asked]
-    votes = _votes(lines, labels, way)
-    if way == "generated":
-        return {**recognition_metrics(truth, [answer["emotion"] for answer in answers], labels), **votes}
-    likeliest = [max(labels, key=lambda name, row=answer: row[name]) for answer in answers]  # type: ignore[misc]
-    calibration = calibration_metrics(truth, answers, labels)
-    scores = recognition_metrics(truth, likeliest, labels)
-    return {**scores, "ece": calibration["ece"], "bins": calibration["bins"], **votes}
+    found: dict = {**recognition_metrics(truth, [answered_emotion(line, way, labels) for line in asked], labels)}
+    if way != "generated":
+        calibration = calibration_metrics(truth, [line["recognition"][way] for line in asked], labels)
+        found |= {"ece": calibration["ece"], "bins": calibration["bins"]}
+    rated = [line for line in answered if set(line.get("emotion_votes") or ()) & set(labels)]
+    return {**found, "votes": _votes(rated, labels, way)} if rated else found
 
 
-def _votes(lines: Sequence[Mapping], labels: Sequence[str], way: str) -> dict:
-    """Hold the answers against every rater's vote, where the data has them; clips without a majority count too."""
-    asked = [
-        line
-        for line in lines
-        if way in line.get("recognition", {}) and set(line.get("emotion_votes") or ()) & set(labels)
-    ]
-    if not asked:
-        return {}
-    votes, answers = [line["emotion_votes"] for line in asked], [line["recognition"][way] for line in asked]
-    told = {"labels": [line["emotion"] for line in asked]}
-    if way == "generated":
-        return {"votes": vote_metrics(votes, [answer["emotion"] for answer in answers], labels, **told)}
-    likeliest = [max(labels, key=lambda name, row=answer: row[name]) for answer in answers]  # type: ignore[misc]
-    return {"votes": vote_metrics(votes, likeliest, labels, probabilities=answers, **told)}
+def _votes(rated: Sequence[Mapping], labels: Sequence[str], way: str) -> VoteMetrics:
+    """Hold the answers against every rater's vote; clips without a majority count too."""
+    votes, answers = (
+        [line["emotion_votes"] for line in rated],
+        [answered_emotion(line, way, labels) for line in rated],
+    )
+    probabilities = None if way == "generated" else [line["recognition"][way] for line in rated]
+    majority = [line["emotion"] for line in rated]
+    return vote_metrics(votes, answers, labels, probabilities=probabilities, labels=majority)
+
+
+def answered_emotion(line: Mapping, way: str, labels: Sequence[str]) -> str | None:
+    """Return what a line answers in one way of recognition: the likeliest label, or the one generated, if any."""
+    answer = line["recognition"][way]
+    return answer["emotion"] if way == "generated" else max(labels, key=answer.__getitem__)
 
 
 def _dimensions(lines: Sequence[Mapping]) -> dict | None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import Literal
 
+from rich.console import Console
 from rich.padding import Padding
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table as RichTable
+from rich.table import Table as RichTable
 
 DASH = "–"  # a cell without a value
 
@@ -68,22 +66,14 @@ def to_latex(table: Table) -> str:
     return "\n".join([*lines, r"\end{table*}", ""])
 
 
-def to_rich(table: Table) -> RichTable:
-    """Return the table for `rich.console.Console.print`; without its notes."""
-    from rich.table import Table as RichTable
-
-    rich_table = RichTable(title=table.title, title_justify="left")
-    for index, (group, name) in enumerate(table.header):
-        justify = "left" if index < table.num_stubs else "right"
-        rich_table.add_column(f"{group}\n{name}" if group else name, justify=justify)  # type: ignore[arg-type]
-    for row in table.rows:
-        rich_table.add_row(*row)
-    return rich_table
-
-
 def show_table(table: Table, console: Console) -> None:
     """Print a table without its notes; where the console is too narrow for it, a paragraph for each row."""
-    drawn = to_rich(table)
+    drawn = RichTable(title=table.title, title_justify="left")
+    for index, (group, name) in enumerate(table.header):
+        justify: Literal["left", "right"] = "left" if index < table.num_stubs else "right"
+        drawn.add_column(f"{group}\n{name}" if group else name, justify=justify)
+    for row in table.rows:
+        drawn.add_row(*row)
     if console.measure(drawn, options=console.options.update(width=10_000)).maximum <= console.width:
         console.print(drawn)
         return

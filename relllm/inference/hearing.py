@@ -23,7 +23,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from relllm.data.corpora.folder import AUDIO_SUFFIXES, OTHER_SUFFIXES, find_audio
-from relllm.data.journal import Journal, audio_fingerprint, check_columns, make_file, publish
+from relllm.data.journal import Journal, audio_fingerprint, check_columns, make_file, write_whole
 from relllm.data.loading import holds_rows, load_corpus
 from relllm.data.table_files import read_table
 from relllm.labels import DIMENSIONS
@@ -265,20 +265,18 @@ def _stamp(place: Path) -> str | None:
 
 def _write_table(rows: Sequence[Mapping[str, object]], path: Path) -> None:
     """Write rows, which may lack columns; the file is complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+    with write_whole(path) as partial:
+        if path.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(_complete(rows)), partial)
-    else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(_complete(rows)), partial)
+            return
         with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             if path.suffix == ".csv":
                 _write_csv(rows, file)
             else:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in _complete(rows))
-    publish(partial, path)
 
 
 def _read_table(path: Path) -> list[dict]:

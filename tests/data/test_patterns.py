@@ -158,6 +158,7 @@ maps:
   emotion: {01: froh, 02: angry, 03: other}
   split: {train-a: train, heldout: test}
 language: fr
+licence: cc-by-4.0
 """
 
 
@@ -171,6 +172,7 @@ def test_a_lab_s_own_corpus_is_five_lines(tmp_path: Path) -> None:
         "ben/heldout/02_y": ("angry", "ben", "test", None, None),
         "ben/heldout/03_z": (None, "ben", "test", None, None),
     }
+    assert (corpus.facts.name, corpus.facts.title, corpus.facts.licence) == ("folder", "lab", "cc-by-4.0")
     assert {row["language"] for row in corpus.rows} == {"fr"} and corpus.own_emotions == {"froh"}
     expression = r"(?P<speaker>\w+)/(?P<split>[a-z-]+)/(?P<emotion>\d\d)_\w+\.wav"
     told = {"emotions": ("01=happy", "02=angry", "03=sad"), "splits": ("train-a=train", "heldout=test")}

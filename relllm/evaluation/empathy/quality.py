@@ -47,16 +47,20 @@ def level_scores(levels: Sequence[int], guesses: Sequence[int]) -> dict:
 
 def read_quality(scorers: str | Path) -> dict[str, dict | None]:
     """Return what the scorers of a folder reached on their test split, by mechanism; `None` where it is not known."""
-    root = Path(scorers)
-    single = (root / "config.json").is_file()
-    folders = [root] if single else [root / name for name in MECHANISMS if (root / name / "config.json").is_file()]
     found: dict[str, dict | None] = {}
-    for folder in folders:
+    for folder in find_scorers(Path(scorers)):
         mechanism = json.loads((folder / "config.json").read_text(encoding="utf-8"))["mechanism"]
         path = folder / METRICS
         metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         found[mechanism] = None if metrics is None else quality_of(metrics)
     return found
+
+
+def find_scorers(root: Path) -> list[Path]:
+    """Return the folder of a scorer itself, or those of the mechanisms in it."""
+    if (root / "config.json").is_file():
+        return [root]
+    return [root / name for name in MECHANISMS if (root / name / "config.json").is_file()]
 
 
 def find_weaknesses(quality: Mapping[str, Mapping | None]) -> list[str]:

@@ -26,11 +26,12 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from relllm.data.journal import Journal, write_json
+from relllm.data.report import find_versions
 from relllm.metrics import recognition_metrics
 from relllm.plots import plot_confusion_matrix
 
 from ..evaluation_settings import METRICS, EmpathySettings
-from ..fingerprints import check_extras, describe_hardware, find_versions, model_fingerprint
+from ..fingerprints import check_extras, describe_hardware, model_fingerprint
 from .epitome import PairCollator, describe_split, encode_pairs, read_pairs, split_pairs
 from .quality import LEVEL_NAMES, level_scores, measure_bag_of_words
 from .scorer import IGNORED, EmpathyScorer

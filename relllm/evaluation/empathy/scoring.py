@@ -13,8 +13,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from relllm.data.journal import write_whole
+
 from ..evaluation_settings import LEVELS, MECHANISMS
 from .epitome import PairCollator, encode_posts, read_posts
+from .quality import find_scorers
 from .scorer import EmpathyScorer
 
 
@@ -32,16 +35,12 @@ def load_scorers(path: str | Path) -> dict[str, LoadedScorer]:
     `path` is a folder with `ER/`, `IP/`, `EX/` or some of them inside, or that of one scorer.
     """
     root = Path(path)
-    if (root / "config.json").is_file():
-        scorer = _load_scorer(root)
-        return {scorer.model.config.mechanism: scorer}
     scorers: dict[str, LoadedScorer] = {}
-    for mechanism in MECHANISMS:
-        if not (root / mechanism / "config.json").is_file():
-            continue
-        scorer = _load_scorer(root / mechanism)
-        if scorer.model.config.mechanism != mechanism:
-            raise ValueError(f"{root / mechanism} holds a scorer of {scorer.model.config.mechanism}. Rename it.")
+    for folder in find_scorers(root):
+        scorer = _load_scorer(folder)
+        mechanism = scorer.model.config.mechanism
+        if folder not in (root, root / mechanism):
+            raise ValueError(f"{folder} holds a scorer of {mechanism}. Rename it.")
         scorers[mechanism] = scorer
     if not scorers:
         raise FileNotFoundError(
@@ -186,9 +185,7 @@ def _level_probabilities(scorer: LoadedScorer, pairs: Sequence[tuple[str, str]])
 
 
 def _write_table(rows: Sequence[Mapping], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
+    with write_whole(out) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         if out.suffix == ".csv":
             columns = list(dict.fromkeys(name for row in rows for name in row))
             writer = csv.DictWriter(file, columns)
@@ -196,4 +193,3 @@ def _write_table(rows: Sequence[Mapping], out: Path) -> None:
             writer.writerows(rows)
         else:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    partial.replace(out)
