@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,7 +95,8 @@ def inspect_corpus(settings: InspectSettings, *, progress: bool = True) -> Inspe
             if measured.duration_s is not None:
                 row["duration_s"] = measured.duration_s
         findings += check_audio(rows, facts)
-    findings += check_durations(rows, settings.max_seconds)
+    long = [row for row in rows if (row.get("duration_s") or 0.0) > settings.max_seconds]
+    findings += [Finding("long", [row["id"]], f"{row['duration_s']:.1f} s") for row in long]
     return Inspection(data=data, rows=rows, audio_was_read=settings.audio, findings=findings)
 
 
@@ -159,15 +160,6 @@ def check_audio(rows: Sequence[Mapping], facts: Sequence[ClipFacts]) -> list[Fin
             check = "same audio in several splits" if len(splits) > 1 else "same audio"
             findings.append(Finding(check, [row["id"] for row in same], ", ".join(splits)))
     return findings
-
-
-def check_durations(rows: Iterable[Mapping], max_duration_s: float) -> list[Finding]:
-    """Find clips longer than `max_duration_s` seconds, where the duration is known."""
-    return [
-        Finding("long", [row["id"]], f"{row['duration_s']:.1f} s")
-        for row in rows
-        if row.get("duration_s") is not None and row["duration_s"] > max_duration_s
-    ]
 
 
 def measure_clip(audio: AudioSource) -> ClipFacts:

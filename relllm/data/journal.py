@@ -115,15 +115,7 @@ def _check_out(rows: Dataset, path: Path) -> None:
         raise ValueError(f"--out {path}: expected a file that ends in one of {', '.join(SUFFIXES)}.")
     if path.is_dir():
         raise ValueError(f"--out {path} is a folder: expected a file, such as {path / 'rows.jsonl'}.")
-    seen: set[str] = set()
-    for row_id in rows["id"]:
-        if not isinstance(row_id, str) or not row_id or row_id in seen:
-            raise ValueError(
-                f"Every row needs an `id` of its own, a string; got {row_id!r} (again). Make them unique."
-            )
-        seen.add(row_id)
-    if not seen:
-        raise ValueError(f"The data has no rows with an `id`; its columns are {rows.column_names}.")
+    check_ids(rows)
     first = rows[0]["audio"]
     if path.suffix == ".jsonl" and isinstance(first, Mapping) and first.get("bytes") is not None:
         raise ValueError(f"The data holds its audio as bytes, which JSON cannot. Use --out {path.stem}.parquet.")
@@ -237,6 +229,19 @@ def check_columns(rows: Dataset, needed: Iterable[str]) -> None:
     """Raise a `ValueError` that names the columns which the rows lack."""
     if lacking := sorted(set(needed) - set(rows.column_names)):
         raise ValueError(f"The data lacks the columns {lacking}; it has {rows.column_names}.")
+
+
+def check_ids(rows: Dataset) -> None:
+    """Raise a `ValueError` unless there are rows, each with an `id` of its own, a string."""
+    seen: set[str] = set()
+    for row_id in rows["id"]:
+        if not isinstance(row_id, str) or not row_id or row_id in seen:
+            raise ValueError(
+                f"Every row needs an `id` of its own, a string; got {row_id!r} (again). Make them unique."
+            )
+        seen.add(row_id)
+    if not seen:
+        raise ValueError(f"The data has no rows with an `id`; its columns are {rows.column_names}.")
 
 
 def replace_columns(rows: Dataset, columns: Mapping[str, Sequence], types: Mapping[str, Value]) -> Dataset:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from relllm.modeling.places_relllm import find_file
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -22,12 +24,7 @@ def read_training_record(checkpoint: str, *, revision: str = "main") -> dict:
 
     One of several checkpoints in the folder of a run has the run's, without how far that went later.
     """
-    from transformers.utils.hub import cached_file
-
-    quietly = dict.fromkeys(
-        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
-    )
-    found = cached_file(checkpoint, RECORD_NAME, revision=revision, **quietly)
+    found = find_file(checkpoint, RECORD_NAME, revision)
     if found is not None:
         return json.loads(Path(found).read_text(encoding="utf-8"))
     folder = Path(checkpoint).resolve()

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
 
-from relllm.modeling.places_relllm import check_place
+from relllm.modeling.places_relllm import check_place, find_file
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Of its settings: where the model below is, and what says nothing of what the adapter does.
@@ -63,11 +62,3 @@ def describe_adapter(adapter: dict) -> str:
     kept = {name: value for name, value in adapter.items() if name not in ELSEWHERE}
     in_order = {name: sorted(map(str, value)) if isinstance(value, list) else value for name, value in kept.items()}
     return json.dumps(in_order, sort_keys=True)  # PEFT makes lists of sets, in any order
-
-
-def find_file(model: str, name: str, revision: str) -> str | None:
-    """Return where a file of a folder or Hub id is; `None` where there is none."""
-    quietly = dict.fromkeys(
-        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
-    )
-    return cached_file(model, name, revision=revision, **quietly)

@@ -22,7 +22,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedConfig, set_seed
 
-from relllm.data.journal import Journal, rows_fingerprint, write_json, write_whole
+from relllm.data.journal import Journal, check_columns, check_ids, rows_fingerprint, write_json, write_whole
 from relllm.data.loading import corpus_name, load_corpus
 from relllm.data.membership import is_text_model_trained, read_training_record
 from relllm.data.report import find_versions
@@ -166,16 +166,9 @@ def plan_batches(rows: Dataset, batch_size: int, system: System, text_column: st
 def _load_rows(settings: EvaluationSettings) -> Dataset:
     rows = load_corpus(settings.data, settings.split or "all", held_out=settings.held_out)
     assert isinstance(rows, Dataset)  # it is not streamed
-    if lacking := sorted({"id", "audio"} - set(rows.column_names)):
-        raise ValueError(f"{settings.data} lacks the columns {lacking}; it has {rows.column_names}.")
+    check_columns(rows, {"id", "audio"})
     rows = rows.select(range(min(len(rows), settings.limit or len(rows))))
-    seen: set[object] = set()
-    for row_id in rows["id"]:
-        if not isinstance(row_id, str) or row_id in seen:
-            raise ValueError(f"{settings.data}: every row needs an `id` of its own, a string; got {row_id!r} (again).")
-        seen.add(row_id)
-    if not seen:
-        raise ValueError(f"{settings.data} has no rows in the split {settings.split!r}.")
+    check_ids(rows)
     return rows
 
 

@@ -20,10 +20,11 @@ from relllm.labels import DIMENSIONS
 from relllm.modeling.checkpoint_relllm import find_ends
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.modeling.outputs_relllm import ReLLMAudioOutput
+from relllm.modeling.places_relllm import find_file
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.turns_relllm import build_chat_template
 
-from .adapters import base_of, find_file, load_causal_lm, read_adapter, read_config
+from .adapters import base_of, load_causal_lm, read_adapter, read_config
 from .asking import (
     RECOGNITION_TOKENS,
     Questions,

@@ -51,6 +51,14 @@ def check_place(
     raise PlaceError(f"No {what} {name}; {_there_is([nearest] if nearest else []) or _listing(path)}.{remedy}")
 
 
+def find_file(place: str, name: str, revision: str = "main") -> str | None:
+    """Return where a file of a folder or Hub id is; `None` where there is none."""
+    from transformers.utils.hub import cached_file
+
+    quietly = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+    return cached_file(place, name, revision=revision, **dict.fromkeys(quietly, False))
+
+
 def _nearest(path: Path) -> str | None:
     """Return what is there with nearly the same name in each part."""
     found = Path(path.anchor)
