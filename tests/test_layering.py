@@ -16,20 +16,21 @@ PACKAGE = Path(__file__).parent.parent / "relllm"
 HUB_ROOMS = ("modeling", "processing")
 # A room is a folder of the package or a module beside it; it may import the rooms listed here, and itself.
 BASE = {"labels", "setting", "processing", "modeling"}
-BELOW_DEMO = BASE | {"data", "inference", "training", "evaluation", "conversion", "hub", "metrics", "plots"}
+BELOW_DEMO = BASE | {"uploads", "data", "inference", "training", "evaluation", "conversion", "hub", "metrics", "plots"}
 MAY_IMPORT = {
     "labels": set(),
     "setting": set(),
     "metrics": {"labels"},
     "plots": {"labels", "metrics"},
+    "uploads": set(),
     "processing": set(),
     "modeling": set(),
     "data": BASE | {"plots"},
-    "training": BASE | {"data", "metrics"},
+    "training": BASE | {"data", "metrics", "uploads"},
     "inference": BASE | {"data", "plots"},
     "evaluation": BASE | {"data", "inference", "metrics", "plots"},
     "conversion": BASE,
-    "hub": BASE | {"data", "evaluation"},
+    "hub": BASE | {"data", "evaluation", "uploads"},
     "demo": BELOW_DEMO,
     "cli": BELOW_DEMO | {"demo"},
     "__init__": BELOW_DEMO,

@@ -6,27 +6,16 @@ Only what is listed goes. Secrets and a corpus's files stop the push although th
 import fnmatch
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from relllm.modeling.checkpoint_relllm import check_one_form
+from relllm.uploads import CARD_FILES, CHECKPOINT_FILES
 
 PACKAGE = Path(__file__).parent.parent
 CODE_FILES = {path.name for room in ("modeling", "processing") for path in (PACKAGE / room).glob("*_relllm.py")}
 TERMS_FILES = ("LICENSE*", "NOTICE*")
-CHECKPOINT_FILES = (
-    *("README.md", "evaluation.json", "training_settings.json", "plots/*.png"),
-    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
-    *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
-    *("chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer.json", "tokenizer_config.json"),
-    *("tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
-)
-# Of a checkpoint that was there before: the above, what a loader would prefer to it, and what another run wrote.
-REPLACED_FILES = (
-    *(*CHECKPOINT_FILES, "*_relllm.py", "*.safetensors", "*.safetensors.index.json", "pytorch_model*"),
-    *("adapter_config.json", "training_args.bin"),
-)
 SECRET_FILES = (".env", ".env.*", ".netrc", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "id_ecdsa*", "credentials*")
 CORPUS_FILES = (
     *("*.wav", "*.flac", "*.mp3", "*.ogg", "*.opus", "*.m4a", "*.aac", "*.sph", "*.webm", "*.mp4"),
@@ -75,25 +64,13 @@ def take_inventory(folder: Path) -> Inventory:
     for name in _walk_folder(folder):
         if problem := _problem_of(folder, name):
             problems.append(f"- {name}: {problem}")
-        belongs = name in CODE_FILES or _matches(name, (*TERMS_FILES, *CHECKPOINT_FILES))
+        belongs = name in CODE_FILES or _matches(name, (*TERMS_FILES, *CARD_FILES, *CHECKPOINT_FILES))
         (upload if belongs else left_out).append(name)
     check_one_form(folder)
     if problems:
         remedy = "Move it elsewhere; if a token was in a file, revoke it."
         raise ValueError("\n".join([f"{folder} holds what must not go to the Hub:", *problems, remedy]))
     return Inventory(upload, left_out)
-
-
-def find_replaced(there: Iterable[str], staged: Container[str]) -> list[str]:
-    """List what of a repository's files belongs to the checkpoint before and not to the one that comes; never terms,
-    nor what lies in folders of a person's own.
-    """
-    ours = [(pattern, pattern.count("/")) for pattern in REPLACED_FILES]
-    return sorted(
-        name
-        for name in there
-        if name not in staged and any(depth == name.count("/") and fnmatch.fnmatchcase(name, p) for p, depth in ours)
-    )
 
 
 def _walk_folder(folder: Path) -> Iterator[str]:

@@ -17,8 +17,10 @@ from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionN
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
+from relllm.uploads import CARD_FILES, file_sizes, find_replaced
+
 from .cards import check_card, check_measured
-from .files import find_replaced, take_inventory
+from .files import take_inventory
 from .sharing import PushSettings
 from .staging import leave_out_digests, stage
 
@@ -113,7 +115,8 @@ def send_files(folder: Path, settings: PushSettings) -> tuple[str, list[str]]:
         api.create_branch(repo_id, branch=settings.revision, exist_ok=True)
     before = api.model_info(repo_id, revision=settings.revision)
     additions = [CommitOperationAdd(name, str(folder / name)) for name in file_sizes(folder)]
-    removed = find_replaced([file.rfilename for file in before.siblings or ()], {op.path_in_repo for op in additions})
+    there = [file.rfilename for file in before.siblings or ()]
+    removed = find_replaced(there, {op.path_in_repo for op in additions}, CARD_FILES)
     # not by `upload_folder`: with Xet, huggingface_hub makes several commits of it
     done = api.create_commit(
         repo_id,
@@ -157,10 +160,4 @@ def _look_ahead(settings: PushSettings, staged: Container[str]) -> tuple[list[st
         return [], "it is not there yet, or your token may not see it"
     except (OSError, HTTPError) as error:  # offline among them
         return [], str(error)
-    return find_replaced([file.rfilename for file in before.siblings or ()], staged), None
-
-
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Count the bytes of every file beneath a folder, by its path there, sorted."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    return find_replaced([file.rfilename for file in before.siblings or ()], staged, CARD_FILES), None

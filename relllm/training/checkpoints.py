@@ -18,6 +18,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traine
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import logging
+from transformers.utils.hub import hf_api
 
 from relllm.data.journal import audio_fingerprint, name_differences, rows_fingerprint, write_json
 from relllm.data.loading import corpus_facts, corpus_name
@@ -31,6 +32,7 @@ from relllm.data.membership import (
     unpack_digests,
 )
 from relllm.modeling.checkpoint_relllm import TOWERS, check_left_out, source_fingerprint, why_not_light
+from relllm.uploads import replacing_uploads
 
 from .config import RowsSettings
 
@@ -217,7 +219,19 @@ def _has_state(checkpoint: Path) -> bool:
 
 
 class LastStepMixin(Trainer):
-    """For a trainer that may be resumed after its last step: Transformers' takes one more."""
+    """For a trainer that may be resumed after its last step, where Transformers' takes one more.
+
+    What it sends to the Hub replaces the checkpoint before, where Transformers' only adds.
+    """
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> object:
+        """Do as Transformers, and remove in the same commit what of the checkpoint before is not sent again."""
+        with replacing_uploads(hf_api()):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with replacing_uploads(hf_api()):
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         over = 0 < self.state.max_steps <= self.state.global_step
@@ -308,6 +322,9 @@ class CheckpointMixin(LastStepMixin):
         if self.args.should_save:
             for code in Path(checkpoint_folder).glob("*.py"):  # Transformers takes along only weights and settings
                 shutil.copy(code, self.args.output_dir)
+            for weights in Path(self.args.output_dir).glob("model*.safetensors*"):  # of a save in another form
+                if not Path(checkpoint_folder, weights.name).exists():
+                    weights.unlink()
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:

@@ -31,9 +31,10 @@ from relllm.data.membership import read_training_record
 from relllm.hub import push, staging
 from relllm.hub.cards import write_model_card
 from relllm.hub.files import take_inventory
-from relllm.hub.push import file_sizes, send_files
+from relllm.hub.push import send_files
 from relllm.hub.sharing import CardSettings, PushSettings
 from relllm.hub.staging import stage
+from relllm.uploads import file_sizes
 
 # huggingface_hub's uploads pass a file to httpx in a way that the newest release deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")

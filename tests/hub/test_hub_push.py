@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import transformers.utils.hub as transformers_hub
 from fake_hub import FakeHub, serve_hub
-from huggingface_hub import HfApi, constants
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from light_checkpoints import assert_same_weights, save_towers
 from light_runs import checkpoint, make_trainer, new_model
 from safetensors.torch import load
@@ -83,6 +85,36 @@ def test_the_end_sends_a_full_checkpoint_and_the_others_stay_light(
     assert len(hub.commits) == 1 and "speech" in logged[0]
     assert not is_light(hub.folder / "run")
     assert_loads_elsewhere(hub, trainer, tmp_path / "towers")
+
+
+OWN = ("README.md", "LICENSE", "adapters/mine/adapter_model.safetensors", ".gitattributes")
+FORMS = {"one file": "5GB", "several": "50KB"}
+
+
+@pytest.mark.parametrize("forms", [("one file", "several", "one file"), ("several", "one file", "several")])
+def test_what_a_trainer_pushed_last_is_what_loads(
+    hub: FakeHub, logged: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forms: tuple[str, ...]
+) -> None:
+    """By hand, by hand again, and from the checkpoint of a save while it trains."""
+    trainer = push_trainer(tmp_path, push_to_hub=True, hub_strategy="every_save", hub_always_push=True, max_steps=1)
+    HfApi(endpoint=hub.url).create_commit(
+        "org/run", [CommitOperationAdd(name, b"mine") for name in OWN], commit_message="v0", token=TOKEN
+    )
+    save = trainer.model.save_pretrained
+    for number, form in enumerate(forms):
+        monkeypatch.setattr(trainer.model, "save_pretrained", partial(save, max_shard_size=FORMS[form]))
+        torch.nn.init.constant_(trainer.model.model.emotion_head.weight, number)
+        if number < 2:
+            trainer.push_to_hub()
+        else:
+            trainer.train()
+            trainer._finish_current_push()
+        assert len(hub.commits) == number + 2
+        files = hub.repositories["org/run"].commits[hub.repositories["org/run"].branches["main"]]
+        assert ("model.safetensors" in files) == (form == "one file"), files.keys()
+        assert ("model.safetensors.index.json" in files) == (form == "several")
+        assert all(files[name] == b"mine" for name in OWN)
+        assert_same_weights(AutoModel.from_pretrained(hub.folder / "run"), trainer.model)
 
 
 def test_towers_of_the_hub_or_trained_ones_may_be_sent_light(tmp_path: Path) -> None:
