@@ -406,6 +406,41 @@ def _find_same_input(text_model: PreTrainedModel, names: list[str]) -> None:
                 layer.same_input = group
 
 
+class AdaptersOnTop:
+    """Has layers that PEFT wraps around ours come off again: PEFT itself puts the innermost layer in their place.
+
+    Setting `peft_config` is the last thing that PEFT does when it puts an adapter on a model.
+    """
+
+    @property
+    def peft_config(self) -> "dict[str, PeftConfig]":
+        """Return the settings of the adapters on top; without any there is no such attribute, as in any model."""
+        if "peft_config" not in self.__dict__:
+            raise AttributeError("peft_config")
+        return self.__dict__["peft_config"]
+
+    @peft_config.setter
+    def peft_config(self, config: "dict[str, PeftConfig]") -> None:
+        self.__dict__["peft_config"] = config
+        for layer in self.modules():  # type: ignore[attr-defined]
+            if isinstance(layer, BaseTunerLayer) and isinstance(layer.base_layer, ScopedLinear):
+                layer.unload_and_optionally_merge_module = functools.partial(_unload, layer)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.__dict__["peft_config"]
+
+
+def _unload(layer: nn.Module, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+    """Return our layer from below another; PEFT asks this of each layer that it unloads, the first one first."""
+    if merge:
+        raise ValueError(
+            f"A {type(layer).__name__} around the model's own LoRA cannot be merged: only what PEFT calls LoRA has "
+            "weights beside ours. Nothing was changed. Keep the adapter as it is, or take it off with `unload()`."
+        )
+    return layer.base_layer  # type: ignore[return-value]
+
+
 def has_adapters(model: PreTrainedModel) -> bool:
     """Tell whether PEFT has put an adapter on top of a ReLLM; a `ValueError` if it cannot be told from the model."""
     layers = [layer for layer in model.modules() if PeftLinear is not nn.Module and isinstance(layer, BaseTunerLayer)]
@@ -417,8 +452,8 @@ def has_adapters(model: PreTrainedModel) -> bool:
     own = [layer for layer in layers if isinstance(layer, ScopedLinear)]
     if lost := len(model.base_model.text_model.__dict__.get("lora_layers", ())) - len(own):
         raise ValueError(
-            f"The model has lost {lost} layers of its own LoRA: `merge_and_unload` of what is no LoRA takes "
-            "them out. Load the model again, and keep such an adapter as it is."
+            f"The model has lost {lost} layers of its own LoRA: `unload()` of what is no LoRA, put on by "
+            "`PeftModel.add_adapter`, takes them out. Load the model again."
         )
     return len(own) < len(layers) or any(layer._all_available_adapter_names() for layer in own)
 

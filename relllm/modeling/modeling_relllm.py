@@ -45,6 +45,7 @@ from .devices_relllm import SpreadModel
 from .emotion_tower_relllm import ReLLMEmotionModel
 from .hearing_relllm import ReLLMHearing
 from .lora_relllm import (
+    AdaptersOnTop,
     LoraScope,
     ScopedLinear,
     adapters_apart,
@@ -71,7 +72,7 @@ AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForSpeechSeq2
 WHOLE_TOWERS = ("ReLLMEmotionModel", "WhisperEncoder", "Wav2Vec2Model", "HubertModel", "WavLMModel")
 
 
-class ReLLMPreTrainedModel(SpreadModel):
+class ReLLMPreTrainedModel(AdaptersOnTop, SpreadModel):
     """Loading, initialisation, freezing and gradient checkpointing, shared by both models."""
 
     config: ReLLMConfig
