@@ -1,4 +1,4 @@
-"""Corpora by pattern: six in their public layouts, and one of a lab's own in five lines."""
+"""Corpora by pattern: seven in their public layouts, and one of a lab's own in five lines."""
 
 from pathlib import Path
 
@@ -17,6 +17,16 @@ from relllm.data.rows import Corpus, validate_row
 MELD_HEADER = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,EndTime\n"
 # Files of each, and of some rows: id -> emotion, speaker, split, text, gender.
 TREES: dict[str, tuple[list[str], dict[str, str], dict[str, tuple]]] = {
+    "hedgewars": (
+        ["voices/Default_uk/Laugh.ogg", "voices/Pirate/Uh-oh.ogg", "voices/Pirate/Traitor.ogg", "voices/Singer/Ow3.ogg"],
+        {},
+        {
+            "Default_uk-Laugh": ("happy", "Default_uk", None, None, None),
+            "Pirate-Uh-oh": ("alarm", "Pirate", None, None, None),
+            "Pirate-Traitor": ("angry", "Pirate", None, None, None),
+            "Singer-Ow3": ("pain", "Singer", None, None, None),
+        },
+    ),
     "ravdess": (
         [
             "Actor_01/03-01-02-01-01-01-01.wav",
@@ -121,12 +131,13 @@ def test_a_corpus_is_read_in_its_public_layout(name: str, tmp_path: Path) -> Non
     assert shown(corpus) == TREES[name][2] and corpus.dropped == []
     for row in corpus.rows:
         validate_row(row, corpus.own_emotions)
-        assert row["language"] == ("de" if name == "emodb" else "en") and Path(row["audio"]).is_file()
+        language = {"emodb": "de"}.get(name, "uk" if "_uk" in row["id"] else "en")
+        assert row["language"] == language and Path(row["audio"]).is_file()
     with pytest.raises(ValueError, match="expected audio files like"):
         parse_pattern(PATTERNS[name], LabelSettings(write_tree(tmp_path, "savee" if name != "savee" else "emodb")))
 
 
-def test_what_a_row_does_not_show_of_the_six(tmp_path: Path) -> None:
+def test_what_a_row_does_not_show_of_the_seven(tmp_path: Path) -> None:
     rated, unrated = parse_pattern(PATTERNS["msp-improv"], LabelSettings(write_tree(tmp_path, "msp-improv"))).rows
     assert (rated["arousal"], rated["dominance"], rated["valence"], rated["session"]) == (1.0, None, 0.0, "1")
     assert (unrated["arousal"], unrated["dominance"], unrated["dimension_source"]) == (0.5, 0.25, "label")

@@ -1,4 +1,4 @@
-"""Corpora whose paths or tables say what is in a clip: one mechanism; `patterns.yaml` has six of them.
+"""Corpora whose paths or tables say what is in a clip: one mechanism; `patterns.yaml` has seven of them.
 
 A corpus of your own is a pattern in a YAML file, or a regular expression on the command line: docs/data.md.
 """
