@@ -435,8 +435,8 @@ def _unload(layer: nn.Module, merge: bool, safe_merge: bool, adapter_names: list
     """Return our layer from below another; PEFT asks this of each layer that it unloads, the first one first."""
     if merge:
         raise ValueError(
-            "An adapter that is no LoRA (LoHa, IA3, …) cannot be merged: it lies around the model's own LoRA. Nothing was "
-            "changed. Keep it as it is, or take it off with `unload()`."
+            "An adapter that is no LoRA (LoHa, IA3, …) cannot be merged: it lies around the model's own LoRA. "
+            "Nothing was changed. Keep it as it is, or take it off with `unload()`."
         )
     return layer.base_layer  # type: ignore[return-value]
 

@@ -18,7 +18,7 @@ MELD_HEADER = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_
 # Files of each, and of some rows: id -> emotion, speaker, split, text, gender.
 TREES: dict[str, tuple[list[str], dict[str, str], dict[str, tuple]]] = {
     "hedgewars": (
-        ["voices/Default_uk/Laugh.ogg", "voices/Pirate/Uh-oh.ogg", "voices/Pirate/Traitor.ogg", "voices/Singer/Ow3.ogg"],
+        [f"voices/{name}.ogg" for name in ("Default_uk/Laugh", "Pirate/Uh-oh", "Pirate/Traitor", "Singer/Ow3")],
         {},
         {
             "Default_uk-Laugh": ("happy", "Default_uk", None, None, None),
