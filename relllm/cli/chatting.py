@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from relllm.data.journal import write_whole
 
@@ -17,7 +17,6 @@ from .options import console
 if TYPE_CHECKING:
     from relllm.inference.conversation import Conversation
     from relllm.inference.inference_settings import TalkSettings
-    from relllm.inference.replies import Reply
     from relllm.inference.text_conversation import TextConversation
     from relllm.processing.audio_relllm import AudioSource
 
@@ -108,7 +107,8 @@ class Chat:
                 console.print(name, style="bold")
             streamer = TextStreamer(system.tokenizer, skip_prompt=True, skip_special_tokens=True)
             try:
-                reply = system.say(audio, text, streamer=streamer, max_new_tokens=self.settings.max_new_tokens)
+                how: dict[str, Any] = {"max_new_tokens": self.settings.max_new_tokens, "drop_oldest": True}
+                reply = system.say(audio, text, streamer=streamer, **how)
             except (ImportError, OSError, ValueError) as error:
                 if isinstance(error, BrokenPipeError):
                     raise
@@ -117,7 +117,9 @@ class Chat:
                 console.print("\nStopped: this turn is forgotten.", style="yellow")
                 break
             else:
-                replies[name] = describe_reply(reply)
+                replies[name] = reply.describe()
+                if reply.dropped:
+                    console.print(f"{name}: older turns were dropped ({reply.dropped}).", style="yellow")
                 if reply.heard is not None:
                     console.print(str(reply.heard), style="dim")
         if replies:
@@ -163,17 +165,6 @@ def run_chat(chat: Chat) -> None:
             console.print(f"{UNREADABLE} stands for what is not UTF-8 in this line.", style="yellow")
         if not chat.handle(line):
             return
-
-
-def describe_reply(reply: Reply) -> dict[str, object]:
-    """Return a reply and what was heard, as JSON has it."""
-    heard = reply.heard
-    if heard is None:
-        return {"reply": reply.text}
-    return {
-        **{"reply": reply.text, "emotion": heard.emotion, "probabilities": heard.probabilities},
-        **{"dimensions": heard.dimensions, "tower_dimensions": heard.tower_dimensions},
-    }
 
 
 def complete_line(line: str) -> list[str]:

@@ -22,7 +22,7 @@ from relllm.inference.inference_settings import (
 )
 from relllm.modeling.places_relllm import check_place
 
-from .chatting import Chat, describe_reply, run_chat
+from .chatting import Chat, run_chat
 from .options import console, from_settings, messages, pick_device
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def reply_to_clips(
                 draw_from(settings)
                 answer = reply(model, processor, {"waveform": clip}, streamer=_streamer(settings, processor), **how)
                 if settings.json:
-                    print(json.dumps({"clip": source, "channel": channel, **describe_reply(answer)}), flush=True)
+                    print(json.dumps({"clip": source, "channel": channel, **answer.describe()}), flush=True)
                 else:
                     console.print(str(answer.heard), style="dim")
         except (ImportError, OSError, ValueError) as error:  # ImportError: what a container or a rate needs
@@ -150,8 +150,8 @@ def web(settings: PageSettings) -> None:
     Every browser tab is a conversation of its own; they take turns at the
     model. Nothing is sent elsewhere, and recordings are deleted. Browsers
     give the microphone to https pages and to localhost only: from another
-    machine use `ssh -L 7860:localhost:7860 HOST`. There is no password: do
-    not serve it to a network that you do not trust.
+    machine use `ssh -L 7860:localhost:7860 HOST`. Without --auth there is no
+    password: do not serve it to a network that you do not trust.
 
     Example: relllm web runs/demo/re-llm --baseline runs/demo/speech-only
     """
@@ -161,9 +161,11 @@ def web(settings: PageSettings) -> None:
         draw_from(settings)
         told: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "channel": settings.channel}
         page = Page(load_systems(settings), **told)
-        console.print(f"{settings.model}: http://{settings.host}:{settings.port}  (Ctrl-C or SIGTERM ends)")
         try:
-            page.launch(host=settings.host, port=settings.port)
+            where: dict[str, Any] = {"host": settings.host, "port": settings.port, "root_path": settings.root_path}
+            url = page.launch(auth=settings.visitor, **where)
+            console.print(f"{settings.model}: {url}  (Ctrl-C or SIGTERM ends)")
+            page.wait()
         finally:
             page.close()
 

@@ -6,10 +6,12 @@ reply is the one that a fresh pass gives. A clip behind the cut is read again fr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
@@ -78,13 +80,15 @@ class Conversation:
         *,
         streamer: BaseStreamer | None = None,
         max_new_tokens: int = 128,
+        drop_oldest: bool = False,
         **options: object,
     ) -> Reply:
         """Say something and get the reply. A turn that fails or is interrupted has not been said.
 
         A text beside a clip stands before it, in the instruction's place. `options` are those of `generate`, greedy by
         default. With beams every turn reads the whole conversation (and encodes no clip twice). What cannot be said
-        is a `ValueError`, also a conversation that is longer than the LLM reads.
+        is a `ValueError`, also a conversation that is longer than the LLM reads; with `drop_oldest`, its oldest turns
+        are forgotten until the rest fits, and the reply counts them.
         """
         check_turn(audio, text)
         if reserved := sorted(RESERVED_OPTIONS & (options.keys() | self.generation_options.keys())):
@@ -98,20 +102,18 @@ class Conversation:
             content = [{"type": "text", "text": before}] if before else []
             content.append({"type": "audio", "waveform": waveform})
         messages = [*self._messages, {"role": "user", "content": content}]
-        ids = self._render(messages, positions)
-        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        if limit is not None and ids.shape[1] + max_new_tokens > limit:
-            raise ValueError(
-                f"The conversation has {ids.shape[1]} positions and the reply may take {max_new_tokens} more; the LLM "
-                f"reads {limit}. Begin anew with `reset()`, or allow a shorter reply."
-            )
+        room = (read_limit(self.model.config.text_config), max_new_tokens)
+        turns, ids, dropped = fit_turns(
+            messages, lambda turns: self._render(turns, positions), *room, drop_oldest=drop_oldest
+        )
+        positions = _of_clips_in(turns, positions)
         told = {"max_new_tokens": max_new_tokens, "streamer": streamer, **self.generation_options, **options}
         options = {"do_sample": False, **told}
         reply_ids = self._generate(ids, positions, options)
         reply = self.tokenizer.decode(reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self._messages = [*messages, {"role": "assistant", "content": reply}]
+        self._messages = [*turns, {"role": "assistant", "content": reply}]
         self._positions = positions
-        return Reply(reply.strip(), heard)
+        return Reply(reply.strip(), heard, dropped)
 
     def _encode(self, audio: AudioSource) -> tuple[np.ndarray, Tensor, Heard]:
         """Return a clip's samples, its positions and what was heard: the only place where the towers run."""
@@ -125,7 +127,7 @@ class Conversation:
     def _render(self, messages: list[dict], positions: list[Tensor]) -> Tensor:
         """Return token ids `(1, sequence)` with the assistant's header at the end; a typed <|audio|> is text."""
         processor = self.processor
-        clips = (processor.audio_token, [clip.shape[0] for clip in positions])
+        clips = (processor.audio_token, [clip.shape[0] for clip in _of_clips_in(messages, positions)])
         return torch.tensor([encode_conversation(self.tokenizer, messages, processor.chat_template, *clips)])
 
     def _generate(self, ids: Tensor, positions: list[Tensor], options: dict) -> Tensor:
@@ -166,6 +168,45 @@ def check_turn(audio: AudioSource | None, text: str | None) -> None:
     """Raise a `ValueError` if a turn has neither audio nor text."""
     if audio is None and not (text or "").strip():
         raise ValueError("A turn needs audio or text that is not blank, got neither.")
+
+
+def read_limit(config: PreTrainedConfig) -> int | None:
+    """Return how many positions an LLM reads; `None` where they are relative."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def fit_turns(
+    messages: list[dict],
+    encode: Callable[[list[dict]], Tensor],
+    limit: int | None,
+    max_new_tokens: int,
+    *,
+    drop_oldest: bool,
+) -> tuple[list[dict], Tensor, int]:
+    """Return the turns that an LLM reads, their token ids `(1, sequence)`, and how many older ones were dropped.
+
+    With `drop_oldest`, a turn and its reply go at a time until the rest fits; the system turn and the last one stay.
+    What does not fit is a `ValueError`.
+    """
+    first = int(messages[0]["role"] == "system")
+    for dropped in range(len(messages) // 2 + 1 if drop_oldest else 1):
+        kept = messages[:first] + messages[first + 2 * dropped :]
+        ids = encode(kept)
+        if limit is None or ids.shape[1] + max_new_tokens <= limit:
+            return kept, ids, dropped
+        if len(kept) == first + 1:
+            break
+    what = "This turn" if len(kept) == first + 1 else "The conversation"
+    raise ValueError(
+        f"{what} has {ids.shape[1]} positions and the reply may take {max_new_tokens} more; the LLM reads {limit}. "
+        "Begin anew, say less at once, or allow a shorter reply."
+    )
+
+
+def _of_clips_in(messages: list[dict], positions: list[Tensor]) -> list[Tensor]:
+    """Return the positions of the clips in the last turns."""
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    return positions[len(positions) - sum(part["type"] == "audio" for part in parts) :]
 
 
 def _cut(ids: Tensor, cached: Tensor, audio_token_id: int) -> int:

@@ -35,14 +35,12 @@ from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 from relllm.processing.processing_relllm import ReLLMProcessor
 
 from .inference_settings import HearSettings
-from .replies import Heard, hear
+from .replies import EMOTION, Heard, hear
 
 STDIN = "-"
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 LONGEST_S = 4 * 3600.0  # of a file that is heard window by window
 DIGITS = 6
-EMOTION = "p_"  # before the name of an emotion: the column of its probability
-TOWER = "tower_"  # before the name of a dimension: the column of the emotion tower's own reading
 
 
 class ClipSource(NamedTuple):
@@ -241,8 +239,7 @@ def _batched(parts: Iterator[_Part], extractor: ReLLMFeatureExtractor, size: int
 
 
 def _columns(heard: Heard, part: _Part) -> dict[str, object]:
-    named = {f"{EMOTION}{name}": value for name, value in heard.probabilities.items()}
-    named |= heard.dimensions | {f"{TOWER}{name}": value for name, value in heard.tower_dimensions.items()}
+    named = heard.flatten()
     if wrong := [name for name, value in named.items() if not math.isfinite(value)]:
         raise ValueError(
             f"{part.clip}: the model gives no number for {', '.join(wrong)}. Run it with --dtype float32."

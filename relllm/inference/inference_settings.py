@@ -101,7 +101,22 @@ class PageSettings(TalkSettings):
     """Where the page is."""
 
     host: str = setting("127.0.0.1", "Address to serve on; 127.0.0.1 is seen from this machine only.")
-    port: int = setting(7860, "Port to serve on.", min=1, max=65535)
+    port: int = setting(7860, "Port to serve on; 0 takes a free one and prints it.", min=0, max=65535)
+    auth: str | None = setting(
+        None, "USER:PASSWORD that visitors must give; a flag is seen in `ps`.", envvar="RELLLM_AUTH"
+    )
+    root_path: str = setting("", "Path under which a proxy serves the page, such as /talk.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.auth is not None and not all(self.auth.partition(":")):
+            raise ValueError("--auth: expected USER:PASSWORD, neither of them empty.")
+
+    @property
+    def visitor(self) -> tuple[str, str] | None:
+        """The user and the password."""
+        user, _, password = (self.auth or "").partition(":")
+        return (user, password) if self.auth else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,8 @@ from relllm.modeling.releases_relllm import CACHE
 from relllm.processing.audio_relllm import AudioSource
 from relllm.processing.processing_relllm import ReLLMProcessor
 
+EMOTION = "p_"  # before the name of an emotion: the column of its probability
+TOWER = "tower_"  # before the name of a dimension: the column of the emotion tower's own reading
 MOST_PROBABLE = {"do_sample": False}
 # Whatever sampling or penalty a checkpoint's generation settings have: a measured answer is the most probable one.
 GREEDY = {
@@ -37,6 +39,11 @@ class Heard:
         """Return the most probable emotion; `None` from a head that was not trained."""
         return max(self.probabilities, key=self.probabilities.__getitem__, default=None)
 
+    def flatten(self) -> dict[str, float]:
+        """Return every number by its column in a table: `p_happy`, …, `arousal`, …, `tower_arousal`, …."""
+        named = {f"{EMOTION}{name}": value for name, value in self.probabilities.items()}
+        return named | self.dimensions | {f"{TOWER}{name}": value for name, value in self.tower_dimensions.items()}
+
     def __str__(self) -> str:
         emotion = [f"{self.emotion} {self.probabilities[self.emotion]:.0%}"] if self.emotion is not None else []
         readings = [*emotion, *(f"{name} {value:.2f}" for name, value in self.dimensions.items())]
@@ -49,6 +56,13 @@ class Reply:
 
     text: str
     heard: Heard | None
+    dropped: int = 0  # older turns that the LLM does not read any more
+
+    def describe(self) -> dict[str, object]:
+        """Return the reply and what was heard, as JSON has it."""
+        if self.heard is None:
+            return {"reply": self.text}
+        return {"reply": self.text, "emotion": self.heard.emotion, **vars(self.heard)}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
@@ -13,7 +14,7 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from relllm.processing.turns_relllm import build_chat_template
 
-from .conversation import check_turn, first_messages
+from .conversation import check_turn, first_messages, fit_turns, read_limit
 from .replies import Reply
 from .typed_text import encode_conversation
 
@@ -88,6 +89,7 @@ class TextConversation:
         *,
         streamer: BaseStreamer | None = None,
         max_new_tokens: int = 128,
+        drop_oldest: bool = False,
         **options: object,
     ) -> Reply:
         """Say as [`Conversation.say`] does; `heard` is always `None`, and a clip without words a [`NoWordsError`]."""
@@ -96,15 +98,19 @@ class TextConversation:
         if audio is not None:
             content = (text or self.instruction) + self._transcribe(audio)
         messages = [*self.messages, {"role": "user", "content": content}]
-        prompt = encode_conversation(self.tokenizer, messages, self.chat_template)
-        ids = torch.tensor([prompt], device=self.llm.device)
+        room = (read_limit(self.llm.config.get_text_config(decoder=True)), max_new_tokens)
+        turns, ids, dropped = fit_turns(messages, self._render, *room, drop_oldest=drop_oldest)
+        ids = ids.to(self.llm.device)
         options = {"do_sample": False, **self.generation_options, **options}
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         said = self.llm.generate(**inputs, streamer=streamer, max_new_tokens=max_new_tokens, **options)
         reply_ids = said[0, ids.shape[1] :]
         reply = self.tokenizer.decode(reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self.messages = [*messages, {"role": "assistant", "content": reply}]
-        return Reply(reply.strip(), None)
+        self.messages = [*turns, {"role": "assistant", "content": reply}]
+        return Reply(reply.strip(), None, dropped)
+
+    def _render(self, messages: list[dict]) -> Tensor:
+        return torch.tensor([encode_conversation(self.tokenizer, messages, self.chat_template)])
 
     def _transcribe(self, audio: AudioSource) -> str:
         if self.transcriber is None:

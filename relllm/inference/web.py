@@ -6,6 +6,7 @@ leaves the machine that serves the page.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import quote
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
@@ -31,20 +33,58 @@ if TYPE_CHECKING:
     import gradio
 
 ABOUT = (
-    "Speak or type. The model hears how something is said and replies to it. For research: it does not diagnose, and "
-    "what it reads in a voice may be wrong."
+    "It hears how something is said. For research: it does not diagnose, and what it reads in a voice may be wrong."
 )
 CSS = """
-.error { border-left: 4px solid #c0362c; padding-left: 8px; font-weight: 600; }
-@media (max-width: 640px) { .chat { height: 250px !important; } }
+.about :is(h1, p) { display: inline; margin-right: .5em; } .about h1 { font-size: 1.25rem; }
+:is(.error, #microphone:not(:empty)) { border-left: 4px solid #c0362c; padding-left: 8px; font-weight: 600; }
+.talk { height: calc(100dvh - 5rem); min-height: 24rem; } .systems { flex: 1 1 0 !important; min-height: 10rem; }
+.chat { height: 100% !important; }
+.microphone:has(#microphone:empty) { display: none; }
+.chat audio { width: 100%; height: 2rem; }
+.trail { width: 100%; font-size: .8rem; } .trail caption { text-align: left; }
+.trail, .trail tr { border: 0 !important; }
+.trail :is(td, th) { border: 0 !important; padding: 3px 4px !important; font-weight: 400; text-align: left; }
+.trail td { background: linear-gradient(90deg, var(--primary-200) var(--share), var(--background-fill-secondary) 0); }
+@media (max-width: 640px) {
+  .talk { height: calc(100dvh - 8rem); }
+  .systems { flex-wrap: nowrap !important; overflow-x: auto; }
+  .systems > :not(:only-child) { min-width: 85% !important; }
+}
 :is(button, textarea, input):focus-visible { outline: 3px solid var(--color-accent) !important; }
 """
+# Gradio's recorder says nothing where there is no microphone.
+MICROPHONE = """async () => {
+  const devices = navigator.mediaDevices;
+  const say = (text) => { document.getElementById("microphone").textContent = text; };
+  const reasons = {
+    NotAllowedError: "this browser does not allow it to this page.", NotFoundError: "there is none here.",
+  };
+  const none = (why) => say(`No microphone: ${why} Type or upload instead.`);
+  if (!devices) return none("browsers give it to https and localhost only.");
+  const ask = devices.getUserMedia.bind(devices);
+  devices.getUserMedia = (what) => ask(what).then((stream) => { say(""); return stream; }, (error) => {
+    none(reasons[error.name] ?? `${error.message}.`);
+    throw error;
+  });
+  if (!(await devices.enumerateDevices()).some((device) => device.kind === "audioinput")) none(reasons.NotFoundError);
+}"""
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 COLUMN: dict[str, Any] = {
-    **{"height": 340, "min_width": 260, "elem_classes": "chat", "buttons": [], "feedback_options": None},
+    **{"min_width": 220, "elem_classes": "chat", "buttons": [], "feedback_options": None},
     **{"placeholder": "Nothing has been said yet.", "render_markdown": False},  # what was said, letter by letter
 }
-AUDIO: dict[str, Any] = {"sources": ["microphone", "upload"], "file_types": ["audio"]}
+BOX: dict[str, Any] = {
+    **{"sources": ["microphone", "upload"], "file_types": ["audio"], "placeholder": "Type, record or upload"},
+    **{
+        "label": "Say something",
+        "show_label": False,
+        "max_lines": 4,
+        "max_plain_text_length": 10**9,
+    },  # no text as file
+}
+MOST_CHARACTERS = 4_000  # and seconds, of one turn: everybody waits for it
+LONGEST_S = 120.0
 LARGEST_UPLOAD = "64mb"
 RECORDINGS = "relllm-web-"  # before the number of the process, in the name of its folder
 DELETE_RECORDINGS_S = (600, 3600)  # looks every ten minutes for uploads and recordings that are an hour old
@@ -62,7 +102,8 @@ class Status:
     text: str
 
 
-EMPTY = Status("idle", "Record, upload or type something, then send it.")
+EMPTY = Status("idle", "Record, upload or type, then send.")
+STOPPED = Status("idle", "Stopped: that turn is forgotten.")
 GONE = Status("error", "This page has no conversation any more. Reload it to begin one.")
 
 
@@ -76,9 +117,20 @@ class _StoppableStreamer(TextIteratorStreamer):
         self.stop = stop
 
     def put(self, value: torch.Tensor) -> None:
+        self.check()
+        super().put(value)
+
+    def end(self) -> None:
+        self.check()
+        super().end()
+
+    def check(self) -> None:
         if self.stop.is_set():
             raise _Stopped
-        super().put(value)
+
+    def wake(self) -> None:
+        """End the pieces for who waits for them, whatever the model does."""
+        self.text_queue.put(self.stop_signal)
 
 
 class Session:
@@ -88,37 +140,46 @@ class Session:
     """
 
     def __init__(self, systems: Starts, lock: threading.Lock, *, max_new_tokens: int, channel: str = "mix"):
+        self.systems = systems
         self.lock = lock
         self.channel = channel
         self.max_new_tokens = max_new_tokens
-        self.conversations = {name: start() for name, start in systems.items()}
         self._stop = threading.Event()
-        self._clear()
-
-    def _clear(self) -> None:
-        self.shown: dict[str, list[dict[str, str]]] = {name: [] for name in self.conversations}
-        self.heard: list[Heard] = []  # in every spoken turn that was answered
-        self.status = EMPTY
+        self._streamer: _StoppableStreamer | None = None
+        self.reset()
 
     def reset(self) -> None:
         """Begin anew; a reply that is being written stops."""
-        self._stop.set()
-        with self.lock:  # the thread of that reply has it until its next token
-            for conversation in self.conversations.values():
-                conversation.reset()
-            self._clear()
+        self.stop()
+        # the thread of that reply has the old ones until the model's next token
+        self.conversations = {name: start() for name, start in self.systems.items()}
+        self.shown: dict[str, list[dict[str, Any]]] = {name: [] for name in self.systems}
+        self.heard: list[Heard] = []  # in every spoken turn that was answered
+        self.turns: list[dict[str, Any]] = []  # that were answered: `audio`, `seconds`, `text`, `replies` by system
+        self.status = EMPTY
 
     def stop(self) -> None:
-        """Stop the reply that is being written: its turn is forgotten."""
+        """Stop the reply that is being written: its turn is forgotten, also while the model has not begun or reads."""
         self._stop.set()
+        if self._streamer is not None:
+            self._streamer.wake()
 
     def talk(self, path: str | None, text: str | None) -> Iterator[None]:
         """Say an audio file, a text, or both to every system. Look at the attributes after each step."""
         text = (text or "").strip()
+        turn: dict[str, Any] = {
+            "audio": path and Path(path).name,
+            "seconds": None,
+            "text": text or None,
+            "replies": {},
+        }
         audio, label = None, text
         try:
+            if len(text) > MOST_CHARACTERS:
+                raise ValueError(f"the text has {len(text):,} characters, and a turn at most {MOST_CHARACTERS:,}.")
             if path is not None:
-                audio = {"waveform": load_audio(path, channel=self.channel, name=Path(path).name)}
+                limits: dict[str, Any] = {"max_duration_s": LONGEST_S, "name": turn["audio"]}
+                audio = {"waveform": load_audio(path, channel=self.channel, **limits)}
             elif not text:
                 raise ValueError("there is nothing to send yet. Record, upload or type something.")
         except (ImportError, OSError, ValueError) as error:  # ImportError: what a container or a rate needs
@@ -126,40 +187,49 @@ class Session:
             yield
             return
         if audio is not None:
-            label = f"{text}\n\n" * bool(text) + f"(spoken, {len(audio['waveform']) / SAMPLING_RATE:.1f} s)"
+            turn["seconds"] = round(len(audio["waveform"]) / SAMPLING_RATE, 3)
+            label = f"{text}\n\n" * bool(text) + f"(spoken, {turn['seconds']:.1f} s)"
+        said = {"role": "user", "content": label, "clip": path}
         stop = self._stop = threading.Event()
-        failures = []
+        failures, turns = [], self.turns
         for name in self.conversations:
-            yield from self._ask(name, audio, text or None, label, stop)
+            yield from self._ask(name, audio, turn, said, stop)
             if stop.is_set():
                 return
             if self.status.kind == "error":
                 failures.append(self.status.text)
-        self.status = Status("error", " ".join(failures)) if failures else EMPTY
+        replies = turn["replies"]
+        if replies:
+            turns.append(turn)
+        dropped = [
+            f"{name}: older turns were dropped ({one.dropped})." for name, one in replies.items() if one.dropped
+        ]
+        notes = " ".join([*failures, *dropped])
+        self.status = Status("error" if failures else "idle", notes) if notes else EMPTY
 
-    def _ask(
-        self, name: str, audio: dict | None, text: str | None, label: str, stop: threading.Event
-    ) -> Iterator[None]:
+    def _ask(self, name: str, audio: dict | None, turn: dict, said: dict, stop: threading.Event) -> Iterator[None]:
         shown = self.shown[name]
         length = len(shown)
-        shown += [{"role": "user", "content": label}, {"role": "assistant", "content": "…"}]
+        shown += [dict(said), {"role": "assistant", "content": "…"}]
         waiting = self.lock.locked()
         self.status = Status("busy", "Waiting for another conversation." if waiting else f"{name} is thinking.")
         yield
         try:
-            reply = yield from self._write(name, audio, text, stop)
+            reply = yield from self._write(name, audio, turn["text"], stop)
         except _Stopped:
             del shown[length:]
-            self.status = Status("idle", "Stopped: that turn is forgotten.")
+            if shown is self.shown[name]:  # and not begun anew
+                self.status = STOPPED
         except NoWordsError as error:  # a text-only system: not a failure of the page
             shown[-1]["content"] = f"({error})"
         except (ImportError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: out of memory and the like
             del shown[length:]
             self.status = Status("error", f"{name} did not answer: {error}")
         else:
+            turn["replies"][name] = reply
             shown[-1]["content"] = reply.text or "(no words)"
             if reply.heard is not None:
-                shown[-2]["content"] += f"\n{reply.heard}"
+                shown[-2]["content"] += f"\n{reply.heard}".replace("  ", " · ")
                 if name == next(iter(self.shown)):
                     self.heard.append(reply.heard)
         yield
@@ -169,28 +239,33 @@ class Session:
     ) -> Generator[None, None, Reply]:
         """Show a reply piece by piece while a thread writes it, and return it; what failed is raised."""
         conversation = self.conversations[name]
-        streamer = _StoppableStreamer(conversation.tokenizer, stop)
+        shown = self.shown[name]
+        streamer = self._streamer = _StoppableStreamer(conversation.tokenizer, stop)
+        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "drop_oldest": True}
 
         def say() -> Reply:
             with self.lock:
-                if stop.is_set():
-                    raise _Stopped
-                return conversation.say(audio, text, streamer=streamer, max_new_tokens=self.max_new_tokens)
+                streamer.check()
+                return conversation.say(audio, text, streamer=streamer, **how)
 
-        with ThreadPoolExecutor(1) as executor:
-            future = executor.submit(say)
-            future.add_done_callback(lambda _: streamer.text_queue.put(streamer.stop_signal))
-            written = ""
-            try:
-                for piece in filter(None, streamer):
-                    written += piece
-                    self.shown[name][-1]["content"] = written
-                    self.status = Status("busy", f"{name} is replying.")
-                    yield
-            except GeneratorExit:  # nobody listens any more
-                stop.set()
-                raise
-            return future.result()
+        streamer.check()
+        executor = ThreadPoolExecutor(1)
+        future = executor.submit(say)
+        executor.shutdown(wait=False)  # who stops does not wait for the model
+        future.add_done_callback(lambda _: streamer.wake())
+        written = ""
+        try:
+            for piece in filter(None, streamer):
+                streamer.check()
+                written += piece
+                shown[-1]["content"] = written
+                self.status = Status("busy", f"{name} is replying.")
+                yield
+        except GeneratorExit:  # nobody listens any more
+            stop.set()
+            raise
+        streamer.check()
+        return future.result()
 
 
 @contextmanager
@@ -221,7 +296,7 @@ class Page:
     """The page for some systems, as of [`Session`]; without Gradio an `ImportError` says what to install."""
 
     def __init__(self, systems: Starts, *, max_new_tokens: int = 128, channel: str = "mix"):
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}  # also not in the browser
         try:
             import gradio
         except ImportError as error:
@@ -230,18 +305,32 @@ class Page:
         self.systems = systems
         self.told: dict[str, Any] = {"max_new_tokens": max_new_tokens, "channel": channel}
         self.lock = threading.Lock()  # one model for all visitors
+        self.root_path = ""
         self.blocks = self._build()
 
-    def launch(self, *, host: str = "127.0.0.1", port: int | None = 7860, block: bool = True) -> str:
-        """Serve the page, on a free port if it is `None`, and return its URL; a port that is taken is an `OSError`."""
+    def launch(
+        self, *, host: str = "127.0.0.1", port: int = 7860, auth: tuple[str, str] | None = None, root_path: str = ""
+    ) -> str:
+        """Serve the page in threads, on a free port if it is 0, and return its URL; a taken port is an `OSError`.
+
+        `auth` is a user and a password to ask for, `root_path` the path under which a proxy serves the page.
+        """
         theme = self.gradio.themes.Base(
             primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"]
         )
-        where: dict[str, Any] = {"server_name": host, "server_port": port, "prevent_thread_lock": not block}
-        shut: dict[str, Any] = {"share": False, "ssr_mode": False, "quiet": True, "footer_links": []}
+        self.root_path = root_path.rstrip("/")
+        where: dict[str, Any] = {"server_name": host, "server_port": port or None, "prevent_thread_lock": True}
+        shut: dict[str, Any] = {"share": False, "ssr_mode": False, "quiet": True, "footer_links": [], "auth": auth}
         limits: dict[str, Any] = {"max_file_size": LARGEST_UPLOAD, "state_session_capacity": MOST_SESSIONS}
-        _, url, _ = self.blocks.launch(**where, **shut, **limits, theme=theme, css=CSS)
+        try:
+            _, url, _ = self.blocks.launch(**where, **shut, **limits, root_path=self.root_path, theme=theme, css=CSS)
+        except OSError as error:
+            raise OSError(f"Port {port} of {host} is not free. Give another one, or 0 for any that is.") from error
         return url
+
+    def wait(self) -> None:
+        """Serve until this process is interrupted."""
+        self.blocks.block_thread()
 
     def close(self) -> None:
         """Stop serving."""
@@ -251,23 +340,28 @@ class Page:
         gr = self.gradio
         with gr.Blocks(title="RE-LLM", analytics_enabled=False, delete_cache=DELETE_RECORDINGS_S) as blocks:
             session = gr.State(None)
-            gr.Markdown(f"# RE-LLM\n{ABOUT}")
+            gr.Markdown(f"# RE-LLM\n{ABOUT}", elem_classes="about")
             with gr.Row():
-                with gr.Column(scale=2, min_width=300):
-                    with gr.Row():
+                with gr.Column(scale=5, min_width=300, elem_classes="talk"):
+                    with gr.Row(elem_classes="systems"):
                         columns = [gr.Chatbot(label=name, **COLUMN) for name in self.systems]
                     status = gr.HTML()
-                    box = gr.MultimodalTextbox(label="Say something", placeholder="Type, record or upload", **AUDIO)
-                    reset = gr.Button("Reset")
-                with gr.Column(scale=1, min_width=280):
+                    gr.HTML('<p id="microphone" role="alert"></p>', elem_classes="microphone")
+                    box = gr.MultimodalTextbox(**BOX)
+                    with gr.Row():
+                        reset = gr.Button("Reset", size="sm", min_width=80)
+                        files = [
+                            gr.DownloadButton(f"Save {kind.upper()}", size="sm", min_width=80)
+                            for kind in ("json", "csv")
+                        ]
+                with gr.Column(scale=2, min_width=280):
                     emotion = gr.Label(label="Emotion in the last spoken turn")
-                    dimensions = gr.ScatterPlot(
-                        x="spoken turn", y="value", color="dimension", title="Dimensions, about 0 to 1", buttons=[]
-                    )
-            shown = [*columns, status, emotion, dimensions, box]
+                    trail = gr.HTML()
+            shown = [*columns, status, emotion, trail, *files, box]
             quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
             at_once = {**quiet, "queue": False}
             blocks.load(self._start, None, [session, *shown], **at_once)
+            blocks.load(None, js=MICROPHONE, **quiet)
             box.submit(self._talk, [session, box], shown, concurrency_limit=MOST_TURNS, **quiet)
             box.stop(_stop, session, None, **at_once)
             clears = [column.clear for column in columns]  # the bin in the corner of a column
@@ -298,36 +392,48 @@ class Page:
         return self._show(session, {"value": None})
 
     def _gone(self) -> list:
-        skips = [self.gradio.skip()] * (len(self.systems) + 4)
+        skips = [self.gradio.skip()] * (len(self.systems) + 6)
         skips[len(self.systems)] = _as_html(GONE)
         return skips
 
     def _show(self, session: Session, box: dict[str, Any]) -> list:
         gr = self.gradio
         busy = session.status.kind == "busy"
-        shown = session.shown.values()
         probabilities = session.heard[-1].probabilities if session.heard else {}
-        columns = ([{**turn, "content": escape(turn["content"])} for turn in turns] for turns in shown)
+        files = [None, None] if busy or not session.turns else self._save(session.turns)
         return [
-            *columns,
+            *([self._message(turn, replay=not n) for turn in turns] for n, turns in enumerate(session.shown.values())),
             _as_html(session.status),
             gr.Label(probabilities or None, visible=bool(probabilities)),
-            self._plot(session.heard),
+            _draw_trail(session.heard),
+            *(gr.DownloadButton(value=file, interactive=file is not None) for file in files),
             gr.MultimodalTextbox(submit_btn=not busy, stop_btn=busy, **box),
         ]
 
-    def _plot(self, heard: Sequence[Heard]) -> gradio.ScatterPlot:
+    def _message(self, turn: Mapping[str, Any], *, replay: bool) -> dict[str, Any]:
+        """Return a turn as Gradio shows it: its text, and its clip to hear again."""
+        content: list[Any] = [escape(turn["content"])]
+        if turn.get("clip") and replay:  # Gradio's own player comes with its Share button
+            address = f"{self.root_path}/gradio_api/file={quote(turn['clip'])}"
+            content.append(self.gradio.HTML(f'<audio controls preload="none" src="{address}"></audio>', padding=False))
+        return {"role": turn["role"], "content": content}
+
+    def _save(self, turns: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Write a conversation as JSON and as CSV among the recordings, and return the paths."""
         import pandas
 
+        folder = Path(tempfile.mkdtemp(dir=self.blocks.GRADIO_CACHE))
+        talk = [{**turn, "replies": {name: one.describe() for name, one in turn["replies"].items()}} for turn in turns]
         rows = [
-            {"spoken turn": str(turn), "dimension": name, "value": value}
-            for turn, clip in enumerate(heard, start=1)
-            for name, value in clip.dimensions.items()
+            {"turn": number, **{name: turn[name] for name in ("audio", "seconds", "text")}, "system": system}
+            | {"reply": reply.text, **(reply.heard.flatten() if reply.heard else {})}
+            for number, turn in enumerate(turns, start=1)
+            for system, reply in turn["replies"].items()
         ]
-        values = [0.0, 1.0, *(value for clip in heard for value in clip.dimensions.values())]
-        turns = [str(turn + 1) for turn in range(len(heard))]
-        limits: list[float | None] = [min(values) - 0.1, max(values) + 0.1]
-        return self.gradio.ScatterPlot(pandas.DataFrame(rows), y_lim=limits, sort=turns, visible=bool(rows))
+        names = [str(folder / f"conversation.{kind}") for kind in ("json", "csv")]
+        Path(names[0]).write_text(json.dumps({"turns": talk}, indent=2, ensure_ascii=False), encoding="utf-8")
+        pandas.DataFrame(rows).to_csv(names[1], index=False)
+        return names
 
 
 def _stop(session: Session | None) -> None:
@@ -339,3 +445,19 @@ def _as_html(status: Status) -> str:
     """Return one line; an error is announced at once by a screen reader."""
     role = "alert" if status.kind == "error" else "status"
     return f'<p class="{status.kind}" role="{role}">{escape(status.text)}</p>'
+
+
+def _draw_trail(heard: Sequence[Heard]) -> str:
+    """Return a table of what was heard, each number also as a bar: two that are alike hide nothing."""
+    if not heard:
+        return "<p>What is heard in a spoken turn stands here.</p>"
+    names = [*["emotion"] * (heard[-1].emotion is not None), *heard[-1].dimensions]
+    lines = [f"<tr>{''.join(f'<th>{name}</th>' for name in ('turn', *names))}</tr>"]
+    for number, clip in reversed(list(enumerate(heard, start=1))):
+        cells = {name: (f"{value:.2f}", value) for name, value in clip.dimensions.items()}
+        if clip.emotion is not None:
+            share = clip.probabilities[clip.emotion]
+            cells["emotion"] = (f"{escape(clip.emotion)} {share:.0%}", share)
+        drawn = (f'<td style="--share: {100 * cells[name][1]:.0f}%">{cells[name][0]}</td>' for name in names)
+        lines.append(f"<tr><th>{number}</th>{''.join(drawn)}</tr>")
+    return f'<table class="trail"><caption>Spoken turns, the last one first</caption>{"".join(lines)}</table>'

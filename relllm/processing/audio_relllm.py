@@ -460,8 +460,7 @@ def _check_duration(length: int, rate: int, name: str, limits: tuple[float, floa
         )
     if duration_s > longest_s:
         raise ValueError(
-            f"{name}: the audio lasts {duration_s:.1f} s, the limit is {longest_s:.1f} s. Cut it into shorter "
-            "clips, or raise `max_duration_s`."
+            f"{name}: the audio lasts {duration_s:.1f} s, the limit is {longest_s:.1f} s. Cut it into shorter clips."
         )
 
 

@@ -268,6 +268,24 @@ def test_a_turn_that_fails_is_not_in_the_text_conversation() -> None:
     assert conversation.messages == before
 
 
+def test_a_bare_llm_reads_no_more_than_it_can_and_older_turns_may_be_dropped() -> None:
+    llm = tiny_llm()
+    llm.config.max_position_embeddings = 200
+    conversation = TextConversation(llm, tiny_tokenizer())
+    conversation.say(text="Hello.", max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"the LLM reads 200\."):
+        conversation.say(text="a long story " * 9, max_new_tokens=100)
+    turn = conversation.say(text="a long story", max_new_tokens=90, drop_oldest=True)
+    alone = TextConversation(llm, conversation.tokenizer)
+    assert turn.dropped == 1 and turn.text == alone.say(text="a long story", max_new_tokens=90).text
+    assert conversation.messages == alone.messages
+
+
+def test_the_chat_says_that_older_turns_were_dropped(checkpoint) -> None:
+    output = chat(checkpoint, *["a long story " * 60] * 2)
+    assert output.count("RE-LLM: older turns were dropped (1).") == 1 and "not answered" not in output
+
+
 def test_a_line_that_is_not_utf8_is_said_and_named(checkpoint) -> None:
     lines = b"caf\xe9\nAnd you?\n"
     result = CliRunner().invoke(app, ["chat", checkpoint, "--device", "cpu", "--max-new-tokens", "4"], input=lines)

@@ -275,6 +275,21 @@ def test_a_conversation_longer_than_the_llm_reads_is_an_error_and_stays(model, p
     check_turns(model, processor, conversation, TURNS[1:2])
 
 
+def test_older_turns_are_dropped_where_that_is_allowed_and_the_rest_is_read_as_afresh(model, processor) -> None:
+    conversation = Conversation(model, processor)
+    told = ["a long story " * 20, "another one " * 25]
+    for audio, text in ((clip(0.5), told[0]), (clip(0.9), told[1]), (None, told[0]), (clip(2.7, seed=1), told[1])):
+        turn = conversation.say(audio, text, max_new_tokens=5, drop_oldest=True)
+        assert turn.text == reply_afresh(model, processor, conversation.messages[:-1])
+    assert turn.dropped and [one["role"] for one in conversation.messages[:2]] == ["system", "user"]
+    assert len(conversation.messages) == 1 + 2 * (4 - turn.dropped)
+    left = len(conversation.messages)
+    with pytest.raises(ValueError, match=r"This turn has \d+ positions .* the LLM reads 1024\."):
+        conversation.say(text="a long story " * 100, drop_oldest=True)
+    assert len(conversation.messages) == left
+    assert conversation.say(text="Hello.", max_new_tokens=5).dropped == 0
+
+
 def test_a_recurrent_state_is_not_gone_on_with() -> None:
     from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
