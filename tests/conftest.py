@@ -6,8 +6,9 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Read by the libraries when they are imported, so set first; inherited by the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +24,11 @@ import numpy as np
 import pytest
 from pictures import blank_pictures
 from processes import ForkServer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
 
 gc.disable()  # while the tests' modules are imported: nearly all of that stays
 FORK_SERVER = pytest.StashKey[ForkServer]()
@@ -59,12 +65,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         for accelerator in (torch.cuda, torch.mtia, torch.xpu):
             if not accelerator.is_available():  # each seeding would keep a stack trace for it: milliseconds a test
                 accelerator._lazy_call = lambda *_, **__: None
+        for name in ("uniform_", "normal_", "kaiming_uniform_"):  # a sixth of the time that a checkpoint takes to load
+            setattr(torch.nn.init, name, unless_on_meta(getattr(torch.nn.init, name)))
     if imports := sys.modules.get("accelerate.utils.imports"):  # it reads a package's metadata at each question
         imports._is_package_available = functools.cache(imports._is_package_available)
     gc.enable()
     gc.freeze()
     if any("fork_server" in getattr(item, "fixturenames", ()) for item in session.items):
         session.config.stash[FORK_SERVER] = ForkServer()
+
+
+def unless_on_meta(draw: Callable[..., "Tensor"]) -> Callable[..., "Tensor"]:
+    """Draw no values for a weight that has none, in which PyTorch takes long: a model is laid out so to be loaded."""
+    return lambda tensor, *args, **options: tensor if tensor.is_meta else draw(tensor, *args, **options)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -76,6 +89,22 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def fork_server(request: pytest.FixtureRequest) -> ForkServer:
     """Starts processes that have done the imports already."""
     return request.config.stash[FORK_SERVER]
+
+
+@pytest.fixture(scope="module")
+def model() -> "ReLLMForConditionalGeneration":
+    """A tiny ReLLM that the tests of a file share, and leave as it is."""
+    from tiny_models import tiny_model
+
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def processor() -> "ReLLMProcessor":
+    """Its processor, on the same terms."""
+    from tiny_models import tiny_processor
+
+    return tiny_processor()
 
 
 @pytest.fixture

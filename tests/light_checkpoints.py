@@ -18,12 +18,20 @@ def save_towers(
     vocab_size: int = 320,
     dtype: torch.dtype = torch.float32,
     text_dtype: torch.dtype = torch.float32,
+    audio_token: bool = True,
 ) -> Path:
     tiny_speech_tower(speech).to(dtype).save_pretrained(folder / "speech")
     tiny_emotion_tower().to(dtype).save_pretrained(folder / "emotion")
     tiny_llm(tied=tied, vocab_size=vocab_size).to(text_dtype).save_pretrained(folder / "llm")
-    tiny_tokenizer().save_pretrained(folder / "llm")
+    tiny_tokenizer(audio_token=audio_token).save_pretrained(folder / "llm")
     return folder
+
+
+def tower_settings(folder: Path) -> dict[str, str]:
+    """Towers in a folder, the tokenizer as an LLM has it, by the names of the settings of a run."""
+    save_towers(folder, audio_token=False)
+    names = {"audio_tower": "speech", "emotion_tower": "emotion", "text_model": "llm"}
+    return {setting: str(folder / name) for setting, name in names.items()}
 
 
 def build(folder: Path, *, lora: dict | None = LORA, **options) -> ReLLMForConditionalGeneration:

@@ -31,16 +31,6 @@ from relllm.processing.turns_relllm import build_chat_template
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
-
-
-@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, model, processor) -> str:
     folder = tmp_path_factory.mktemp("re-llm")
     model.save_pretrained(folder)

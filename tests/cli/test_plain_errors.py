@@ -90,13 +90,15 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("command", ["train", "train-emotion", "plan"])
-@pytest.mark.parametrize(("recipe", "message"), WRONG.values(), ids=WRONG.keys())
-def test_a_recipe_with_a_wrong_line_is_named(tmp_path: Path, recipe: str, message: str, command: str) -> None:
+OF_ALL = [(command, case) for command in ("train", "train-emotion", "plan") for case in WRONG]
+OF_ALL.remove(("train-emotion", "a name for a list"))  # none of its settings is a list of its own
+
+
+@pytest.mark.parametrize(("command", "case"), OF_ALL)
+def test_a_recipe_with_a_wrong_line_is_named(tmp_path: Path, command: str, case: str) -> None:
+    recipe, message = WRONG[case]
     if command == "train-emotion":
         recipe, message = recipe.replace("lora_r", "num_layers"), message.replace("lora_r", "num_layers")
-        if "unfreeze" in recipe:
-            pytest.skip("it has no such setting")
     (tmp_path / "recipe.yaml").write_text(recipe + "\n")
     status, line = said(command, "--config", str(tmp_path / "recipe.yaml"))
     assert status == 2 and message in line and f"relllm {command}: " in line

@@ -11,7 +11,7 @@ from tiny_models import LLM_FAMILIES, clip, tiny_config, tiny_model, tiny_proces
 from transformers import AutoConfig
 from transformers.generation.streamers import BaseStreamer
 
-from relllm import ReLLMConfig, ReLLMForConditionalGeneration, ReLLMProcessor
+from relllm import ReLLMConfig, ReLLMProcessor
 from relllm.inference.conversation import Conversation
 from relllm.inference.replies import hear
 from relllm.processing.processing_relllm import SANITIZES
@@ -25,16 +25,6 @@ TURNS = (
     (None, "Thank you."),
 )
 REPLY = "You sound upset. Do you want to talk about it?"
-
-
-@pytest.fixture(scope="module")
-def model() -> ReLLMForConditionalGeneration:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def processor() -> ReLLMProcessor:
-    return tiny_processor()
 
 
 def reply_afresh(model, processor, messages: list[dict], **options) -> str:

@@ -4,22 +4,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tiny_models import clip, tiny_config, tiny_model, tiny_processor
+from tiny_models import clip, tiny_config, tiny_processor
 from transformers import TextStreamer
 from typer.testing import CliRunner
 
 from relllm.cli import app
 from relllm.inference.replies import hear, reply
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 @pytest.fixture(scope="module")

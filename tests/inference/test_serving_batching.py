@@ -4,7 +4,9 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import openai
 import pytest
@@ -29,16 +31,6 @@ from relllm.inference.server import app, engine
 
 CLIPS = [clip(0.3 + 0.25 * index, seed=index) for index in range(6)]
 CONVERSATIONS = [([user(f"Number {index}. " * (1 + index), CLIPS[index])], [CLIPS[index]]) for index in range(6)]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 def together(number: int) -> BatchSettings:
@@ -76,6 +68,20 @@ def gate(model):
     yield gate
     gate.open.set()
     gate.handle.remove()
+
+
+@contextmanager
+def busy(model, processor, gate: Gate, **settings: int) -> Iterator[tuple]:
+    """A server of one request at a time, a client, threads to ask from, and the request that the gate holds."""
+    batches = BatchSettings(max_batch_size=1, **settings)
+    with (
+        serving(model, processor, settings=batches) as running,
+        running.client() as client,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        first = pool.submit(ask, client, CONVERSATIONS[0][0])
+        assert gate.reached.wait(10)
+        yield running, client, pool, first
 
 
 def test_a_batch_answers_as_each_request_alone(model, processor) -> None:
@@ -195,31 +201,20 @@ def test_a_client_that_goes_takes_nothing_from_the_rest_of_its_batch(model, proc
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(model, processor, gate) -> None:
-    settings = BatchSettings(max_batch_size=1, max_queue=2)
-    with serving(model, processor, settings=settings) as running, running.client() as client:
-        with ThreadPoolExecutor(3) as pool:
-            first = pool.submit(ask, client, CONVERSATIONS[0][0])
-            assert gate.reached.wait(10)
-            waiting = [pool.submit(ask, client, CONVERSATIONS[0][0]) for _ in range(2)]
-            wait_until(lambda: running.num_waiting == 2)
-            with pytest.raises(openai.RateLimitError, match="2 requests wait") as refused:
-                ask(client, CONVERSATIONS[0][0])
-            assert int(refused.value.response.headers["retry-after"]) >= 1
-            assert refused.value.code == "queue_full"
-            gate.open.set()
-            answers = [each.result().choices[0].message.content for each in (first, *waiting)]
+    with busy(model, processor, gate, max_queue=2) as (running, client, pool, first):
+        waiting = [pool.submit(ask, client, CONVERSATIONS[0][0]) for _ in range(2)]
+        wait_until(lambda: running.num_waiting == 2)
+        with pytest.raises(openai.RateLimitError, match="2 requests wait") as refused:
+            ask(client, CONVERSATIONS[0][0])
+        assert int(refused.value.response.headers["retry-after"]) >= 1
+        assert refused.value.code == "queue_full"
+        gate.open.set()
+        answers = [each.result().choices[0].message.content for each in (first, *waiting)]
         assert len(set(answers)) == 1 and answers[0]
 
 
 def test_a_client_that_leaves_the_queue_gives_its_place_back(model, processor, gate) -> None:
-    settings = BatchSettings(max_batch_size=1, max_queue=1)
-    with (
-        serving(model, processor, settings=settings) as running,
-        running.client() as client,
-        ThreadPoolExecutor(2) as pool,
-    ):
-        first = pool.submit(ask, client, CONVERSATIONS[0][0])
-        assert gate.reached.wait(10)
+    with busy(model, processor, gate, max_queue=1) as (running, client, pool, first):
         with pytest.raises(openai.APITimeoutError):
             ask(client.with_options(timeout=0.5), CONVERSATIONS[0][0])
         wait_until(lambda: running.num_waiting == 0)
@@ -384,14 +379,7 @@ def test_a_stream_that_waits_says_so_and_is_read_as_ever(model, processor, gate,
     head = (
         f"POST /v1/chat/completions HTTP/1.1\nHost: x\nContent-Type: application/json\nContent-Length: {len(body)}\n\n"
     )
-    settings = BatchSettings(max_batch_size=1)
-    with (
-        serving(model, processor, settings=settings) as running,
-        running.client() as client,
-        ThreadPoolExecutor(2) as pool,
-    ):
-        first = pool.submit(ask, client, CONVERSATIONS[0][0])
-        assert gate.reached.wait(10)
+    with busy(model, processor, gate) as (running, client, pool, first):
         with socket.create_connection(("127.0.0.1", running.port), timeout=10) as queued:
             queued.sendall(head.replace("\n", "\r\n").encode() + body)
             seen = b""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from served import NAME, as_read, audio_file, clip, clip_part, own_conversation, reply_alone, serving, user
-from tiny_models import conversation_inputs, tiny_model, tiny_processor
+from tiny_models import conversation_inputs
 
 from relllm.inference.replies import hear, reply
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
@@ -26,16 +26,6 @@ CONVERSATIONS = {
         CLIPS,
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 @pytest.fixture(scope="module")

@@ -49,16 +49,6 @@ def no_loops_left_open() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
-
-
-@pytest.fixture(scope="module")
 def systems(model, processor) -> Starts:
     bare = tiny_config(fusion="none")
     second, its_processor = tiny_model(bare), tiny_processor(bare)

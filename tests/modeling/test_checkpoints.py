@@ -39,11 +39,6 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
 @pytest.fixture(scope="module")
-def model() -> ReLLMForConditionalGeneration:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
 def inputs() -> dict[str, Tensor]:
     return dict(conversation_inputs(tiny_processor(), list(CONVERSATIONS)))
 

@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from relllm import ReLLMForConditionalGeneration
-
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def model() -> ReLLMForConditionalGeneration:
-    return tiny_model()
 
 
 @pytest.fixture(scope="module")

@@ -34,11 +34,6 @@ CONVERSATIONS = (
 
 
 @pytest.fixture(scope="module")
-def model() -> ReLLMForConditionalGeneration:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
 def inputs() -> dict[str, Tensor]:
     return dict(conversation_inputs(tiny_processor(), list(CONVERSATIONS)))
 

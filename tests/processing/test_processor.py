@@ -36,11 +36,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_paddi
 AUDIO = "<|audio|>"
 
 
-@pytest.fixture(scope="module")
-def processor() -> ReLLMProcessor:
-    return tiny_processor()
-
-
 def wav_bytes(samples: np.ndarray, rate: int = RATE) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, rate, subtype="FLOAT", format="WAV")

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 from datasets import Dataset
-from tiny_models import audio_part, clip, tiny_emotion_tower, tiny_processor
+from tiny_models import audio_part, clip, tiny_emotion_tower
 from torch.utils.data import DataLoader
 from trainers import make_rows, make_trainer
 
@@ -31,11 +31,6 @@ ALL_EFFECTS = {
     "augment_codec": ["mp3", "opus", "ulaw"],
 }
 QUICK = {"augment_speed": [0.8, 1.2], "augment_noise_snr_db": [5, 30], "augment_probability": 0.7}
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 def augmentation(seed: int = 3, **settings) -> Augmentation:

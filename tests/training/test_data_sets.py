@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 from datasets import Dataset, concatenate_datasets
+from light_checkpoints import tower_settings
 from processes import ForkServer
-from tiny_models import clip, tiny_emotion_tower, tiny_llm, tiny_processor, tiny_speech_tower, tiny_tokenizer
+from tiny_models import clip, tiny_processor
 from trainers import make_rows, make_trainer
 
 from relllm.data.loading import load_corpus
@@ -48,13 +49,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("towers")
-    tiny_speech_tower("whisper").save_pretrained(folder / "speech")
-    tiny_emotion_tower().save_pretrained(folder / "emotion")
-    tiny_llm().save_pretrained(folder / "llm")
-    tiny_tokenizer(audio_token=False).save_pretrained(folder / "llm")
-    names = {"audio_tower": "speech", "emotion_tower": "emotion", "text_model": "llm"}
-    return {setting: str(folder / name) for setting, name in names.items()}
+    return tower_settings(tmp_path_factory.mktemp("towers"))
 
 
 def arguments(towers: dict[str, str], folder: Path, recipe: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_config, tiny_model, tiny_processor
+from tiny_models import tiny_config, tiny_model
 from trainers import LORA, make_rows, make_trainer, step_of
 
 from relllm import ReLLMSFTConfig
@@ -29,11 +29,6 @@ class Card:
     free: float = 100e9
     tried: list[tuple[int, bool]] = dataclasses.field(default_factory=list)
     tasks: list[int] = dataclasses.field(default_factory=list)  # of all rows, where there are several
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from light_checkpoints import tower_settings
+from pictures import blank_pictures
 from processes import ForkServer, run_command
-from tiny_models import tiny_emotion_tower, tiny_llm, tiny_speech_tower, tiny_tokenizer
 from typer.testing import CliRunner
 
 from relllm import ReLLMConfig
@@ -44,13 +45,7 @@ def read(name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("towers")
-    tiny_speech_tower("whisper").save_pretrained(folder / "speech")
-    tiny_emotion_tower().save_pretrained(folder / "emotion")
-    tiny_llm().save_pretrained(folder / "llm")
-    tiny_tokenizer(audio_token=False).save_pretrained(folder / "llm")
-    names = {"audio_tower": "speech", "emotion_tower": "emotion", "text_model": "llm"}
-    return {setting: str(folder / name) for setting, name in names.items()}
+    return tower_settings(tmp_path_factory.mktemp("towers"))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -167,7 +162,8 @@ def smoke_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = ["--train-clips", "4", "--validation-clips", "1", "--test-clips", "1", "--num-proc", "1"]
     for arguments in (["tiny-towers", "--out", "tiny-towers"], ["synthetic", "--out", "synthetic", *sizes]):
         arguments[2] = str(folder / "data" / arguments[2])
-        assert CliRunner().invoke(app, ["prepare", *arguments]).exit_code == 0
+        with blank_pictures():
+            assert CliRunner().invoke(app, ["prepare", *arguments]).exit_code == 0
     return folder
 
 

@@ -11,15 +11,14 @@ import pytest
 import soundfile
 import torch
 from datasets import disable_progress_bars
+from light_checkpoints import tower_settings
 from safetensors.torch import load_file
 from tiny_models import (
     clip,
     tiny_config,
-    tiny_emotion_tower,
     tiny_llm,
     tiny_model,
     tiny_processor,
-    tiny_speech_tower,
     tiny_tokenizer,
 )
 from transformers.integrations import deepspeed
@@ -48,14 +47,7 @@ REPLIES = ("I am so sorry to hear that.", "That is wonderful news!")
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Tiny towers on disk, by the names of the settings."""
-    folder = tmp_path_factory.mktemp("towers")
-    tiny_speech_tower("whisper").save_pretrained(folder / "speech")
-    tiny_emotion_tower().save_pretrained(folder / "emotion")
-    tiny_llm().save_pretrained(folder / "llm")
-    tiny_tokenizer(audio_token=False).save_pretrained(folder / "llm")
-    names = {"audio_tower": "speech", "emotion_tower": "emotion", "text_model": "llm"}
-    return {setting: str(folder / name) for setting, name in names.items()}
+    return tower_settings(tmp_path_factory.mktemp("towers"))
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +93,7 @@ def args_of(folder: Path, **changes: object) -> ReLLMSFTConfig:
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
+        "log_completions": 0,
         "dataloader_pin_memory": False,
     }
     return ReLLMSFTConfig(output_dir=str(folder), **{**quick, **changes})

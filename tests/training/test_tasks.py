@@ -25,11 +25,6 @@ from relllm.training.tasks import GIVEN_TASK, TaskMix, TaskRows
 MIX = {"reply": 1.0, "recognition": 0.5, "transcription": 0.25}
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
-
-
 def mix(weights: dict[str, float] = MIX, **options: object) -> TaskMix:
     return TaskMix(weights, **{"seed": 0, **options})
 

@@ -16,11 +16,6 @@ from relllm.training.lengths import row_length
 from relllm.training.objective import TARGETS
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
-
-
 def test_labels_are_the_reply_and_its_end_and_nothing_else(tmp_path, processor):
     rows = make_rows(tmp_path, 3)
     batch = ReLLMCollator(processor, EMOTIONS)(rows)

@@ -21,11 +21,6 @@ from relllm.training.objective import RunningMeans, keep_labels
 NAMES = ("ua", "wa", "macro_f1", "ccc_arousal", "ccc_dominance", "ccc_valence")
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
-
-
 def expected_metrics(rows: list[dict], processor) -> dict[str, float]:
     """By the package's evaluation, from one forward pass of the model over all rows at once."""
     model = tiny_model(lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.0})

@@ -7,19 +7,13 @@ import pytest
 import soundfile
 import torch
 from datasets import Audio, Dataset, IterableDataset
-from tiny_models import audio_part, clip, text_part, tiny_config, tiny_model, tiny_processor
+from tiny_models import audio_part, clip, text_part, tiny_config, tiny_model
 from trainers import LORA, make_rows, make_trainer, step_of
 
 from relllm import EMOTIONS, ReLLMForConditionalGeneration, ReLLMSFTTrainer
 from relllm.training.collator import ReLLMCollator
 from relllm.training.freezing import trainable_table
 from relllm.training.lengths import clip_duration, row_length, row_lengths
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
-
 
 # Grouped by length
 
