@@ -217,7 +217,12 @@ def read_flags(name: str, capsys: pytest.CaptureFixture) -> set[str]:
         return {flag.replace("_", "-") for flag in re.findall(r"--([\w-]+)", capsys.readouterr().out)} | {"out"}
     command = typer.main.get_command(app).commands[name]
     parts = [command, *getattr(command, "commands", {}).values()]
-    return {opt.removeprefix("--").replace("_", "-") for part in parts for param in part.params for opt in param.opts}
+    return {
+        opt.removeprefix("--").replace("_", "-")
+        for part in parts
+        for param in part.params
+        for opt in [*param.opts, *param.secondary_opts]
+    }
 
 
 def parse(arguments: list[str]) -> None:
