@@ -60,7 +60,7 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
         if dataclasses.is_dataclass(kind):
             settings[parameter.name] = typing.cast(type, kind)
             own = typing.get_type_hints(kind, include_extras=True)
-            parameters += [_parameter(field, own[field.name]) for field in dataclasses.fields(kind) if field.init]
+            parameters += [_parameter(field, own[field.name]) for field in dataclasses.fields(kind)]
         else:
             parameters.append(parameter.replace(annotation=kind))
 
@@ -68,9 +68,7 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
         root = context.find_root()
         root.params["debug"] = debug or root.params.get("debug", False)
         for name, kind in settings.items():
-            own = {
-                field.name: _split(given.pop(field.name), field) for field in dataclasses.fields(kind) if field.init
-            }
+            own = {field.name: _split(given.pop(field.name), field) for field in dataclasses.fields(kind)}
             try:
                 given[name] = kind(**own)
             except ValueError as error:
@@ -82,7 +80,8 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
             goes_on = re.search(r"[^.;]*the same command goes on[^.;]*", function.__doc__ or "")
             raise KeyboardInterrupt(f"{goes_on[0]}." if goes_on else "") from error
         except OSError as error:
-            ids = [place for name in settings for place in _places_elsewhere(given[name])]
+            places = [place for name in settings for place, _ in _places(given[name])]
+            ids = [place for place in places if not os.path.exists(os.path.expanduser(place))]
             if "huggingface.co" not in str(error) or not ids:
                 raise
             raise OSError(f"{' or '.join(ids)}: no folder here, and of the Hub: {error}") from error
@@ -156,27 +155,25 @@ def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def _print_line(text: str) -> None:
-    line = " ".join(text.split())
-    messages.print(line, style="red")
+    messages.print(" ".join(text.split()), style="red")
 
 
 def _check_places(settings: Any) -> None:
     """Look for the device, checkpoints and data that settings name; `{fold}` in a name stands for several."""
     if (device := getattr(settings, "device", "auto")) != "auto":
         check_device(device)
-    for field in dataclasses.fields(settings):
-        kind, value = field.metadata.get("place"), getattr(settings, field.name)
-        if value is not None and kind in HOLDS and "{" not in str(value):
-            check_place(value, holds=HOLDS[kind])
-        elif kind == "dataset" and value is not None:
-            check_place(value, repo_type="dataset")
+    for place, kind in _places(settings):
+        if kind == "dataset":
+            check_place(place, repo_type="dataset")
+        elif "{" not in place:
+            check_place(place, holds=HOLDS[kind])
 
 
-def _places_elsewhere(settings: Any) -> list[str]:
-    """Return what settings name that is not on this machine: ids of the Hub."""
-    names = [field.name for field in dataclasses.fields(settings) if "place" in field.metadata]
-    places = [str(place) for name in names if (place := getattr(settings, name)) is not None]
-    return [place for place in places if not os.path.exists(os.path.expanduser(place))]
+def _places(settings: Any) -> list[tuple[str, str]]:
+    """Return each place that settings name, with what is to be there."""
+    fields = [field for field in dataclasses.fields(settings) if "place" in field.metadata]
+    places = [(getattr(settings, field.name), field.metadata["place"]) for field in fields]
+    return [(str(place), kind) for place, kind in places if place is not None]
 
 
 def check_device(device: str) -> None:
@@ -232,7 +229,6 @@ def _is_tuple(kind: Any) -> bool:
 
 def _split(value: Any, field: dataclasses.Field) -> Any:
     """Make a tuple of what was written with commas; return anything else as it is."""
-    hint = field.type if isinstance(field.type, str) else str(field.type)
-    if isinstance(value, str) and "tuple[" in hint:
+    if isinstance(value, str) and "tuple[" in str(field.type):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value

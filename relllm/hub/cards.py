@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from relllm.data.journal import write_json
+from relllm.data.journal import write_json, write_whole
 from relllm.data.membership import read_training_record
 from relllm.evaluation.fingerprints import model_fingerprint
 
@@ -60,9 +60,8 @@ def write_model_card(settings: CardSettings) -> Path:
     (model / EVIDENCE_NAME).unlink(missing_ok=True)
     if public:
         write_json({"format": EVIDENCE_FORMAT, "fingerprint": fingerprint, "runs": public}, model / EVIDENCE_NAME)
-    partial = card_path.with_name("README.md.partial")
-    partial.write_text(re.sub(r"\n{3,}", "\n\n", str(card)), encoding="utf-8")  # of conditions that were not met
-    partial.replace(card_path)
+    with write_whole(card_path) as partial:
+        partial.write_text(re.sub(r"\n{3,}", "\n\n", str(card)), encoding="utf-8")  # of conditions that were not met
     return card_path
 
 
