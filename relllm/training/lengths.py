@@ -85,8 +85,8 @@ def check_clip_limits(splits: Iterable[object], shortest_s: float, longest_s: fl
     for rows in splits:
         if not isinstance(rows, Dataset) or "duration_s" not in rows.column_names:
             continue
-        times = enumerate(rows["duration_s"])
-        beyond = [place for place, time in times if time is not None and not shortest_s <= time <= longest_s]
+        times = [time if isinstance(time, float | int) else shortest_s for time in rows["duration_s"]]
+        beyond = [place for place, time in enumerate(times) if time < shortest_s or time > longest_s]
         if beyond:
             first = ", ".join(str(rows[place].get("id", place)) for place in beyond[:3])
             raise ValueError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from light_checkpoints import tower_settings
 from safetensors.torch import load_file
 from tiny_models import (
@@ -38,6 +38,7 @@ from relllm.training.building import build_config, build_model, four_bit_config
 from relllm.training.checkpoints import RECORD_NAME, RunComplete, begin_run, checkpoint_to_resume
 from relllm.training.config import ReLLMScriptArguments, ReLLMSFTConfig
 from relllm.training.freezing import lora_counts_as_adapter
+from relllm.training.lengths import check_clip_limits
 from relllm.training.run import parse_arguments, run_training
 
 disable_progress_bars()
@@ -382,6 +383,14 @@ def test_the_classes_are_those_of_the_data_and_are_checked_before_a_model_is_loa
     (other / "metadata.jsonl").write_text(table.replace('"sad"', '"fear"'))
     with pytest.raises(ValueError, match="'fear' in 3 .rows 0, 3, 6"):
         run_training(settings_of({"model_name_or_path": run}, str(other)), args_of(tmp_path / "d"))
+
+
+def test_a_duration_that_is_no_number_is_not_known() -> None:
+    numbers = Dataset.from_dict({"id": ["a", "b", "c"], "duration_s": [1.0, None, float("nan")]})
+    check_clip_limits([numbers, Dataset.from_dict({"duration_s": ["900", ""]}), None], 0.1, 600)
+    for time in (0.05, 900.0):
+        with pytest.raises(ValueError, match=r"1 clips do not last 0.1 to 600 s, .*rows 0"):
+            check_clip_limits([Dataset.from_dict({"duration_s": [time, 1.0]})], 0.1, 600)
 
 
 def test_an_evaluation_in_half_precision_rounds_nothing_that_is_saved_and_no_card_is_written(
