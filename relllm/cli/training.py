@@ -24,18 +24,7 @@ def train(context: typer.Context) -> None:
 
     Example: relllm train --config recipes/stage2_emotion.yaml --data data/iemocap/targets.jsonl --out runs/iemocap
     """
-    if _asks_help(context):
-        return _show_help("run", "parse_arguments")
-    from relllm.training.checkpoints import RunComplete
-    from relllm.training.run import parse_arguments, run_training
-
-    try:
-        trainer = run_training(*parse_arguments(context.args))
-    except RunComplete as complete:
-        console.print(str(complete))
-        return
-    if trainer.is_world_process_zero():
-        console.print(f"The model and its processor are in {trainer.args.output_dir}.")
+    _run(context, "run", ("parse_arguments", "run_training"), "The model and its processor are in")
 
 
 @app.command("train-emotion", context_settings=PASSED_ON)
@@ -44,18 +33,7 @@ def train_emotion(context: typer.Context) -> None:
 
     Example: relllm train-emotion --model_name_or_path microsoft/wavlm-large --data data/msp --output_dir runs/tower
     """
-    if _asks_help(context):
-        return _show_help("emotion_training", "parse_emotion_arguments")
-    from relllm.training.checkpoints import RunComplete
-    from relllm.training.emotion_training import parse_emotion_arguments, run_emotion_training
-
-    try:
-        trainer = run_emotion_training(*parse_emotion_arguments(context.args))
-    except RunComplete as complete:
-        console.print(str(complete))
-        return
-    if trainer.is_world_process_zero():
-        console.print(f"The tower is in {trainer.args.output_dir}.")
+    _run(context, "emotion_training", ("parse_emotion_arguments", "run_emotion_training"), "The tower is in")
 
 
 @app.command("train-text", context_settings=PASSED_ON)
@@ -64,18 +42,7 @@ def train_text(context: typer.Context) -> None:
 
     Example: relllm train-text --config recipes/text_only.yaml --data data/iemocap/targets.jsonl --out runs/text
     """
-    if _asks_help(context):
-        return _show_help("baselines.text_training", "parse_text_arguments")
-    from relllm.training.baselines.text_training import parse_text_arguments, run_text_training
-    from relllm.training.checkpoints import RunComplete
-
-    try:
-        trainer = run_text_training(*parse_text_arguments(context.args))
-    except RunComplete as complete:
-        console.print(str(complete))
-        return
-    if trainer.is_world_process_zero():
-        console.print(f"The adapter is in {trainer.args.output_dir}.")
+    _run(context, "baselines.text_training", ("parse_text_arguments", "run_text_training"), "The adapter is in")
 
 
 @app.command(context_settings=PASSED_ON)
@@ -93,6 +60,22 @@ def plan(context: typer.Context) -> None:
 
     if not run_plan(*parse_plan(context.args), console):
         raise typer.Exit(1)
+
+
+def _run(context: typer.Context, module: str, names: tuple[str, str], what: str) -> None:
+    """Parse, train and say where the result is, by the functions of a module; or print the settings."""
+    if _asks_help(context):
+        return _show_help(module, names[0])
+    from relllm.training.checkpoints import RunComplete
+
+    parse, run = (getattr(import_module(f"relllm.training.{module}"), name) for name in names)
+    try:
+        trainer = run(*parse(context.args))
+    except RunComplete as complete:
+        console.print(str(complete))
+        return
+    if trainer.is_world_process_zero():
+        console.print(f"{what} {trainer.args.output_dir}.")
 
 
 def _asks_help(context: typer.Context) -> bool:

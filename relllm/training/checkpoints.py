@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerState
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import logging
@@ -91,17 +91,35 @@ def begin_run(output_dir: Path, identity: Mapping[str, object], resume: str) -> 
     return checkpoint
 
 
-def end_run(output_dir: Path, identity: Mapping[str, object], state: TrainerState) -> None:
-    """Write how far a run went, with which it is complete."""
-    write_json({**identity, "steps_done": state.global_step, "epochs_done": state.epoch}, output_dir / RECORD_NAME)
+def complete_run(trainer: Trainer, identity: Mapping[str, object], checkpoint: str | None) -> None:
+    """Train, from a checkpoint if any, save, push, evaluate, and write how far it went, which says that it is done."""
+    is_main = trainer.is_world_process_zero()
+    if checkpoint is not None and is_main:
+        print(f"Going on from {checkpoint}.", flush=True)
+    trainer.save_metrics("train", trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    trainer.save_state()
+    trainer.save_model()  # before the evaluation, which `bf16_full_eval` rounds the weights for
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.eval_dataset is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    if is_main:
+        done = {"steps_done": trainer.state.global_step, "epochs_done": trainer.state.epoch}
+        write_json({**identity, **done}, Path(trainer.args.output_dir) / RECORD_NAME)
 
 
-def describe_data(
+def describe_training(
     script: RowsSettings,
     train_rows: Dataset | IterableDataset,
     eval_rows: Dataset | IterableDataset | dict[str, Dataset] | None,
+    places: Mapping[str, str],
+    revision: str = "main",
 ) -> dict[str, object]:
-    """Return which rows a run reads, by names and fingerprints, for its record; streamed rows have no fingerprint."""
+    """Return which rows a run reads and what it starts from, by names and fingerprints, for its record.
+
+    Streamed rows have no fingerprint. `places` are checkpoints by their settings, `revision` that of
+    `model_name_or_path`.
+    """
     record: dict[str, object] = {
         name: value
         for name in ("data", "train_split", "held_out", "eval_data", "eval_split")
@@ -121,7 +139,10 @@ def describe_data(
             record[f"{name}_fingerprint"] = rows_fingerprint(rows, columns)
             if (digest := audio_fingerprint(rows)) is not None:
                 record[f"{name}_audio_fingerprint"] = digest
-    return record
+    for name, place in places.items():
+        source = {"name": place, "revision": revision if name == "model_name_or_path" else None}
+        record[f"{name}_fingerprint"] = source_fingerprint(source)
+    return record | describe_seen(script, train_rows, eval_rows, places, revision)
 
 
 def _without_folder(place: object) -> object:
@@ -129,16 +150,6 @@ def _without_folder(place: object) -> object:
     if isinstance(place, list):
         return [{**one, "name": _without_folder(one["name"])} for one in place]
     return Path(str(place)).name if os.path.exists(str(place)) else place
-
-
-def describe_weights(places: Mapping[str, str], revision: str) -> dict[str, str]:
-    """Return the fingerprint of each checkpoint that a run starts from; `revision` is that of `model_name_or_path`."""
-    return {
-        f"{name}_fingerprint": source_fingerprint(
-            {"name": place, "revision": revision if name == "model_name_or_path" else None}
-        )
-        for name, place in places.items()
-    }
 
 
 def describe_seen(

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -31,22 +31,38 @@ LOSS_WEIGHTS = ("response_loss_weight", "emotion_loss_weight", "dimension_loss_w
 
 
 @dataclass
-class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
-    """`trl.SFTConfig` with RE-LLM's losses; the defaults that differ from TRL's are the paper's recipe."""
+class PaperConfig(SFTConfig):
+    """`trl.SFTConfig` with the paper's optimisation; without a GPU in float32."""
 
     learning_rate: float = setting(2e-5, "Peak learning rate (paper: 2e-5).")
-    projector_learning_rate: float | None = setting(None, "Peak of the projector's; by default learning_rate.")
-    heads_learning_rate: float | None = setting(None, "Peak of the emotion and dimension heads'; likewise.")
     weight_decay: float = setting(0.05, "AdamW's weight decay (paper: 0.05).")
     warmup_steps: float = setting(200, "Warm-up steps (paper: 200).")
     num_train_epochs: float = setting(3.0, "Epochs (paper: 3).")
     per_device_train_batch_size: int = setting(2, "Rows a device and step (paper: 2); auto: as many as fit.")
     gradient_accumulation_steps: int = setting(8, "Steps an update (paper: 8).")
+    loss_type: str = setting("nll", "Of the response; TRL before 1.16 defaults to another.")
+
+    def __post_init__(self) -> None:
+        bf16: bool | None = self.bf16  # type: ignore[has-type]
+        if bf16 is None and not torch.cuda.is_available():
+            self.bf16 = False  # TRL's default is True, which on a CPU is several times slower than float32
+        super().__post_init__()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the token: the trainer pickles its settings to `training_args.bin`, which a push sends along."""
+        return {**self.__dict__, "hub_token": None}
+
+
+@dataclass
+class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, PaperConfig):
+    """`trl.SFTConfig` with RE-LLM's losses; the defaults that differ from TRL's are the paper's recipe."""
+
+    projector_learning_rate: float | None = setting(None, "Peak of the projector's; by default learning_rate.")
+    heads_learning_rate: float | None = setting(None, "Peak of the emotion and dimension heads'; likewise.")
     rows_per_update: int | None = setting(
         None, "Rows an update, of all devices together; with per_device_train_batch_size: auto 16 (paper)."
     )
     max_length: int | None = setting(None, "Must stay unset: a cut would go through audio.")
-    loss_type: str = setting("nll", "Of the response; TRL before 1.16 defaults to another.")
     emotion_loss_weight: float = setting(1.0, "Weight of the emotion cross-entropy; 0: the loss is not computed.")
     dimension_loss_weight: float = setting(1.0, "Weight of the dimension loss.")
     dimension_loss: Literal["mse", "ccc"] = setting("mse", "mse (paper), or ccc: 1 - concordance of the micro-batch.")
@@ -71,9 +87,6 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
     log_completions: int = setting(4, "Rows of each evaluation that are replied to, printed and logged; 0 for none.")
 
     def __post_init__(self) -> None:
-        bf16: bool | None = self.bf16  # type: ignore[has-type]
-        if bf16 is None and not torch.cuda.is_available():
-            self.bf16 = False  # TRL's default is True, which on a CPU is several times slower than float32
         self._share_update()
         super().__post_init__()
         for name in LOSS_WEIGHTS:
@@ -94,12 +107,7 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
         if self.tasks is not None:
             self.tasks = parse_shares(self.tasks, "tasks")
             self._check_tasks(self.tasks)
-        if self.recognition_options not in ("fixed", "drawn"):
-            raise ValueError(f"recognition_options must be 'fixed' or 'drawn', got {self.recognition_options!r}.")
-        if self.dimension_loss not in ("mse", "ccc"):
-            raise ValueError(f"dimension_loss must be 'mse' or 'ccc', got {self.dimension_loss!r}.")
-        if self.emotion_targets not in ("majority", "votes"):
-            raise ValueError(f"emotion_targets must be 'majority' or 'votes', got {self.emotion_targets!r}.")
+        check_choices(self)
         if unknown := sorted(set(self.unfreeze) - set(TOWERS)):
             raise ValueError(f"unfreeze has {unknown}; it takes any of {TOWERS}.")
         for name in ("packing", "padding_free"):
@@ -121,6 +129,12 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
     def task_shares(self) -> dict[str, float]:
         """Return the weight of each task that clips are taught as."""
         return self.tasks if isinstance(self.tasks, dict) else {"reply": 1.0}
+
+    @property
+    def unused_heads(self) -> tuple[str, ...]:
+        """Name the heads that no loss reaches."""
+        weights = {"emotion_head": self.emotion_loss_weight, "dimension_head": self.dimension_loss_weight}
+        return tuple(name for name, weight in weights.items() if weight == 0)
 
     def _share_update(self) -> None:
         """Put in the place of `auto` what holds until the trainer has measured: the paper's, 2 rows at once."""
@@ -166,9 +180,18 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, SFTConfig):
             if getattr(self, name):
                 raise ValueError(f"tower_cache_dir is set, and {name} gives the towers another precision. Choose.")
 
-    def __getstate__(self) -> dict[str, object]:
-        """Without the token: the trainer pickles its settings to `training_args.bin`, which a push sends along."""
-        return {**self.__dict__, "hub_token": None}
+
+OWN_SETTINGS = [*PaperConfig.__annotations__, *ReLLMSFTConfig.__annotations__]  # with defaults of ours
+
+
+def check_choices(settings: object) -> None:
+    """Raise a `ValueError` for a field that is typed as a `Literal` and has another value."""
+    for name, hint in get_type_hints(type(settings)).items():
+        kinds = [hint, *get_args(hint)]
+        allowed = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+        value = getattr(settings, name)
+        if allowed and value not in allowed and not (value is None and type(None) in kinds):
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
 
 def check_places(script: "RowsSettings", *, data: bool = True) -> None:
@@ -328,14 +351,7 @@ class ReLLMScriptArguments(LoraSettings, SplitSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {
-            "emotion_fusion": (None, "concat", "token", "none"),
-            "lora_scope": (None, "audio", "text", "global"),
-            "dtype": (None, "float32", "bfloat16", "float16"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        check_choices(self)
         if self.data is None:
             raise ValueError("data is missing: where the rows are. Give --data, or a line `data: …` in the recipe.")
         if self.model_name_or_path is None:

@@ -33,7 +33,7 @@ from relllm.processing.feature_extraction_relllm import shortest_clip
 from relllm.setting import setting
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
-from .checkpoints import LastStepMixin, begin_run, describe_data, describe_seen, describe_weights, end_run
+from .checkpoints import LastStepMixin, begin_run, complete_run, describe_training
 from .config import RowsSettings, check_places, check_selection
 from .lengths import GroupByLengthMixin, check_clip_limits, clip_duration
 from .losses import ccc_loss
@@ -206,9 +206,8 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     if eval_rows is None:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     with args.main_process_first(desc="looking at the folder"):
-        identity = _training_record(script, args) | selection | describe_data(script, train_rows, eval_rows)
-        places = {"model_name_or_path": str(script.model_name_or_path)}
-        identity |= describe_weights(places, "main") | describe_seen(script, train_rows, eval_rows, places, "main")
+        identity = _training_record(script, args) | selection
+        identity |= describe_training(script, train_rows, eval_rows, {"model_name_or_path": script.model_name_or_path})
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     set_seed(args.seed)  # what is drawn for the head
     name, num_layers = script.model_name_or_path, script.num_layers
@@ -217,18 +216,7 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
         model.encoder.feature_extractor._freeze_parameters()
     data = {"train_dataset": train_rows, "eval_dataset": eval_rows}
     trainer = EmotionTowerTrainer(model, args, **data, compute_metrics=concordance_metrics)
-    if checkpoint is not None and trainer.is_world_process_zero():
-        print(f"Going on from {checkpoint}.", flush=True)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    trainer.save_model()
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    if eval_rows is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
-    if trainer.is_world_process_zero():
-        end_run(Path(args.output_dir), identity, trainer.state)
+    complete_run(trainer, identity, checkpoint)
     return trainer
 
 

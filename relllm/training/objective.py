@@ -55,11 +55,6 @@ class Objective:
         if "response_kl" in self.active:
             self.alignment = Alignment(temperature=args.kl_temperature, shifted=args.kl_shifted)
 
-    @property
-    def unused_heads(self) -> list[str]:
-        """Heads that no loss reaches."""
-        return [name for name in ("emotion_head", "dimension_head") if f"{name[:-5]}_loss" not in self.active]
-
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return `(3,)`: items that each loss counts in a batch, in the order of `weights`; 0 for one that is off."""
         counts = {}

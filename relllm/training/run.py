@@ -18,8 +18,16 @@ from relllm.labels import DIMENSIONS, EMOTIONS
 
 from .augmentation import Augmentation, AugmentationSettings
 from .building import build_model, check_model, starting_points
-from .checkpoints import begin_run, describe_data, describe_seen, describe_weights, end_run
-from .config import ReLLMScriptArguments, ReLLMSFTConfig, SplitSettings, check_places, check_selection, loss_weights
+from .checkpoints import begin_run, complete_run, describe_training
+from .config import (
+    OWN_SETTINGS,
+    ReLLMScriptArguments,
+    ReLLMSFTConfig,
+    SplitSettings,
+    check_places,
+    check_selection,
+    loss_weights,
+)
 from .lengths import check_clip_limits
 from .objective import class_weights
 from .settings import SettingsParser, check_metric, check_tokens, check_trainer
@@ -61,7 +69,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ReLLMScriptArguments, ReL
     """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does."""
     sections = {
         "model and data": [one.name for one in fields(ReLLMScriptArguments)],
-        "losses, and where the paper's recipe differs from TRL": list(ReLLMSFTConfig.__annotations__),
+        "losses, and where the paper's recipe differs from TRL": OWN_SETTINGS,
         "augmentation of the training clips (off by default)": list(AugmentationSettings.__annotations__),
         "cache of the frozen towers' outputs (off by default)": list(TowerCacheSettings.__annotations__),
     }
@@ -82,15 +90,12 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     names = [] if script.eval_data else _set_names(script)
     check_metric(args, evaluation_metrics(args, dict.fromkeys(names or [""], FULLY_LABELLED)))
     selection = check_selection(script, args)
-    folder = Path(args.output_dir)
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows, parts = load_rows(script, args, streaming=script.streaming)
         _survey(script, args, train_rows, eval_rows, parts)
-        identity = training_record(script, args) | selection | describe_data(script, train_rows, eval_rows)
-        places = starting_points(script)
-        identity |= describe_weights(places, script.revision)
-        identity |= describe_seen(script, train_rows, eval_rows, places, script.revision)
-        checkpoint = args.resume_from_checkpoint or begin_run(folder, identity, script.resume)
+        identity = training_record(script, args) | selection
+        identity |= describe_training(script, train_rows, eval_rows, starting_points(script), script.revision)
+        checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     callbacks = _callbacks(script, args)
     set_seed(args.seed)  # what is drawn for the projector, the heads and the LoRA
     model, processor = build_model(script)
@@ -102,18 +107,7 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
         processing_class=processor,
         callbacks=callbacks,
     )
-    if checkpoint is not None and trainer.is_world_process_zero():
-        print(f"Going on from {checkpoint}.", flush=True)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
-    trainer.save_model()  # before the evaluation, which `bf16_full_eval` rounds the weights for
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    if eval_rows is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
-    if trainer.is_world_process_zero():
-        end_run(folder, identity, trainer.state)
+    complete_run(trainer, identity, checkpoint)
     return trainer
 
 
@@ -168,7 +162,7 @@ def _metrics_of(args: ReLLMSFTConfig, survey: RowSurvey) -> list[str]:
 
 def training_record(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> dict[str, object]:
     """Return the settings that a reader needs to repeat a run, without a path of this machine or a token."""
-    own = {*ReLLMSFTConfig.__annotations__, *(AugmentationSettings.__annotations__ if args.augments else ())}
+    own = {*OWN_SETTINGS, *(AugmentationSettings.__annotations__ if args.augments else ())}
     names = [field.name for field in fields(args) if field.name in own or field.name in TRAINER_SETTINGS]
     record: dict[str, object] = {name: getattr(script, name) for name in MODEL_SETTINGS}
     record |= {name: getattr(args, name) for name in names}

@@ -44,7 +44,7 @@ from .freezing import (
     lora_counts_as_adapter,
     prepare_trainable,
 )
-from .lengths import GroupByLengthMixin, row_lengths
+from .lengths import row_lengths
 from .losses import IGNORE_INDEX
 from .objective import TARGETS, Objective, RunningMeans, keep_labels
 from .planning.micro_batch import MicroBatchMixin
@@ -59,7 +59,6 @@ class ReLLMSFTTrainer(
     MicroBatchMixin,
     LearningRatesMixin,
     CompletionsMixin,
-    GroupByLengthMixin,
     AugmentationMixin,
     TowerCacheMixin,
     CheckpointMixin,
@@ -104,7 +103,7 @@ class ReLLMSFTTrainer(
                 setattr(processing_class, name, getattr(args, name))
         ends = find_ends(model.generation_config, processing_class.tokenizer, processing_class.chat_template)
         model.generation_config.eos_token_id = ends
-        prepare_trainable(model, args.unfreeze, self.objective.unused_heads)
+        prepare_trainable(model, args.unfreeze, args.unused_heads)
         mix = None
         if args.tasks is not None and "data_collator" not in kwargs:
             mix = TaskMix(args.task_shares, seed=args.seed, draws_options=args.recognition_options == "drawn")
@@ -127,7 +126,7 @@ class ReLLMSFTTrainer(
                 **kwargs,
             )
         if getattr(model, "is_quantized", False):  # TRL has put what trains in bfloat16: 2e-5 is lost there
-            prepare_trainable(model, args.unfreeze, self.objective.unused_heads)
+            prepare_trainable(model, args.unfreeze, args.unused_heads)
         return_heads(self.model, self.objective.alignment)
         if self._compiles_layers:
             options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
@@ -178,7 +177,7 @@ class ReLLMSFTTrainer(
         config = self.model.config
         if config.trained_readings is not None or not config.name_or_path:
             config.trained_readings = sorted({*(config.trained_readings or ()), *self._fed})
-        self.fit_micro_batch(self.objective.unused_heads)
+        self.fit_micro_batch()
         return super().train(*args, **kwargs)
 
     @contextmanager

@@ -85,7 +85,7 @@ def test_what_was_tried_leaves_no_trace_in_gradients_chance_and_log(tmp_path, pr
     for settings in (plain, AUTO):
         trainer = make_trainer(rows, tmp_path / "run", processor, tiny_model(lora=LORA).double(), **settings)
         state = torch.get_rng_state()
-        trainer.fit_micro_batch(trainer.objective.unused_heads)
+        trainer.fit_micro_batch()
         assert torch.equal(torch.get_rng_state(), state)
         assert all(parameter.grad is None for parameter in trainer.model.parameters())
         steps.append(step_of(trainer))
@@ -100,7 +100,7 @@ def test_what_is_tried_is_the_longest_task_whatever_an_epoch_draws(tmp_path, pro
     rows = [row for row in make_rows(tmp_path) if row["emotion"]]
     rows[0] |= {"response": None}
     tasks = {"recognition": 99, "transcription": 9, "reply": 1}
-    make_trainer(rows, tmp_path / "run", processor, tasks=tasks, **AUTO).fit_micro_batch([])
+    make_trainer(rows, tmp_path / "run", processor, tasks=tasks, **AUTO).fit_micro_batch()
     assert set(card.tasks) == {1, 2} and card.tasks.count(1) == 1
 
 
@@ -125,7 +125,7 @@ def test_rows_that_cannot_train_are_an_error_with_the_memory(tmp_path, processor
 
 def test_on_a_cpu_it_is_the_papers_and_says_so(tmp_path, processor, capsys):
     trainer = make_trainer(make_rows(tmp_path), tmp_path / "run", processor, **AUTO)
-    trainer.fit_micro_batch([])
+    trainer.fit_micro_batch()
     assert (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps) == (2, 4)
     said = "2 at once × 4 × 1 processes, with gradient checkpointing (nobody tells the memory of a cpu)."
     assert said in capsys.readouterr().out

@@ -18,7 +18,8 @@ from relllm.training import alignment
 from relllm.training.alignment import Alignment, return_heads
 from relllm.training.freezing import prepare_trainable, trainable_table
 from relllm.training.planning.memory import RowSize, StepSettings, TrainingStep, count_audio_positions
-from relllm.training.planning.plan import PlanArguments, parse_bytes, parse_plan, step_settings
+from relllm.training.planning.micro_batch import step_settings
+from relllm.training.planning.plan import PlanArguments, parse_bytes, parse_plan
 
 LORA = {"r": 8, "lora_alpha": 8}
 FLOAT32 = StepSettings(torch.float32, bf16=False, gradient_checkpointing=False, full_window=False)
@@ -327,10 +328,8 @@ def test_a_batch_that_does_not_fit_is_exit_status_1(recipe: Path) -> None:
 
 
 def test_the_precision_is_the_gpus_unless_the_settings_say_otherwise(recipe: Path) -> None:
-    config = small_config()
     for options, expected in (([], True), (["--bf16", "false"], False)):
-        _, script, args = parse_plan(["--config", str(recipe), *options])
-        assert step_settings(script, args, config).bf16 is expected
+        args = parse_plan(["--config", str(recipe), *options])[2]
+        assert step_settings(args, torch.float32).bf16 is expected
     recipe.write_text(recipe.read_text() + "bf16: false\n")
-    _, script, args = parse_plan(["--config", str(recipe)])
-    assert step_settings(script, args, config).bf16 is False
+    assert step_settings(parse_plan(["--config", str(recipe)])[2], torch.float32).bf16 is False

@@ -7,13 +7,13 @@ The prompt is the one that `relllm evaluate` gives such a system: the transcript
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from relllm.data.survey import emotions_of, only_one, survey_rows
 from relllm.modeling.checkpoint_relllm import place_of
@@ -21,8 +21,16 @@ from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from relllm.processing.turns_relllm import build_chat_template
 from relllm.setting import setting
 
-from ..checkpoints import LastStepMixin, begin_run, describe_data, describe_seen, describe_weights, end_run
-from ..config import OF_A_NEW_MODEL, LoraSettings, SplitSettings, check_places, check_selection
+from ..checkpoints import LastStepMixin, begin_run, complete_run, describe_training
+from ..config import (
+    OF_A_NEW_MODEL,
+    LoraSettings,
+    PaperConfig,
+    SplitSettings,
+    check_choices,
+    check_places,
+    check_selection,
+)
 from ..run import TRAINER_SETTINGS, load_rows
 from ..settings import SettingsParser, check_metric, check_tokens, check_trainer
 
@@ -44,14 +52,15 @@ class TextScriptArguments(LoraSettings, SplitSettings):
     """What `relllm train-text` takes beside [`TextTrainingConfig`]."""
 
     text_model: str | None = setting(None, "Any causal LM: id or path.")
-    dtype: str | None = setting(None, "Of its frozen weights; by default its own. The LoRA is in float32.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
+        None, "Of its frozen weights; by default its own. The LoRA is in float32."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.text_model is None or self.data is None:
             raise ValueError("text_model and data are needed: what to fine-tune, and on which rows.")
-        if self.dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}.")
+        check_choices(self)
         for name in ("lora_r", "lora_alpha", "lora_dropout"):
             if getattr(self, name) is None:
                 setattr(self, name, OF_A_NEW_MODEL[name])
@@ -61,23 +70,13 @@ class TextScriptArguments(LoraSettings, SplitSettings):
 
 
 @dataclass
-class TextTrainingConfig(SFTConfig):
+class TextTrainingConfig(PaperConfig):
     """`trl.SFTConfig` with the optimisation of RE-LLM's recipe as the defaults, so that the input alone differs."""
 
-    learning_rate: float = setting(2e-5, "Peak learning rate, as RE-LLM's.")
-    weight_decay: float = setting(0.05, "AdamW's weight decay, as RE-LLM's.")
-    warmup_steps: float = setting(200, "Warm-up steps, as RE-LLM's.")
-    num_train_epochs: float = setting(3.0, "Epochs, as RE-LLM's.")
-    per_device_train_batch_size: int = setting(2, "Rows a device and step, as RE-LLM's.")
-    gradient_accumulation_steps: int = setting(8, "Steps an update, as RE-LLM's.")
     max_length: int | None = setting(None, "Longest row in tokens; by default none is cut.")
-    loss_type: str = setting("nll", "Of the reply; TRL before 1.16 defaults to another.")
     report_to: str = setting("none", "trackio, tensorboard, wandb, …")
 
     def __post_init__(self) -> None:
-        bf16: bool | None = self.bf16  # type: ignore[has-type]
-        if bf16 is None and not torch.cuda.is_available():
-            self.bf16 = False
         super().__post_init__()
         if self.chat_template_path is not None:
             raise ValueError(
@@ -85,10 +84,6 @@ class TextTrainingConfig(SFTConfig):
                 "`relllm evaluate` asks. Leave it out."
             )
         self.assistant_only_loss = True  # the reply and its end, as in a ReLLM's labels
-
-    def __getstate__(self) -> dict[str, object]:
-        """Without the token: the trainer pickles its settings to `training_args.bin`, which a push sends along."""
-        return {**self.__dict__, "hub_token": None}
 
 
 class TextTrainer(LastStepMixin, SFTTrainer):
@@ -98,11 +93,14 @@ class TextTrainer(LastStepMixin, SFTTrainer):
         """Write none: what it was trained on is in its record."""
 
 
+OWN = [*PaperConfig.__annotations__, *TextTrainingConfig.__annotations__]  # settings with a default of ours
+
+
 def parse_text_arguments(arguments: Sequence[str]) -> tuple[TextScriptArguments, TextTrainingConfig]:
     """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does."""
     sections = {
         "model and data": [one.name for one in fields(TextScriptArguments)],
-        "where RE-LLM's recipe differs from TRL's": list(TextTrainingConfig.__annotations__),
+        "where RE-LLM's recipe differs from TRL's": OWN,
     }
     kinds, command = (TextScriptArguments, TextTrainingConfig), "relllm train-text"
     parser = SettingsParser(kinds, command=command, description=DESCRIPTION, sections=sections)
@@ -120,7 +118,6 @@ def run_text_training(script: TextScriptArguments, args: TextTrainingConfig) -> 
     check_metric(args, ("loss", "mean_token_accuracy", "entropy"))
     assert script.text_model is not None
     check_tokens(args, script.text_model)
-    folder, places = Path(args.output_dir), {"text_model": script.text_model}
     selection = check_selection(script, args)
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows, _ = load_rows(script, args)
@@ -129,10 +126,10 @@ def run_text_training(script: TextScriptArguments, args: TextTrainingConfig) -> 
             eval_rows = {name: keep_spoken(rows) for name, rows in eval_rows.items()}
         elif eval_rows is not None:
             eval_rows = keep_spoken(eval_rows)
-        identity = _training_record(script, args) | selection | describe_data(script, train_rows, eval_rows)
+        identity = _training_record(script, args) | selection
         identity["emotion_labels"] = emotions_of(survey_rows(train_rows))  # a ReLLM's of these rows, to choose from
-        identity |= describe_weights(places, "main") | describe_seen(script, train_rows, eval_rows, places, "main")
-        checkpoint = args.resume_from_checkpoint or begin_run(folder, identity, script.resume)
+        identity |= describe_training(script, train_rows, eval_rows, {"text_model": script.text_model})
+        checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     tokenizer = AutoTokenizer.from_pretrained(script.text_model)
     set_seed(args.seed)  # what is drawn for the LoRA
     model = AutoModelForCausalLM.from_pretrained(
@@ -148,14 +145,7 @@ def run_text_training(script: TextScriptArguments, args: TextTrainingConfig) -> 
         peft_config=LoraConfig(task_type="CAUSAL_LM", **{"target_modules": "all-linear", **(script.lora or {})}),
     )
     tokenizer.chat_template = own  # it has made the rows; the LLM's own is saved
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    trainer.save_model()
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
-    if eval_rows is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
-    if trainer.is_world_process_zero():
-        end_run(folder, identity, trainer.state)
+    complete_run(trainer, identity, checkpoint)
     return trainer
 
 
@@ -186,7 +176,7 @@ def _turns(text: str, reply: str) -> dict[str, list[dict[str, str]]]:
 
 def _training_record(script: TextScriptArguments, args: TextTrainingConfig) -> dict[str, object]:
     """Return the settings that decide what comes out of a run."""
-    names = [*TextTrainingConfig.__annotations__, *(name for name in TRAINER_SETTINGS if name != "world_size")]
+    names = [*OWN, *(name for name in TRAINER_SETTINGS if name != "world_size")]
     record = {one.name: getattr(script, one.name) for one in fields(LoraSettings)} | {"dtype": script.dtype}
     record |= {name: getattr(args, name) for name in names if name != "report_to"}
     return {name: getattr(value, "value", value) for name, value in record.items() if value is not None}

@@ -16,12 +16,13 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from relllm.modeling.configuration_relllm import ReLLMConfig
 
 from ..collator import ReLLMCollator
 from ..config import CHECKPOINTING, ReLLMSFTConfig
+from ..lengths import GroupByLengthMixin
 from ..losses import IGNORE_INDEX
 from ..tasks import GIVEN_TASK
 from .memory import FRAMES_A_SECOND, RowSize, StepSettings, TrainingStep
@@ -98,18 +99,14 @@ def peak_bytes(device: torch.device, run: Callable[[], object]) -> float:
     return float(module.max_memory_allocated(device) - before)
 
 
-class MicroBatchMixin(Trainer):
+class MicroBatchMixin(GroupByLengthMixin):
     """For `per_device_train_batch_size: auto`, before other trainers in the bases."""
-
-    def measure_rows(self, rows: Dataset) -> list[int]:
-        """Return the length of each row, in any unit."""
-        raise NotImplementedError
 
     def leave_no_trace(self) -> AbstractContextManager:
         """Ask no other process for anything in a `with` block, and count what is computed in it in no log."""
         raise NotImplementedError
 
-    def fit_micro_batch(self, unused_heads: Sequence[str]) -> None:
+    def fit_micro_batch(self) -> None:
         """Choose the micro-batch, set it, and say so; with settings that name one, do nothing."""
         args = self.args
         assert isinstance(args, ReLLMSFTConfig)
@@ -128,7 +125,7 @@ class MicroBatchMixin(Trainer):
             agreed = self.accelerator.gather(torch.tensor([free * (1 - RESERVE)], device=args.device)).min().item()
             drawn = [] if args.device.type == "cpu" else [args.device]
             with torch.random.fork_rng(drawn, device_type=args.device.type):
-                chosen, why = self._try_micro_batches(longest, agreed, unused_heads)
+                chosen, why = self._try_micro_batches(longest, agreed)
         args.per_device_train_batch_size, args.gradient_accumulation_steps = chosen.rows, rows // chosen.rows
         self._train_batch_size = args.train_batch_size
         for name in CHECKPOINTING:
@@ -154,9 +151,7 @@ class MicroBatchMixin(Trainer):
         order = sorted(range(len(rows)), key=list(lengths).__getitem__, reverse=True)
         return [rows[order[place % len(order)]] for place in range(count)]
 
-    def _try_micro_batches(
-        self, longest: list[dict], free: float, unused_heads: Sequence[str]
-    ) -> tuple[MicroBatch, str]:
+    def _try_micro_batches(self, longest: list[dict], free: float) -> tuple[MicroBatch, str]:
         """Return the first micro-batch that is planned to fit and then does, on all processes, and what it takes."""
         args, config = self.args, self.model.config
         assert isinstance(args, ReLLMSFTConfig)
@@ -166,7 +161,9 @@ class MicroBatchMixin(Trainer):
                 longest = [{**row, GIVEN_TASK: (mix.longest(row), False)} for row in longest]
             collate = dataclasses.replace(collate, tower_cache=None)  # in the first epoch the towers run
         size = row_size(collate(longest[:1]), config)
-        step = TrainingStep(copy.deepcopy(config), self._step_settings(unused_heads), size)
+        own = {"load_in_4bit": bool(getattr(self.model, "is_quantized", False))}
+        own["full_window"] = self.processing_class.feature_extractor.full_window
+        step = TrainingStep(copy.deepcopy(config), step_settings(args, self.model.dtype, **own), size)
         plan, peaks = step.memory(1), {}
         # What a step does not show: the optimizer's state, and DDP's buckets.
         later = plan.optimizer + (plan.gradients / 2 if args.world_size > 1 else 0)
@@ -203,20 +200,23 @@ class MicroBatchMixin(Trainer):
             loss = self.compute_loss(self.model, self._prepare_inputs(batch))
         loss.backward()
 
-    def _step_settings(self, unused_heads: Sequence[str]) -> StepSettings:
-        args, model = self.args, self.model
-        assert isinstance(args, ReLLMSFTConfig)
-        return StepSettings(
-            dtype=model.dtype,
-            bf16=bool(args.bf16 or args.fp16),
-            optimizer=str(getattr(args.optim, "value", args.optim)),
-            load_in_4bit=bool(getattr(model, "is_quantized", False)),
-            full_window=self.processing_class.feature_extractor.full_window,
-            unfreeze=tuple(args.unfreeze),
-            unused=tuple(unused_heads),
-            num_processes=args.world_size,
-            teacher=args.response_kl_weight > 0,
-        )
+
+def step_settings(
+    args: ReLLMSFTConfig, dtype: torch.dtype, *, load_in_4bit: bool = False, full_window: bool = True
+) -> StepSettings:
+    """Return what of a run's settings, and of its model's, decides its memory."""
+    return StepSettings(
+        dtype=dtype,
+        bf16=bool(args.bf16 or args.fp16),
+        gradient_checkpointing=bool(args.gradient_checkpointing),
+        optimizer=str(getattr(args.optim, "value", args.optim)),
+        load_in_4bit=load_in_4bit,
+        full_window=full_window,
+        unfreeze=tuple(args.unfreeze),
+        unused=args.unused_heads,
+        num_processes=args.world_size,
+        teacher=args.response_kl_weight > 0,
+    )
 
 
 def _switch_checkpointing(model: PreTrainedModel, on: bool, args: TrainingArguments) -> None:

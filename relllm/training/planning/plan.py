@@ -14,15 +14,14 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from relllm.modeling.configuration_relllm import ReLLMConfig
 from relllm.setting import setting
 
 from ..building import build_config
-from ..config import ReLLMScriptArguments, ReLLMSFTConfig, check_places
-from ..freezing import HEADS, draw_table, trainable_table
+from ..config import OWN_SETTINGS, ReLLMScriptArguments, ReLLMSFTConfig, check_places
+from ..freezing import draw_table, trainable_table
 from ..settings import SettingsParser, read_recipe
-from .memory import MemoryPlan, RowSize, StepSettings, TrainingStep
-from .micro_batch import choose_micro_batch, list_micro_batches
+from .memory import MemoryPlan, RowSize, TrainingStep
+from .micro_batch import choose_micro_batch, list_micro_batches, step_settings
 
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 DESCRIPTION = """\
@@ -70,7 +69,7 @@ def parse_plan(arguments: Sequence[str]) -> tuple[PlanArguments, ReLLMScriptArgu
     sections = {
         "the GPU and the rows": [one.name for one in fields(PlanArguments)],
         "model and data": [one.name for one in fields(ReLLMScriptArguments)],
-        "losses, and where the paper's recipe differs from TRL": list(ReLLMSFTConfig.__annotations__),
+        "losses, and where the paper's recipe differs from TRL": OWN_SETTINGS,
     }
     kinds = (PlanArguments, ReLLMScriptArguments, ReLLMSFTConfig)
     parser = SettingsParser(kinds, command="relllm plan", description=DESCRIPTION, sections=sections)
@@ -78,29 +77,14 @@ def parse_plan(arguments: Sequence[str]) -> tuple[PlanArguments, ReLLMScriptArgu
     return plan, script, args
 
 
-def step_settings(script: ReLLMScriptArguments, args: ReLLMSFTConfig, config: ReLLMConfig) -> StepSettings:
-    """Return what of a run's settings decides its memory."""
-    own = getattr(config.text_config, "dtype", None) or torch.float32
-    dtype = getattr(torch, script.dtype) if script.dtype else own
-    weights = (args.emotion_loss_weight, args.dimension_loss_weight)
-    return StepSettings(
-        dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype),
-        bf16=bool(args.bf16 or args.fp16),
-        gradient_checkpointing=bool(args.gradient_checkpointing),
-        optimizer=str(getattr(args.optim, "value", args.optim)),
-        load_in_4bit=script.load_in_4bit,
-        full_window=script.full_window is not False,
-        unfreeze=tuple(args.unfreeze),
-        unused=tuple(head for head, weight in zip(HEADS, weights, strict=True) if weight == 0),
-        teacher=args.response_kl_weight > 0,
-    )
-
-
 def run_plan(assumed: PlanArguments, script: ReLLMScriptArguments, args: ReLLMSFTConfig, console: Console) -> bool:
     """Print the tables of `relllm plan`, and return whether the batch of the settings fits the GPU."""
     check_places(script, data=False)
     config = build_config(script)
-    settings = step_settings(script, args, config)
+    dtype = script.dtype or getattr(config.text_config, "dtype", None) or torch.float32
+    dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+    own = {"load_in_4bit": script.load_in_4bit, "full_window": script.full_window is not False}
+    settings = step_settings(args, dtype, **own)
     step = TrainingStep(config, settings, assumed)
     update = args.per_device_train_batch_size * args.gradient_accumulation_steps
     memory = parse_bytes(assumed.gpu_memory) * (1 - assumed.reserve)
