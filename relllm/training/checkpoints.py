@@ -108,7 +108,7 @@ def complete_run(trainer: Trainer, identity: Mapping[str, object], checkpoint: s
         write_json({**identity, **done}, Path(trainer.args.output_dir) / RECORD_NAME)
 
 
-def describe_training(
+def describe_origin(
     script: RowsSettings,
     train_rows: Dataset | IterableDataset,
     eval_rows: Dataset | IterableDataset | dict[str, Dataset] | None,

@@ -33,7 +33,7 @@ from relllm.processing.feature_extraction_relllm import shortest_clip
 from relllm.setting import setting
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
-from .checkpoints import LastStepMixin, begin_run, complete_run, describe_training
+from .checkpoints import LastStepMixin, begin_run, complete_run, describe_origin
 from .config import RowsSettings, check_places, check_selection
 from .lengths import GroupByLengthMixin, check_clip_limits, clip_duration
 from .losses import ccc_loss
@@ -207,7 +207,7 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     with args.main_process_first(desc="looking at the folder"):
         identity = _training_record(script, args) | selection
-        identity |= describe_training(script, train_rows, eval_rows, {"model_name_or_path": script.model_name_or_path})
+        identity |= describe_origin(script, train_rows, eval_rows, {"model_name_or_path": script.model_name_or_path})
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     set_seed(args.seed)  # what is drawn for the head
     name, num_layers = script.model_name_or_path, script.num_layers

@@ -18,7 +18,7 @@ from relllm.labels import DIMENSIONS, EMOTIONS
 
 from .augmentation import Augmentation, AugmentationSettings
 from .building import build_model, check_model, starting_points
-from .checkpoints import begin_run, complete_run, describe_training
+from .checkpoints import begin_run, complete_run, describe_origin
 from .config import (
     OWN_SETTINGS,
     ReLLMScriptArguments,
@@ -94,7 +94,7 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
         train_rows, eval_rows, parts = load_rows(script, args, streaming=script.streaming)
         _survey(script, args, train_rows, eval_rows, parts)
         identity = training_record(script, args) | selection
-        identity |= describe_training(script, train_rows, eval_rows, starting_points(script), script.revision)
+        identity |= describe_origin(script, train_rows, eval_rows, starting_points(script), script.revision)
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     callbacks = _callbacks(script, args)
     set_seed(args.seed)  # what is drawn for the projector, the heads and the LoRA

@@ -21,7 +21,7 @@ from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from relllm.processing.turns_relllm import build_chat_template
 from relllm.setting import setting
 
-from ..checkpoints import LastStepMixin, begin_run, complete_run, describe_training
+from ..checkpoints import LastStepMixin, begin_run, complete_run, describe_origin
 from ..config import (
     OF_A_NEW_MODEL,
     LoraSettings,
@@ -128,7 +128,7 @@ def run_text_training(script: TextScriptArguments, args: TextTrainingConfig) -> 
             eval_rows = keep_spoken(eval_rows)
         identity = _training_record(script, args) | selection
         identity["emotion_labels"] = emotions_of(survey_rows(train_rows))  # a ReLLM's of these rows, to choose from
-        identity |= describe_training(script, train_rows, eval_rows, {"text_model": script.text_model})
+        identity |= describe_origin(script, train_rows, eval_rows, {"text_model": script.text_model})
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     tokenizer = AutoTokenizer.from_pretrained(script.text_model)
     set_seed(args.seed)  # what is drawn for the LoRA
