@@ -42,10 +42,12 @@ CSS = """
 .chat { height: 100% !important; }
 .microphone:has(#microphone:empty) { display: none; }
 .chat audio { width: 100%; height: 2rem; }
-.trail { width: 100%; font-size: .8rem; } .trail caption { text-align: left; }
+.dark audio { color-scheme: dark; }
+.trail { --bar: color-mix(in srgb, var(--color-accent) 35%, transparent); width: 100%; font-size: .8rem; }
+.trail caption { text-align: left; }
 .trail, .trail tr { border: 0 !important; }
 .trail :is(td, th) { border: 0 !important; padding: 3px 4px !important; font-weight: 400; text-align: left; }
-.trail td { background: linear-gradient(90deg, var(--primary-200) var(--share), var(--background-fill-secondary) 0); }
+.trail td { background: linear-gradient(90deg, var(--bar) var(--share), var(--background-fill-secondary) 0); }
 @media (max-width: 640px) {
   .talk { height: calc(100dvh - 8rem); }
   .systems { flex-wrap: nowrap !important; overflow-x: auto; }
@@ -192,15 +194,15 @@ class Session:
         said = {"role": "user", "content": label, "clip": path}
         stop = self._stop = threading.Event()
         failures, turns = [], self.turns
+        replies = turn["replies"]
         for name in self.conversations:
             yield from self._ask(name, audio, turn, said, stop)
+            if replies and turn not in turns:  # also of one that is stopped before the others reply
+                turns.append(turn)
             if stop.is_set():
                 return
             if self.status.kind == "error":
                 failures.append(self.status.text)
-        replies = turn["replies"]
-        if replies:
-            turns.append(turn)
         dropped = [
             f"{name}: older turns were dropped ({one.dropped})." for name, one in replies.items() if one.dropped
         ]
@@ -296,7 +298,7 @@ class Page:
     """The page for some systems, as of [`Session`]; without Gradio an `ImportError` says what to install."""
 
     def __init__(self, systems: Starts, *, max_new_tokens: int = 128, channel: str = "mix"):
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}  # also not in the browser
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         try:
             import gradio
         except ImportError as error:

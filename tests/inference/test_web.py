@@ -162,6 +162,21 @@ def test_a_stopped_reply_is_forgotten(session) -> None:
     assert len(session.shown["RE-LLM"]) == 4
 
 
+def test_what_one_system_replied_is_kept_where_the_next_is_stopped(session) -> None:
+    for _ in session.talk(None, "Hello."):
+        if session.shown["speech only"]:
+            session.stop()
+    assert [list(turn["replies"]) for turn in session.turns] == [["RE-LLM"]]
+    assert len(session.shown["RE-LLM"]) == 2 and session.shown["speech only"] == []
+
+
+def test_beginning_anew_does_not_wait_for_another_conversation(session) -> None:
+    talk(session, None, "Hello.")
+    session.lock.acquire()  # would wait for ever
+    session.reset()
+    assert session.turns == [] and len(session.conversations["RE-LLM"].messages) == 1
+
+
 def test_a_visitor_who_leaves_in_the_middle_locks_nothing(session) -> None:
     steps = session.talk(None, "Hello.")
     next(steps)
@@ -528,7 +543,6 @@ def test_on_a_phone_everything_fits_and_the_keyboard_reaches_it(visit) -> None:
 @pytest.mark.slow
 @pytest.mark.browser
 @no_browser
-@pytest.mark.parametrize("width", HEIGHTS)
 @pytest.mark.parametrize(
     ("flags", "host", "expected"),
     [
@@ -539,16 +553,18 @@ def test_on_a_phone_everything_fits_and_the_keyboard_reaches_it(visit) -> None:
     ids=["none", "insecure", "denied"],
 )
 def test_where_there_is_no_microphone_the_page_says_why(
-    width: int, flags: tuple[str, ...], host: str, expected: str, driver, url, pictures
+    flags: tuple[str, ...], host: str, expected: str, driver, url, pictures
 ) -> None:
     with driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *flags]) as browser:
-        visitor = Visitor(browser, url.replace("127.0.0.1", host), width, permissions=())
-        visitor.press("Record audio")
-        visitor.sees(expected)
-        visitor.reaches(visitor.page.locator("#microphone"), visitor.button("Submit"), visitor.button("Reset"))
-        visitor.page.screenshot(path=pictures / f"web-{NAMES[width]}-no-microphone.png")
-        visitor.type("Hello.")
-        visitor.waits_for_reply(1)
+        for width, name in NAMES.items():
+            visitor = Visitor(browser, url.replace("127.0.0.1", host), width, permissions=())
+            visitor.press("Record audio")
+            visitor.sees(expected)
+            visitor.reaches(visitor.page.locator("#microphone"), visitor.button("Submit"), visitor.button("Reset"))
+            visitor.page.screenshot(path=pictures / f"web-{name}-no-microphone.png")
+            visitor.type("Hello.")
+            visitor.waits_for_reply(1)
+            visitor.context.close()
 
 
 @pytest.fixture(scope="module")
