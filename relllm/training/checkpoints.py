@@ -92,15 +92,13 @@ def begin_run(output_dir: Path, identity: Mapping[str, object], resume: str) -> 
 
 
 def complete_run(trainer: Trainer, identity: Mapping[str, object], checkpoint: str | None) -> None:
-    """Train, from a checkpoint if any, save, push, evaluate, and write how far it went, which says that it is done."""
+    """Train, from a checkpoint if any, save (and push), evaluate, and write how far it went: that says it is done."""
     is_main = trainer.is_world_process_zero()
     if checkpoint is not None and is_main:
         print(f"Going on from {checkpoint}.", flush=True)
     trainer.save_metrics("train", trainer.train(resume_from_checkpoint=checkpoint).metrics)
     trainer.save_state()
-    trainer.save_model()  # before the evaluation, which `bf16_full_eval` rounds the weights for
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+    trainer.save_model()  # which pushes; before the evaluation, which `bf16_full_eval` rounds the weights for
     if trainer.eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
     if is_main:

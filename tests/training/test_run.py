@@ -40,6 +40,7 @@ from relllm.training.config import ReLLMScriptArguments, ReLLMSFTConfig
 from relllm.training.freezing import lora_counts_as_adapter
 from relllm.training.lengths import check_clip_limits
 from relllm.training.run import parse_arguments, run_training
+from relllm.training.trainer import ReLLMSFTTrainer
 
 disable_progress_bars()
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -197,9 +198,15 @@ def test_the_configuration_is_that_of_the_model_which_is_built(
         assert {name: weight.shape for name, weight in meta.state_dict().items() if "embed" not in name} == shapes
 
 
-def test_a_run_trains_evaluates_and_saves_what_loads(towers: dict[str, str], corpus: str, tmp_path: Path) -> None:
-    script = settings_of(towers, corpus, eval_split="validation")
-    trainer = run_training(script, args_of(tmp_path / "run", eval_strategy="steps", eval_steps=2))
+def test_a_run_trains_evaluates_saves_what_loads_and_sends_it_once(
+    towers: dict[str, str], corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, sent = settings_of(towers, corpus, eval_split="validation"), []
+    monkeypatch.setattr(ReLLMSFTTrainer, "init_hf_repo", lambda *args, **kwargs: None)
+    monkeypatch.setattr(ReLLMSFTTrainer, "push_to_hub", lambda *args, **kwargs: sent.append(kwargs))
+    sends = {"push_to_hub": True, "hub_strategy": "end"}
+    trainer = run_training(script, args_of(tmp_path / "run", eval_strategy="steps", eval_steps=2, **sends))
+    assert len(sent) == 1
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert results["train_loss"] > 0 and results["eval_response_loss"] > 0 and "eval_emotion_loss" in results
     loaded = ReLLMForConditionalGeneration.from_pretrained(tmp_path / "run")
