@@ -189,17 +189,15 @@ def fit_turns(
     What does not fit is a `ValueError`.
     """
     first = int(messages[0]["role"] == "system")
-    for dropped in range(len(messages) // 2 + 1 if drop_oldest else 1):
+    for dropped in range((len(messages) - first) // 2 + 1 if drop_oldest else 1):
         kept = messages[:first] + messages[first + 2 * dropped :]
         ids = encode(kept)
         if limit is None or ids.shape[1] + max_new_tokens <= limit:
             return kept, ids, dropped
-        if len(kept) == first + 1:
-            break
-    what = "This turn" if len(kept) == first + 1 else "The conversation"
+    what, remedy = ("This turn", "Say") if len(kept) == first + 1 else ("The conversation", "Begin anew, say")
     raise ValueError(
         f"{what} has {ids.shape[1]} positions and the reply may take {max_new_tokens} more; the LLM reads {limit}. "
-        "Begin anew, say less at once, or allow a shorter reply."
+        f"{remedy} less at once, or allow a shorter reply."
     )
 
 

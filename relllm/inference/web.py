@@ -462,4 +462,5 @@ def _draw_trail(heard: Sequence[Heard]) -> str:
             cells["emotion"] = (f"{escape(clip.emotion)} {share:.0%}", share)
         drawn = (f'<td style="--share: {100 * cells[name][1]:.0f}%">{cells[name][0]}</td>' for name in names)
         lines.append(f"<tr><th>{number}</th>{''.join(drawn)}</tr>")
-    return f'<table class="trail"><caption>Spoken turns, the last one first</caption>{"".join(lines)}</table>'
+    caption = "Spoken turns, the last one first; dimensions about 0 to 1"
+    return f'<table class="trail"><caption>{caption}</caption>{"".join(lines)}</table>'

@@ -274,7 +274,7 @@ def test_older_turns_are_dropped_where_that_is_allowed_and_the_rest_is_read_as_a
     assert turn.dropped and [one["role"] for one in conversation.messages[:2]] == ["system", "user"]
     assert len(conversation.messages) == 1 + 2 * (4 - turn.dropped)
     left = len(conversation.messages)
-    with pytest.raises(ValueError, match=r"This turn has \d+ positions .* the LLM reads 1024\."):
+    with pytest.raises(ValueError, match=r"This turn has \d+ positions .* the LLM reads 1024\. Say less"):
         conversation.say(text="a long story " * 100, drop_oldest=True)
     assert len(conversation.messages) == left
     assert conversation.say(text="Hello.", max_new_tokens=5).dropped == 0
