@@ -11,6 +11,7 @@ BACKBONE ?= tiny
 REAL_MODELS ?=
 DEMO_OUT ?= runs/demo$(if $(filter-out tiny,$(BACKBONE)),-$(BACKBONE))
 SUITE := .cache/transformers-tests
+VLLM := .cache/vllm
 BIN := .venv/bin
 DEMO_tiny := $(BIN)/relllm demo
 DEMO_small := $(BIN)/python examples/pretrained/pretrained_demo.py
@@ -21,7 +22,7 @@ TEST_ENV := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow test-all test-gpu test-transformers test-real check check-releases format demo bench bench-gpu clean distclean
+.PHONY: help setup test test-slow test-all test-gpu test-transformers test-vllm test-real check check-releases format demo bench bench-gpu clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -56,6 +57,14 @@ test-transformers: .venv/.ready $(SUITE)/.ready  ## Run Transformers' own model 
 # Follows .venv/.ready, so that a new Transformers brings its own tests along.
 $(SUITE)/.ready: .venv/.ready scripts/transformers_suite.py
 	$(BIN)/python scripts/transformers_suite.py $(SUITE)
+	@touch $@
+
+test-vllm: $(VLLM)/.ready  ## Run the tests of serving through vLLM, in an environment of its own (4 GB in .cache)
+	$(TEST_ENV) $(VLLM)/venv/bin/python -m pytest -q -p no:warnings tests/inference/vllm $(ARGS)
+
+# Needs Python >= 3.11 as PYTHON.
+$(VLLM)/.ready: pyproject.toml scripts/vllm_environment.py scripts/fix_torchaudio.py
+	$(PYTHON) scripts/vllm_environment.py $(VLLM)/venv
 	@touch $@
 
 test-real: .venv/.ready  ## Run the tests on pretrained towers: REAL_MODELS=DIR has whisper-tiny.en and SmolLM2-135M-Instruct

@@ -72,6 +72,14 @@ def register_with_transformers() -> None:
         table["relllm"] = ReLLMForConditionalGeneration.__name__
 
 
+def register_with_vllm() -> None:
+    """Make vLLM know ReLLM checkpoints; it finds this by an entry point and calls it in each of its processes."""
+    from .inference.vllm import register
+
+    register_with_transformers()  # a child of `relllm …` has not
+    register()
+
+
 def register_for_auto_class(enabled: bool = True) -> None:
     """Have `save_pretrained` and `push_to_hub` write the code files too, for `trust_remote_code=True`.
 

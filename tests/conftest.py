@@ -7,6 +7,7 @@ import random
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 gc.disable()  # while the tests' modules are imported: nearly all of that stays
 FORK_SERVER = pytest.StashKey[ForkServer]()
 TRANSFORMERS_SUITE = Path(__file__).parent.parent / ".cache" / "transformers-tests"
-collect_ignore: list[str] = []
+collect_ignore: list[str] = [] if find_spec("vllm") else ["inference/vllm"]  # `make test-vllm` runs it
 if (TRANSFORMERS_SUITE / ".ready").exists():
     sys.path.insert(0, str(TRANSFORMERS_SUITE))
 else:
@@ -41,7 +42,7 @@ else:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if collect_ignore:
+    if "transformers" in collect_ignore:
         terminalreporter.write_line(
             "tests/transformers: not collected, `make test-transformers` first lays out Transformers' own tests"
         )

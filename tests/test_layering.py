@@ -38,6 +38,7 @@ MAY_IMPORT = {
 }
 # Loaded only where they are used: some are extras, and each costs start-up time.
 HEAVY = {"datasets", "fastapi", "gradio", "matplotlib", "peft", "sounddevice", "trl", "uvicorn"}
+VLLM_FOLDER = ("inference", "vllm")
 LIGHT_ROOMS = (*HUB_ROOMS, "__init__", "cli")
 # As in `transformers.dynamic_module_utils.get_relative_imports`: docstrings and comments count.
 HUB_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)")
@@ -129,6 +130,22 @@ def load_errors(path: Path, package: Path) -> Iterator[str]:
             yield f"{path.relative_to(package)}:{line}: imports {name} at load. Import it where it is used."
 
 
+def engine_errors(path: Path, package: Path) -> Iterator[str]:
+    """vLLM is imported in its own folder alone, and that folder where it is used."""
+    where = path.relative_to(package)
+    if where.parts[:2] == VLLM_FOLDER:
+        return
+    for line, name in imported_modules(path, package):
+        if name.split(".")[0] == "vllm":
+            yield f"{where}:{line}: imports {name}. Do it in {'/'.join(VLLM_FOLDER)}/."
+    own = [package.name, *where.parent.parts]
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            base = own[: len(own) - node.level + 1] if node.level else []
+            if [*base, *(node.module or "").split(".")][:3] == [package.name, *VLLM_FOLDER]:
+                yield f"{where}:{node.lineno}: imports {node.module} at load. Import it where it is used."
+
+
 def top_level_names(path: Path) -> Iterator[str]:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
@@ -200,7 +217,7 @@ def layering_errors(package: Path) -> list[str]:
     errors = [*flatness_errors(package), *name_errors(package), *circle_errors(package), *size_errors(package)]
     for path in sorted(package.rglob("*.py")):
         room = room_of(path, package)
-        errors += direction_errors(path, package)
+        errors += [*direction_errors(path, package), *engine_errors(path, package)]
         if room in HUB_ROOMS:
             errors += hub_file_errors(path, package)
         if room in LIGHT_ROOMS:
@@ -232,6 +249,7 @@ SOUND = {
     "data/rows.py": "from ..labels import EMOTIONS\nimport datasets\n",
     "training/trainer.py": "import trl\nfrom relllm import __version__\nfrom relllm.data import rows\n",
     "evaluation/plots.py": "import matplotlib\nfrom ..data.rows import Row\n",
+    "inference/vllm/plugin.py": "from vllm import LLM\n",
     "demo.py": "from . import evaluation, training\n",
     "cli.py": "def main():\n    from .demo import run\n",
 }
@@ -264,6 +282,11 @@ BROKEN = {
     ),
     "a file without end": ({"data/a.py": "x = 1\n" * 701}, "701 lines"),
     "a crowded folder": ({f"data/a{number}.py": "" for number in range(18)}, "19 files"),
+    "vllm in another folder": ({"inference/a.py": "def f():\n    from vllm import LLM\n"}, "inference/a.py:2"),
+    "its folder at load": (
+        {"evaluation/a.py": "from ..inference.vllm import register\n"},
+        "imports inference.vllm at",
+    ),
     "trl at load in cli": ({"cli.py": "if True:\n    from trl import SFTTrainer\n"}, "imports trl at load"),
 }
 

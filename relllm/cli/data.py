@@ -29,6 +29,7 @@ from .options import console, from_settings
 
 if TYPE_CHECKING:
     from relllm.data.inspection import Finding, Inspection
+    from relllm.data.replies.writers import Writer
     from relllm.data.rows import Corpus
 
 app = typer.Typer()
@@ -165,7 +166,12 @@ def write_replies(settings: WriteTargetsSettings) -> None:
     from relllm.data.journal import report_path
     from relllm.data.replies.targets import run_write_targets, target_table
 
-    report = run_write_targets(settings)
+    def load_vllm(*args: object, **options: object) -> Writer:
+        from relllm.inference.vllm.vllm_engine import VllmWriter
+
+        return VllmWriter.from_pretrained(*args, **options)  # type: ignore[arg-type]
+
+    report = run_write_targets(settings, load_vllm)
     console.print(target_table(report))
     dropped = report_path(settings.out)
     console.print(f"Replies: {settings.out}; what was dropped, with ids and texts: {dropped}")

@@ -264,6 +264,8 @@ class WriteTargetsSettings(TargetSettings, RunSettings):
     endpoint: str | None = setting(None, "OpenAI-compatible, such as http://host:8000/v1.")
     api_key_env: str | None = setting(None, "Environment variable with the endpoint's key.")
     concurrency: int = setting(16, "Requests to the endpoint at once.", min=1)
+    engine: Literal["transformers", "vllm"] = setting("transformers", "What runs a local LLM.")
+    engine_args: str | None = setting(None, 'JSON: arguments of vllm.LLM, such as {"max_model_len": 4096}.')
     min_words: int = setting(3, "Shorter replies are dropped.", min=1)
     max_words: int = setting(150, "Longer replies are dropped.", min=1)
 

@@ -44,7 +44,7 @@ from .fingerprints import (
     model_fingerprint,
 )
 from .leakage import check_unseen, find_seen
-from .predicting import Predictor, load_predictor, load_tokenizer, resolve_system
+from .predicting import Predictor, load_in_vllm, load_predictor, load_tokenizer, resolve_system
 from .summary import count_clips, draw_plots, summarize_clips
 
 PLOTS = "plots"
@@ -83,6 +83,8 @@ def evaluate(settings: EvaluationSettings, *, score: Score | None = None, progre
     check_extras("Evaluation", "audmetric", "matplotlib", "scikit-learn")
     set_seed(settings.seed)
     state = PartialState(cpu=settings.device == "cpu", timeout=PATIENCE)
+    if settings.engine == "vllm" and state.num_processes > 1:
+        raise ValueError('vLLM shares its work out itself: one process, --engine-args {"tensor_parallel_size": 2}.')
     plan = _plan_run(settings, with_scorers=score is not None or settings.empathy_scorers is not None)
     plan.identity = _from_main(state, lambda: _run_identity(settings, plan))
     if not _from_main(state, lambda: _is_complete(settings.output_dir, plan.identity)):
@@ -264,7 +266,12 @@ def _answer(
         return
     device = state.device if settings.device == "auto" else settings.device
     options = {"revision": settings.revision, "dtype": settings.dtype, "text_column": text_column}
-    predictor = load_predictor(settings.model, plan.system, plan.questions, device=device, **options)
+    predictor: Predictor
+    if settings.engine == "vllm":
+        arguments = settings.engine_args
+        predictor = load_in_vllm(settings.model, plan.system, plan.questions, arguments=arguments, **options)
+    else:
+        predictor = load_predictor(settings.model, plan.system, plan.questions, device=device, **options)
     if score is None and "empathy" in plan.questions.tasks:
         score = _load_score(settings, str(device))
     name = PREDICTIONS if state.is_main_process else f"predictions.part{state.process_index}.jsonl"
@@ -381,6 +388,7 @@ def _run_identity(settings: EvaluationSettings, plan: Plan) -> dict:
         "seed": settings.seed,
         **({"reply_windows": True} if settings.reply_windows else {}),
         **({"text_column": text, "text_fingerprint": rows_fingerprint(plan.rows, ("id", text))} if text else {}),
+        **({"engine": "vllm"} if settings.engine == "vllm" else {}),
     }
 
 

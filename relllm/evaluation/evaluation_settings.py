@@ -59,6 +59,8 @@ class EvaluationSettings:
     max_new_tokens: int = setting(128, "Longest reply, in tokens.", min=1)
     limit: int | None = setting(None, "Only the first so many rows.", min=1)
     device: str = setting("auto", "cpu, cuda, cuda:1, … or auto.")
+    engine: Literal["transformers", "vllm"] = setting("transformers", "What runs the model.")
+    engine_args: str | None = setting(None, 'JSON: arguments of vllm.LLM, such as {"max_model_len": 4096}.')
     dtype: Precision = setting("auto", "Auto is the checkpoint's own.")
     revision: str = setting("main", "Of the model: branch, tag or commit on the Hub.")
     seed: int = setting(0, "Recorded; answers are greedy.")
@@ -75,6 +77,10 @@ class EvaluationSettings:
         for name, value in (("batch_size", self.batch_size), ("limit", self.limit or 1)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.engine == "vllm" and self.device != "auto":
+            raise ValueError(f"vLLM finds the device itself, and device is {self.device!r}. Leave one of them out.")
+        if self.engine_args is not None and self.engine != "vllm":
+            raise ValueError("engine_args are vLLM's: give --engine vllm with them.")
 
 
 @dataclass(frozen=True)

@@ -80,24 +80,32 @@ class Predictor:
         """Return the parts of the line of each subject."""
         raise NotImplementedError
 
-    def ask(
-        self, prompts: Callable[[str], list[str]], count: int, audio: ReLLMAudioOutput | None = None
-    ) -> list[dict]:
+    def ask(self, prompts: Callable[[str], list[str]], count: int, audio: Any = None) -> list[dict]:
         """Return `recognition` and `reply`, those that are asked for, to the prompts of that name, `count` of them."""
         found: list[dict] = [{} for _ in range(count)]
         if "ser" in self.questions.tasks:
-            inputs = encode_prompts(self.tokenizer, prompts("recognition"), self.model.device)
-            for part, recognised in zip(found, self._recognise(inputs, audio), strict=True):
+            for part, recognised in zip(found, self._recognise(prompts("recognition"), audio), strict=True):
                 part["recognition"] = recognised
         if "empathy" in self.questions.tasks:
-            inputs = encode_prompts(self.tokenizer, prompts("reply"), self.model.device)
-            for part, text in zip(found, self._generate(inputs, audio, self.questions.max_new_tokens), strict=True):
+            replies = self.generate(prompts("reply"), audio, self.questions.max_new_tokens)
+            for part, text in zip(found, replies, strict=True):
                 part["reply"] = text
         return found
 
-    def _recognise(self, inputs: dict[str, Tensor], audio: ReLLMAudioOutput | None) -> list[dict]:
-        texts = self._generate(inputs, audio, RECOGNITION_TOKENS)
-        scores = score_answers(self.model, inputs, self.label_tokens, audio=audio)
+    def generate(self, prompts: list[str], audio: Any, limit: int) -> list[str]:
+        """Return the greedy answer to each prompt."""
+        inputs = encode_prompts(self.tokenizer, prompts, self.model.device)
+        answers = generate_answers(self.model, inputs, audio=audio, max_new_tokens=limit, **self.options)
+        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+    def score(self, prompts: list[str], audio: Any) -> Tensor:
+        """Return the log-probability of each label as the answer to each prompt, `(prompts, labels)`."""
+        inputs = encode_prompts(self.tokenizer, prompts, self.model.device)
+        return score_answers(self.model, inputs, self.label_tokens, audio=audio)
+
+    def _recognise(self, prompts: list[str], audio: Any) -> list[dict]:
+        texts = self.generate(prompts, audio, RECOGNITION_TOKENS)
+        scores = self.score(prompts, audio)
         labels = self.questions.labels
         return [
             {
@@ -106,10 +114,6 @@ class Predictor:
             }
             for text, values in zip(texts, scores.softmax(-1).tolist(), strict=True)
         ]
-
-    def _generate(self, inputs: dict[str, Tensor], audio: ReLLMAudioOutput | None, limit: int) -> list[str]:
-        answers = generate_answers(self.model, inputs, audio=audio, max_new_tokens=limit, **self.options)
-        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 class SpeechPredictor(Predictor):
@@ -128,13 +132,14 @@ class SpeechPredictor(Predictor):
         return clip
 
     def answer(self, subjects: list) -> list[dict]:
-        heard, counts = encode_clips(self.model, self.processor, subjects)
+        audio, counts = self.encode(subjects)
         token = self.processor.audio_token
 
         def prompts(name: str) -> list[str]:
             return [self.prompts[name].replace(token, token * count) for count in counts]
 
-        found = self.ask(prompts, len(counts), heard)
+        found = self.ask(prompts, len(counts), audio)
+        heard = self.hear(audio)
         if "ser" in self.questions.tasks:
             for part, probabilities in zip(found, self._head_probabilities(heard), strict=False):
                 part["recognition"]["head"] = probabilities
@@ -145,6 +150,14 @@ class SpeechPredictor(Predictor):
                 named = zip(DIMENSIONS, values, strict=True)
                 part["dimensions"] = {k: number(v) for k, v in named if trained is None or k in trained}
         return found
+
+    def encode(self, clips: list) -> tuple[Any, list[int]]:
+        """Return what [`~Predictor.generate`] takes as the prompts' audio, and how many placeholders each needs."""
+        return encode_clips(self.model, self.processor, clips)
+
+    def hear(self, audio: Any) -> ReLLMAudioOutput:
+        """Return what the heads read in the clips that were encoded."""
+        return audio
 
     def _head_probabilities(self, heard: ReLLMAudioOutput) -> list[dict[str, float]]:
         """Share probability among the labels in use that the head has, if any; the others in use have 0."""
@@ -179,6 +192,36 @@ class TextPredictor(Predictor):
         )
 
 
+class _AskedInVllm(Predictor):
+    """The same questions, answered by an `OfflineEngine` of vLLM in the place of the model."""
+
+    def generate(self, prompts: list[str], audio: Any, limit: int) -> list[str]:
+        ends = self.options["eos_token_id"]
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        answers = self.model.generate(self._encode(prompts), audio, max_tokens=limit, stop_token_ids=ends)
+        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+    def score(self, prompts: list[str], audio: Any) -> Tensor:
+        return self.model.score(self._encode(prompts), self.label_tokens, audio)
+
+    def _encode(self, prompts: list[str]) -> list[list[int]]:
+        return self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+
+
+class SpeechInVllm(_AskedInVllm, SpeechPredictor):
+    """A ReLLM in vLLM, which makes each placeholder as long as its clip and keeps what it heard."""
+
+    def encode(self, clips: list) -> tuple[Any, list[int]]:
+        return [[clip] for clip in clips], [1] * len(clips)
+
+    def hear(self, audio: Any) -> ReLLMAudioOutput:
+        return self.model.hear([clip for (clip,) in audio])
+
+
+class TextInVllm(_AskedInVllm, TextPredictor):
+    """A causal LM in vLLM, or a ReLLM that hears nothing."""
+
+
 def load_predictor(
     model: str,
     system: System,
@@ -205,6 +248,38 @@ def load_predictor(
     options = {"eos_token_id": given.eos_token_id, "suppress_tokens": given.suppress_tokens}
     llm = loaded.model.text_model
     return TextPredictor(llm, tokenizer, template, questions, text_column=text_column, **options)
+
+
+def load_in_vllm(
+    model: str,
+    system: System,
+    questions: Questions,
+    *,
+    revision: str,
+    dtype: str,
+    arguments: str | None,
+    text_column: str = "text",
+) -> Predictor:
+    """Do as [`load_predictor`], in vLLM; `arguments` is JSON for `vllm.LLM`."""
+    tokenizer, template, processor = load_tokenizer(model, revision)
+    if read_adapter(model, revision) is not None:
+        raise ValueError(f"{model} is an adapter, which is not asked through vLLM. Leave --engine out, or merge it.")
+    scope = "audio" if processor is None else read_config(model, revision).lora_scope
+    if system in READERS and scope != "audio":
+        raise ValueError(
+            f"{model} has lora_scope={scope!r}: in vLLM its LoRA acts on transcripts too. Leave --engine out."
+        )
+    from relllm.inference.vllm.vllm_engine import OfflineEngine, read_generation_settings
+
+    loaded: Any = OfflineEngine(model, revision=revision, dtype=dtype, arguments=arguments)
+    settings = read_generation_settings(model, revision)
+    predictor: Predictor
+    if processor is None or system in READERS:
+        predictor = TextInVllm(loaded, tokenizer, template, questions, text_column=text_column)
+    else:
+        predictor = SpeechInVllm(loaded, processor, questions)
+    predictor.options["eos_token_id"] = find_ends(settings, tokenizer, template)
+    return predictor
 
 
 def load_tokenizer(model: str, revision: str) -> tuple[PreTrainedTokenizerBase, str, ReLLMProcessor | None]:

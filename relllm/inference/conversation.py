@@ -122,7 +122,7 @@ class Conversation:
         inputs = extractor.extract([waveform])
         inputs.pop("num_audio_tokens", None)
         encoded = self.model.get_audio_features(**inputs.to(self.model.device), return_dict=True)
-        return waveform, encoded.pooler_output, read_heard(self.model, encoded)[0]
+        return waveform, encoded.pooler_output, read_heard(self.model.config, encoded)[0]
 
     def _render(self, messages: list[dict], positions: list[Tensor]) -> Tensor:
         """Return token ids `(1, sequence)` with the assistant's header at the end; a typed <|audio|> is text."""

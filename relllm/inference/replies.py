@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from relllm.labels import DIMENSIONS
+from relllm.modeling.configuration_relllm import ReLLMConfig
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.modeling.outputs_relllm import ReLLMAudioOutput
 from relllm.modeling.releases_relllm import CACHE
@@ -43,6 +44,10 @@ class Heard:
         """Return every number by its column in a table: `p_happy`, …, `arousal`, …, `tower_arousal`, …."""
         named = {f"{EMOTION}{name}": value for name, value in self.probabilities.items()}
         return named | self.dimensions | {f"{TOWER}{name}": value for name, value in self.tower_dimensions.items()}
+
+    def fields(self) -> dict[str, object]:
+        """Return what a server answers of the clip."""
+        return {"emotion": self.emotion, "probabilities": self.probabilities, "dimensions": self.dimensions}
 
     def __str__(self) -> str:
         emotion = [f"{self.emotion} {self.probabilities[self.emotion]:.0%}"] if self.emotion is not None else []
@@ -88,7 +93,7 @@ def reply(
     generated = model.generate(**text_inputs, mm_encoder_outputs={"audio": encoded}, **options)
     prompt_length = text_inputs["input_ids"].shape[1]
     text = processor.tokenizer.decode(generated[0, prompt_length:], skip_special_tokens=True).strip()
-    return Reply(text, read_heard(model, encoded)[0])
+    return Reply(text, read_heard(model.config, encoded)[0])
 
 
 @torch.no_grad()
@@ -107,7 +112,7 @@ def hear(
     for start in range(0, len(clips), batch_size):
         inputs = processor.feature_extractor(list(clips[start : start + batch_size]), channel=channel)
         inputs.pop("num_audio_tokens", None)
-        yield from read_heard(model, model.get_audio_features(**inputs.to(model.device), return_dict=True))
+        yield from read_heard(model.config, model.get_audio_features(**inputs.to(model.device), return_dict=True))
 
 
 @torch.no_grad()
@@ -169,10 +174,10 @@ def score_answers(
     return (scores * valid).sum(-1).reshape(batch, len(answers))
 
 
-def read_heard(model: ReLLMForConditionalGeneration, encoded: ReLLMAudioOutput) -> list[Heard]:
-    """Return what was heard in each clip that the model's `get_audio_features` encoded, in order."""
+def read_heard(config: ReLLMConfig, encoded: ReLLMAudioOutput) -> list[Heard]:
+    """Return what was heard in each clip that `get_audio_features` of a model so configured encoded, in order."""
     assert encoded.emotion_logits is not None and encoded.dimensions is not None  # the heads always run
-    config, probabilities = model.config, encoded.emotion_logits.float().softmax(-1).tolist()
+    probabilities = encoded.emotion_logits.float().softmax(-1).tolist()
     trained = ("emotion", *DIMENSIONS) if config.trained_readings is None else config.trained_readings
     of_tower = [()] * len(probabilities) if encoded.tower_dimensions is None else encoded.tower_dimensions.tolist()
     known = () if config.emotion_config is None else config.emotion_config.trained_dimensions  # type: ignore[union-attr]

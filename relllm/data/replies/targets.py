@@ -92,8 +92,11 @@ def make_request(row: Mapping[str, str], settings: TargetSettings) -> Request:
     return Request(row["id"], settings.system_prompt, prompt + row["text"])
 
 
-def run_write_targets(settings: WriteTargetsSettings) -> dict:
-    """Do what `relllm write-targets` does, and return the report of [`write_targets`]."""
+def run_write_targets(settings: WriteTargetsSettings, load_vllm: Callable[..., Writer] | None = None) -> dict:
+    """Do what `relllm write-targets` does, and return the report of [`write_targets`].
+
+    `load_vllm` makes the writer of `engine="vllm"`, which is not of this room.
+    """
     rows = load_corpus(settings.data, settings.split or "all")
     writer: Writer
     if settings.endpoint is not None:
@@ -105,6 +108,11 @@ def run_write_targets(settings: WriteTargetsSettings) -> dict:
             concurrency=settings.concurrency,
             extra_body=json.loads(settings.extra_body) if settings.extra_body else None,
         )
+    elif settings.engine == "vllm":
+        check_place(settings.text_model, holds="config.json")
+        assert load_vllm is not None  # the command brings it
+        options = {"revision": settings.revision, "batch_size": settings.batch_size, "arguments": settings.engine_args}
+        writer = _LaterWriter(partial(load_vllm, settings.text_model, settings, **options))
     else:
         check_place(settings.text_model, holds="config.json")
         device = settings.device

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from relllm.modeling.checkpoint_relllm import find_ends
@@ -88,19 +94,25 @@ class LocalWriter:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, batch_size: int = 16
     ) -> None:
+        self.model = model.eval()
+        self.prepare(model.generation_config, tokenizer, sampling, batch_size)
+
+    def prepare(
+        self, settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, batch_size: int
+    ) -> None:
+        """Check and set all that is not the model, whose generation settings these are."""
         if not tokenizer.chat_template:
             raise ValueError(f"{tokenizer.name_or_path} has no chat template: replies need a chat (instruct) model.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        self.model = model.eval()
-        self.tokenizer = tokenizer
+        self.settings, self.tokenizer = settings, tokenizer
         self.sampling = sampling
         self.batch_size = batch_size
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
         self._system_role = self._takes_system_role()
-        ends = find_ends(model.generation_config, tokenizer)
+        ends = find_ends(settings, tokenizer)
         self._ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
 
     @classmethod

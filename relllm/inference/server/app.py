@@ -296,9 +296,7 @@ def _emotions(heard: Sequence[Heard], prompt: Prompt) -> list[dict[str, object]]
         {
             "index": index,
             **({"message": prompt.clip_messages[index]} if prompt.clip_messages else {}),
-            "emotion": clip.emotion,
-            "probabilities": clip.probabilities,
-            "dimensions": clip.dimensions,
+            **clip.fields(),
         }
         for index, clip in enumerate(heard)
     ]

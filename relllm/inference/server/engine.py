@@ -226,7 +226,7 @@ class Engine:
         features = self._extractor.extract(waveforms)
         counts = [int(count) for count in features.pop("num_audio_tokens")]
         encoded = self._model.get_audio_features(**features.to(self._model.device), return_dict=True)
-        return encoded.pooler_output.split(counts), read_heard(self._model, encoded)
+        return encoded.pooler_output.split(counts), read_heard(self._model.config, encoded)
 
     def _write(self, group: Group) -> None:
         """Have a group write until it gives way; if that fails, its halves begin again, one after the other."""
