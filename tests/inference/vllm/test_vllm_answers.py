@@ -27,7 +27,7 @@ CONFIGURATIONS = {
     "light, chunked prefill": ({"light": True}, CHUNKED),
     "qwen2, biases and an untied head": ({"family": "qwen2"}, {}),
     "phi3, fused on disk": ({"family": "phi3"}, {}),
-    "gpt2, whose linear layers are transposed": ({"family": "gpt2"}, {}),
+    "gpt2, whose linear layers are transposed": ({"family": "gpt2", "lora_std": 0.5}, {}),
     "helium, which vLLM has not": ({"family": "helium"}, {}),
     "two processes": ({}, {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}),
     "text scope": ({"lora_scope": "text"}, {}),
