@@ -60,7 +60,7 @@ $(SUITE)/.ready: .venv/.ready scripts/transformers_suite.py
 	@touch $@
 
 test-vllm: $(VLLM)/.ready  ## Run the tests of serving through vLLM, in an environment of its own (4 GB in .cache)
-	$(TEST_ENV) $(VLLM)/venv/bin/python -m pytest -q -p no:warnings tests/inference/vllm $(ARGS)
+	$(TEST_ENV) $(VLLM)/venv/bin/python -m pytest -q -p no:warnings tests/inference/in_vllm $(ARGS)
 
 # Needs Python >= 3.11 as PYTHON.
 $(VLLM)/.ready: pyproject.toml scripts/vllm_environment.py scripts/fix_torchaudio.py

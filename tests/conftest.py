@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 gc.disable()  # while the tests' modules are imported: nearly all of that stays
 FORK_SERVER = pytest.StashKey[ForkServer]()
 TRANSFORMERS_SUITE = Path(__file__).parent.parent / ".cache" / "transformers-tests"
-collect_ignore: list[str] = [] if find_spec("vllm") else ["inference/vllm"]  # `make test-vllm` runs it
+collect_ignore: list[str] = [] if find_spec("vllm") else ["inference/in_vllm"]  # `make test-vllm` runs it
 if (TRANSFORMERS_SUITE / ".ready").exists():
     sys.path.insert(0, str(TRANSFORMERS_SUITE))
 else:

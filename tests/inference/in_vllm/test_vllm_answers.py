@@ -27,7 +27,6 @@ CONFIGURATIONS = {
     "light, chunked prefill": ({"light": True}, CHUNKED),
     "qwen2, biases and an untied head": ({"family": "qwen2"}, {}),
     "phi3, fused on disk": ({"family": "phi3"}, {}),
-    "gpt2, whose linear layers are transposed": ({"family": "gpt2", "lora_std": 0.5}, {}),
     "helium, which vLLM has not": ({"family": "helium"}, {}),
     "two processes": ({}, {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}),
     "text scope": ({"lora_scope": "text"}, {}),
@@ -87,6 +86,16 @@ def test_tokens_and_log_probabilities_are_generates(checkpoint: dict, options: d
     with engine(place, **options) as llm:
         compare(ask(llm, expected), expected)
         compare(ask(llm, expected[::-1]), expected[::-1])  # from the caches, in another order
+
+
+def test_a_light_checkpoint_finds_a_tower_that_has_moved(tmp_path: Path) -> None:
+    place = save_checkpoint(tmp_path, light=True)
+    expected = [answer(place, messages) for messages in conversations()[:2]]
+    (tmp_path / "llm").rename(tmp_path / "moved")
+    with engine(place, hf_overrides={"towers": {"text_model": str(tmp_path / "moved")}}) as llm:
+        compare(ask(llm, expected), expected)
+    with pytest.raises(OSError, match="text_model"), engine(place):
+        pass
 
 
 def test_bfloat16_is_as_close_as_our_own_batches_are(tmp_path: Path) -> None:

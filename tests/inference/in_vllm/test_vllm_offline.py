@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 from target_rows import make_rows, read_lines, write_lines
 from tiny_models import RATE, clip, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 from vllm_checkpoints import save_checkpoint, save_llm
 
 from relllm.cli import app
+from relllm.data.journal import report_path
 from relllm.labels import DIMENSIONS, EMOTIONS
 from relllm.processing.turns_relllm import build_chat_template
 
@@ -64,17 +67,22 @@ def test_a_model_is_measured_by_the_same_lines(corpus: Path, system: str, tmp_pa
 
 
 def test_replies_to_learn_are_the_same(tmp_path: Path) -> None:
-    llm = save_llm(tmp_path / "llm")
-    settings = json.loads((llm / "tokenizer_config.json").read_text())
-    template = build_chat_template(tiny_tokenizer())
-    (llm / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
-    data = write_lines(tmp_path / "rows.jsonl", make_rows())
-    given = ["--text-model", llm, "--max-new-tokens", 8, "--batch-size", 4, "--min-words", 1]
-    run("write-targets", data, "--out", tmp_path / "ours.jsonl", *given, "--device", "cpu")
-    run("write-targets", data, "--out", tmp_path / "vllm.jsonl", *given, *IN_VLLM)
-    assert read_lines(tmp_path / "vllm.jsonl") == read_lines(tmp_path / "ours.jsonl")
-    assert len({row["response"] for row in read_lines(tmp_path / "ours.jsonl")}) > 1
-    drawn = [tmp_path / name for name in ("one.jsonl", "two.jsonl")]
-    for out in drawn:
-        run("write-targets", data, "--out", out, *given, "--temperature", 1.0, *IN_VLLM)
-    assert read_lines(drawn[0]) == read_lines(drawn[1]) != read_lines(tmp_path / "vllm.jsonl")
+    tokenizer, place = tiny_tokenizer(), save_llm(tmp_path / "llm")
+    tokenizer.chat_template = build_chat_template(tokenizer)
+    tokenizer.save_pretrained(place)
+    llm = AutoModelForCausalLM.from_pretrained(place)
+    with torch.no_grad():
+        llm.get_input_embeddings().weight[tokenizer.eos_token_id] *= 2  # else no reply comes to an end
+    llm.save_pretrained(place)
+    data = write_lines(tmp_path / "rows.jsonl", make_rows(40))
+    given = ["--text-model", place, "--max-new-tokens", 48, "--batch-size", 16, "--min-words", 1]
+    outs = {name: tmp_path / f"{name}.jsonl" for name in ("ours", "vllm", "drawn", "again")}
+    run("write-targets", data, "--out", outs["ours"], *given, "--device", "cpu")
+    run("write-targets", data, "--out", outs["vllm"], *given, *IN_VLLM)
+    for name in ("drawn", "again"):
+        run("write-targets", data, "--out", outs[name], *given, "--temperature", 1.0, *IN_VLLM)
+    written = {name: read_lines(out) for name, out in outs.items()}
+    reports = {name: json.loads(report_path(out).read_text()) for name, out in outs.items()}
+    assert written["vllm"] == written["ours"] and reports["vllm"]["dropped"] == reports["ours"]["dropped"]
+    assert len({row["response"] for row in written["ours"]}) > 1
+    assert written["drawn"] == written["again"] != written["ours"]
