@@ -101,12 +101,12 @@ def save_checkpoint(
 
 
 @cache
-def load(place: Path) -> tuple[ReLLMForConditionalGeneration, ReLLMProcessor]:
-    return AutoModel.from_pretrained(place).eval(), AutoProcessor.from_pretrained(place)
+def load(place: Path, dtype: str = "auto") -> tuple[ReLLMForConditionalGeneration, ReLLMProcessor]:
+    return AutoModel.from_pretrained(place, dtype=dtype).eval(), AutoProcessor.from_pretrained(place)
 
 
 @torch.no_grad()
-def answer(place: Path, messages: list[dict], dtype: torch.dtype = torch.float32) -> Answer:
+def answer(place: Path, messages: list[dict]) -> Answer:
     """What the checkpoint's model generates to a conversation alone, with and without its LoRA."""
     model, processor = load(place)
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
@@ -142,3 +142,15 @@ def hear_alone(place: Path, waveform: np.ndarray) -> tuple[list[float], list[flo
     features.pop("num_audio_tokens")
     heard = model.get_audio_features(**features, return_dict=True)
     return heard.emotion_logits.float().softmax(-1)[0].tolist(), heard.dimensions[0].tolist()
+
+
+@torch.no_grad()
+def score(place: Path, messages: list[dict], tokens: list[int], dtype: str = "auto") -> list[float]:
+    """The log-probability of each token of an answer, in one pass over all of them."""
+    model, processor = load(place, dtype)
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
+    length = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens])], dim=1)
+    inputs.pop("attention_mask")
+    logprobs = model(**inputs).logits[0, length - 1 : -1].float().log_softmax(-1)
+    return logprobs.gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
