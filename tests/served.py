@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 import torch
 from openai import OpenAI
-from tiny_models import RATE, clip, conversation_inputs
+from tiny_models import RATE, audio_inputs, clip, conversation_inputs
 
 from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.inference.inference_settings import BatchSettings, RequestLimits
@@ -135,10 +135,18 @@ def own_conversation(messages: list[dict], waveforms: list[np.ndarray]) -> list[
 
 
 @torch.no_grad()
-def reply_alone(model, processor, messages: list[dict], waveforms: list[np.ndarray], **options) -> str:
-    """`generate` on one conversation: greedy unless `options` say otherwise."""
+def reply_alone(
+    model, processor, messages: list[dict], waveforms: list[np.ndarray], *, seed: int | None = None, **options
+) -> str:
+    """`generate` on one conversation: greedy unless `options` say otherwise; `seed` is of the tokens' draws alone."""
     inputs = conversation_inputs(processor, own_conversation(messages, waveforms))
     options = {"do_sample": False, "max_new_tokens": 8, **options}
+    if seed is not None and (clips := audio_inputs(inputs)):  # Transformers 5.18's wav2vec2 draws a number a layer
+        options["mm_encoder_outputs"] = {"audio": model.get_audio_features(**clips)}
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    if seed is not None:
+        options |= {"do_sample": True, "top_k": 0}
+        torch.manual_seed(seed)
     tokens = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.decode(tokens, skip_special_tokens=True)
 

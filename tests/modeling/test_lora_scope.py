@@ -319,7 +319,7 @@ def test_in_bfloat16_what_trains_is_float32_and_its_gradients_are_those_of_float
     assert len(layers) == 2 * 7
     for name in (name for name in expected if "lora_" in name):
         assert found[name].dtype == torch.float32
-        assert (found[name] - expected[name]).norm() < 0.1 * expected[name].norm(), name
+        assert (found[name] - expected[name]).norm() < 0.15 * expected[name].norm(), name
 
 
 @pytest.mark.slow

@@ -28,7 +28,10 @@ def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     processor = tiny_processor(config, full_window=request.param)
     processor.tokenizer(["a", "a longer text"], padding=True, padding_side="right")  # as training leaves it
     processor.save_pretrained(folder)
-    return pipeline("any-to-any", model=str(folder), device="cpu")
+    try:
+        return pipeline("any-to-any", model=str(folder), device="cpu")
+    except ImportError as error:  # before 5.20
+        pytest.skip(f"this release of Transformers wants more packages for it: {error}")
 
 
 def by_hand(pipe: Pipeline, conversation: list) -> str:
