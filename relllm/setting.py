@@ -1,6 +1,7 @@
 """One way to declare a setting: a field of a dataclass with its default and its help, from which flags are made."""
 
 import dataclasses
+import json
 from typing import Any
 
 REQUIRED = dataclasses.MISSING
@@ -19,3 +20,17 @@ def setting(default: Any, help: str, **told: Any) -> Any:
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_engine(engine: str, engine_args: str | None, device: str) -> None:
+    """Raise a `ValueError` for settings of `engine` that contradict each other, or arguments that are no object."""
+    if engine == "vllm" and device != "auto":
+        raise ValueError(f"vLLM finds the device itself, and device is {device!r}. Leave one of them out.")
+    if engine_args is not None and engine != "vllm":
+        raise ValueError("engine_args are vLLM's: give --engine vllm with them.")
+    try:
+        arguments = json.loads(engine_args or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError(f'engine_args is {engine_args!r}, expected a JSON object such as {{"max_model_len": 4096}}.')

@@ -166,6 +166,11 @@ def write_replies(settings: WriteTargetsSettings) -> None:
     from relllm.data.journal import report_path
     from relllm.data.replies.targets import run_write_targets, target_table
 
+    if settings.engine == "vllm":
+        from relllm.inference.vllm import check_vllm
+
+        check_vllm()
+
     def load_vllm(*args: object, **options: object) -> Writer:
         from relllm.inference.vllm.vllm_engine import VllmWriter
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from relllm.labels import DIMENSIONS
 from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT
-from relllm.setting import REQUIRED, setting
+from relllm.setting import REQUIRED, check_engine, setting
 
 from .rows import LABEL_SETS, PSEUDO_SOURCE, LabelSet
 
@@ -268,6 +268,10 @@ class WriteTargetsSettings(TargetSettings, RunSettings):
     engine_args: str | None = setting(None, 'JSON: arguments of vllm.LLM, such as {"max_model_len": 4096}.')
     min_words: int = setting(3, "Shorter replies are dropped.", min=1)
     max_words: int = setting(150, "Longer replies are dropped.", min=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_engine(self.engine, self.engine_args, self.device)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,10 @@ def evaluate(settings: EvaluationSettings, *, score: Score | None = None, progre
     check_extras("Evaluation", "audmetric", "matplotlib", "scikit-learn")
     set_seed(settings.seed)
     state = PartialState(cpu=settings.device == "cpu", timeout=PATIENCE)
+    if settings.engine == "vllm":
+        from relllm.inference.vllm import check_vllm
+
+        check_vllm()
     if settings.engine == "vllm" and state.num_processes > 1:
         raise ValueError('vLLM shares its work out itself: one process, --engine-args {"tensor_parallel_size": 2}.')
     plan = _plan_run(settings, with_scorers=score is not None or settings.empathy_scorers is not None)

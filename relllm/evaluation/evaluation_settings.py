@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from relllm.setting import REQUIRED, setting
+from relllm.setting import REQUIRED, check_engine, setting
 
 Task: TypeAlias = Literal["ser", "dimensions", "empathy"]
 System: TypeAlias = Literal["text-only", "text-only-tuned", "speech-only", "re-llm"]
@@ -77,10 +77,7 @@ class EvaluationSettings:
         for name, value in (("batch_size", self.batch_size), ("limit", self.limit or 1)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        if self.engine == "vllm" and self.device != "auto":
-            raise ValueError(f"vLLM finds the device itself, and device is {self.device!r}. Leave one of them out.")
-        if self.engine_args is not None and self.engine != "vllm":
-            raise ValueError("engine_args are vLLM's: give --engine vllm with them.")
+        check_engine(self.engine, self.engine_args, self.device)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A wrong path or setting is one line on stderr: the value, what was expected, the remedy; 2 for wrong use."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -261,3 +262,25 @@ def test_the_version_and_the_completion_are_there() -> None:
     asked = {"_RELLLM_COMPLETE": "complete_bash", "COMP_WORDS": "relllm he", "COMP_CWORD": "1"}
     shown = CliRunner().invoke(app, [], env=asked, prog_name="relllm")
     assert shown.stdout.split() == ["hear"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--engine", "vllm"], 'vLLM is not installed here: `pip install "relllm[vllm]"`'),
+        (["--engine", "vllm", "--device", "cpu"], "vLLM finds the device itself"),
+        (["--engine-args", "{}"], "give --engine vllm"),
+        (["--engine", "vllm", "--engine-args", "[1]"], "expected a JSON object"),
+    ],
+)
+def test_an_engine_that_is_not_there_or_not_asked_for_is_named_first(
+    here: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str
+) -> None:
+    monkeypatch.chdir(here)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for command in (
+        ["evaluate", "data/deaf", "data/taught", "--out", "runs/e"],
+        ["write-targets", "data/ours", "--text-model", "towers/llm", "--out", "o.jsonl"],
+    ):
+        code, said_so = said(*command, *arguments)
+        assert code != 0 and sentence in said_so

@@ -15,13 +15,21 @@ NOWHERE = "none (--allowed-media-domains names some)"
 
 
 def why_unsupported() -> str | None:
-    """Tell why the installed vLLM cannot serve a ReLLM, with the remedy; `None` where it can."""
-    from vllm import __version__
-
+    """Tell why vLLM cannot serve a ReLLM here, with the remedy; `None` where it can."""
+    try:
+        from vllm import __version__
+    except ImportError:
+        return 'vLLM is not installed here: `pip install "relllm[vllm]"`, in an environment of its own.'
     if any(__version__.startswith(f"{version}.") for version in SUPPORTED):
         return None
     wanted = " or ".join(SUPPORTED)
     return f"vLLM {__version__} is installed, and this relllm serves ReLLM checkpoints through vLLM {wanted} only."
+
+
+def check_vllm() -> None:
+    """Raise an `ImportError` with the reason where vLLM cannot be used."""
+    if reason := why_unsupported():
+        raise ImportError(reason)
 
 
 def register() -> None:

@@ -15,7 +15,7 @@ from relllm.data.data_settings import Sampling
 from relllm.data.replies.writers import LocalWriter
 from relllm.modeling.outputs_relllm import ReLLMAudioOutput
 
-from . import why_unsupported
+from . import check_vllm
 from .vllm_readings import AT_ONCE, gather_readings, waveform_key
 
 Clips = Sequence[Sequence[np.ndarray]]  # of each prompt
@@ -37,8 +37,7 @@ class OfflineEngine:
     def __init__(
         self, model: str, *, revision: str = "main", dtype: str = "auto", arguments: str | None = None
     ) -> None:
-        if reason := why_unsupported():
-            raise ImportError(reason)
+        check_vllm()
         self.config: Any = AutoConfig.from_pretrained(model, revision=revision)
         if dtype == "auto":  # of vLLM's own, float32 becomes half precision
             dtype = str(self.config.dtype or torch.float32).removeprefix("torch.")

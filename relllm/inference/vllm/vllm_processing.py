@@ -98,7 +98,8 @@ class ReLLMMultiModalProcessor(BaseMultiModalProcessor[ReLLMProcessingInfo]):
         if placeholders != clips:  # a user's text has one as well: vLLM would put the clip there
             raise ValueError(f"The prompt has {placeholders} audio placeholders, and {clips} clips came with it.")
         made: Any = super().apply(inputs, timing_ctx)
-        made[CLIPS] = inputs.mm_data_items["audio"].get_all() if clips else []
+        heard = inputs.mm_data_items["audio"].get_all() if clips else []
+        made[CLIPS] = [clip for clip in heard if clip is not None]  # one that a client only names is in vLLM's cache
         return made
 
     def _get_mm_fields_config(

@@ -1,6 +1,8 @@
 """`relllm evaluate` and `relllm write-targets` with `--engine vllm` write the files of the other engine."""
 
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from vllm_checkpoints import save_checkpoint, save_llm
 
 from relllm.cli import app
 from relllm.data.journal import report_path
+from relllm.inference.vllm import vllm_engine
 from relllm.labels import DIMENSIONS, EMOTIONS
 from relllm.processing.turns_relllm import build_chat_template
 
@@ -29,6 +32,19 @@ IN_VLLM = ["--engine", "vllm", "--engine-args", ARGUMENTS]
 def run(*arguments: object) -> None:
     found = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert found.exit_code == 0, found.output
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_engine_a_model() -> Iterator[None]:
+    """Each start of vLLM takes seconds: the commands on one model share it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_engine, "OfflineEngine", functools.cache(vllm_engine.OfflineEngine))
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model"), light=True)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +68,7 @@ def near(found: object, expected: object) -> bool:
 
 
 @pytest.mark.parametrize("system", ["re-llm", "text-only"])
-def test_a_model_is_measured_by_the_same_lines(corpus: Path, system: str, tmp_path: Path) -> None:
-    place = save_checkpoint(tmp_path / "model", light=True)
+def test_a_model_is_measured_by_the_same_lines(place: Path, corpus: Path, system: str, tmp_path: Path) -> None:
     given = ["--system", system, "--max-new-tokens", 8, "--batch-size", 4]
     tasks = ["--tasks", "ser,dimensions" if system == "re-llm" else "ser"]
     run("evaluate", place, corpus, "--output-dir", tmp_path / "ours", *given, *tasks, "--device", "cpu")
