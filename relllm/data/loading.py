@@ -144,7 +144,10 @@ def _with_ids(loaded: dict | Dataset | IterableDataset) -> dict | Dataset | Iter
         if isinstance(rows, Dataset):
             loaded[split] = rows.add_column("id", [f"{split}-{number:06d}" for number in range(len(rows))])
         else:
-            features = Features({**rows.features, "id": Value("string")}) if rows.features else None
+            features = None
+            if rows.features:
+                rows = rows.decode(False)  # `map` would decode the audio, which stays as it is until it is read
+                features = Features({**rows.features, "id": Value("string")})
             loaded[split] = rows.map(
                 lambda row, number, split=split: {"id": row.get("id", f"{split}-{number:06d}")},
                 with_indices=True,

@@ -130,11 +130,12 @@ def _split_by_protocol(corpus: str, members: list[Run]) -> list[tuple[str, list[
         like = [way for way in known if all(mine in ("", its) for mine, its in zip(own, way, strict=True))]
         for way in like or [own]:
             ways.setdefault(way, []).append(run)
-    if len(ways) == 1 or any(len(of) < 2 for of in ways.values()):
+    if len(ways) == 1 or any(len([run for run in of if run.class_names] or of) < 2 for of in ways.values()):
         return [(corpus, members)]
     differing = [at for at, values in enumerate(zip(*ways, strict=True)) if len(set(values)) > 1]
     words = [at for at in differing if at < len(next(iter(ways))) - 1]  # the data, where nothing else does
-    return [(", ".join([corpus, *(way[at] for at in words or differing)]), of) for way, of in ways.items()]
+    titles = [", ".join(filter(None, [corpus, *(way[at] for at in words or differing)])) for way in ways]
+    return list(zip(titles, ways.values(), strict=True))
 
 
 def _protocol(run: Run) -> tuple[str, ...]:

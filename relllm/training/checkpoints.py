@@ -212,9 +212,10 @@ def checkpoint_to_resume(output_dir: Path, resume: str) -> str | None:
 
 
 def _decides(record: Mapping[str, object]) -> dict[str, object]:
-    """Return what of a record decides the result; how the rows of an update are divided does for a CCC alone."""
+    """Return what of a record decides the result; how an update's rows are divided does for a CCC, or by length."""
     free = [*MAY_DIFFER, "steps_done", "epochs_done"]
-    if "rows_per_update" in record and record.get("dimension_loss") != "ccc":
+    grouped = record.get("train_sampling_strategy") == "group_by_length"
+    if "rows_per_update" in record and record.get("dimension_loss") != "ccc" and not grouped:
         free += ["per_device_train_batch_size", "gradient_accumulation_steps"]
     return {name: value for name, value in record.items() if name not in free}
 
@@ -328,7 +329,9 @@ class CheckpointMixin(LastStepMixin):
             return
         if self.args.hub_always_push and self.is_world_process_zero():
             self._finish_current_push()  # which still reads the files that this push replaces
-        if self.args.should_save:
+        push = getattr(self, "push_in_progress", None)  # of a repository that is there
+        running = push is not None and not push.is_done()
+        if self.args.should_save and self.args.hub_strategy != HubStrategy.END and not running:
             for code in Path(checkpoint_folder).glob("*.py"):  # Transformers takes along only weights and settings
                 shutil.copy(code, self.args.output_dir)
             for weights in Path(self.args.output_dir).glob("model*.safetensors*"):  # of a save in another form

@@ -38,7 +38,7 @@ class PaperConfig(SFTConfig):
     weight_decay: float = setting(0.05, "AdamW's weight decay (paper: 0.05).")
     warmup_steps: float = setting(200, "Warm-up steps (paper: 200).")
     num_train_epochs: float = setting(3.0, "Epochs (paper: 3).")
-    per_device_train_batch_size: int = setting(2, "Rows a device and step (paper: 2); auto: as many as fit.")
+    per_device_train_batch_size: int = setting(2, "Rows a device and step (paper: 2).")
     gradient_accumulation_steps: int = setting(8, "Steps an update (paper: 8).")
     loss_type: str = setting("nll", "Of the response; TRL before 1.16 defaults to another.")
 
@@ -57,6 +57,7 @@ class PaperConfig(SFTConfig):
 class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, PaperConfig):
     """`trl.SFTConfig` with RE-LLM's losses; the defaults that differ from TRL's are the paper's recipe."""
 
+    per_device_train_batch_size: int = setting(2, "Rows a device and step (paper: 2); auto: as many as fit.")
     projector_learning_rate: float | None = setting(None, "Peak of the projector's; by default learning_rate.")
     heads_learning_rate: float | None = setting(None, "Peak of the emotion and dimension heads'; likewise.")
     rows_per_update: int | None = setting(
@@ -187,10 +188,12 @@ OWN_SETTINGS = [*PaperConfig.__annotations__, *ReLLMSFTConfig.__annotations__]  
 def check_choices(settings: object) -> None:
     """Raise a `ValueError` for a field that is typed as a `Literal` and has another value."""
     for name, hint in get_type_hints(type(settings)).items():
-        kinds = [hint, *get_args(hint)]
-        allowed = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+        kinds = [hint] if get_origin(hint) is Literal else get_args(hint)
+        if not kinds or any(get_origin(kind) is not Literal and kind is not type(None) for kind in kinds):
+            continue
+        allowed = [value for kind in kinds for value in get_args(kind)]
         value = getattr(settings, name)
-        if allowed and value not in allowed and not (value is None and type(None) in kinds):
+        if value not in allowed and not (value is None and type(None) in kinds):
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
 

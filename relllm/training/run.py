@@ -141,7 +141,7 @@ def evaluation_metrics(args: ReLLMSFTConfig, surveys: Mapping[str, RowSurvey]) -
     """Name what an evaluation gives, without `eval_`, of one set of rows, or of several by name and of all."""
     found = {name: _metrics_of(args, survey) for name, survey in surveys.items()}
     names = list(dict.fromkeys(metric for metrics in found.values() for metric in metrics))
-    if len(found) > 1:
+    if "" not in found:
         return [*names, *(f"{name}_{metric}" for name, metrics in found.items() for metric in metrics)]
     return [*names, *(("entropy", "mean_token_accuracy") if args.response_loss_weight > 0 else ())]
 

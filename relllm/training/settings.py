@@ -224,13 +224,13 @@ def _check_optimizer(args: TrainingArguments) -> None:
 def _is_read(args: TrainingArguments, name: str) -> bool:
     """Tell whether an optimizer reads a name in `optim_args`: Transformers passes over others without a word."""
     tried, found = copy.copy(args), []
-    for value in ("0.5", "1"):
-        tried.optim_args = f"{name}={value}"
+    for given in (None, f"{name}=0.5", f"{name}=1"):
+        tried.optim_args = given
         try:
             found.append(Trainer.get_optimizer_cls_and_kwargs(tried)[1])
         except (ValueError, AttributeError):  # it is a whole number, or a name of a kind
             return True
-    return found[0] != found[1]
+    return any(one != found[0] for one in found[1:])
 
 
 def _or_auto(kind: Any) -> Any:

@@ -335,7 +335,7 @@ def test_a_set_of_the_hub_is_named_with_configuration_and_revision_and_its_rows_
     def load_dataset(name: str, config: str | None = None, **kwargs: object) -> DatasetDict:
         asked.append((name, config, kwargs["revision"]))
         rows = Dataset.from_dict({"audio": [str(corpus / "audio/a.wav")] * 2, "speaker": [3, 4], "emotion": [0, 1]})
-        rows = rows.cast_column("emotion", ClassLabel(names=["ang", "hap"]))
+        rows = rows.cast_column("emotion", ClassLabel(names=["ang", "hap"])).cast_column("audio", Audio())
         parts = {"train": rows, "test": rows}
         return {name: part.to_iterable_dataset() for name, part in parts.items()} if streaming else DatasetDict(parts)
 
@@ -344,6 +344,7 @@ def test_a_set_of_the_hub_is_named_with_configuration_and_revision_and_its_rows_
     rows = list(load_corpus("org/speech:de@v2", "test", streaming=streaming))
     assert [row["id"] for row in rows] == ["test-000000", "test-000001"]
     assert [row["emotion"] for row in rows] == ["angry", "happy"]
+    assert all(isinstance(row["audio"], dict) for row in rows)  # still encoded
     held = list(load_corpus("org/speech", "train", held_out="speaker=3", streaming=streaming))
     assert [row["id"] for row in held] == ["train-000001", "test-000001"]  # a speaker that is a number
     assert asked == [("org/speech", "de", "v2"), ("org/speech", None, None)]

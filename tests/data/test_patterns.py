@@ -196,6 +196,13 @@ def test_a_lab_s_own_corpus_is_five_lines(tmp_path: Path) -> None:
         (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(ValueError, match=message):
             parse_folder(FolderSettings(tmp_path / "lab", pattern=str(tmp_path / "bad.yaml")))
+    (tmp_path / "spoken").mkdir()
+    write_wav(tmp_path / "spoken" / "0.wav")
+    write_text(tmp_path / "spoken" / "t.csv", "n,emo,spk\n0,happy,\n")
+    table = r"{path: '(?P<n>\d)\.wav', table: 't\.csv', id: '{n}', columns: {emotion: emo, speaker: spk}}"
+    (tmp_path / "table.yaml").write_text(table)
+    (row,) = parse_folder(FolderSettings(tmp_path / "spoken", pattern=str(tmp_path / "table.yaml"))).rows
+    assert (row["emotion"], row["speaker"]) == ("happy", None)  # a column that is there, and empty
     for columns, message in ((("emotion=mod",), r"columns names \['mod'\]"), (("emotoin=speaker",), "columns has")):
         with pytest.raises(ValueError, match=message):
             parse_folder(FolderSettings(tmp_path / "lab", pattern=expression, columns=columns, **told))

@@ -166,6 +166,10 @@ def test_two_splits_and_two_label_sets_of_a_corpus_are_two_tables(tmp_path: Path
     joined = compare(*folders, *silent).runs
     assert list(joined) == list(found.runs) and [len(of) for of in joined.values()] == [3, 3]
     assert [len(of) for of in compare(*folders, silent[0]).runs.values()] == [3, 2]
+    dev = {**DATA, "split": "dev", "fingerprint": "dev"}
+    clips = [clip | {"recognition": {}} for clip in simulated_clips(60, 0.2, seed=3)]
+    mute = [write_run(tmp_path / "dev" / name, "text-only", clips, **ASKED, data=dev) for name in ("a", "b")]
+    assert list(compare(*folders[:2], *mute).runs) == ["msp-podcast, Test1, 4 classes", "msp-podcast, dev"]
     other = [run_of(tmp_path / "own" / str(n), system, 0.5, data={**DATA, "fingerprint": f"own{n}"})
              for n in (1, 2) for system in ("speech-only", "re-llm")]  # fmt: skip
     assert list(compare(*other).runs) == ["msp-podcast, own1", "msp-podcast, own2"]

@@ -79,7 +79,12 @@ def test_the_end_sends_a_full_checkpoint_and_the_others_stay_light(
     push: bool, hub: FakeHub, logged: list[str], tmp_path: Path
 ) -> None:
     trainer = push_trainer(tmp_path, push_to_hub=push, hub_strategy="end")
+    before = checkpoint(tmp_path, 2).parent / "model-00001-of-00002.safetensors"  # of an earlier end of the run
+    before.parent.mkdir(parents=True, exist_ok=True)
+    before.touch()
     trainer.train()
+    assert before.exists()
+    before.unlink()
     assert is_light(checkpoint(tmp_path, 2)) and not hub.commits and not logged
     trainer.push_to_hub()
     assert len(hub.commits) == 1 and "speech" in logged[0]

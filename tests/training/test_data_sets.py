@@ -155,12 +155,17 @@ def test_metrics_over_all_data_sets_are_those_of_one_that_holds_them(tmp_path: P
     rows, processor = make_rows(tmp_path), tiny_processor()
     sets = {"a": Dataset.from_list(rows[:5]), "b": Dataset.from_list(rows[5:])}
     trainer = make_trainer(rows, tmp_path / "run", processor, tasks={"reply": 1, "recognition": 1})
+    alone = trainer.evaluate({"a": sets["a"]})
     apart = trainer.evaluate(sets)
     whole = trainer.evaluate(concatenate_datasets(list(sets.values())))
     surveys = {name: survey_rows(part) for name, part in sets.items()}
-    for given, found in ((surveys, apart), ({"": survey_rows(concatenate_datasets(list(sets.values())))}, whole)):
+    one = {"a": surveys["a"]}, alone
+    merged = {"": survey_rows(concatenate_datasets(list(sets.values())))}, whole
+    for given, found in ((surveys, apart), one, merged):
         of_no_use = ("_time", "runtime", "_per_second", "tokens", "epoch")
-        of_no_use += ("eval_entropy", "eval_mean_token_accuracy") if found is apart else ()  # of the last set alone
+        of_no_use += (
+            ("eval_entropy", "eval_mean_token_accuracy") if found is not whole else ()
+        )  # of the last set alone
         mine = [name for name in found if not name.endswith(of_no_use)]
         assert sorted(mine) == sorted(f"eval_{name}" for name in evaluation_metrics(trainer.args, given))
     names = [name for name in whole if not name.endswith(("_runtime", "_per_second", "entropy", "accuracy", "tokens"))]

@@ -21,6 +21,7 @@ from tiny_models import (
     tiny_processor,
     tiny_tokenizer,
 )
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import deepspeed
 from typer.testing import CliRunner
 
@@ -40,6 +41,7 @@ from relllm.training.config import ReLLMScriptArguments, ReLLMSFTConfig
 from relllm.training.freezing import lora_counts_as_adapter
 from relllm.training.lengths import check_clip_limits
 from relllm.training.run import parse_arguments, run_training
+from relllm.training.settings import _is_read
 from relllm.training.trainer import ReLLMSFTTrainer
 
 disable_progress_bars()
@@ -311,6 +313,27 @@ def test_how_an_update_is_divided_decides_for_a_concordance_alone(loss: str, tmp
             begin_run(tmp_path, two, "auto")
     with pytest.raises(ValueError, match="rows_per_update: 16, now 32"):
         begin_run(tmp_path, one | {"rows_per_update": 32}, "auto")
+    grouped = {"train_sampling_strategy": "group_by_length"}  # in the order of what each process takes at once
+    begin_run(tmp_path / "grouped", one | grouped, "auto")
+    for name in ("trainer_state.json", "optimizer.pt"):
+        (tmp_path / "grouped" / "checkpoint-1").mkdir(exist_ok=True)
+        (tmp_path / "grouped" / "checkpoint-1" / name).write_text("{}")
+    with pytest.raises(ValueError, match="per_device_train_batch_size: 2, now 4"):
+        begin_run(tmp_path / "grouped", two | grouped, "auto")
+
+
+def test_a_choice_beside_a_text_is_none_of_the_choices(tmp_path: Path) -> None:
+    args = ReLLMSFTConfig(output_dir=str(tmp_path), trackio_static_space_id="org/space")
+    assert args.trackio_static_space_id == "org/space"
+
+
+def test_a_setting_of_an_optimizer_that_is_true_or_false_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def optimizer(args: TrainingArguments) -> tuple[None, dict[str, object]]:
+        return None, {"kahan_sum": "kahan_sum" in (args.optim_args or "")}
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(optimizer))
+    args = TrainingArguments()
+    assert _is_read(args, "kahan_sum") and not _is_read(args, "other")
 
 
 def test_a_checkpoint_of_an_unknown_run_or_without_its_optimiser_is_refused(

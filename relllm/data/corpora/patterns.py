@@ -101,7 +101,8 @@ def find_fields(
         row_id = _name(pattern, labels, place)
         if row_id in clips:
             labelled.add(row_id)
-            yield place, clips[row_id] | {name: value for name, value in labels.items() if value is not None}
+            told = {name: value for name, value in labels.items() if value is not None}
+            yield place, {**labels, **clips[row_id], **told}
         else:
             corpus.dropped.append(Dropped(row_id, parsing.NO_AUDIO, place))
     parsing.drop_unlabelled(corpus, labelled, {name: str(clip["audio"]) for name, clip in clips.items()})
