@@ -70,18 +70,19 @@ class Chat:
         return True
 
     def _say_file(self, rest: str) -> None:
-        from relllm.processing.audio_relllm import load_audio
-
         path, text = _split_path(rest)
         if not path:
             console.print("/wav needs a file: /wav question.wav", style="red")
             return
+        first: Any = next(iter(self.systems.values()))  # RE-LLM
         try:
-            audio = {"waveform": load_audio(path, channel=self.settings.channel)}
+            clip = first.processor.feature_extractor.read_clip(path, channel=self.settings.channel)
         except (ImportError, OSError, ValueError) as error:  # ImportError: what a container or a rate needs
             console.print(f"not read: {error}", style="red")
+        except KeyboardInterrupt:
+            console.print("\nStopped: this turn is forgotten.", style="yellow")
         else:
-            self.say(audio, text or None, spoken=path)
+            self.say({"waveform": clip}, text or None, spoken=path)
 
     def _say_recording(self, text: str) -> None:
         from relllm.inference.microphone import record

@@ -107,6 +107,8 @@ class Conversation:
             messages, lambda turns: self._render(turns, positions), *room, drop_oldest=drop_oldest
         )
         positions = _of_clips_in(turns, positions)
+        if dropped:  # a cut compares ids, and all clips have the same
+            self._cache = None
         told = {"max_new_tokens": max_new_tokens, "streamer": streamer, **self.generation_options, **options}
         options = {"do_sample": False, **told}
         reply_ids = self._generate(ids, positions, options)

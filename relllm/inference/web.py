@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -78,12 +79,8 @@ COLUMN: dict[str, Any] = {
 }
 BOX: dict[str, Any] = {
     **{"sources": ["microphone", "upload"], "file_types": ["audio"], "placeholder": "Type, record or upload"},
-    **{
-        "label": "Say something",
-        "show_label": False,
-        "max_lines": 4,
-        "max_plain_text_length": 10**9,
-    },  # no text as file
+    **{"label": "Say something", "show_label": False, "max_lines": 4},
+    "max_plain_text_length": 10**9,  # else Gradio makes a file of a long text
 }
 MOST_CHARACTERS = 4_000  # and seconds, of one turn: everybody waits for it
 LONGEST_S = 120.0
@@ -117,18 +114,24 @@ class _StoppableStreamer(TextIteratorStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: threading.Event):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stop = stop
+        self.ended = False
+        self._deciding = threading.RLock()
 
     def put(self, value: torch.Tensor) -> None:
         self.check()
         super().put(value)
 
     def end(self) -> None:
-        self.check()
+        with self._deciding:
+            self.check()
+            self.ended = True
         super().end()
 
     def check(self) -> None:
-        if self.stop.is_set():
-            raise _Stopped
+        """Raise if it is stopped; a reply that the conversation has whole is not."""
+        with self._deciding:
+            if self.stop.is_set() and not self.ended:
+                raise _Stopped
 
     def wake(self) -> None:
         """End the pieces for who waits for them, whatever the model does."""
@@ -197,9 +200,11 @@ class Session:
         replies = turn["replies"]
         for name in self.conversations:
             yield from self._ask(name, audio, turn, said, stop)
-            if replies and turn not in turns:  # also of one that is stopped before the others reply
+            if replies and not any(one is turn for one in turns):  # also where the next is stopped
                 turns.append(turn)
             if stop.is_set():
+                if self.status.kind == "busy":  # the reply was there already
+                    self.status = EMPTY
                 return
             if self.status.kind == "error":
                 failures.append(self.status.text)
@@ -232,7 +237,7 @@ class Session:
             shown[-1]["content"] = reply.text or "(no words)"
             if reply.heard is not None:
                 shown[-2]["content"] += f"\n{reply.heard}".replace("  ", " · ")
-                if name == next(iter(self.shown)):
+                if shown is next(iter(self.shown.values())):
                     self.heard.append(reply.heard)
         yield
 
@@ -259,6 +264,8 @@ class Session:
         try:
             for piece in filter(None, streamer):
                 streamer.check()
+                if stop.is_set():  # too late: all of it is there
+                    break
                 written += piece
                 shown[-1]["content"] = written
                 self.status = Status("busy", f"{name} is replying.")
@@ -324,6 +331,12 @@ class Page:
         where: dict[str, Any] = {"server_name": host, "server_port": port or None, "prevent_thread_lock": True}
         shut: dict[str, Any] = {"share": False, "ssr_mode": False, "quiet": True, "footer_links": [], "auth": auth}
         limits: dict[str, Any] = {"max_file_size": LARGEST_UPLOAD, "state_session_capacity": MOST_SESSIONS}
+        try:  # Gradio takes any failure for a port that is taken
+            family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+        except OSError as error:
+            raise OSError(f"--host {host}: no address of this machine ({error.strerror}).") from error
         try:
             _, url, _ = self.blocks.launch(**where, **shut, **limits, root_path=self.root_path, theme=theme, css=CSS)
         except OSError as error:

@@ -26,6 +26,7 @@ from relllm.cli import app
 from relllm.cli.chatting import complete_line
 from relllm.inference.conversation import Conversation
 from relllm.inference.text_conversation import NoWordsError, TextConversation, Transcriber
+from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 from relllm.processing.prompts_relllm import SPEECH_PROMPT
 from relllm.processing.turns_relllm import build_chat_template
 
@@ -188,6 +189,27 @@ def test_what_ends_a_recording_does_not_end_the_chat(checkpoint, model, processo
     monkeypatch.setattr("relllm.inference.microphone.record", interrupted)
     output = chat(checkpoint, "/record", "Hello.")
     assert "this recording is forgotten" in output and replies(model, processor, (None, "Hello."))[0] in output
+
+
+def test_what_interrupts_the_reading_of_a_file_forgets_that_turn_alone(
+    checkpoint, model, processor, wav, monkeypatch
+) -> None:
+    def interrupted(*_: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ReLLMFeatureExtractor, "read_clip", interrupted)
+    output = chat(checkpoint, f"/wav {wav}", "Hello.")
+    assert "this turn is forgotten" in output and replies(model, processor, (None, "Hello."))[0] in output
+
+
+def test_a_file_is_as_long_as_the_checkpoint_takes(model, processor, wav, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    settings = json.loads(path.read_text())
+    settings["feature_extractor"]["max_duration_s"] = 0.2
+    path.write_text(json.dumps(settings))
+    assert "the limit is 0.2 s" in chat(str(tmp_path), f"/wav {wav}")
 
 
 def test_without_sounddevice_or_a_microphone_the_chat_says_what_is_missing(checkpoint, monkeypatch) -> None:

@@ -278,6 +278,11 @@ def test_older_turns_are_dropped_where_that_is_allowed_and_the_rest_is_read_as_a
         conversation.say(text="a long story " * 100, drop_oldest=True)
     assert len(conversation.messages) == left
     assert conversation.say(text="Hello.", max_new_tokens=5).dropped == 0
+    conversation.reset()
+    for seed in (0, 1):  # of one length, in one place
+        turn = conversation.say(clip(0.5, seed=seed), "a long story " * 60, max_new_tokens=5, drop_oldest=True)
+        assert turn.text == reply_afresh(model, processor, conversation.messages[:-1])
+    assert turn.dropped == 1
 
 
 def test_a_recurrent_state_is_not_gone_on_with() -> None:

@@ -569,7 +569,7 @@ def test_where_there_is_no_microphone_the_page_says_why(
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """Where pictures of the page go: those of docs/ are made with `RELLLM_PICTURES=docs/images`."""
+    """Where pictures of the page go: those of docs/ are copied from there."""
     return Path(os.environ.get("RELLLM_PICTURES") or tmp_path_factory.mktemp("pictures"))
 
 
@@ -681,6 +681,26 @@ def test_a_page_whose_conversation_is_gone_says_so(systems) -> None:
     page.close()
 
 
+def test_a_turn_that_repeats_another_is_one_of_its_own(systems) -> None:
+    one = Session({"RE-LLM": systems["RE-LLM"]}, threading.Lock(), max_new_tokens=TOKENS)
+    for _ in range(2):
+        one.conversations["RE-LLM"].reset()
+        talk(one, text="Hello.")
+    assert [turn["text"] for turn in one.turns] == ["Hello.", "Hello."]
+
+
+def test_a_stop_after_the_last_token_keeps_what_the_conversation_has(session) -> None:
+    steps = session.talk(None, "Hello.")
+    next(steps)
+    next(steps)
+    while session.lock.locked():
+        time.sleep(0.01)
+    session.stop()
+    assert [None for _ in steps] and session.status == EMPTY
+    name = next(iter(session.shown))
+    assert len(session.shown[name]) == len(session.conversations[name].messages) - 1 == 2
+
+
 def test_the_command_says_why_it_cannot_serve(tmp_path, model, processor, url) -> None:
     from typer.testing import CliRunner
 
@@ -692,6 +712,8 @@ def test_the_command_says_why_it_cannot_serve(tmp_path, model, processor, url) -
     result = CliRunner().invoke(app, ["web", str(tmp_path), "--port", taken, "--device", "cpu"])
     assert result.exit_code == 1 and f"Port {taken} of 127.0.0.1 is not free" in result.output
     assert "()" not in result.output  # no call of Python
+    elsewhere = CliRunner().invoke(app, ["web", str(tmp_path), "--host", "no-such-host.invalid", "--device", "cpu"])
+    assert "no address of this machine" in elsewhere.output and "not free" not in elsewhere.output
     del result  # its traceback holds the socket
     gc.collect()
 
