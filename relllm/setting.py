@@ -22,8 +22,10 @@ def setting(default: Any, help: str, **told: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_engine(engine: str, engine_args: str | None, device: str) -> None:
-    """Raise a `ValueError` for settings of `engine` that contradict each other, or arguments that are no object."""
+def check_engine(engine: str, engine_args: str | None, device: str, own: tuple[str, ...]) -> None:
+    """Raise a `ValueError` for settings of `engine` that contradict each other, and for arguments that are no object
+    or that name what the command has a setting of its `own` for.
+    """
     if engine == "vllm" and device != "auto":
         raise ValueError(f"vLLM finds the device itself, and device is {device!r}. Leave one of them out.")
     if engine_args is not None and engine != "vllm":
@@ -34,3 +36,7 @@ def check_engine(engine: str, engine_args: str | None, device: str) -> None:
         arguments = None
     if not isinstance(arguments, dict):
         raise ValueError(f'engine_args is {engine_args!r}, expected a JSON object such as {{"max_model_len": 4096}}.')
+    if taken := sorted(arguments.keys() & set(own)):
+        raise ValueError(
+            f"engine_args has {', '.join(taken)}, which the command has settings of its own for. Give those."
+        )

@@ -271,7 +271,9 @@ class WriteTargetsSettings(TargetSettings, RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_engine(self.engine, self.engine_args, self.device)
+        check_engine(self.engine, self.engine_args, self.device, ("model", "revision"))
+        if self.endpoint is not None and self.engine == "vllm":
+            raise ValueError("An endpoint runs its own LLM: leave --engine vllm out, or the endpoint.")
 
 
 @dataclass(frozen=True)

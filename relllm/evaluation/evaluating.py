@@ -380,6 +380,7 @@ def _load_score(settings: EvaluationSettings, device: str) -> Score:
 
 def _run_identity(settings: EvaluationSettings, plan: Plan) -> dict:
     scorers, text = settings.empathy_scorers, settings.text_column
+    engine = {"engine": "vllm", "engine_args": json.loads(settings.engine_args or "{}")}
     return {
         "task": "evaluate",
         "system": plan.system,
@@ -392,7 +393,7 @@ def _run_identity(settings: EvaluationSettings, plan: Plan) -> dict:
         "seed": settings.seed,
         **({"reply_windows": True} if settings.reply_windows else {}),
         **({"text_column": text, "text_fingerprint": rows_fingerprint(plan.rows, ("id", text))} if text else {}),
-        **({"engine": "vllm"} if settings.engine == "vllm" else {}),
+        **(engine if settings.engine == "vllm" else {}),
     }
 
 

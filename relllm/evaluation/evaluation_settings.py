@@ -77,7 +77,7 @@ class EvaluationSettings:
         for name, value in (("batch_size", self.batch_size), ("limit", self.limit or 1)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        check_engine(self.engine, self.engine_args, self.device)
+        check_engine(self.engine, self.engine_args, self.device, ("model", "revision", "dtype"))
 
 
 @dataclass(frozen=True)

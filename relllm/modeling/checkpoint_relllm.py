@@ -457,7 +457,8 @@ def iterate_weights(path: str | os.PathLike, hub: Mapping[str, Any] | None = Non
     """Yield the weights of [`read_weights`] by name, one after the other."""
     for file in weight_files(path, hub or {}):
         with safe_open(file, "pt") as opened:
-            yield from zip(names := opened.keys(), map(opened.get_tensor, names), strict=True)
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
 
 
 def weight_names(path: str | os.PathLike, hub: Mapping[str, Any] | None = None) -> list[str]:

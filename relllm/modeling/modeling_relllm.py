@@ -14,9 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .audio_tower_relllm import (
-    is_trained,
-)
+from .audio_tower_relllm import is_trained
 from .causal_lm_relllm import aux_loss_weight, build_causal_lm, check_family, per_layer_inputs, reads_token_ids
 from .checkpoint_relllm import (
     TOWERS,

@@ -271,6 +271,7 @@ def test_the_version_and_the_completion_are_there() -> None:
         (["--engine", "vllm", "--device", "cpu"], "vLLM finds the device itself"),
         (["--engine-args", "{}"], "give --engine vllm"),
         (["--engine", "vllm", "--engine-args", "[1]"], "expected a JSON object"),
+        (["--engine", "vllm", "--engine-args", '{"revision": "v2"}'], "engine_args has revision, which the command"),
     ],
 )
 def test_an_engine_that_is_not_there_or_not_asked_for_is_named_first(
@@ -284,3 +285,5 @@ def test_an_engine_that_is_not_there_or_not_asked_for_is_named_first(
     ):
         code, said_so = said(*command, *arguments)
         assert code != 0 and sentence in said_so
+    code, said_so = said(*command, "--engine", "vllm", "--endpoint", "http://localhost:1/v1")
+    assert code != 0 and "An endpoint runs its own LLM" in said_so

@@ -18,7 +18,9 @@ def why_unsupported() -> str | None:
     """Tell why vLLM cannot serve a ReLLM here, with the remedy; `None` where it can."""
     try:
         from vllm import __version__
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
         return 'vLLM is not installed here: `pip install "relllm[vllm]"`, in an environment of its own.'
     if any(__version__.startswith(f"{version}.") for version in SUPPORTED):
         return None

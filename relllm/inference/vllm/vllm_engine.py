@@ -80,7 +80,7 @@ class OfflineEngine:
     def hear(self, clips: Sequence[np.ndarray]) -> ReLLMAudioOutput:
         """Return what the heads read in each clip; the towers run for those that no prompt has brought before."""
         keys = [waveform_key(clip) for clip in clips]
-        (known,) = self.llm.collective_rpc("relllm_readings", args=(keys,))[:1]
+        known = self.llm.collective_rpc("relllm_readings", args=(keys,))[0]
         unknown = [index for index, reading in enumerate(known) if reading is None]
         for start in range(0, len(unknown), AT_ONCE):
             some = unknown[start : start + AT_ONCE]
@@ -132,9 +132,12 @@ class VllmWriter(LocalWriter):
 
     def _generate(self, prompts: list[list[int]], number: int) -> list[tuple[str, bool]]:
         asked: dict[str, Any] = {"max_tokens": self.sampling.max_new_tokens, "stop_token_ids": self._ends}
+        asked["repetition_penalty"] = self.settings.repetition_penalty or 1.0
         if self.sampling.temperature:
             first = self.sampling.seed + number * self.batch_size
-            drawn: dict[str, Any] = {"temperature": self.sampling.temperature, "top_k": self.settings.top_k or 0}
+            # What the settings leave out is as in `generate`, which draws from the 50 most probable tokens.
+            drawn: dict[str, Any] = {"temperature": self.sampling.temperature, "min_p": self.settings.min_p or 0.0}
+            drawn["top_k"] = 50 if self.settings.top_k is None else self.settings.top_k
             drawn["top_p"] = 1.0 if self.settings.top_p is None else self.settings.top_p
             replies = self.engine.generate(prompts, seeds=range(first, first + len(prompts)), **asked, **drawn)
         else:

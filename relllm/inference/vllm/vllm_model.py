@@ -10,7 +10,7 @@ from transformers import AutoFeatureExtractor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm import ModelRegistry
 from vllm.config import VllmConfig
-from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.model_executor.models.interfaces import SupportsMultiModal, has_inner_state
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
@@ -55,14 +55,12 @@ class ReLLMInVllm(nn.Module, SupportsMultiModal):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        given, cache = vllm_config.model_config, vllm_config.load_config.download_dir
+        given = vllm_config.model_config
         config: ReLLMConfig = given.hf_config
+        check_llm(config)
         self.config = config
-        self.place = {
-            "path": given.model,
-            "revision": given.revision,
-            "cache_dir": cache,
-        }
+        where = {"revision": given.revision, "cache_dir": vllm_config.load_config.download_dir}
+        self.place = {"path": given.model, **where}
         mark: Any = self  # `SupportsMultiModal`, whose types are not read here
         with mark._mark_tower_model(vllm_config, "audio"):
             self.hearing = HearingHalf(config).eval()
@@ -121,6 +119,18 @@ class ReLLMInVllm(nn.Module, SupportsMultiModal):
             place = {name: value for name, value in self.place.items() if value is not None}
             weights = ReLLMForConditionalGeneration.full_state(**place, config=self.config)
         return AutoWeightsLoader(self).load_weights(rename_lora(weights), mapper=self.hf_to_vllm_mapper)
+
+
+def check_llm(config: ReLLMConfig) -> None:
+    """Raise a `ValueError` for an LLM that needs more of the model around it than embeddings and positions."""
+    text: Any = config.text_config
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        reason = "reads token ids in every layer"
+    elif has_inner_state(ModelRegistry.models[_text_architecture(config)].load_model_cls()):
+        reason = "keeps a state that is no cache of attention"
+    else:
+        return
+    raise ValueError(f"{text.model_type} {reason}, which vLLM is not given here. Serve it with `relllm serve`.")
 
 
 def _text_architecture(config: ReLLMConfig) -> str:

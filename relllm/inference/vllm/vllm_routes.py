@@ -182,7 +182,8 @@ async def _with_emotion(pieces: AsyncIterable[Any], find: Any) -> AsyncIterator[
             last = f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
         if last:
             yield last
-        held = event.startswith("data: {") and UNFINISHED not in event
+        failed = event.startswith('data: {"error"')
+        held = event.startswith("data: {") and UNFINISHED not in event and not failed
         last = event if held else ""
         if not held:
             yield event

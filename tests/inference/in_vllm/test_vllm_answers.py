@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import vllm
+from transformers import CONFIG_MAPPING
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm_checkpoints import NEW_TOKENS, Answer, answer, conversations, hear_alone, load, save_checkpoint, score
 
+from relllm import ReLLMConfig
 from relllm.inference.vllm import register
 from relllm.inference.vllm.vllm_engine import OfflineEngine
 from relllm.inference.vllm.vllm_lora import StepScope, add_scoped_lora
+from relllm.inference.vllm.vllm_model import check_llm
 from relllm.inference.vllm.vllm_readings import waveform_key
 
 TOLERANCE = 1e-4  # of a log-probability, in nats
@@ -156,6 +159,19 @@ def test_a_lora_that_vllm_cannot_run_is_named(tmp_path: Path) -> None:
     place = save_checkpoint(tmp_path, lora={"r": 4, "lora_alpha": 8, "lora_bias": True, "target_modules": ["up_proj"]})
     with pytest.raises(ValueError, match="lora_bias"), engine(place):
         pass
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "reason"),
+    [
+        ("falcon_h1", {}, "keeps a state"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 8}, "token ids in every layer"),
+    ],
+)
+def test_an_llm_that_needs_more_than_embeddings_is_named(family: str, own: dict[str, int], reason: str) -> None:
+    config = ReLLMConfig(text_config=CONFIG_MAPPING[family](**own))
+    with pytest.raises(ValueError, match=f"{reason}.*relllm serve"):
+        check_llm(config)
 
 
 def test_a_layer_that_vllm_has_not_is_named(tmp_path: Path) -> None:

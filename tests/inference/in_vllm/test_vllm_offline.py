@@ -74,7 +74,8 @@ def test_a_model_is_measured_by_the_same_lines(place: Path, corpus: Path, system
     run("evaluate", place, corpus, "--output-dir", tmp_path / "ours", *given, *tasks, "--device", "cpu")
     run("evaluate", place, corpus, "--output-dir", tmp_path / "vllm", *given, *tasks, *IN_VLLM)
     (head, *lines), (own_head, *own) = (read_lines(tmp_path / name / "predictions.jsonl") for name in ("vllm", "ours"))
-    assert head["settings"].pop("engine") == "vllm" and head == own_head
+    assert head["settings"].pop("engine") == "vllm" and head["settings"].pop("engine_args") == json.loads(ARGUMENTS)
+    assert head == own_head
     assert near({line["id"]: line for line in lines}, {line["id"]: line for line in own})
     assert len({line["recognition"]["generated"]["text"] for line in own if "recognition" in line}) > 1
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("vllm", "ours")]
@@ -88,6 +89,7 @@ def test_replies_to_learn_are_the_same(tmp_path: Path) -> None:
     llm = AutoModelForCausalLM.from_pretrained(place)
     with torch.no_grad():
         llm.get_input_embeddings().weight[tokenizer.eos_token_id] *= 2  # else no reply comes to an end
+    llm.generation_config.repetition_penalty = 1.5
     llm.save_pretrained(place)
     data = write_lines(tmp_path / "rows.jsonl", make_rows(40))
     given = ["--text-model", place, "--max-new-tokens", 48, "--batch-size", 16, "--min-words", 1]

@@ -1,5 +1,6 @@
 """`vllm serve CHECKPOINT`, asked as clients ask: replies, streams and emotions are those of our own model."""
 
+import asyncio
 import base64
 import io
 import json
@@ -8,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,26 @@ import soundfile
 from openai import APIStatusError, AuthenticationError, BadRequestError, OpenAI
 from vllm_checkpoints import NEW_TOKENS, Answer, answer, conversations, hear_alone, load, save_checkpoint
 
+from relllm.inference.vllm.vllm_routes import _with_emotion
+
 KEY = "secret"
 START_S = 300
+
+
+def test_an_error_in_a_stream_goes_out_although_nothing_can_be_heard_any_more() -> None:
+    sent = ['data: {"choices":[{"finish_reason":null}]}\n\n', 'data: {"error":{}}\n\n', "data: [DONE]\n\n"]
+
+    async def pieces() -> AsyncIterator[str]:
+        for piece in sent:
+            yield piece
+
+    async def find() -> list:
+        raise RuntimeError("the engine is dead")
+
+    async def read() -> list[str]:
+        return [piece async for piece in _with_emotion(pieces(), find)]
+
+    assert asyncio.run(read()) == sent
 
 
 @pytest.fixture(scope="module")
