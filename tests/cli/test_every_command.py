@@ -1,5 +1,6 @@
 """Every command and whatever is wrong with what it is given: one line on stderr, the right status, nothing lost."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from target_rows import make_rows, write_lines
 from tiny_models import RATE, clip, tiny_emotion_tower, tiny_llm, tiny_model, tiny_processor, tiny_tokenizer
 from typer.testing import CliRunner
 
-from relllm.cli import app
+from relllm.cli import app, options
 
 X = "{what is wrong}"
 MODEL = ["--model_name_or_path", "re-llm"]
@@ -83,18 +84,29 @@ def test_what_is_wrong_is_one_line_and_a_status(here: Path, monkeypatch, command
     if "permission" in wrong and os.access(here / WRONG[wrong], os.R_OK):
         pytest.skip("this user may read everything, as root may")
     monkeypatch.chdir(here)
+    for console in (options.console, options.messages):
+        monkeypatch.setattr(console, "_width", 40)
     before = sorted(path for path in here.rglob("*") if path.is_file())
-    result = CliRunner().invoke(app, [WRONG[wrong] if word == X else word for word in COMMANDS[command]])
+    arguments = [WRONG[wrong] if word == X else word for word in COMMANDS[command]]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "40", "NO_COLOR": "1"})  # and no terminal
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code in (1, 2) and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "\x1b" not in result.stderr
     assert WRONG[wrong] in result.stderr or wrong in ("a file", "an empty folder"), result.stderr
     assert sorted(path for path in here.rglob("*") if path.is_file()) == before
 
 
 @pytest.mark.parametrize("names", list(command_names(typer.main.get_command(app))), ids=" ".join)
-def test_ctrl_c_is_one_line_and_status_130(monkeypatch, names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("ended_by", "status", "said"),
+    [(KeyboardInterrupt(), 130, "stopped by Ctrl-C.\n"), (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "")],
+    ids=["Ctrl-C", "a closed pipe"],
+)
+def test_what_ends_a_command_is_at_most_a_line(
+    monkeypatch, names: tuple[str, ...], ended_by: BaseException, status: int, said: str
+) -> None:
     def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+        raise ended_by
 
     root = command = typer.main.get_command(app)
     for name in names:
@@ -103,7 +115,7 @@ def test_ctrl_c_is_one_line_and_status_130(monkeypatch, names: tuple[str, ...]) 
     monkeypatch.setattr(command, "params", [])
     monkeypatch.setattr("typer.testing._get_command", lambda _: root)
     result = CliRunner().invoke(app, list(names))
-    assert result.exit_code == 130 and result.stderr == "stopped by Ctrl-C.\n"
+    assert result.exit_code == status and result.stderr == said
 
 
 @pytest.mark.parametrize("names", list(command_names(typer.main.get_command(app))), ids=" ".join)
