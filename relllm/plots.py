@@ -6,6 +6,7 @@ imported on use, without a display or global state. Nothing is counted or measur
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -213,10 +214,10 @@ def plot_forest(panels: Mapping[tuple[str, str], Sequence[ForestLine]], path: st
     is_grid = len(panels) == len(metrics) * len(corpora)
     rows = [[(metric, corpus) for corpus in corpora] for metric in metrics] if is_grid else [[key] for key in panels]
     every = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
-    labels = [every if is_grid else [line.label for line in panels[keys[0]]] for keys in rows]
+    labels = [every if len(keys) > 1 else [line.label for line in panels[keys[0]]] for keys in rows]
     heights = [0.55 + 0.48 * len(of_row) for of_row in labels]
     figure = _new_figure(3.0 + 2.9 * len(rows[0]), 1.3 + sum(heights))
-    shared: dict[str, Any] = {"sharex": "row", "sharey": is_grid, "height_ratios": heights}
+    shared: dict[str, Any] = {"sharex": "row", "sharey": "row", "height_ratios": heights}
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False, **shared)
     for (row, column), axes in np.ndenumerate(grid):
         _draw_forest(axes, panels[rows[row][column]], labels[row])
@@ -439,6 +440,8 @@ def _new_figure(width_inches: float, height_inches: float) -> Figure:
 def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if title := figure.get_suptitle():  # nine characters of its size are an inch
+        figure.suptitle(textwrap.fill(title, int(9 * figure.get_figwidth())))
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png", facecolor="white")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from relllm.metrics import calibration_metrics
 from relllm.plots import (
@@ -53,6 +54,16 @@ def test_reliability_levels_and_forest_are_drawn(tmp_path: Path) -> None:
         plot_levels({"RE-LLM": {"ER": [0, 0, 0]}}, tmp_path / "x.png")
     with pytest.raises(ValueError, match="no gain to draw"):
         plot_forest({}, tmp_path / "x.png")
+
+
+def test_a_long_title_is_written_within_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    line = ForestLine("RE-LLM", 1.0, (0.0, 2.0), None)
+    plot_forest({("ER", "esd"): [line]}, tmp_path / "forest.png", title="a gain in points over another system " * 4)
+    drawn[0].draw_without_rendering()
+    title, picture = drawn[0].texts[0].get_window_extent(), drawn[0].bbox
+    assert picture.x0 <= title.x0 and title.x1 <= picture.x1 and title.y1 <= picture.y1
 
 
 def test_a_clip_over_time_is_drawn_and_takes_an_edge_more_than_windows(tmp_path: Path) -> None:
