@@ -34,7 +34,7 @@ from .sharing import CardSettings
 TEMPLATE = Path(__file__).parent / "template.md"
 LORA_SCOPES = {"audio": "at audio positions only", "text": "at text positions only", "global": "everywhere"}
 REQUIREMENT = re.compile(r"([\w-]+)([^;]*)")  # without extras
-LOADS_WITH = ("accelerate", "peft", "safetensors", "soundfile", "torch", "transformers")
+LOADS_WITH = ("accelerate", "peft", "safetensors", "soundfile", "torch", "torchaudio", "transformers")
 IMAGE = re.compile(r"!\[[^]]*\]\((?!https?://)([^)]+)\)")
 
 

@@ -324,9 +324,9 @@ def test_the_card_says_which_releases_load_the_code(model: Path) -> None:
 
 
 def test_a_requirement_is_named_by_its_whole_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = ["torchaudio>=2.11", "torch>=2.11", "peft-next<1", 'mypy>=1; extra == "dev"']
+    wanted = ["torchaudio>=2.11", "torch>=2.11", "torchvision>=1", "peft-next<1", 'mypy>=1; extra == "dev"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: wanted)
-    assert _requirements() == "`torch>=2.11`"
+    assert _requirements() == "`torch>=2.11`, `torchaudio>=2.11`"
 
 
 def test_a_leave_one_out_run_is_on_the_card_of_each_of_its_models(model: Path, tmp_path: Path) -> None:
