@@ -30,7 +30,9 @@ def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     processor.save_pretrained(folder)
     try:
         return pipeline("any-to-any", model=str(folder), device="cpu")
-    except ImportError as error:  # before 5.20
+    except ImportError as error:
+        if "librosa" not in str(error):  # which 5.18 and 5.19 want
+            raise
         pytest.skip(f"this release of Transformers wants more packages for it: {error}")
 
 
