@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "relllm"
 HUB_ROOMS = ("modeling", "processing")
 # A room is a folder of the package or a module beside it; it may import the rooms listed here, and itself.
 BASE = {"labels", "setting", "processing", "modeling"}
-BELOW_DEMO = BASE | {"uploads", "data", "inference", "training", "evaluation", "conversion", "hub", "metrics", "plots"}
+BELOW_HUB = BASE | {"uploads", "data", "inference", "training", "evaluation", "metrics", "plots"}
+BELOW_DEMO = BELOW_HUB | {"preferences", "conversion", "hub"}
 MAY_IMPORT = {
     "labels": set(),
     "setting": set(),
@@ -30,6 +31,7 @@ MAY_IMPORT = {
     "inference": BASE | {"data", "plots"},
     "evaluation": BASE | {"data", "inference", "metrics", "plots"},
     "conversion": BASE,
+    "preferences": BELOW_HUB,
     "hub": BASE | {"data", "evaluation", "uploads"},
     "demo": BELOW_DEMO,
     "cli": BELOW_DEMO | {"demo"},

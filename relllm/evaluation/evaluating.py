@@ -34,7 +34,7 @@ from relllm.modeling.places_relllm import check_place
 
 from .adapters import ADAPTER_CONFIG, read_adapter, read_config
 from .asking import RECOGNITION_TOKENS, Questions, render_prompts
-from .empathy.quality import find_weaknesses, read_quality
+from .empathy.quality import check_scorers, read_quality
 from .evaluation_settings import FORMAT, METRICS, PREDICTIONS, READERS, TASKS, EvaluationSettings, System
 from .fingerprints import (
     check_extras,
@@ -131,7 +131,7 @@ def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     """Read data and configuration, and check that every task can be measured."""
     check_place(settings.model, holds=("config.json", ADAPTER_CONFIG))
     if settings.empathy_scorers is not None and not settings.allow_weak_scorers:
-        _check_scorers(settings.empathy_scorers)
+        check_scorers(settings.empathy_scorers)
     config = read_config(settings.model, settings.revision)
     adapter = read_adapter(settings.model, settings.revision)
     system = resolve_system(config, settings.system, settings.model, tuned=adapter is not None)
@@ -207,15 +207,6 @@ def _check_text_column(settings: EvaluationSettings, system: System, rows: Datas
         )
     if settings.text_column not in rows.column_names:
         raise ValueError(f"{settings.data} has no column {settings.text_column!r}; it has {rows.column_names}.")
-
-
-def _check_scorers(scorers: str) -> None:
-    if weaknesses := find_weaknesses(read_quality(scorers)):
-        raise ValueError(
-            f"The scorers in {scorers} are too weak to measure by: {'; '.join(weaknesses)}. Train them again (`relllm "
-            "empathy train`, by default with a learning rate for the encoder's size), or with a larger encoder; "
-            "--allow-weak-scorers uses them all the same, and the comparison shows how good they are."
-        )
 
 
 def _obstacles(rows: Dataset, system: System, labels: Sequence[str], with_scorers: bool, read: str) -> dict[str, str]:

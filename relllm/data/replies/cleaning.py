@@ -82,35 +82,36 @@ def clean_reply(text: str, transcript: str, *, finished: bool, rules: CleaningRu
 
 
 def _broken_rule(reply: str, transcript: str, finished: bool, rules: CleaningRules) -> str | None:
-    words = _words(reply)
+    words = split_words(reply)
     checks = {
         "empty": not words,
         "unfinished": not finished or "<think>" in reply,
         "refusal": REFUSALS.search(reply.replace("’", "'")) is not None,
         "role_marker": ROLE_MARKERS.search(reply) is not None,
-        "prompt_echo": any(_shares_words(words, _words(prompt)) for prompt in rules.prompts),
-        "transcript_echo": words == _words(transcript),
+        "prompt_echo": any(_shares_words(words, split_words(prompt)) for prompt in rules.prompts),
+        "transcript_echo": words == split_words(transcript),
         "stage_direction": LEFT_DIRECTION.search(reply) is not None,
         "commentary": COMMENTARY.search(reply) is not None,
         "too_short": len(words) < rules.min_words,
         "too_long": len(words) > rules.max_words,
-        "repetition": max(Counter(_windows(words, LOOP_WORDS)).values(), default=0) >= LOOP_TIMES,
+        "repetition": max(Counter(word_runs(words, LOOP_WORDS)).values(), default=0) >= LOOP_TIMES,
         "wrong_script": _changes_script(reply, transcript),
     }
     return next((name for name, broken in checks.items() if broken), None)
 
 
-def _words(text: str) -> list[str]:
-    """Lower-case words; each character of a script without spaces is one."""
+def split_words(text: str) -> list[str]:
+    """Return the words in lower case; each character of a script without spaces is one."""
     return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", text.lower())
 
 
-def _windows(words: list[str], length: int) -> list[tuple[str, ...]]:
+def word_runs(words: list[str], length: int) -> list[tuple[str, ...]]:
+    """Return each `length` words that stand in a row."""
     return [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
 
 
 def _shares_words(reply: list[str], prompt: list[str]) -> bool:
-    return not set(_windows(prompt, ECHO_WORDS)).isdisjoint(_windows(reply, ECHO_WORDS))
+    return not set(word_runs(prompt, ECHO_WORDS)).isdisjoint(word_runs(reply, ECHO_WORDS))
 
 
 def _changes_script(reply: str, transcript: str) -> bool:

@@ -79,6 +79,17 @@ def find_weaknesses(quality: Mapping[str, Mapping | None]) -> list[str]:
     return found
 
 
+def check_scorers(scorers: str | Path, mechanisms: Sequence[str] = MECHANISMS) -> None:
+    """Raise a `ValueError` that says why scorers in a folder are too weak to measure by, if they are."""
+    quality = {name: one for name, one in read_quality(scorers).items() if name in mechanisms}
+    if weaknesses := find_weaknesses(quality):
+        raise ValueError(
+            f"The scorers in {scorers} are too weak to measure by: {'; '.join(weaknesses)}. Train them again (`relllm "
+            "empathy train`, by default with a learning rate for the encoder's size), or with a larger encoder; "
+            "--allow-weak-scorers uses them all the same, and the comparison shows how good they are."
+        )
+
+
 def describe_quality(quality: Mapping[str, Mapping | None]) -> list[str]:
     """Return a sentence for each scorer, to stand below a table of levels."""
     lines = []
