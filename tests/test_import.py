@@ -1,13 +1,11 @@
 """Every Auto class knows a ReLLM, whatever was imported before, and the help of the command loads no model."""
 
 import json
-import os
 import resource
 import subprocess
 import sys
 
 import pytest
-from processes import run_command
 from tiny_models import tiny_model, tiny_processor
 
 import relllm
@@ -78,15 +76,12 @@ def test_the_help_takes_less_than_a_second_of_processor_time():
     assert min(times) < 1
 
 
-def test_the_settings_of_training_are_listed_within_two_seconds_of_processor_time(fork_server, tmp_path):
-    """Once they have been listed: the page is kept for the releases that are installed."""
-    first = fork_server.run(run_command, "train", "--help", XDG_CACHE_HOME=str(tmp_path)).stdout
+def test_the_settings_of_training_are_listed_within_two_seconds_of_processor_time():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "relllm.cli", "train", "--help"]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0 and done.stdout == first and "--emotion_loss_weight" in first, done.stderr
+    assert done.returncode == 0 and "--emotion_loss_weight" in done.stdout and not done.stderr, done.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 

@@ -1,17 +1,11 @@
 """Training: `relllm train`, `train-emotion`, `train-text`, `plan`."""
 
-import hashlib
-import io
-import os
-import sys
-from contextlib import redirect_stdout, suppress
 from importlib import import_module
-from importlib.metadata import version
-from pathlib import Path
 
 import typer
 
 from .options import console
+from .training_help import show_training_help
 
 app = typer.Typer()
 # Every setting of TRL is a flag of these commands, and they have a help page of their own.
@@ -54,8 +48,8 @@ def plan(context: typer.Context) -> None:
 
     Example: relllm plan --config recipes/stage2_emotion.yaml --gpu-memory 24GB
     """
-    if _asks_help(context):
-        return _show_help("planning.plan", "parse_plan")
+    if _show_help(context):
+        return
     from relllm.training.planning.plan import parse_plan, run_plan
 
     if not run_plan(*parse_plan(context.args), console):
@@ -64,8 +58,8 @@ def plan(context: typer.Context) -> None:
 
 def _run(context: typer.Context, module: str, names: tuple[str, str], what: str) -> None:
     """Parse, train and say where the result is, by the functions of a module; or print the settings."""
-    if _asks_help(context):
-        return _show_help(module, names[0])
+    if _show_help(context):
+        return
     from relllm.training.checkpoints import RunComplete
 
     parse, run = (getattr(import_module(f"relllm.training.{module}"), name) for name in names)
@@ -78,27 +72,8 @@ def _run(context: typer.Context, module: str, names: tuple[str, str], what: str)
         console.print(f"{what} {trainer.args.output_dir}.")
 
 
-def _asks_help(context: typer.Context) -> bool:
-    return bool({"--help", "-h"}.intersection(context.args))
-
-
-def _show_help(module: str, parse: str) -> None:
-    """Print a command's page of settings, which is kept: it lists TRL's, and importing TRL takes seconds."""
-    own = sorted(Path(__file__).parents[1].rglob("*.py"))
-    versions = [sys.version, *map(version, ("torch", "transformers", "trl"))]
-    made_of = [*versions, *((str(file), file.stat().st_mtime_ns) for file in own)]
-    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relllm"
-    path = cache / f"help-{module}-{key}.txt"
-    if not path.is_file():
-        page = io.StringIO()
-        with redirect_stdout(page), suppress(SystemExit):
-            getattr(import_module(f"relllm.training.{module}"), parse)(["--help"])
-        print(page.getvalue(), end="")
-        with suppress(OSError):  # a home that cannot be written to: it is made again next time
-            cache.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text(page.getvalue(), encoding="utf-8")
-            partial.replace(path)
-        return
-    print(path.read_text(encoding="utf-8"), end="")
+def _show_help(context: typer.Context) -> bool:
+    """Print the settings of a command that asks for them; tell whether it did."""
+    if asked := bool({"--help", "-h"}.intersection(context.args)):
+        print(show_training_help(context.info_name or ""), end="")
+    return asked

@@ -56,7 +56,7 @@ class AugmentationSettings:
     augment_noise_dir: str | None = setting(None, "Noise recordings; by default white and pink noise.")
     augment_gain_db: list[float] | None = setting(None, "Range of gain in dB, say -10 6; never beyond full scale.")
     augment_telephone: bool = setting(False, "A telephone's band: 300 to 3400 Hz.")
-    augment_codec: list[str] | None = setting(None, f"Any of {', '.join(CODECS)}.")
+    augment_codec: list[str] | None = setting(None, "Any of mp3, opus, ulaw.")
     augment_probability: float = setting(0.5, "Of each effect, for each clip and epoch.")
 
     def check_augmentation(self) -> None:

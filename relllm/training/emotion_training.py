@@ -42,16 +42,6 @@ from .settings import SettingsParser, check_metric, check_trainer
 logger = logging.getLogger(__name__)
 
 DECISIVE = ("gradient_accumulation_steps", "max_steps", "weight_decay", "warmup_steps", "seed", "bf16", "fp16")
-DESCRIPTION = """\
-Fine-tune an emotion tower to arousal, dominance and valence, which `emotion=` and `--emotion_tower` then take.
-
-  relllm train-emotion --model_name_or_path microsoft/wavlm-large --data data/msp-podcast --output_dir runs/tower
-
-Starts from a wav2vec2, HuBERT or WavLM encoder (which gets a fresh head) or from a tower that has its head already.
-A dimension that the training rows have no label of is not trained, and the tower's configuration says so.
-The checkpoint with the best mean CCC on the development split is the one that is kept. Interrupted, the same command
-goes on from the last complete checkpoint. Every setting may stand in a YAML file: --config FILE.
-"""
 
 
 @dataclass
@@ -102,13 +92,7 @@ class EmotionTrainingConfig(AugmentationSettings, TrainingArguments):
 
 def parse_emotion_arguments(arguments: Sequence[str]) -> tuple[EmotionScriptArguments, EmotionTrainingConfig]:
     """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does."""
-    sections = {
-        "model and data": [one.name for one in fields(EmotionScriptArguments)],
-        "where audEERING's recipe differs from Transformers' defaults": list(EmotionTrainingConfig.__annotations__),
-        "augmentation of the training clips (off by default)": list(AugmentationSettings.__annotations__),
-    }
-    kinds, command = (EmotionScriptArguments, EmotionTrainingConfig), "relllm train-emotion"
-    parser = SettingsParser(kinds, command=command, description=DESCRIPTION, sections=sections)
+    parser = SettingsParser((EmotionScriptArguments, EmotionTrainingConfig), command="relllm train-emotion")
     script, args = parser.parse_settings(arguments)
     return script, args
 

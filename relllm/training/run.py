@@ -31,7 +31,7 @@ from .config import (
 from .lengths import check_clip_limits
 from .objective import class_weights
 from .settings import SettingsParser, check_metric, check_tokens, check_trainer
-from .tower_cache import TowerCacheSettings, check_cache_dir
+from .tower_cache import check_cache_dir
 from .trainer import ReLLMSFTTrainer
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -52,29 +52,11 @@ EVALUATION = "evaluation"  # what `survey_splits` calls those rows, before a dat
 FULLY_LABELLED = RowSurvey(  # rows that have everything, while nobody has read them
     *(2, [], 2, 2, 2, Counter(EMOTIONS), dict.fromkeys(DIMENSIONS, 2)), fed=Counter({tuple(TASKS): 2})
 )
-DESCRIPTION = """\
-Train a ReLLM on rows with audio, replies and emotions.
-
-Every setting is a line of a YAML file and a flag; a flag wins:
-  relllm train --config recipes/stage2_emotion.yaml --learning_rate 1e-5
-  accelerate launch --config_file recipes/accelerate/ddp.yaml -m relllm.cli train --config recipes/stage2_emotion.yaml
-
-You must say where the rows are (--data), what to start from (--model_name_or_path for a ReLLM, or --audio_tower and
---text_model for a new one) and where the run goes (--output_dir). Everything else has the paper's value; see
-docs/training.md for the sentence behind each. Interrupted, the same command goes on from the last complete checkpoint.
-"""
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[ReLLMScriptArguments, ReLLMSFTConfig]:
     """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does."""
-    sections = {
-        "model and data": [one.name for one in fields(ReLLMScriptArguments)],
-        "losses, and where the paper's recipe differs from TRL": OWN_SETTINGS,
-        "augmentation of the training clips (off by default)": list(AugmentationSettings.__annotations__),
-        "cache of the frozen towers' outputs (off by default)": list(TowerCacheSettings.__annotations__),
-    }
-    kinds = (ReLLMScriptArguments, ReLLMSFTConfig)
-    parser = SettingsParser(kinds, command="relllm train", description=DESCRIPTION, sections=sections)
+    parser = SettingsParser((ReLLMScriptArguments, ReLLMSFTConfig), command="relllm train")
     script, args = parser.parse_settings(arguments)
     return script, args
 

@@ -1,8 +1,7 @@
-"""Settings of a run from a YAML file and flags: TRL's parser, with a help page that puts what matters first; and what
-of Transformers' settings is checked before anything is loaded.
+"""Settings of a run from a YAML file and flags, by TRL's parser; and what of Transformers' settings is checked before
+anything is loaded.
 """
 
-import argparse
 import copy
 import difflib
 import os
@@ -21,7 +20,6 @@ from trl import SFTConfig, TrlParser
 
 from .config import AUTO, CHECKPOINTING, ReLLMSFTConfig
 
-REST = "everything else that TRL and Transformers know"
 LOSS_TYPES = ("nll", "dft")  # TRL's
 AT_LEAST = {  # what Transformers takes for something else below, or finds out once the model is loaded
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
@@ -31,25 +29,10 @@ AT_LEAST = {  # what Transformers takes for something else below, or finds out o
 
 
 class SettingsParser(TrlParser):
-    """A TRL parser for one command; `sections` are the titles of `--help` and the settings listed under each."""
+    """A TRL parser for one command, whose `--help` is [`~relllm.cli.training_help.show_training_help`]."""
 
-    def __init__(
-        self,
-        dataclass_types: tuple[type, ...],
-        *,
-        command: str,
-        description: str,
-        sections: Mapping[str, Sequence[str]],
-    ) -> None:
-        super().__init__(
-            dataclass_types,
-            prog=command,
-            usage=f"{command} --config RECIPE.yaml [--setting value …]",
-            description=description,
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
-        )
-        self.sections = sections
+    def __init__(self, dataclass_types: tuple[type, ...], *, command: str) -> None:
+        super().__init__(dataclass_types, prog=command, add_help=False, allow_abbrev=False)
         for action in self._actions:
             named = action.dest in ("per_device_train_batch_size", *CHECKPOINTING)
             if named and ReLLMSFTConfig in dataclass_types and action.nargs != 0:
@@ -58,7 +41,7 @@ class SettingsParser(TrlParser):
     def parse_settings(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """Read one instance of each dataclass from flags, and `--config file.yaml`, whose lines are their defaults.
 
-        It exits with 0 after `--help`, with 2 and a message on a setting that is unknown or wrong.
+        It exits with 2 and a message on a setting that is unknown or wrong.
         """
         # TRL knows `--config file` and not `--config=file`; `--out` is short for `--output_dir`, as in other commands.
         apart = (text.split("=", 1) if text.startswith(("--config=", "--out=")) else [text] for text in arguments)
@@ -100,22 +83,6 @@ class SettingsParser(TrlParser):
         """Print the message alone: the usage of some 200 settings would push it off the screen."""
         self.exit(2, f"{self.prog}: {' '.join(message.split())} See `{self.prog} --help` for the settings.\n")
         raise AssertionError("argparse's exit returned")
-
-    def format_help(self) -> str:
-        """Return usage, description, and the settings section by section."""
-        formatter = self._get_formatter()
-        formatter.add_usage(self.usage, [], [])
-        formatter.add_text(self.description)
-        # A switch that is on has a second action, `--no_…`; the first one says all.
-        actions = {action.dest: action for action in reversed(self._actions)}
-        for title, names in self.sections.items():
-            formatter.start_section(title)
-            formatter.add_arguments([actions.pop(name) for name in names if name in actions])
-            formatter.end_section()
-        formatter.start_section(REST)
-        formatter.add_arguments(list(reversed(actions.values())))
-        formatter.end_section()
-        return formatter.format_help()
 
 
 def read_recipe(path: str | os.PathLike, above: Sequence[Path] = ()) -> dict[str, Any]:
@@ -254,17 +221,3 @@ def _fits(value: object, kinds: set[Any]) -> bool:
     if isinstance(value, bool):  # YAML's `no` and `true` are words of some settings too
         return not kinds <= {int, float, type(None), *containers}
     return bool(kinds - containers - {type(None)})
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """`--name VALUE` on one line, and the default where there is one."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=119)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        value = "" if action.nargs == 0 else f" {'|'.join(map(str, action.choices))}" if action.choices else " VALUE"
-        return action.option_strings[-1 if action.dest == "help" else 0] + (value if len(value) < 60 else " NAME")
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, []) else super()._get_help_string(action)

@@ -1,6 +1,5 @@
 """A wrong path or setting is one line on stderr: the value, what was expected, the remedy; 2 for wrong use."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -239,21 +238,6 @@ def test_debug_shows_the_traceback_on_either_side_of_the_command(here: Path, mon
         first, *others = result.stderr.splitlines()
         assert result.exit_code == 2 and "there is data/ours" in first
         assert others[0].startswith("Traceback") and "PlaceError" in others[-1]
-
-
-def test_a_page_of_settings_is_made_anew_when_any_file_of_the_package_changes(tmp_path, monkeypatch) -> None:
-    for name in ("cli/training.py", "data/survey.py"):
-        (tmp_path / "relllm" / name).parent.mkdir(parents=True)
-        (tmp_path / "relllm" / name).touch()
-    made: list[int] = []
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(relllm.cli.training, "__file__", str(tmp_path / "relllm" / "cli" / "training.py"))
-    monkeypatch.setattr("relllm.training.run.parse_arguments", lambda arguments: print(made.append(1)))
-    for times, changed in ((1, False), (1, False), (2, True)):
-        if changed:
-            os.utime(tmp_path / "relllm" / "data" / "survey.py", (1, 1))
-        CliRunner().invoke(app, ["train", "--help"])
-        assert len(made) == times
 
 
 def test_the_version_and_the_completion_are_there() -> None:

@@ -36,16 +36,6 @@ from ..settings import SettingsParser, check_metric, check_tokens, check_trainer
 
 logger = logging.get_logger(__name__)
 
-DESCRIPTION = """\
-Fine-tune an LLM alone, on transcripts and the replies to them: what a ReLLM is compared with beside the LLM as it is.
-
-  relllm train-text --config recipes/text_only.yaml --data data/iemocap/targets.jsonl --out runs/iemocap-text
-  relllm evaluate runs/iemocap-text data/iemocap --out runs/eval/text-only-tuned
-
-Writes a PEFT adapter (LoRA on all linear layers). Rows need `text` and `response`. The prompt is the one that
-`relllm evaluate` gives to text-only systems. Interrupted, the same command goes on from the last complete checkpoint.
-"""
-
 
 @dataclass
 class TextScriptArguments(LoraSettings, SplitSettings):
@@ -98,12 +88,7 @@ OWN = [*PaperConfig.__annotations__, *TextTrainingConfig.__annotations__]  # set
 
 def parse_text_arguments(arguments: Sequence[str]) -> tuple[TextScriptArguments, TextTrainingConfig]:
     """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does."""
-    sections = {
-        "model and data": [one.name for one in fields(TextScriptArguments)],
-        "where RE-LLM's recipe differs from TRL's": OWN,
-    }
-    kinds, command = (TextScriptArguments, TextTrainingConfig), "relllm train-text"
-    parser = SettingsParser(kinds, command=command, description=DESCRIPTION, sections=sections)
+    parser = SettingsParser((TextScriptArguments, TextTrainingConfig), command="relllm train-text")
     script, args = parser.parse_settings(arguments)
     return script, args
 

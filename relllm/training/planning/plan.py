@@ -6,7 +6,7 @@ Only configurations and a tokenizer are read; no weights, no data. Estimates to 
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,19 +17,13 @@ from rich.table import Table
 from relllm.setting import setting
 
 from ..building import build_config
-from ..config import OWN_SETTINGS, ReLLMScriptArguments, ReLLMSFTConfig, check_places
+from ..config import ReLLMScriptArguments, ReLLMSFTConfig, check_places
 from ..freezing import draw_table, trainable_table
 from ..settings import SettingsParser, read_recipe
 from .memory import MemoryPlan, RowSize, TrainingStep
 from .micro_batch import choose_micro_batch, list_micro_batches, step_settings
 
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-DESCRIPTION = """\
-Say what a run takes before a GPU is rented: memory, the largest batch, an estimate of the speed.
-
-It takes every setting of `relllm train`, from the same YAML file, and those of the first section:
-  relllm plan --config recipes/stage2_emotion.yaml --gpu-memory 24GB --audio-seconds 6
-"""
 
 
 @dataclass
@@ -66,13 +60,7 @@ def parse_plan(arguments: Sequence[str]) -> tuple[PlanArguments, ReLLMScriptArgu
         given += ["--bf16", "true"]
     if not torch.cuda.is_available():
         given += ["--use_cpu", "true"]
-    sections = {
-        "the GPU and the rows": [one.name for one in fields(PlanArguments)],
-        "model and data": [one.name for one in fields(ReLLMScriptArguments)],
-        "losses, and where the paper's recipe differs from TRL": OWN_SETTINGS,
-    }
-    kinds = (PlanArguments, ReLLMScriptArguments, ReLLMSFTConfig)
-    parser = SettingsParser(kinds, command="relllm plan", description=DESCRIPTION, sections=sections)
+    parser = SettingsParser((PlanArguments, ReLLMScriptArguments, ReLLMSFTConfig), command="relllm plan")
     plan, script, args = parser.parse_settings(given)
     return plan, script, args
 
