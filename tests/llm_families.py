@@ -187,7 +187,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hy_v3": {},
     "hy_v4": INDEXED,
     "hyperclovax": {"logits_scaling": 2.0},
-    "inkling2_text": {},
+    "inkling2_text": {"unpadded_vocab_size": 320},
     "internlm3": {},
     "iquestcoder": {},
     "jais2": {},
