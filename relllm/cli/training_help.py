@@ -49,6 +49,7 @@ docs/training.md for the sentence behind each. Interrupted, the same command goe
     "train-emotion": HelpPage(
         """\
 Fine-tune an emotion tower to arousal, dominance and valence, which `emotion=` and `--emotion_tower` then take.
+Of a corpus that has emotions alone, `--targets emotions` teaches these: such a tower reads no dimension.
 
   relllm train-emotion --model_name_or_path microsoft/wavlm-large --data data/msp-podcast --output_dir runs/tower
 

@@ -86,9 +86,11 @@ def annotate_rows(
 def read_dimensions(model: ReLLMEmotionModel, clips: Sequence[AudioSource]) -> list[list[float | None] | str]:
     """Return arousal, dominance and valence of each clip, or why it cannot be read.
 
-    A dimension that the tower was not trained to is `None`. A clip is normalised as in RE-LLM; one longer than 30 s is
-    cut into windows, averaged by their frames.
+    A dimension that the tower was not trained to is `None`; a tower that was taught by categories is a `ValueError`. A
+    clip is normalised as in RE-LLM; one longer than 30 s is cut into windows, averaged by their frames.
     """
+    if emotions := model.config.emotion_labels:
+        raise ValueError(f"The emotion tower was taught by categories ({', '.join(emotions)}): it reads no dimension.")
     cutter = ReLLMFeatureExtractor(min_duration_s=shortest_clip(model.config.encoder_config))
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     results: list[list[float | None] | str] = []

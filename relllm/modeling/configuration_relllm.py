@@ -17,11 +17,14 @@ AUDIO_TOWERS = ("whisper", *WAVEFORM_TOWERS)
 class ReLLMEmotionConfig(PreTrainedConfig):
     """Configuration of [`ReLLMEmotionModel`], the tower that reads arousal, dominance and valence from a waveform.
 
+    Where `id2label` names emotions instead, the tower was taught by these categories: it reads no dimension.
+
     Args:
         encoder_config (`dict` or `PreTrainedConfig`, *optional*, defaults to wav2vec2): Or `hubert`, or `wavlm`.
         final_dropout (`float`, *optional*, defaults to 0.1): Dropout around the head's hidden layer, in [0, 1).
         trained_dimensions (`list[str]`, *optional*, defaults to all three):
-            Those that the head was trained to; what it gives for another means nothing, and is NaN.
+            Those that the head was trained to; what it gives for another means nothing, and is NaN. None of a tower
+            that was taught by categories.
     """
 
     model_type = "relllm_emotion"
@@ -35,17 +38,22 @@ class ReLLMEmotionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         self.encoder_config = _build_config(self.encoder_config, "wav2vec2")
-        labels: dict | None = self.id2label  # type: ignore[has-type]
-        self.id2label = labels or dict(enumerate(DIMENSIONS))
-        self.label2id = {name: int(index) for index, name in self.id2label.items()}  # JSON's keys are strings
+        labels: dict = self.id2label or dict(enumerate(DIMENSIONS))  # type: ignore[has-type]
+        self.id2label = {int(index): name for index, name in labels.items()}  # JSON's keys are strings
+        self.label2id = {name: index for index, name in self.id2label.items()}
         kwargs.setdefault("num_labels", len(self.id2label))
         super().__post_init__(**kwargs)
         _check_tower("encoder_config", self.encoder_config, WAVEFORM_TOWERS)
-        if tuple(self.id2label[index] for index in sorted(self.id2label)) != DIMENSIONS:
-            raise ValueError(f"The emotion tower's outputs must be {DIMENSIONS} in this order, got {self.id2label}.")
-        trained = list(DIMENSIONS) if self.trained_dimensions is None else self.trained_dimensions
-        if not trained or not set(trained) <= set(DIMENSIONS):
-            raise ValueError(f"trained_dimensions must be some of {DIMENSIONS}, got {trained}.")
+        names = [self.id2label[index] for index in sorted(self.id2label)]
+        known = () if self.emotion_labels else DIMENSIONS
+        if len(set(names)) < len(names) or (self.emotion_labels and set(names) & set(DIMENSIONS)):
+            raise ValueError(
+                f"The emotion tower's outputs must be {DIMENSIONS} in this order, or emotions, each by a name of its "
+                f"own; got {self.id2label}."
+            )
+        trained = list(known) if self.trained_dimensions is None else self.trained_dimensions
+        if bool(trained) != bool(known) or not set(trained) <= set(known):
+            raise ValueError(f"trained_dimensions must be some of {known}, got {trained}.")
         self.trained_dimensions = trained
 
     @classmethod
@@ -55,6 +63,12 @@ class ReLLMEmotionConfig(PreTrainedConfig):
         labels = {int(index): name for index, name in (config.to_dict().get("id2label") or {}).items()}
         unnamed = set(labels.values()) == {f"LABEL_{index}" for index in labels}  # the layout's own order is ours
         return cls(encoder_config=config, final_dropout=config.final_dropout, id2label=None if unnamed else labels)
+
+    @property
+    def emotion_labels(self) -> list[str]:
+        """Return the categories that the tower's head tells apart; none where it reads dimensions."""
+        names = [self.id2label[index] for index in sorted(self.id2label)]
+        return [] if tuple(names) == DIMENSIONS else names
 
     @property
     def hidden_size(self) -> int:

@@ -25,10 +25,12 @@ class EmotionTowerOutput(ModelOutput):
     Args:
         embedding (`torch.Tensor` of shape `(clips, d_e)`): Mean over the clip's own frames.
         dimensions (`torch.Tensor` of shape `(clips, 3)`): Arousal, dominance, valence, about 0 to 1; NaN for one that
-            is not among the configuration's `trained_dimensions`.
+            is not among the configuration's `trained_dimensions`. `None` of a tower that was taught by categories.
         last_hidden_state (`torch.Tensor` of shape `(clips, T, d_e)`): Frames; past a clip's own count, padding.
         hidden_states (`tuple` of `torch.Tensor` of shape `(clips, T, d_e)`, *optional*): Before and after each layer.
         attentions (`tuple` of `torch.Tensor` of shape `(clips, heads, T, T)`, *optional*): Of each layer.
+        emotion_logits (`torch.Tensor` of shape `(clips, classes)`, *optional*): Of the categories that it was taught
+            by, the configuration's `emotion_labels`.
     """
 
     embedding: Tensor | None = None
@@ -36,6 +38,7 @@ class EmotionTowerOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    emotion_logits: Tensor | None = None
 
 
 def only_trained(dimensions: Tensor, trained: Collection[str]) -> Tensor:
@@ -46,13 +49,13 @@ def only_trained(dimensions: Tensor, trained: Collection[str]) -> Tensor:
 
 
 class EmotionHead(nn.Module):
-    """Dense, tanh, projection to the three dimensions; dropout before both linear layers."""
+    """Dense, tanh, projection to the three dimensions, or to categories; dropout before both linear layers."""
 
     def __init__(self, config: ReLLMEmotionConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.final_dropout)
-        self.out_proj = nn.Linear(config.hidden_size, len(DIMENSIONS))
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, embedding: Tensor) -> Tensor:
         hidden = torch.tanh(self.dense(self.dropout(embedding)))
@@ -60,7 +63,9 @@ class EmotionHead(nn.Module):
 
 
 class ReLLMEmotionModel(SpreadModel):
-    """A waveform encoder, the mean over its valid frames, and a head for arousal, dominance and valence."""
+    """A waveform encoder, the mean over its valid frames, and a head for arousal, dominance and valence, or for
+    categories where it was taught by these.
+    """
 
     config: ReLLMEmotionConfig
     base_model_prefix = "encoder"
@@ -99,8 +104,12 @@ class ReLLMEmotionModel(SpreadModel):
         encoded, lengths = encode_audio(self.encoder, input_values, input_values_mask, **kwargs)
         hidden = encoded.last_hidden_state
         embedding = masked_mean(hidden, lengths)
-        dimensions = only_trained(self.classifier(embedding), self.config.trained_dimensions or DIMENSIONS)
-        output = EmotionTowerOutput(embedding, dimensions, hidden, encoded.hidden_states, encoded.attentions)
+        output = EmotionTowerOutput(embedding, None, hidden, encoded.hidden_states, encoded.attentions)
+        read = self.classifier(embedding)
+        if self.config.emotion_labels:
+            output.emotion_logits = read
+        else:
+            output.dimensions = only_trained(read, self.config.trained_dimensions or DIMENSIONS)
         return output if return_dict is not False else output.to_tuple()
 
     @classmethod
@@ -143,6 +152,6 @@ class ReLLMEmotionModel(SpreadModel):
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of the emotion tower: "
                 f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. It needs an encoder and a head "
-                "(classifier.dense, classifier.out_proj) for arousal, dominance and valence."
+                "(classifier.dense, classifier.out_proj) for arousal, dominance and valence, or for categories."
             )
         return (model, info) if wants_info else model

@@ -1,4 +1,4 @@
-"""Fine-tuning of an emotion tower to arousal, dominance and valence, and its command `relllm train-emotion`.
+"""Fine-tuning of an emotion tower to dimensions or to categories, and its command `relllm train-emotion`.
 
 The defaults are audEERING's, of the tower that RE-LLM freezes (Wagner et al., "Dawn of the transformer era in speech
 emotion recognition", arXiv 2203.07378): Adam at a fixed 1e-4, batch 32, 5 epochs, a CCC loss, the convolutions frozen,
@@ -9,7 +9,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -24,8 +26,9 @@ from transformers import (
 )
 
 from relllm.data.loading import load_corpus
+from relllm.data.survey import emotions_of, survey_rows
 from relllm.labels import DIMENSIONS
-from relllm.metrics import concordances
+from relllm.metrics import concordances, recognition_metrics
 from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 from relllm.processing.audio_relllm import MAX_DURATION_S, MIN_DURATION_S, load_audio
@@ -34,14 +37,16 @@ from relllm.setting import setting
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
 from .checkpoints import LastStepMixin, begin_run, complete_run, describe_origin
-from .config import RowsSettings, check_places, check_selection
+from .config import RowsSettings, check_choices, check_places, check_selection
 from .lengths import GroupByLengthMixin, check_clip_limits, clip_duration
-from .losses import ccc_loss
+from .losses import IGNORE_INDEX, ccc_loss
+from .objective import class_weights
 from .settings import SettingsParser, check_metric, check_trainer
 
 logger = logging.getLogger(__name__)
 
 DECISIVE = ("gradient_accumulation_steps", "max_steps", "weight_decay", "warmup_steps", "seed", "bf16", "fp16")
+RECOGNITION = ("ua", "wa", "macro_f1")
 
 
 @dataclass
@@ -50,12 +55,16 @@ class EmotionScriptArguments(RowsSettings):
 
     model_name_or_path: str | None = setting(None, "A wav2vec2, HuBERT or WavLM encoder, or a tower: path or Hub id.")
     num_layers: int | None = setting(None, "Keep so many Transformer layers from the bottom (audEERING: 12 of 24).")
+    targets: Literal["dimensions", "emotions"] = setting(
+        "dimensions", "What is taught: the dimensions, or the emotions, each class with the same weight in all."
+    )
     train_feature_encoder: bool = setting(False, "Also train the convolutions.")
     final_dropout: float = setting(0.1, "In a fresh head (audEERING: 0.1).")
     eval_split: str = setting("validation", "Development split; empty for none, which keeps the last checkpoint.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choices(self)
         if self.model_name_or_path is None or self.data is None:
             raise ValueError("model_name_or_path and data are needed: what to fine-tune, and on which rows.")
         if self.num_layers is not None and self.num_layers < 1:
@@ -77,8 +86,10 @@ class EmotionTrainingConfig(AugmentationSettings, TrainingArguments):
     save_strategy: str = setting("epoch", "When to save: no, steps, epoch, best.")
     save_total_limit: int | None = setting(2, "Checkpoints to keep.")
     load_best_model_at_end: bool = setting(True, "Keep the best of the development split.")
-    metric_for_best_model: str | None = setting("ccc", "Mean CCC of the dimensions that have labels.")
-    greater_is_better: bool | None = setting(True, "A CCC is better when it is greater.")
+    metric_for_best_model: str | None = setting(
+        "ccc", "Mean CCC of the dimensions that have labels; of emotions it is ua."
+    )
+    greater_is_better: bool | None = setting(True, "A CCC, or UA, is better when it is greater.")
     report_to: str = setting("none", "trackio, tensorboard, wandb, …")
 
     def __post_init__(self) -> None:
@@ -99,26 +110,34 @@ def parse_emotion_arguments(arguments: Sequence[str]) -> tuple[EmotionScriptArgu
 
 @dataclass
 class EmotionCollator:
-    """Rows with `audio` and dimensions -> normalised, padded waveforms and targets."""
+    """Rows with `audio` and dimensions, or an `emotion`, -> normalised, padded waveforms and targets."""
 
     feature_extractor: Wav2Vec2FeatureExtractor
     augmentation: Augmentation | None = None
     min_duration_s: float = MIN_DURATION_S  # of a clip: what the tower needs for a frame
     dimensions: Sequence[str] = DIMENSIONS  # those that count
+    emotions: Sequence[str] = ()  # the classes, where these are taught
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
-        """Return `input_values` and `input_values_mask` `(clips, samples)`; `labels` `(clips, 3)`, NaN for none."""
+        """Return `input_values` and `input_values_mask` `(clips, samples)`; `labels` `(clips, 3)`, NaN for none.
+
+        Where emotions are taught `labels` are `(clips,)`, the places of their classes, -100 for none.
+        """
         rate = self.feature_extractor.sampling_rate
         waveforms = [load_audio(row["audio"], sampling_rate=rate, min_duration_s=self.min_duration_s) for row in rows]
         if self.augmentation is not None:
             pairs = zip(rows, waveforms, strict=True)
             waveforms = [self.augmentation(waveform, row_id=row.get("id")) for row, waveform in pairs]
         batch = self.feature_extractor(waveforms, sampling_rate=rate, padding=True, return_tensors="pt")
-        targets = [[self._target(row, name) for name in DIMENSIONS] for row in rows]
+        if self.emotions:
+            place = {name: index for index, name in enumerate(self.emotions)} | {None: IGNORE_INDEX}
+            labels = torch.tensor([place[row.get("emotion")] for row in rows])
+        else:
+            labels = torch.tensor([[self._target(row, name) for name in DIMENSIONS] for row in rows])
         return {
             "input_values": batch["input_values"],
             "input_values_mask": batch["attention_mask"],
-            "labels": torch.tensor(targets, dtype=torch.float32),
+            "labels": labels,
         }
 
     def _target(self, row: Mapping, name: str) -> float:
@@ -128,6 +147,8 @@ class EmotionCollator:
 
 class EmotionTowerTrainer(GroupByLengthMixin, AugmentationMixin, LastStepMixin):
     """Trains a [`ReLLMEmotionModel`] on rows with `audio` and dimensions, with 1 - CCC, averaged over these.
+
+    One whose configuration names emotions learns these by cross-entropy, each class with the same weight in all.
 
     A dimension that fewer than two training rows are labelled with is not trained: the model's `trained_dimensions`
     leave it out, and so does an evaluation. A CCC is a statistic of a batch: prefer 16 clips or more, of many
@@ -141,12 +162,21 @@ class EmotionTowerTrainer(GroupByLengthMixin, AugmentationMixin, LastStepMixin):
         # Whatever the encoder was pretrained on: ReLLM normalises what its emotion tower reads.
         extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
         shortest = shortest_clip(model.config.encoder_config)
-        if isinstance(train_dataset, Dataset):  # of a stream nobody has counted the labels
+        emotions = model.config.emotion_labels
+        self._class_weights: Tensor | None = None
+        if emotions:
+            for rows in (train_dataset, kwargs.get("eval_dataset")):
+                found = survey_rows(rows).emotions if isinstance(rows, Dataset) else {}
+                if unknown := sorted(found.keys() - set(emotions)):
+                    raise ValueError(f"Rows have the emotions {unknown}, which the tower does not know: {emotions}.")
+                if rows is train_dataset and found:
+                    self._class_weights = torch.tensor(class_weights(["balanced"], emotions, found))
+        elif isinstance(train_dataset, Dataset):  # of a stream nobody has counted the labels
             if not (labelled := _find_labelled(train_dataset)):
                 raise ValueError(f"No two training rows are labelled with one of {DIMENSIONS}. Nothing would learn.")
             model.config.trained_dimensions = labelled
         dimensions = model.config.trained_dimensions or DIMENSIONS
-        collator = EmotionCollator(extractor, min_duration_s=shortest, dimensions=dimensions)
+        collator = EmotionCollator(extractor, min_duration_s=shortest, dimensions=dimensions, emotions=emotions)
         kwargs |= {"train_dataset": train_dataset, "data_collator": collator, "processing_class": extractor}
         super().__init__(model=model, args=args, **kwargs)
         if isinstance(args, AugmentationSettings) and args.augments:
@@ -162,11 +192,17 @@ class EmotionTowerTrainer(GroupByLengthMixin, AugmentationMixin, LastStepMixin):
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: object
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Return one minus the concordance correlation coefficient, and the dimensions as outputs."""
+        """Return one minus the concordance correlation coefficient, or the cross-entropy, and what the head read."""
         labels = inputs.pop("labels")
-        dimensions = model(**inputs).dimensions
-        loss = ccc_loss(dimensions, labels)
-        return (loss, {"dimensions": dimensions}) if return_outputs else loss
+        output = model(**inputs)
+        read = output.dimensions
+        if read is None:
+            read = output.emotion_logits.float()
+            weights = None if self._class_weights is None else self._class_weights.to(read.device)
+            loss = torch.nn.functional.cross_entropy(read, labels, weights, ignore_index=IGNORE_INDEX)
+        else:
+            loss = ccc_loss(read, labels)
+        return (loss, {"read": read}) if return_outputs else loss
 
 
 def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingConfig) -> EmotionTowerTrainer:
@@ -176,15 +212,21 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     """
     check_places(script)
     check_trainer(args)
-    check_metric(args, ("loss", "ccc", *(f"ccc_{name}" for name in DIMENSIONS)))
+    by_emotion = script.targets == "emotions"
+    if by_emotion and args.metric_for_best_model == "ccc":  # the default
+        args.metric_for_best_model = "ua"
+    check_metric(args, ("loss", *(RECOGNITION if by_emotion else ("ccc", *(f"ccc_{name}" for name in DIMENSIONS)))))
     assert script.model_name_or_path is not None
     if not isinstance(script.data, str):
         raise ValueError(f"data is {script.data!r}; an emotion tower is trained on one data set. Name one.")
     selection = check_selection(script, args)
-    train_rows = _load_labelled(script.data, script.train_split or "all", script.held_out)
+    names = ("emotion",) if by_emotion else DIMENSIONS
+    train_rows = _load_labelled(script.data, script.train_split or "all", script.held_out, names)
     eval_rows = None
     if script.eval_split:
-        eval_rows = _load_labelled(script.data, script.eval_split, script.held_out, _find_labelled(train_rows))
+        among = names if by_emotion else _find_labelled(train_rows)
+        eval_rows = _load_labelled(script.data, script.eval_split, script.held_out, among)
+    if eval_rows is not None and not by_emotion:
         check_metric(args, ("loss", "ccc", *(f"ccc_{name}" for name in _find_labelled(eval_rows))))
     check_clip_limits([train_rows, eval_rows], MIN_DURATION_S, MAX_DURATION_S)
     if eval_rows is None:
@@ -194,12 +236,14 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
         identity |= describe_origin(script, train_rows, eval_rows, {"model_name_or_path": script.model_name_or_path})
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     set_seed(args.seed)  # what is drawn for the head
-    name, num_layers = script.model_name_or_path, script.num_layers
-    model = build_emotion_tower(name, num_layers=num_layers, final_dropout=script.final_dropout)
+    options: dict = {"num_layers": script.num_layers, "final_dropout": script.final_dropout}
+    labels = emotions_of(survey_rows(train_rows)) if by_emotion else DIMENSIONS
+    model = build_emotion_tower(script.model_name_or_path, labels=labels, **options)
     if not script.train_feature_encoder:
         model.encoder.feature_extractor._freeze_parameters()
     data = {"train_dataset": train_rows, "eval_dataset": eval_rows}
-    trainer = EmotionTowerTrainer(model, args, **data, compute_metrics=concordance_metrics)
+    measure = recognition_shares if by_emotion else concordance_metrics
+    trainer = EmotionTowerTrainer(model, args, **data, compute_metrics=measure)
     complete_run(trainer, identity, checkpoint)
     return trainer
 
@@ -209,30 +253,37 @@ def _training_record(script: EmotionScriptArguments, args: EmotionTrainingConfig
     names = {*EmotionTrainingConfig.__annotations__, *AugmentationSettings.__annotations__, *DECISIVE}
     names -= {"report_to", "save_total_limit", "per_device_eval_batch_size"}
     record = {name: getattr(script, name) for name in ("num_layers", "train_feature_encoder", "final_dropout")}
+    record |= {"targets": script.targets} if script.targets == "emotions" else {}  # older runs taught dimensions
     record |= {field.name: getattr(args, field.name) for field in fields(args) if field.name in names}
     return {name: getattr(value, "value", value) for name, value in record.items()}
 
 
-def build_emotion_tower(name: str, *, num_layers: int | None = None, final_dropout: float = 0.1) -> ReLLMEmotionModel:
-    """Return an emotion tower to train: one that has its head, or an encoder with a fresh one.
+def build_emotion_tower(
+    name: str, *, num_layers: int | None = None, final_dropout: float = 0.1, labels: Sequence[str] = DIMENSIONS
+) -> ReLLMEmotionModel:
+    """Return an emotion tower to train: one that has its head for these `labels`, or an encoder with a fresh one.
 
-    `name`, a directory or Hub id, counts as a tower if it is a [`ReLLMEmotionModel`] or labels its outputs arousal,
-    dominance and valence. Of more layers than `num_layers` the lowest are kept.
+    `name`, a directory or Hub id, counts as a tower if it is a [`ReLLMEmotionModel`] or labels its outputs so; of one
+    with other labels the encoder is kept. Of more layers than `num_layers` the lowest are kept.
     """
     config = AutoConfig.from_pretrained(name)
     layers = getattr(config, "encoder_config", config).num_hidden_layers
     if num_layers is not None and num_layers > layers:
         raise ValueError(f"num_layers={num_layers}, and the encoder has {layers}.")
-    labels = set((config.to_dict().get("id2label") or {}).values())
-    if config.model_type == ReLLMEmotionConfig.model_type or labels == set(DIMENSIONS):
-        model = ReLLMEmotionModel.from_pretrained(name, dtype=torch.float32)
-        assert isinstance(model, ReLLMEmotionModel)  # without the loading report
-        _keep_layers(model.encoder, num_layers)
-        return model
-    ReLLMEmotionConfig(encoder_config=config)  # refuses what is no waveform encoder before its weights are read
-    encoder = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
+    is_tower = config.model_type == ReLLMEmotionConfig.model_type
+    has_head = set((config.to_dict().get("id2label") or {}).values()) == set(labels)
+    if is_tower or has_head:
+        loaded = ReLLMEmotionModel.from_pretrained(name, dtype=torch.float32)
+        assert isinstance(loaded, ReLLMEmotionModel)  # without the loading report
+        tower, encoder = loaded, loaded.encoder
+    else:
+        ReLLMEmotionConfig(encoder_config=config)  # refuses what is no waveform encoder before its weights are read
+        encoder = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
     _keep_layers(encoder, num_layers)
-    model = ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder.config, final_dropout=final_dropout))
+    if has_head:
+        return tower
+    fresh = {"final_dropout": final_dropout, "id2label": dict(enumerate(labels))}
+    model = ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder.config, **fresh))
     model.encoder.load_state_dict(encoder.state_dict())
     return model
 
@@ -243,26 +294,36 @@ def concordance_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return metrics | {"ccc": sum(metrics.values()) / len(metrics)}
 
 
+def recognition_shares(prediction: EvalPrediction) -> dict[str, float]:
+    """Return `ua`, `wa` and `macro_f1` over the clips of a split that have an emotion."""
+    labels, logits = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
+    classes, known = [str(place) for place in range(logits.shape[1])], labels != IGNORE_INDEX
+    scores = recognition_metrics(labels[known].tolist(), logits[known].argmax(1).tolist(), classes)
+    return {"ua": scores["ua"], "wa": scores["wa"], "macro_f1": scores["macro_f1"]}
+
+
 def _keep_layers(encoder: PreTrainedModel, num_layers: int | None) -> None:
     if num_layers is not None:
         del encoder.encoder.layers[num_layers:]
         encoder.config.num_hidden_layers = num_layers
 
 
-def _find_labelled(rows: Dataset) -> list[str]:
-    """Return the dimensions that two rows or more are labelled with, which a CCC needs."""
-    there = [name for name in DIMENSIONS if name in rows.column_names]
+def _find_labelled(rows: Dataset, among: Sequence[str] = DIMENSIONS) -> list[str]:
+    """Return the dimensions, or the `among` others, that two rows or more are labelled with, which a CCC needs."""
+    there = [name for name in among if name in rows.column_names]
     return [name for name in there if sum(value is not None for value in rows[name]) >= 2]
 
 
 def _load_labelled(data: str, split: str, held_out: str | None, among: Sequence[str] = DIMENSIONS) -> Dataset:
-    """Return the rows with at least one of the dimensions, of which one or more must have labels."""
+    """Return the rows with at least one of the labels, of which one or more must be there."""
     rows = load_corpus(data, split, held_out=held_out)
-    labelled = [name for name in _find_labelled(rows) if name in among]
+    labelled = _find_labelled(rows, among)
     if not labelled:
+        has_emotions = _find_labelled(rows, ["emotion"])
+        remedy = "teach its emotions (--targets emotions), or write pseudo-labels with `relllm annotate`"
         raise ValueError(
             f"The split {split!r} has fewer than two rows with {' or '.join(among)}. Choose a corpus with such "
-            "labels, or write pseudo-labels with `relllm annotate`."
+            f"labels, or {remedy if has_emotions else 'write pseudo-labels with `relllm annotate`'}."
         )
     if silent := [name for name in among if name not in labelled]:
         names = ", ".join(silent)
@@ -270,6 +331,7 @@ def _load_labelled(data: str, split: str, held_out: str | None, among: Sequence[
     columns = [rows[name] for name in labelled]
     kept = [index for index, values in enumerate(zip(*columns, strict=True)) if any(v is not None for v in values)]
     if len(kept) < len(rows):
-        logger.warning("%d of %d rows of %r have no dimension: left out.", len(rows) - len(kept), len(rows), split)
+        what = (len(rows) - len(kept), len(rows), split, " or ".join(labelled))
+        logger.warning("%d of %d rows of %r have no %s: left out.", *what)
         rows = rows.select(kept)
     return rows
