@@ -1,10 +1,18 @@
-"""One way to declare a setting: a field of a dataclass with its default and its help, from which flags are made."""
+"""One way to declare a setting: a field of a dataclass with its default and its help, from which flags are made; and
+how the file is read that sets them.
+"""
 
 import dataclasses
 import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 REQUIRED = dataclasses.MISSING
+METHODS = ("sft",)  # of `relllm train`
 
 
 def setting(default: Any, help: str, **told: Any) -> Any:
@@ -40,3 +48,42 @@ def check_engine(engine: str, engine_args: str | None, device: str, own: tuple[s
         raise ValueError(
             f"engine_args has {', '.join(taken)}, which the command has settings of its own for. Give those."
         )
+
+
+def read_recipe(path: str | os.PathLike, above: Sequence[Path] = ()) -> dict[str, Any]:
+    """Return the lines of a YAML file over those of the file that its line `base` names, relative to it, and so on.
+
+    `above` are the files that lead here. What is no mapping, and a circle, is a `ValueError`.
+    """
+    file, trail = Path(path), [*above, Path(path)]
+    if file.resolve() in [one.resolve() for one in above]:
+        raise ValueError(f"base leads in a circle: {' → '.join(map(str, trail))}. Take one of these lines out.")
+    if above and not file.is_file():
+        raise FileNotFoundError(f"{above[-1]} has the base {file}, and no such file is there.")
+    recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{file} must be a YAML mapping, with a line `name: value` for each setting.")
+    base = recipe.pop("base", None)
+    if base is None:
+        return recipe
+    if not isinstance(base, str):
+        raise ValueError(f"base of {file} is {base!r}; it takes the path of one recipe.")
+    return read_recipe(file.parent / base, trail) | recipe
+
+
+def find_method(arguments: Sequence[str]) -> str:
+    """Return the method of `relllm train` that its flags, or else the recipe that they name, ask for.
+
+    An unknown one is a `ValueError`. What is wrong with the recipe is told by the parser of that method.
+    """
+    parts = [part for text in arguments for part in (text.split("=", 1) if text.startswith("--") else [text])]
+    given = dict(zip(parts, parts[1:], strict=False))
+    method: object = given.get("--method")
+    if method is None and (recipe := given.get("--config")) is not None and Path(recipe).is_file():
+        try:
+            method = read_recipe(recipe).get("method")
+        except (ValueError, OSError, yaml.YAMLError):
+            method = None
+    if method not in (None, *METHODS):
+        raise ValueError(f"method is {method!r}; it is one of {', '.join(METHODS)}.")
+    return str(method or METHODS[0])

@@ -4,10 +4,15 @@ from importlib import import_module
 
 import typer
 
+from relllm.setting import METHODS, find_method
+
 from .options import console
 from .training_help import show_training_help
 
 app = typer.Typer()
+TRAINED_BY = {  # of `relllm train`, by its method: a module, and what of it reads the settings and what trains
+    "sft": ("training.run", ("parse_arguments", "run_training")),
+}
 # Every setting of TRL is a flag of these commands, and they have a help page of their own.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -18,7 +23,8 @@ def train(context: typer.Context) -> None:
 
     Example: relllm train --config recipes/stage2_emotion.yaml --data data/iemocap/targets.jsonl --out runs/iemocap
     """
-    _run(context, "run", ("parse_arguments", "run_training"), "The model and its processor are in")
+    module, names = TRAINED_BY[_method(context)]
+    _run(context, module, names, "The model and its processor are in")
 
 
 @app.command("train-emotion", context_settings=PASSED_ON)
@@ -27,7 +33,7 @@ def train_emotion(context: typer.Context) -> None:
 
     Example: relllm train-emotion --model_name_or_path microsoft/wavlm-large --data data/msp --output_dir runs/tower
     """
-    _run(context, "emotion_training", ("parse_emotion_arguments", "run_emotion_training"), "The tower is in")
+    _run(context, "training.emotion_training", ("parse_emotion_arguments", "run_emotion_training"), "The tower is in")
 
 
 @app.command("train-text", context_settings=PASSED_ON)
@@ -36,7 +42,9 @@ def train_text(context: typer.Context) -> None:
 
     Example: relllm train-text --config recipes/text_only.yaml --data data/iemocap/targets.jsonl --out runs/text
     """
-    _run(context, "baselines.text_training", ("parse_text_arguments", "run_text_training"), "The adapter is in")
+    _run(
+        context, "training.baselines.text_training", ("parse_text_arguments", "run_text_training"), "The adapter is in"
+    )
 
 
 @app.command(context_settings=PASSED_ON)
@@ -50,6 +58,8 @@ def plan(context: typer.Context) -> None:
     """
     if _show_help(context):
         return
+    if (method := _method(context)) != METHODS[0]:
+        raise typer.BadParameter(f"method: {method} is not planned, only {METHODS[0]}. Plan a recipe of that.")
     from relllm.training.planning.plan import parse_plan, run_plan
 
     if not run_plan(*parse_plan(context.args), console):
@@ -62,7 +72,7 @@ def _run(context: typer.Context, module: str, names: tuple[str, str], what: str)
         return
     from relllm.training.checkpoints import RunComplete
 
-    parse, run = (getattr(import_module(f"relllm.training.{module}"), name) for name in names)
+    parse, run = (getattr(import_module(f"relllm.{module}"), name) for name in names)
     try:
         trainer = run(*parse(context.args))
     except RunComplete as complete:
@@ -70,6 +80,13 @@ def _run(context: typer.Context, module: str, names: tuple[str, str], what: str)
         return
     if trainer.is_world_process_zero():
         console.print(f"{what} {trainer.args.output_dir}.")
+
+
+def _method(context: typer.Context) -> str:
+    try:
+        return find_method(context.args)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _show_help(context: typer.Context) -> bool:

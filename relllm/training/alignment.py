@@ -114,6 +114,8 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
             output = (self.base_model if headless else inner_forward)(*args, **kwargs)
         finally:
             handle.remove()
+        if scored is not None:
+            output = _unpack(output, scored)
         sums: dict[str, Any] = {}
         states = heard["last_hidden_state"]
         if reading is not None and taught is not None and labels is not None:
@@ -130,6 +132,16 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
         return output if labels is None else send_to_device(output, labels.device, skip_keys=[CACHE])
 
     model.forward = types.MethodType(forward, model)
+
+
+def _unpack(output: ModelOutput, scored: Tensor) -> ModelOutput:
+    """Return a fused output with its fields by position, `(batch, sequence - 1)`, as TRL's are on a GPU."""
+    fields = {
+        name: value.new_zeros(scored.shape).masked_scatter(scored, value[0])
+        for name, value in output.items()
+        if isinstance(value, Tensor) and value.ndim == 2
+    }
+    return dataclasses.replace(output, **fields)
 
 
 def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) -> Tensor:

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -27,20 +27,16 @@ OF_A_NEW_MODEL: dict[str, Any] = {  # where nothing is set; a checkpoint has its
 AUTO = "auto"  # a value of these two, for the trainer to choose by the device's memory
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # Transformers renames it
 ROWS_PER_UPDATE = 16  # paper: 2 x 8
-LOSS_WEIGHTS = ("response_loss_weight", "emotion_loss_weight", "dimension_loss_weight", "response_kl_weight")
 
 
-@dataclass
-class PaperConfig(SFTConfig):
-    """`trl.SFTConfig` with the paper's optimisation; without a GPU in float32."""
+if TYPE_CHECKING:
+    Settings: TypeAlias = TrainingArguments
+else:
+    Settings = object  # fields of a base that comes first would win over those of TRL's
 
-    learning_rate: float = setting(2e-5, "Peak learning rate (paper: 2e-5).")
-    weight_decay: float = setting(0.05, "AdamW's weight decay (paper: 0.05).")
-    warmup_steps: float = setting(200, "Warm-up steps (paper: 200).")
-    num_train_epochs: float = setting(3.0, "Epochs (paper: 3).")
-    per_device_train_batch_size: int = setting(2, "Rows a device and step (paper: 2).")
-    gradient_accumulation_steps: int = setting(8, "Steps an update (paper: 8).")
-    loss_type: str = setting("nll", "Of the response; TRL before 1.16 defaults to another.")
+
+class OfThisMachine(Settings):
+    """What all settings of a TRL trainer do here: without a GPU in float32, and never saved with a token."""
 
     def __post_init__(self) -> None:
         bf16: bool | None = self.bf16  # type: ignore[has-type]
@@ -54,16 +50,26 @@ class PaperConfig(SFTConfig):
 
 
 @dataclass
-class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, PaperConfig):
-    """`trl.SFTConfig` with RE-LLM's losses; the defaults that differ from TRL's are the paper's recipe."""
+class PaperConfig(OfThisMachine, SFTConfig):
+    """`trl.SFTConfig` with the paper's optimisation."""
 
-    per_device_train_batch_size: int = setting(2, "Rows a device and step (paper: 2); auto: as many as fit.")
+    learning_rate: float = setting(2e-5, "Peak learning rate (paper: 2e-5).")
+    weight_decay: float = setting(0.05, "AdamW's weight decay (paper: 0.05).")
+    warmup_steps: float = setting(200, "Warm-up steps (paper: 200).")
+    num_train_epochs: float = setting(3.0, "Epochs (paper: 3).")
+    per_device_train_batch_size: int = setting(2, "Rows a device and step (paper: 2).")
+    gradient_accumulation_steps: int = setting(8, "Steps an update (paper: 8).")
+    loss_type: str = setting("nll", "Of the response; TRL before 1.16 defaults to another.")
+
+
+@dataclass
+class ReLLMSettings(TowerCacheSettings, AugmentationSettings, OfThisMachine):
+    """What all trainers of a ReLLM take beside TRL's settings, whatever loss its replies have."""
+
     projector_learning_rate: float | None = setting(None, "Peak of the projector's; by default learning_rate.")
     heads_learning_rate: float | None = setting(None, "Peak of the emotion and dimension heads'; likewise.")
-    rows_per_update: int | None = setting(
-        None, "Rows an update, of all devices together; with per_device_train_batch_size: auto 16 (paper)."
-    )
     max_length: int | None = setting(None, "Must stay unset: a cut would go through audio.")
+    response_loss_weight: float = setting(1.0, "Weight of the loss of what is said, in every task.")
     emotion_loss_weight: float = setting(1.0, "Weight of the emotion cross-entropy; 0: the loss is not computed.")
     dimension_loss_weight: float = setting(1.0, "Weight of the dimension loss.")
     dimension_loss: Literal["mse", "ccc"] = setting("mse", "mse (paper), or ccc: 1 - concordance of the micro-batch.")
@@ -71,7 +77,75 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, PaperConfig):
     emotion_targets: Literal["majority", "votes"] = setting(
         "majority", "majority (paper): the column emotion; votes: the shares of emotion_votes, where a row has them."
     )
-    response_loss_weight: float = setting(1.0, "Weight of the cross-entropy of what is said, in every task.")
+    light_checkpoints: bool = setting(True, "Save what trains, and the frozen towers by name.")
+    instruction: str | None = setting(None, "Text before the audio in a row without messages; kept by the processor.")
+    system_prompt: str | None = setting(None, "System turn of such a row; empty for none; kept by the processor.")
+    unfreeze: list[str] = setting([], "Of audio_tower, emotion_tower, text_model: what trains as well.")
+    log_completions: int = setting(4, "Rows of each evaluation that are replied to, printed and logged; 0 for none.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rates = ("projector_learning_rate", "heads_learning_rate", "log_completions")
+        for name, value in {**self.own_loss_weights, **{name: getattr(self, name) for name in rates}}.items():
+            if (value or 0) < 0:
+                raise ValueError(f"{name} must be >= 0, got {value}.")
+        if self.heads_learning_rate is not None and self.emotion_loss_weight == self.dimension_loss_weight == 0:
+            raise ValueError("heads_learning_rate is set, and no head trains: their losses have weight 0.")
+        for weight in self.emotion_class_weights or []:
+            if self.emotion_class_weights != ["balanced"] and not _is_weight(weight):
+                raise ValueError(f"emotion_class_weights takes numbers >= 0, or `balanced`, got {weight!r}.")
+        check_choices(self)
+        if unknown := sorted(set(self.unfreeze) - set(TOWERS)):
+            raise ValueError(f"unfreeze has {unknown}; it takes any of {TOWERS}.")
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel=True knows LLMs by their kind, and not one in a ReLLM. Leave it off.")
+        if self.max_length is not None:
+            raise ValueError(f"max_length={self.max_length} would cut through audio. Leave it unset; shorten clips.")
+        self.check_augmentation()
+        if self.tower_cache_dir is not None:
+            self._check_tower_cache()
+        self.remove_unused_columns = False  # our collator reads them
+
+    @property
+    def own_loss_weights(self) -> dict[str, float]:
+        """Return the weight of each loss by the name of its setting."""
+        names = ("response_loss_weight", "emotion_loss_weight", "dimension_loss_weight")
+        return {**{name: getattr(self, name) for name in names}, "response_kl_weight": 0.0}
+
+    @property
+    def task_shares(self) -> dict[str, float]:
+        """Return the weight of each task that clips are taught as."""
+        return {"reply": 1.0}
+
+    @property
+    def reply_metrics(self) -> tuple[str, ...]:
+        """Name what an evaluation measures on replies, first their loss."""
+        raise NotImplementedError
+
+    @property
+    def unused_heads(self) -> tuple[str, ...]:
+        """Name the heads that no loss reaches."""
+        weights = {"emotion_head": self.emotion_loss_weight, "dimension_head": self.dimension_loss_weight}
+        return tuple(name for name, weight in weights.items() if weight == 0)
+
+    def _check_tower_cache(self) -> None:
+        if towers := sorted(set(self.unfreeze) & {"audio_tower", "emotion_tower"}):
+            raise ValueError(f"tower_cache_dir is for frozen towers, and unfreeze has {towers}. Leave one out.")
+        if self.augments:
+            raise ValueError("tower_cache_dir is set, and augmented clips are never heard twice. Leave one out.")
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(f"tower_cache_dir is set, and {name} gives the towers another precision. Choose.")
+
+
+@dataclass
+class ReLLMSFTConfig(ReLLMSettings, PaperConfig):
+    """`trl.SFTConfig` with RE-LLM's losses; the defaults that differ from TRL's are the paper's recipe."""
+
+    per_device_train_batch_size: int = setting(2, "Rows a device and step (paper: 2); auto: as many as fit.")
+    rows_per_update: int | None = setting(
+        None, "Rows an update, of all devices together; with per_device_train_batch_size: auto 16 (paper)."
+    )
     tasks: dict[str, float] | str | None = setting(
         None, "What clips are taught as, with shares: reply=1,recognition=0.5,transcription=0.25; by default reply."
     )
@@ -81,61 +155,37 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, PaperConfig):
     response_kl_weight: float = setting(0.0, "Weight of KL(text || speech) over the reply (BLSP-Emo); rows need text.")
     kl_temperature: float = setting(2.0, "Divides the logits of both branches of the KL (BLSP-Emo: 2).")
     kl_shifted: bool = setting(True, "False: the positions of the original code, one late.")
-    light_checkpoints: bool = setting(True, "Save what trains, and the frozen towers by name.")
-    instruction: str | None = setting(None, "Text before the audio in a row without messages; kept by the processor.")
-    system_prompt: str | None = setting(None, "System turn of such a row; empty for none; kept by the processor.")
-    unfreeze: list[str] = setting([], "Of audio_tower, emotion_tower, text_model: what trains as well.")
-    log_completions: int = setting(4, "Rows of each evaluation that are replied to, printed and logged; 0 for none.")
 
     def __post_init__(self) -> None:
         self._share_update()
         super().__post_init__()
-        for name in LOSS_WEIGHTS:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
-        for name in ("projector_learning_rate", "heads_learning_rate", "log_completions"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
-        if self.heads_learning_rate is not None and self.emotion_loss_weight == self.dimension_loss_weight == 0:
-            raise ValueError("heads_learning_rate is set, and no head trains: their losses have weight 0.")
         if self.kl_temperature <= 0:
             raise ValueError(f"kl_temperature must be > 0, got {self.kl_temperature}.")
         if self.label_smoothing_factor > 0 and self.response_kl_weight > 0:
             raise ValueError("label_smoothing_factor > 0 and a KL loss exclude each other. Set one of them to 0.")
-        for weight in self.emotion_class_weights or []:
-            if self.emotion_class_weights != ["balanced"] and not _is_weight(weight):
-                raise ValueError(f"emotion_class_weights takes numbers >= 0, or `balanced`, got {weight!r}.")
         if self.tasks is not None:
             self.tasks = parse_shares(self.tasks, "tasks")
             self._check_tasks(self.tasks)
-        check_choices(self)
-        if unknown := sorted(set(self.unfreeze) - set(TOWERS)):
-            raise ValueError(f"unfreeze has {unknown}; it takes any of {TOWERS}.")
         for name in ("packing", "padding_free"):
             if getattr(self, name):
                 raise ValueError(f"{name}=True would join rows, and audio belongs to its row. Leave it off.")
-        if self.use_liger_kernel:
-            raise ValueError("use_liger_kernel=True knows LLMs by their kind, and not one in a ReLLM. Leave it off.")
-        if self.max_length is not None:
-            raise ValueError(f"max_length={self.max_length} would cut through audio. Leave it unset; shorten clips.")
-        self.check_augmentation()
-        if self.tower_cache_dir is not None:
-            self._check_tower_cache()
-        # Our collator makes the labels from the chat template's `{% generation %}` marks.
-        self.remove_unused_columns = False
         dataset_kwargs: dict | None = self.dataset_kwargs  # type: ignore[has-type]
         self.dataset_kwargs = {**(dataset_kwargs or {}), "skip_prepare_dataset": True}
 
     @property
     def task_shares(self) -> dict[str, float]:
         """Return the weight of each task that clips are taught as."""
-        return self.tasks if isinstance(self.tasks, dict) else {"reply": 1.0}
+        return self.tasks if isinstance(self.tasks, dict) else super().task_shares
 
     @property
-    def unused_heads(self) -> tuple[str, ...]:
-        """Name the heads that no loss reaches."""
-        weights = {"emotion_head": self.emotion_loss_weight, "dimension_head": self.dimension_loss_weight}
-        return tuple(name for name, weight in weights.items() if weight == 0)
+    def own_loss_weights(self) -> dict[str, float]:
+        """Return the weight of each loss by the name of its setting."""
+        return {**super().own_loss_weights, "response_kl_weight": self.response_kl_weight}
+
+    @property
+    def reply_metrics(self) -> tuple[str, ...]:
+        """Name what an evaluation measures on replies, first their cross-entropy."""
+        return ("response_loss", "entropy", "mean_token_accuracy")
 
     def _share_update(self) -> None:
         """Put in the place of `auto` what holds until the trainer has measured: the paper's, 2 rows at once."""
@@ -172,17 +222,9 @@ class ReLLMSFTConfig(TowerCacheSettings, AugmentationSettings, PaperConfig):
         if self.response_kl_weight > 0 and "reply" not in shares:
             raise ValueError("response_kl_weight > 0 compares replies, and tasks has none. Add reply, or set it to 0.")
 
-    def _check_tower_cache(self) -> None:
-        if towers := sorted(set(self.unfreeze) & {"audio_tower", "emotion_tower"}):
-            raise ValueError(f"tower_cache_dir is for frozen towers, and unfreeze has {towers}. Leave one out.")
-        if self.augments:
-            raise ValueError("tower_cache_dir is set, and augmented clips are never heard twice. Leave one out.")
-        for name in ("bf16_full_eval", "fp16_full_eval"):
-            if getattr(self, name):
-                raise ValueError(f"tower_cache_dir is set, and {name} gives the towers another precision. Choose.")
 
-
-OWN_SETTINGS = [*PaperConfig.__annotations__, *ReLLMSFTConfig.__annotations__]  # with defaults of ours
+OF_ANY_METHOD = list(ReLLMSettings.__annotations__)
+OWN_SETTINGS = [*PaperConfig.__annotations__, *OF_ANY_METHOD, *ReLLMSFTConfig.__annotations__]  # with defaults of ours
 
 
 def check_choices(settings: object) -> None:
@@ -234,11 +276,6 @@ def parse_shares(given: Mapping[str, Any] | str, name: str) -> dict[str, float]:
     if len(shares) < len(pairs) or not any(shares.values()):
         raise ValueError(f"{name} is {given!r}, expected each name once with a share >= 0, such as a=1,b=0.5.")
     return {key: share for key, share in shares.items() if share > 0}
-
-
-def loss_weights(args: ReLLMSFTConfig) -> dict[str, float]:
-    """Return the weight of each loss by the name of its setting."""
-    return {name: getattr(args, name) for name in LOSS_WEIGHTS}
 
 
 def _is_weight(value: object) -> bool:
@@ -329,6 +366,7 @@ class ReLLMScriptArguments(LoraSettings, SplitSettings):
     without an emotion tower (of a first stage) is given one where `emotion_fusion` and `emotion_tower` do.
     """
 
+    method: str = setting("sft", "By what the replies are trained: sft; each has settings of its own.")
     model_name_or_path: str | None = setting(None, "A ReLLM to go on with: directory or Hub id. Wins over the towers.")
     revision: str = setting("main", "Branch, tag or commit of that checkpoint on the Hub.")
     audio_tower: str | None = setting(None, "Whisper, wav2vec2, HuBERT, WavLM: id or path.")

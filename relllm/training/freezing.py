@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from relllm.modeling.lora_relllm import has_adapters, is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 
-from .config import ReLLMSFTConfig
+from .config import ReLLMSettings
 
 HEADS = ("emotion_head", "dimension_head")
 # Of a part of the model the setting of its own learning rate.
@@ -103,7 +103,7 @@ def trainable_table(model: nn.Module) -> list[TrainableRow]:
     ]
 
 
-def learning_rate_of(args: ReLLMSFTConfig, part: str) -> float:
+def learning_rate_of(args: ReLLMSettings, part: str) -> float:
     """Return the peak learning rate of a part of the model, named as in the table."""
     own = getattr(args, RATES[part]) if part in RATES else None
     return args.learning_rate if own is None else own
@@ -119,7 +119,7 @@ def _size(parameter: nn.Parameter) -> int:
     return size
 
 
-def draw_table(rows: Iterable[TrainableRow], args: ReLLMSFTConfig) -> Table:
+def draw_table(rows: Iterable[TrainableRow], args: ReLLMSettings) -> Table:
     """Return the table as it is printed."""
     columns = ("module", "parameters", "trainable", "learning rate", "dtype")
     table = Table(*columns, title="What trains", title_justify="left")
@@ -130,7 +130,7 @@ def draw_table(rows: Iterable[TrainableRow], args: ReLLMSFTConfig) -> Table:
 
 
 class LearningRatesMixin(Trainer):
-    """For a trainer whose projector and heads may have learning rates of their own; `args` are a [`ReLLMSFTConfig`].
+    """For a trainer whose projector and heads may have learning rates of their own; `args` are a [`ReLLMSettings`].
 
     Each of Transformers' groups (with weight decay, and without) is divided: first what trains at `learning_rate`, if
     anything does, then a group for each setting. The log's `learning_rate` is that of the first group of all.
@@ -185,7 +185,7 @@ class TrainableTableCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, *_: object, model: nn.Module, **kwargs: object
     ) -> None:
-        assert isinstance(args, ReLLMSFTConfig)
+        assert isinstance(args, ReLLMSettings)
         if state.is_world_process_zero and not args.disable_tqdm:
             beside_the_bar = Console(stderr=True, markup=False)
             beside_the_bar.print(draw_table(trainable_table(model), args))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .alignment import Alignment, check_head
-from .config import ReLLMSFTConfig
+from .config import ReLLMSettings, ReLLMSFTConfig
 from .losses import IGNORE_INDEX, ccc_loss, dimension_loss, emotion_loss, soft_emotion_loss
 
 TARGETS = ("emotion_labels", "emotion_votes", "dimension_labels", "clips_per_row", "row_tasks")
@@ -35,14 +35,9 @@ class Term:
 class Objective:
     """The losses of a run beside the response's cross-entropy; `emotions` counts the clips of each in the rows."""
 
-    def __init__(
-        self, args: ReLLMSFTConfig, model: PreTrainedModel, emotions: Mapping[str, int] | None = None
-    ) -> None:
-        self.weights = {
-            "emotion_loss": args.emotion_loss_weight,
-            "dimension_loss": args.dimension_loss_weight,
-            "response_kl": args.response_kl_weight,
-        }
+    def __init__(self, args: ReLLMSettings, model: PreTrainedModel, emotions: Mapping[str, int] | None = None) -> None:
+        given = args.own_loss_weights
+        self.weights = {name: given[f"{name}_weight"] for name in ("emotion_loss", "dimension_loss", "response_kl")}
         self.active = [name for name, weight in self.weights.items() if weight > 0]
         self.dimension_loss = args.dimension_loss
         self.class_weights: Tensor | None = None
@@ -53,6 +48,7 @@ class Objective:
         if args.response_loss_weight > 0 or "response_kl" in self.active:
             check_head(model.base_model.text_model)
         if "response_kl" in self.active:
+            assert isinstance(args, ReLLMSFTConfig)
             self.alignment = Alignment(temperature=args.kl_temperature, shifted=args.kl_shifted)
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -63,7 +59,7 @@ class Objective:
             counts["dimension_loss"] = batch["dimension_labels"].isfinite().sum()
         if self.alignment is not None and "teacher_labels" in batch:
             counts["response_kl"] = self.alignment.positions(batch["teacher_labels"]).sum()
-        nothing = torch.zeros((), device=batch["labels"].device)
+        nothing = torch.zeros((), device=next(iter(batch.values())).device)
         values = [counts.get(name, nothing) if name in self.active else nothing for name in self.weights]
         return torch.stack([value.float() for value in values])
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
 from rich.console import Console
@@ -15,6 +15,7 @@ from relllm.data.loading import load_corpus
 from relllm.data.mixing import mix_rows, name_sources
 from relllm.data.survey import TASKS, TRAINING, RowSurvey, check_surveys, draw_survey, emotions_of, survey_splits
 from relllm.labels import DIMENSIONS, EMOTIONS
+from relllm.setting import METHODS
 
 from .augmentation import Augmentation, AugmentationSettings
 from .building import build_model, check_model, starting_points
@@ -22,17 +23,17 @@ from .checkpoints import begin_run, complete_run, describe_origin
 from .config import (
     OWN_SETTINGS,
     ReLLMScriptArguments,
+    ReLLMSettings,
     ReLLMSFTConfig,
     SplitSettings,
     check_places,
     check_selection,
-    loss_weights,
 )
 from .lengths import check_clip_limits
 from .objective import class_weights
 from .settings import SettingsParser, check_metric, check_tokens, check_trainer
 from .tower_cache import check_cache_dir
-from .trainer import ReLLMSFTTrainer
+from .trainer import ReLLMSFTTrainer, ReLLMTrainerMixin
 
 Rows: TypeAlias = Dataset | IterableDataset
 PLACES = ("model_name_or_path", "audio_tower", "emotion_tower", "text_model")
@@ -54,15 +55,23 @@ FULLY_LABELLED = RowSurvey(  # rows that have everything, while nobody has read 
 )
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[ReLLMScriptArguments, ReLLMSFTConfig]:
-    """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does."""
-    parser = SettingsParser((ReLLMScriptArguments, ReLLMSFTConfig), command="relllm train")
+def parse_arguments(
+    arguments: Sequence[str], kind: type[ReLLMSettings] = ReLLMSFTConfig
+) -> tuple[ReLLMScriptArguments, Any]:
+    """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does, the second of a `kind`."""
+    parser = SettingsParser((ReLLMScriptArguments, kind), command="relllm train")
     script, args = parser.parse_settings(arguments)
     return script, args
 
 
-def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFTTrainer:
-    """Build, train, evaluate and save, as the settings say; model and processor are in `args.output_dir`.
+def run_training(
+    script: ReLLMScriptArguments,
+    args: ReLLMSettings,
+    kind: type[ReLLMTrainerMixin] = ReLLMSFTTrainer,
+    own: Sequence[str] = OWN_SETTINGS,
+) -> ReLLMTrainerMixin:
+    """Build, train by a `kind` of trainer, evaluate and save, as the settings say; model and processor are in
+    `args.output_dir`. Of the settings, `own` decide the result beside Transformers'.
 
     What that folder holds of this run is gone on from; of another run it is a `ValueError`, and of this one, complete,
     a [`~relllm.training.checkpoints.RunComplete`].
@@ -75,13 +84,13 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows, parts = load_rows(script, args, streaming=script.streaming)
         _survey(script, args, train_rows, eval_rows, parts)
-        identity = training_record(script, args) | selection
+        identity = training_record(script, args, own) | selection
         identity |= describe_origin(script, train_rows, eval_rows, starting_points(script), script.revision)
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     callbacks = _callbacks(script, args)
     set_seed(args.seed)  # what is drawn for the projector, the heads and the LoRA
     model, processor = build_model(script)
-    trainer = ReLLMSFTTrainer(
+    trainer = kind(
         model=model,
         args=args,
         train_dataset=train_rows,
@@ -94,18 +103,18 @@ def run_training(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> ReLLMSFT
 
 
 def _survey(
-    script: ReLLMScriptArguments, args: ReLLMSFTConfig, train_rows: object, eval_rows: object, parts: dict[str, Rows]
+    script: ReLLMScriptArguments, args: ReLLMSettings, train_rows: object, eval_rows: object, parts: dict[str, Rows]
 ) -> None:
     """Print what the rows teach, choose a new model's classes, and check all that before a model is loaded."""
     surveys = survey_splits(train_rows, eval_rows, parts if len(parts) > 1 else None)
     if surveys and args.process_index == 0 and not args.disable_tqdm:
-        Console(stderr=True, markup=False).print(draw_survey(surveys, list(args.tasks or ())))
+        Console(stderr=True, markup=False).print(draw_survey(surveys, _tasks(args)))
     if script.model_name_or_path is not None:
         config = AutoConfig.from_pretrained(script.model_name_or_path, revision=script.revision)
         labels = getattr(config, "emotion_labels", EMOTIONS)  # what is no ReLLM is refused when it is loaded
     else:
         labels = script.emotion_labels = script.emotion_labels or emotions_of(surveys.get(TRAINING))
-    check_surveys(surveys, labels, loss_weights(args), list(args.task_shares))
+    check_surveys(surveys, labels, args.own_loss_weights, list(args.task_shares))
     measured = {name[len(EVALUATION) + 1 :]: one for name, one in surveys.items() if name.startswith(EVALUATION)}
     check_metric(args, evaluation_metrics(args, measured))
     if args.emotion_class_weights is not None:
@@ -119,34 +128,42 @@ def _survey(
     check_clip_limits([*parts.values(), *held_back], *check_model(script, args.unfreeze))
 
 
-def evaluation_metrics(args: ReLLMSFTConfig, surveys: Mapping[str, RowSurvey]) -> list[str]:
+def _tasks(args: ReLLMSettings) -> list[str]:
+    """Name what clips are taught as, where that is set."""
+    return list(args.task_shares) if isinstance(args, ReLLMSFTConfig) and args.tasks is not None else []
+
+
+def evaluation_metrics(args: ReLLMSettings, surveys: Mapping[str, RowSurvey]) -> list[str]:
     """Name what an evaluation gives, without `eval_`, of one set of rows, or of several by name and of all."""
     found = {name: _metrics_of(args, survey) for name, survey in surveys.items()}
     names = list(dict.fromkeys(metric for metrics in found.values() for metric in metrics))
     if "" not in found:
         return [*names, *(f"{name}_{metric}" for name, metrics in found.items() for metric in metrics)]
-    return [*names, *(("entropy", "mean_token_accuracy") if args.response_loss_weight > 0 else ())]
+    return [*names, *(args.reply_metrics[1:] if args.response_loss_weight > 0 else ())]
 
 
-def _metrics_of(args: ReLLMSFTConfig, survey: RowSurvey) -> list[str]:
+def _metrics_of(args: ReLLMSettings, survey: RowSurvey) -> list[str]:
     labelled = [name for name, count in survey.dimensions.items() if count]
-    tasks = [task for task in args.tasks or () if survey.feeding(task)]
+    tasks = [task for task in _tasks(args) if survey.feeding(task)]
     heard = ("emotion_loss", "emotion_accuracy", "ua", "wa", "macro_f1")
     given = {
-        ("response_loss", *(f"{task}_loss" for task in tasks)): args.response_loss_weight,
+        (args.reply_metrics[0], *(f"{task}_loss" for task in tasks)): args.response_loss_weight,
         ("recognition_accuracy",): args.response_loss_weight * ("recognition" in tasks),
         heard: args.emotion_loss_weight * survey.emotions.total(),
         ("dimension_loss", *(f"ccc_{name}" for name in labelled)): args.dimension_loss_weight * len(labelled),
-        ("response_kl",): args.response_kl_weight * survey.transcripts,
+        ("response_kl",): args.own_loss_weights["response_kl_weight"] * survey.transcripts,
     }
     return ["loss", *(name for names, weight in given.items() if weight > 0 for name in names)]
 
 
-def training_record(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> dict[str, object]:
+def training_record(
+    script: ReLLMScriptArguments, args: ReLLMSettings, own: Sequence[str] = OWN_SETTINGS
+) -> dict[str, object]:
     """Return the settings that a reader needs to repeat a run, without a path of this machine or a token."""
-    own = {*OWN_SETTINGS, *(AugmentationSettings.__annotations__ if args.augments else ())}
-    names = [field.name for field in fields(args) if field.name in own or field.name in TRAINER_SETTINGS]
-    record: dict[str, object] = {name: getattr(script, name) for name in MODEL_SETTINGS}
+    named = {*own, *(AugmentationSettings.__annotations__ if args.augments else ()), *TRAINER_SETTINGS}
+    names = [field.name for field in fields(args) if field.name in named]
+    record: dict[str, object] = {} if script.method == METHODS[0] else {"method": script.method}
+    record |= {name: getattr(script, name) for name in MODEL_SETTINGS}
     record |= {name: getattr(args, name) for name in names}
     record["world_size"] = args.world_size
     for name in (*PLACES, "augment_noise_dir"):
@@ -196,7 +213,7 @@ def load_rows(
     return train_rows, (held_back if len(parts) > 1 else held_back.get(names[0])) or None, parts
 
 
-def _callbacks(script: ReLLMScriptArguments, args: ReLLMSFTConfig) -> list[TrainerCallback]:
+def _callbacks(script: ReLLMScriptArguments, args: ReLLMSettings) -> list[TrainerCallback]:
     if script.early_stopping_patience is None:
         return []
     args.restore_callback_states_from_checkpoint = True  # a resumed run has the patience that was left

@@ -7,7 +7,7 @@ import difflib
 import os
 import types
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import fields
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -17,6 +17,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, TrlParser
+
+from relllm.setting import read_recipe
 
 from .config import AUTO, CHECKPOINTING, ReLLMSFTConfig
 
@@ -85,27 +87,6 @@ class SettingsParser(TrlParser):
         raise AssertionError("argparse's exit returned")
 
 
-def read_recipe(path: str | os.PathLike, above: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the lines of a YAML file over those of the file that its line `base` names, relative to it, and so on.
-
-    `above` are the files that lead here. What is no mapping, and a circle, is a `ValueError`.
-    """
-    file, trail = Path(path), [*above, Path(path)]
-    if file.resolve() in [one.resolve() for one in above]:
-        raise ValueError(f"base leads in a circle: {' → '.join(map(str, trail))}. Take one of these lines out.")
-    if above and not file.is_file():
-        raise FileNotFoundError(f"{above[-1]} has the base {file}, and no such file is there.")
-    recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{file} must be a YAML mapping, with a line `name: value` for each setting.")
-    base = recipe.pop("base", None)
-    if base is None:
-        return recipe
-    if not isinstance(base, str):
-        raise ValueError(f"base of {file} is {base!r}; it takes the path of one recipe.")
-    return read_recipe(file.parent / base, trail) | recipe
-
-
 def check_metric(args: TrainingArguments, metrics: Sequence[str]) -> None:
     """Raise a `ValueError` for a `metric_for_best_model` that no evaluation has: these have `metrics`, as named
     without `eval_`.
@@ -162,9 +143,10 @@ def check_trainer(args: TrainingArguments) -> None:
         raise ImportError(f"report_to {args.report_to}: {error}") from error
 
 
-def check_tokens(args: SFTConfig, place: str, revision: str = "main") -> None:
+def check_tokens(args: TrainingArguments, place: str, revision: str = "main") -> None:
     """Raise a `ValueError` for an `eos_token` or `pad_token` that the tokenizer at a place does not know."""
-    given = {name: token for name in ("eos_token", "pad_token") if (token := getattr(args, name)) is not None}
+    names = {"eos_token", "pad_token"} & {field.name for field in fields(args)}
+    given = {name: token for name in names if (token := getattr(args, name)) is not None}
     known = AutoTokenizer.from_pretrained(place, revision=revision).get_vocab() if given else {}
     for name, token in given.items():
         if token not in known:

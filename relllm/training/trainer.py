@@ -1,4 +1,4 @@
-"""`ReLLMSFTTrainer`: TRL's supervised fine-tuning with RE-LLM's losses.
+"""What trainers of a ReLLM share, and `ReLLMSFTTrainer`: TRL's supervised fine-tuning with RE-LLM's losses.
 
 Each loss is normalised over the whole accumulated batch of all processes, so 8 x 1, 4 x 2 and 2 x 4 rows give the same
 gradients, unlabelled rows included.
@@ -6,7 +6,7 @@ gradients, unlabelled rows included.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,7 @@ from .augmentation import Augmentation, AugmentationMixin
 from .checkpoints import CheckpointMixin
 from .collator import ReLLMCollator
 from .completions import CompletionsMixin
-from .config import ReLLMSFTConfig, loss_weights
+from .config import ReLLMSettings, ReLLMSFTConfig
 from .freezing import (
     LearningRatesMixin,
     TrainableTableCallback,
@@ -54,31 +54,20 @@ from .tower_cache import TowerCacheMixin
 logger = logging.get_logger(__name__)
 
 
-class ReLLMSFTTrainer(
-    TaskMixin,
-    MicroBatchMixin,
-    LearningRatesMixin,
-    CompletionsMixin,
-    AugmentationMixin,
-    TowerCacheMixin,
-    CheckpointMixin,
-    SFTTrainer,
-):
-    """Trains the projector, the heads and the LoRA of a [`ReLLMForConditionalGeneration`].
+class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin, TowerCacheMixin, CheckpointMixin):
+    """What trainers of a ReLLM share, before one of TRL's in the bases: what trains, and the losses of its heads.
 
     An evaluation also measures the heads, on the outputs that gave the loss: `eval_ua`, `eval_wa`, `eval_macro_f1`,
     `eval_ccc_arousal`, `eval_ccc_dominance` and `eval_ccc_valence`, where there are labels.
 
-    Rows are as [`ReLLMCollator`] takes them; the settings are the paper's by default. What else `trl.SFTTrainer` takes
-    it takes too, but for `peft_config`: the model carries its LoRA, and this does not train an adapter on top of it.
+    What else TRL's trainer takes it takes too, but for `peft_config`: the model carries its LoRA, and this does not
+    train an adapter on top of it.
     """
-
-    _tag_names = ["relllm", "trl", "sft"]
 
     def __init__(
         self,
         model: ReLLMForConditionalGeneration,
-        args: ReLLMSFTConfig | None = None,
+        args: ReLLMSettings,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: ReLLMProcessor | None = None,
@@ -90,32 +79,22 @@ class ReLLMSFTTrainer(
             raise TypeError(f"processing_class must be a ReLLMProcessor, got {type(processing_class).__name__}.")
         if kwargs.pop("peft_config", None) is not None:
             raise ValueError("A ReLLM carries its own LoRA: set lora_config in its configuration, not peft_config.")
-        args = args if args is not None else ReLLMSFTConfig()
         train_dataset = _normalized(train_dataset, "train_dataset")
         eval_dataset = _normalized(eval_dataset, "eval_dataset")
         surveys = survey_splits(train_dataset, eval_dataset) if "data_collator" not in kwargs else {}
-        check_surveys(surveys, model.config.emotion_labels, loss_weights(args), list(args.task_shares))
+        weights = args.own_loss_weights
+        check_surveys(surveys, model.config.emotion_labels, weights, list(args.task_shares))
         keep_unpacked(model)
         self.objective = Objective(args, model, surveys[TRAINING].emotions if TRAINING in surveys else None)
-        self._fed = fed_readings(surveys.get(TRAINING), loss_weights(args))
+        self._fed = fed_readings(surveys.get(TRAINING), weights)
         for name in ("instruction", "system_prompt"):  # which whoever loads the model then asks with
             if getattr(args, name) is not None:
                 setattr(processing_class, name, getattr(args, name))
         ends = find_ends(model.generation_config, processing_class.tokenizer, processing_class.chat_template)
         model.generation_config.eos_token_id = ends
         prepare_trainable(model, args.unfreeze, args.unused_heads)
-        mix = None
-        if args.tasks is not None and "data_collator" not in kwargs:
-            mix = TaskMix(args.task_shares, seed=args.seed, draws_options=args.recognition_options == "drawn")
         if "data_collator" not in kwargs:
-            kwargs["data_collator"] = ReLLMCollator(
-                processing_class,
-                model.config.emotion_labels,
-                teacher=self.objective.alignment is not None,
-                replies=args.response_loss_weight > 0 or args.response_kl_weight > 0,
-                mix=mix,
-                votes=args.emotion_targets == "votes",
-            )
+            kwargs["data_collator"] = self.make_collator(processing_class, model.config.emotion_labels, args)
         with lora_counts_as_adapter(model):
             super().__init__(
                 model=model,
@@ -141,13 +120,14 @@ class ReLLMSFTTrainer(
             self._set_up_clips(model, processing_class.feature_extractor)
         self.add_callback(_ShortRunCallback)
         self._num_items = torch.zeros(len(self.objective.weights))
-        names = ["response_loss", "emotion_accuracy", "tower_cache_hits", *self.objective.active]
-        if mix is not None:
-            self.teach_tasks(mix)
-            names += task_metrics(mix)
+        names = [args.reply_metrics[0], "emotion_accuracy", "tower_cache_hits", *self.objective.active]
         self._means = RunningMeans(names, self.args.device)
         self._pool: list[tuple[Tensor, list[Tensor]]] | None = None  # of an evaluation over several data sets
         self._heard: list[Tensor] = []  # of the running evaluation; see `_remember`
+
+    def make_collator(self, processor: ReLLMProcessor, labels: Sequence[str], args: ReLLMSettings) -> ReLLMCollator:
+        """Return what makes batches of rows, where the trainer is given nothing for it."""
+        raise NotImplementedError
 
     @property
     def _compiles_layers(self) -> bool:
@@ -177,21 +157,7 @@ class ReLLMSFTTrainer(
         config = self.model.config
         if config.trained_readings is not None or not config.name_or_path:
             config.trained_readings = sorted({*(config.trained_readings or ()), *self._fed})
-        self.fit_micro_batch()
         return super().train(*args, **kwargs)
-
-    @contextmanager
-    def leave_no_trace(self) -> Iterator[None]:
-        """Ask no other process for anything in a `with` block, and count what is computed in it in no log."""
-        gather = self.accelerator.gather_for_metrics
-        tokens: int = self._total_train_tokens  # type: ignore[has-type]
-        self.accelerator.gather_for_metrics = lambda value: value
-        try:
-            yield
-        finally:
-            self.accelerator.gather_for_metrics, self._total_train_tokens = gather, tokens
-            self._metrics["train"].clear()
-            self._means.take("train")
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -215,50 +181,34 @@ class ReLLMSFTTrainer(
                     "transcript in `text`). Set the weight to 0, or mend the columns."
                 )
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, ModelOutput]:
-        """Return TRL's loss of the response, and the other losses on the outputs of the same forward pass."""
-        local_counts = self.objective.count(inputs)
+    def take_targets(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take out of a batch what its heads are to learn; clips that the tower cache has get their outputs."""
         targets = {name: inputs.pop(name) for name in TARGETS if name in inputs}
-        mode = "train" if self.model.training else "eval"
         if (known := inputs.get("tower_known")) is not None:
+            mode = "train" if self.model.training else "eval"
             self._means.add(mode, "tower_cache_hits", known.sum(), torch.tensor(len(known)))
             self.put_towers(inputs)
-        outputs = None
-        if self.args.response_loss_weight == 0 and not return_outputs:
-            output = model(**inputs, without_lm_head=True)
-            loss = output.loss
-        else:
-            recorder = _Recorder(model)
-            result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
-            loss, outputs = result if return_outputs else (result, None)
-            output = recorder.outputs[0]  # the training pass's; TRL may run another for metrics
-            reply = loss
-            if self.aux_loss_enabled:  # of a mixture of experts: TRL has added how unevenly its routers chose
-                steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-                reply = loss - self.router_aux_loss_coef * output.aux_loss / steps
-            self._log_response(reply, inputs["labels"], num_items_in_batch)
-            if self._mix is not None:
-                log_tasks(self._means, mode, self._mix, output, inputs["labels"], targets["row_tasks"])
-            loss = loss * self.args.response_loss_weight
-        training = self.model.training and num_items_in_batch is not None
-        num_items = self._num_items if training else local_counts
-        for term in self.objective.terms(output, targets, local_counts, num_items):
+        return targets
+
+    def add_heads(
+        self, loss: Tensor, output: ModelOutput, targets: dict[str, Tensor], counts: Tensor, in_training: bool
+    ) -> Tensor:
+        """Return a loss with the others of the objective, on the outputs of the same forward pass.
+
+        `counts` are the objective's of this micro-batch; in training each is divided by those of the whole update.
+        """
+        mode = "train" if self.model.training else "eval"
+        for term in self.objective.terms(output, targets, counts, self._num_items if in_training else counts):
             self._means.add(mode, term.name, term.total, term.count)
             scale = 1.0
-            if training and term.is_share:  # DDP averages gradients over processes, and the counts are over all
+            if in_training and term.is_share:  # DDP averages gradients over processes, and the counts are over all
                 scale = self.accelerator.num_processes
-            elif training:
+            elif in_training:
                 scale = 1 / self.current_gradient_accumulation_steps
             loss = loss + term.weight * scale * term.value
         if "emotion_labels" in targets and output.emotion_logits is not None:
             self._remember(output, targets, mode)
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Tensor], *args: object, **kwargs: object
@@ -266,7 +216,7 @@ class ReLLMSFTTrainer(
         """Do as TRL, without the labels of rows that Accelerate repeats to give every process a last batch."""
         state = self.accelerator.gradient_state
         if state.end_of_dataloader and state.remainder > 0:
-            size = len(inputs["labels"])
+            size = len(inputs["clips_per_row"] if "clips_per_row" in inputs else inputs["labels"])
             own = state.remainder - self.accelerator.process_index * size  # the first ones of all are the new ones
             inputs = keep_labels(inputs, min(max(own, 0), size))
         return super().prediction_step(model, inputs, *args, **kwargs)
@@ -319,7 +269,7 @@ class ReLLMSFTTrainer(
         if self.objective.dimension_loss == "ccc" and "dimension_loss" in metrics:
             concordance = [value for name, value in metrics.items() if name.startswith("ccc_")]
             metrics["dimension_loss"] = 1 - sum(concordance) / len(concordance) if concordance else 0.0
-        weights = {"response_loss": self.args.response_loss_weight, **self.objective.weights}
+        weights = {self.args.reply_metrics[0]: self.args.response_loss_weight, **self.objective.weights}
         metrics["loss"] = sum(weight * metrics.get(name, 0.0) for name, weight in weights.items())
         return metrics
 
@@ -328,20 +278,6 @@ class ReLLMSFTTrainer(
         if self.model.training:
             logs |= self._means.means(self.accelerator.reduce(self._means.take("train"), reduction="sum"))
         super().log(logs, start_time)
-
-    def measure_rows(self, rows: Dataset) -> list[int]:
-        """Return about how many positions each row takes in the LLM's sequence."""
-        return row_lengths(rows, self.processing_class.feature_extractor)
-
-    def _log_response(self, loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> None:
-        """Log the mean over the reply's tokens; in training TRL's loss is this micro-batch's share of that."""
-        tokens = (labels[..., 1:] != IGNORE_INDEX).sum()
-        divisor = tokens
-        if num_items_in_batch is not None:
-            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            divisor = torch.as_tensor(num_items_in_batch, device=loss.device) / processes
-        total = torch.where(tokens > 0, loss.detach() * divisor, 0.0)  # label smoothing divides zero by no tokens
-        self._means.add("train" if self.model.training else "eval", "response_loss", total, tokens)
 
     @torch.no_grad()
     def _remember(self, output: ModelOutput, targets: dict[str, Tensor], mode: str) -> None:
@@ -375,7 +311,104 @@ class ReLLMSFTTrainer(
         return metrics
 
 
-class _Recorder:
+class ReLLMSFTTrainer(TaskMixin, MicroBatchMixin, ReLLMTrainerMixin, SFTTrainer):
+    """Trains the projector, the heads and the LoRA of a [`ReLLMForConditionalGeneration`] to say given replies.
+
+    Rows are as [`ReLLMCollator`] takes them; the settings are the paper's by default. See [`ReLLMTrainerMixin`].
+    """
+
+    _tag_names = ["relllm", "trl", "sft"]
+
+    def __init__(
+        self, model: ReLLMForConditionalGeneration, args: ReLLMSFTConfig | None = None, *rows: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(model, args if args is not None else ReLLMSFTConfig(), *rows, **kwargs)
+        mix = self.data_collator.mix if "data_collator" not in kwargs else None
+        if mix is not None:
+            self.teach_tasks(mix)
+            self._means = RunningMeans([*self._means.names, *task_metrics(mix)], self.args.device)
+
+    def make_collator(self, processor: ReLLMProcessor, labels: Sequence[str], args: ReLLMSettings) -> ReLLMCollator:
+        """Return the collator of rows with replies, or of what the settings teach beside them."""
+        assert isinstance(args, ReLLMSFTConfig)
+        mix = None
+        if args.tasks is not None:
+            mix = TaskMix(args.task_shares, seed=args.seed, draws_options=args.recognition_options == "drawn")
+        return ReLLMCollator(
+            processor,
+            labels,
+            teacher=self.objective.alignment is not None,
+            replies=args.response_loss_weight > 0 or args.response_kl_weight > 0,
+            mix=mix,
+            votes=args.emotion_targets == "votes",
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Do as the others, with as many rows at once as fit where the settings leave that open."""
+        self.fit_micro_batch()
+        return super().train(*args, **kwargs)
+
+    @contextmanager
+    def leave_no_trace(self) -> Iterator[None]:
+        """Ask no other process for anything in a `with` block, and count what is computed in it in no log."""
+        gather = self.accelerator.gather_for_metrics
+        tokens: int = self._total_train_tokens  # type: ignore[has-type]
+        self.accelerator.gather_for_metrics = lambda value: value
+        try:
+            yield
+        finally:
+            self.accelerator.gather_for_metrics, self._total_train_tokens = gather, tokens
+            self._metrics["train"].clear()
+            self._means.take("train")
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, ModelOutput]:
+        """Return TRL's loss of the response, and the other losses on the outputs of the same forward pass."""
+        local_counts = self.objective.count(inputs)
+        targets = self.take_targets(inputs)
+        outputs = None
+        if self.args.response_loss_weight == 0 and not return_outputs:
+            output = model(**inputs, without_lm_head=True)
+            loss = output.loss
+        else:
+            recorder = Recorder(model)
+            result = super().compute_loss(recorder, inputs, return_outputs, num_items_in_batch)
+            loss, outputs = result if return_outputs else (result, None)
+            output = recorder.outputs[0]  # the training pass's; TRL may run another for metrics
+            reply = loss
+            if self.aux_loss_enabled:  # of a mixture of experts: TRL has added how unevenly its routers chose
+                steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+                reply = loss - self.router_aux_loss_coef * output.aux_loss / steps
+            self._log_response(reply, inputs["labels"], num_items_in_batch)
+            if self._mix is not None:
+                mode = "train" if self.model.training else "eval"
+                log_tasks(self._means, mode, self._mix, output, inputs["labels"], targets["row_tasks"])
+            loss = loss * self.args.response_loss_weight
+        in_training = self.model.training and num_items_in_batch is not None
+        loss = self.add_heads(loss, output, targets, local_counts, in_training)
+        return (loss, outputs) if return_outputs else loss
+
+    def measure_rows(self, rows: Dataset) -> list[int]:
+        """Return about how many positions each row takes in the LLM's sequence."""
+        return row_lengths(rows, self.processing_class.feature_extractor)
+
+    def _log_response(self, loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> None:
+        """Log the mean over the reply's tokens; in training TRL's loss is this micro-batch's share of that."""
+        tokens = (labels[..., 1:] != IGNORE_INDEX).sum()
+        divisor = tokens
+        if num_items_in_batch is not None:
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            divisor = torch.as_tensor(num_items_in_batch, device=loss.device) / processes
+        total = torch.where(tokens > 0, loss.detach() * divisor, 0.0)  # label smoothing divides zero by no tokens
+        self._means.add("train" if self.model.training else "eval", "response_loss", total, tokens)
+
+
+class Recorder:
     """Stands in for the model in TRL's `compute_loss`, and keeps its outputs."""
 
     def __init__(self, model: torch.nn.Module) -> None:

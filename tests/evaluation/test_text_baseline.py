@@ -21,9 +21,9 @@ from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.fingerprints import model_fingerprint
 from relllm.evaluation.predicting import load_tokenizer
 from relllm.modeling.places_relllm import PlaceError
+from relllm.setting import read_recipe
 from relllm.training.baselines.text_training import TextTrainer, parse_text_arguments, run_text_training
 from relllm.training.checkpoints import RunComplete
-from relllm.training.settings import read_recipe
 
 pytestmark = [pytest.mark.usefixtures("no_drawing"), pytest.mark.slow]
 ROOT = Path(__file__).parents[2]

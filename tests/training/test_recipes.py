@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from relllm import ReLLMConfig
 from relllm.cli import app
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
+from relllm.setting import read_recipe
 from relllm.training.building import build_config
 from relllm.training.run import parse_arguments
-from relllm.training.settings import read_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.yaml"))

@@ -14,12 +14,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from relllm.setting import setting
+from relllm.setting import read_recipe, setting
 
 from ..building import build_config
 from ..config import ReLLMScriptArguments, ReLLMSFTConfig, check_places
 from ..freezing import draw_table, trainable_table
-from ..settings import SettingsParser, read_recipe
+from ..settings import SettingsParser
 from .memory import MemoryPlan, RowSize, TrainingStep
 from .micro_batch import choose_micro_batch, list_micro_batches, step_settings
 
