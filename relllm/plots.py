@@ -191,6 +191,11 @@ def plot_levels(levels: Mapping[str, Mapping[str, Sequence[int]]], path: str | P
     return _save(figure, path)
 
 
+def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path, *, title: str = "") -> Path:
+    """Draw how the scores of replies are spread: a panel for each reward, a line for all, the chosen, the rejected."""
+    return _plot_histograms(scores, Path(path), title, shares_of="replies")
+
+
 # Runs side by side
 
 
@@ -312,6 +317,7 @@ def _plot_histograms(
     title: str,
     *,
     limits: tuple[float, float] | None = None,
+    shares_of: str = "split",
 ) -> Path:
     """Draw one histogram for each quantity, as shares of the split, so that splits of any size can be compared."""
     figure = _new_figure(max(6.4, 3.9 * len(values)), 3.8)
@@ -319,14 +325,15 @@ def _plot_histograms(
     panels = figure.subplots(1, len(values), squeeze=False)[0]
     for axes, (quantity, by_split) in zip(panels, values.items(), strict=True):
         if by_split:
-            low, high = limits or (0.0, max(max(known) for known in by_split.values()))
+            every = [value for known in by_split.values() for value in known]
+            low, high = limits or (min(0.0, *every), max(0.0, *every) or 1.0)
             edges = np.linspace(low, high, 31 if limits is None else 26).tolist()
             for split, known in by_split.items():
                 weights, colour = np.full(len(known), 1 / len(known)), _colour(splits.index(split) + 3)
                 axes.hist(known, edges, weights=weights, histtype="step", linewidth=1.6, color=colour, label=split)
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
         axes.set(xlabel=quantity)
-    panels[0].set(ylabel="share of the split")
+    panels[0].set(ylabel=f"share of the {shares_of}")
     _legend_below(figure, panels, len(splits))
     figure.suptitle(title)
     return _save(figure, path)

@@ -1,12 +1,13 @@
 """Tiny empathy scorers, their encoders and tokenizers, and tables of pairs in the public format."""
 
 import csv
+import json
 import random
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoModel, BertConfig, DistilBertConfig, PreTrainedTokenizerFast, RobertaConfig
+from transformers import AutoModel, AutoTokenizer, BertConfig, DistilBertConfig, PreTrainedTokenizerFast, RobertaConfig
 
 from relllm.evaluation.empathy.scorer import EmpathyScorer
 
@@ -53,6 +54,18 @@ def scorer_of(folder: Path, kind: str = "bert", **settings: object) -> EmpathySc
         if "encoder" not in name:
             torch.nn.init.normal_(parameter, std=0.5)
     return model.eval()
+
+
+def save_scorers(folder: Path, mechanisms: tuple[str, ...] = ("ER", "EX"), **level: object) -> Path:
+    """Trained scorers as `relllm empathy train` leaves them: weights, tokenizer, and how good they are."""
+    for mechanism in mechanisms:
+        model = scorer_of(folder / "encoder", mechanism=mechanism)
+        model.save_pretrained(folder / mechanism)
+        AutoTokenizer.from_pretrained(folder / "encoder").save_pretrained(folder / mechanism)
+        recall = {"0": 0.9, "1": 0.5, "2": 0.5}
+        level = {"accuracy": 0.8, "macro_f1": 0.7, "recall": recall, "num_pairs": 9, **level}
+        (folder / mechanism / "metrics.json").write_text(json.dumps({"test": {"level": level}}))
+    return folder
 
 
 def write_csv(

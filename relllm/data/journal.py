@@ -109,8 +109,8 @@ def write_json(content: Mapping[str, object], path: Path) -> None:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_out(rows: Dataset, path: Path) -> None:
-    """Say before the work whether [`write_rows`] will be able to write these rows there."""
+def check_out(rows: Dataset, path: Path) -> None:
+    """Say before the work, as a `ValueError`, why [`write_rows`] will not be able to write these rows there."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"--out {path}: expected a file that ends in one of {', '.join(SUFFIXES)}.")
     if path.is_dir():
@@ -185,7 +185,7 @@ def add_columns(
         ValueError: If rows cannot be written there, or an unfinished run has other settings.
         FileExistsError: If `out` is there from another run.
     """
-    _check_out(rows, out)
+    check_out(rows, out)
 
     def make(found: Mapping[str, dict]) -> tuple[dict, Callable[[Path], None]]:
         counts, written = finish(found)

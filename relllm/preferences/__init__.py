@@ -1,4 +1,4 @@
 """Empathy as the goal of training: rewards of replies, pairs of a better and a worse one, and training on both.
 
-`rewards.py` scores replies by name. Trainers and `relllm score-replies` take it from there.
+`rewards.py`, a reply's scores by name; `sampling.py` → `pairs.py`, best and worst of several replies to a clip.
 """

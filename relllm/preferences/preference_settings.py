@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from relllm.evaluation.evaluation_settings import MECHANISMS
-from relllm.setting import setting
+from relllm.data.data_settings import RunSettings
+from relllm.evaluation.evaluation_settings import MECHANISMS, Precision
+from relllm.setting import REQUIRED, setting
 
 REWARDS = (*MECHANISMS, "emotion", "length", "repetition", "judge")
 
@@ -27,6 +29,46 @@ class RewardSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.min_words <= self.max_words:
             raise ValueError(f"Expected 0 <= min_words <= max_words, got {self.min_words} and {self.max_words}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRepliesSettings(RewardSettings, RunSettings):
+    """Which replies are sampled, how they are scored, and where the pairs go."""
+
+    out: Path = setting(REQUIRED, "The pairs: .jsonl or .parquet, or a folder for metadata.jsonl.")
+    model: str = setting(REQUIRED, "The ReLLM that replies: a directory or a Hub id.", place="checkpoint")
+    rewards: tuple[str, ...] = setting(
+        ("ER=1", "EX=1", "length=-0.1", "repetition=-1"), f"Each with its weight, with commas: {', '.join(REWARDS)}."
+    )
+    samples: int = setting(8, "Replies to each clip.", min=2)
+    margin: float = setting(0.1, "Least difference of the weighted scores of a pair.", min=0)
+    temperature: float = setting(1.0, "Of the draws.", min=0.01, max=2)
+    top_p: float = setting(1.0, "Draw from the fewest tokens that have this probability together.", min=0.01, max=1)
+    max_new_tokens: int = setting(128, "Longest reply, in tokens.", min=1)
+    seed: int = setting(0, "Of the draws, together with a row's id.")
+    dtype: Precision = setting("auto", "Auto is the checkpoint's own.")
+    revision: str = setting("main", "Branch, tag or commit of the model on the Hub.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weights(self.weights)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each reward."""
+        found: dict[str, float] = {}
+        for part in self.rewards:
+            name, _, weight = part.partition("=")
+            try:
+                found[name.strip()] = float(weight)
+            except ValueError:
+                raise ValueError(f"rewards has {part!r}, expected NAME=WEIGHT, such as ER=1.") from None
+        return found
+
+    @property
+    def file(self) -> Path:
+        """The file of the pairs."""
+        return self.out if self.out.suffix else self.out / "metadata.jsonl"
 
 
 def check_weights(weights: Mapping[str, float]) -> None:

@@ -62,15 +62,19 @@ class Reward(ABC):
             ValueError: If a row has none of the columns that the reward needs.
         """
 
+    def find(self, row: Mapping) -> str | None:
+        """Return the first of the columns that the reward needs which the row has; `None` without any."""
+        texts = (row.get(column) for column in self.needs)
+        return next((text for text in texts if isinstance(text, str) and text.strip()), None)
+
     def known(self, row: Mapping) -> str:
-        """Return the first of the columns that the reward needs which the row has."""
-        for column in self.needs:
-            if isinstance(value := row.get(column), str) and value.strip():
-                return value
-        raise ValueError(
-            f"The row {row.get('id')!r} has no {' or '.join(self.needs)}, which the reward {self.name} needs. "
-            f"Leave such rows out, or give {self.name} no weight."
-        )
+        """Return what [`~Reward.find`] does, or raise the error."""
+        if (text := self.find(row)) is None:
+            raise ValueError(
+                f"The row {row.get('id')!r} has no {' or '.join(self.needs)}, which the reward {self.name} needs. "
+                f"Leave such rows out, or give {self.name} no weight."
+            )
+        return text
 
 
 class EmpathyReward(Reward):

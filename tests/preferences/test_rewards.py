@@ -1,12 +1,11 @@
 """Rewards by name: each against a hand-written value, and what is refused before anything is loaded."""
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from empathy_scorers import scorer_of
+from empathy_scorers import save_scorers
 from transformers import AutoTokenizer
 
 from relllm.evaluation.empathy.scorer import EmpathyScorer
@@ -17,18 +16,6 @@ ROWS = [
     {"id": "b", "text": "ok fine", "emotion": None, "heard": "happy"},
 ]
 REPLIES = ["so sorry . that is hard", "tell me more ?"]
-
-
-def save_scorers(folder: Path, mechanisms: tuple[str, ...] = ("ER", "EX"), **level: object) -> Path:
-    """Trained scorers as `relllm empathy train` leaves them: weights, tokenizer, and how good they are."""
-    for mechanism in mechanisms:
-        model = scorer_of(folder / "encoder", mechanism=mechanism)
-        model.save_pretrained(folder / mechanism)
-        AutoTokenizer.from_pretrained(folder / "encoder").save_pretrained(folder / mechanism)
-        recall = {"0": 0.9, "1": 0.5, "2": 0.5}
-        level = {"accuracy": 0.8, "macro_f1": 0.7, "recall": recall, "num_pairs": 9, **level}
-        (folder / mechanism / "metrics.json").write_text(json.dumps({"test": {"level": level}}))
-    return folder
 
 
 def test_the_reward_of_a_mechanism_is_the_level_that_its_scorer_expects(tmp_path: Path) -> None:
