@@ -52,6 +52,7 @@ def make_environment(release: str) -> Path:
         shared = sysconfig.get_path("purelib")
         (own / "project.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
     wanted = [f"{one.name}{one.specifier}" if release == "newest" else lowest(one) for one in allowed()]
+    wanted += ["requests"] if release == "lowest" else []  # of `transformers serve` before 5.19
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--upgrade", *wanted], check=True)
     return python

