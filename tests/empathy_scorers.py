@@ -56,10 +56,12 @@ def scorer_of(folder: Path, kind: str = "bert", **settings: object) -> EmpathySc
     return model.eval()
 
 
-def save_scorers(folder: Path, mechanisms: tuple[str, ...] = ("ER", "EX"), **level: object) -> Path:
+def save_scorers(
+    folder: Path, mechanisms: tuple[str, ...] = ("ER", "EX"), kind: str = "bert", **level: object
+) -> Path:
     """Trained scorers as `relllm empathy train` leaves them: weights, tokenizer, and how good they are."""
     for mechanism in mechanisms:
-        model = scorer_of(folder / "encoder", mechanism=mechanism)
+        model = scorer_of(folder / "encoder", kind, mechanism=mechanism)
         model.save_pretrained(folder / mechanism)
         AutoTokenizer.from_pretrained(folder / "encoder").save_pretrained(folder / mechanism)
         recall = {"0": 0.9, "1": 0.5, "2": 0.5}

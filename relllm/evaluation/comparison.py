@@ -11,17 +11,19 @@ import numpy as np
 from relllm.labels import DIMENSIONS
 from relllm.metrics import dimension_metrics, recognition_metrics
 
-from .evaluation_settings import LEVELS, MECHANISMS, NO_TRANSCRIPT, SYSTEMS, WAYS
+from .evaluation_settings import EMPATHY_PARTS, LEVELS, NO_TRANSCRIPT, REPLY_PARTS, SYSTEMS, WAYS
 from .runs import Run, find_differences, group_by_corpus
 from .statistics import PairedTest, Resampler, holm, percentile_interval, wilcoxon_test
 from .summary import answered_emotion
+from .wording import count_words, distinct_share, repeated_share
 
 MAX_MISSING = 0.01  # of the clips of a data set; with more, the runs are not of one evaluation
 RESAMPLE = ("auto", "clips", "speakers")
 GROUPS = ("system", "name")
 MIN_SPEAKERS = 10  # fewer make no interval that holds
 PARTS = (
-    *(("empathy", name) for name in MECHANISMS),
+    *(("empathy", name) for name in EMPATHY_PARTS),
+    *(("replies", name) for name in REPLY_PARTS),
     *(("recognition", way) for way in WAYS),
     *(("dimensions", name) for name in DIMENSIONS),
 )
@@ -39,9 +41,9 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 class Metric:
     """One number of the tables."""
 
-    table: str  # "empathy", "recognition" or "dimensions"
-    part: str  # the mechanism, the way of recognition, or the dimension
-    name: str  # "mean_level", "ua", "wa", "macro_f1" or "ccc"
+    table: str  # "empathy", "replies", "recognition" or "dimensions"
+    part: str  # the mechanism, what of the wording, the way of recognition, or the dimension
+    name: str  # "mean_level", "value", "ua", "wa", "macro_f1" or "ccc"
 
 
 @dataclass(frozen=True)
@@ -307,6 +309,8 @@ def _measure_parts(
 
 
 def _ids_with(run: Run, table: str, part: str) -> set[str]:
+    if table == "replies":
+        return {clip_id for clip_id, clip in run.clips.items() if "reply" in clip}
     return {clip_id for clip_id, clip in run.clips.items() if part in (clip.get(table) or {})}
 
 
@@ -397,7 +401,7 @@ def _gain(
 def _correct(gains: Sequence[Gain]) -> list[Gain]:
     """Holm's correction; the family is all tests of one table: its metrics, corpora and pairs of systems."""
     corrected = list(gains)
-    for table in ("empathy", "recognition"):
+    for table in ("empathy", "replies", "recognition"):
         tests = {at: one.test for at, one in enumerate(gains) if one.metric.table == table and one.test is not None}
         adjusted = holm([test.p_value for test in tests.values()])
         for at, p_value in zip(tests, adjusted, strict=True):
@@ -411,6 +415,8 @@ def measure_part(
     """Yield the metrics of one part of one table, from lines of predictions.jsonl that have it and its label."""
     if table == "empathy":
         yield Metric(table, part, "mean_level"), _levels_measured(clips, part)
+    elif table == "replies":
+        yield Metric(table, part, "value"), _wording_measured(clips, part)
     elif table == "dimensions":
         yield Metric(table, part, "ccc"), _concordance(clips, part)
     else:
@@ -424,9 +430,23 @@ def _levels_measured(clips: Sequence[dict], mechanism: str) -> Measured:
         if level not in range(LEVELS):
             where = f"Clip {clip['id']!r}: the level of {mechanism} is {level!r}"
             raise ValueError(f"{where}, expected 0 to {LEVELS - 1}. Evaluate again.")
-    levels = np.array([clip["empathy"][mechanism]["level"] for clip in clips], dtype=float)
-    summands = np.stack([levels, np.ones(len(levels))], axis=1)
-    return Measured(float(levels.mean()), summands, lambda sums: sums[:, 0] / sums[:, 1], levels)
+    return _mean_measured([clip["empathy"][mechanism]["level"] for clip in clips])
+
+
+def _mean_measured(values: Sequence[float]) -> Measured:
+    paired = np.array(values, dtype=float)
+    summands = np.stack([paired, np.ones(len(paired))], axis=1)
+    return Measured(float(paired.mean()), summands, lambda sums: sums[:, 0] / sums[:, 1], paired)
+
+
+def _wording_measured(clips: Sequence[dict], part: str) -> Measured:
+    replies = [clip["reply"] for clip in clips]
+    if part == "words":
+        return _mean_measured([count_words(reply) for reply in replies])
+    if part == "repetition":
+        return _mean_measured([repeated_share(reply) for reply in replies])
+    ones = np.ones((len(replies), 1))  # no resample defines it: a reply that is drawn twice is no less distinct
+    return Measured(distinct_share(replies, 2), ones, lambda sums: np.full(len(sums), np.nan), None)
 
 
 def _recognition_measured(clips: Sequence[dict], way: str, names: list[str]) -> dict[str, Measured]:

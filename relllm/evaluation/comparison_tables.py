@@ -26,14 +26,17 @@ BLSP_EMO_SOURCE = "BLSP-Emo, arXiv 2406.03872, as cited by EmotionThinker, ICLR 
 PUBLISHED = "RE-LLM, published"
 TITLES = {
     "empathy": "Empathy: mean level of the replies, 0 to 2",
+    "replies": "Replies: words, share of repeated runs of three words, distinct-2 over all",
     "recognition": "Speech emotion recognition, per cent",
     "dimensions": "Emotion dimensions, CCC",
 }
 GAIN_TITLES = {
     "empathy": "Empathy: relative gain, per cent",
+    "replies": "Replies: difference",
     "recognition": "Speech emotion recognition: gain in percentage points",
     "dimensions": "Emotion dimensions: difference in CCC",
 }
+PART_TITLES = {"distinct_2": "distinct-2"}
 METRIC_TITLES = {"ua": "UA", "wa": "WA", "macro_f1": "macro-F1", "ccc": "CCC"}
 
 
@@ -175,7 +178,7 @@ def _scorer_notes(comparison: Comparison) -> list[str]:
     """Say how good the scorers are that gave the levels, and whether they are too weak."""
     scored = [run for runs in comparison.runs.values() for run in runs if run.scorers is not None]
     notes = []
-    for run in {run.scorers: run for run in scored}.values():
+    for run in {(run.scorers, run.held_out_scorers): run for run in scored}.values():
         notes += describe_quality(run.scorer_quality)
         notes += [f"Too weak to report: {weakness}." for weakness in find_weaknesses(run.scorer_quality)]
         if run.scorer_quality == {}:
@@ -228,6 +231,8 @@ def _gain_table(comparison: Comparison, name: str) -> Table:
             f"p: Wilcoxon's signed-rank test of the paired clips; Holm over the {tests} tests of this table. differ: "
             "clips on which the two differ."
         )
+    if name == "replies":
+        notes.append("Distinct-2 is of all replies at once: it has neither interval nor test.")
     if name == "recognition":
         notes.append("Macro-F1 is no mean over clips: it has an interval and no test.")
     if len(rows) > len(gains):
@@ -297,7 +302,7 @@ def _shown_gain(gain: Gain) -> tuple[float | None, tuple[float, float] | None]:
 
 
 def _column(metric: Metric) -> str:
-    return METRIC_TITLES[metric.name] if metric.table == "recognition" else metric.part
+    return METRIC_TITLES[metric.name] if metric.table == "recognition" else PART_TITLES.get(metric.part, metric.part)
 
 
 def _row(metric: Metric) -> str:
@@ -305,7 +310,7 @@ def _row(metric: Metric) -> str:
 
 
 def _metric_title(metric: Metric) -> str:
-    return f"{METRIC_TITLES[metric.name]}, {metric.part}" if metric.table == "recognition" else metric.part
+    return f"{METRIC_TITLES[metric.name]}, {metric.part}" if metric.table == "recognition" else _column(metric)
 
 
 def _group(corpus: str, cells: Mapping[tuple[str, str, Metric], Cell]) -> str:
@@ -341,7 +346,7 @@ def _show_cell(cell: Cell | None, *, fold_mean: bool = False) -> str:
 def _signed(value: float | None, table: str) -> str:
     if value is None:
         return DASH
-    text = {"empathy": f"{value:+.2f}", "recognition": f"{100 * value:+.1f}", "dimensions": f"{value:+.3f}"}[table]
+    text = {"empathy": f"{value:+.2f}", "recognition": f"{100 * value:+.1f}"}.get(table, f"{value:+.3f}")
     return text.replace("-", "−")
 
 

@@ -35,7 +35,7 @@ from relllm.modeling.places_relllm import check_place
 from .adapters import ADAPTER_CONFIG, read_adapter, read_config
 from .asking import RECOGNITION_TOKENS, Questions, render_prompts
 from .empathy.quality import check_scorers, read_quality
-from .evaluation_settings import FORMAT, METRICS, PREDICTIONS, READERS, TASKS, EvaluationSettings, System
+from .evaluation_settings import FORMAT, HELD_OUT, METRICS, PREDICTIONS, READERS, TASKS, EvaluationSettings, System
 from .fingerprints import (
     check_extras,
     data_fingerprint,
@@ -130,8 +130,9 @@ def write_predictions(out: Path, identity: Mapping, lines: Sequence[Mapping]) ->
 def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     """Read data and configuration, and check that every task can be measured."""
     check_place(settings.model, holds=("config.json", ADAPTER_CONFIG))
-    if settings.empathy_scorers is not None and not settings.allow_weak_scorers:
-        check_scorers(settings.empathy_scorers)
+    for scorers in filter(None, (settings.empathy_scorers, settings.held_out_scorers)):
+        if not settings.allow_weak_scorers:
+            check_scorers(scorers)
     config = read_config(settings.model, settings.revision)
     adapter = read_adapter(settings.model, settings.revision)
     system = resolve_system(config, settings.system, settings.model, tuned=adapter is not None)
@@ -331,12 +332,19 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
         "folds": None,
     }
     if "empathy" in metrics:
-        fingerprint = plan.identity["scorers_fingerprint"]
-        scorers = settings.empathy_scorers
-        quality = {} if scorers is None else read_quality(scorers)
-        same = {"id": scorers, "fingerprint": fingerprint, "in_windows": settings.reply_windows}
-        metrics["empathy"]["scorers"] = {**same, "quality": quality}
+        metrics["empathy"]["scorers"] = _describe_scorers(settings.empathy_scorers, plan, settings)
+        if settings.held_out_scorers is not None:
+            further = _describe_scorers(settings.held_out_scorers, plan, settings, "held_out_scorers_fingerprint")
+            metrics["empathy"]["held_out_scorers"] = further
     write_json(metrics, settings.output_dir / METRICS)
+
+
+def _describe_scorers(
+    scorers: str | None, plan: Plan, settings: EvaluationSettings, key: str = "scorers_fingerprint"
+) -> dict:
+    quality = {} if scorers is None else read_quality(scorers)
+    same = {"id": scorers, "fingerprint": plan.identity[key], "in_windows": settings.reply_windows}
+    return {**same, "quality": quality}
 
 
 def _votes_of(row: Mapping) -> dict:
@@ -365,23 +373,34 @@ def _load_score(settings: EvaluationSettings, device: str) -> Score:
 
     assert settings.empathy_scorers is not None  # else the task is left out
     scorers = load_scorers(settings.empathy_scorers)
-    size, windows = settings.batch_size, settings.reply_windows
-    return lambda pairs: score_pairs(scorers, pairs, batch_size=size, device=device, windows=windows)
+    further = load_scorers(settings.held_out_scorers) if settings.held_out_scorers is not None else {}
+    how: dict = {"batch_size": settings.batch_size, "device": device, "windows": settings.reply_windows}
+
+    def score(pairs: Sequence[tuple[str, str]]) -> list[dict]:
+        both = zip(score_pairs(scorers, pairs, **how), score_pairs(further, pairs, **how), strict=True)
+        return [one | {HELD_OUT[name]: part for name, part in other.items()} for one, other in both]
+
+    return score
 
 
 def _run_identity(settings: EvaluationSettings, plan: Plan) -> dict:
-    scorers, text = settings.empathy_scorers, settings.text_column
+    scorers, further, text = settings.empathy_scorers, settings.held_out_scorers, settings.text_column
+    fingerprint = folder_fingerprint(scorers) if scorers is not None else None
+    held_out = {"held_out_scorers_fingerprint": folder_fingerprint(further)} if further is not None else {}
+    if fingerprint in held_out.values():
+        raise ValueError(f"--held-out-scorers {further} are the weights of --empathy-scorers. Train others.")
     engine = {"engine": "vllm", "engine_args": json.loads(settings.engine_args or "{}")}
     return {
         "task": "evaluate",
         "system": plan.system,
         "model_fingerprint": model_fingerprint(settings.model, revision=settings.revision),
         "data_fingerprint": data_fingerprint(plan.rows),
-        "scorers_fingerprint": folder_fingerprint(scorers) if scorers is not None else None,
+        "scorers_fingerprint": fingerprint,
         "questions": json.loads(json.dumps(asdict(plan.questions))),
         "prompts": plan.prompts,
         "dtype": settings.dtype,
         "seed": settings.seed,
+        **held_out,
         **({"reply_windows": True} if settings.reply_windows else {}),
         **({"text_column": text, "text_fingerprint": rows_fingerprint(plan.rows, ("id", text))} if text else {}),
         **(engine if settings.engine == "vllm" else {}),

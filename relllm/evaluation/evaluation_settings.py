@@ -20,6 +20,9 @@ SYSTEMS: tuple[System, ...] = get_args(System)
 READERS: tuple[System, ...] = ("text-only", "text-only-tuned")  # of the transcript, which hear nothing
 MECHANISMS: tuple[Mechanism, ...] = get_args(Mechanism)
 LEVELS = 3  # of a mechanism: none, weak, strong
+HELD_OUT: dict[str, str] = {name: f"{name}, held out" for name in MECHANISMS}  # by a scorer that rewarded no training
+EMPATHY_PARTS = (*MECHANISMS, *HELD_OUT.values())
+REPLY_PARTS = ("words", "repetition", "distinct_2")  # of the replies' wording
 WAYS = ("generated", "likelihood", "head")  # of recognising an emotion
 NO_TRANSCRIPT = "no transcript"  # why text-only has no answer for a clip
 FORMAT, PREDICTIONS, METRICS = "relllm-run-1", "predictions.jsonl", "metrics.json"  # of a run's folder
@@ -49,6 +52,9 @@ class EvaluationSettings:
     allow_seen: bool = setting(False, "Measure rows that the model was trained on or chosen by; its card says so.")
     text_column: str | None = setting(None, "What text-only reads, for example a recogniser's words; by default text.")
     empathy_scorers: str | None = setting(None, "Folder of trained scorers of ER, IP, EX.")
+    held_out_scorers: str | None = setting(
+        None, "Folder of further scorers, which no training was rewarded by: their levels stand beside the first."
+    )
     reply_windows: bool = setting(
         False, "Score a reply longer than the scorers read in parts, of which the highest level counts."
     )
@@ -77,6 +83,8 @@ class EvaluationSettings:
         for name, value in (("batch_size", self.batch_size), ("limit", self.limit or 1)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.held_out_scorers is not None and self.empathy_scorers is None:
+            raise ValueError("--held-out-scorers stand beside --empathy-scorers, which are missing.")
         check_engine(self.engine, self.engine_args, self.device, ("model", "revision", "dtype"))
 
 

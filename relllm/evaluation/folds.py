@@ -12,7 +12,7 @@ from relllm.data.loading import column_values
 from .evaluating import PATIENCE, PLOTS, Score, evaluate, read_predictions, write_predictions
 from .evaluation_settings import METRICS, EvaluationSettings
 from .fingerprints import combine_fingerprints
-from .summary import count_clips, draw_plots, mean_over_folds, summarize_clips
+from .summary import MEASURES, count_clips, draw_plots, mean_over_folds, summarize_clips
 
 PLACE = "{fold}"
 
@@ -82,10 +82,11 @@ def _pool(
     for key in ("system", "label_set", "prompts"):
         if any(run[key] != first[key] for run in runs):
             raise ValueError(f"The folds differ in {key!r}, so they cannot be pooled: {[run[key] for run in runs]}.")
-    parts = [{task: run[task] for task in ("recognition", "dimensions", "empathy") if task in run} for run in runs]
+    parts = [{task: run[task] for task in MEASURES if task in run} for run in runs]
     summary = summarize_clips(lines, first["label_set"])
-    if "empathy" in first:
-        summary["empathy"]["scorers"] = first["empathy"]["scorers"]
+    for key in ("scorers", "held_out_scorers"):
+        if key in first.get("empathy", {}):
+            summary["empathy"][key] = first["empathy"][key]
     shared_towers = {
         kind: place
         for kind, place in first["model"]["towers"].items()

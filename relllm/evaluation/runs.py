@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from .evaluation_settings import FORMAT, METRICS, PREDICTIONS, SYSTEMS
+from .evaluation_settings import FORMAT, HELD_OUT, METRICS, PREDICTIONS, SYSTEMS
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Run:
     failed: tuple[str, ...]  # ids of the clips that could not be read
     class_names: dict[str, list[str]]  # of each way of recognition
     scorers: str | None  # fingerprint of what scored the replies
-    scorer_quality: dict  # of each scorer, as `read_quality` has it; empty in older runs
+    held_out_scorers: str | None  # and of what scored them beside
+    scorer_quality: dict  # of each scorer, as `read_quality` has it, by `EMPATHY_PARTS`; empty in older runs
     conditions: dict  # how it was asked: "longest reply", "prompts", "precision", "versions"; empty where not recorded
     seen: dict  # what its training has to do with the rows, as `find_seen` has it; empty in older runs
     fold_column: str | None  # what the folds are, where the predictions of several folds are pooled
@@ -47,7 +48,7 @@ def read_run(path: Path) -> Run:
         raise ValueError(f"{path}: the system is {metrics.get('system')!r}, expected one of {', '.join(SYSTEMS)}.")
     clips = _read_clips(path / PREDICTIONS)
     folds = metrics.get("folds") or {}
-    scorers = metrics.get("empathy", {}).get("scorers") or {}
+    scorers, further = (metrics.get("empathy", {}).get(key) or {} for key in ("scorers", "held_out_scorers"))
     return Run(
         path=path,
         name=str(metrics.get("name") or path.name),
@@ -57,7 +58,11 @@ def read_run(path: Path) -> Run:
         failed=tuple(clip_id for clip_id, clip in clips.items() if "error" in clip),
         class_names={way: numbers["class_names"] for way, numbers in metrics.get("recognition", {}).items()},
         scorers=_name_scorers(scorers),
-        scorer_quality=scorers.get("quality") or {},
+        held_out_scorers=_name_scorers(further),
+        scorer_quality={
+            **(scorers.get("quality") or {}),
+            **{HELD_OUT[name]: quality for name, quality in (further.get("quality") or {}).items()},
+        },
         conditions=_conditions(metrics),
         seen=metrics.get("training") or {},
         fold_column=folds.get("column"),
@@ -151,6 +156,8 @@ def _check_same_data(corpus: str, first: Run, other: Run) -> None:
     names = ("split", "held_out", "limit", "fingerprint")
     pairs: list[tuple] = [(name, first.data.get(name), other.data.get(name)) for name in names]
     pairs.append(("folds", first.fold_column, other.fold_column))
+    if first.held_out_scorers is not None and other.held_out_scorers is not None:
+        pairs.append(("held-out empathy scorers", first.held_out_scorers, other.held_out_scorers))
     if first.scorers is not None and other.scorers is not None:
         pairs.append(("empathy scorers", first.scorers, other.scorers))
         longest = "longest reply"

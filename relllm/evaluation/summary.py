@@ -15,18 +15,20 @@ from relllm.labels import DIMENSIONS
 from relllm.metrics import VoteMetrics, calibration_metrics, dimension_metrics, recognition_metrics, vote_metrics
 from relllm.plots import plot_confusion_matrix, plot_levels, plot_reliability, plot_valence_arousal
 
-from .evaluation_settings import LEVELS, MECHANISMS, WAYS
+from .evaluation_settings import EMPATHY_PARTS, LEVELS, REPLY_PARTS, WAYS
+from .wording import describe_wording
 
 MEASURES = {  # whose mean over folds is told
     "recognition": ("ua", "wa", "macro_f1", "ece"),
     "dimensions": ("ccc", "pearson", "rmse"),
     "empathy": ("mean_level",),
+    "replies": ("value",),
 }
 SHOWN = 10  # clips that could not be read
 
 
 def summarize_clips(lines: Sequence[Mapping], labels: Sequence[str]) -> dict:
-    """Return the keys `recognition`, `dimensions` and `empathy` of `metrics.json`, those that the lines allow.
+    """Return the keys `recognition`, `dimensions`, `empathy` and `replies` of `metrics.json` that the lines allow.
 
     An answer that names no emotion counts as wrong. Clips that could not be read count for nothing here; neither do
     clips without an emotion of `labels` for recognition, or without the dimension for that dimension.
@@ -35,7 +37,8 @@ def summarize_clips(lines: Sequence[Mapping], labels: Sequence[str]) -> dict:
     parts = {
         "recognition": recognition or None,
         "dimensions": _dimensions(lines),
-        "empathy": {name: part for name in MECHANISMS if (part := _empathy(lines, name)) is not None} or None,
+        "empathy": {name: part for name in EMPATHY_PARTS if (part := _empathy(lines, name)) is not None} or None,
+        "replies": _wording(lines),
     }
     return {name: part for name, part in parts.items() if part is not None}
 
@@ -88,7 +91,7 @@ def draw_plots(lines: Sequence[Mapping], metrics: Mapping, folder: Path, *, titl
         path = folder / "valence_arousal.png"
         drawn.append(plot_valence_arousal(valence, arousal, heard[0], heard[1], emotions, path, title=title))
     if "empathy" in metrics:
-        levels = {title: {name: part["levels"] for name, part in metrics["empathy"].items() if name in MECHANISMS}}
+        levels = {title: {name: part["levels"] for name, part in metrics["empathy"].items() if name in EMPATHY_PARTS}}
         drawn.append(plot_levels(levels, folder / "levels.png"))
     return drawn
 
@@ -204,6 +207,12 @@ def _empathy(lines: Sequence[Mapping], mechanism: str) -> dict | None:
     return {**found, **lengths}
 
 
+def _wording(lines: Sequence[Mapping]) -> dict | None:
+    replies = [line["reply"] for line in lines if "reply" in line]
+    found = describe_wording(replies) if replies else {}
+    return {name: {"value": value, "num_replies": len(replies)} for name, value in found.items()} or None
+
+
 def _mean(rows: Sequence[Mapping], measures: Sequence[str]) -> dict[str, float | None]:
     columns = {name: [row[name] for row in rows] for name in measures if name in rows[0]}
     return {name: None if None in values else sum(values) / len(values) for name, values in columns.items()}
@@ -233,11 +242,16 @@ def _number_tables(metrics: Mapping) -> list[Table]:
         tables.append(table)
     if empathy := metrics.get("empathy"):
         table = Table("empathy", "mean level", "level 0 / 1 / 2", "replies", "mean tokens", "read in part")
-        for name in (name for name in MECHANISMS if name in empathy):
+        for name in (name for name in EMPATHY_PARTS if name in empathy):
             part = empathy[name]
             counts = " / ".join(str(count) for count in part["levels"])
             lengths = [f"{part['mean_tokens']:.0f}", f"{part['share_cut']:.0%}"] if "share_cut" in part else ["—", "—"]
             table.add_row(name, _decimals(part["mean_level"]), counts, str(part["num_replies"]), *lengths)
+        tables.append(table)
+    if wording := metrics.get("replies"):
+        table = Table("replies", "words", "repetition", "distinct-2", "replies")
+        values = (_decimals(wording[name]["value"]) for name in REPLY_PARTS)
+        table.add_row("mean", *values, str(wording["words"]["num_replies"]))
         tables.append(table)
     return tables
 

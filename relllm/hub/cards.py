@@ -11,14 +11,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from relllm.data.journal import write_json, write_whole
 from relllm.data.membership import read_training_record
+from relllm.evaluation.evaluation_settings import EMPATHY_PARTS
 from relllm.evaluation.fingerprints import model_fingerprint
 
 from .evidence import (
     EVIDENCE_FORMAT,
     EVIDENCE_NAME,
-    MECHANISMS,
     READINGS,
     cell,
+    describe_rewards,
     describe_run,
     describe_training,
     eval_results,
@@ -110,7 +111,8 @@ def _make_card(
         training=describe_training(record),
         runs=[describe_run(run, towers) for run in runs],
         readings=READINGS,
-        mechanisms=MECHANISMS,
+        mechanisms=EMPATHY_PARTS,
+        rewarded=describe_rewards(record),
         cell=cell,
         fingerprint=fingerprint,
         evidence_name=EVIDENCE_NAME,

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
+from relllm.evaluation.evaluation_settings import EMPATHY_PARTS
+
 from .licences import MSP_TOWER, Tower
 
 RUN_FORMAT = "relllm-run-1"
@@ -21,7 +23,7 @@ EVIDENCE_NAME = "evaluation.json"
 # protocol holds out by name: speakers and sessions are a corpus's own ids.
 PUBLIC_KEYS = (
     *("system", "generation", "prompts", "label_set", "seed", "versions", "hardware"),
-    *("recognition", "dimensions", "empathy", "training"),
+    *("recognition", "dimensions", "empathy", "replies", "training"),
 )
 PUBLIC_DATA_KEYS = ("split", "limit", "fingerprint", "num_clips", "num_failed", "num_speakers")
 READINGS = {
@@ -31,7 +33,6 @@ READINGS = {
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CORPUS_NAME = re.compile(r"[\w.-]+")
-MECHANISMS = ("ER", "IP", "EX")  # of empathy
 PUBLISHED_METRICS = {"ua": ("recall", "UA"), "wa": ("accuracy", "WA"), "macro_f1": ("f1", "macro-F1")}  # type, name
 
 
@@ -95,6 +96,12 @@ def describe_training(record: Mapping) -> dict[str, str]:
         for name, value in record.items()
         if name not in ("seen_rows", "seen_corpora", "corpus_facts")
     }
+
+
+def describe_rewards(record: Mapping) -> str:
+    """Say what a training was rewarded for, itself or by the pairs that it learned from; `""` of one that was not."""
+    weights: Mapping[str, float] = record.get("rewards") or record.get("rewarded") or {}
+    return ", ".join(f"{name} × {weight:g}".replace("-", "−") for name, weight in weights.items())
 
 
 def read_evidence(folder: Path) -> dict | None:
@@ -166,7 +173,7 @@ def _results_of_run(run: Mapping) -> Iterator[EvalResult]:
         if isinstance(scores, Mapping):
             name = f"CCC of {dimension}"
             yield result("tabular-regression", "Emotion dimensions", "ccc", name, scores.get("ccc"))
-    for mechanism in MECHANISMS:
+    for mechanism in EMPATHY_PARTS:
         scores = run.get("empathy", {}).get(mechanism, {})
         name = f"Mean level of {mechanism} (0 to 2)"
         yield result("text-generation", "Empathy of the replies", "empathy", name, scores.get("mean_level"))
