@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
     from .modeling.emotion_tower_relllm import ReLLMEmotionModel
     from .modeling.modeling_relllm import ReLLMForConditionalGeneration, ReLLMModel
+    from .preferences.grpo import ReLLMGRPOTrainer
+    from .preferences.grpo_config import ReLLMGRPOConfig
     from .processing.audio_relllm import load_audio
     from .processing.feature_extraction_relllm import ReLLMFeatureExtractor
     from .processing.processing_relllm import ReLLMProcessor
@@ -32,6 +34,8 @@ _LAZY = {
     "ReLLMEmotionModel": ".modeling.emotion_tower_relllm",
     "ReLLMFeatureExtractor": ".processing.feature_extraction_relllm",
     "ReLLMForConditionalGeneration": ".modeling.modeling_relllm",
+    "ReLLMGRPOConfig": ".preferences.grpo_config",
+    "ReLLMGRPOTrainer": ".preferences.grpo",
     "ReLLMModel": ".modeling.modeling_relllm",
     "ReLLMProcessor": ".processing.processing_relllm",
     "ReLLMSFTConfig": ".training.config",
@@ -129,6 +133,8 @@ __all__ = [
     "ReLLMEmotionModel",
     "ReLLMFeatureExtractor",
     "ReLLMForConditionalGeneration",
+    "ReLLMGRPOConfig",
+    "ReLLMGRPOTrainer",
     "ReLLMModel",
     "ReLLMProcessor",
     "ReLLMSFTConfig",

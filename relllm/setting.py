@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 REQUIRED = dataclasses.MISSING
-METHODS = ("sft",)  # of `relllm train`
+METHODS = ("sft", "grpo")  # of `relllm train`
 
 
 def setting(default: Any, help: str, **told: Any) -> Any:

@@ -12,6 +12,7 @@ from .training_help import show_training_help
 app = typer.Typer()
 TRAINED_BY = {  # of `relllm train`, by its method: a module, and what of it reads the settings and what trains
     "sft": ("training.run", ("parse_arguments", "run_training")),
+    "grpo": ("preferences.grpo", ("parse_grpo", "run_grpo")),
 }
 # Every setting of TRL is a flag of these commands, and they have a help page of their own.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -20,6 +21,9 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 @app.command(context_settings=PASSED_ON)
 def train(context: typer.Context) -> None:
     """Train a ReLLM from a YAML file and flags; `relllm train --help` lists them all.
+
+    By the replies of rows, or with `method: grpo`, a line of recipes/reward_grpo.yaml, by rewards of replies that it
+    draws; `relllm train --method grpo --help` lists the settings of that.
 
     Example: relllm train --config recipes/stage2_emotion.yaml --data data/iemocap/targets.jsonl --out runs/iemocap
     """
@@ -92,5 +96,7 @@ def _method(context: typer.Context) -> str:
 def _show_help(context: typer.Context) -> bool:
     """Print the settings of a command that asks for them; tell whether it did."""
     if asked := bool({"--help", "-h"}.intersection(context.args)):
-        print(show_training_help(context.info_name or ""), end="")
+        command = context.info_name or ""
+        method = _method(context) if command == "train" else METHODS[0]
+        print(show_training_help(command if method == METHODS[0] else f"{command} --method {method}"), end="")
     return asked

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 DECLARED = {  # where settings are, and the words that some of them take
-    "relllm": ("training/**/*.py",),
+    "relllm": ("training/**/*.py", "preferences/*.py"),
     "transformers": ("trainer_utils.py", "training_args.py"),
-    "trl": ("trainer/base_config.py", "trainer/sft_config.py"),
+    "trl": ("trainer/base_config.py", "trainer/sft_config.py", "trainer/grpo_config.py"),
 }
 ROWS = ("RowsSettings", "SplitSettings")
 LORA = ("LoraSettings",)
@@ -45,6 +45,19 @@ docs/training.md for the sentence behind each. Interrupted, the same command goe
 """,
         "ReLLMSFTConfig",
         {**MODEL_AND_DATA, **LOSSES, **AUGMENTATION, **CACHE},
+    ),
+    "train --method grpo": HelpPage(
+        """\
+Train a ReLLM by rewards of replies that it draws itself (GRPO), on rows with audio.
+
+  relllm train --config recipes/reward_grpo.yaml --rewards ER=1,EX=1,length=-0.1 --scorers runs/scorers
+
+You must say where the rows are (--data), the ReLLM to start from (--model_name_or_path), what is rewarded (--rewards)
+and where the run goes (--output_dir). Interrupted, the same command goes on from the last complete checkpoint. What the
+rewards are, and what can go wrong, is in docs/preferences.md.
+""",
+        "ReLLMGRPOConfig",
+        {**MODEL_AND_DATA, "rewards, and where this differs from TRL": ("ReLLMGRPOConfig", "ReLLMSettings")},
     ),
     "train-emotion": HelpPage(
         """\

@@ -148,7 +148,7 @@ def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) ->
     """Return the teacher's hidden states where the branches are compared, `(positions, d)`, row after row."""
     llm = model.text_model
     # no LoRA anywhere, whatever its scope; outside a forward pass of ours that holds already
-    with torch.no_grad(), model.lora_scope.use(None), _in_eval(llm):
+    with torch.no_grad(), model.lora_scope.use(None), in_eval(llm):
         read = {"input_ids": inputs["teacher_input_ids"], "attention_mask": inputs["teacher_attention_mask"]}
         hidden = llm.base_model(**read, use_cache=False, return_dict=True).last_hidden_state
         return hidden[alignment.positions(inputs["teacher_labels"]).to(hidden.device)]
@@ -211,7 +211,7 @@ def check_head(llm: PreTrainedModel) -> None:
     if is_deepspeed_zero3_enabled():  # the weights are spread over the processes, and there is no pass before the run
         return
     tokens = torch.arange(4, device=llm.device)[None]
-    with _in_eval(llm):
+    with in_eval(llm):
         own = llm(input_ids=tokens, use_cache=False, return_dict=True).logits.float()
         hidden = llm.base_model(input_ids=tokens, use_cache=False, return_dict=True).last_hidden_state
         ours = head_logits(llm, hidden).float()
@@ -224,7 +224,7 @@ def check_head(llm: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _in_eval(module: nn.Module) -> Iterator[None]:
+def in_eval(module: nn.Module) -> Iterator[None]:
     """Switch off dropout, and gradient checkpointing, which needs a gradient; as before afterwards."""
     training = [child for child in module.modules() if child.training]
     for child in training:

@@ -88,22 +88,27 @@ class ReLLMCollator:
         batch["labels"] = batch["input_ids"].masked_fill(~is_reply, IGNORE_INDEX)
         # a clip that comes again, as another task, has been counted in the losses of the heads
         labelled = [{**row, **NO_LABELS} if again else row for row, (_, again) in zip(rows, given, strict=True)]
-        emotions = [self._emotions(row, count) for row, count in zip(labelled, clips, strict=True)]
-        if self.votes:
-            shares = [self._votes(row, labels) for row, labels in zip(labelled, emotions, strict=True)]
-            votes = torch.tensor([share for of_row in shares for share in of_row], dtype=torch.float32)
-            batch["emotion_votes"] = votes.reshape(-1, len(self.emotion_labels))
-        dimensions = [_dimension_targets(row, count) for row, count in zip(labelled, clips, strict=True)]
-        batch["emotion_labels"] = torch.tensor([label for labels in emotions for label in labels], dtype=torch.long)
-        targets = [target for row_targets in dimensions for target in row_targets]
-        batch["dimension_labels"] = torch.tensor(targets, dtype=torch.float32).reshape(-1, len(DIMENSIONS))
-        batch["clips_per_row"] = torch.tensor(clips)
+        batch |= self.label_clips(labelled, clips)
         if self.mix is not None:
             batch["row_tasks"] = torch.tensor([self.mix.names.index(task) for task in tasks])
         if self.teacher:
             heard = [row if task == "reply" else {"id": row.get("id")} for row, task in zip(rows, tasks, strict=True)]
             batch.update(self._teacher_inputs(heard, conversations, batch))
         return batch
+
+    def label_clips(self, rows: Sequence[Mapping], clips: Sequence[int]) -> dict[str, Tensor]:
+        """Return what the heads are to learn of rows with so many clips each, as of a batch."""
+        emotions = [self._emotions(row, count) for row, count in zip(rows, clips, strict=True)]
+        labels: dict[str, Tensor] = {}
+        if self.votes:
+            shares = [self._votes(row, own) for row, own in zip(rows, emotions, strict=True)]
+            votes = torch.tensor([share for of_row in shares for share in of_row], dtype=torch.float32)
+            labels["emotion_votes"] = votes.reshape(-1, len(self.emotion_labels))
+        dimensions = [_dimension_targets(row, count) for row, count in zip(rows, clips, strict=True)]
+        labels["emotion_labels"] = torch.tensor([label for own in emotions for label in own], dtype=torch.long)
+        targets = [target for row_targets in dimensions for target in row_targets]
+        labels["dimension_labels"] = torch.tensor(targets, dtype=torch.float32).reshape(-1, len(DIMENSIONS))
+        return labels | {"clips_per_row": torch.tensor(clips)}
 
     def _augment(self, rows: Sequence[Mapping], conversations: list[list[dict]], augmentation: Augmentation) -> None:
         """Augment in place: `read_audio` has made copies. The teacher's transcripts stay as they are."""

@@ -64,7 +64,7 @@ class CompletionsMixin(Trainer):
     def _complete(self, rows: Sequence[Mapping]) -> list[dict[str, object]]:
         """Return a line for each row: its id, the reply, and what was heard, each beside what the row has."""
         self.model.eval()
-        prompts, references = zip(*(_divide(row, self.processing_class) for row in rows), strict=True)
+        prompts, references = zip(*(split_reply(row, self.processing_class) for row in rows), strict=True)
         options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
         inputs = self.processing_class.apply_chat_template(list(prompts), **options).to(self.model.device)
         lines: list[dict[str, object]] = [{"id": row.get("id")} for row in rows]
@@ -137,16 +137,17 @@ def _choose(rows: Dataset | IterableDataset, count: int) -> list[dict]:
     return list(rows.select([index * len(rows) // count for index in range(count)])) if count else []
 
 
-def _divide(row: Mapping, processor: Any) -> tuple[list[dict], str | None]:
-    """Return the conversation up to its last reply, and that reply."""
+def split_reply(row: Mapping, processor: Any) -> tuple[list[dict], str | None]:
+    """Return the conversation of a row up to its last turn, if that is the assistant's, and that reply."""
     if row.get("messages") is None:
         return processor.build_conversation(row["audio"]), row.get("response")
     messages = place_clips(row)
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
-    content = messages[last]["content"] if last < len(messages) else None
+    if not messages or messages[-1]["role"] != "assistant":
+        return messages, None
+    content = messages[-1]["content"]
     if isinstance(content, list):
         content = "".join(part.get("text") or "" for part in content)
-    return messages[:last], content
+    return messages[:-1], content
 
 
 def _draw(lines: list[dict[str, object]]) -> Table:
@@ -155,7 +156,9 @@ def _draw(lines: list[dict[str, object]]) -> Table:
     table = Table("row", "the model", "the row", title=title, title_justify="left", show_lines=True)
     names = ("emotion", *DIMENSIONS)
     for line in lines:
-        heard = ("  ".join(str(line.get(f"{name}{of}", "-")) for name in names) for of in ("", "_of_row"))
+        heard = ["  ".join(str(line.get(f"{name}{of}", "-")) for name in names) for of in ("", "_of_row")]
+        if "scores" in line:  # of a reply that was rewarded
+            heard = [str(line["scores"]), ""]
         said = (str(line.get(name) or "-") for name in ("reply", "reply_of_row"))
         table.add_row(*map(Text, (str(line["id"]), *map("\n".join, zip(said, heard, strict=True)))))
     return table

@@ -366,7 +366,7 @@ class ReLLMScriptArguments(LoraSettings, SplitSettings):
     without an emotion tower (of a first stage) is given one where `emotion_fusion` and `emotion_tower` do.
     """
 
-    method: str = setting("sft", "By what the replies are trained: sft; each has settings of its own.")
+    method: str = setting("sft", "What trains the replies: sft, or rewards by grpo; each has settings of its own.")
     model_name_or_path: str | None = setting(None, "A ReLLM to go on with: directory or Hub id. Wins over the towers.")
     revision: str = setting("main", "Branch, tag or commit of that checkpoint on the Hub.")
     audio_tower: str | None = setting(None, "Whisper, wav2vec2, HuBERT, WavLM: id or path.")
