@@ -23,7 +23,9 @@ from typer.testing import CliRunner
 
 from relllm.cli import app
 from relllm.demo.tiny_towers import make_tiny_towers
+from relllm.preferences.grpo import parse_grpo
 from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT
+from relllm.setting import find_method
 from relllm.training.baselines.text_training import parse_text_arguments
 from relllm.training.emotion_training import parse_emotion_arguments
 from relllm.training.planning.plan import parse_plan
@@ -37,8 +39,9 @@ BASH = shutil.which("bash")
 SAY = "command_not_found_handle() { printf '%s\\0' \"$@\"; printf '\\036'; }\nPATH=/dev/null\n"
 CLIP_S = 0.3
 KINDS = ("neu", "hap", "ang", "sad")
+METHODS = {"sft": parse_arguments, "grpo": parse_grpo}
 PARSERS = {
-    "train": parse_arguments,
+    "train": lambda arguments: METHODS[find_method(arguments)](arguments),
     "train-emotion": parse_emotion_arguments,
     "train-text": parse_text_arguments,
     "plan": parse_plan,
@@ -235,7 +238,7 @@ def read_flags(name: str, capsys: pytest.CaptureFixture) -> set[str]:
 
 def parse(arguments: list[str]) -> None:
     name, *rest = arguments
-    if name in PARSERS and rest != ["--help"]:
+    if name in PARSERS and "--help" not in rest:
         needed = [] if {"--output_dir", "--out"} & set(rest) else ["--out", "runs/x"]
         PARSERS[name]([*rest, *needed, *([] if name == "plan" else ["--use_cpu", "true"])])
         return

@@ -53,8 +53,8 @@ Train a ReLLM by rewards of replies that it draws itself (GRPO), on rows with au
   relllm train --config recipes/reward_grpo.yaml --rewards ER=1,EX=1,length=-0.1 --scorers runs/scorers
 
 You must say where the rows are (--data), the ReLLM to start from (--model_name_or_path), what is rewarded (--rewards)
-and where the run goes (--output_dir). Interrupted, the same command goes on from the last complete checkpoint. What the
-rewards are, and what can go wrong, is in docs/preferences.md.
+and where the run goes (--output_dir). Interrupted, the same command goes on from the last complete checkpoint.
+docs/preferences.md says what the rewards are, and what can go wrong.
 """,
         "ReLLMGRPOConfig",
         {**MODEL_AND_DATA, "rewards, and where this differs from TRL": ("ReLLMGRPOConfig", "ReLLMSettings")},

@@ -67,6 +67,7 @@ class ReLLMGRPOConfig(ReLLMSettings, GRPOConfig):
             raise ValueError(f"unfreeze has {towers}; in reward training they stay frozen: they hear a clip once.")
         if self.train_sampling_strategy != "random":
             raise ValueError(f"train_sampling_strategy={self.train_sampling_strategy!r} would part groups of replies.")
+        self.scorers = self.scorers or None  # an empty one takes a recipe's back
         if isinstance(self.rewards, str):
             self.rewards = parse_rewards(self.rewards)
         if self.rewards is not None:

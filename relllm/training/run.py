@@ -166,7 +166,7 @@ def training_record(
     record |= {name: getattr(script, name) for name in MODEL_SETTINGS}
     record |= {name: getattr(args, name) for name in names}
     record["world_size"] = args.world_size
-    for name in (*PLACES, "augment_noise_dir"):
+    for name in (*PLACES, "augment_noise_dir", "scorers"):
         place = record.get(name)
         if isinstance(place, str) and (os.path.isabs(place) or os.path.exists(place)):
             record[name] = "a local folder"
