@@ -44,3 +44,8 @@ def canonical_emotion(name: str) -> str | None:
             f"Unknown emotion {name!r}; known names: {', '.join(sorted(_CANONICAL))}. Map it to one of them before."
         )
     return _CANONICAL[key]
+
+
+def find_emotion(name: str, unknown: str | None) -> str | None:
+    """Return what [`canonical_emotion`] does, and `unknown` for a name that is in no list."""
+    return _CANONICAL.get(name.strip().lower(), unknown)

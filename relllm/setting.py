@@ -5,6 +5,7 @@ how the file is read that sets them.
 import dataclasses
 import json
 import os
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,37 @@ def setting(default: Any, help: str, **told: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def check_settings(settings: Any) -> None:
+    """Raise a `ValueError` for a setting that its `Literal` does not have, or that is below its `min`."""
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        name, value, kind = field.name, getattr(settings, field.name), hints[field.name]
+        literals = [one for one in (kind, *typing.get_args(kind)) if typing.get_origin(one) is typing.Literal]
+        choices = [choice for one in literals for choice in typing.get_args(one)]
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+        if value is not None and value < field.metadata.get("min", value):
+            raise ValueError(f"{name} must be at least {field.metadata['min']}, got {value}.")
+
+
+def read_object(text: str | None, name: str, example: str) -> dict:
+    """Return the JSON object that a setting is, empty without one; anything else is a `ValueError`."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} is {text!r}, expected a JSON object such as {example}.")
+    return found
+
+
+def pick_device(device: str) -> str:
+    """Return a device's name; `auto` is the first GPU if there is one."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 def check_engine(engine: str, engine_args: str | None, device: str, own: tuple[str, ...]) -> None:
     """Raise a `ValueError` for settings of `engine` that contradict each other, and for arguments that are no object
     or that name what the command has a setting of its `own` for.
@@ -38,12 +70,7 @@ def check_engine(engine: str, engine_args: str | None, device: str, own: tuple[s
         raise ValueError(f"vLLM finds the device itself, and device is {device!r}. Leave one of them out.")
     if engine_args is not None and engine != "vllm":
         raise ValueError("engine_args are vLLM's: give --engine vllm with them.")
-    try:
-        arguments = json.loads(engine_args or "{}")
-    except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise ValueError(f'engine_args is {engine_args!r}, expected a JSON object such as {{"max_model_len": 4096}}.')
+    arguments = read_object(engine_args, "engine_args", '{"max_model_len": 4096}')
     if taken := sorted(arguments.keys() & set(own)):
         raise ValueError(
             f"engine_args has {', '.join(taken)}, which the command has settings of its own for. Give those."

@@ -6,8 +6,9 @@ import typer
 from rich.table import Table
 
 from relllm.evaluation.evaluation_settings import EmpathySettings, ScoringSettings
+from relllm.setting import pick_device
 
-from .options import console, from_settings, pick_device
+from .options import console, from_settings
 
 app = typer.Typer()
 empathy = typer.Typer(help="Train scorers of empathy, and score responses with them.", no_args_is_help=True)

@@ -17,9 +17,7 @@ def evaluate_command(
     settings: EvaluationSettings,
     folds: Annotated[
         str | None,
-        typer.Option(
-            help="Column, or column=value,value: a run for each, with {fold} in MODEL; pooled, and the mean."
-        ),
+        typer.Option(help="Column, or column=value,value: a run for each, {fold} in MODEL; pooled, and the mean."),
     ] = None,
 ) -> None:
     """Measure emotion recognition (three ways), dimensions and the empathy of replies.

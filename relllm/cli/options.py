@@ -30,6 +30,7 @@ from relllm.modeling.places_relllm import PlaceError, check_place
 UsageError: type[Any] = typer.BadParameter.__bases__[0]  # Typer's own copy of Click is private
 ALIASES = {"output_dir": ["--out"]}
 HOLDS = {"checkpoint": "config.json", "checkpoint or adapter": ("config.json", "adapter_config.json")}
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
 WIDTH_OF_PIPES = 200  # a table's, where there is no terminal to ask
 
 
@@ -88,12 +89,10 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
 
     # shown by `relllm --help`, and taken on either side of a command of settings; those that hand every flag on to TRL
     # (`train`, `plan`, …), whose own `debug` is another setting, take it before their name only
-    told = typer.Option("--debug", hidden=True)
-    parameters += [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    parameters += [
-        inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[bool, told], default=False)
-    ]
-    keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    told = Annotated[bool, typer.Option("--debug", hidden=True)]
+    parameters += [inspect.Parameter("context", KEYWORD, annotation=typer.Context)]
+    parameters += [inspect.Parameter("debug", KEYWORD, annotation=told, default=False)]
+    keyword = [parameter.replace(kind=KEYWORD) for parameter in parameters]
     command.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword}
     command.__name__, command.__doc__ = function.__name__, escape(function.__doc__ or "")
@@ -190,13 +189,6 @@ def check_device(device: str) -> None:
         raise typer.BadParameter(f"device is {device!r}, and PyTorch finds {found}. Leave it to auto, or take cpu.")
 
 
-def pick_device(device: str) -> str:
-    """Return a device's name; `auto` is the first GPU if there is one."""
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
 def _parameter(field: dataclasses.Field, kind: Any) -> inspect.Parameter:
     """Make one option or argument, as Typer takes it from a signature."""
     told: Mapping[str, Any] = field.metadata
@@ -217,9 +209,7 @@ def _parameter(field: dataclasses.Field, kind: Any) -> inspect.Parameter:
         if kind is bool:
             flag = f"{flag}/--no{flag[1:]}" if default else flag
         info = typer.Option(flag, *told.get("flags", ALIASES.get(field.name, [])), help=help_text, **limits)
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
-    )
+    return inspect.Parameter(field.name, KEYWORD, default=default, annotation=Annotated[kind, info])
 
 
 def _is_tuple(kind: Any) -> bool:

@@ -21,13 +21,12 @@ from relllm.inference.inference_settings import (
     TalkSettings,
 )
 from relllm.modeling.places_relllm import check_place
+from relllm.setting import pick_device
 
 from .chatting import Chat, run_chat
-from .options import console, from_settings, messages, pick_device
+from .options import console, from_settings, messages
 
 if TYPE_CHECKING:
-    from transformers.generation.streamers import BaseStreamer
-
     from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
     from relllm.processing.processing_relllm import ReLLMProcessor
 
@@ -50,15 +49,13 @@ def reply_to_clips(
 
     A call with a speaker on each side: relllm reply runs/demo/re-llm call.wav --channel each
     """
+    from transformers import TextStreamer
+
     from relllm.inference.hearing import name_channels
     from relllm.inference.replies import reply
 
     model, processor = load_relllm(settings)
-    how: dict[str, Any] = {
-        "max_new_tokens": settings.max_new_tokens,
-        "sampling": settings.sampling,
-        **settings.prompts,
-    }
+    how: Any = {"max_new_tokens": settings.max_new_tokens, "sampling": settings.sampling, **settings.prompts}
     failed = 0
     for source in audio:
         if not settings.json:
@@ -67,7 +64,9 @@ def reply_to_clips(
             clips = processor.feature_extractor.read_clips([source], channel=settings.channel)
             for channel, clip in zip(name_channels(settings.channel, len(clips)), clips, strict=True):
                 draw_from(settings)
-                answer = reply(model, processor, {"waveform": clip}, streamer=_streamer(settings, processor), **how)
+                shown = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+                how["streamer"] = None if settings.json else shown
+                answer = reply(model, processor, {"waveform": clip}, **how)
                 if settings.json:
                     print(json.dumps({"clip": source, "channel": channel, **answer.describe()}), flush=True)
                 else:
@@ -81,12 +80,6 @@ def reply_to_clips(
             messages.print(f"not answered: {error}", style="red")
     if failed:
         raise typer.Exit(1)
-
-
-def _streamer(settings: ClipSettings, processor: ReLLMProcessor) -> BaseStreamer | None:
-    from transformers import TextStreamer
-
-    return None if settings.json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def draw_from(settings: ReplySettings) -> None:

@@ -19,6 +19,7 @@ from relllm.modeling.audio_tower_relllm import count_frames
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 from relllm.processing.audio_relllm import AudioSource
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor, shortest_clip
+from relllm.setting import pick_device
 
 from .data_settings import AnnotateSettings, AnnotationSettings
 from .journal import Journal, add_columns, check_columns, replace_columns, rows_fingerprint
@@ -45,24 +46,16 @@ def annotate_rows(
     the corpus had numbers, `"pseudo:<model>"` where the tower read them, `None` where there are none. A row with one
     or two of the three keeps what it has: a row names one source, so it is not filled up.
 
-    The tower's outputs are not bounded, and training takes [0, 1] only: a value beyond by up to 0.5 is clipped and
-    counted, with its row and the raw value in the report, because it means "at the end of the scale"; a row with a
-    value further off, or none at all, is left without and reported, because a tower of another scale would
-    otherwise turn into a file full of ones. So are rows whose audio cannot be read. Killed, it goes on where it was.
+    The tower's outputs are not bounded, and training takes [0, 1] only: a value beyond by up to 0.5 means "at the end
+    of the scale" and is clipped; a row with a value further off, as a tower of another scale would give, is left
+    without, and so is one whose audio cannot be read. Killed, it goes on where it was.
 
-    Args:
-        rows (`datasets.Dataset`): With `id` and `audio`, undecoded.
-        out (`Path`): `.jsonl` or `.parquet`.
-        load_tower (`Callable`): Returns the tower; called once, if it is needed, after everything else is checked.
-        batch_size (`int`, *optional*, defaults to 16): Clips read at once.
+    `rows` have `id` and undecoded `audio`; `out` is `.jsonl` or `.parquet`; `load_tower` is called once, if it is
+    needed, after everything else is checked. Errors are those of [`add_columns`].
 
     Returns:
         `dict`: The report: `settings`, `rows`, `read`, `kept` (source -> count), `partly_labelled`, `clipped` and
         `not_read` (with ids and values or reasons).
-
-    Raises:
-        ValueError: If the data lacks `id` or `audio`, or `out` belongs to a run with other settings.
-        FileExistsError: If `out` is there from another run.
     """
     check_columns(rows, {"id", "audio"})
     blank = dict.fromkeys(TYPES)
@@ -123,14 +116,11 @@ def read_dimensions(model: ReLLMEmotionModel, clips: Sequence[AudioSource]) -> l
 def run_annotate(settings: AnnotateSettings) -> dict:
     """Do what `relllm annotate` does, and return the report of [`annotate_rows`]."""
     rows = load_corpus(settings.data, settings.split or "all")
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def load() -> ReLLMEmotionModel:
         model = ReLLMEmotionModel.from_pretrained(settings.emotion_model, revision=settings.revision)
         assert isinstance(model, ReLLMEmotionModel)  # with `output_loading_info` it would be a pair
-        return model.to(device).eval()
+        return model.to(pick_device(settings.device)).eval()
 
     return annotate_rows(rows, settings.out, load, settings, batch_size=settings.batch_size)
 
@@ -155,9 +145,8 @@ def _read(
     model: ReLLMEmotionModel, rows: Dataset, todo: Sequence[int], journal: Journal, batch_size: int, progress: bool
 ) -> None:
     """Fill the journal. Batches are planned over all rows, so that a resumed run reads the same ones."""
-    with tqdm(
-        total=len(todo), initial=len(journal.done), desc="Reading emotion", unit="clip", disable=not progress
-    ) as bar:
+    shown = {"desc": "Reading emotion", "unit": "clip", "disable": not progress}
+    with tqdm(total=len(todo), initial=len(journal.done), **shown) as bar:
         for start in range(0, len(todo), batch_size):
             batch = rows.select(todo[start : start + batch_size])
             if all(row_id in journal.done for row_id in batch["id"]):

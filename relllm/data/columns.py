@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from relllm.labels import DIMENSIONS, canonical_emotion
+from relllm.labels import DIMENSIONS, find_emotion
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -55,12 +55,7 @@ def _check_scales(dataset: Dataset | IterableDataset) -> None:
 
 def name_emotion(value: str | None) -> str | None:
     """Return an emotion by its canonical name where it has one; "other" and the like are `None`."""
-    if not value:
-        return value
-    try:
-        return canonical_emotion(value)
-    except ValueError:
-        return value
+    return find_emotion(value, value) if value else value
 
 
 def _leave_encoded(dataset: Dataset | IterableDataset, features: Features) -> Dataset | IterableDataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import ClassVar, Literal
 
 from relllm.labels import DIMENSIONS
 from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT
-from relllm.setting import REQUIRED, check_engine, setting
+from relllm.setting import REQUIRED, check_engine, check_settings, read_object, setting
 
-from .rows import LABEL_SETS, PSEUDO_SOURCE, LabelSet
+from .rows import PSEUDO_SOURCE, LabelSet
 
 SHORTEST_S, LONGEST_S = 0.025, 600.0  # what `load_audio` accepts
 
@@ -32,15 +31,12 @@ class PrepareSettings:
     NAME: ClassVar[str] = "data-set"
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if not SHORTEST_S <= self.min_seconds < self.max_seconds:
-            raise ValueError(
-                f"Expected {SHORTEST_S} s <= the shortest clip < the longest, got {self.min_seconds} s and "
-                f"{self.max_seconds} s."
-            )
+            given = f"{self.min_seconds} s and {self.max_seconds} s"
+            raise ValueError(f"Expected {SHORTEST_S} s <= the shortest clip < the longest, got {given}.")
         if self.channel != "mix" and not self.embed_audio:
-            raise ValueError(
-                f"channel={self.channel!r} needs embed_audio: what a table names by path is read as the mix."
-            )
+            raise ValueError(f"channel={self.channel!r} needs embed_audio: what is named by path is read as the mix.")
 
     @property
     def directory(self) -> Path:
@@ -61,11 +57,6 @@ class CorpusSettings(PrepareSettings):
     root: Path = setting(REQUIRED, "Where the corpus was unpacked.", argument=True)
     label_set: LabelSet = setting("5", "4: neutral, happy, angry, sad; 5: and surprise; all: every name.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.label_set not in LABEL_SETS:
-            raise ValueError(f"label_set is {self.label_set!r}, expected one of {', '.join(map(repr, LABEL_SETS))}.")
-
 
 @dataclass(frozen=True)
 class IemocapSettings(CorpusSettings):
@@ -85,19 +76,9 @@ class EsdSettings(CorpusSettings):
     """ESD's; English are the speakers 0011 to 0020, as in the paper, and Mandarin are 0001 to 0010."""
 
     language: Literal["en", "zh", "all"] = setting("en", "Whose speakers.")
-    splits: Literal["auto", "numbers", "folders"] = setting(
-        "auto", "auto: the folder of a clip if any, else its number."
-    )
+    splits: Literal["auto", "numbers", "folders"] = setting("auto", "Auto: a clip's folder if any, else its number.")
     leave_speakers_out: tuple[str, ...] = setting((), "Speakers of the split test, for example 0019,0020.")
     NAME: ClassVar[str] = "esd"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.language not in ("en", "zh", "all") or self.splits not in ("auto", "numbers", "folders"):
-            raise ValueError(
-                f"language is {self.language!r}, expected 'en', 'zh' or 'all'; splits is {self.splits!r}, expected "
-                "'auto', 'numbers' or 'folders'."
-            )
 
 
 @dataclass(frozen=True)
@@ -127,8 +108,6 @@ class LabelSettings(CorpusSettings):
         for name in ("emotions", "columns", "splits"):
             read_words(getattr(self, name), name)
         read_scales(self.scale)
-        if self.unknown_emotions not in ("stop", "keep", "drop"):
-            raise ValueError(f"unknown_emotions is {self.unknown_emotions!r}, expected 'stop', 'keep' or 'drop'.")
 
 
 def read_words(pairs: tuple[str, ...], name: str) -> dict[str, str]:
@@ -158,9 +137,7 @@ class FolderSettings(LabelSettings):
     """Those of one's own speech."""
 
     root: Path = setting(REQUIRED, "A .csv or .jsonl table with paths, or a folder of audio files.", argument=True)
-    pattern: str | None = setting(
-        None, "How paths say what is in a clip: a regular expression with named groups, or a .yaml file."
-    )
+    pattern: str | None = setting(None, "What paths say: a regular expression with named groups, or a .yaml file.")
     unlabelled: bool = setting(False, "The table has no emotions.")
     name: str | None = setting(None, "What cards and comparisons call the corpus; by default the folder's name.")
     NAME: ClassVar[str] = "folder"
@@ -214,10 +191,7 @@ class Sampling:
     seed: int = setting(0, "Of the draws, with a temperature.")
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0:
-            raise ValueError(
-                f"Expected max_new_tokens >= 1 and temperature >= 0, got {self.max_new_tokens}, {self.temperature}."
-            )
+        check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -239,12 +213,7 @@ class TargetSettings(Sampling):
             self.prompt.format(emotion="")
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"The prompt may hold {{emotion}} and no other field, got {self.prompt!r}.") from error
-        try:
-            fields_of_body = json.loads(self.extra_body or "{}")
-        except ValueError:
-            fields_of_body = None
-        if not isinstance(fields_of_body, dict):
-            raise ValueError(f'extra_body is {self.extra_body!r}, expected a JSON object such as {{"top_k": 5}}.')
+        read_object(self.extra_body, "extra_body", '{"top_k": 5}')
 
     @property
     def identity(self) -> dict[str, object]:

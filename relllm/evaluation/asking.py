@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from relllm.labels import canonical_emotion
+from relllm.labels import find_emotion
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT, ask_about, recognition_prompt
 
 from .evaluation_settings import Task
@@ -45,15 +45,13 @@ def conversations(questions: Questions, turn: Mapping[str, str]) -> dict[str, Tu
     return {"recognition": ask_about(recognition_prompt(questions.labels), dict(turn)), "reply": reply}
 
 
-def render_prompts(
-    tokenizer: PreTrainedTokenizerBase, template: str, questions: Questions, *, audio: bool
-) -> dict[str, str]:
+def render_prompts(tokenizer: Tokenizer, template: str, questions: Questions, *, audio: bool) -> dict[str, str]:
     """Return the two prompts as the tokenizer gets them, about the audio's placeholder or a `{transcript}`."""
     turn = {"type": "audio"} if audio else {"type": "text", "text": "{transcript}"}
     return {name: render(tokenizer, template, turns) for name, turns in conversations(questions, turn).items()}
 
 
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, template: str, answer: str) -> list[int]:
+def answer_tokens(tokenizer: Tokenizer, template: str, answer: str) -> list[int]:
     """Return the token ids of an answer, and the one that ends the turn, as they follow a prompt."""
     user: Turns = [{"role": "user", "content": "?"}]
     prompt = render(tokenizer, template, user)
@@ -69,28 +67,23 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, template: str, answer: str
     return tokens[: ends[0]] if ends else tokens
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], device: str | torch.device
-) -> dict[str, Tensor]:
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], device: str | torch.device) -> dict[str, Tensor]:
     """Return `input_ids` and `attention_mask`, padded on the left; a rendered prompt has its own BOS."""
     form = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
     batch = tokenizer(list(texts), **form)
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
-def render(tokenizer: PreTrainedTokenizerBase, template: str, turns: Turns, *, answered: bool = False) -> str:
+def render(tokenizer: Tokenizer, template: str, turns: Turns, *, answered: bool = False) -> str:
     """Return a conversation as text, with the header of the answer behind it unless it is `answered`."""
-    return tokenizer.apply_chat_template(
-        turns, chat_template=template, tokenize=False, add_generation_prompt=not answered
-    )
+    form = {"chat_template": template, "tokenize": False, "add_generation_prompt": not answered}
+    return tokenizer.apply_chat_template(turns, **form)
 
 
 def number(value: float) -> float:
     """Round a number for the predictions; raise `ValueError` if it is not finite."""
     if not math.isfinite(value):
-        raise ValueError(
-            f"The model's output is {value}: its weights or its precision are broken. Try --dtype float32."
-        )
+        raise ValueError(f"The model's output is {value}: weights or precision are broken. Try --dtype float32.")
     return round(value, DIGITS)
 
 
@@ -107,16 +100,7 @@ def parse_emotion(answer: str, labels: Sequence[str]) -> str | None:
         for word in _WORD.findall(clause):
             if word in _NEGATIONS or word.endswith("n't"):
                 break  # what follows in this clause is what the speaker is not
-            if (emotion := _named(word)) is not None:
+            if len(word) >= _SHORTEST and (emotion := find_emotion(word, None)) is not None:
                 found.add(emotion)
     (chosen,) = found if len(found) == 1 else (None,)
     return chosen if chosen in labels else None
-
-
-def _named(word: str) -> str | None:
-    if len(word) < _SHORTEST:
-        return None
-    try:
-        return canonical_emotion(word)
-    except ValueError:
-        return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from relllm.setting import REQUIRED, check_engine, setting
+from relllm.setting import REQUIRED, check_engine, check_settings, setting
 
 Task: TypeAlias = Literal["ser", "dimensions", "empathy"]
 System: TypeAlias = Literal["text-only", "text-only-tuned", "speech-only", "re-llm"]
@@ -42,9 +42,7 @@ class EvaluationSettings:
         REQUIRED, "A corpus: a directory, a .jsonl/.csv/.parquet file, or a Hub id.", argument=True, place="dataset"
     )
     output_dir: Path = setting(REQUIRED, "Folder for predictions, metrics and plots.")
-    tasks: tuple[Task, ...] | None = setting(
-        None, "Of ser, dimensions, empathy, with commas; by default all that can be measured."
-    )
+    tasks: tuple[Task, ...] | None = setting(None, "Of ser,dimensions,empathy; by default all that can be measured.")
     system: System | None = setting(None, "By default what the checkpoint is.")
     label_set: LabelSetName | None = setting(None, "Emotions to choose from; by default the checkpoint's.")
     split: str = setting("test", "Split of the data; all, or empty, for all rows.")
@@ -52,15 +50,9 @@ class EvaluationSettings:
     allow_seen: bool = setting(False, "Measure rows that the model was trained on or chosen by; its card says so.")
     text_column: str | None = setting(None, "What text-only reads, for example a recogniser's words; by default text.")
     empathy_scorers: str | None = setting(None, "Folder of trained scorers of ER, IP, EX.")
-    held_out_scorers: str | None = setting(
-        None, "Folder of further scorers, which no training was rewarded by: their levels stand beside the first."
-    )
-    reply_windows: bool = setting(
-        False, "Score a reply longer than the scorers read in parts, of which the highest level counts."
-    )
-    allow_weak_scorers: bool = setting(
-        False, "Score with scorers that never give a level, or are below a bag of words."
-    )
+    held_out_scorers: str | None = setting(None, "Further scorers, which rewarded no training, beside the first.")
+    reply_windows: bool = setting(False, "Score a reply longer than scorers read in parts: the highest level counts.")
+    allow_weak_scorers: bool = setting(False, "Score with scorers that never give a level, or lose to a bag of words.")
     batch_size: int = setting(16, "Clips at once, in each process.", min=1)
     max_new_tokens: int = setting(128, "Longest reply, in tokens.", min=1)
     limit: int | None = setting(None, "Only the first so many rows.", min=1)
@@ -76,13 +68,7 @@ class EvaluationSettings:
         unknown = [task for task in self.tasks or () if task not in TASKS]
         if unknown or self.tasks == ():
             raise ValueError(f"Unknown tasks {unknown}; expected some of {', '.join(TASKS)}.")
-        if self.dtype not in get_args(Precision):
-            raise ValueError(f"dtype must be one of {', '.join(get_args(Precision))}, got {self.dtype!r}.")
-        if self.label_set not in (None, *get_args(LabelSetName)):
-            raise ValueError(f"label_set must be one of {', '.join(get_args(LabelSetName))}, got {self.label_set!r}.")
-        for name, value in (("batch_size", self.batch_size), ("limit", self.limit or 1)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_settings(self)
         if self.held_out_scorers is not None and self.empathy_scorers is None:
             raise ValueError("--held-out-scorers stand beside --empathy-scorers, which are missing.")
         check_engine(self.engine, self.engine_args, self.device, ("model", "revision", "dtype"))
@@ -93,9 +79,7 @@ class ComparisonSettings:
     """One run of `relllm compare`."""
 
     runs: list[Path] = setting(REQUIRED, "Folders that `relllm evaluate` wrote.", argument=True)
-    baseline: list[str] = setting(
-        REQUIRED, "What gains are over: a system, a run's name or its folder. May be repeated."
-    )
+    baseline: list[str] = setting(REQUIRED, "What gains are over: a system, a run's name or its folder. Repeat it.")
     output_dir: Path = setting(Path("runs/comparison"), "Folder for the tables and plots.")
     resample: Literal["auto", "clips", "speakers"] = setting(
         "auto", "What the bootstrap draws; auto: speakers where there are 10."
@@ -130,13 +114,7 @@ class EmpathySettings:
     device: Literal["auto", "cpu"] = setting("auto", "Auto takes a GPU if there is one.")
 
     def __post_init__(self) -> None:
-        if self.mechanism not in MECHANISMS:
-            raise ValueError(f"mechanism must be one of {', '.join(MECHANISMS)}, got {self.mechanism!r}.")
-        if self.device not in ("auto", "cpu"):
-            raise ValueError(f"device must be 'auto' or 'cpu', got {self.device!r}.")
-        for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_settings(self)
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
 

@@ -271,7 +271,7 @@ def test_a_wrong_root_is_refused_with_what_is_there_and_where_it_is(tmp_path: Pa
         parse_esd(EsdSettings(tree / "gone", label_set="5"))
     with pytest.raises(ValueError, match="has the speakers 0011, 0012, none of the language 'zh'"):
         parse_esd(EsdSettings(tree, label_set="5", language="zh"))
-    with pytest.raises(ValueError, match="language is 'fr'"):
+    with pytest.raises(ValueError, match="language must be one of en, zh, all, got 'fr'"):
         parse_esd(EsdSettings(tree, label_set="5", language="fr"))  # type: ignore[arg-type]
 
 

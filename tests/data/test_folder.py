@@ -219,7 +219,7 @@ def test_what_is_no_speech_is_an_error(speech: Path, tmp_path: Path) -> None:
         parse_folder(FolderSettings(tmp_path / "empty"))
     with pytest.raises(ValueError, match=r"has the columns \['name', 'emotion'\], none of audio, path"):
         parse_folder(FolderSettings(write_csv(tmp_path / "table.csv", [{"name": "b.wav", "emotion": "sad"}])))
-    with pytest.raises(ValueError, match="label_set is '6'"):
+    with pytest.raises(ValueError, match="label_set must be one of 4, 5, all, got '6'"):
         parse_folder(FolderSettings(speech, label_set="6"))
     for name in ("metadata.csv", "metadata.jsonl"):
         (speech / name).write_text("audio\n")

@@ -118,7 +118,7 @@ def test_a_session_that_is_not_there_is_refused(tree: Path, kwargs: dict[str, in
 
 
 def test_an_unknown_label_set_is_refused(tree: Path) -> None:
-    with pytest.raises(ValueError, match="label_set is '6'"):
+    with pytest.raises(ValueError, match="label_set must be one of 4, 5, all, got '6'"):
         parse_iemocap(IemocapSettings(tree, label_set="6"))  # type: ignore[arg-type]
 
 

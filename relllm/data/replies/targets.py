@@ -9,12 +9,12 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from datasets import Dataset, Value
 from rich.table import Table
 from tqdm import tqdm
 
 from relllm.modeling.places_relllm import check_place
+from relllm.setting import pick_device
 
 from ..data_settings import TargetSettings, WriteTargetsSettings
 from ..journal import Journal, add_columns, check_columns, replace_columns, rows_fingerprint
@@ -42,22 +42,17 @@ def write_targets(
     `<out>.report.json`. Killed, it goes on where it was, and the output is the one an uninterrupted run gives. The
     cleaning runs at the end, so its limits, in words, may change in between; a row without any reply is asked again.
 
-    Args:
-        rows (`datasets.Dataset`): With `id`, `text` and `emotion`; `audio` undecoded.
-        out (`Path`): `.jsonl` or `.parquet`.
+    `rows` have undecoded `audio`; `out` is `.jsonl` or `.parquet`. Errors are those of [`add_columns`], and a
+    `ValueError` if no reply is any good.
 
     Returns:
         `dict`: The report: `settings`, `rows`, `written`, `replaced` (rows that had a response), `dropped` and
         `mended` (rule or mend -> `count`, `ids`, for rules `texts`).
-
-    Raises:
-        ValueError: If the data lacks a column, `out` belongs to a run with other settings, or no reply is any good.
-        FileExistsError: If `out` is there from another run.
     """
     check_columns(rows, {"id", "audio", *settings.columns})
     rules = CleaningRules(min_words, max_words, prompts=(settings.prompt, settings.system_prompt))
     labels = rows.select_columns(["id", *settings.columns]).to_list()
-    dropped = {row["id"]: (reason, "") for row in labels if (reason := _lacks(row, settings)) is not None}
+    dropped = {row["id"]: (reason, "") for row in labels if (reason := _lacks(row, settings))}
     requests = [make_request(row, settings) for row in labels if row["id"] not in dropped]
 
     def fill(journal: Journal) -> None:
@@ -77,10 +72,8 @@ def write_targets(
         if not replies:
             raise ValueError(f"No row has a reply to learn, and {out} is not written: {_name_reasons(dropped)}.")
         kept = rows.select([index for index, row in enumerate(labels) if row["id"] in replies])
-        responses = [reply.text for reply in replies.values()]
-        return _report(rows, replies, dropped), replace_columns(
-            kept, {"response": responses}, {"response": Value("string")}
-        )
+        responses = {"response": [reply.text for reply in replies.values()]}
+        return _report(rows, replies, dropped), replace_columns(kept, responses, {"response": Value("string")})
 
     run = {"task": "write-targets", **settings.identity, "data": rows_fingerprint(rows, ("id", "text", "emotion"))}
     return add_columns(rows, out, run, fill, finish)
@@ -115,14 +108,10 @@ def run_write_targets(settings: WriteTargetsSettings, load_vllm: Callable[..., W
         writer = _LaterWriter(partial(load_vllm, settings.text_model, settings, **options))
     else:
         check_place(settings.text_model, holds="config.json")
-        device = settings.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         load = partial(LocalWriter.from_pretrained, settings.text_model, settings, revision=settings.revision)
-        writer = _LaterWriter(partial(load, batch_size=settings.batch_size, device=device))
-    return write_targets(
-        rows, settings.out, writer, settings, min_words=settings.min_words, max_words=settings.max_words
-    )
+        writer = _LaterWriter(partial(load, batch_size=settings.batch_size, device=pick_device(settings.device)))
+    out, limits = settings.out, {"min_words": settings.min_words, "max_words": settings.max_words}
+    return write_targets(rows, out, writer, settings, **limits)  # type: ignore[arg-type]
 
 
 def target_table(report: Mapping) -> Table:
@@ -155,10 +144,8 @@ class _LaterWriter:
 def _name_reasons(dropped: Mapping[str, tuple[str, str]]) -> str:
     """Count the reasons, each with the first text that it was about."""
     counts = Counter(reason for reason, _ in dropped.values())
-    texts = {reason: text for reason, text in reversed(list(dropped.values()))}
-    return "; ".join(
-        f"{name} {count}{f' (such as {texts[name]!r:.160})' if texts[name] else ''}" for name, count in counts.items()
-    )
+    such = {reason: f" (such as {text!r:.160})" if text else "" for reason, text in reversed(list(dropped.values()))}
+    return "; ".join(f"{name} {count}{such[name]}" for name, count in counts.items())
 
 
 def _write_all(requests: Sequence[Request], writer: Writer, journal: Journal, progress: bool) -> dict[str, str]:
