@@ -46,7 +46,12 @@ def _body(facts: CorpusFacts, report: Mapping) -> str:
     ]
     if facts.homepage:
         parts[-1] += f"\n\nWhere it comes from: <{facts.homepage}>"
-    parts += ["## Splits", _split_table(report), _shared(report), "## Emotions", _emotion_table(report)]
+    parts += ["## Splits", _split_table(report)]
+    if shared := len(report["speakers_in_several_splits"]):
+        parts.append(
+            f"**{shared} speakers are in more than one split**: results are of voices that training has heard."
+        )
+    parts += ["## Emotions", _emotion_table(report)]
     parts += ["## Arousal, dominance and valence", _dimension_table(report)]
     parts += ["## Left out", _dropped_table(report), _audio_notes(report), "## Columns", _columns(report)]
     settings = report["settings"]
@@ -66,12 +71,6 @@ def _split_table(report: Mapping) -> str:
         unknown = " and unknown ones" if UNLABELLED in split["speakers"] else ""
         rows.append([name, f"{split['rows']:,}", _hours(split["hours"]), span, f"{speakers}{unknown}"])
     return _table(["split", "rows", "audio", "shortest / median / longest (s)", "speakers"], rows)
-
-
-def _shared(report: Mapping) -> str:
-    if not (shared := len(report["speakers_in_several_splits"])):
-        return ""
-    return f"**{shared} speakers are in more than one split**: results are of voices that training has heard."
 
 
 def _emotion_table(report: Mapping) -> str:

@@ -76,15 +76,13 @@ def read_row(row: Row, settings: PrepareSettings, directory: Path) -> dict[str, 
     return {f"{row['id']}-{side}": _make_clip(row, own, rate, None, settings) for side, own in clips}
 
 
-def _make_clip(
-    row: Row, waveform: np.ndarray, rate: int, untouched: Path | None, settings: PrepareSettings
-) -> ReadClip:
-    """Measure a clip and encode it, where it is embedded; the bytes of an `untouched` file are taken as they are."""
+def _make_clip(row: Row, waveform: np.ndarray, rate: int, own: Path | None, settings: PrepareSettings) -> ReadClip:
+    """Measure a clip and encode it, where it is embedded; a file that is its `own` is taken as it is."""
     path = Path(str(row["audio"]))
     audio: str | dict[str, bytes | str] = str(row["audio"])
     overshoot = 0
-    if settings.embed_audio and untouched is not None:
-        audio = {"bytes": untouched.read_bytes(), "path": path.name}
+    if settings.embed_audio and own is not None:
+        audio = {"bytes": own.read_bytes(), "path": path.name}
     elif settings.embed_audio:
         samples, overshoot = to_16_bit(resample(waveform, rate, SAMPLING_RATE))
         buffer = io.BytesIO()
@@ -96,7 +94,7 @@ def _make_clip(
         duration_s=len(waveform) / rate,
         silent=peak < SILENT_PEAK,
         clipped=full_scale_run >= CLIPPED_SAMPLES,
-        converted=settings.embed_audio and untouched is None,
+        converted=settings.embed_audio and own is None,
         num_overshoot=overshoot,
     )
 

@@ -22,7 +22,7 @@ from relllm.processing.audio_relllm import SAMPLING_RATE, AudioSource, load_audi
 from .clips import CLIPPED_SAMPLES, SILENT_PEAK, measure_loudness
 from .data_settings import InspectSettings
 from .journal import write_json
-from .loading import hub_place, load_corpus
+from .loading import SHARD, hub_place, load_corpus
 from .processes import available_cores, run_in_processes
 from .rows import UNSPLIT
 
@@ -32,10 +32,8 @@ if TYPE_CHECKING:
 LOW, HIGH = 0.35, 0.65
 # Emotion, dimension, and the side of LOW or HIGH where the two do not go together.
 CONTRADICTIONS = (
-    ("happy", "valence", "below"),
-    ("angry", "valence", "above"),
-    ("sad", "valence", "above"),
-    ("angry", "arousal", "below"),
+    *(("happy", "valence", "below"), ("angry", "arousal", "below")),
+    *(("angry", "valence", "above"), ("sad", "valence", "above")),
 )
 
 FEWEST_WORDS = 3  # of a transcript that two splits should not share
@@ -43,7 +41,6 @@ _IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u9fff"  # each counts as a word: nothing is
 _WORD = re.compile(rf"[{_IDEOGRAPHS}]|(?:[^\W{_IDEOGRAPHS}]|')+")
 _NO_SPLIT = "no split"
 _FIRST_SPLITS = ("train", "validation", "test")  # others follow by name
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
 _CHUNK = 32  # clips that a process reads before it reports
 
 
@@ -227,7 +224,7 @@ def _name_splits(data: str) -> list[str | None]:
     if saved.is_file():
         return list(json.loads(saved.read_text(encoding="utf-8"))["splits"])
     if path.is_dir():
-        names = {match[1] for file in path.rglob("*.parquet") if (match := _SHARD.fullmatch(file.name))}
+        names = {match[1] for file in path.rglob("*.parquet") if (match := SHARD.fullmatch(file.name))}
         first = [name for name in _FIRST_SPLITS if name in names]
         return [*first, *sorted(names.difference(first))] if len(names) > 1 else [None]
     if not path.exists() and "/" in data and not data.startswith((".", "/", "~")):

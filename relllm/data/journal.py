@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,28 +37,26 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._recover(json.loads(json.dumps(settings)))
-        except BlockingIOError as error:
+        except BaseException as error:
             self._file.close()
-            raise BlockingIOError(
-                f"Another process is writing {path}. Wait for it, or choose another --out."
-            ) from error
-        except BaseException:
-            self._file.close()
+            if isinstance(error, BlockingIOError):
+                raise BlockingIOError(f"Another process is writing {path}. Wait, or choose another --out.") from error
             raise
 
     def append(self, entries: Iterable[Mapping[str, object]]) -> None:
         """Add finished rows, each with its `id`; they are on disk when this returns."""
         written = [dict(entry) for entry in entries]
-        self._write([*self._first, *written])
+        lines = "".join(json.dumps(entry) + "\n" for entry in [*self._first, *written])
+        self._file.write(lines.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._first = []
         self.done |= {str(entry["id"]): entry for entry in written}
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def _recover(self, settings: dict[str, object]) -> None:
@@ -79,12 +76,6 @@ class Journal:
                 "file must not mix them. Use the same settings, choose another --out, or delete the journal."
             )
         self.done = {str(line["id"]): line for line in lines[1:]}
-
-    def _write(self, entries: Sequence[Mapping[str, object]]) -> None:
-        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-        self._file.write(lines.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
 
 def write_rows(rows: Dataset, path: Path) -> None:
@@ -178,12 +169,7 @@ def add_columns(
 ) -> dict:
     """Add columns to rows with `id` and `audio`, and return the report, which is written beside `out`.
 
-    `fill` puts what a row gets into the journal, beside what is `done`; `finish` makes the report and the rows from
-    all entries. A run that is complete is not done again.
-
-    Raises:
-        ValueError: If rows cannot be written there, or an unfinished run has other settings.
-        FileExistsError: If `out` is there from another run.
+    As [`make_file`], but `finish` makes the report and the rows; what cannot be written there is a `ValueError`.
     """
     check_out(rows, out)
 
@@ -203,7 +189,8 @@ def make_file(
     """Make a file by way of a journal, and return the report, which is written beside it.
 
     `fill` puts what the file is made of into the journal, beside what is `done`; `finish` makes the report and what
-    writes the file from all entries. A run that is complete is not done again; errors are those of [`add_columns`].
+    writes the file from all entries. A run that is complete is not done again; one of other settings is a `ValueError`
+    where it is unfinished, else a `FileExistsError`.
     """
     wanted = json.loads(json.dumps(settings))
     if out.exists() and not journal_path(out).exists():
@@ -236,9 +223,7 @@ def check_ids(rows: Dataset) -> None:
     seen: set[str] = set()
     for row_id in rows["id"]:
         if not isinstance(row_id, str) or not row_id or row_id in seen:
-            raise ValueError(
-                f"Every row needs an `id` of its own, a string; got {row_id!r} (again). Make them unique."
-            )
+            raise ValueError(f"Every row needs an `id` of its own, a string; got {row_id!r} (again).")
         seen.add(row_id)
     if not seen:
         raise ValueError(f"The data has no rows with an `id`; its columns are {rows.column_names}.")
@@ -270,9 +255,7 @@ def _parse(line: bytes, path: Path, number: int) -> dict:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise ValueError(
-            f"{path}:{number} is no JSON ({error}). Delete that line to have its row done again."
-        ) from error
+        raise ValueError(f"{path}:{number} is no JSON ({error}). Delete it to have its row done again.") from error
     if not isinstance(entry, dict) or not ({"id", "settings"} & set(entry)):
         raise ValueError(f"{path}:{number} is no line of a journal. Delete it, or the whole file.")
     return entry

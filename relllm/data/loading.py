@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from relllm.labels import DIMENSIONS
 from relllm.modeling.places_relllm import PlaceError, check_place
@@ -20,21 +19,24 @@ from .table_files import read_table
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+    Rows: TypeAlias = Dataset | IterableDataset
+
 logger = logging.getLogger(__name__)
 
 METADATA = "metadata.jsonl"
 LOOKED_AT = 1000  # rows of a stream, to see whether they name a split
 SHARDS = 64  # of a streamed table: enough for the workers of a training run
+HeldOut: TypeAlias = dict[str, tuple[str, tuple[str, ...]]]  # split -> column and values
 AUDIO_KEYS = ("audio", "path", "url")  # of an audio part in `messages`
 HELD_OUT_FORM = "column=value[,value…][;validation:column=value[,value…]], for example session=Ses05"
 
 TRAIN = "train"  # what rows are that name no split
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # of a prepared data set, in `data/`
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # of a prepared data set, in `data/`
 
 
 def load_corpus(
     data: str | Path, split: str | None = None, *, held_out: str | None = None, streaming: bool = False
-) -> Dataset | IterableDataset:
+) -> Rows:
     """Return rows as [`relllm.data.rows.Row`] has them, or with TRL's `messages`; further columns are kept.
 
     Args:
@@ -99,7 +101,7 @@ def _read_report(data: str | Path) -> tuple[Path, dict]:
     return folder, json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
 
 
-def _load(data: str, split: str | None, streaming: bool) -> Dataset | IterableDataset:
+def _load(data: str, split: str | None, streaming: bool) -> Rows:
     from datasets import load_dataset, load_from_disk
 
     path = Path(data).expanduser()
@@ -122,7 +124,7 @@ def _load(data: str, split: str | None, streaming: bool) -> Dataset | IterableDa
     if path.is_dir() or path.suffix == ".parquet":
         return normalize_columns(_load_parquet(path, split, streaming))
     if path.suffix in (".jsonl", ".csv"):
-        return normalize_columns(_stream(_load_table(path, split), streaming))
+        return normalize_columns(_stream(_choose(_load_table(path), split, data), streaming))
     raise ValueError(f"{data} is a {path.suffix or 'nameless kind of'} file; expected .jsonl, .csv or .parquet.")
 
 
@@ -132,7 +134,7 @@ def hub_place(data: str) -> tuple[str, str | None, str | None]:
     return (named[1], named[2], named[3]) if named else (data, None, None)
 
 
-def _with_ids(loaded: dict | Dataset | IterableDataset) -> dict | Dataset | IterableDataset:
+def _with_ids(loaded: dict | Rows) -> dict | Rows:
     """Number the rows of each split where the Hub's have no `id`."""
     from datasets import Dataset, Features, Value
 
@@ -148,19 +150,19 @@ def _with_ids(loaded: dict | Dataset | IterableDataset) -> dict | Dataset | Iter
             if rows.features:
                 rows = rows.decode(False)  # `map` would decode the audio, which stays as it is until it is read
                 features = Features({**rows.features, "id": Value("string")})
-            loaded[split] = rows.map(
-                lambda row, number, split=split: {"id": row.get("id", f"{split}-{number:06d}")},
-                with_indices=True,
-                features=features,
-            )
+
+            def name(row: dict, number: int, split: str = split) -> dict[str, str]:
+                return {"id": row.get("id", f"{split}-{number:06d}")}
+
+            loaded[split] = rows.map(name, with_indices=True, features=features)
     return loaded
 
 
-def _stream(dataset: Dataset, streaming: bool) -> Dataset | IterableDataset:
+def _stream(dataset: Dataset, streaming: bool) -> Rows:
     return dataset.to_iterable_dataset(num_shards=min(SHARDS, len(dataset))) if streaming else dataset
 
 
-def _load_parquet(path: Path, split: str | None, streaming: bool) -> Dataset | IterableDataset:
+def _load_parquet(path: Path, split: str | None, streaming: bool) -> Rows:
     from datasets import Value, load_dataset
 
     folder = path if path.is_dir() else path.parent
@@ -174,35 +176,32 @@ def _load_parquet(path: Path, split: str | None, streaming: bool) -> Dataset | I
         if split in files:
             files = {split: files[split]}  # the others are not read, and not copied into the cache
         # `datasets` keeps some names of splits for itself, so each is loaded as its only one.
-        loaded = {
-            name: load_dataset("parquet", data_files=of, split="train", streaming=streaming)
-            for name, of in files.items()
-        }
+        only = {"split": "train", "streaming": streaming}
+        loaded = {name: load_dataset("parquet", data_files=of, **only) for name, of in files.items()}
     elif path.is_dir():
         loaded = load_dataset("parquet", data_dir=str(path), streaming=streaming)
     else:  # which `datasets` calls "train", whatever is in it
         loaded = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
     dataset = _choose(loaded, split, str(path))
-    if isinstance((dataset.features or {}).get("audio"), Value):
-        dataset = dataset.map(
-            lambda audio: {"audio": [value if value is None else _located(value, folder) for value in audio]},
-            input_columns="audio",
-            batched=True,
-            features=dataset.features,
-        )
-    return dataset
+    if not isinstance((dataset.features or {}).get("audio"), Value):
+        return dataset
+
+    def locate(audio: list[str | None]) -> dict[str, list[str | None]]:
+        return {"audio": [value if value is None else _located(value, folder) for value in audio]}
+
+    return dataset.map(locate, input_columns="audio", batched=True, features=dataset.features)
 
 
 def _list_shards(directory: Path) -> dict[str, list[str]]:
     """Files by split, of a directory that `relllm prepare` wrote."""
-    shards: dict[str, list[str]] = defaultdict(list)
+    shards: dict[str, list[str]] = {}
     for path in sorted(directory.glob("data/*.parquet")):
-        if named := _SHARD.fullmatch(path.name):
-            shards[named[1]].append(str(path))
-    return dict(shards)
+        if named := SHARD.fullmatch(path.name):
+            shards.setdefault(named[1], []).append(str(path))
+    return shards
 
 
-def _join(loaded: dict | Dataset | IterableDataset) -> Dataset | IterableDataset:
+def _join(loaded: dict | Rows) -> Rows:
     """Join the rows of all splits, one split after the other."""
     from datasets import Value, concatenate_datasets
 
@@ -217,9 +216,9 @@ def _join(loaded: dict | Dataset | IterableDataset) -> Dataset | IterableDataset
     return concatenate_datasets(parts)
 
 
-def _parse_held_out(held_out: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+def _parse_held_out(held_out: str) -> HeldOut:
     """`"session=Ses05;validation:session=Ses04"` -> what is `"test"` and what is `"validation"`."""
-    wanted: dict[str, tuple[str, tuple[str, ...]]] = {}
+    wanted: HeldOut = {}
     for part in held_out.split(";"):
         named = re.fullmatch(r"(?:(test|validation):)?(\w+)=(.+)", part.strip())
         values = tuple(value.strip() for value in named[3].split(",")) if named else ()
@@ -231,9 +230,7 @@ def _parse_held_out(held_out: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     return wanted
 
 
-def _hold_out(
-    dataset: Dataset | IterableDataset, split: str, wanted: dict[str, tuple[str, tuple[str, ...]]], source: str
-) -> Dataset | IterableDataset:
+def _hold_out(dataset: Rows, split: str, wanted: HeldOut, source: str) -> Rows:
     """Return the rows of a split that is made from columns, with the column `split` saying so."""
     from datasets import Dataset, Value
 
@@ -249,9 +246,8 @@ def _hold_out(
         return [_assign(row, wanted) for row in zip(*values, strict=True)]
 
     if not isinstance(dataset, Dataset):
-        dataset = dataset.filter(
-            lambda *values: [name == split for name in assign(*values)], input_columns=columns, batched=True
-        )
+        of_split = {"input_columns": columns, "batched": True}
+        dataset = dataset.filter(lambda *values: [name == split for name in assign(*values)], **of_split)
     else:
         for column, values in wanted.values():
             found = sorted(str(value) for value in dataset.unique(column) if value is not None)
@@ -270,31 +266,29 @@ def _hold_out(
         return dataset
     features = dataset.features.copy()
     features["split"] = Value("string")  # whatever it was, for example nothing but missing values
-    return dataset.map(
-        lambda old: {"split": [split] * len(old)}, input_columns="split", batched=True, features=features
-    )
+    rename = {"input_columns": "split", "batched": True, "features": features}
+    return dataset.map(lambda old: {"split": [split] * len(old)}, **rename)
 
 
-def _assign(values: Sequence[str | None], wanted: dict[str, tuple[str, tuple[str, ...]]]) -> str | None:
+def _assign(values: Sequence[str | None], wanted: HeldOut) -> str | None:
     """Find a row's split by its values in the columns of `wanted`; `None` where one is missing."""
     if None in values:
         return None
     found = [name for value, (name, (_, held)) in zip(values, wanted.items(), strict=True) if str(value) in held]
     if len(found) > 1:
-        raise ValueError(
-            f"held_out has rows with {list(values)} both in {' and in '.join(found)}. Hold them out once."
-        )
+        both = " and in ".join(found)
+        raise ValueError(f"held_out has rows with {list(values)} both in {both}. Hold them out once.")
     return found[0] if found else "train"
 
 
-def _load_table(path: Path, split: str | None) -> Dataset:
+def _load_table(path: Path) -> Dataset:
     from datasets import Dataset, List, Value
 
     rows = [row for _, row in read_table(path)]
     if not rows:
         raise ValueError(f"{path} holds no rows.")
     folder = path.absolute().parent
-    rows = [_with_located_audio(row, folder) for row in _rows_of_split(rows, split, str(path))]
+    rows = [_with_located_audio(row, folder) for row in rows]
     names = list(dict.fromkeys(name for row in rows for name in row))
     rows = [{name: row.get(name) for name in names} for row in rows]
     dataset = Dataset.from_list(rows)
@@ -307,17 +301,6 @@ def _load_table(path: Path, split: str | None) -> Dataset:
     return dataset.cast(types) if types != dataset.features else dataset
 
 
-def _rows_of_split(rows: list[dict], split: str | None, source: str) -> list[dict]:
-    if split in (None, ALL):
-        return rows
-    found = sorted({str(row["split"]) for row in rows if row.get("split") is not None})
-    if split == TRAIN and not found:
-        return rows
-    if split not in found:
-        raise ValueError(_say_splits(source, split, found))
-    return [row for row in rows if row.get("split") == split]
-
-
 def _say_splits(source: str, split: str, found: Sequence[str]) -> str:
     is_of = f"its rows are of {sorted(found)}" if found else f"its rows name no split, which makes them all {TRAIN!r}"
     return (
@@ -326,7 +309,7 @@ def _say_splits(source: str, split: str, found: Sequence[str]) -> str:
     )
 
 
-def _choose(loaded: dict | Dataset | IterableDataset, split: str | None, source: str) -> Dataset | IterableDataset:
+def _choose(loaded: dict | Rows, split: str | None, source: str) -> Rows:
     """Return a split of a `DatasetDict`, the rows whose column `split` says so, or all of them."""
     from datasets import Dataset
 

@@ -16,7 +16,7 @@ from .loading import corpus_name
 from .survey import READ
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from .loading import Rows
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,11 @@ def name_sources(sources: Sequence[DataSource]) -> list[str]:
     raise ValueError(f"data names {[source.name for source in sources]}: two cannot be told apart. Name each once.")
 
 
-def mix_rows(
-    parts: Mapping[str, Dataset | IterableDataset], weights: Sequence[float], *, seed: int
-) -> Dataset | IterableDataset:
+def mix_rows(parts: Mapping[str, Rows], weights: Sequence[float], *, seed: int) -> Rows:
     """Interleave data sets by their weights, drawn by the seed, until every row was there; the others begin again.
 
-    Columns that nothing reads are left out; where a data set lacks one of the others, it is missing in its rows.
-
-    Raises:
-        ValueError: A column is of one kind in one data set and of another in the next.
+    Columns that nothing reads are left out; where a data set lacks one of the others, it is missing in its rows. One
+    of different kinds in two data sets is a `ValueError`.
     """
     from datasets import Audio, Value, interleave_datasets
 

@@ -8,8 +8,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-from relllm.labels import canonical_emotion
+from relllm.labels import canonical_emotion, find_emotion
 
 from .rows import LABEL_SETS, LABEL_SOURCE, OTHER, Corpus, Dropped, LabelSet, Row, make_row
 
@@ -22,6 +23,7 @@ OUTSIDE_SET = "emotion outside the label set"
 OUTSIDE_SCALE = "dimension outside the scale"
 REPEATED = "repeated id"
 
+Scale: TypeAlias = tuple[float, float]  # its lowest and highest rating
 _NUMBER = re.compile(r"-?\d+(\.\d+)?", flags=re.ASCII)
 _SHOWN = 20  # names in a note or an error; the rest is counted
 
@@ -56,13 +58,7 @@ def keep_first(found: Iterable[Label | Dropped], corpus: Corpus) -> dict[str, La
 
 
 def label_to_row(
-    label: Label,
-    audio: str | None,
-    corpus: Corpus,
-    *,
-    label_set: LabelSet,
-    scale: tuple[float, float],
-    merge_excited: bool = False,
+    label: Label, audio: str | None, corpus: Corpus, *, label_set: LabelSet, scale: Scale, merge_excited: bool = False
 ) -> Row | Dropped:
     """Return the row of a labelled utterance in English, or the reason why there is none.
 
@@ -94,19 +90,11 @@ def label_to_row(
 
 def name_vote(written: str) -> str:
     """Return the canonical name of an emotion that one rater gave, "other" where it has none."""
-    try:
-        return canonical_emotion(written) or OTHER
-    except ValueError:
-        return OTHER
+    return find_emotion(written, OTHER) or OTHER
 
 
-def scale_rating(
-    value: float, scale: tuple[float, float], name: str, row: tuple[str, str], corpus: Corpus
-) -> float | None:
-    """Return a rating in [0, 1]; outside its scale it is left empty, never clipped, and the corpus is told.
-
-    `row` is the row's id and its place.
-    """
+def scale_rating(value: float, scale: Scale, name: str, row: tuple[str, str], corpus: Corpus) -> float | None:
+    """Return a rating in [0, 1], of a row's id and place; outside its scale it is left empty, and the corpus told."""
     low, high = scale
     if low <= value <= high:
         return (value - low) / (high - low)
@@ -129,9 +117,7 @@ def is_outside(emotion: str | None, label_set: LabelSet) -> bool:
 def find_tree(root: Path, locate: Callable[[Path], Path | None], wanted: str) -> Path:
     """Return the absolute folder where the tree of a corpus begins, which `locate` finds in a folder.
 
-    Raises:
-        ValueError: If there is no such tree. The message has it in words (`wanted`), and says what is there instead,
-            and whether it is one level up or down.
+    Without one a `ValueError` has it in words (`wanted`), what is there instead, and whether it is a level up or down.
     """
     root = root.expanduser().absolute()
     if not root.is_dir():
@@ -140,9 +126,8 @@ def find_tree(root: Path, locate: Callable[[Path], Path | None], wanted: str) ->
     if found := locate(root):
         return found
     folders, files = list_folder(root)
-    near = name_some(
-        str(path) for path in (root.parent, *(root / name for name in folders)) if _has_tree(path, locate)
-    )
+    around = (root.parent, *(root / name for name in folders))
+    near = name_some(str(path) for path in around if _has_tree(path, locate))
     remedy = f"It is in {near}: give that." if near else "Give the folder that has them."
     content = name_some([f"{name}/" for name in folders] + files) or "nothing"
     raise ValueError(f"{root}: expected {wanted}; found {content}. {remedy}")
@@ -177,11 +162,7 @@ def list_audio(folder: Path) -> dict[str, str]:
 
 
 def decode_text(path: Path, fallbacks: Sequence[str] = ()) -> tuple[str, str]:
-    """Return what is in a text file and the encoding that read it, which nobody wrote down.
-
-    A byte order mark and UTF-8 come first, then the fallbacks, and last Windows-1252 and Latin-1, which knows every
-    byte.
-    """
+    """Return what is in a text file and the encoding that read it: UTF-8, a fallback, Windows-1252, or Latin-1."""
     content = path.read_bytes()
     marked = ("utf-16",) if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ()
     for encoding in (*marked, "utf-8-sig", *fallbacks, "cp1252", "latin-1"):

@@ -43,15 +43,8 @@ def prepare_corpus(
 ) -> dict:
     """Write a corpus as a data set that [`~relllm.data.loading.load_corpus`] reads; go on where it was killed.
 
-    Args:
-        corpus ([`Corpus`]): As its parser returned it.
-        settings ([`PrepareSettings`]): What the parser was told.
-        make_audio (`Callable[[Sequence[Row], Path], None]`, *optional*): Makes the audio of these rows in this folder
-            before it is read, for a corpus whose audio does not exist yet; processes must be able to pickle it.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
-
-    Returns:
-        `dict`: The report, as in `report.json`. Of a data set that is complete already it is read.
+    `make_audio` makes the audio of rows in a folder before it is read, for a corpus whose audio does not exist yet;
+    processes must be able to pickle it. Returned is the report, as in `report.json`, also of what is complete already.
 
     Raises:
         ValueError: A row that breaks the schema, a repeated id, or no row that could be kept.
@@ -104,9 +97,7 @@ def plan_shards(rows: Iterable[Row]) -> dict[str, list[Row]]:
     }
 
 
-def write_shard(
-    shard: Shard, *, partial: Path, settings: PrepareSettings, make_audio: MakeAudio | None
-) -> dict[str, object]:
+def write_shard(shard: Shard, *, partial: Path, settings: PrepareSettings, make_audio: MakeAudio | None) -> dict:
     """Write those rows of a shard that can be kept into `partial/data`, and return the journal's entry.
 
     It has `id`, the shard's name; `kept`, index in the shard and duration in seconds of each row; `dropped`; ids that
@@ -128,9 +119,7 @@ def write_shard(
     return entry
 
 
-def _read_rows(
-    rows: Sequence[Row], entry: dict, partial: Path, settings: PrepareSettings
-) -> Iterator[dict[str, object]]:
+def _read_rows(rows: Sequence[Row], entry: dict, partial: Path, settings: PrepareSettings) -> Iterator[dict]:
     """Rows as they are written; what happened to them goes into the entry."""
     for index, row in enumerate(rows):
         clips = read_row(row, settings, partial)
@@ -148,7 +137,7 @@ def _read_rows(
             yield {**row, "id": name, "audio": clip.audio, "duration_s": clip.duration_s}
 
 
-def _group_rows(rows: Iterable[dict[str, object]]) -> Iterator[list[dict[str, object]]]:
+def _group_rows(rows: Iterable[dict]) -> Iterator[list[dict]]:
     group, num_bytes = [], 0
     for row in rows:
         audio = row["audio"]

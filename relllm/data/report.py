@@ -68,9 +68,7 @@ def build_report(
         "speakers_in_several_splits": sorted(name for name, count in voices.items() if count > 1),
         "dropped": _group_by_reason(dropped),
         "left_empty": _group_by_reason(asdict(one) for one in corpus.blanked if one.id not in unread),
-        "kept_but_marked": {
-            mark: [name for entry in entries for name in entry[mark]] for mark in ("silent", "clipped")
-        },
+        "kept_but_marked": {mark: [one for entry in entries for one in entry[mark]] for mark in ("silent", "clipped")},
         "conversion": {
             "converted": sum(entry["converted"] for entry in entries),
             "samples_set_to_full_scale": overshoot,

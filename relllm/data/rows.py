@@ -144,10 +144,8 @@ def validate_row(row: Mapping[str, object], own_emotions: Collection[str] = ()) 
             "None. Use `relllm.labels.canonical_emotion`."
         )
     if source not in (None, LABEL_SOURCE) and not str(source).startswith(PSEUDO_SOURCE):
-        raise ValueError(
-            f"Row {row_id!r}: dimension_source is {source!r}, expected {LABEL_SOURCE!r}, "
-            f"'{PSEUDO_SOURCE}<model id>' or None. Rename it."
-        )
+        wanted = f"{LABEL_SOURCE!r}, '{PSEUDO_SOURCE}<model id>' or None"
+        raise ValueError(f"Row {row_id!r}: dimension_source is {source!r}, expected {wanted}. Rename it.")
     for name in DIMENSIONS:
         value = 0 if row.get(name) is None else row[name]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:

@@ -110,9 +110,7 @@ def survey_rows(rows: Dataset) -> RowSurvey:
     return survey
 
 
-def survey_splits(
-    train_rows: object, eval_rows: object, parts: Mapping[str, object] | None = None
-) -> dict[str, RowSurvey]:
+def survey_splits(train_rows: object, eval_rows: object, parts: Mapping | None = None) -> dict[str, RowSurvey]:
     """Survey what a run trains and evaluates on, by name, and the `parts` that several data sets are of the first.
 
     Streams and other sequences are passed over.
@@ -144,11 +142,8 @@ def check_surveys(
 ) -> None:
     """Raise a `ValueError` where rows do not feed a task, or a loss that has a weight, or hold what it cannot take.
 
-    Args:
-        surveys (`Mapping[str, RowSurvey]`): As of [`survey_splits`]; only the training rows have to feed the losses.
-        emotion_labels (`Sequence[str]`): The classes of the model's head.
-        weights (`Mapping[str, float]`): `response_loss_weight` and its kin.
-        tasks (`Sequence[str]`): Of `TASKS`, those that clips are taught as.
+    Only the training rows of [`survey_splits`] have to feed the losses. `emotion_labels` are the model's, `weights`
+    `response_loss_weight` and its kin, and `tasks`, of `TASKS`, what clips are taught as.
     """
     for name, survey in surveys.items():
         _check_values(survey, f"the {name} rows", emotion_labels, weights, tasks)
@@ -198,18 +193,15 @@ def _check_values(
         )
     named = weights["emotion_loss_weight"] > 0 or "recognition" in tasks
     if named and (foreign := sorted(survey.emotions.keys() - set(emotion_labels))):
-        listed = "; ".join(
-            f"{name!r} in {survey.emotions[name]} (rows {', '.join(survey.ids_by_emotion[name])})" for name in foreign
-        )
+        ids = {name: ", ".join(survey.ids_by_emotion[name]) for name in foreign}
+        listed = "; ".join(f"{name!r} in {survey.emotions[name]} (rows {ids[name]})" for name in foreign)
         raise ValueError(
             f"{split} has emotions that are none of the model's {list(emotion_labels)}: {listed}. Map them, make them "
             "empty, or train a new model with emotion_labels that has them."
         )
     for name, values in survey.outside.items():
-        raise ValueError(
-            f"{len(values)} values of {name} in {split} are outside [0, 1], from {min(values):g} to {max(values):g}. "
-            "Normalise the column first."
-        )
+        outside = f"outside [0, 1], from {min(values):g} to {max(values):g}"
+        raise ValueError(f"{len(values)} values of {name} in {split} are {outside}. Normalise the column first.")
 
 
 def fed_readings(survey: RowSurvey | None, weights: Mapping[str, float]) -> list[str]:

@@ -70,10 +70,8 @@ def parse_esd(settings: EsdSettings) -> Corpus:
 
     The emotion is that of the number's block, and a clip in the folder of another one is dropped. A clip without a
     transcript is kept without a text. With `leave_speakers_out` the clips of these are `"test"`; of the other speakers
-    the evaluation clips are `"validation"` and all else is `"train"`.
-
-    Raises `ValueError` if `root` is something else, nobody there speaks the language or is to be left out, or
-    `splits="folders"` where there are none.
+    the evaluation clips are `"validation"` and all else is `"train"`. A `root` of something else, and settings that it
+    has nobody or nothing for, are a `ValueError`.
     """
     root = parsing.find_tree(settings.root, _locate, "speakers' folders 0001/ to 0020/, or one folder that has them")
     language = {"all": "mul"}.get(settings.language, settings.language)
@@ -132,9 +130,8 @@ def _language_of(speaker: str) -> str | None:
 def _choose_speakers(root: Path, settings: EsdSettings, corpus: Corpus) -> list[str]:
     wanted = _SPEAKERS_OF if settings.language == "all" else (settings.language,)
     found = {part for folder in _walk(root) for part in folder.relative_to(root).parts if _SPEAKER.fullmatch(part)}
-    found |= {
-        parsed[1] for folder in _walk(root) for name in parsing.list_audio(folder) if (parsed := _CLIP.match(name))
-    }
+    names = (name for folder in _walk(root) for name in parsing.list_audio(folder))
+    found |= {parsed[1] for name in names if (parsed := _CLIP.match(name))}
     present = sorted(found)
     chosen = [name for name in present if _language_of(name) in wanted]
     show = parsing.name_some
@@ -225,20 +222,12 @@ def _clip_to_row(clip: _Clip, line: _Line | None, settings: EsdSettings) -> Row 
 
 def _describe(corpus: Corpus, clips: Mapping[str, _Clip], lines: Mapping[str, _Line], winner: str) -> None:
     kept = [(clips[row["id"]], lines.get(row["id"])) for row in corpus.rows]
-    moved = [
-        f"{clip.id} (folder {clip.folder_split}, number {clip.split})"
-        for clip, _ in kept
-        if clip.folder_split not in (None, clip.split)
-    ]
-    contradicts = (
-        f"The split folder contradicts the number block of {{count}} clips, and {winner} was taken: {{names}}."
-    )
-    parsing.note(corpus, moved, contradicts)
-    renamed = [
-        f"{clip.id} ({line.where}: {line.emotion})"
-        for clip, line in kept
-        if line and line.emotion not in (None, clip.emotion)
-    ]
-    named = "The transcripts name another emotion than number and folder for {count} clips, and the number was taken"
-    parsing.note(corpus, renamed, f"{named}: {{names}}.")
+    moved = [clip for clip, _ in kept if clip.folder_split not in (None, clip.split)]
+    named = [f"{clip.id} (folder {clip.folder_split}, number {clip.split})" for clip in moved]
+    contradicts = "The split folder contradicts the number block of {count} clips, and"
+    parsing.note(corpus, named, f"{contradicts} {winner} was taken: {{names}}.")
+    told = [(clip, line) for clip, line in kept if line and line.emotion not in (None, clip.emotion)]
+    renamed = [f"{clip.id} ({line.where}: {line.emotion})" for clip, line in told]
+    other = "The transcripts name another emotion than number and folder for {count} clips, and the number was taken"
+    parsing.note(corpus, renamed, f"{other}: {{names}}.")
     parsing.note(corpus, (clip.id for clip, line in kept if not line), "{count} clips have no transcript: {names}.")

@@ -9,23 +9,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
-from relllm.labels import DIMENSIONS, canonical_emotion
+from relllm.labels import DIMENSIONS, canonical_emotion, find_emotion
 
 from .. import parsing
 from ..data_settings import FolderSettings, LabelSettings, read_scales, read_words
-from ..rows import (
-    COLUMNS,
-    LABEL_SOURCE,
-    LIST_COLUMNS,
-    Corpus,
-    CorpusFacts,
-    Dropped,
-    Row,
-    fold_split,
-    validate_row,
-)
+from ..rows import COLUMNS, LABEL_SOURCE, LIST_COLUMNS, Corpus, CorpusFacts, Dropped, Row, fold_split, validate_row
 from ..table_files import parse_number, read_table
 from .patterns import Pattern, find_fields, load_pattern
 
@@ -49,11 +39,15 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {name: (name,) for name in COLUMNS} |
     "language": ("language", "lang"),
     "gender": ("gender", "sex"),
 }
+TERMS = "Your own recordings: publish neither audio nor transcripts unless those who speak agreed to it."
 MOST_OUTSIDE = 0.1  # of the values of a column; more are on another scale
 
 # Reasons of `Dropped` that no other corpus has.
 BAD_ROW = "row does not validate"
 NO_PATH = "no path of a local file"
+
+Words: TypeAlias = Mapping[str, Mapping[str, str]]  # column -> code -> word
+Scales: TypeAlias = Mapping[str, parsing.Scale]
 
 
 @dataclass(frozen=True)
@@ -69,13 +63,8 @@ def parse_folder(settings: FolderSettings) -> Corpus:
     """Read a table of utterances, whose paths are relative to its folder, or list the audio files of a folder.
 
     Where no table gives an id, it is the path without its suffix. Rows without an emotion stay with label set `"all"`
-    only. The notes name the columns of the table that a row has no place for.
-
-    Raises:
-        FileNotFoundError: Nothing is at `root`.
-        ValueError: `root` is another kind of file, a folder without audio, a table without a column of paths or of
-            emotions, or a line is no row; an emotion has an unknown name, a split one that it cannot have, or a
-            column of dimensions is on another scale.
+    only. The notes name the columns of the table that a row has no place for. What cannot be read, an emotion or split
+    of an unknown name, and a column of dimensions on another scale are a `ValueError`.
     """
     name = settings.name
     if settings.pattern is not None:
@@ -85,11 +74,7 @@ def parse_folder(settings: FolderSettings) -> Corpus:
     root = settings.root.expanduser().absolute()
     tables = _find_tables(root)
     folder = root if root.is_dir() else root.parent
-    terms = (
-        "Your own recordings: nothing is known here of the consent of those who speak. Publish neither audio nor "
-        "transcripts unless they agreed to it."
-    )
-    facts = CorpusFacts(name or "folder", name or folder.name, settings.language or "", "other", terms)
+    facts = CorpusFacts(name or "folder", name or folder.name, settings.language or "", "other", TERMS)
     corpus = Corpus(facts, [], [], [])
     found = [one for table, split in tables for one in _read_fields(table, split, folder, corpus, settings)]
     add_rows(found if tables else _list_audio_files(folder, corpus), corpus, settings, {})
@@ -119,13 +104,8 @@ def parse_pattern(pattern: Pattern, settings: LabelSettings) -> Corpus:
     return corpus
 
 
-def add_rows(
-    found: Iterable[_Found], corpus: Corpus, settings: LabelSettings, maps: Mapping[str, Mapping[str, str]]
-) -> None:
-    """Add a row for each clip, or what is wrong with it; `maps` has words for the codes of a column.
-
-    Raises `ValueError` for what is wrong with a whole column, as [`parse_folder`] says.
-    """
+def add_rows(found: Iterable[_Found], corpus: Corpus, settings: LabelSettings, maps: Words) -> None:
+    """Add a row for each clip, or what is wrong with it; `maps` has words for the codes of a column."""
     given = {"emotion": read_words(settings.emotions, "emotions"), "split": read_words(settings.splits, "splits")}
     maps = {name: {**maps.get(name, {}), **given.get(name, {})} for name in maps.keys() | given.keys()}
     found = [_Found(one.place, _clean(one, maps, settings), one.folder) for one in found]
@@ -180,8 +160,7 @@ def _is_audio(path: Path) -> bool:
 
 def _list_audio_files(folder: Path, corpus: Corpus) -> list[_Found]:
     """List the audio files, sorted by path."""
-    paths = _walk_files(folder)
-    audio = [path for path in paths if _is_audio(path)]
+    audio, paths = find_audio(folder), _walk_files(folder)
     if not audio:
         wanted = f"no audio files ({', '.join(AUDIO_SUFFIXES)}) and no metadata.jsonl or metadata.csv"
         raise ValueError(f"{folder} holds {wanted}. Give the table itself if it has another name.")
@@ -237,7 +216,7 @@ def _match_columns(names: Iterable[str], given: Mapping[str, str]) -> dict[str, 
     return found | dict(given)
 
 
-def _clean(found: _Found, maps: Mapping[str, Mapping[str, str]], settings: LabelSettings) -> dict[str, object]:
+def _clean(found: _Found, maps: Words, settings: LabelSettings) -> dict[str, object]:
     """Return all columns with words for codes, numbers where numbers belong, and splits by our names."""
     fields: dict[str, object] = {}
     for name in COLUMNS:
@@ -279,10 +258,7 @@ def _as_value(name: str, value: object) -> object:
 
 
 def _name_emotions(found: list[_Found], corpus: Corpus, settings: LabelSettings, words: Mapping[str, str]) -> None:
-    """Learn which names beside the canonical ones stay.
-
-    Raises `ValueError` with the counts of those that nobody said anything about.
-    """
+    """Learn which names beside the canonical ones stay; one that nobody said anything about is a `ValueError`."""
     counts = Counter(str(one.fields["emotion"]) for one in found if one.fields["emotion"] is not None)
     told = {word for word in words.values() if not _is_known(word)}
     unknown = {name: count for name, count in counts.items() if not _is_known(name) and name not in told}
@@ -297,14 +273,10 @@ def _name_emotions(found: list[_Found], corpus: Corpus, settings: LabelSettings,
 
 
 def _is_known(name: str) -> bool:
-    try:
-        canonical_emotion(name)
-    except ValueError:
-        return False
-    return True
+    return find_emotion(name, "?") != "?"
 
 
-def _choose_scales(found: list[_Found], given: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+def _choose_scales(found: list[_Found], given: Scales) -> Scales:
     """Return the scale of each dimension; one that is not told and that values exceed is a `ValueError`."""
     for name in DIMENSIONS:
         values = [value for one in found if isinstance(value := one.fields[name], (int, float))]
@@ -319,9 +291,7 @@ def _choose_scales(found: list[_Found], given: Mapping[str, tuple[float, float]]
     return {name: given.get(name, (0.0, 1.0)) for name in DIMENSIONS}
 
 
-def _fields_to_row(
-    found: _Found, corpus: Corpus, settings: LabelSettings, scales: Mapping[str, tuple[float, float]]
-) -> Row | Dropped:
+def _fields_to_row(found: _Found, corpus: Corpus, settings: LabelSettings, scales: Scales) -> Row | Dropped:
     """Make a valid row, or say why it is none."""
     row, place, audio = dict(found.fields), found.place, found.fields["audio"]
     if not isinstance(audio, str) or "://" in audio:

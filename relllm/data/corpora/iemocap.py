@@ -100,10 +100,8 @@ def _name_splits(present: list[int], held_out: int, validation: int | None) -> d
     if held_out != 0 and held_out not in present:
         raise ValueError(f"held_out_session is {held_out}, expected a session that is there ({there}), or 0 for none.")
     if validation is not None and (validation not in present or validation == held_out):
-        raise ValueError(
-            f"validation_session is {validation}, expected a session that is there ({there}) and not held out "
-            f"({held_out}), or None."
-        )
+        wanted = f"a session that is there ({there}) and not held out ({held_out}), or None"
+        raise ValueError(f"validation_session is {validation}, expected {wanted}.")
     return {f"Ses{number:02d}": split for number, split in ((held_out, "test"), (validation, "validation")) if number}
 
 

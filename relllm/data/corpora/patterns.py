@@ -97,7 +97,7 @@ def find_fields(
         yield from ((str(clip["audio"]), clip) for clip in clips.values())
         return
     labelled = set()
-    for place, labels in _read_labels(pattern, root, tables, corpus):
+    for place, labels in _read_labels(pattern, root, tables):
         row_id = _name(pattern, labels, place)
         if row_id in clips:
             labelled.add(row_id)
@@ -124,9 +124,7 @@ def _name(pattern: Pattern, groups: Mapping[str, object], place: str) -> str:
         raise ValueError(f"{place}: the id {pattern.id!r} needs {error}; there is {list(groups)}.") from error
 
 
-def _read_labels(
-    pattern: Pattern, root: Path, tables: Sequence[str], corpus: Corpus
-) -> Iterator[tuple[str, dict[str, object]]]:
+def _read_labels(pattern: Pattern, root: Path, tables: Sequence[str]) -> Iterator[tuple[str, dict[str, object]]]:
     """Yield place and fields of each line of the tables."""
     matched = {path: groups for path, groups in _match_paths(pattern.table or "", tables) if groups is not None}
     if not matched:
@@ -141,9 +139,5 @@ def _read_labels(
                 yield f"{path}:{number}", groups | found.groupdict()
 
 
-def _read_patterns() -> dict[str, Pattern]:
-    content = yaml.load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"), yaml.BaseLoader)
-    return {name: _make_pattern(told, name, name) for name, told in content.items()}
-
-
-PATTERNS = _read_patterns()  # by the name of the corpus, as `relllm prepare` has it
+_TOLD = yaml.load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"), yaml.BaseLoader)
+PATTERNS = {name: _make_pattern(told, name, name) for name, told in _TOLD.items()}  # as `relllm prepare` names them
