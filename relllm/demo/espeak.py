@@ -32,22 +32,16 @@ class Utterance:
 def speak(utterances: Iterable[Utterance]) -> Iterator[tuple[bytes, int]]:
     """Synthesise utterances, read two ahead; yield the 16-bit little-endian mono samples of each and their rate in Hz.
 
-    Raises:
-        ImportError: `espeakng_loader`, which carries eSpeak NG, is missing.
-        OSError: The platform cannot fork.
-        RuntimeError: eSpeak NG refused, for example an unknown voice.
+    What eSpeak NG refuses, for example an unknown voice, is a `RuntimeError`.
     """
     if sys.platform == "win32":
-        raise OSError(
-            "Speech synthesis forks a process for each utterance, which Windows cannot. Use Linux, macOS or WSL."
-        )
+        raise OSError("Speech synthesis forks a process for each utterance, which Windows cannot. Use Linux or macOS.")
     try:
         import espeakng_loader
     except ImportError as error:
         raise ImportError("Speech synthesis needs eSpeak NG: `pip install relllm[demo]`.") from error
     command = [sys.executable, "-I", __file__, espeakng_loader.get_library_path(), espeakng_loader.get_data_path()]
-    # A session of its own, so that Ctrl-C reaches only the caller; the end of its standard input then ends the
-    # process.
+    # A session of its own, so that Ctrl-C reaches only the caller; the end of its input then ends the process.
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     stdin, stdout = process.stdin, process.stdout
     assert stdin is not None and stdout is not None
@@ -89,9 +83,7 @@ def _serve(library_path: str, data_path: str) -> None:
     library = ctypes.CDLL(library_path)
     rate = library.espeak_Initialize(_SYNCHRONOUS, 0, data_path.encode(), 0)
     if rate <= 0:
-        raise OSError(
-            f"eSpeak NG could not be initialised with the data in {data_path}. Install espeakng-loader again."
-        )
+        raise OSError(f"eSpeak NG does not start with the data in {data_path}. Install espeakng-loader again.")
     for line in sys.stdin.buffer:
         samples, error = _in_a_fork(library, Utterance(**json.loads(line)))
         header = {"num_bytes": len(samples), "rate": rate, "error": error}

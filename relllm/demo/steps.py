@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
@@ -57,9 +58,7 @@ def once(path: Path, what: str, make: Callable[[Path], None], console: Console, 
     partial.rename(path)
 
 
-def evaluate_system(
-    model: str | Path, data: Path, run: Path, system: str, console: Console, **options: object
-) -> dict:
+def evaluate_system(model: str | Path, data: Path, run: Path, system: str, console: Console, **options: Any) -> dict:
     """Run `relllm evaluate` on unseen voices and sentences, shown as the command; an LLM alone is `text-only`."""
     console.rule(f"$ relllm evaluate {model} {data} --system {system} --out {run}")
     settings = EvaluationSettings(str(model), str(data), run, system=system, **options)  # type: ignore[arg-type]
@@ -115,9 +114,6 @@ def has_learned(metrics: Mapping, console: Console) -> bool:
     accuracy: float = metrics["recognition"]["head"]["ua"]
     learned = accuracy > 1 / len(EMOTIONS) + NEAR_CHANCE
     if not learned:
-        console.print(
-            f"This run has learned nothing: UA {accuracy:.2f} on unseen voices is near chance "
-            f"({1 / len(EMOTIONS):.2f}).",
-            style="red",
-        )
+        near = f"UA {accuracy:.2f} on unseen voices is near chance ({1 / len(EMOTIONS):.2f})"
+        console.print(f"This run has learned nothing: {near}.", style="red")
     return learned

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-import wave
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import soundfile
 
+from relllm.data.clips import to_16_bit
 from relllm.data.loading import load_corpus
 from relllm.data.preparing import prepare_corpus
 from relllm.data.rows import COLUMNS, LABEL_SOURCE, Corpus, CorpusFacts, Row, make_row
@@ -41,20 +42,15 @@ FACTS = CorpusFacts(
     title="Synthetic emotional speech",
     language="en",
     licence="apache-2.0",
-    terms=(
-        "Made by relllm with eSpeak NG: rule-made prosody, not human emotion. Results on it say nothing about people. "
-        "It may be published."
-    ),
-    homepage="",
-    citation="",
+    terms="Made by relllm with eSpeak NG: rule-made prosody, not human emotion. Results on it say nothing about "
+    "people. It may be published.",
 )
 
 # Variants of eSpeak NG that sound clean. The test variants (m7, f3) are heard nowhere else; validation has an accent
 # of its own.
+ACCENTS = ("en-us", "en-gb-x-rp")
 VOICES = {
-    "train": tuple(
-        accent + variant for variant in ("", "+m1", "+m3", "+f2", "+shelby") for accent in ("en-us", "en-gb-x-rp")
-    ),
+    "train": tuple(f"{accent}{own}" for own in ("", "+m1", "+m3", "+f2", "+shelby") for accent in ACCENTS),
     "validation": ("en-gb-scotland", "en-gb-scotland+f2"),
     "test": ("en-us+m7", "en-gb-x-rp+m7", "en-us+f3", "en-gb-x-rp+f3"),
 }
@@ -108,12 +104,7 @@ class Clip:
 def synthesize_corpus(settings: SyntheticSettings, *, progress: bool = True) -> DatasetDict:
     """Write the corpus (16 kHz, 16-bit mono WAV), or reuse the one that is there already, and return its splits.
 
-    Its folder appears when it is complete; interrupted, the same call goes on.
-
-    Raises:
-        FileExistsError: The folder holds something else, or a corpus with other settings.
-        ValueError: A number of clips below 1, or a half-made corpus of other settings.
-        ImportError: eSpeak NG is missing (`pip install relllm[demo]`).
+    Its folder appears when it is complete; interrupted, the same call goes on. Errors are those of [`prepare_corpus`].
     """
     from datasets import DatasetDict
 
@@ -134,12 +125,7 @@ def prepare_synthetic(settings: SyntheticSettings, *, progress: bool = True) -> 
 
 
 def load_synthetic_corpus(directory: str | Path, split: str) -> Dataset:
-    """Return one split of a corpus that `synthesize_corpus` wrote, in the columns of `Row`; `audio` is a path.
-
-    Raises:
-        FileNotFoundError: No complete corpus there.
-        ValueError: No such split.
-    """
+    """Return one split of a corpus that `synthesize_corpus` wrote, in the columns of `Row`; `audio` is a path."""
     if split not in SPLITS:
         raise ValueError(f"Expected a split of {', '.join(SPLITS)}, got {split!r}.")
     directory = Path(directory).absolute()
@@ -174,7 +160,6 @@ def make_clip(
 ) -> Clip:
     """Plan the clip at a place of a split; `rng` draws its prosody, then its reply."""
     prosody = draw_prosody(emotion, rng)
-    dimensions = dimensions_of(emotion, prosody)
     clip_id = f"{split}-{number:05d}"
     row = make_row(
         id=clip_id,
@@ -182,9 +167,7 @@ def make_clip(
         text=sentence.text,
         response=REPLIES[emotion][rng.integers(len(REPLIES[emotion]))].format(topic=sentence.topic),
         emotion=emotion,
-        arousal=dimensions["arousal"],
-        dominance=dimensions["dominance"],
-        valence=dimensions["valence"],
+        **dimensions_of(emotion, prosody),
         dimension_source=LABEL_SOURCE,
         speaker=voice,
         split=split,
@@ -221,19 +204,17 @@ def dimensions_of(emotion: str, prosody: Prosody) -> dict[str, float]:
     """Compute a clip's dimensions in [0, 1], by name: the emotion's means, moved by how this clip is said."""
     mean, values = asdict(MEAN_PROSODY[emotion]), asdict(prosody)
     deviation = {name: (values[name] - mean[name]) / jitter for name, jitter in asdict(JITTER).items()}
-    return {
-        dimension: round(
-            MEAN_DIMENSIONS[emotion][dimension] + sum(weight * deviation[name] for name, weight in weights.items()), 4
-        )
+    moved = {
+        dimension: sum(weight * deviation[name] for name, weight in weights.items())
         for dimension, weights in DIMENSION_WEIGHTS.items()
     }
+    return {name: round(MEAN_DIMENSIONS[emotion][name] + by, 4) for name, by in moved.items()}
 
 
 def speak_rows(rows: Sequence[Row], directory: Path, *, seed: int) -> None:
     """Make the audio of rows of [`plan_split`] with the same seed; see [`speak_clips`]."""
-    speak_clips(
-        [plan_clip(str(row["split"]), int(row["id"].rpartition("-")[2]), seed=seed) for row in rows], directory
-    )
+    places = ((str(row["split"]), int(row["id"].rpartition("-")[2])) for row in rows)
+    speak_clips([plan_clip(*place, seed=seed) for place in places], directory)
 
 
 def speak_clips(clips: Sequence[Clip], directory: Path) -> None:
@@ -253,10 +234,5 @@ def write_wav(path: Path, samples: bytes, rate: int, gain: float) -> None:
     """Write what [`speak`] gave (16-bit mono samples, and their rate in Hz), times a gain, as WAV at 16 kHz."""
     waveform = gain * np.frombuffer(samples, "<i2").astype(np.float32) / 32768
     waveform = resample(waveform, rate, SAMPLING_RATE)
-    # The resampling filter may overshoot full scale by a little.
-    integers = np.clip(np.round(waveform * 32768), -32768, 32767).astype("<i2")
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLING_RATE)
-        file.writeframes(integers.tobytes())
+    samples_16_bit, _ = to_16_bit(waveform)  # the resampling filter may overshoot full scale by a little
+    soundfile.write(path, samples_16_bit, SAMPLING_RATE, subtype="PCM_16")

@@ -47,11 +47,7 @@ SYSTEMS = {"text-only": "llm", "speech-only": "speech-only", "re-llm": "re-llm"}
 
 
 def run_demo(settings: DemoSettings, console: Console) -> bool:
-    """Run every step that is not done yet; return whether UA on unseen voices and sentences is above chance by 0.10.
-
-    Raises:
-        ValueError: If the folder holds a run with other settings.
-    """
+    """Run every step that is not done yet; return whether UA on unseen voices is above chance by 0.10."""
     started = time.monotonic()
     out = settings.output_dir
     claim_folder(out, {**asdict(settings), "output_dir": None})
@@ -84,25 +80,14 @@ def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
     """
     set_seed(settings.seed)
     tokenizer = _train_tokenizer(corpus["train"])
-    config = llama_config(tokenizer, 128, layers=4, num_key_value_heads=4)
-    rows = [
-        {
-            "prompt": [
-                {"role": "system", "content": SYSTEM_PROMPT},
-                {"role": "user", "content": WRITER_PROMPT.format(emotion=row["emotion"]) + row["text"]},
-            ],
-            "completion": [{"role": "assistant", "content": row["response"]}],
-        }
-        for row in corpus["train"]
-    ]
+    config = llama_config(tokenizer, 128, layers=4, kv_heads=4)
+    system, rows = [{"role": "system", "content": SYSTEM_PROMPT}], []
     question = recognition_prompt(EMOTIONS)
-    rows += [
-        {
-            "prompt": [{"role": "user", "content": f"{question}{row['text']} ({row['emotion']})"}],
-            "completion": [{"role": "assistant", "content": row["emotion"]}],
-        }
-        for row in corpus["train"]
-    ]
+    for row in corpus["train"]:
+        request = WRITER_PROMPT.format(emotion=row["emotion"]) + row["text"]
+        rows.append(_turns(system, request, row["response"]))
+    for row in corpus["train"]:
+        rows.append(_turns([], f"{question}{row['text']} ({row['emotion']})", row["emotion"]))
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_config(config),
         args=SFTConfig(**_arguments(settings, path, epochs=settings.text_epochs)),
@@ -111,6 +96,11 @@ def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
     )
     trainer.train()
     trainer.save_model(str(path))
+
+
+def _turns(before: list[dict], request: str, answer: str) -> dict[str, list[dict]]:
+    prompt = [*before, {"role": "user", "content": request}]
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
 
 
 def _train_tokenizer(rows: Dataset) -> PreTrainedTokenizerFast:

@@ -39,13 +39,12 @@ def make_tiny_towers(out: str | Path, *, seed: int = 0) -> None:
     set_seed(seed)
     speech = whisper_config(32, heads=2, max_source_positions=500)
     AutoModel.from_config(speech).save_pretrained(out / "speech")
-    encoder = wav2vec2_config(
-        32, layers=2, heads=2, conv_dim=(16, 16, 32), conv_kernel=(10, 8, 8), conv_stride=(10, 8, 4)
-    )
+    convolutions = {"conv_dim": (16, 16, 32), "conv_kernel": (10, 8, 8), "conv_stride": (10, 8, 4)}
+    encoder = wav2vec2_config(32, layers=2, heads=2, **convolutions)
     ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder)).save_pretrained(out / "emotion")
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(out / "emotion")
     tokenizer = train_byte_tokenizer(CORPUS, vocab_size=500, min_frequency=1)
-    llm = llama_config(tokenizer, 64, layers=2, num_key_value_heads=2)
+    llm = llama_config(tokenizer, 64, layers=2, kv_heads=2)
     AutoModelForCausalLM.from_config(llm).save_pretrained(out / "llm")
     tokenizer.save_pretrained(out / "llm")
 
@@ -92,9 +91,7 @@ def wav2vec2_config(
     )
 
 
-def llama_config(
-    tokenizer: PreTrainedTokenizerFast, width: int, *, layers: int, num_key_value_heads: int
-) -> PreTrainedConfig:
+def llama_config(tokenizer: PreTrainedTokenizerFast, width: int, *, layers: int, kv_heads: int) -> PreTrainedConfig:
     """Return the configuration of a Llama of four heads for the tokens of a tokenizer."""
     return AutoConfig.for_model(
         "llama",
@@ -103,7 +100,7 @@ def llama_config(
         intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=num_key_value_heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -116,9 +113,8 @@ def train_byte_tokenizer(texts: Iterable[str], *, vocab_size: int, min_frequency
     """Train a tokenizer of bytes and a few merges, which any text survives, with the tokens of a chat and of audio."""
     bpe = ByteLevelBPETokenizer()
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|audio|>"]
-    bpe.train_from_iterator(
-        texts, vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special, show_progress=False
-    )
+    size = {"vocab_size": vocab_size, "min_frequency": min_frequency}
+    bpe.train_from_iterator(texts, **size, special_tokens=special, show_progress=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer,
         pad_token="<|pad|>",

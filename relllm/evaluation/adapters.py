@@ -33,13 +33,11 @@ def read_config(model: str, revision: str = "main") -> PreTrainedConfig:
     adapter = read_adapter(model, revision)
     if adapter is None:
         return AutoConfig.from_pretrained(model, revision=revision)
-    check_place(adapter["base_model_name_or_path"], holds="config.json")
+    base = adapter["base_model_name_or_path"]
+    check_place(base, holds="config.json")
     config = AutoConfig.from_pretrained(**base_of(adapter))
     if config.model_type == "relllm":
-        base = adapter["base_model_name_or_path"]
-        raise ValueError(
-            f"{model} is an adapter on the ReLLM {base}. Merge it into that, save, and give what you saved."
-        )
+        raise ValueError(f"{model} is an adapter on the ReLLM {base}. Merge it into that, and give what you save.")
     return config
 
 

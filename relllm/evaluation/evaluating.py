@@ -36,13 +36,7 @@ from .adapters import ADAPTER_CONFIG, read_adapter, read_config
 from .asking import RECOGNITION_TOKENS, Questions, render_prompts
 from .empathy.quality import check_scorers, read_quality
 from .evaluation_settings import FORMAT, HELD_OUT, METRICS, PREDICTIONS, READERS, TASKS, EvaluationSettings, System
-from .fingerprints import (
-    check_extras,
-    data_fingerprint,
-    describe_hardware,
-    folder_fingerprint,
-    model_fingerprint,
-)
+from .fingerprints import check_extras, data_fingerprint, describe_hardware, folder_fingerprint, model_fingerprint
 from .leakage import check_unseen, find_seen
 from .predicting import Predictor, load_in_vllm, load_predictor, load_tokenizer, resolve_system
 from .summary import count_clips, draw_plots, summarize_clips
@@ -70,15 +64,9 @@ def evaluate(settings: EvaluationSettings, *, score: Score | None = None, progre
     """Measure a system and write `predictions.jsonl`, `metrics.json` and `plots/`.
 
     Killed, the same call goes on where it was; complete, it returns what is there. In several processes
-    (`accelerate launch`) they share the clips and the files are the same.
-
-    `score` takes `(seeker post, reply)` pairs, in place of `settings.empathy_scorers`. Every process returns the
-    content of `metrics.json`.
-
-    Raises:
-        ValueError: If a task cannot be measured, the system contradicts the checkpoint, or the folder belongs to a run
-            with other settings; before anything runs.
-        ImportError: If an extra is missing.
+    (`accelerate launch`) they share the clips and the files are the same; each returns the content of `metrics.json`.
+    `score` takes `(seeker post, reply)` pairs, in place of `settings.empathy_scorers`. Before anything runs, a task
+    that cannot be measured, and a folder of a run with other settings, are a `ValueError`.
     """
     check_extras("Evaluation", "audmetric", "matplotlib", "scikit-learn")
     set_seed(settings.seed)
@@ -188,9 +176,7 @@ def _labels_of(settings: EvaluationSettings, config: PreTrainedConfig) -> tuple[
     return tuple(read_training_record(settings.model, revision=settings.revision).get("emotion_labels", EMOTIONS))
 
 
-def _find_seen(
-    settings: EvaluationSettings, config: PreTrainedConfig, system: System, rows: Dataset
-) -> dict[str, object]:
+def _find_seen(settings: EvaluationSettings, config: PreTrainedConfig, system: System, rows: Dataset) -> dict:
     """Return what the training has read of the rows, which is refused unless it is allowed."""
     record, towers = read_training_record(settings.model, revision=settings.revision), getattr(config, "towers", None)
     if system == "text-only" and config.model_type == "relllm" and not is_text_model_trained(record):
@@ -203,9 +189,7 @@ def _find_seen(
 
 def _check_text_column(settings: EvaluationSettings, system: System, rows: Dataset) -> None:
     if system not in READERS:
-        raise ValueError(
-            f"--text-column {settings.text_column} is for those that read; the system {system!r} hears the clips."
-        )
+        raise ValueError(f"--text-column {settings.text_column} is for those that read; {system!r} hears the clips.")
     if settings.text_column not in rows.column_names:
         raise ValueError(f"{settings.data} has no column {settings.text_column!r}; it has {rows.column_names}.")
 
@@ -306,7 +290,7 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
             "revision": find_commit(settings.model, settings.revision),
             "fingerprint": plan.identity["model_fingerprint"],
             "towers": {
-                kind: "@".join(filter(None, map(tower.get, ("name", "revision")))) for kind, tower in towers.items()
+                kind: "@".join(filter(None, map(one.get, ("name", "revision")))) for kind, one in towers.items()
             },
             "dtype": settings.dtype,
         },
@@ -347,18 +331,16 @@ def _describe_scorers(
     return {**same, "quality": quality}
 
 
-def _votes_of(row: Mapping) -> dict:
-    return {"emotion_votes": row["emotion_votes"]} if row.get("emotion_votes") else {}
-
-
 def _predict(
     predictor: Predictor, rows: Dataset, batches: Sequence[Sequence[int]], done: Container[str], score: Score | None
 ) -> Iterator[list[dict]]:
     """Yield the lines of each batch, without those of clips that are done."""
     for batch in batches:
         asked = list(rows.select(batch))
-        found = zip(asked, predictor.predict(asked), strict=True)
-        lines = [{**{name: row.get(name) for name in COLUMNS}, **_votes_of(row), **parts} for row, parts in found]
+        lines = []
+        for row, parts in zip(asked, predictor.predict(asked), strict=True):
+            votes = {"emotion_votes": row["emotion_votes"]} if row.get("emotion_votes") else {}
+            lines.append({**{name: row.get(name) for name in COLUMNS}, **votes, **parts})
         if score is not None:
             both = zip(asked, lines, strict=True)
             replied = [(row["text"], line) for row, line in both if "reply" in line and (row["text"] or "").strip()]

@@ -63,9 +63,8 @@ def model_fingerprint(model: str, *, revision: str = "main") -> str:
             parts = []
             for file in weight_files(model, {"revision": revision}):
                 with safe_open(file, "pt") as opened:
-                    parts += pool.map(
-                        lambda name, opened=opened: _weight_line(name, opened.get_tensor(name)), opened.keys()
-                    )
+                    read = opened.get_tensor
+                    parts += pool.map(lambda name, read=read: _weight_line(name, read(name)), opened.keys())
             parts.sort()
     parts.append(json.dumps({name: config.get(name) for name in BEHAVIOUR}, sort_keys=True))
     return combine_fingerprints(parts)

@@ -15,17 +15,11 @@ PUBLIC_TOWERS = {"audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim": "msp-p
 
 
 def find_seen(record: Mapping, rows: Dataset, *, towers: Mapping[str, Mapping] | None = None) -> dict[str, object]:
-    """Return what a model's training has to do with the rows that it is to be measured on.
+    """Return what a model's training has to do with the rows, by `id` and `text`, that it is to be measured on.
 
-    Args:
-        record (`Mapping`): Of [`~relllm.data.membership.read_training_record`].
-        rows (`datasets.Dataset`): Their `id` and `text` count.
-        towers (`Mapping`, *optional*): `config.towers` of the model.
-
-    Returns:
-        `dict`: `recorded`, whether the record says which rows were read; `trained_on` and `validated_on`, how many of
-        `rows` were; `chosen_by`, whether the checkpoint was chosen by its validation rows; `corpora`, what it and its
-        towers were trained on, as far as that is known.
+    That is `recorded`, whether its record ([`~relllm.data.membership.read_training_record`]) says which rows were
+    read; `trained_on` and `validated_on`, how many of `rows` were; `chosen_by`, whether the checkpoint was chosen by
+    its validation rows; `corpora`, what it and its `towers` were trained on, as far as that is known.
     """
     seen: Mapping[str, str] | None = record.get("seen_rows")
     digests = digest_rows(rows) if seen else set()

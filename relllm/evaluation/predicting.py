@@ -187,9 +187,7 @@ class TextPredictor(Predictor):
 
     def answer(self, subjects: list) -> list[dict]:
         asked = [conversations(self.questions, {"type": "text", "text": text}) for text in subjects]
-        return self.ask(
-            lambda name: [render(self.tokenizer, self.template, one[name]) for one in asked], len(subjects)
-        )
+        return self.ask(lambda name: [render(self.tokenizer, self.template, one[name]) for one in asked], len(asked))
 
 
 class _AskedInVllm(Predictor):
@@ -266,9 +264,7 @@ def load_in_vllm(
         raise ValueError(f"{model} is an adapter, which is not asked through vLLM. Leave --engine out, or merge it.")
     scope = "audio" if processor is None else read_config(model, revision).lora_scope
     if system in READERS and scope != "audio":
-        raise ValueError(
-            f"{model} has lora_scope={scope!r}: in vLLM its LoRA acts on transcripts too. Leave --engine out."
-        )
+        raise ValueError(f"{model} has lora_scope={scope!r}: in vLLM it acts on transcripts too. Leave --engine out.")
     from relllm.inference.vllm.vllm_engine import OfflineEngine, read_generation_settings
 
     loaded: Any = OfflineEngine(model, revision=revision, dtype=dtype, arguments=arguments)
@@ -316,21 +312,15 @@ def resolve_system(config: PreTrainedConfig, system: System | None, model: str, 
                 "for. Use --system text-only, or give a ReLLM checkpoint."
             )
         if tuned and system == "text-only":
-            raise ValueError(
-                f"{model} is an adapter, and the system {system!r} is an LLM as it is. Leave --system out."
-            )
+            raise ValueError(f"{model} is an adapter, and {system!r} is an LLM as it is. Leave --system out.")
         return "text-only-tuned" if tuned else system or "text-only"
     is_speech_only = config.emotion_fusion == "none"
     own: System = "speech-only" if is_speech_only else "re-llm"
     if system not in (None, "text-only", own):
-        remedy = (
-            "train one with recipes/stage2_emotion.yaml"
-            if is_speech_only
-            else "train the baseline with recipes/ablations/no_emotion_fusion.yaml"
-        )
+        recipe = "recipes/stage2_emotion.yaml" if is_speech_only else "recipes/ablations/no_emotion_fusion.yaml"
         raise ValueError(
             f"{model} has emotion_fusion={config.emotion_fusion!r}, so it is the system {own!r}, and {system!r} was "
-            f"asked for. Leave --system out to measure it as what it is, or {remedy} and give that checkpoint."
+            f"asked for. Leave --system out to measure it as what it is, or train one with {recipe} and give that."
         )
     return system or own
 

@@ -61,12 +61,8 @@ def read_public_run(folder: Path, fingerprint: str) -> dict[str, object]:
         "dimension_sources": {str(_without_paths(s)): n for s, n in data.get("dimension_sources", {}).items()},
     }
     if folds:
-        public["folds"] = {
-            "column": folds["column"],
-            "num_folds": len(folds["values"]),
-            "num_models": len(set(of_folds)),
-            "mean": folds.get("mean"),
-        }
+        counts = {"num_folds": len(folds["values"]), "num_models": len(set(of_folds))}
+        public["folds"] = {"column": folds["column"], **counts, "mean": folds.get("mean")}
     return public
 
 

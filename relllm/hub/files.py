@@ -29,8 +29,7 @@ SECRET_TEXT = re.compile(  # of the Hub, OpenAI and others, GitHub, AWS and Slac
     rb"|A[KS]IA[0-9A-Z]{16}|xox[a-z]-[A-Za-z0-9-]{10,})|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
 TEXT_SUFFIXES = (
-    *(".json", ".md", ".py", ".txt", ".jinja", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".sh", ".log", ".ipynb"),
-    "",
+    *("", ".json", ".md", ".py", ".txt", ".jinja", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".sh", ".log", ".ipynb"),
 )
 
 

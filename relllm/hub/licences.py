@@ -91,14 +91,9 @@ def read_towers(
 ) -> list[Tower]:
     """List the towers of a checkpoint, by the content of its `config.json`, with their licences.
 
-    Args:
-        config (`Mapping`): A tower in a folder of this machine has the licence of the `README.md` there, one of the
-            Hub that of its card; its path goes into no card.
-        told (`Mapping`, *optional*): Licences by part, as people said (`--tower-license`) where nothing else says it.
-        started_from (`str`, *optional*): The ReLLM of the Hub that its training went on with, whose terms it has too.
-
-    Raises:
-        ValueError: `told` names no tower of the model, or no licence of the Hub, or contradicts what the tower says.
+    A tower in a folder has the licence of the `README.md` there, one of the Hub that of its card. `told` are licences
+    by part, as people said (`--tower-license`) where nothing else says it; what contradicts a tower is a `ValueError`.
+    `started_from` is the ReLLM of the Hub that its training went on with, whose terms it has too.
     """
     towers = []
     sections = {"audio_tower": "audio_config", "emotion_tower": "emotion_config", "text_model": "text_config"}
@@ -165,15 +160,10 @@ def combine_licences(licences: Iterable[str]) -> str:
 def choose_licence(
     towers: Sequence[Tower], corpora: Sequence[Mapping] = (), chosen: Licence | None = None, *, link: str = ""
 ) -> Licence:
-    """Return the licence of the whole: `chosen`, or what follows from towers and corpora.
+    """Return the licence of the whole: `chosen`, if it is known to carry the towers', or what follows from the parts.
 
-    Args:
-        corpora (`Sequence[Mapping]`): What is known of the training data; for what a model may carry people choose
-            themselves, and without a choice their terms count as a part's.
-        link (`str`): To the card, where the terms of each part are.
-
-    Raises:
-        ValueError: `chosen` is not known to carry the licence of a tower.
+    What a model may carry of its training data (`corpora`) people choose themselves; without a choice its terms are
+    a part's. `link` is to the card, where the terms of each part are.
     """
     if chosen is not None:
         check_id(chosen.id, f"--license {chosen.id}")

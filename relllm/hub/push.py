@@ -98,12 +98,8 @@ def check_loads(folder: Path, *, without_package: bool) -> None:
 def send_files(folder: Path, settings: PushSettings) -> tuple[str, list[str]]:
     """Send every file of a folder, or what links there point at, as one commit that also removes what was replaced.
 
-    Returns:
-        The URL of the repository or the pull request, and what was removed.
-
-    Raises:
-        ValueError: The repository is public and must be private, or has that tag.
-        RuntimeError: What the Hub has after the commit is not what was sent.
+    Return the URL of the repository or the pull request, and what was removed. A repository that is public and must be
+    private, or has that tag, is a `ValueError`; one that does not hold what was sent a `RuntimeError`.
     """
     api, repo_id = HfApi(), settings.repo_id
     repository = api.create_repo(repo_id, private=settings.private or None, exist_ok=True)
@@ -141,9 +137,8 @@ def _check_arrived(
     wrong = [name for name in removed if name in there]
     wrong += [sent.path_in_repo for sent in additions if not _is_same(sent, there.get(sent.path_in_repo))]
     if wrong:
-        raise RuntimeError(
-            f"{repo_id} does not hold at {revision[:12]} what was sent: {', '.join(wrong)}. Run the command again."
-        )
+        named = ", ".join(wrong)
+        raise RuntimeError(f"{repo_id} does not hold at {revision[:12]} what was sent: {named}. Run it again.")
 
 
 def _is_same(sent: CommitOperationAdd, found: RepoFile | None) -> bool:

@@ -26,9 +26,7 @@ class CardSettings:
     """A checkpoint's folder, and what its card is made of."""
 
     model: Path = setting(REQUIRED, "The checkpoint's folder; the card goes into it.")
-    runs: list[Path] = setting(
-        [], "Folders of `relllm evaluate` on this checkpoint; none: not evaluated.", argument=True
-    )
+    runs: list[Path] = setting([], "Folders of `relllm evaluate` on this checkpoint, if any.", argument=True)
     repo_id: str | None = setting(None, "Where it will be: org/name; by default org/ and the folder's name.")
     license: str | None = setting(None, "An id of the Hub that is known to carry the towers' licences; or other.")
     license_name: str | None = setting(None, "Of a licence that is other.")

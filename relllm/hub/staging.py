@@ -110,10 +110,8 @@ def _convert(folder: Path, out: Path, *, light: bool) -> None:
     towers = _read(folder / "config.json").get("towers") or {}
     if own := sorted(part for part, source in towers.items() if is_local(source["name"])) or not towers:
         names = ", ".join(own) if isinstance(own, list) else "every tower"
-        raise ValueError(
-            f"--light: {folder} cannot be sent light, because it is not known where on the Hub {names} is. "
-            "Leave --light out, which sends it in full."
-        )
+        why = f"it is not known where on the Hub {names} is"
+        raise ValueError(f"--light: {folder} cannot be sent light, because {why}. Leave --light out.")
     AutoModel.from_pretrained(folder).save_pretrained(out, light=True)
     AutoProcessor.from_pretrained(folder).save_pretrained(out)
 
