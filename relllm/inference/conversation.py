@@ -7,6 +7,7 @@ reply is the one that a fresh pass gives. A clip behind the cut is read again fr
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -103,9 +104,8 @@ class Conversation:
             content.append({"type": "audio", "waveform": waveform})
         messages = [*self._messages, {"role": "user", "content": content}]
         room = (read_limit(self.model.config.text_config), max_new_tokens)
-        turns, ids, dropped = fit_turns(
-            messages, lambda turns: self._render(turns, positions), *room, drop_oldest=drop_oldest
-        )
+        render = partial(self._render, positions=positions)
+        turns, ids, dropped = fit_turns(messages, render, *room, drop_oldest=drop_oldest)
         positions = _of_clips_in(turns, positions)
         if dropped:  # a cut compares ids, and all clips have the same
             self._cache = None

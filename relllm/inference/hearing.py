@@ -74,18 +74,16 @@ def find_clips(sources: Sequence[str], split: str | None = None) -> Clips:
         path = Path(os.path.expanduser(source))
         if source == STDIN:
             content = sys.stdin.buffer.read()
-            clips["stdin"] = ClipSource(partial(_same, content), hashlib.sha256(content).hexdigest())
+            clips["stdin"] = ClipSource(partial(bytes, content), hashlib.sha256(content).hexdigest())
         elif "://" in source:
-            clips[source] = ClipSource(partial(_same, source), None)
+            clips[source] = ClipSource(partial(str, source), None)
         elif os.path.exists(path) and not holds_rows(path):
             found = find_audio(path) if path.is_dir() else [path]
             if not found:
                 raise PlaceError(f"{source} holds no audio files ({', '.join(AUDIO_SUFFIXES)}) and no data set.")
-            clips |= {str(file): ClipSource(partial(_same, file), _stamp(file)) for file in found}
+            clips |= {str(file): ClipSource(partial(Path, file), _stamp(file)) for file in found}
         else:
-            of_hub = (
-                re.fullmatch(r"[^/]+/[^/]+", source) and path.suffix.lower() not in AUDIO_SUFFIXES + OTHER_SUFFIXES
-            )
+            of_hub = source.count("/") == 1 and path.suffix.lower() not in AUDIO_SUFFIXES + OTHER_SUFFIXES
             check_place(source, repo_type="dataset" if of_hub else None)
             _add_rows(clips, source, split)
     return clips
@@ -96,7 +94,8 @@ def _add_rows(clips: dict[str, ClipSource], data: str, split: str | None) -> Non
     check_columns(rows, {"audio"})
     has_ids = "id" in rows.column_names
     content = audio_fingerprint(rows)  # of clips that are in the rows themselves
-    paths = [None] * len(rows) if content and has_ids else [_path_of(audio) for audio in rows["audio"]]
+    audio = [None] * len(rows) if content and has_ids else rows["audio"]
+    paths = [one.get("path") if isinstance(one, Mapping) else one for one in audio]
     for number, (name, path) in enumerate(zip(rows["id"] if has_ids else paths, paths, strict=True)):
         if not isinstance(name, str) or name in clips:
             raise ValueError(f"{data}: every row needs an `id` or an audio path of its own; got {name!r} (again).")
@@ -104,27 +103,15 @@ def _add_rows(clips: dict[str, ClipSource], data: str, split: str | None) -> Non
         clips[name] = ClipSource(partial(_open_row, rows, number), content or stamp)
 
 
-def _same(source: AudioSource) -> AudioSource:
-    return source
-
-
 def _open_row(rows: Dataset, number: int) -> AudioSource:
     return rows[number]["audio"]
-
-
-def _path_of(audio: object) -> object:
-    return audio.get("path") if isinstance(audio, Mapping) else audio
 
 
 def write_heard(clips: Clips, load_model: LoadModel, settings: HearSettings) -> dict:
     """Hear the clips, write `settings.out`, and return the report: `clips`, `rows`, and `not_read`, by name with why.
 
     `load_model` is called once, if there is anything left to hear. Killed, the same call goes on where it was. Without
-    `settings.out` the table is printed as CSV, and nothing is kept.
-
-    Raises:
-        ValueError: `out` has another suffix, or belongs to an unfinished run with other settings.
-        FileExistsError: `out` is there from another run.
+    `settings.out` the table is printed as CSV, and nothing is kept. Errors are those of [`make_file`].
     """
     if settings.plots is not None:
         check_matplotlib()
@@ -147,7 +134,7 @@ def write_heard(clips: Clips, load_model: LoadModel, settings: HearSettings) -> 
 
     def fill(journal: Journal) -> None:
         if todo := {name: clips[name] for name in clips if name not in journal.done}:
-            for entries in hear_windows(todo, load_model, settings, done=len(journal.done)):
+            for entries in hear_windows(todo, load_model, settings, len(journal.done)):
                 journal.append(entries)
 
     stamps = {"weights": _stamp(Path(os.path.expanduser(settings.model))), "clips": _digest(clips)}
@@ -157,9 +144,7 @@ def write_heard(clips: Clips, load_model: LoadModel, settings: HearSettings) -> 
     return report
 
 
-def hear_windows(
-    clips: Clips, load_model: LoadModel, settings: HearSettings, *, done: int = 0
-) -> Iterator[list[dict]]:
+def hear_windows(clips: Clips, load_model: LoadModel, settings: HearSettings, done: int = 0) -> Iterator[list[dict]]:
     """Yield `{"id": name, "rows": […]}` of the clips that each batch completes, in order; `done` were heard before."""
     model, processor = load_model()
     rows: dict[str, list[dict]] = {}
@@ -188,7 +173,7 @@ def _read_parts(clips: Clips, extractor: ReLLMFeatureExtractor, settings: HearSe
             if settings.every is None and duration_s > extractor.max_duration_s:
                 longest = f"{extractor.max_duration_s:g} s"
                 raise ValueError(
-                    f"{name}: it lasts {duration_s:.1f} s, and one row is of at most {longest}: --every 10."
+                    f"{name}: it lasts {duration_s:.1f} s, and a row is of at most {longest}: --every 10."
                 )
         except (ImportError, OSError, ValueError, TypeError) as error:  # ImportError: what a container needs
             yield _Part(name, 1, {"clip": name, "error": f"{error}"})
@@ -241,9 +226,7 @@ def _batched(parts: Iterator[_Part], extractor: ReLLMFeatureExtractor, size: int
 def _columns(heard: Heard, part: _Part) -> dict[str, object]:
     named = heard.flatten()
     if wrong := [name for name, value in named.items() if not math.isfinite(value)]:
-        raise ValueError(
-            f"{part.clip}: the model gives no number for {', '.join(wrong)}. Run it with --dtype float32."
-        )
+        raise ValueError(f"{part.clip}: the model gives no number for {', '.join(wrong)}. Try --dtype float32.")
     rounded = {name: round(value, DIGITS) for name, value in named.items()}
     return {"emotion": heard.emotion, **rounded}
 

@@ -39,8 +39,7 @@ class ReplySettings(CheckpointSettings):
     @property
     def sampling(self) -> dict[str, object]:
         """How tokens are taken, as options of `generate`."""
-        drawn = self.temperature > 0
-        return {"do_sample": True, "temperature": self.temperature} if drawn else {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -87,9 +86,7 @@ class TalkSettings(ReplySettings):
     baseline: str | None = setting(
         None, "Also ask a second ReLLM, for example a speech-only.", flags=["--speech-only"], place="checkpoint"
     )
-    text_only: str | None = setting(
-        None, "Also ask a bare LLM: a directory, a Hub id, or `own` for the one inside the model."
-    )
+    text_only: str | None = setting(None, "Also ask a bare LLM: a directory, a Hub id, or `own`: that of the model.")
     transcriber: str | None = setting(
         None, "Speech recognition that writes spoken turns down for --text-only.", place="checkpoint"
     )
@@ -102,9 +99,7 @@ class PageSettings(TalkSettings):
 
     host: str = setting("127.0.0.1", "Address to serve on; 127.0.0.1 is seen from this machine only.")
     port: int = setting(7860, "Port to serve on; 0 takes a free one and prints it.", min=0, max=65535)
-    auth: str | None = setting(
-        None, "USER:PASSWORD that visitors must give; a flag is seen in `ps`.", envvar="RELLLM_AUTH"
-    )
+    auth: str | None = setting(None, "USER:PASSWORD of visitors; a flag is seen in `ps`.", envvar="RELLLM_AUTH")
     root_path: str = setting("", "Path under which a proxy serves the page, such as /talk.")
 
     def __post_init__(self) -> None:
@@ -145,9 +140,7 @@ class RequestLimits:
     """What a request may hold. Everything beyond is refused with a reason."""
 
     max_tokens: int = setting(512, "Longest reply a request may ask for.", min=1)
-    max_context: int | None = setting(
-        None, "Longest conversation with its reply, in tokens; by default the LLM's.", min=2
-    )
+    max_context: int | None = setting(None, "Tokens of a conversation with its reply; by default the LLM's.", min=2)
     max_body_mib: float = setting(32.0, "Largest body, in MiB; more gets 413.", min=0.001)
     max_audio_seconds: float = setting(120.0, "Of all clips of a request together.", min=0.025)
     max_clips: int = setting(16, "Clips in a request.", min=1)

@@ -26,7 +26,5 @@ def record(until: Callable[[], object]) -> dict[str, object]:
         with sounddevice.InputStream(**options, callback=lambda block, *_: blocks.append(block[:, 0].copy())):
             until()
     except (sounddevice.PortAudioError, ValueError) as error:  # ValueError: no such device
-        raise OSError(
-            f"The microphone does not open: {error}. Is one connected, and may this program use it?"
-        ) from error
+        raise OSError(f"The microphone does not open: {error}. Is one there, and may this program use it?") from error
     return {"array": np.concatenate(blocks or [np.zeros(0, np.float32)]), "sampling_rate": rate}

@@ -19,15 +19,10 @@ def encode_conversation(
     placeholder: str = "",
     counts: Iterable[int] = (),
 ) -> list[int]:
-    """Return the token ids of a conversation, with the assistant's header at the end.
+    """Return the token ids of a conversation, with the assistant's header at the end; no clip is read.
 
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): Its special tokens, and its added ones that stand in the template, are
-            tokens only where the template writes them.
-        messages (`list[dict]`): As in [`~ReLLMProcessor.apply_chat_template`]; no clip is read.
-        chat_template (`str`): Jinja.
-        placeholder, counts (`str` and `list[int]`, *optional*): What the template writes for a clip, and how many of
-            it each clip becomes.
+    The tokenizer's special tokens, and its added ones that stand in the Jinja `chat_template`, are tokens only where
+    the template writes them. It writes a `placeholder` for a clip, which becomes so many of `counts`.
     """
     tokens = [
         token.content

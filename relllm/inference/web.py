@@ -73,6 +73,7 @@ MICROPHONE = """async () => {
   if (!(await devices.enumerateDevices()).some((device) => device.kind === "audioinput")) none(reasons.NotFoundError);
 }"""
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+FONTS_MONO = ["ui-monospace", "monospace"]
 COLUMN: dict[str, Any] = {
     **{"min_width": 220, "elem_classes": "chat", "buttons": [], "feedback_options": None},
     **{"placeholder": "Nothing has been said yet.", "render_markdown": False},  # what was said, letter by letter
@@ -90,6 +91,7 @@ DELETE_RECORDINGS_S = (600, 3600)  # looks every ten minutes for uploads and rec
 MOST_SESSIONS = 32  # each keeps a key-value cache; beyond them the one that was idle longest is dropped
 MOST_TURNS = 16  # at once: the lock lets one through, the others see that they wait
 
+Writing: TypeAlias = Generator[None, None, Reply]
 Starts: TypeAlias = Mapping[str, Callable[[], Conversation | TextConversation]]
 
 
@@ -208,9 +210,8 @@ class Session:
                 return
             if self.status.kind == "error":
                 failures.append(self.status.text)
-        dropped = [
-            f"{name}: older turns were dropped ({one.dropped})." for name, one in replies.items() if one.dropped
-        ]
+        lost = {name: one.dropped for name, one in replies.items() if one.dropped}
+        dropped = [f"{name}: older turns were dropped ({count})." for name, count in lost.items()]
         notes = " ".join([*failures, *dropped])
         self.status = Status("error" if failures else "idle", notes) if notes else EMPTY
 
@@ -241,9 +242,7 @@ class Session:
                     self.heard.append(reply.heard)
         yield
 
-    def _write(
-        self, name: str, audio: dict | None, text: str | None, stop: threading.Event
-    ) -> Generator[None, None, Reply]:
+    def _write(self, name: str, audio: dict | None, text: str | None, stop: threading.Event) -> Writing:
         """Show a reply piece by piece while a thread writes it, and return it; what failed is raised."""
         conversation = self.conversations[name]
         shown = self.shown[name]
@@ -324,9 +323,7 @@ class Page:
 
         `auth` is a user and a password to ask for, `root_path` the path under which a proxy serves the page.
         """
-        theme = self.gradio.themes.Base(
-            primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"]
-        )
+        theme = self.gradio.themes.Base(primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=FONTS_MONO)
         self.root_path = root_path.rstrip("/")
         where: dict[str, Any] = {"server_name": host, "server_port": port or None, "prevent_thread_lock": True}
         shut: dict[str, Any] = {"share": False, "ssr_mode": False, "quiet": True, "footer_links": [], "auth": auth}
@@ -365,10 +362,8 @@ class Page:
                     box = gr.MultimodalTextbox(**BOX)
                     with gr.Row():
                         reset = gr.Button("Reset", size="sm", min_width=80)
-                        files = [
-                            gr.DownloadButton(f"Save {kind.upper()}", size="sm", min_width=80)
-                            for kind in ("json", "csv")
-                        ]
+                        small: dict[str, Any] = {"size": "sm", "min_width": 80}
+                        files = [gr.DownloadButton(f"Save {kind}", **small) for kind in ("JSON", "CSV")]
                 with gr.Column(scale=2, min_width=280):
                     emotion = gr.Label(label="Emotion in the last spoken turn")
                     trail = gr.HTML()
