@@ -114,11 +114,8 @@ class Augmentation(SharedEpoch):
     ) -> None:
         super().__init__()
         settings.check_augmentation()
-        self.settings = settings
-        self.seed = seed
-        self.sampling_rate = sampling_rate
-        self.min_duration_s = min_duration_s
-        self.max_duration_s = max_duration_s
+        self.settings, self.seed, self.sampling_rate = settings, seed, sampling_rate
+        self.min_duration_s, self.max_duration_s = min_duration_s, max_duration_s
         self.noise_files = _find_noise(settings.augment_noise_dir) if settings.augment_noise_dir else []
         for codec in settings.augment_codec or []:
             if not soundfile.check_format(*CODECS[codec]):
@@ -171,10 +168,7 @@ class Augmentation(SharedEpoch):
 
 
 def change_speed(waveform: np.ndarray, speed: float) -> np.ndarray:
-    """Play a clip faster or slower, like a tape: its duration is divided by `speed`, every frequency multiplied by it.
-
-    `speed` counts to 0.01; 1.1 is some 1.65 semitones higher. The result has `ceil(samples / speed)` samples.
-    """
+    """Play a clip faster or slower, like a tape, to `ceil(samples / speed)` samples; `speed` counts to 0.01."""
     percent = round(100 * speed)  # a whole number keeps the resampling filter small
     return within_full_scale(resample(waveform, percent * SAMPLING_RATE // 100, SAMPLING_RATE))
 

@@ -55,14 +55,8 @@ class RunComplete(RuntimeError):
 def begin_run(output_dir: Path, identity: Mapping[str, object], resume: str) -> str | None:
     """Write what decides a run's result into its folder, and return the checkpoint from which it goes on.
 
-    Args:
-        output_dir (`Path`): Its folder, which gets `training_settings.json`.
-        identity (`Mapping`): Settings, data and towers; what is in `MAY_DIFFER` may change before a run goes on.
-        resume (`str`): See [`checkpoint_to_resume`].
-
-    Raises:
-        ValueError: The folder holds a run with another identity; the message names each difference.
-        RunComplete: The folder holds this run, and it is complete.
+    A run there with another `identity` (settings, data and towers) is a `ValueError` that names each difference; what
+    is in `MAY_DIFFER` may change. This run, complete, is a [`RunComplete`]. `resume` is [`checkpoint_to_resume`]'s.
     """
     wanted = json.loads(json.dumps(identity))
     record = output_dir / RECORD_NAME
@@ -118,11 +112,8 @@ def describe_origin(
     Streamed rows have no fingerprint. `places` are checkpoints by their settings, `revision` that of
     `model_name_or_path`.
     """
-    record: dict[str, object] = {
-        name: value
-        for name in ("data", "train_split", "held_out", "eval_data", "eval_split")
-        if (value := getattr(script, name, None))
-    }
+    names = ("data", "train_split", "held_out", "eval_data", "eval_split")
+    record: dict[str, object] = {name: value for name in names if (value := getattr(script, name, None))}
     for name in {"data", "eval_data"} & record.keys():
         record[name] = _without_folder(record[name])
     read: dict[str, object] = {"train_rows": train_rows}
@@ -163,10 +154,8 @@ def describe_seen(
     """
     evaluated = list(eval_rows.values()) if isinstance(eval_rows, dict) else [eval_rows]
     read = {"train": [train_rows], "validation": evaluated}
-    seen = {
-        name: set().union(*(digest_rows(one) for one in rows if isinstance(one, Dataset)))
-        for name, rows in read.items()
-    }
+    read_here = {name: [one for one in rows if isinstance(one, Dataset)] for name, rows in read.items()}
+    seen = {name: set().union(*map(digest_rows, rows)) for name, rows in read_here.items()}
     given = [*(source.name for source in script.sources), *filter(None, [getattr(script, "eval_data", None)])]
     corpora = {corpus_name(data) for data in given}
     facts = {corpus_name(data): found for data in given if (found := corpus_facts(data))}

@@ -43,9 +43,8 @@ class TaskMix(SharedEpoch):
         able = [name for name in fed_tasks(row) if name in self.weights]
         if not able:
             present = sorted(name for name, value in row.items() if value is not None)
-            raise ValueError(
-                f"Row {row.get('id')!r} has nothing for any of the tasks {', '.join(self.names)}; it has {present}."
-            )
+            names = ", ".join(self.names)
+            raise ValueError(f"Row {row.get('id')!r} has nothing for any of the tasks {names}; it has {present}.")
         place = (self._uniform(row, "task") + self.epoch * _GOLDEN) % 1 * sum(self.weights[name] for name in able)
         for name in able:
             place -= self.weights[name]
@@ -116,12 +115,8 @@ def log_tasks(
 ) -> None:
     """Add the cross-entropy of each task, over its tokens, and how many emotions are named right, token by token.
 
-    Args:
-        means ([`RunningMeans`]): Of the trainer, for `mode`.
-        mix ([`TaskMix`]): Whose order of names the numbers in `tasks` follow.
-        output (`ModelOutput`): Of the pass that gave the loss: TRL's fused one, or one with logits.
-        labels (`torch.LongTensor` of shape `(batch, sequence)`): -100 where nothing is learned.
-        tasks (`torch.LongTensor` of shape `(batch,)`): Each row's task.
+    `output` is of the pass that gave the loss, TRL's fused one or one with logits; `labels` are `(batch, sequence)`,
+    -100 where nothing is learned, and `tasks` `(batch,)`, by the order of the mix's names.
     """
     scored = labels[:, 1:] != IGNORE_INDEX
     if (log_probs := output.get("log_probs")) is not None:

@@ -148,9 +148,7 @@ class TowerCacheMixin(Trainer):
     _tower_cache: TowerCache | None = None
 
     def open_tower_cache(self, model: ReLLMForConditionalGeneration, extractor: ReLLMFeatureExtractor) -> TowerCache:
-        """Return the cache of this model's towers, which [`put_towers`] then writes to; `ValueError` if there can be
-        none.
-        """
+        """Return the cache of this model's towers, which [`put_towers`] writes to; `ValueError` if none can be."""
         if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError(
                 "tower_cache_dir is set, and FSDP and ZeRO 3 spread the towers' weights: all processes must run the "
@@ -167,15 +165,12 @@ class TowerCacheMixin(Trainer):
         self._tower_cache = TowerCache(Path(self.args.tower_cache_dir).expanduser(), settings)
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             folder = self._tower_cache.folder
-            free = shutil.disk_usage(folder).free / 1e9
-            where = f"Tower outputs are kept in {folder}: {free:.3g} GB are free there."
-            Console(stderr=True, markup=False).print(where)
+            where = f"{folder}: {shutil.disk_usage(folder).free / 1e9:.3g} GB are free there"
+            Console(stderr=True, markup=False).print(f"Tower outputs are kept in {where}.")
         return self._tower_cache
 
     def put_towers(self, inputs: dict) -> None:
-        """Replace, in place, the features and entries of [`TowerCache.look_up`] by the outputs, cached or computed and
-        kept.
-        """
+        """Replace the features and entries of [`TowerCache.look_up`] by the outputs, cached or computed and kept."""
         known = inputs.pop("tower_known").tolist() if "tower_keys" in inputs else None
         given = {name: inputs.pop(f"tower_{name}") for name in OUTPUTS if f"tower_{name}" in inputs}
         if known is None:  # all are there; nothing waits for the device
@@ -199,10 +194,7 @@ class TowerCacheMixin(Trainer):
 
 
 def cache_settings(model: ReLLMModel, extractor: ReLLMFeatureExtractor) -> dict[str, object]:
-    """Return what the towers' outputs follow from beside the clip and the precision; JSON can hold it.
-
-    The weights of the model's towers are hashed: a second or two for a GB.
-    """
+    """Return what the towers' outputs follow from beside the clip and the precision; JSON can hold it."""
     return {
         "format": FORMAT,
         "transformers": transformers.__version__,
@@ -242,8 +234,8 @@ def _describe_tower(tower: PreTrainedModel) -> dict[str, object]:
     for name, weight in tower.state_dict().items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    origin_free = _without_origin(tower.config.to_dict())
-    return {"weights": digest.hexdigest(), "dtype": str(tower.dtype), "config": origin_free}
+    config = _without_origin(tower.config.to_dict())
+    return {"weights": digest.hexdigest(), "dtype": str(tower.dtype), "config": config}
 
 
 def _without_origin(fields: Mapping[str, object]) -> dict[str, object]:

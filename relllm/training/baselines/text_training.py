@@ -117,9 +117,8 @@ def run_text_training(script: TextScriptArguments, args: TextTrainingConfig) -> 
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     tokenizer = AutoTokenizer.from_pretrained(script.text_model)
     set_seed(args.seed)  # what is drawn for the LoRA
-    model = AutoModelForCausalLM.from_pretrained(
-        place_of(script.text_model), dtype=script.dtype or "auto", use_safetensors=True
-    )
+    options = {"dtype": script.dtype or "auto", "use_safetensors": True}
+    model = AutoModelForCausalLM.from_pretrained(place_of(script.text_model), **options)
     own, tokenizer.chat_template = tokenizer.chat_template, build_chat_template(tokenizer)
     trainer = TextTrainer(
         model=model,
@@ -137,9 +136,8 @@ def run_text_training(script: TextScriptArguments, args: TextTrainingConfig) -> 
 def keep_spoken(rows: Dataset) -> Dataset:
     """Return the rows that have a transcript and a reply; `ValueError` if there is none."""
     columns = [rows[name] if name in rows.column_names else [None] * len(rows) for name in ("text", "response")]
-    kept = [
-        i for i, (text, reply) in enumerate(zip(*columns, strict=True)) if (only_one(text) or "").strip() and reply
-    ]
+    pairs = enumerate(zip(*columns, strict=True))
+    kept = [index for index, (text, reply) in pairs if (only_one(text) or "").strip() and reply]
     if not kept:
         raise ValueError(f"None of {len(rows)} rows has `text` and `response`. `relllm write-targets` writes replies.")
     if len(kept) < len(rows):

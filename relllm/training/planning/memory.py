@@ -17,6 +17,7 @@ states. Frozen towers run without a graph: of them only the widest moment
 counts, which comes before the LLM's.
 """
 
+import bisect
 from dataclasses import dataclass
 
 import torch
@@ -98,9 +99,8 @@ class TrainingStep:
         prepare_trainable(self.model, settings.unfreeze, settings.unused)
         # A part's configuration is declared as a `dict` as well, which it is before `__post_init__` only.
         self.text: PreTrainedConfig = getattr(config, "text_config")  # noqa: B009
-        self.heads_width = self.text.num_attention_heads * (
-            getattr(self.text, "head_dim", None) or self.text.hidden_size // self.text.num_attention_heads
-        )
+        heads, width = self.text.num_attention_heads, self.text.hidden_size
+        self.heads_width = heads * (getattr(self.text, "head_dim", None) or width // heads)
         self.frames = FRAMES_A_SECOND * row.audio_seconds
         self.audio_positions = count_audio_positions(config, row.audio_seconds)
         self.sequence = self.audio_positions + row.prompt_tokens + row.reply_tokens
@@ -129,16 +129,10 @@ class TrainingStep:
 
     def largest_batch(self, memory: float) -> int:
         """Return the most rows at once whose peak stays within `memory` bytes; 0 if none does."""
-        fits, beyond = 0, 1
+        beyond = 1
         while beyond <= 4096 and self.memory(beyond).total <= memory:
-            fits, beyond = beyond, 2 * beyond
-        while beyond - fits > 1:
-            middle = (fits + beyond) // 2
-            if self.memory(middle).total <= memory:
-                fits = middle
-            else:
-                beyond = middle
-        return fits
+            beyond *= 2
+        return bisect.bisect_right(range(1, beyond), memory, key=lambda rows: self.memory(rows).total)
 
     def flops(self) -> float:
         """Return the floating-point operations of a step on one row.

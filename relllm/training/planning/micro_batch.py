@@ -133,10 +133,8 @@ class MicroBatchMixin(GroupByLengthMixin):
                 setattr(args, name, chosen.checkpointing)
         if self.is_world_process_zero():
             shares = f"{chosen.rows} at once × {rows // chosen.rows} × {args.world_size} processes"
-            how = "with" if chosen.checkpointing else "without"
-            print(
-                f"{rows * args.world_size} rows an update: {shares}, {how} gradient checkpointing ({why}).", flush=True
-            )
+            how = f"with{'' if chosen.checkpointing else 'out'} gradient checkpointing"
+            print(f"{rows * args.world_size} rows an update: {shares}, {how} ({why}).", flush=True)
 
     def _longest_rows(self, count: int) -> list[dict] | None:
         """Return so many rows of the training data, the longest first; some several times where there are few."""
@@ -183,14 +181,11 @@ class MicroBatchMixin(GroupByLengthMixin):
         chosen = choose_micro_batch(choices, step, free + plan.weights, fits)
         if not chosen:
             raise RuntimeError(
-                f"{choices[-1].rows} rows of {step.sequence} positions do not train in the {free / 1e9:.1f} GB "
-                "that are free beside the model. Shorten the clips, or take recipes/qlora_7b.yaml or "
-                "recipes/accelerate/fsdp2.yaml."
+                f"{choices[-1].rows} rows of {step.sequence} positions do not train in the {free / 1e9:.1f} GB that "
+                "are free beside the model. Shorten the clips, or take recipes/qlora_7b.yaml or accelerate/fsdp2.yaml."
             )
-        return chosen[0], (
-            f"the longest rows, of {step.sequence} positions, take {peaks[chosen[0]] / 1e9:.1f} of the "
-            f"{free / 1e9:.1f} GB free beside the model"
-        )
+        taken = f"{peaks[chosen[0]] / 1e9:.1f} of the {free / 1e9:.1f} GB free beside the model"
+        return chosen[0], f"the longest rows, of {step.sequence} positions, take {taken}"
 
     def _try_step(self, batch: dict[str, Tensor], checkpointing: bool) -> None:
         """Run a forward and a backward pass as in training, but on this process alone; only gradients stay."""
