@@ -11,19 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 import typer
 from rich.table import Table
 
+from relllm.data import data_settings
 from relllm.data.corpora.patterns import PATTERNS, Pattern
-from relllm.data.data_settings import (
-    AnnotateSettings,
-    CorpusSettings,
-    EsdSettings,
-    FolderSettings,
-    IemocapSettings,
-    InspectSettings,
-    LabelSettings,
-    MspPodcastSettings,
-    WriteTargetsSettings,
-)
 from relllm.demo.demo_settings import SyntheticSettings, TinyTowersSettings
+from relllm.labels import DIMENSIONS
 
 from .options import console, from_settings
 
@@ -35,12 +26,12 @@ if TYPE_CHECKING:
 app = typer.Typer()
 prepare = typer.Typer(help="Write corpora in the form that training reads.", no_args_is_help=True)
 app.add_typer(prepare, name="prepare")
-Settings = TypeVar("Settings", bound=CorpusSettings)
+Settings = TypeVar("Settings", bound=data_settings.CorpusSettings)
 
 
 @prepare.command()
 @from_settings
-def iemocap(settings: IemocapSettings) -> None:
+def iemocap(settings: data_settings.IemocapSettings) -> None:
     """Write IEMOCAP: five sessions of two actors each. Killed, the same command goes on where it was.
 
     Example: relllm prepare iemocap corpora/IEMOCAP_full_release --out data/iemocap
@@ -52,7 +43,7 @@ def iemocap(settings: IemocapSettings) -> None:
 
 @prepare.command()
 @from_settings
-def esd(settings: EsdSettings) -> None:
+def esd(settings: data_settings.EsdSettings) -> None:
     """Write ESD: the same sentences in five emotions. Killed, the same command goes on where it was.
 
     Example: relllm prepare esd "corpora/Emotion Speech Dataset" --leave-speakers-out 0019,0020
@@ -64,7 +55,7 @@ def esd(settings: EsdSettings) -> None:
 
 @prepare.command("msp-podcast")
 @from_settings
-def msp_podcast(settings: MspPodcastSettings) -> None:
+def msp_podcast(settings: data_settings.MspPodcastSettings) -> None:
     """Write MSP-Podcast with its own splits. Killed, the same command goes on where it was.
 
     Example: relllm prepare msp-podcast corpora/MSP-Podcast --out data/msp-podcast
@@ -76,7 +67,7 @@ def msp_podcast(settings: MspPodcastSettings) -> None:
 
 @prepare.command()
 @from_settings
-def folder(settings: FolderSettings) -> None:
+def folder(settings: data_settings.FolderSettings) -> None:
     """Write your own speech: a table with paths and any of the columns, or a bare folder of audio files.
 
     Example: relllm prepare folder recordings/labels.csv --out data/ours --split train
@@ -88,7 +79,7 @@ def folder(settings: FolderSettings) -> None:
 
 
 def _add_pattern(name: str, pattern: Pattern) -> None:
-    def command(settings: LabelSettings) -> None:
+    def command(settings: data_settings.LabelSettings) -> None:
         from relllm.data.corpora.folder import parse_pattern
 
         placed = replace(settings, output_dir=settings.output_dir or Path("data") / name)
@@ -129,15 +120,13 @@ def tiny_towers(settings: TinyTowersSettings) -> None:
 
 @app.command()
 @from_settings
-def inspect(settings: InspectSettings) -> None:
+def inspect(settings: data_settings.InspectSettings) -> None:
     """Look at a data set: counts, durations, a valence-arousal plot, a few rows, and what may be wrong with it.
 
-    Checked, by id: ids used more than once; speakers and transcripts in
-    several splits; emotions that contradict a dimension (happy with valence below 0.35, angry
-    or sad with valence above 0.65, angry with arousal below 0.35). Of the
-    audio: what cannot be read; the same samples twice, in whatever container;
-    clipped (three samples in a row at full scale); silent (a peak below
-    -60 dB); long clips. Nothing is written into the data set.
+    Checked, by id: ids used more than once; speakers and transcripts in several splits; emotions that contradict a
+    dimension (happy with valence below 0.35, angry or sad with valence above 0.65, angry with arousal below 0.35). Of
+    the audio: what cannot be read; the same samples twice, in whatever container; clipped (three samples in a row at
+    full scale); silent (a peak below -60 dB); long clips. Nothing is written into the data set.
 
     Example: relllm inspect data/iemocap
     """
@@ -156,7 +145,7 @@ def inspect(settings: InspectSettings) -> None:
 
 @app.command("write-targets")
 @from_settings
-def write_replies(settings: WriteTargetsSettings) -> None:
+def write_replies(settings: data_settings.WriteTargetsSettings) -> None:
     """Have a chat LLM write the replies to learn, from transcript and emotion.
 
     Refusals and junk are dropped; what and why is in NAME.report.json. Killed, the same command goes on where it was.
@@ -184,7 +173,7 @@ def write_replies(settings: WriteTargetsSettings) -> None:
 
 @app.command()
 @from_settings
-def annotate(settings: AnnotateSettings) -> None:
+def annotate(settings: data_settings.AnnotateSettings) -> None:
     """Read arousal, dominance and valence with an emotion tower where a corpus has none.
 
     The column `dimension_source` says of each row whether its numbers are labels or a model's. Clips that cannot be
@@ -254,10 +243,9 @@ def _show_rows(inspection: Inspection, count: int) -> None:
     rows = inspection.rows
     chosen = sorted(random.Random(0).sample(range(len(rows)), min(count, len(rows))))  # the same at every look
     for row in (rows[index] for index in chosen):
-        values = [row.get(name) for name in ("arousal", "dominance", "valence")]
+        values = [row.get(name) for name in DIMENSIONS]
         dimensions = " / ".join("-" if value is None else f"{value:.2f}" for value in values)
-        texts = [row["id"], row["split"] or "-", row.get("emotion") or "-", dimensions, row.get("text") or "-"]
-        table.add_row(*texts)
+        table.add_row(row["id"], row["split"] or "-", row.get("emotion") or "-", dimensions, row.get("text") or "-")
     if chosen:
         console.print(table)
 

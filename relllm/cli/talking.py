@@ -123,9 +123,8 @@ def hear_many(
 def chat(settings: TalkSettings) -> None:
     """Talk with a model over several turns, typed or spoken; each spoken turn shows the emotion that was heard.
 
-    Inside, /help lists the commands: /wav FILE, /record, /save FILE, /reset, /quit.
-    Earlier turns are not computed again. Lines from a pipe work as well:
-    then each line is shown before its reply.
+    Inside, /help lists the commands: /wav FILE, /record, /save FILE, /reset, /quit. Earlier turns are not computed
+    again. Lines from a pipe work as well: then each line is shown before its reply.
 
     Example: relllm chat runs/demo/re-llm --text-only own --transcriber openai/whisper-tiny.en
     """
@@ -140,11 +139,9 @@ def chat(settings: TalkSettings) -> None:
 def web(settings: PageSettings) -> None:
     """Talk with a model in the browser: microphone, upload or text; what was heard, now and over the turns.
 
-    Every browser tab is a conversation of its own; they take turns at the
-    model. Nothing is sent elsewhere, and recordings are deleted. Browsers
-    give the microphone to https pages and to localhost only: from another
-    machine use `ssh -L 7860:localhost:7860 HOST`. Without --auth there is no
-    password: do not serve it to a network that you do not trust.
+    Every browser tab is a conversation of its own; they take turns at the model. Nothing is sent elsewhere, and
+    recordings are deleted. Browsers give the microphone to https pages and to localhost only: from another machine use
+    `ssh -L 7860:localhost:7860 HOST`. Without --auth there is no password: keep it from networks you do not trust.
 
     Example: relllm web runs/demo/re-llm --baseline runs/demo/speech-only
     """
@@ -152,8 +149,8 @@ def web(settings: PageSettings) -> None:
 
     with recordings_folder(), ended_by_signals():
         draw_from(settings)
-        told: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "channel": settings.channel}
-        page = Page(load_systems(settings), **told)
+        systems = load_systems(settings)
+        page = Page(systems, max_new_tokens=settings.max_new_tokens, channel=settings.channel)
         try:
             where: dict[str, Any] = {"host": settings.host, "port": settings.port, "root_path": settings.root_path}
             url = page.launch(auth=settings.visitor, **where)

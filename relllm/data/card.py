@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from relllm.labels import DIMENSIONS
+
 from .report import UNLABELLED, order_emotions
 from .rows import CorpusFacts
 
@@ -51,8 +53,7 @@ def _body(facts: CorpusFacts, report: Mapping) -> str:
         parts.append(
             f"**{shared} speakers are in more than one split**: results are of voices that training has heard."
         )
-    parts += ["## Emotions", _emotion_table(report)]
-    parts += ["## Arousal, dominance and valence", _dimension_table(report)]
+    parts += _label_tables(report["splits"])
     parts += ["## Left out", _dropped_table(report), _audio_notes(report), "## Columns", _columns(report)]
     settings = report["settings"]
     made = [f"- {name}: `{json.dumps(settings[name])}`" for name in _PUBLIC_SETTINGS if name in settings]
@@ -73,20 +74,13 @@ def _split_table(report: Mapping) -> str:
     return _table(["split", "rows", "audio", "shortest / median / longest (s)", "speakers"], rows)
 
 
-def _emotion_table(report: Mapping) -> str:
-    splits = report["splits"]
-    names = order_emotions([name for split in splits.values() for name in split["emotions"]])
-    rows = [[name, *(f"{split['emotions'].get(name, 0):,}" for split in splits.values())] for name in names]
-    return _table(["emotion", *splits], rows)
-
-
-def _dimension_table(report: Mapping) -> str:
-    splits = report["splits"]
-    rows = [
-        [name, *(f"{split['dimensions'][name]['rows']:,}" for split in splits.values())]
-        for name in next(iter(splits.values()))["dimensions"]
-    ]
-    return "Rows that have each, in [0, 1]:\n\n" + _table(["", *splits], rows)
+def _label_tables(splits: Mapping[str, Mapping]) -> list[str]:
+    each = splits.values()
+    names = order_emotions([name for split in each for name in split["emotions"]])
+    rows = [[name, *(f"{split['emotions'].get(name, 0):,}" for split in each)] for name in names]
+    found = ["## Emotions", _table(["emotion", *splits], rows), "## Arousal, dominance and valence"]
+    rows = [[name, *(f"{split['dimensions'][name]['rows']:,}" for split in each)] for name in DIMENSIONS]
+    return [*found, "Rows that have each, in [0, 1]:\n\n" + _table(["", *splits], rows)]
 
 
 def _dropped_table(report: Mapping) -> str:

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,8 @@ def digest_rows(rows: Dataset) -> set[bytes]:
     if "id" not in rows.column_names:
         return set()
     texts = rows["text"][:] if "text" in rows.column_names else [None] * len(rows)
-    return set(_digests(zip(rows["id"][:], texts, strict=True)))
+    said = [f"{row_id}\0{text or ''}" for row_id, text in zip(rows["id"][:], texts, strict=True) if row_id is not None]
+    return {hashlib.sha256(one.encode()).digest()[:DIGEST_BYTES] for one in said}
 
 
 def pack_digests(digests: Iterable[bytes]) -> str:
@@ -64,9 +65,3 @@ def unpack_digests(text: str) -> set[bytes]:
     if len(content) % DIGEST_BYTES:
         raise ValueError(f"{len(content)} bytes are no digests of {DIGEST_BYTES} each: the record is damaged.")
     return {content[at : at + DIGEST_BYTES] for at in range(0, len(content), DIGEST_BYTES)}
-
-
-def _digests(rows: Iterable[tuple[object, object]]) -> Iterator[bytes]:
-    for row_id, text in rows:
-        if row_id is not None:
-            yield hashlib.sha256(f"{row_id}\0{text or ''}".encode()).digest()[:DIGEST_BYTES]

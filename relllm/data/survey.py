@@ -148,22 +148,17 @@ def check_surveys(
     for name, survey in surveys.items():
         _check_values(survey, f"the {name} rows", emotion_labels, weights, tasks)
         if name == TRAINING:
-            _check_fed(survey, weights)
-            if len(tasks) > 1:
-                _check_tasks(survey, tasks)
+            _check_fed(survey, weights, tasks)
 
 
-def _check_tasks(survey: RowSurvey, tasks: Sequence[str]) -> None:
-    for task in tasks:
+def _check_fed(survey: RowSurvey, weights: Mapping[str, float], tasks: Sequence[str]) -> None:
+    for task in tasks if len(tasks) > 1 else ():
         if survey.rows and not survey.feeding(task):
             counts = ", ".join(f"{one}: {survey.feeding(one)}" for one in tasks)
             raise ValueError(
                 f"The task {task!r} is given, and none of {survey.rows} training rows has {TASKS[task]}; rows for "
                 f"each task: {counts}; the columns are {survey.columns}. Leave it out of tasks, or add the column."
             )
-
-
-def _check_fed(survey: RowSurvey, weights: Mapping[str, float]) -> None:
     fed = {
         "response_kl_weight": (survey.transcripts, "a transcript in `text`"),
         "emotion_loss_weight": (survey.emotions.total(), "an `emotion`"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 from rich.console import Console
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
+from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from relllm.labels import EMOTIONS
@@ -79,7 +79,10 @@ def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
     It learns the question about the emotion too, as an LLM knows it: with the emotion told behind the transcript.
     """
     set_seed(settings.seed)
-    tokenizer = _train_tokenizer(corpus["train"])
+    prompts = [SYSTEM_PROMPT, WRITER_PROMPT, RECOGNITION_PROMPT, "system\nuser\nassistant\n"]
+    texts = [*prompts, *corpus["train"]["text"], *corpus["train"]["response"], *EMOTIONS]
+    tokenizer = train_byte_tokenizer(texts, vocab_size=1000, min_frequency=2)
+    tokenizer.chat_template = build_chat_template(tokenizer)
     config = llama_config(tokenizer, 128, layers=4, kv_heads=4)
     system, rows = [{"role": "system", "content": SYSTEM_PROMPT}], []
     question = recognition_prompt(EMOTIONS)
@@ -101,14 +104,6 @@ def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
 def _turns(before: list[dict], request: str, answer: str) -> dict[str, list[dict]]:
     prompt = [*before, {"role": "user", "content": request}]
     return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
-
-
-def _train_tokenizer(rows: Dataset) -> PreTrainedTokenizerFast:
-    prompts = [SYSTEM_PROMPT, WRITER_PROMPT, RECOGNITION_PROMPT, "system\nuser\nassistant\n"]
-    texts = [*prompts, *rows["text"], *rows["response"], *EMOTIONS]
-    tokenizer = train_byte_tokenizer(texts, vocab_size=1000, min_frequency=2)
-    tokenizer.chat_template = build_chat_template(tokenizer)
-    return tokenizer
 
 
 def _train_tower(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:

@@ -24,18 +24,9 @@ from relllm.modeling.places_relllm import find_file
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.turns_relllm import build_chat_template
 
+from . import asking
 from .adapters import base_of, load_causal_lm, read_adapter, read_config
-from .asking import (
-    RECOGNITION_TOKENS,
-    Questions,
-    answer_tokens,
-    conversations,
-    encode_prompts,
-    number,
-    parse_emotion,
-    render,
-    render_prompts,
-)
+from .asking import Questions
 from .evaluation_settings import NO_TRANSCRIPT, READERS, SYSTEMS, System
 
 
@@ -55,7 +46,7 @@ class Predictor:
         self.template = template
         self.questions = questions
         self.options = {"pad_token_id": tokenizer.pad_token_id, **options}
-        self.label_tokens = [answer_tokens(tokenizer, template, label) for label in questions.labels]
+        self.label_tokens = [asking.answer_tokens(tokenizer, template, label) for label in questions.labels]
 
     @torch.no_grad()
     def predict(self, rows: Sequence[Mapping]) -> list[dict]:
@@ -94,23 +85,23 @@ class Predictor:
 
     def generate(self, prompts: list[str], audio: Any, limit: int) -> list[str]:
         """Return the greedy answer to each prompt."""
-        inputs = encode_prompts(self.tokenizer, prompts, self.model.device)
+        inputs = asking.encode_prompts(self.tokenizer, prompts, self.model.device)
         answers = generate_answers(self.model, inputs, audio=audio, max_new_tokens=limit, **self.options)
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     def score(self, prompts: list[str], audio: Any) -> Tensor:
         """Return the log-probability of each label as the answer to each prompt, `(prompts, labels)`."""
-        inputs = encode_prompts(self.tokenizer, prompts, self.model.device)
+        inputs = asking.encode_prompts(self.tokenizer, prompts, self.model.device)
         return score_answers(self.model, inputs, self.label_tokens, audio=audio)
 
     def _recognise(self, prompts: list[str], audio: Any) -> list[dict]:
-        texts = self.generate(prompts, audio, RECOGNITION_TOKENS)
+        texts = self.generate(prompts, audio, asking.RECOGNITION_TOKENS)
         scores = self.score(prompts, audio)
         labels = self.questions.labels
         return [
             {
-                "generated": {"text": text, "emotion": parse_emotion(text, labels)},
-                "likelihood": {name: number(value) for name, value in zip(labels, values, strict=True)},
+                "generated": {"text": text, "emotion": asking.parse_emotion(text, labels)},
+                "likelihood": {name: asking.number(value) for name, value in zip(labels, values, strict=True)},
             }
             for text, values in zip(texts, scores.softmax(-1).tolist(), strict=True)
         ]
@@ -122,7 +113,7 @@ class SpeechPredictor(Predictor):
     def __init__(self, model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, questions: Questions) -> None:
         super().__init__(model, processor.tokenizer, _template_of(processor), questions)
         self.processor = processor
-        self.prompts = render_prompts(self.tokenizer, self.template, questions, audio=True)
+        self.prompts = asking.render_prompts(self.tokenizer, self.template, questions, audio=True)
 
     def read(self, row: Mapping, result: dict) -> Any:
         """Read the clip, whose duration is a part of the line."""
@@ -148,7 +139,7 @@ class SpeechPredictor(Predictor):
             trained = self.model.config.trained_readings
             for part, values in zip(found, heard.dimensions.float().tolist(), strict=True):
                 named = zip(DIMENSIONS, values, strict=True)
-                part["dimensions"] = {k: number(v) for k, v in named if trained is None or k in trained}
+                part["dimensions"] = {k: asking.number(v) for k, v in named if trained is None or k in trained}
         return found
 
     def encode(self, clips: list) -> tuple[Any, list[int]]:
@@ -169,7 +160,7 @@ class SpeechPredictor(Predictor):
             return []
         logits = heard.emotion_logits.float()[:, [classes.index(name) for name in known]]
         rows = [dict(zip(known, row, strict=True)) for row in logits.softmax(-1).tolist()]
-        return [{name: number(row.get(name, 0.0)) for name in self.questions.labels} for row in rows]
+        return [{name: asking.number(row.get(name, 0.0)) for name in self.questions.labels} for row in rows]
 
 
 class TextPredictor(Predictor):
@@ -186,8 +177,9 @@ class TextPredictor(Predictor):
         return row[self.text_column]
 
     def answer(self, subjects: list) -> list[dict]:
-        asked = [conversations(self.questions, {"type": "text", "text": text}) for text in subjects]
-        return self.ask(lambda name: [render(self.tokenizer, self.template, one[name]) for one in asked], len(asked))
+        asked = [asking.conversations(self.questions, {"type": "text", "text": text}) for text in subjects]
+        form = (self.tokenizer, self.template)
+        return self.ask(lambda name: [asking.render(*form, one[name]) for one in asked], len(asked))
 
 
 class _AskedInVllm(Predictor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -57,8 +57,7 @@ def to_latex(table: Table) -> str:
     lines = [r"\begin{table*}", r"\centering", r"\small", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
     groups = [(group, len(list(members))) for group, members in groupby(group for group, _ in table.header)]
     if any(group for group, _ in groups):
-        lines.append(_latex_row(_spans(groups)))
-        lines.append(_rules_below(groups))
+        lines += _group_lines(groups)
     lines += [_latex_row(_escape(name) for _, name in table.header), r"\midrule"]
     lines += [_latex_row(_escape(cell) for cell in row) for row in table.rows]
     caption = " ".join(_escape(sentence) for sentence in (table.title + ".", *table.notes))
@@ -92,19 +91,15 @@ def _escape(text: str) -> str:
     return "".join(_LATEX.get(mark, mark) for mark in text)
 
 
-def _latex_row(cells: Iterator[str]) -> str:
+def _latex_row(cells: Iterable[str]) -> str:
     return " & ".join(cells) + r" \\"
 
 
-def _spans(groups: list[tuple[str, int]]) -> Iterator[str]:
+def _group_lines(groups: list[tuple[str, int]]) -> list[str]:
+    """Return a row of groups over their columns, and the rules below them."""
+    cells, rules, at = [], [], 1
     for group, width in groups:
-        yield rf"\multicolumn{{{width}}}{{c}}{{{_escape(group)}}}" if group else " & ".join([""] * width)
-
-
-def _rules_below(groups: list[tuple[str, int]]) -> str:
-    rules, at = [], 1
-    for group, width in groups:
-        if group:
-            rules.append(rf"\cmidrule(lr){{{at}-{at + width - 1}}}")
+        cells.append(rf"\multicolumn{{{width}}}{{c}}{{{_escape(group)}}}" if group else " & ".join([""] * width))
+        rules += [rf"\cmidrule(lr){{{at}-{at + width - 1}}}"] if group else []
         at += width
-    return " ".join(rules)
+    return [_latex_row(cells), " ".join(rules)]

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult
 
@@ -149,17 +150,11 @@ def _describe_data(run: Mapping) -> str:
 
 
 def _results_of_run(run: Mapping) -> Iterator[EvalResult]:
+    data: dict[str, Any] = {"dataset_type": run["data"]["corpus"], "dataset_name": _describe_data(run)}
+
     def result(task: str, task_name: str, metric: str, name: str, value: object) -> EvalResult:
-        return EvalResult(
-            task_type=task,
-            task_name=task_name,
-            dataset_type=run["data"]["corpus"],
-            dataset_name=_describe_data(run),
-            dataset_split=run["data"]["split"],
-            metric_type=metric,
-            metric_name=name,
-            metric_value=_rounded(value),
-        )
+        told: dict[str, Any] = {"task_type": task, "task_name": task_name, "metric_type": metric, "metric_name": name}
+        return EvalResult(**data, **told, dataset_split=run["data"]["split"], metric_value=_rounded(value))
 
     for reading, scores in run.get("recognition", {}).items():
         for key, (metric, short) in PUBLISHED_METRICS.items():

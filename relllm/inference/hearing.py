@@ -137,7 +137,9 @@ def write_heard(clips: Clips, load_model: LoadModel, settings: HearSettings) -> 
             for entries in hear_windows(todo, load_model, settings, len(journal.done)):
                 journal.append(entries)
 
-    stamps = {"weights": _stamp(Path(os.path.expanduser(settings.model))), "clips": _digest(clips)}
+    names = "".join(f"{name}\0{clip.stamp}\n" for name, clip in clips.items())  # which these are, and what is in them
+    digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
+    stamps = {"weights": _stamp(Path(os.path.expanduser(settings.model))), "clips": digest}
     report = make_file(out, {"task": "hear", **settings.identity, **stamps}, fill, finish)
     if settings.plots is not None:
         _draw(_read_table(out), settings.plots)  # also of a table that was complete before
@@ -229,12 +231,6 @@ def _columns(heard: Heard, part: _Part) -> dict[str, object]:
         raise ValueError(f"{part.clip}: the model gives no number for {', '.join(wrong)}. Try --dtype float32.")
     rounded = {name: round(value, DIGITS) for name, value in named.items()}
     return {"emotion": heard.emotion, **rounded}
-
-
-def _digest(clips: Clips) -> str:
-    """Return a digest of which clips these are, and of what is in them."""
-    lines = [f"{name}\0{clip.stamp}\n" for name, clip in clips.items()]
-    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _stamp(place: Path) -> str | None:

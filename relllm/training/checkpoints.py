@@ -294,7 +294,10 @@ class CheckpointMixin(LastStepMixin):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))  # with the best one's final place
-            _put_in_place(Path(staged), Path(final))
+            if os.path.exists(final):  # of an earlier run at the same step, which goes once this one is in its place
+                os.rename(final, os.path.join(run_dir, UNFINISHED, f"replaced-{name}"))
+            os.rename(staged, final)
+            shutil.rmtree(os.path.dirname(staged), ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
@@ -362,11 +365,3 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
                 "Train from towers that are on the Hub to send light checkpoints."
             )
     return None
-
-
-def _put_in_place(staged: Path, final: Path) -> None:
-    """Rename, and only then remove what an earlier run left at the same step."""
-    if final.exists():
-        final.rename(staged.with_name(f"replaced-{final.name}"))
-    staged.rename(final)
-    shutil.rmtree(staged.parent, ignore_errors=True)

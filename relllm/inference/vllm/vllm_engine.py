@@ -22,17 +22,7 @@ Clips = Sequence[Sequence[np.ndarray]]  # of each prompt
 
 
 class OfflineEngine:
-    """A ReLLM or any causal LM in vLLM.
-
-    Args:
-        model (`str`): A folder or Hub id.
-        revision (`str`): On the Hub.
-        dtype (`str`): `"auto"` is the checkpoint's own.
-        arguments (`str`, *optional*): JSON: further arguments of `vllm.LLM`.
-
-    Raises:
-        ImportError: If the installed vLLM is not one that this package knows.
-    """
+    """A ReLLM or any causal LM in vLLM; `arguments` is JSON: further arguments of `vllm.LLM`."""
 
     def __init__(
         self, model: str, *, revision: str = "main", dtype: str = "auto", arguments: str | None = None

@@ -73,12 +73,9 @@ class ScopedLoraMethod(LinearMethodBase):
 def add_scoped_lora(
     llm: nn.Module, layers: Iterable[ScopedLinear], scope: StepScope, packed: Mapping[str, Sequence[str]]
 ) -> None:
-    """Give vLLM's linear layers their part of the LoRA, to be filled by the LLM's own loader.
+    """Give the linear layers of vLLM's LLM, with empty weights, their part of the LoRA, for its own loader to fill.
 
-    Args:
-        llm: Of vLLM, with empty weights.
-        layers: Those that have a LoRA in Transformers' implementation of the LLM, by its names.
-        packed: vLLM's fused layers and what they are made of.
+    `layers` are those with a LoRA in Transformers' implementation, `packed` vLLM's fused ones with their parts.
     """
     wanted = {layer.layer_name: layer for layer in layers}
     for name, layer in list(llm.named_modules()):
