@@ -35,13 +35,14 @@ def check_settings(settings: Any) -> None:
     """Raise a `ValueError` for a setting that its `Literal` does not have, or that is below its `min`."""
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
-        name, value, kind = field.name, getattr(settings, field.name), hints[field.name]
-        literals = [one for one in (kind, *typing.get_args(kind)) if typing.get_origin(one) is typing.Literal]
-        choices = [choice for one in literals for choice in typing.get_args(one)]
-        if choices and value is not None and value not in choices:
+        name, value, least = field.name, getattr(settings, field.name), field.metadata.get("min")
+        kinds = [kind for kind in typing.get_args(hints[name] | None) if kind is not type(None)]
+        choices = [choice for kind in kinds for choice in typing.get_args(kind)]
+        is_choice = all(typing.get_origin(kind) is typing.Literal for kind in kinds)
+        if is_choice and value not in (*choices, None):
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
-        if value is not None and value < field.metadata.get("min", value):
-            raise ValueError(f"{name} must be at least {field.metadata['min']}, got {value}.")
+        if least is not None and value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def read_object(text: str | None, name: str, example: str) -> dict:

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from transformers import TrainingArguments
@@ -14,7 +14,7 @@ from trl import SFTConfig
 from relllm.data.mixing import DataSource, parse_sources
 from relllm.data.survey import TASKS
 from relllm.modeling.places_relllm import check_place
-from relllm.setting import setting
+from relllm.setting import check_settings, setting
 
 from .augmentation import AugmentationSettings
 from .tower_cache import TowerCacheSettings
@@ -94,7 +94,7 @@ class ReLLMSettings(TowerCacheSettings, AugmentationSettings, OfThisMachine):
         for weight in self.emotion_class_weights or []:
             if self.emotion_class_weights != ["balanced"] and not _is_weight(weight):
                 raise ValueError(f"emotion_class_weights takes numbers >= 0, or `balanced`, got {weight!r}.")
-        check_choices(self)
+        check_settings(self)
         if unknown := sorted(set(self.unfreeze) - set(TOWERS)):
             raise ValueError(f"unfreeze has {unknown}; it takes any of {TOWERS}.")
         if self.use_liger_kernel:
@@ -225,18 +225,6 @@ class ReLLMSFTConfig(ReLLMSettings, PaperConfig):
 
 OF_ANY_METHOD = list(ReLLMSettings.__annotations__)
 OWN_SETTINGS = [*PaperConfig.__annotations__, *OF_ANY_METHOD, *ReLLMSFTConfig.__annotations__]  # with defaults of ours
-
-
-def check_choices(settings: object) -> None:
-    """Raise a `ValueError` for a field that is typed as a `Literal` and has another value."""
-    for name, hint in get_type_hints(type(settings)).items():
-        kinds = [hint] if get_origin(hint) is Literal else get_args(hint)
-        if not kinds or any(get_origin(kind) is not Literal and kind is not type(None) for kind in kinds):
-            continue
-        allowed = [value for kind in kinds for value in get_args(kind)]
-        value = getattr(settings, name)
-        if value not in allowed and not (value is None and type(None) in kinds):
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
 
 def check_places(script: "RowsSettings", *, data: bool = True) -> None:
@@ -392,7 +380,7 @@ class ReLLMScriptArguments(LoraSettings, SplitSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self)
+        check_settings(self)
         if self.data is None:
             raise ValueError("data is missing: where the rows are. Give --data, or a line `data: …` in the recipe.")
         if self.model_name_or_path is None:

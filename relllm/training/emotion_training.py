@@ -33,11 +33,11 @@ from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 from relllm.processing.audio_relllm import MAX_DURATION_S, MIN_DURATION_S, load_audio
 from relllm.processing.feature_extraction_relllm import shortest_clip
-from relllm.setting import setting
+from relllm.setting import check_settings, setting
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
 from .checkpoints import LastStepMixin, begin_run, complete_run, describe_origin
-from .config import RowsSettings, check_choices, check_places, check_selection
+from .config import RowsSettings, check_places, check_selection
 from .lengths import GroupByLengthMixin, check_clip_limits, clip_duration
 from .losses import IGNORE_INDEX, ccc_loss
 from .objective import class_weights
@@ -64,7 +64,7 @@ class EmotionScriptArguments(RowsSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self)
+        check_settings(self)
         if self.model_name_or_path is None or self.data is None:
             raise ValueError("model_name_or_path and data are needed: what to fine-tune, and on which rows.")
         if self.num_layers is not None and self.num_layers < 1:

@@ -19,7 +19,7 @@ from relllm.data.survey import emotions_of, only_one, survey_rows
 from relllm.modeling.checkpoint_relllm import place_of
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from relllm.processing.turns_relllm import build_chat_template
-from relllm.setting import setting
+from relllm.setting import check_settings, setting
 
 from ..checkpoints import LastStepMixin, begin_run, complete_run, describe_origin
 from ..config import (
@@ -27,7 +27,6 @@ from ..config import (
     LoraSettings,
     PaperConfig,
     SplitSettings,
-    check_choices,
     check_places,
     check_selection,
 )
@@ -50,7 +49,7 @@ class TextScriptArguments(LoraSettings, SplitSettings):
         super().__post_init__()
         if self.text_model is None or self.data is None:
             raise ValueError("text_model and data are needed: what to fine-tune, and on which rows.")
-        check_choices(self)
+        check_settings(self)
         for name in ("lora_r", "lora_alpha", "lora_dropout"):
             if getattr(self, name) is None:
                 setattr(self, name, OF_A_NEW_MODEL[name])
