@@ -180,9 +180,8 @@ def vote_metrics(
     if (empty := np.flatnonzero(shares.sum(axis=1) == 0)).size:
         raise ValueError(f"The votes at position {empty[0]} have none of {names}. Leave out clips without one.")
     shares /= shares.sum(axis=1, keepdims=True)
-    majority = [
-        label if label in names else names[at] for label, at in zip(labels, shares.argmax(axis=1), strict=True)
-    ]
+    likeliest = [names[at] for at in shares.argmax(axis=1)]
+    majority = [label if label in names else name for label, name in zip(labels, likeliest, strict=True)]
     credited = [
         said if said is not None and said in row else truth
         for said, row, truth in zip(predictions, votes, majority, strict=True)

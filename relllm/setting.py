@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 REQUIRED = dataclasses.MISSING
+DATA_SET = "A corpus: a directory, a .jsonl/.csv/.parquet file, or a Hub id."  # the help of the settings that name one
 METHODS = ("sft", "grpo")  # of `relllm train`
 
 

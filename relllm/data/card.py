@@ -50,9 +50,7 @@ def _body(facts: CorpusFacts, report: Mapping) -> str:
         parts[-1] += f"\n\nWhere it comes from: <{facts.homepage}>"
     parts += ["## Splits", _split_table(report)]
     if shared := len(report["speakers_in_several_splits"]):
-        parts.append(
-            f"**{shared} speakers are in more than one split**: results are of voices that training has heard."
-        )
+        parts.append(f"**{shared} speakers are in more than one split**: results are of voices that training heard.")
     parts += _label_tables(report["splits"])
     parts += ["## Left out", _dropped_table(report), _audio_notes(report), "## Columns", _columns(report)]
     settings = report["settings"]

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from relllm.labels import DIMENSIONS
 from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT
-from relllm.setting import REQUIRED, check_engine, check_settings, read_object, setting
+from relllm.setting import DATA_SET, REQUIRED, check_engine, check_settings, read_object, setting
 
 from .rows import PSEUDO_SOURCE, LabelSet
 
@@ -157,9 +157,7 @@ class FolderSettings(LabelSettings):
 class InspectSettings:
     """What a look at a data set reads, finds and shows."""
 
-    data: str = setting(
-        REQUIRED, "A data set: a folder, a .jsonl/.csv/.parquet file, or a Hub id.", argument=True, place="dataset"
-    )
+    data: str = setting(REQUIRED, DATA_SET, argument=True, place="dataset")
     output_dir: Path | None = setting(None, "Folder of report and plot; else runs/inspect/NAME.")
     audio: bool = setting(True, "Decode every clip; --no-audio looks at the table alone.")
     num_proc: int | None = setting(None, "Processes that decode; else one for each core.", min=1)
@@ -173,9 +171,7 @@ class InspectSettings:
 class RunSettings:
     """What the commands that add a column to a data set share."""
 
-    data: str = setting(
-        REQUIRED, "A corpus: a directory, a .jsonl/.csv/.parquet file, or a Hub id.", argument=True, place="dataset"
-    )
+    data: str = setting(REQUIRED, DATA_SET, argument=True, place="dataset")
     out: Path = setting(REQUIRED, "The rows with what is added: .jsonl or .parquet.")
     split: str | None = setting(None, "Split of the data; by default every one.")
     batch_size: int = setting(16, "Clips read, or replies written by a local LLM, at once.", min=1)

@@ -277,6 +277,7 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
     towers = getattr(config, "towers", None) or {}
     if (adapter := read_adapter(settings.model, settings.revision)) is not None:
         towers = {"text_model": {"name": adapter["base_model_name_or_path"], "revision": adapter.get("revision")}}
+    places = {kind: (tower.get("name"), tower.get("revision")) for kind, tower in towers.items()}
     greedy = {name: value for name, value in GREEDY.items() if value is not None}
     limits = {"recognition": RECOGNITION_TOKENS, "reply": plan.questions.max_new_tokens}
     packages = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "audmetric")
@@ -289,9 +290,7 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
             "id": settings.model,
             "revision": find_commit(settings.model, settings.revision),
             "fingerprint": plan.identity["model_fingerprint"],
-            "towers": {
-                kind: "@".join(filter(None, map(one.get, ("name", "revision")))) for kind, one in towers.items()
-            },
+            "towers": {kind: "@".join(filter(None, place)) for kind, place in places.items()},
             "dtype": settings.dtype,
         },
         "data": {

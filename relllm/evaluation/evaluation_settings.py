@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from relllm.setting import REQUIRED, check_engine, check_settings, setting
+from relllm.data.rows import LabelSet
+from relllm.setting import DATA_SET, REQUIRED, check_engine, check_settings, setting
 
 Task: TypeAlias = Literal["ser", "dimensions", "empathy"]
 System: TypeAlias = Literal["text-only", "text-only-tuned", "speech-only", "re-llm"]
 Mechanism: TypeAlias = Literal["ER", "IP", "EX"]  # of empathy, after EPITOME
-LabelSetName: TypeAlias = Literal["4", "5", "all"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -38,13 +38,11 @@ class EvaluationSettings:
         argument=True,
         place="checkpoint or adapter",
     )
-    data: str = setting(
-        REQUIRED, "A corpus: a directory, a .jsonl/.csv/.parquet file, or a Hub id.", argument=True, place="dataset"
-    )
+    data: str = setting(REQUIRED, DATA_SET, argument=True, place="dataset")
     output_dir: Path = setting(REQUIRED, "Folder for predictions, metrics and plots.")
     tasks: tuple[Task, ...] | None = setting(None, "Of ser,dimensions,empathy; by default all that can be measured.")
     system: System | None = setting(None, "By default what the checkpoint is.")
-    label_set: LabelSetName | None = setting(None, "Emotions to choose from; by default the checkpoint's.")
+    label_set: LabelSet | None = setting(None, "Emotions to choose from; by default the checkpoint's.")
     split: str = setting("test", "Split of the data; all, or empty, for all rows.")
     held_out: str | None = setting(None, "The test split made at reading, such as session=Ses05.")
     allow_seen: bool = setting(False, "Measure rows that the model was trained on or chosen by; its card says so.")
@@ -81,9 +79,7 @@ class ComparisonSettings:
     runs: list[Path] = setting(REQUIRED, "Folders that `relllm evaluate` wrote.", argument=True)
     baseline: list[str] = setting(REQUIRED, "What gains are over: a system, a run's name or its folder. Repeat it.")
     output_dir: Path = setting(Path("runs/comparison"), "Folder for the tables and plots.")
-    resample: Literal["auto", "clips", "speakers"] = setting(
-        "auto", "What the bootstrap draws; auto: speakers where there are 10."
-    )
+    resample: Literal["auto", "clips", "speakers"] = setting("auto", "What is drawn; auto: speakers if there are 10.")
     group: Literal["system", "name"] | None = setting(
         None, "Make runs of one system, or name, one row: several seeds, mean and deviation."
     )

@@ -13,11 +13,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from relllm.evaluation.evaluation_settings import EMPATHY_PARTS
+from relllm.evaluation.evaluation_settings import EMPATHY_PARTS, FORMAT, METRICS
 
 from .licences import MSP_TOWER, Tower
 
-RUN_FORMAT = "relllm-run-1"
 EVIDENCE_FORMAT = "relllm-evaluation-1"
 EVIDENCE_NAME = "evaluation.json"
 # Of a run's metrics.json, what may be published. Not its `data.id` and `name`, which are paths as a rule, nor what a
@@ -39,10 +38,10 @@ PUBLISHED_METRICS = {"ua": ("recall", "UA"), "wa": ("accuracy", "WA"), "macro_f1
 
 def read_public_run(folder: Path, fingerprint: str) -> dict[str, object]:
     """Read what may be published of one run; one that measured another model is a `ValueError`."""
-    path = folder / "metrics.json"
+    path = folder / METRICS
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: that run is not finished. Go on with `relllm evaluate` first.")
-    metrics = _load_json(path, RUN_FORMAT)
+    metrics = _load_json(path, FORMAT)
     found, folds = metrics["model"].get("fingerprint"), metrics.get("folds")
     of_folds = list((folds or {}).get("models", {}).values())
     if fingerprint not in (found, *of_folds):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from relllm.data.corpora.folder import AUDIO_SUFFIXES, OTHER_SUFFIXES
 from relllm.modeling.checkpoint_relllm import check_one_form
 from relllm.uploads import CARD_FILES, CHECKPOINT_FILES
 
@@ -18,8 +19,7 @@ CODE_FILES = {path.name for room in ("modeling", "processing") for path in (PACK
 TERMS_FILES = ("LICENSE*", "NOTICE*")
 SECRET_FILES = (".env", ".env.*", ".netrc", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "id_ecdsa*", "credentials*")
 CORPUS_FILES = (
-    *("*.wav", "*.flac", "*.mp3", "*.ogg", "*.opus", "*.m4a", "*.aac", "*.sph", "*.webm", "*.mp4"),
-    *("*.amr", "*.wma", "*.mkv", "*.aif", "*.aiff", "*.au", "*.w64"),
+    *(f"*{suffix}" for suffix in AUDIO_SUFFIXES + OTHER_SUFFIXES),
     *("*.parquet", "*.arrow", "*.jsonl", "*.csv", "*.tsv"),
 )
 # Whole folders of a run or of a tool, which are not looked into.

@@ -174,9 +174,7 @@ def _read_parts(clips: Clips, extractor: ReLLMFeatureExtractor, settings: HearSe
             duration_s = read.shape[-1] / extractor.sampling_rate
             if settings.every is None and duration_s > extractor.max_duration_s:
                 longest = f"{extractor.max_duration_s:g} s"
-                raise ValueError(
-                    f"{name}: it lasts {duration_s:.1f} s, and a row is of at most {longest}: --every 10."
-                )
+                raise ValueError(f"{name}: it lasts {duration_s:.1f} s, one row is of at most {longest}: --every 10.")
         except (ImportError, OSError, ValueError, TypeError) as error:  # ImportError: what a container needs
             yield _Part(name, 1, {"clip": name, "error": f"{error}"})
             continue

@@ -33,9 +33,7 @@ from .text_conversation import NoWordsError, TextConversation
 if TYPE_CHECKING:
     import gradio
 
-ABOUT = (
-    "It hears how something is said. For research: it does not diagnose, and what it reads in a voice may be wrong."
-)
+ABOUT = "It hears how something is said. For research: it does not diagnose, and what it hears may be wrong."
 CSS = """
 .about :is(h1, p) { display: inline; margin-right: .5em; } .about h1 { font-size: 1.25rem; }
 :is(.error, #microphone:not(:empty)) { border-left: 4px solid #c0362c; padding-left: 8px; font-weight: 600; }
@@ -60,9 +58,7 @@ CSS = """
 MICROPHONE = """async () => {
   const devices = navigator.mediaDevices;
   const say = (text) => { document.getElementById("microphone").textContent = text; };
-  const reasons = {
-    NotAllowedError: "this browser does not allow it to this page.", NotFoundError: "there is none here.",
-  };
+  const reasons = {NotAllowedError: "this browser does not allow it to this page.", NotFoundError: "there is none."};
   const none = (why) => say(`No microphone: ${why} Type or upload instead.`);
   if (!devices) return none("browsers give it to https and localhost only.");
   const ask = devices.getUserMedia.bind(devices);

@@ -342,9 +342,8 @@ class CheckpointMixin(LastStepMixin):
         lost = sorted(trained.intersection(load_result.missing_keys))
         known = self.model.state_dict().keys()
         # what bitsandbytes keeps beside a 4-bit weight (`….weight.absmax`) is the frozen weight's own, and is there
-        unexpected = [
-            key for key in load_result.unexpected_keys if f"{key.rpartition('.weight.')[0]}.weight" not in known
-        ]
+        stems = {key: key.rpartition(".weight.")[0] for key in load_result.unexpected_keys}
+        unexpected = [key for key, stem in stems.items() if f"{stem}.weight" not in known]
         if lost or unexpected:
             raise ValueError(
                 f"The checkpoint does not fit this run: it lacks {len(lost)} weights that train, {lost[:3]}, and has "

@@ -54,9 +54,7 @@ LEFTOVER_S = 24 * 3600  # a temporary file as old as this is of a killed process
 class TowerCacheSettings:
     """The setting that the trainer's configuration inherits; the cache is off by default."""
 
-    tower_cache_dir: str | None = setting(
-        None, "Keep the frozen towers' outputs here (also --cache-dir).", aliases=["--cache-dir"]
-    )
+    tower_cache_dir: str | None = setting(None, "Folder for the frozen towers' outputs.", aliases=["--cache-dir"])
 
 
 def check_cache_dir(place: str) -> None:

@@ -107,19 +107,16 @@ def _name_splits(present: list[int], held_out: int, validation: int | None) -> d
 
 def _read_labels(root: Path, sessions: list[int], splits: dict[str, str]) -> Iterator[parsing.Label | Dropped]:
     for path in _text_files(root, sessions, "EmoEvaluation"):
-        label: parsing.Label | Dropped | None = None
+        labels: list[parsing.Label | Dropped] = []
         for number, line in enumerate(parsing.read_lines(path)[0], start=1):
             if not line or line.startswith("%"):
                 continue
             if not _RATER.match(line):
-                if label is not None:
-                    yield label
-                label = _parse_label(line, f"{path.relative_to(root)}:{number}", splits)
-            elif isinstance(label, parsing.Label) and (vote := _VOTE.match(line)):
+                labels.append(_parse_label(line, f"{path.relative_to(root)}:{number}", splits))
+            elif labels and isinstance(last := labels[-1], parsing.Label) and (vote := _VOTE.match(line)):
                 chosen = (name.strip() for name in vote[1].split(";"))
-                label = replace(label, votes=(*label.votes, *filter(None, chosen)))
-        if label is not None:
-            yield label
+                labels[-1] = replace(last, votes=(*last.votes, *filter(None, chosen)))
+        yield from labels
 
 
 def _parse_label(line: str, where: str, splits: dict[str, str]) -> parsing.Label | Dropped:

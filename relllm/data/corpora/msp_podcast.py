@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def _find_file(root: Path, names: tuple[str, ...]) -> Path | None:
     return next((path for wanted in names for path in paths if path.name.lower() == wanted), None)
 
 
-def _read_labels(root: Path, corpus: Corpus) -> Iterator[Label | Dropped]:
+def _read_labels(root: Path, corpus: Corpus) -> Iterable[Label | Dropped]:
     if path := _find_file(root, CSV_FILES):
         return _parse_csv(path, root)
     path = _find_file(root, TEXT_FILES)
@@ -159,27 +159,26 @@ def _row_stem(row: Mapping[str, str]) -> str:
     return _stem(name) or (name if re.fullmatch(r"[\w-]+", name) else "")
 
 
-def _parse_text(path: Path, root: Path) -> Iterator[Label | Dropped]:
+def _parse_text(path: Path, root: Path) -> list[Label | Dropped]:
     """`MSP-PODCAST_0001_0008.wav; N; A:2.200000; V:4.000000; D:2.600000;` and then one line for each worker."""
     splits, speakers = _read_pairs(root, PARTITION_FILES), _read_pairs(root, SPEAKER_FILES)
-    label: Label | Dropped | None = None
+    labels: list[Label | Dropped] = []
     for number, line in enumerate(parsing.read_lines(path)[0], start=1):
-        if line.upper().startswith("WORKER") and isinstance(label, Label):
-            label = replace(label, votes=(*label.votes, *_split_line(line, ";")[1:2]))
-        if not line or line.upper().startswith("WORKER"):
+        is_vote = line.upper().startswith("WORKER")
+        if is_vote and labels and isinstance(last := labels[-1], Label):
+            labels[-1] = replace(last, votes=(*last.votes, *_split_line(line, ";")[1:2]))
+        if not line or is_vote:
             continue
-        if label is not None:
-            yield label
         where, fields = f"{path.relative_to(root)}:{number}", _split_line(line.rstrip("; "), ";")
         stem = _stem(fields[0])
         ratings = dict(field.split(":", 1) for field in fields[2:] if field.count(":") == 1)
         if not stem or len(fields) != 5 or set(ratings) != set(_LETTERS):
-            label = Dropped(stem or where, parsing.BAD_LINE, f"{where}: {line:.100}")
+            labels.append(Dropped(stem or where, parsing.BAD_LINE, f"{where}: {line:.100}"))
             continue
         dimensions = {_LETTERS[letter]: value.strip() for letter, value in ratings.items()}
         label = Label(stem, fields[1], dimensions, where, speaker=speakers.get(stem), split=splits.get(stem))
-    if label is not None:
-        yield label
+        labels.append(label)
+    return labels
 
 
 def _split_csv(line: str) -> list[str]:
