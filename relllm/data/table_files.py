@@ -5,18 +5,24 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from relllm.labels import DIMENSIONS
 
+from .journal import write_whole
 from .parsing import decode_text
 
 _TOO_MANY = "\0"  # no name of a column
 
 
 def read_table(path: Path) -> Iterator[tuple[int, dict]]:
-    """Yield number of the line and fields of each row of a `.jsonl`, `.csv` or `.tsv` file; errors name the line."""
+    """Yield number and fields of each row of a `.jsonl`, `.csv`, `.tsv` or `.parquet` file; errors name the line."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
     return _read_jsonl(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)
 
 
@@ -55,6 +61,29 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {reader.line_num}: {name} is {value!r}, expected a number.") from error
         yield reader.line_num, row
+
+
+def write_table(rows: Sequence[Mapping], path: Path) -> None:
+    """Write rows, which may lack columns, as `.csv`, `.jsonl` or `.parquet`; the file is complete or not there."""
+    with write_whole(path) as partial:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), partial)
+            return
+        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            if path.suffix == ".csv":
+                write_csv(rows, file)
+            else:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_csv(rows: Sequence[Mapping], file: TextIO) -> None:
+    """Write rows with every column that one of them has, in the order in which they come."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
 
 
 def parse_number(text: str) -> float:

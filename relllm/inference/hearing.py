@@ -5,9 +5,7 @@ A clip's rows go into a journal when it has been heard: a run that was killed go
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import math
 import os
 import re
@@ -16,16 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TextIO, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
 
 from relllm.data.corpora.folder import AUDIO_SUFFIXES, OTHER_SUFFIXES, find_audio
-from relllm.data.journal import Journal, audio_fingerprint, check_columns, make_file, write_whole
+from relllm.data.journal import Journal, audio_fingerprint, check_columns, make_file
 from relllm.data.loading import holds_rows, load_corpus
-from relllm.data.table_files import read_table
+from relllm.data.table_files import read_table, write_csv, write_table
 from relllm.labels import DIMENSIONS
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.modeling.places_relllm import PlaceError, check_place
@@ -118,14 +116,14 @@ def write_heard(clips: Clips, load_model: LoadModel, settings: HearSettings) -> 
     out = settings.out
 
     def finish(done: Mapping[str, dict]) -> tuple[dict, Callable[[Path], None]]:
-        rows = [row for name in clips for row in done[name]["rows"]]
-        not_read = {row["clip"]: row["error"] for row in rows if row.get("error")}
-        return {"clips": len(clips), "rows": len(rows), "not_read": not_read}, lambda path: _write_table(rows, path)
+        rows = _collect(clips, done)
+        not_read = {row["clip"]: row["error"] for row in rows if row["error"]}
+        return {"clips": len(clips), "rows": len(rows), "not_read": not_read}, lambda path: write_table(rows, path)
 
     if out is None:
         done = {entry["id"]: entry for entries in hear_windows(clips, load_model, settings) for entry in entries}
-        rows = [row for name in clips for row in done[name]["rows"]]
-        _write_csv(rows, sys.stdout)
+        rows = _collect(clips, done)
+        write_csv(rows, sys.stdout)
         if settings.plots is not None:
             _draw(rows, settings.plots)
         return finish(done)[0]
@@ -142,7 +140,7 @@ def write_heard(clips: Clips, load_model: LoadModel, settings: HearSettings) -> 
     stamps = {"weights": _stamp(Path(os.path.expanduser(settings.model))), "clips": digest}
     report = make_file(out, {"task": "hear", **settings.identity, **stamps}, fill, finish)
     if settings.plots is not None:
-        _draw(_read_table(out), settings.plots)  # also of a table that was complete before
+        _draw([row for _, row in read_table(out)], settings.plots)  # also of a table that was complete before
     return report
 
 
@@ -237,39 +235,9 @@ def _stamp(place: Path) -> str | None:
     return " ".join(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files) or None
 
 
-def _write_table(rows: Sequence[Mapping[str, object]], path: Path) -> None:
-    """Write rows, which may lack columns; the file is complete or not there."""
-    with write_whole(path) as partial:
-        if path.suffix == ".parquet":
-            import pyarrow
-            import pyarrow.parquet
-
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(_complete(rows)), partial)
-            return
-        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            if path.suffix == ".csv":
-                _write_csv(rows, file)
-            else:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in _complete(rows))
-
-
-def _read_table(path: Path) -> list[dict]:
-    if path.suffix != ".parquet":
-        return [row for _, row in read_table(path)]
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path).to_pylist()
-
-
-def _write_csv(rows: Sequence[Mapping[str, object]], file: TextIO) -> None:
-    complete = _complete(rows)
-    writer = csv.DictWriter(file, list(complete[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(complete)
-
-
-def _complete(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-    """Give each row every column of any, the error last."""
+def _collect(clips: Clips, done: Mapping[str, dict]) -> list[dict[str, object]]:
+    """Return the rows of clips, in order, each with every column of any, the error last."""
+    rows = [row for name in clips for row in done[name]["rows"]]
     names = dict.fromkeys(name for row in rows for name in row if name != "error")
     return [{name: row.get(name) for name in (*names, "error")} for row in rows]
 
