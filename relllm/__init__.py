@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .modeling.configuration_relllm import ReLLMConfig, ReLLMEmotionConfig
     from .modeling.emotion_tower_relllm import ReLLMEmotionModel
     from .modeling.modeling_relllm import ReLLMForConditionalGeneration, ReLLMModel
+    from .preferences.dpo import ReLLMDPOConfig, ReLLMDPOTrainer
     from .preferences.grpo import ReLLMGRPOTrainer
     from .preferences.grpo_config import ReLLMGRPOConfig
     from .processing.audio_relllm import load_audio
@@ -30,6 +31,8 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "ReLLMConfig": ".modeling.configuration_relllm",
+    "ReLLMDPOConfig": ".preferences.dpo",
+    "ReLLMDPOTrainer": ".preferences.dpo",
     "ReLLMEmotionConfig": ".modeling.configuration_relllm",
     "ReLLMEmotionModel": ".modeling.emotion_tower_relllm",
     "ReLLMFeatureExtractor": ".processing.feature_extraction_relllm",
@@ -129,6 +132,8 @@ __all__ = [
     "DIMENSIONS",
     "EMOTIONS",
     "ReLLMConfig",
+    "ReLLMDPOConfig",
+    "ReLLMDPOTrainer",
     "ReLLMEmotionConfig",
     "ReLLMEmotionModel",
     "ReLLMFeatureExtractor",

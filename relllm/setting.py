@@ -14,7 +14,7 @@ import yaml
 
 REQUIRED = dataclasses.MISSING
 DATA_SET = "A corpus: a directory, a .jsonl/.csv/.parquet file, or a Hub id."  # the help of the settings that name one
-METHODS = ("sft", "grpo")  # of `relllm train`
+METHODS = ("sft", "dpo", "grpo")  # of `relllm train`
 
 
 def setting(default: Any, help: str, **told: Any) -> Any:

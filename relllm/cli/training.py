@@ -12,6 +12,7 @@ from .training_help import show_training_help
 app = typer.Typer()
 TRAINED_BY = {  # of `relllm train`, by its method: a module, and what of it reads the settings and what trains
     "sft": ("training.run", ("parse_arguments", "run_training")),
+    "dpo": ("preferences.dpo", ("parse_dpo", "run_dpo")),
     "grpo": ("preferences.grpo", ("parse_grpo", "run_grpo")),
 }
 # Every setting of TRL is a flag of these commands, and they have a help page of their own.
@@ -22,8 +23,9 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 def train(context: typer.Context) -> None:
     """Train a ReLLM from a YAML file and flags; `relllm train --help` lists them all.
 
-    By the replies of rows, or with `method: grpo`, a line of recipes/reward_grpo.yaml, by rewards of replies that it
-    draws; `relllm train --method grpo --help` lists the settings of that.
+    On the replies of rows; on pairs of a better and a worse one with `method: dpo`, a line of
+    recipes/preference_dpo.yaml; by rewards of replies that it draws with `method: grpo`, of recipes/reward_grpo.yaml.
+    `relllm train --method dpo --help` lists the settings of one.
 
     Example: relllm train --config recipes/stage2_emotion.yaml --data data/iemocap/targets.jsonl --out runs/iemocap
     """

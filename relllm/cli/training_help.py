@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 DECLARED = {  # where settings are, and the words that some of them take
     "relllm": ("training/**/*.py", "preferences/*.py"),
     "transformers": ("trainer_utils.py", "training_args.py"),
-    "trl": ("trainer/base_config.py", "trainer/sft_config.py", "trainer/grpo_config.py"),
+    "trl": tuple(f"trainer/{name}_config.py" for name in ("base", "sft", "dpo", "grpo")),
 }
 ROWS = ("RowsSettings", "SplitSettings")
 LORA = ("LoraSettings",)
@@ -45,6 +45,19 @@ docs/training.md for the sentence behind each. Interrupted, the same command goe
 """,
         "ReLLMSFTConfig",
         {**MODEL_AND_DATA, **LOSSES, **AUGMENTATION, **CACHE},
+    ),
+    "train --method dpo": HelpPage(
+        """\
+Train a ReLLM on pairs of replies to clips, a better and a worse one (DPO), against the weights that it starts from.
+
+  relllm train --config recipes/preference_dpo.yaml --model_name_or_path runs/iemocap --data pairs.jsonl
+
+Rows have audio, `chosen` and `rejected` (`relllm score-replies` writes them), and emotions where known. See
+docs/preferences.md. Interrupted, the same command goes on from the last complete checkpoint.
+""",
+        "ReLLMDPOConfig",
+        {**MODEL_AND_DATA, "pairs, and the losses of the heads": ("ReLLMDPOConfig", "ReLLMSettings")}
+        | {**AUGMENTATION, **CACHE},
     ),
     "train --method grpo": HelpPage(
         """\

@@ -295,7 +295,8 @@ def _load_table(path: Path) -> Dataset:
     types = dataset.features.copy()
     for name in types.keys() & set(COLUMNS):
         if name in DIMENSIONS:
-            types[name] = Value("float64")
+            several = isinstance(types[name], List)  # one for each clip of a row
+            types[name] = List(Value("float64")) if several else Value("float64")
         elif types[name] in (Value("null"), List(Value("null"))):  # every value is missing
             types[name] = List(Value("string")) if name in LIST_COLUMNS else Value("string")
     return dataset.cast(types) if types != dataset.features else dataset

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from rich.table import Table
 
-READ = {*COLUMNS, "messages", "audios", "length"}
+READ = {*COLUMNS, "messages", "audios", "length", "chosen", "rejected"}
 SHOWN_IDS = 3
 TRAINING = "training"
 TASKS = {  # that a clip may be taught as, and what a row needs for each

@@ -33,4 +33,5 @@ class StartingWeights:
         now = [parameter.data for parameter, _ in self.weights]
         for parameter, start in self.weights:
             parameter.data = start.to(parameter.device)
+        torch.clear_autocast_cache()  # which knows a parameter by its object, whatever tensor is in it
         self.weights = [(parameter, kept) for (parameter, _), kept in zip(self.weights, now, strict=True)]

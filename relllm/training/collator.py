@@ -60,9 +60,9 @@ class ReLLMCollator:
         """
         given = [self._task(row) for row in rows]
         tasks = [task for task, _ in given]
-        conversations = [self._conversation(row, task) for row, task in zip(rows, tasks, strict=True)]
+        conversations = [self.build(row, task) for row, task in zip(rows, tasks, strict=True)]
         clips = [len(audio_parts(conversation)) for conversation in conversations]
-        audio_kwargs: dict[str, list[bool]] = {}
+        known: list[bool] | None = None
         of_towers: dict[str, Tensor] = {}
         if self.augmentation is not None or self.tower_cache is not None:
             conversations = cast("list[list[dict]]", self.processor.read_audio(conversations))
@@ -70,15 +70,8 @@ class ReLLMCollator:
             self._augment(rows, conversations, self.augmentation)
         if self.tower_cache is not None and any(clips):
             waveforms = [part["waveform"] for part in audio_parts(conversations)]
-            audio_kwargs["only_counted"], of_towers = self.tower_cache.look_up(waveforms)
-        features = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            processor_kwargs={"text_kwargs": {"padding_side": "right"}, "audio_kwargs": audio_kwargs},
-        )
-        batch = dict(cast(BatchFeature, features)) | of_towers
+            known, of_towers = self.tower_cache.look_up(waveforms)
+        batch = self.tokenize(rows, conversations, known) | of_towers
         is_reply = torch.as_tensor(batch.pop("assistant_masks")).bool()
         if not is_reply.any():
             raise ValueError(
@@ -109,6 +102,24 @@ class ReLLMCollator:
         targets = [target for row_targets in dimensions for target in row_targets]
         labels["dimension_labels"] = torch.tensor(targets, dtype=torch.float32).reshape(-1, len(DIMENSIONS))
         return labels | {"clips_per_row": torch.tensor(clips)}
+
+    def tokenize(
+        self, rows: Sequence[Mapping], conversations: list[list[dict]], only_counted: list[bool] | None
+    ) -> dict[str, Tensor]:
+        """Return the model's inputs of conversations with their replies, and `assistant_masks`; clips that are
+        `only_counted` get no features.
+        """
+        features = self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            processor_kwargs={
+                "text_kwargs": {"padding_side": "right"},
+                "audio_kwargs": {} if only_counted is None else {"only_counted": only_counted},
+            },
+        )
+        return dict(cast(BatchFeature, features))
 
     def _augment(self, rows: Sequence[Mapping], conversations: list[list[dict]], augmentation: Augmentation) -> None:
         """Augment in place: `read_audio` has made copies. The teacher's transcripts stay as they are."""
@@ -166,7 +177,8 @@ class ReLLMCollator:
             return "reply", False
         return row[GIVEN_TASK] if GIVEN_TASK in row else (self.mix.draw(row), False)
 
-    def _conversation(self, row: Mapping, task: str) -> list[dict]:
+    def build(self, row: Mapping, task: str) -> list[dict]:
+        """Return the conversation that a row is taught as, with its last reply."""
         if self.mix is not None and task != "reply":
             clip = _clip_of(row)
             if task == "recognition":

@@ -71,8 +71,7 @@ class CompletionsMixin(Trainer):
         with self.accelerator.autocast():
             text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
             encoded = self.model.get_audio_features(**inputs, return_dict=True) if len(inputs) else None
-            weights = self.args.own_loss_weights
-            if weights["response_loss_weight"] > 0 or weights["response_kl_weight"] > 0:
+            if self.args.response_loss_weight > 0 or self.args.own_loss_weights["response_kl_weight"] > 0:
                 heard = {"mm_encoder_outputs": {"audio": encoded}} if encoded is not None else {}
                 limit = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "num_beams": 1}
                 tokens = self.model.generate(**text, **heard, **limit)[:, text["input_ids"].shape[1] :]

@@ -108,7 +108,7 @@ class ReLLMSettings(TowerCacheSettings, AugmentationSettings, OfThisMachine):
 
     @property
     def own_loss_weights(self) -> dict[str, float]:
-        """Return the weight of each loss by the name of its setting."""
+        """Return the weight of each loss that labels and replies of rows feed, by the name of its setting."""
         names = ("response_loss_weight", "emotion_loss_weight", "dimension_loss_weight")
         return {**{name: getattr(self, name) for name in names}, "response_kl_weight": 0.0}
 
@@ -354,7 +354,7 @@ class ReLLMScriptArguments(LoraSettings, SplitSettings):
     without an emotion tower (of a first stage) is given one where `emotion_fusion` and `emotion_tower` do.
     """
 
-    method: str = setting("sft", "What trains the replies: sft, or rewards by grpo; each has settings of its own.")
+    method: str = setting("sft", "What trains the replies: sft, dpo by pairs, grpo by rewards; each has own settings.")
     model_name_or_path: str | None = setting(None, "A ReLLM to go on with: directory or Hub id. Wins over the towers.")
     revision: str = setting("main", "Branch, tag or commit of that checkpoint on the Hub.")
     audio_tower: str | None = setting(None, "Whisper, wav2vec2, HuBERT, WavLM: id or path.")

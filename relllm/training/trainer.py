@@ -82,6 +82,9 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
         train_dataset = _normalized(train_dataset, "train_dataset")
         eval_dataset = _normalized(eval_dataset, "eval_dataset")
         surveys = survey_splits(train_dataset, eval_dataset) if "data_collator" not in kwargs else {}
+        evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        for rows in () if "data_collator" in kwargs else (train_dataset, *evaluated):
+            self.check_rows(rows)
         weights = args.own_loss_weights
         check_surveys(surveys, model.config.emotion_labels, weights, list(args.task_shares))
         keep_unpacked(model)
@@ -124,6 +127,10 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
         self._means = RunningMeans(names, self.args.device)
         self._pool: list[tuple[Tensor, list[Tensor]]] | None = None  # of an evaluation over several data sets
         self._heard: list[Tensor] = []  # of the running evaluation; see `_remember`
+
+    @classmethod
+    def check_rows(cls, rows: object) -> None:
+        """Raise a `ValueError` for rows of a split that this trainer, beyond what others ask, cannot take."""
 
     def make_collator(self, processor: ReLLMProcessor, labels: Sequence[str], args: ReLLMSettings) -> ReLLMCollator:
         """Return what makes batches of rows, where the trainer is given nothing for it."""

@@ -4,6 +4,7 @@ import pytest
 from trl import TrlParser
 
 from relllm.cli.training_help import PAGES, show_training_help
+from relllm.preferences.dpo import ReLLMDPOConfig
 from relllm.preferences.grpo_config import ReLLMGRPOConfig
 from relllm.training.baselines.text_training import TextScriptArguments, TextTrainingConfig
 from relllm.training.config import ReLLMScriptArguments, ReLLMSFTConfig
@@ -12,6 +13,7 @@ from relllm.training.planning.plan import PlanArguments
 
 KINDS = {
     "train": (ReLLMScriptArguments, ReLLMSFTConfig),
+    "train --method dpo": (ReLLMScriptArguments, ReLLMDPOConfig),
     "train --method grpo": (ReLLMScriptArguments, ReLLMGRPOConfig),
     "train-emotion": (EmotionScriptArguments, EmotionTrainingConfig),
     "train-text": (TextScriptArguments, TextTrainingConfig),

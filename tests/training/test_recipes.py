@@ -20,7 +20,7 @@ from relllm.training.run import parse_arguments
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.yaml"))
-OF_OTHERS = ("text_only", "reward_grpo")  # commands, or methods of `relllm train`
+OF_OTHERS = ("text_only", "preference_dpo", "reward_grpo")  # commands, or methods of `relllm train`
 RUNS = [str(path) for path in RECIPES if path.parts[0] != "accelerate" and path.stem not in OF_OTHERS]
 DIFFERENCES = {  # of stage2_emotion.yaml
     "ablations/no_emotion_fusion": {"emotion_tower": None, "emotion_fusion": "none"},

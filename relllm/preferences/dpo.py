@@ -1,0 +1,277 @@
+"""Preference training with audio: [`ReLLMDPOTrainer`], TRL's `DPOTrainer` for a model that hears.
+
+A pair is two replies to the same clips, and the better one is made more likely against the worse one, both relative to
+the weights that the run started from (DPO, arXiv 2305.18290). Frozen towers hear a pair's clips once, for both replies
+and for the reference; the losses of the heads are over the clips, once a pair.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from trl import DPOConfig, DPOTrainer
+
+from relllm.modeling.audio_tower_relllm import is_trained
+from relllm.modeling.modeling_relllm import FEATURES, ReLLMForConditionalGeneration, ReLLMModel
+from relllm.processing.processing_relllm import AUDIO_KEYS, ReLLMProcessor, audio_parts
+from relllm.setting import setting
+from relllm.training.alignment import in_eval
+from relllm.training.collator import ReLLMCollator
+from relllm.training.completions import split_reply
+from relllm.training.config import OF_ANY_METHOD, ReLLMScriptArguments, ReLLMSettings
+from relllm.training.losses import IGNORE_INDEX
+from relllm.training.run import parse_arguments, run_training
+from relllm.training.trainer import Recorder, ReLLMTrainerMixin
+
+from .reference import StartingWeights
+
+LOSSES = (  # TRL's
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+CANNOT = {  # of TRL's settings, and why
+    "precompute_ref_log_probs": "the reference is computed beside each step, from a copy of what trains",
+    "sync_ref_model": "the reference is what the run started from, and there is no second model to follow it",
+    "padding_free": "it would join rows, and audio belongs to its row",
+    "model_init_kwargs": "the model is given loaded",
+    "label_smoothing_factor": "there is no cross-entropy of replies: DPO's own is label_smoothing",
+}
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # as `accelerate launch` says it
+METRICS = (
+    *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"),
+    *("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"),
+)
+
+
+@dataclass
+class ReLLMDPOConfig(ReLLMSettings, DPOConfig):
+    """`trl.DPOConfig` with RE-LLM's losses of the emotion, each with a weight."""
+
+    learning_rate: float = setting(5e-6, "Peak learning rate: TRL's 1e-6 is for all weights of an LLM.")
+    per_device_train_batch_size: int = setting(2, "Pairs a device and step.")
+    gradient_accumulation_steps: int = setting(8, "Steps an update.")
+    num_train_epochs: float = setting(1.0, "Epochs: a second one mostly learns the pairs by heart.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, reason in CANNOT.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is set, and preference training cannot go with it: {reason}. Leave it out.")
+        if self.fsdp or self.deepspeed or any(os.environ.get(name, "").lower() in ("1", "true") for name in SHARDING):
+            raise ValueError(
+                "FSDP and DeepSpeed spread the weights, and the reference of preference training needs them whole. "
+                "Use DDP, as in recipes/accelerate/ddp.yaml."
+            )
+        if unknown := sorted(set(self.loss_type) - set(LOSSES)):
+            raise ValueError(f"loss_type has {unknown}; it takes any of {', '.join(LOSSES)}.")
+        if self.response_loss_weight <= 0:
+            raise ValueError(
+                f"response_loss_weight must be > 0, or pairs teach nothing; got {self.response_loss_weight}."
+            )
+        if self.train_sampling_strategy == "group_by_length":
+            raise ValueError("train_sampling_strategy=group_by_length does not know the length of a pair. Use random.")
+
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every pair has audio: all that trains has a gradient
+
+    @property
+    def own_loss_weights(self) -> dict[str, float]:
+        """Return the weight of each loss that labels of rows feed: of a pair's replies none is the row's own."""
+        return {**super().own_loss_weights, "response_loss_weight": 0.0}
+
+    @property
+    def reply_metrics(self) -> tuple[str, ...]:
+        """Name what an evaluation measures on pairs, first their loss."""
+        return ("preference_loss", *METRICS)
+
+
+OF_TRL = ("beta", "loss_type", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting", "disable_dropout")
+OF_DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef", "discopop_tau")
+OF_OPTIMISATION = ("weight_decay", "warmup_steps")
+DPO_SETTINGS = [*ReLLMDPOConfig.__annotations__, *OF_ANY_METHOD, *OF_TRL, *OF_DIVERGENCE, *OF_OPTIMISATION]
+
+
+@dataclass
+class PairCollator(ReLLMCollator):
+    """Makes batches of pairs: rows with audio, or with `messages` that have some, and two replies to their last turn,
+    `chosen` and `rejected`. A reply that a row itself has is passed over.
+
+    In a batch come first the sequences of the chosen replies, then those of the rejected ones; audio and labels of
+    clips are there once. `completion_mask` `(2 * pairs, sequence)` is on the reply and the end of its turn.
+    """
+
+    def __call__(self, rows: Sequence[Mapping]) -> dict[str, Any]:
+        """Return a batch."""
+        batch = super().__call__(rows)
+        batch["completion_mask"] = _last_run(batch.pop("labels") != IGNORE_INDEX).long()
+        return batch
+
+    def build(self, row: Mapping, task: str) -> list[dict]:
+        """Return the conversation with the chosen reply; `ValueError` without audio or replies."""
+        if reason := _why_no_pair(row):
+            raise ValueError(f"{_say_row(row)} {reason}.")
+        prompt, _ = split_reply(row, self.processor)
+        return [*prompt, {"role": "assistant", "content": row["chosen"]}]
+
+    def tokenize(
+        self, rows: Sequence[Mapping], conversations: list[list[dict]], only_counted: list[bool] | None
+    ) -> dict[str, Tensor]:
+        """Do as the others, once with each reply: the clips of the second half, which are those of the first, have
+        positions alone.
+        """
+        heard: Any = self.processor.read_audio(conversations)
+        others = [
+            [*conversation[:-1], {"role": "assistant", "content": row["rejected"]}]
+            for row, conversation in zip(rows, heard, strict=True)
+        ]
+        clips = len(audio_parts(heard))
+        known = [*(only_counted or [False] * clips), *[True] * clips]
+        batch = super().tokenize(rows, [*heard, *others], known)
+        batch["audio_num_windows"] = batch["audio_num_windows"][:clips]
+        return batch
+
+
+class _WithoutSecondModel(DPOTrainer):
+    """TRL's, which loads no reference, and leaves the rows to the collator as it does those of models that see."""
+
+    def __init__(self, model: Any, args: ReLLMDPOConfig, **kwargs: Any) -> None:
+        nothing = nn.Identity()
+        nothing.config = model.config
+        super().__init__(model=model, args=args, ref_model=nothing, **kwargs)
+        self.ref_model, self.precompute_ref_logps = None, True  # a batch gets them where its loss is computed
+        self._is_vision_dataset = True
+
+    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+        return dataset
+
+
+class ReLLMDPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
+    """Trains the projector, the heads and the LoRA of a [`ReLLMForConditionalGeneration`] by pairs of replies.
+
+    Rows are as [`PairCollator`] takes them; metrics have TRL's names. The reference is the model with the weights that
+    it has here, of which those that train are copied: a run that goes on from a checkpoint has it too. See
+    [`ReLLMTrainerMixin`] for the rest.
+    """
+
+    _tag_names = ["relllm", "trl", "dpo"]
+    loss_is_scaled_for_ga = True  # the loss is divided here, by the pairs of an update
+
+    def __init__(
+        self, model: ReLLMForConditionalGeneration, args: ReLLMDPOConfig | None = None, *rows: Any, **kwargs: Any
+    ) -> None:
+        for name in ("ref_model", "compute_metrics"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(
+                    f"{name} is given; the reference is what the model starts from, and metrics are TRL's."
+                )
+        super().__init__(model, args if args is not None else ReLLMDPOConfig(), *rows, **kwargs)
+        self.model_accepts_loss_kwargs = True  # which says the same to older releases
+        self.reference = StartingWeights(self.model)
+        self.model.base_model.register_forward_pre_hook(_hear_once, with_kwargs=True)
+
+    @classmethod
+    def check_rows(cls, rows: object) -> None:
+        """Raise a `ValueError` where a row is no pair of replies to a clip; a stream's are checked when read."""
+        if not isinstance(rows, Dataset):
+            return
+        names = [name for name in ("id", "audios", "messages", "chosen", "rejected") if name in rows.column_names]
+        pairs = zip(rows.select_columns(names), _present(rows, "audio"), strict=True)
+        said = [(row, _why_no_pair({**row, "audio": heard or None})) for row, heard in pairs]
+        if lacking := [(row, reason) for row, reason in said if reason]:
+            raise ValueError(
+                f"{len(lacking)} of {len(rows)} rows are no pairs: {_say_row(lacking[0][0])} {lacking[0][1]}; the "
+                f"columns are {rows.column_names}. `relllm score-replies` writes pairs."
+            )
+
+    def make_collator(self, processor: ReLLMProcessor, labels: Sequence[str], args: ReLLMSettings) -> PairCollator:
+        """Return the collator of pairs."""
+        return PairCollator(processor, labels, votes=args.emotion_targets == "votes")
+
+    def get_batch_samples(self, *args: Any) -> tuple[list, Tensor]:
+        """Count the pairs of the whole accumulated batch, and what the losses of the heads are over."""
+        batches, _ = super().get_batch_samples(*args)
+        pairs = torch.tensor(sum(len(batch["clips_per_row"]) for batch in batches), device=self.args.device)
+        return batches, self.accelerator.reduce(pairs, reduction="sum")
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Return TRL's loss of the pairs, and those of the heads on the outputs of the same forward pass."""
+        counts = self.objective.count(inputs)
+        pairs = torch.tensor(len(inputs["clips_per_row"]))
+        targets = self.take_targets(inputs)
+        base = self.model.base_model
+        if "tower_outputs" not in inputs and not (is_trained(base.audio_tower) or is_trained(base.emotion_tower)):
+            features = {name: inputs.pop(name) for name in FEATURES if name in inputs}
+            with self.accelerator.autocast():
+                inputs["tower_outputs"] = base.run_towers(**features)
+        inputs["audio_repeats"] = 2
+        with self.reference.in_place(), in_eval(self.model):
+            chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
+        recorder = Recorder(model)
+        loss = super().compute_loss(recorder, {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected})
+        self._means.add("train" if self.model.training else "eval", self.args.reply_metrics[0], loss * pairs, pairs)
+        in_training = self.model.training and num_items_in_batch is not None
+        loss = loss * self.args.response_loss_weight
+        if in_training:  # DDP averages over processes
+            loss = loss * pairs * self.accelerator.num_processes / num_items_in_batch
+        return self.add_heads(loss, recorder.outputs[0], targets, counts, in_training)
+
+
+def parse_dpo(arguments: Sequence[str]) -> tuple[ReLLMScriptArguments, ReLLMDPOConfig]:
+    """Read settings as [`~relllm.training.run.parse_arguments`] does."""
+    return parse_arguments(arguments, ReLLMDPOConfig)
+
+
+def run_dpo(script: ReLLMScriptArguments, args: ReLLMDPOConfig) -> ReLLMTrainerMixin:
+    """Train by pairs as [`~relllm.training.run.run_training`] does by replies."""
+    if script.model_name_or_path is None:
+        raise ValueError("method: dpo starts from a model that replies already: give model_name_or_path.")
+    return run_training(script, args, ReLLMDPOTrainer, DPO_SETTINGS)
+
+
+def _present(rows: Dataset, name: str) -> Iterator[bool]:
+    """Yield whether each row has a value in a column of clips, whose bytes are not read."""
+    if name not in rows.column_names:
+        yield from [False] * len(rows)
+        return
+    for batch in rows.select_columns([name]).with_format("arrow").iter(1000):
+        yield from batch[name].is_valid().to_pylist()
+
+
+def _why_no_pair(row: Mapping) -> str | None:
+    """Say what a row lacks."""
+    parts = [row] if row.get("messages") is None else audio_parts(row["messages"])
+    clips = [clip for clip in (row.get("audio"), *(row.get("audios") or ())) if clip is not None]
+    in_messages = [part for part in parts if any(part.get(key) is not None for key in AUDIO_KEYS)]
+    if not clips and (not in_messages or len(in_messages) < len(parts)):
+        return "has no audio, or a place for some and none"
+    replies = [row.get(name) for name in ("chosen", "rejected")]
+    if not all(isinstance(reply, str) and reply.strip() for reply in replies):
+        return f"needs `chosen` and `rejected`, a text each, and has {replies}"
+    return "has one reply as `chosen` and as `rejected`" if replies[0] == replies[1] else None
+
+
+def _say_row(row: Mapping) -> str:
+    return f"Row {row.get('id')!r}"
+
+
+def _last_run(mask: Tensor) -> Tensor:
+    """Return, of each row of a mask `(rows, sequence)`, its last run of True alone: of many turns the last reply."""
+    after_end = mask.flip(1).int().cummax(1).values.bool()  # from the last True on, to the left
+    gaps = (after_end & ~mask.flip(1)).int().cumsum(1)
+    return mask & (gaps == 0).flip(1)
+
+
+def _hear_once(model: ReLLMModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Before a pass over pairs, hear their audio once and put it into the sequences of both replies."""
+    if (repeats := kwargs.pop("audio_repeats", None)) is not None:
+        inputs = {name: kwargs.pop(name, None) for name in (*FEATURES, "audio_num_windows", "tower_outputs")}
+        audio = model.get_audio_features(**inputs, return_dict=True)
+        audio.pooler_output = audio.pooler_output.repeat(repeats, 1)
+        kwargs["mm_encoder_outputs"] = {"audio": audio}
+    return args, kwargs
