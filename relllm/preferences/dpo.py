@@ -51,6 +51,7 @@ METRICS = (
 class ReLLMDPOConfig(ReLLMSettings, DPOConfig):
     """`trl.DPOConfig` with RE-LLM's losses of the emotion, each with a weight."""
 
+    loss_type: list[str] = setting(["sigmoid"], "Of a pair, any of TRL's, several with loss_weights; sigmoid is DPO.")
     learning_rate: float = setting(5e-6, "Peak learning rate: TRL's 1e-6 is for all weights of an LLM.")
     per_device_train_batch_size: int = setting(2, "Pairs a device and step.")
     gradient_accumulation_steps: int = setting(8, "Steps an update.")
@@ -69,14 +70,9 @@ class ReLLMDPOConfig(ReLLMSettings, DPOConfig):
         if unknown := sorted(set(self.loss_type) - set(LOSSES)):
             raise ValueError(f"loss_type has {unknown}; it takes any of {', '.join(LOSSES)}.")
         if self.response_loss_weight <= 0:
-            raise ValueError(
-                f"response_loss_weight must be > 0, or pairs teach nothing; got {self.response_loss_weight}."
-            )
+            raise ValueError(f"response_loss_weight must be > 0, got {self.response_loss_weight}.")
         if self.train_sampling_strategy == "group_by_length":
             raise ValueError("train_sampling_strategy=group_by_length does not know the length of a pair. Use random.")
-
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # every pair has audio: all that trains has a gradient
 
     @property
     def own_loss_weights(self) -> dict[str, float]:
@@ -89,14 +85,14 @@ class ReLLMDPOConfig(ReLLMSettings, DPOConfig):
         return ("preference_loss", *METRICS)
 
 
-OF_TRL = ("beta", "loss_type", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting", "disable_dropout")
+OF_TRL = ("beta", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting", "disable_dropout")
 OF_DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef", "discopop_tau")
 OF_OPTIMISATION = ("weight_decay", "warmup_steps")
 DPO_SETTINGS = [*ReLLMDPOConfig.__annotations__, *OF_ANY_METHOD, *OF_TRL, *OF_DIVERGENCE, *OF_OPTIMISATION]
 
 
 @dataclass
-class PairCollator(ReLLMCollator):
+class PreferenceCollator(ReLLMCollator):
     """Makes batches of pairs: rows with audio, or with `messages` that have some, and two replies to their last turn,
     `chosen` and `rejected`. A reply that a row itself has is passed over.
 
@@ -152,9 +148,9 @@ class _WithoutSecondModel(DPOTrainer):
 class ReLLMDPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
     """Trains the projector, the heads and the LoRA of a [`ReLLMForConditionalGeneration`] by pairs of replies.
 
-    Rows are as [`PairCollator`] takes them; metrics have TRL's names. The reference is the model with the weights that
-    it has here, of which those that train are copied: a run that goes on from a checkpoint has it too. See
-    [`ReLLMTrainerMixin`] for the rest.
+    Rows are as [`PreferenceCollator`] takes them; metrics have TRL's names. The reference is the model with the
+    weights that it has here, of which those that train are copied: a run that goes on from a checkpoint has it too.
+    See [`ReLLMTrainerMixin`] for the rest.
     """
 
     _tag_names = ["relllm", "trl", "dpo"]
@@ -187,9 +183,11 @@ class ReLLMDPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
                 f"columns are {rows.column_names}. `relllm score-replies` writes pairs."
             )
 
-    def make_collator(self, processor: ReLLMProcessor, labels: Sequence[str], args: ReLLMSettings) -> PairCollator:
+    def make_collator(
+        self, processor: ReLLMProcessor, labels: Sequence[str], args: ReLLMSettings
+    ) -> PreferenceCollator:
         """Return the collator of pairs."""
-        return PairCollator(processor, labels, votes=args.emotion_targets == "votes")
+        return PreferenceCollator(processor, labels, votes=args.emotion_targets == "votes")
 
     def get_batch_samples(self, *args: Any) -> tuple[list, Tensor]:
         """Count the pairs of the whole accumulated batch, and what the losses of the heads are over."""

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from relllm import EMOTIONS, ReLLMDPOConfig, ReLLMDPOTrainer, ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.cli import app
-from relllm.preferences.dpo import PairCollator, parse_dpo, run_dpo
+from relllm.preferences.dpo import PreferenceCollator, parse_dpo, run_dpo
 from relllm.training.checkpoints import RunComplete
 
 BETA = 0.3
@@ -118,9 +118,9 @@ def losses_by_hand(model, reference, processor, rows: list[dict]) -> tuple[torch
     "settings",
     [
         {},
-        {"gradient_checkpointing": True},
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
         {"unfreeze": ["audio_tower"], "emotion_targets": "votes"},
-        {"tower_cache_dir": "cache"},
+        pytest.param({"tower_cache_dir": "cache"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -160,6 +160,7 @@ def test_frozen_towers_hear_a_pair_once_for_both_replies_and_the_reference(start
         assert sum(count for name, count in passes if name == kind) == 7  # six clips, one of which has two windows
 
 
+@pytest.mark.slow
 def test_however_an_update_is_divided_its_gradient_is_the_same(start: Path, rows, tmp_path: Path) -> None:
     steps = []
     for size, accumulated in ((1, 8), (4, 2), (3, 3)):  # the last takes 3, 3 and 2
@@ -193,6 +194,7 @@ def test_a_run_that_goes_on_has_the_reference_that_it_began_with(start: Path, ro
             assert torch.equal(before[id(parameter)], began.get_parameter(name))
 
 
+@pytest.mark.slow
 def test_an_evaluation_measures_pairs_and_heads_and_shows_replies(start: Path, rows, tmp_path: Path) -> None:
     trainer = make_trainer(start, tmp_path, rows, eval_rows=rows, per_device_eval_batch_size=3, log_completions=2)
     move(trainer.model)
@@ -205,6 +207,7 @@ def test_an_evaluation_measures_pairs_and_heads_and_shows_replies(start: Path, r
     assert [line["id"] for line in lines] == ["row-0", "row-2"] and all("reply" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_an_augmented_clip_is_the_same_for_both_replies(start: Path, rows, tmp_path: Path) -> None:
     settings = {"augment_speed": [0.5, 0.6], "augment_probability": 1.0, "dimension_loss": "ccc"}
     trainer = make_trainer(start, tmp_path, rows, per_device_train_batch_size=4, **settings)
@@ -232,7 +235,7 @@ def test_a_row_that_is_no_pair_is_an_error(start: Path, rows, tmp_path: Path, ch
     wrong = [rows[0] | change, *rows[1:]]
     with pytest.raises(ValueError, match=message):
         make_trainer(start, tmp_path, wrong)
-    collate = PairCollator(ReLLMProcessor.from_pretrained(start), EMOTIONS)
+    collate = PreferenceCollator(ReLLMProcessor.from_pretrained(start), EMOTIONS)
     with pytest.raises(ValueError, match=message.rpartition(": ")[2]):  # of a stream, whose rows nobody has seen
         collate(wrong)
 
