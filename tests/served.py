@@ -22,7 +22,7 @@ from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.inference.inference_settings import BatchSettings, RequestLimits
 from relllm.inference.server.app import Service
 from relllm.inference.server.decoding import Job
-from relllm.inference.server.server import Server, bind_socket, build_service
+from relllm.inference.server.server import Server, build_service
 
 NAME = "tiny"
 
@@ -39,11 +39,11 @@ class Running:
 
     @property
     def num_waiting(self) -> int:
-        return self.service.engine.num_waiting
+        return len(self.service.engine.queue)
 
     def dropped(self) -> int:
         """Requests that were given up because their client had gone."""
-        return sum(job.cancelled and job.finished for batch in self.batches for job in batch)
+        return sum(job.cancelled and job.ended for batch in self.batches for job in batch)
 
     @property
     def url(self) -> str:
@@ -60,8 +60,8 @@ def serving(
     processor: ReLLMProcessor,
     *,
     api_key: str | None = None,
-    settings: BatchSettings | None = None,
-    limits: RequestLimits | None = None,
+    settings: BatchSettings = BatchSettings(),  # noqa: B008
+    limits: RequestLimits = RequestLimits(),  # noqa: B008
     grace_s: float = 5.0,
 ) -> Iterator[Running]:
     """A server on a free port; it has stopped when the block is left."""
@@ -76,7 +76,7 @@ def serving(
     service.engine._begin = recorded
     started = threading.Event()
     server = Server(service, grace_s=grace_s, announce=started.set)
-    sock = bind_socket("127.0.0.1", 0)
+    sock = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:
@@ -85,7 +85,8 @@ def serving(
     finally:
         server.should_exit = True
         thread.join(30)
-        assert not thread.is_alive() and server.join_engine(30)
+        service.engine.join(30)
+        assert not thread.is_alive() and not service.engine.is_alive()
 
 
 def wait_until(condition, *, seconds: float = 10.0) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 from pathlib import Path
 
 import typer
@@ -25,7 +26,7 @@ def serve(settings: ServerSettings, batching: BatchSettings, limits: RequestLimi
     Example: relllm serve runs/demo/re-llm --port 8000
     """
     try:
-        from relllm.inference.server.server import Server, bind_socket, build_service, serve_until_stopped
+        from relllm.inference.server.server import Server, build_service, serve_until_stopped
     except ImportError as error:
         raise ImportError(f"Serving needs further packages ({error}): `pip install relllm[serve]`.") from error
 
@@ -34,8 +35,9 @@ def serve(settings: ServerSettings, batching: BatchSettings, limits: RequestLimi
     if key is not None and not re.fullmatch("[!-~]+", key):
         found = "is empty" if not key else "has a space, a line break or a character beyond ASCII"
         raise typer.BadParameter(f"The key (--api-key, RELLLM_API_KEY) {found}. Leave both out to serve without one.")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        sock = bind_socket(host, settings.port)
+        sock = socket.create_server((host, settings.port), family=family)
     except OSError as error:
         message = f"Cannot listen on {host}, port {settings.port}: {error.strerror or error}."
         raise typer.BadParameter(message) from error

@@ -128,7 +128,6 @@ class BatchSettings:
     """How requests are batched."""
 
     max_batch_size: int = setting(16, "Requests worked on together.", min=1)
-    max_batch_windows: int = setting(64, "Windows of audio (30 s each for Whisper) worked on together: memory.", min=1)
     batch_wait_ms: float = setting(10.0, "The first request waits so long.", min=0)
     max_queue: int = setting(64, "Requests that may wait; more get 429.", min=1)
 
@@ -142,5 +141,3 @@ class RequestLimits:
     max_body_mib: float = setting(32.0, "Largest body, in MiB; more gets 413.", min=0.001)
     max_audio_seconds: float = setting(120.0, "Of all clips of a request together.", min=0.025)
     max_clips: int = setting(16, "Clips in a request.", min=1)
-    min_sampling_rate: int = setting(8_000, "Of a clip, in Hz.", min=4_000)
-    max_sampling_rate: int = setting(96_000, "Of a clip, in Hz.", max=768_000)

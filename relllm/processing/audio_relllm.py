@@ -294,7 +294,7 @@ def _decode(stream: BinaryIO, name: str, limits: tuple[float, float]) -> tuple[n
             _check_rate(rate, "the rate in the header", name)
             if length >= _UNKNOWN_FRAMES:
                 raise ValueError(f"{name}: the header does not say how long the audio is; {_CONVERT}.")
-            _check_duration(length, rate, name, limits)
+            _check_duration(length, rate, name, limits, file.channels)
             samples, log = file.read(length, dtype="float32", always_2d=True), file.extra_info
     except soundfile.LibsndfileError as error:
         if container_kind(head) is not None and has_pyav():
@@ -376,8 +376,9 @@ def _decode_container(stream: BinaryIO, name: str, limits: tuple[float, float]) 
             for part in (part for frame in container.decode(track) for part in resampler.resample(frame)):
                 blocks.append(part.to_ndarray())
                 length += part.samples
-                if length > rate * limits[1]:  # it states no length, or less than it has
-                    _check_duration(length, rate, name, limits)
+                channels = len(part.planes)
+                if length * max(1 / rate, channels / MAX_SOURCE_RATE) > limits[1]:  # which no header has said
+                    _check_duration(length, rate, name, limits, channels)
     except av.FFmpegError as error:
         raise ValueError(
             f"{name}: neither soundfile nor FFmpeg can read this as audio ({error.strerror}). Fetch it again."
@@ -448,7 +449,7 @@ def _check_rate(rate: int, argument: str, name: str) -> None:
         )
 
 
-def _check_duration(length: int, rate: int, name: str, limits: tuple[float, float]) -> None:
+def _check_duration(length: int, rate: int, name: str, limits: tuple[float, float], channels: int = 1) -> None:
     duration_s, (shortest_s, longest_s) = length / rate, limits
     if length == 0:
         raise ValueError(f"{name}: the audio is empty (0 samples). Leave the clip out or record it again.")
@@ -461,6 +462,11 @@ def _check_duration(length: int, rate: int, name: str, limits: tuple[float, floa
     if duration_s > longest_s:
         raise ValueError(
             f"{name}: the audio lasts {duration_s:.1f} s, the limit is {longest_s:.1f} s. Cut it into shorter clips."
+        )
+    if length * channels > longest_s * MAX_SOURCE_RATE:  # as many as the longest clip of one channel may have
+        raise ValueError(
+            f"{name}: {duration_s:.1f} s of {channels} channels at {rate} Hz are more than {longest_s:.1f} s may have "
+            f"({MAX_SOURCE_RATE} samples a second, all channels together). Mix or resample it first."
         )
 
 

@@ -155,15 +155,6 @@ def test_a_short_reply_does_not_wait_for_a_long_one(model, processor) -> None:
     assert ended[2] - start < 0.6 * (ended[250] - start)
 
 
-def test_a_batch_has_no_more_windows_than_it_may(model, processor) -> None:
-    settings = BatchSettings(max_batch_size=3, max_batch_windows=3, batch_wait_ms=300.0)
-    long = [user(clip(3.5))]  # two windows of 2 s
-    with serving(model, processor, settings=settings) as running, running.client() as client:
-        answers = ask_all(client, [{"messages": long} for _ in range(3)])
-        assert len(running.batches) == 3
-    assert len({answer.choices[0].message.content for answer in answers}) == 1
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_row_ends_when_its_client_has_gone(model, processor, gate, stream: bool) -> None:
     with serving(model, processor, limits=RequestLimits(max_tokens=900)) as running, running.client() as client:

@@ -66,6 +66,12 @@ def test_the_command_serves_and_a_signal_ends_it_gracefully(fork_server: ForkSer
         process.wait(30)
 
 
+def test_the_server_stays_small() -> None:
+    """What a service needs beyond it, vLLM has."""
+    files = (Path(__file__).parents[2] / "relllm" / "inference" / "server").glob("*.py")
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) <= 1000
+
+
 def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded(checkpoint) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -5,7 +5,8 @@ import torch
 from llm_families import family_config
 from tiny_models import tiny_config, tiny_model, tiny_tokenizer
 
-from relllm.inference.server.decoding import BatchRow, Job, Prompt, ReplySampling
+from relllm.inference.server.decoding import Job, Prompt
+from relllm.inference.server.schema import ReplyOptions
 from relllm.inference.server.writing import Group
 
 PROMPTS = ([5, 9, 40, 41], list(range(30, 70)), list(range(7, 18)))
@@ -23,8 +24,8 @@ def test_replies_in_turns_are_those_of_each_alone(family: str) -> None:
     for ids, length in zip(PROMPTS, LENGTHS, strict=True):
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         expected.append(model.generate(**inputs, do_sample=False, max_new_tokens=length)[0].tolist())
-        job = Job(Prompt([], 0, 0.0, list(ids), ReplySampling(length)), lambda _: None)
-        rows.append(BatchRow(job, [], model, tiny_tokenizer()))
+        rows.append(Job(Prompt(token_ids=list(ids), options=ReplyOptions(max_tokens=length)), lambda _: None))
+        rows[-1].begin(model, tiny_tokenizer())
     group, turns = Group(list(rows)), 0
     while group.rows:
         group.write(model, lambda written: written >= 5)

@@ -382,12 +382,13 @@ def test_mp4_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
 CONTAINERS = {"M4A": ("mp4", "aac", 44_100), "WebM": ("webm", "libopus", 48_000)}
 
 
-def encode(waveform: np.ndarray, container: str, codec: str, rate: int) -> bytes:
+def encode(waveform: np.ndarray, container: str, codec: str, rate: int, layout: str = "mono") -> bytes:
     av = pytest.importorskip("av", reason="containers need `pip install relllm[containers]`")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
-        track = output.add_stream(codec, rate=rate, layout="mono")
-        frame = av.AudioFrame.from_ndarray((waveform * 32767).astype(np.int16)[None], format="s16", layout="mono")
+        track = output.add_stream(codec, rate=rate, layout=layout)
+        samples = (waveform * 32767).astype(np.int16).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout=layout)
         frame.sample_rate = rate
         fitting = av.AudioResampler(format=track.codec_context.format, frame_size=track.codec_context.frame_size)
         for part in [*fitting.resample(frame), *fitting.resample(None)]:
@@ -441,6 +442,20 @@ def test_a_two_hour_file_is_refused_by_its_header(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(soundfile.SoundFile, "read", lambda *args, **kwargs: pytest.fail("decoded"))
     with pytest.raises(ValueError, match=r"lecture\.wav: the audio lasts 7200\.0 s, the limit is 600\.0 s"):
         load_audio(path)
+
+
+@pytest.mark.parametrize(("container", "codec"), [("flac", "flac"), ("webm", "libopus")])
+def test_a_file_has_no_more_samples_in_all_channels_than_the_longest_clip_may(
+    container: str, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audio_relllm, "MAX_SOURCE_RATE", 50_000)
+
+    def file_of(seconds: float) -> bytes:
+        return encode(np.zeros((round(seconds * 48_000), 2)), container, codec, 48_000, "stereo")
+
+    with pytest.raises(ValueError, match=r"0\.\d s of 2 channels at 48000 Hz are more than 1\.0 s may have"):
+        load_audio(file_of(0.7), max_duration_s=1.0)
+    assert len(load_audio(file_of(0.4), max_duration_s=1.0)) == pytest.approx(6_400, abs=400)
 
 
 def test_the_limit_holds_for_arrays_and_can_be_raised() -> None:

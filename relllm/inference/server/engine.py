@@ -5,10 +5,9 @@ those before it, and not for their end. Groups of replies (`writing.py`) take tu
 """
 
 import copy
+import functools
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import islice
 
 import numpy as np
 import torch
@@ -20,47 +19,35 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 
 from ..inference_settings import BatchSettings
 from ..replies import Heard, read_heard
-from .decoding import BatchRow, Event, Job, Prompt
+from .decoding import Ended, Event, Job, Prompt
 from .errors import ApiError, stopping
 from .writing import Group
 
 logger = logging.get_logger(__name__)
 MOST_GROUPS = 4  # a step of each is a pass through the LLM; one more makes one group of all
 TURN_TOKENS = 8  # that a group writes before the next one's turn
-PROBE_EVERY_S = 5.0  # of a model that failed, while nobody asks
+PROBE_EVERY_S = 30.0  # of a model that failed, while nobody asks
 
 
-class Engine:
+class Engine(threading.Thread):
     """Answers requests in a thread of its own: from `start` on, nobody else may run the model."""
 
     def __init__(
         self, model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, settings: BatchSettings
     ) -> None:
-        self._model, self._extractor = model, processor.feature_extractor
+        super().__init__(name="relllm-model", daemon=True)
+        self._model, self._extractor, self._settings = model, processor.feature_extractor, settings
         self._tokenizer = copy.deepcopy(processor.tokenizer)  # other threads encode with theirs, which locks it
-        self._settings = settings
-        self._queue: deque[Job] = deque()
-        self._open: list[Job] = []  # in the queue or worked on
+        self.queue: list[Job] = []  # accepted and not yet worked on
         self._groups: list[Group] = []
-        self._parked: list[BatchRow] = []  # of groups that failed, until the others are written
-        self._reserved = 0  # accepted, but still being read
-        self._draining = self._aborted = self._failing = False
+        self._parked: list[Job] = []  # of groups that failed, until the others are written
+        self._stopping = self._aborted = self._failing = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="relllm-model", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that are accepted and not yet worked on."""
-        return self._reserved + len(self._queue)
 
     @property
     def status(self) -> str:
         """Return `"ok"`, `"stopping"`, or `"failing"` where the model fails on silence as well."""
-        if self._draining or not self._thread.is_alive():
+        if self._stopping or not self.is_alive():
             return "stopping"
         return "failing" if self._failing else "ok"
 
@@ -68,31 +55,16 @@ class Engine:
         """Raise an [`ApiError`]: 429 if the queue is full, 503 if the server is stopping."""
         if self.status == "stopping":
             raise stopping()
-        if self.num_waiting >= self._settings.max_queue:
-            message = f"{self.num_waiting} requests wait, which is as many as this server lets wait. Try again later."
-            raise ApiError(429, message, "queue_full", headers={"Retry-After": "1"})
-
-    def reserve(self) -> None:
-        """Take a place in the queue, to be filled by [`~Engine.submit`] or given back by [`~Engine.release`]."""
-        with self._changed:
-            self.check_room()
-            self._reserved += 1
-
-    def release(self) -> None:
-        """Give the place back."""
-        with self._changed:
-            self._reserved -= 1
-            self._changed.notify_all()
+        if (waiting := len(self.queue)) >= self._settings.max_queue:
+            message = f"{waiting} requests wait, which is as many as this server lets wait. Try again later."
+            raise ApiError(message, "queue_full", status=429, headers={"Retry-After": "1"})
 
     def submit(self, prompt: Prompt, emit: Callable[[Event], object]) -> Job:
-        """Put a request into the place that was reserved for it; `emit` gets its events and must not block."""
+        """Put a request into the queue, if there is room; `emit` gets its events and must not block."""
         job = Job(prompt, emit)
         with self._changed:
-            self._reserved -= 1
-            if self._aborted:
-                job.failure = stopping()
-            self._queue.append(job)
-            self._open = [job for job in (*self._open, job) if not job.finished]
+            self.check_room()
+            self.queue.append(job)
             self._changed.notify_all()
         return job
 
@@ -100,174 +72,116 @@ class Engine:
         """Give a request up: it leaves the queue, or its row ends at the next token."""
         with self._changed:
             job.cancelled = True
-            if job in self._queue:
-                self._queue.remove(job)
-                job.end()
+            if job in self.queue:
+                self.queue.remove(job)
 
-    def drain(self) -> None:
-        """Accept nothing more; finish what is accepted."""
+    def stop(self, *, now: bool = False) -> None:
+        """Accept nothing more, and finish what is accepted; with `now`, end it with an error at the next token."""
         with self._changed:
-            self._draining = True
+            self._stopping, self._aborted = True, self._aborted or now
             self._changed.notify_all()
 
-    def abort(self) -> None:
-        """End what is waiting or running with an error, at the next token."""
-        self.drain()
-        with self._changed:
-            self._aborted = True
-            for job in self._open:
-                job.failure = job.failure or stopping()
-
-    def join(self, timeout_s: float) -> bool:
-        """Wait for the thread to end, after [`~Engine.drain`]; return `False` if it has not in time."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def _work(self) -> None:
+    def run(self) -> None:
+        """Answer requests until it is stopped."""
         while self._wait_for_work():
-            if batch := self._take():
+            with self._changed:
+                batch = self._ready()
+                self.queue = [job for job in self.queue if job not in batch]
+            if batch:
                 self._begin(batch)
             elif self._failing and not self._groups:
                 self._probe()
             for group in list(self._groups):
-                if group in self._groups:
-                    self._write(group)
+                self._write(group)
+            self._groups = [group for group in self._groups if group.rows]
             if self._parked and not self._groups:
                 self._groups, self._parked = [Group(self._parked)], []
+        for job in (*self.queue, *self._parked, *(row for group in self._groups for row in group.rows)):
+            job.end(stopping())
 
     def _wait_for_work(self) -> bool:
-        """Return whether there is any; `False` when draining and nothing is left."""
+        """Return whether there is any; `False` when stopping and nothing is left to finish."""
         with self._changed:
-            if self._groups:
-                return True
-            longest_s = PROBE_EVERY_S if self._failing else None
-            self._changed.wait_for(lambda: self._queue or (self._draining and not self._reserved), longest_s)
-            if self._queue:  # the first one waits for company
-                self._changed.wait_for(lambda: self._is_full() or self._draining, self._settings.batch_wait_ms / 1000)
-            return bool(self._queue) or not self._draining or self._reserved > 0
+            if not self._groups:
+                longest_s = PROBE_EVERY_S if self._failing else None
+                self._changed.wait_for(lambda: self.queue or self._stopping, longest_s)
+                if self.queue:  # the first one waits for company
+                    most, wait_s = self._settings.max_batch_size, self._settings.batch_wait_ms / 1000
+                    self._changed.wait_for(lambda: len(self.queue) >= most or self._stopping, wait_s)
+            return not self._aborted and bool(self._groups or self.queue or not self._stopping)
 
-    def _is_full(self) -> bool:
-        """Return whether more requests would not get into the next batch."""
-        windows = sum(job.prompt.num_windows for job in self._queue)
-        return len(self._queue) >= self._settings.max_batch_size or windows >= self._settings.max_batch_windows
-
-    def _free_rows(self) -> int:
-        writing = sum(len(group.rows) for group in self._groups)
-        return 0 if self._parked else self._settings.max_batch_size - writing
+    def _ready(self) -> list[Job]:
+        """Return what of the queue can be worked on now: chats only as far as there are rows for their replies."""
+        most, writing = self._settings.max_batch_size, sum(len(group.rows) for group in self._groups)
+        free = 0 if self._parked else max(0, most - writing)
+        chats = [job for job in self.queue if job.prompt.options is not None][:free]
+        return [job for job in self.queue if job.prompt.options is None or job in chats][:most]
 
     def _has_others(self, num_written: int) -> bool:
         """Return whether a group that has written so many tokens in its turn gives way."""
-        if self._queue:
-            with self._changed:
-                free = self._free_rows() > 0
-                if any(free or job.prompt.sampling is None for job in self._queue):
-                    return True
-        return num_written >= TURN_TOKENS and len(self._groups) > 1
-
-    def _take(self) -> list[Job]:
-        """Take from the queue what can be heard now: chats only as far as there are rows for their replies."""
-        batch: list[Job] = []
         with self._changed:
-            free, windows, most = self._free_rows(), 0, self._settings.max_batch_size
-            for job in list(self._queue):
-                replies = job.prompt.sampling is not None
-                if not job.is_wanted:
-                    self._queue.remove(job)
-                    job.end()
-                elif free > 0 or not replies:
-                    windows += job.prompt.num_windows
-                    if batch and (windows > self._settings.max_batch_windows or len(batch) >= most):
-                        break
-                    self._queue.remove(job)
-                    batch.append(job)
-                    free -= replies
-        return batch
+            is_asked = self._aborted or bool(self._ready())
+        return is_asked or (num_written >= TURN_TOKENS and len(self._groups) > 1)
 
     def _begin(self, batch: list[Job]) -> None:
-        """Tell every request what was heard, and begin the replies of those that want one."""
-        todo, rows = [batch], []
-        while todo:
-            jobs = todo.pop(0)
-            try:
-                rows += self._hear_jobs(jobs)
-            except Exception as error:  # whatever the model or the device throws: these fail, the server goes on
-                self._log_failure("hearing", len(jobs), error)
-            else:
-                self._failing = False
-                continue
-            if len(jobs) == 1:
-                self._give_up(jobs[0])
-            else:
-                todo[:0] = _halves(jobs)
+        """Hear the clips of each request, and begin a group of those that want a reply."""
+        for job in batch:
+            if not self._attempt("hearing a request", functools.partial(self._hear_job, job)):
+                self._give_up(job)
+        rows = [job for job in batch if not job.ended]
         if rows and len(self._groups) >= MOST_GROUPS:
             rows = [row for group in self._groups for row in group.rows] + rows
             self._groups = []
         if rows:
             self._groups.append(Group(rows))
 
-    @torch.no_grad()
-    def _hear_jobs(self, jobs: list[Job]) -> list[BatchRow]:
-        """Return the rows of the replies."""
-        waveforms = [waveform for job in jobs for waveform in job.prompt.waveforms]
-        positions, told = self._hear(waveforms) if waveforms else ((), [])
-        clips, heard = iter(positions), iter(told)
-        rows = []
-        for job in jobs:
-            own = list(islice(clips, len(job.prompt.waveforms)))
-            job.send(list(islice(heard, len(own))))
-            if job.prompt.sampling is None:
-                job.end()
-            else:
-                rows.append(BatchRow(job, own, self._model, self._tokenizer))
-        return rows
+    def _hear_job(self, job: Job) -> None:
+        heard: list[Heard] = []
+        if job.prompt.waveforms:
+            job.positions, heard = self._hear(job.prompt.waveforms)
+        job.send(heard)
+        if job.prompt.options is None:
+            job.end(Ended(None, 0))
+        else:
+            job.begin(self._model, self._tokenizer)
 
-    def _hear(self, waveforms: Sequence[np.ndarray]) -> tuple[tuple[Tensor, ...], list[Heard]]:
-        """Return the positions `(tokens, d)` of each clip, and what was heard in it."""
+    @torch.no_grad()
+    def _hear(self, waveforms: Sequence[np.ndarray]) -> tuple[Tensor, list[Heard]]:
+        """Return the positions `(tokens, d)` of clips, one after the other, and what was heard in each."""
         features = self._extractor.extract(waveforms)
-        counts = [int(count) for count in features.pop("num_audio_tokens")]
+        features.pop("num_audio_tokens")
         encoded = self._model.get_audio_features(**features.to(self._model.device), return_dict=True)
-        return encoded.pooler_output.split(counts), read_heard(self._model.config, encoded)
+        return encoded.pooler_output, read_heard(self._model.config, encoded)
 
     def _write(self, group: Group) -> None:
         """Have a group write until it gives way; if that fails, its halves begin again, one after the other."""
-        try:
-            group.write(self._model, self._has_others)
-        except Exception as error:
-            self._log_failure("writing", len(group.rows), error)
-        else:
-            self._failing = False
-            if not group.rows:
-                self._groups.remove(group)
-            return
-        self._groups.remove(group)
-        rows = [row for row in group.rows if not row.done]
-        if len(rows) == 1:
-            self._give_up(rows[0].job)
-        elif rows:
-            first, second = _halves(rows)
-            self._groups.append(Group(first))
-            self._parked += second
+        write = functools.partial(group.write, self._model, self._has_others)
+        if not self._attempt(f"writing {len(group.rows)} replies", write):
+            rows, group.rows = [row for row in group.rows if not row.ended], []
+            if half := len(rows) // 2:
+                self._groups.append(Group(rows[:half]))
+                self._parked += rows[half:]
+            elif rows:
+                self._give_up(rows[0])
 
-    def _log_failure(self, what: str, number: int, error: Exception) -> None:
-        logger.error("The model failed in %s %d requests.", what, number, exc_info=error)
+    def _attempt(self, what: str, work: Callable[[], object]) -> bool:
+        """Return whether `work` succeeds; whatever the model or the device throws, the server goes on."""
+        try:
+            work()
+        except Exception:
+            logger.exception("The model failed in %s.", what)
+            return False
+        self._failing = False
+        return True
 
     def _give_up(self, job: Job) -> None:
-        message = "The model failed on this request; the server's log says why."
-        job.end(error=ApiError(500, message, "model_failed"))
+        job.end(ApiError("The model failed on this request; the server's log says why.", "model_failed", status=500))
         self._probe()
 
-    @torch.no_grad()
     def _probe(self) -> None:
-        """Ask the model for something that it cannot fail on."""
-        try:
-            self._hear([np.zeros(self._extractor.sampling_rate, np.float32)])
-            self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._model.device))
-            self._failing = False
-        except Exception as error:
-            if not self._failing:
-                logger.error("The model fails on silence as well: /health is 503.", exc_info=error)
-            self._failing = True
+        self._failing = not self._attempt("reading silence; /health is 503", self._read_silence)
 
-
-def _halves(items: list) -> tuple[list, list]:
-    return items[: len(items) // 2], items[len(items) // 2 :]
+    @torch.no_grad()
+    def _read_silence(self) -> None:
+        self._hear([np.zeros(self._extractor.sampling_rate, np.float32)])
+        self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._model.device))

@@ -25,7 +25,7 @@ from relllm.modeling.configuration_relllm import ReLLMConfig
 
 from ..inference_settings import RequestLimits
 from ..replies import Heard, read_heard
-from ..server.errors import ApiError, bad_request
+from ..server.errors import ApiError
 from ..server.prompts import PromptReader
 from ..server.schema import AudioPart, EmotionRequest, parse_body
 from .vllm_processing import CLIPS
@@ -64,11 +64,12 @@ async def emotion(raw_request: Request) -> Response:
     emotions: _Emotions | None = raw_request.app.state.relllm
     try:
         if emotions is None:
-            raise ApiError(404, "The model that is served here is no ReLLM.", "model_not_found")
+            raise ApiError("The model that is served here is no ReLLM.", "model_not_found", status=404)
         asked = await _read_emotion_request(raw_request)
         models = raw_request.app.state.openai_serving_models
         if asked.model and not models.is_base_model(asked.model):
-            raise ApiError(404, f"There is no model {asked.model!r} here.", "model_not_found", param="model")
+            message = f"There is no model {asked.model!r} here."
+            raise ApiError(message, "model_not_found", status=404, param="model")
         prompt = await asyncio.to_thread(emotions.reader.read_emotion, asked)
     except ApiError as error:
         return JSONResponse(error.body(), status_code=error.status)
@@ -152,11 +153,11 @@ async def _read_emotion_request(request: Request) -> EmotionRequest:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "multipart/form-data":
         await validate_json_request(request)
-        return parse_body(EmotionRequest, await request.body())  # type: ignore[return-value]
+        return parse_body(EmotionRequest, await request.body())
     async with request.form() as form:
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
         if not files:
-            raise bad_request("The form has no file. Send each clip as one: curl -F file=@question.wav.")
+            raise ApiError("The form has no file. Send each clip as one: curl -F file=@question.wav.")
         data = [base64.b64encode(await file.read()).decode() for file in files]
         parts = [AudioPart.model_validate({"type": "input_audio", "input_audio": {"data": clip}}) for clip in data]
         return EmotionRequest(model=str(form.get("model") or ""), input=parts)
