@@ -1,19 +1,31 @@
-"""`relllm serve` under 50 clients at once: what is lost, what differs from the unbatched answer, how long it takes.
+"""50 clients with short requests behind a few long ones: `model.generate` in a loop, `relllm serve`, vLLM.
 
-The server is the real command in a process of its own, on the loopback; the clients are threads of this one, each with
-OpenAI's client, streaming. Wall time, because a client waits in it: on a busy machine the figures are as busy.
+    python benchmarks/serving.py --vllm .cache/vllm/venv/bin/python --real-models DIR
+
+Each answers the same requests from the same checkpoint on disk, one after the other in one run; every answer is
+compared with the loop's, which is the model's own to each conversation alone. The servers are the real commands in
+processes of their own, on the loopback; the clients are threads of this one, each with OpenAI's client, streaming.
+Seconds are wall time, because a client waits in it: on a busy machine they are as busy. The processor time of the
+system that answers is beside them.
+
+Without `--real-models` (a folder with `whisper-tiny.en` and `SmolLM2-135M-Instruct`) the weights are random, at the
+reference sizes. `--vllm` is a Python that has vLLM and this package; it needs the real models.
 """
 
+import argparse
 import base64
 import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,68 +34,113 @@ import soundfile
 import torch
 from harness import figure, report
 from openai import OpenAI
-from reference import RATE, build_model, build_processor, clips, text_only
+from real_models import build
+from reference import RATE, audio_only, build_model, build_processor, clips, text_only
 
 from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
 
-START_S = 180.0
-TIMEOUT_S = 300.0
+START_S = 300.0
+TIMEOUT_S = 600.0
+LONG, SHORT = "Tell a long story about what you hear in this: ", "What is this? Answer in a few words: "
 
 
 @dataclass(frozen=True)
 class Load:
-    """How much is asked of the server."""
+    """How much is asked: `long` requests, then at once a short one by each client."""
 
     clients: int
-    requests: int  # of each client
-    conversations: int  # that differ; each is answered alone as well
-    alone: int  # requests of one client that has the server for itself
+    conversations: int  # that differ
     tokens: int
-    max_batch_size: int
+    long: int
+    long_tokens: int
+
+
+@dataclass(frozen=True)
+class Request:
+    text: str
+    clip: bytes
+    tokens: int
 
 
 @dataclass(frozen=True)
 class Answer:
-    conversation: int
     text: str
+    tokens: int
     first_text_s: float
     total_s: float
 
 
-def main(*, quick: bool = False) -> None:
-    load = Load(6, 1, 3, 2, 4, 4) if quick else Load(50, 2, 10, 8, 32, 16)
-    model = build_model(quick=quick)
-    processor = build_processor(model, full_window=False)
-    _write_text_only(model, processor)
-    waveforms = [
-        clip[: round(RATE * (1 + 4 * index / load.conversations))]
-        for index, clip in enumerate(clips(load.conversations, 5.0))
-    ]  # 1 to 5 s
-    files = [_flac(waveform) for waveform in waveforms]
-    expected = [_reply_alone(model, processor, data, load.tokens) for data in files]
+@dataclass(frozen=True)
+class Run:
+    """What one system made of the load; a lost answer is `None`."""
+
+    answers: list[Answer | None]
+    seconds: float
+    processor_s: float
+    load_average: float
+
+
+def main(*, quick: bool = False, vllm: str | None = None, real_models: Path | None = None) -> None:
+    load = Load(6, 3, 4, 2, 8) if quick else Load(50, 10, 12, 3, 96)
+    if real_models is not None:
+        model, processor = build(real_models / "whisper-tiny.en", real_models / "SmolLM2-135M-Instruct")
+    else:
+        model = build_model(quick=quick)
+        processor = build_processor(model, full_window=False)
+        _write_text_only(model, processor)
+    _use_lora(model)
+    files = [_flac(clip[: round(RATE * (1 + index % 3))]) for index, clip in enumerate(clips(load.conversations, 3.0))]
+    asked = [Request(LONG, files[index % len(files)], load.long_tokens) for index in range(load.long)]
+    asked += [Request(SHORT, files[index % len(files)], load.tokens) for index in range(load.clients)]
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "reference"
+        checkpoint = Path(folder) / "re-llm"
         model.save_pretrained(checkpoint)
         processor.save_pretrained(checkpoint)
+        runs = {"`generate` in a loop": _run_loop(model, processor, asked)}
         del model
-        answers, alone, seconds = _measure(checkpoint, files, load)
-    sent = load.clients * load.requests
-    unlike = sum(answer.text != expected[answer.conversation] for answer in (*answers, *alone))
-    rows = [
-        figure(f"answers lost, of {sent} by {load.clients} clients at once", float(sent - len(answers)), "<= 0"),
-        figure("answers unlike the unbatched one", float(unlike), "<= 0"),
-        figure("unbatched answers that differ from each other", float(len(set(expected))), ">= 2"),
-        figure("requests a second, all clients / one client alone", _rate(answers, seconds) / _rate_alone(alone)),
-        figure("requests a second, all clients", _rate(answers, seconds)),
-        *_percentiles("seconds to the end of the reply, all clients", [answer.total_s for answer in answers]),
-        *_percentiles("seconds to the first text, all clients", [answer.first_text_s for answer in answers]),
-        figure("seconds to the end of the reply, one client alone, median", _quantile(alone, 0.5)),
-    ]
-    about = (
-        f"{load.tokens} tokens, clips of 1 to 5 s, batches of up to {load.max_batch_size}, "
-        f"{'tiny' if quick else 'reference'} sizes, float32, wall time"
-    )
+        runs["`relllm serve`"] = _run_server(lambda: _serve(checkpoint, load), asked)
+        if vllm is not None:
+            runs["vLLM"] = _run_server(lambda: _serve_vllm(vllm, checkpoint), asked)
+    expected = [answer.text for answer in runs["`generate` in a loop"].answers if answer is not None]
+    rows = [figure("unbatched answers that differ from each other", float(len(set(expected))), ">= 2")]
+    for name, run in runs.items():
+        rows += _rows(name, run, expected, load.long)
+    sizes = "tiny sizes" if quick else "Whisper tiny.en and SmolLM2-135M" if real_models else "reference sizes"
+    much = f"{load.clients} requests of up to {load.tokens} tokens at once, behind {load.long} of {load.long_tokens}"
+    about = f"{much}, clips of 1 to 3 s, {sizes}, float32, wall time"
     report("serving", rows, about=about, clock="wall")
+
+
+def _rows(name: str, run: Run, expected: list[str], long: int) -> list[dict[str, object]]:
+    answers = [answer for answer in run.answers if answer is not None]
+    unlike = sum(answer is not None and answer.text != own for answer, own in zip(run.answers, expected, strict=True))
+    tokens = sum(answer.tokens for answer in answers)
+    shorts, longs = ([answer for answer in part if answer] for part in (run.answers[long:], run.answers[:long]))
+    rows = [
+        figure(f"{name}: answers lost, of {len(expected)}", float(len(expected) - len(answers)), "<= 0"),
+        figure(f"{name}: answers unlike the unbatched one", float(unlike), "<= 0"),
+        figure(f"{name}: tokens a second", tokens / run.seconds),
+        figure(f"{name}: tokens a second of its processor time", tokens / run.processor_s),
+        figure(f"{name}: load average when it began", run.load_average),
+    ]
+    times = {
+        "seconds to the end of a short reply": [answer.total_s for answer in shorts],
+        "seconds to the first text of a short reply": [answer.first_text_s for answer in shorts],
+        "seconds to the end of a long reply": [answer.total_s for answer in longs],
+    }
+    for what, seconds in times.items():
+        for place, share in (("median", 0.5), ("95 %", 0.95)):
+            rows.append(figure(f"{name}: {what}, {place}", float(np.quantile(seconds, share))))
+    return rows
+
+
+@torch.no_grad()
+def _use_lora(model: ReLLMForConditionalGeneration) -> None:
+    """A fresh LoRA does nothing."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(0, 0.01)
 
 
 def _write_text_only(model: ReLLMForConditionalGeneration, processor: ReLLMProcessor) -> None:
@@ -94,79 +151,115 @@ def _write_text_only(model: ReLLMForConditionalGeneration, processor: ReLLMProce
     model.generation_config.suppress_tokens = silent
 
 
-def _measure(checkpoint: Path, files: list[bytes], load: Load) -> tuple[list[Answer], list[Answer], float]:
-    """Answers under load, answers to one client alone, and seconds that the load took."""
-    log = checkpoint.parent / "log"
-    flags = ["--port", "0", "--max-batch-size", str(load.max_batch_size), "--max-queue", str(load.clients)]
+@torch.no_grad()
+def _run_loop(model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, asked: list[Request]) -> Run:
+    """Answers one request after the other, all of which came at once."""
+    before, answers = os.getloadavg()[0], []
+    processor_s, start = time.process_time(), time.perf_counter()
+    for request in asked:
+        content = [{"type": "text", "text": request.text}, {"type": "audio", "audio": request.clip}]
+        options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+        inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+        heard = {"audio": model.get_audio_features(**audio_only(inputs))}
+        options = {"max_new_tokens": request.tokens, "do_sample": False}
+        written = model.generate(**text_only(inputs), mm_encoder_outputs=heard, **options)
+        tokens = written[0, inputs["input_ids"].shape[1] :]
+        text, end = processor.decode(tokens, skip_special_tokens=True), time.perf_counter() - start
+        answers.append(Answer(text, len(tokens), end, end))
+    return Run(list(answers), time.perf_counter() - start, time.process_time() - processor_s, before)
+
+
+def _run_server(serve: Callable, asked: list[Request]) -> Run:
+    with serve() as (url, process), OpenAI(base_url=url, api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
+        _ask(client, asked[-1])  # warms up
+        before, processor_s, start = os.getloadavg()[0], _processor_s(process), time.perf_counter()
+        with ThreadPoolExecutor(len(asked)) as pool:
+            answers = list(pool.map(lambda request: _ask(client, request), asked))
+        seconds = time.perf_counter() - start
+        return Run(answers, seconds, _processor_s(process) - processor_s, before)
+
+
+def _ask(client: OpenAI, request: Request) -> Answer | None:
+    """One that fails is lost and printed."""
+    audio = {"data": base64.b64encode(request.clip).decode(), "format": "flac"}
+    content = [{"type": "text", "text": request.text}, {"type": "input_audio", "input_audio": audio}]
+    options = {"max_tokens": request.tokens, "temperature": 0}
+    options |= {"stream": True, "stream_options": {"include_usage": True}}
+    start, pieces, first_text_s, tokens = time.perf_counter(), [], None, 0
+    try:
+        messages = [{"role": "user", "content": content}]
+        for chunk in client.chat.completions.create(model="re-llm", messages=messages, **options):
+            piece = chunk.choices[0].delta.content if chunk.choices else None
+            if piece and first_text_s is None:
+                first_text_s = time.perf_counter() - start
+            pieces.append(piece or "")
+            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+    except Exception as error:  # whatever it is, an answer is lost, which is what is counted
+        print(f"{request.text}: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+    total_s = time.perf_counter() - start
+    return Answer("".join(pieces), tokens, total_s if first_text_s is None else first_text_s, total_s)
+
+
+@contextmanager
+def _serve(checkpoint: Path, load: Load) -> Iterator[tuple[str, subprocess.Popen]]:
+    flags = ["--port", "0", "--max-queue", str(load.clients + load.long)]
+    command = [sys.executable, "-m", "relllm.cli", "serve", str(checkpoint), *flags]
+    with _started(command, checkpoint.parent / "serve.log", r"at (http://\S+/v1)") as (found, process):
+        yield found, process
+
+
+@contextmanager
+def _serve_vllm(python: str, checkpoint: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+    """With as many rows as the small server has, and uncompiled: compiled it is no faster on a CPU (measured)."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint), "--dtype", "float32"]
+    command += ["--served-model-name", "re-llm", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--gpu-memory-utilization", "0.1"]
+    command += ["--kv-cache-memory-bytes", str(2**30)]
+    own = {"VLLM_PLUGINS": "relllm", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
+    own |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
+    ready = r"(Application startup complete)"
+    with _started(command, checkpoint.parent / "vllm.log", ready, **own) as (_, process):
+        yield f"http://127.0.0.1:{port}/v1", process
+
+
+@contextmanager
+def _started(command: list[str], log: Path, ready: str, **variables: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """What the log says when the server is ready, and its process, which is ended by a signal."""
     with log.open("w", encoding="utf-8") as output:
-        command = [sys.executable, "-m", "relllm.cli", "serve", str(checkpoint), *flags]
-        environment = {**os.environ, "COLUMNS": "200"}
+        environment = {**os.environ, "COLUMNS": "200", **variables}
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
-        url = _wait_for_url(process, log)
-        with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
-            _ask(client, files, 0, load.tokens)  # warms up
-            alone = [_ask(client, files, number % len(files), load.tokens) for number in range(load.alone)]
-            start = time.perf_counter()
-            with ThreadPoolExecutor(load.clients) as pool:
-                numbers = [(each * load.requests, load.requests) for each in range(load.clients)]
-                answers = pool.map(lambda own: _ask_in_turn(client, files, *own, load.tokens), numbers)
-                answers = [answer for own in answers for answer in own]
-            seconds = time.perf_counter() - start
+        end = time.monotonic() + START_S
+        while (found := re.search(ready, log.read_text(encoding="utf-8"))) is None:
+            if time.monotonic() > end or process.poll() is not None:
+                raise RuntimeError(f"The server did not start: {log.read_text(encoding='utf-8')[-4000:]}")
+            time.sleep(0.1)
+        yield found[1], process
         process.send_signal(signal.SIGTERM)
         if (status := process.wait(60)) != 0:
-            raise RuntimeError(f"The server ended with {status}: {log.read_text(encoding='utf-8')}")
+            raise RuntimeError(f"The server ended with {status}: {log.read_text(encoding='utf-8')[-4000:]}")
     finally:
         process.kill()
         process.wait(60)
-    return answers, alone, seconds
 
 
-def _ask_in_turn(client: OpenAI, files: list[bytes], first: int, number: int, tokens: int) -> list[Answer]:
-    """One client's requests, one after the other; one that fails is lost and printed."""
-    answers = []
-    for index in range(first, first + number):
+def _processor_s(process: subprocess.Popen) -> float:
+    """Processor time of a process and of those that it started (Linux)."""
+    parents, ticks = {}, {}
+    for place in Path("/proc").glob("[0-9]*/stat"):
         try:
-            answers.append(_ask(client, files, index % len(files), tokens))
-        except Exception as error:  # whatever it is, an answer is lost, which is what is counted
-            print(f"request {index}: {type(error).__name__}: {error}", file=sys.stderr)
-    return answers
-
-
-def _ask(client: OpenAI, files: list[bytes], conversation: int, tokens: int) -> Answer:
-    audio = {"data": base64.b64encode(files[conversation]).decode(), "format": "flac"}
-    messages = [{"role": "user", "content": [{"type": "input_audio", "input_audio": audio}]}]
-    start = time.perf_counter()
-    pieces, first_text_s = [], None
-    for chunk in client.chat.completions.create(model="reference", messages=messages, max_tokens=tokens, stream=True):
-        piece = chunk.choices[0].delta.content
-        if piece and first_text_s is None:
-            first_text_s = time.perf_counter() - start
-        pieces.append(piece or "")
-    total_s = time.perf_counter() - start
-    return Answer(conversation, "".join(pieces), total_s if first_text_s is None else first_text_s, total_s)
-
-
-@torch.no_grad()
-def _reply_alone(model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, data: bytes, tokens: int) -> str:
-    turns = [{"role": "user", "content": [{"type": "audio", "audio": data}]}]
-    inputs = processor.apply_chat_template(turns, tokenize=True, return_dict=True, add_generation_prompt=True)
-    heard = model.get_audio_features(
-        **{name: value for name, value in inputs.items() if name.startswith(("input_f", "input_v", "audio_"))}
-    )
-    output = model.generate(
-        **text_only(inputs), mm_encoder_outputs={"audio": heard}, max_new_tokens=tokens, do_sample=False
-    )
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def _wait_for_url(process: subprocess.Popen, log: Path) -> str:
-    end = time.monotonic() + START_S
-    while time.monotonic() < end and process.poll() is None:
-        if found := re.search(r"at (http://\S+/v1)", log.read_text(encoding="utf-8")):
-            return found[1]
-        time.sleep(0.1)
-    raise RuntimeError(f"The server did not start: {log.read_text(encoding='utf-8')}")
+            fields = place.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        number = int(place.parent.name)
+        parents[number], ticks[number] = int(fields[1]), int(fields[11]) + int(fields[12])
+    family = {process.pid}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(ticks.get(number, 0) for number in family) / os.sysconf("SC_CLK_TCK")
 
 
 def _flac(waveform: np.ndarray) -> bytes:
@@ -175,24 +268,11 @@ def _flac(waveform: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _rate(answers: list[Answer], seconds: float) -> float:
-    return len(answers) / seconds
-
-
-def _rate_alone(answers: list[Answer]) -> float:
-    return len(answers) / sum(answer.total_s for answer in answers)
-
-
-def _quantile(answers: list[Answer], share: float) -> float:
-    return float(np.quantile([answer.total_s for answer in answers], share))
-
-
-def _percentiles(what: str, seconds: list[float]) -> list[dict[str, object]]:
-    return [
-        figure(f"{what}, {name}", float(np.quantile(seconds, share)))
-        for name, share in (("median", 0.5), ("95 %", 0.95), ("99 %", 0.99))
-    ]
-
-
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", help="a Python with vLLM and this package")
+    parser.add_argument("--real-models", type=Path)
+    arguments = parser.parse_args()
+    if arguments.vllm and not arguments.real_models:  # of random weights' texts, it would write what is suppressed
+        parser.error("--vllm needs --real-models")
+    main(**vars(arguments))
