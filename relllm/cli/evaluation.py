@@ -46,18 +46,6 @@ def compare(settings: ComparisonSettings) -> None:
 
     Example: relllm compare runs/text runs/speech runs/re-llm --baseline text-only --baseline speech-only
     """
-    from relllm.evaluation.comparison import compare_runs
-    from relllm.evaluation.comparison_tables import comparison_tables, write_comparison
-    from relllm.evaluation.runs import read_run
-    from relllm.evaluation.tables import show_table
+    from relllm.evaluation.comparison_tables import report_comparison
 
-    runs = [read_run(path) for path in settings.runs]
-    options = {"resample": settings.resample, "seed": settings.seed, "group": settings.group}
-    comparison = compare_runs(runs, settings.baseline, **options)  # type: ignore[arg-type]
-    written = write_comparison(comparison, settings.output_dir)
-    tables = comparison_tables(comparison)
-    for table in tables:
-        show_table(table, console)
-    for note in dict.fromkeys(note for table in tables for note in table.notes):
-        console.print(note, style="dim", soft_wrap=False)
-    console.print(f"{', '.join(path.name for path in written)} in {settings.output_dir}")
+    report_comparison(settings, console)

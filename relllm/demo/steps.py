@@ -15,13 +15,10 @@ from transformers import AutoModel
 
 from relllm.data.journal import write_json
 from relllm.data.membership import RECORD_NAME
-from relllm.evaluation.comparison import compare_runs
-from relllm.evaluation.comparison_tables import comparison_tables, write_comparison
+from relllm.evaluation.comparison_tables import report_comparison
 from relllm.evaluation.evaluating import evaluate
-from relllm.evaluation.evaluation_settings import EvaluationSettings
-from relllm.evaluation.runs import read_run
+from relllm.evaluation.evaluation_settings import ComparisonSettings, EvaluationSettings
 from relllm.evaluation.summary import report_run
-from relllm.evaluation.tables import show_table
 from relllm.hub.cards import write_model_card
 from relllm.hub.push import push_checkpoint
 from relllm.hub.sharing import CardSettings, PushSettings
@@ -71,10 +68,7 @@ def compare_systems(out: Path, systems: Mapping[str, object], console: Console) 
     """Run `relllm compare` over the runs in `out`, by the systems' names."""
     runs = [out / "runs" / system for system in systems]
     console.rule(f"$ relllm compare {' '.join(map(str, runs))} --baseline speech-only --out {out / 'comparison'}")
-    comparison = compare_runs([read_run(run) for run in runs], ["speech-only"])
-    write_comparison(comparison, out / "comparison")
-    for table in comparison_tables(comparison):
-        show_table(table, console)
+    report_comparison(ComparisonSettings(runs, ["speech-only"], out / "comparison"), console)
     console.print(f"Chance UA {1 / len(EMOTIONS):.2f}. Rule-made prosody, not human emotion.")
 
 

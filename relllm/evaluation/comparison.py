@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -140,21 +141,17 @@ def compare_runs(
         notes += [f"{corpus}: no run of the baseline {name}." for name in chosen if name not in present]
         notes += [f"{corpus}: {difference}." for difference in find_differences(members)]
         notes += [note for label, run in by_label.items() for note in _say_seen(corpus, label, run)]
-        for measured, units, ids in _measure_parts(corpus, by_label, resample, notes):
+        for measured, units in _measure_parts(corpus, by_label, resample, notes):
             resampler = Resampler(units, num_resamples=num_resamples, seed=seed) if len(set(units)) > 1 else None
             for metric, of_run in measured.items():
                 of_system = {}
                 for label in dict.fromkeys(rows[key] for key in of_run):
                     keys = [key for key in of_run if rows[key] == label]
-                    of_system[label] = combine_runs([of_run[key] for key in keys], (seed, systems.index(label)))
-                    cells.append(
-                        _cell(corpus, label, metric, of_run, [(key, by_label[key]) for key in keys], len(ids))
-                    )
-                gains += [
-                    _gain(corpus, pair, metric, (of_system[pair[0]], of_system[pair[1]]), resampler)
-                    for pair in pairs
-                    if pair[0] in of_system and pair[1] in of_system
-                ]
+                    own = [of_run[key] for key in keys]
+                    of_system[label] = combine_runs(own, (seed, systems.index(label)))
+                    cells.append(_cell(corpus, label, metric, own, [by_label[key] for key in keys]))
+                both = [pair for pair in pairs if of_system.keys() >= set(pair)]
+                gains += [_gain(corpus, pair, metric, [of_system[one] for one in pair], resampler) for pair in both]
     if not gains:
         raise ValueError(f"Nothing to compare: no corpus has a baseline ({', '.join(baselines)}) and another run.")
     settings = {"baselines": chosen, "resample": resample, "num_resamples": num_resamples, "seed": seed}
@@ -186,27 +183,12 @@ def combine_runs(measured: Sequence[Measured], seed: tuple[int, ...]) -> Measure
     )
 
 
-def _cell(
-    corpus: str,
-    label: str,
-    metric: Metric,
-    measured: Mapping[str, Measured],
-    runs: Sequence[tuple[str, Run]],
-    num_clips: int,
-) -> Cell:
-    values = [measured[key].value for key, _ in runs]
-    means = [run.fold_means.get(metric.table, {}).get(metric.part, {}).get(metric.name) for _, run in runs]
-    mean = _mean(values)
-    return Cell(
-        corpus=corpus,
-        system=label,
-        metric=metric,
-        value=mean,
-        num_clips=num_clips,
-        fold_mean=_mean(means),
-        num_runs=len(runs),
-        deviation=None if mean is None or len(runs) < 2 else float(np.std(np.array(values, dtype=float), ddof=1)),
-    )
+def _cell(corpus: str, label: str, metric: Metric, measured: Sequence[Measured], runs: Sequence[Run]) -> Cell:
+    values = [one.value for one in measured]
+    means = [run.fold_means.get(metric.table, {}).get(metric.part, {}).get(metric.name) for run in runs]
+    mean, num_clips = _mean(values), len(measured[0].summands)
+    deviation = None if mean is None or len(runs) < 2 else float(np.std(np.array(values, dtype=float), ddof=1))
+    return Cell(corpus, label, metric, mean, num_clips, _mean(means), len(runs), deviation)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -282,20 +264,19 @@ def _pairs(present: Sequence[str], baselines: Sequence[str]) -> list[tuple[str, 
 
 def _measure_parts(
     corpus: str, by_label: Mapping[str, Run], resample: str, notes: list[str]
-) -> Iterator[tuple[dict[Metric, dict[str, Measured]], list[str], list[str]]]:
-    """Return for each part of each table its metrics by system, what the bootstrap draws, and the clips."""
+) -> Iterator[tuple[dict[Metric, dict[str, Measured]], list[str]]]:
+    """Return for each part of each table its metrics by system, and what the bootstrap draws, of each clip."""
     for table, part in PARTS:
-        having = {label: _ids_with(run, table, part) for label, run in by_label.items()}
-        having = {label: ids for label, ids in having.items() if ids}
+        having = {label: own for label, run in by_label.items() if (own := _ids_with(run, table, part))}
         if not having:
             continue
-        ids = _common(corpus, having, by_label, notes)
-        clips = {label: [by_label[label].clips[clip_id] for clip_id in ids] for label in having}
+        shared = _common(corpus, having, by_label, notes)
+        clips = {label: [by_label[label].clips[clip_id] for clip_id in shared] for label in having}
         first = next(iter(having))
         labelled = _labelled(clips[first], table, part, by_label[first].class_names)
         if not any(labelled):
             continue
-        ids = [clip_id for clip_id, keep in zip(ids, labelled, strict=True) if keep]
+        ids = [clip_id for clip_id, keep in zip(shared, labelled, strict=True) if keep]
         origins = (by_label[first].clips[clip_id].get("dimension_source") for clip_id in ids)
         sources = {str(origin) for origin in origins if origin not in (None, "", "label")}
         if table == "dimensions" and sources:
@@ -305,7 +286,7 @@ def _measure_parts(
         for label, rows in kept.items():
             for metric, one in measure_part(rows, table, part, by_label[label].class_names):
                 measured.setdefault(metric, {})[label] = one
-        yield measured, _units(corpus, ids, kept[first], resample, notes), ids
+        yield measured, _units(corpus, ids, kept[first], resample, notes)
 
 
 def _ids_with(run: Run, table: str, part: str) -> set[str]:
@@ -332,9 +313,8 @@ def _common(corpus: str, having: Mapping[str, set[str]], by_label: Mapping[str, 
                 f"({named}), more than {MAX_MISSING:.0%}. Find out why, and evaluate them."
             )
         why = f" ({unread} without a transcript)" if unread else ""
-        notes.append(
-            f"{corpus}: {label} lacks {len(lacking)} of {len(everything)} clips{why}, left out of all: {named}."
-        )
+        share = f"{len(lacking)} of {len(everything)} clips{why}"
+        notes.append(f"{corpus}: {label} lacks {share}, left out of all: {named}.")
     first = by_label[next(iter(having))]
     return [clip_id for clip_id in first.clips if clip_id in shared]
 
@@ -364,11 +344,7 @@ def _units(corpus: str, ids: Sequence[str], clips: Sequence[dict], resample: str
 
 
 def _gain(
-    corpus: str,
-    pair: tuple[str, str],
-    metric: Metric,
-    measured: tuple[Measured, Measured],
-    resampler: Resampler | None,
+    corpus: str, pair: tuple[str, str], metric: Metric, measured: Sequence[Measured], resampler: Resampler | None
 ) -> Gain:
     one, other = measured
     difference = None if one.value is None or other.value is None else one.value - other.value
@@ -381,21 +357,9 @@ def _gain(
         intervals[0] = percentile_interval(ours - theirs, resampler.num_units)
         intervals[1] = percentile_interval(relative, resampler.num_units) if has_relative else None
     test = None if one.paired is None or other.paired is None else wilcoxon_test(one.paired - other.paired)
-    return Gain(
-        corpus=corpus,
-        system=pair[0],
-        baseline=pair[1],
-        metric=metric,
-        num_clips=len(one.summands),
-        difference=difference,
-        difference_interval=intervals[0],
-        relative=100 * (one.value / other.value - 1)
-        if has_relative and one.value is not None and other.value
-        else None,
-        relative_interval=intervals[1],
-        test=test,
-        p_holm=None,
-    )
+    share = 100 * (one.value / other.value - 1) if has_relative and one.value is not None and other.value else None
+    what = (corpus, *pair, metric, len(one.summands))
+    return Gain(*what, difference, intervals[0], share, intervals[1], test, p_holm=None)
 
 
 def _correct(gains: Sequence[Gain]) -> list[Gain]:
@@ -461,27 +425,18 @@ def _recognition_measured(clips: Sequence[dict], way: str, names: list[str]) -> 
     weights = (len(clips) / (np.count_nonzero(support) * np.maximum(support, 1)))[true.argmax(axis=1)]
     summands = np.concatenate([true & predicted, true, predicted], axis=1).astype(float)
     paired = {"ua": right * weights, "wa": right, "macro_f1": None}
-    statistics: dict[str, Statistic] = {"ua": _ua, "wa": _wa, "macro_f1": _macro_f1}
     return {
-        name: Measured(values[name], summands, statistic, paired[name])  # type: ignore[literal-required]
-        for name, statistic in statistics.items()
+        name: Measured(values[name], summands, partial(_rate, name), each)  # type: ignore[literal-required]
+        for name, each in paired.items()
     }
 
 
-def _ua(sums: np.ndarray) -> np.ndarray:
-    hits, true, _ = np.split(sums, 3, axis=1)
-    return (hits / np.maximum(true, 1)).sum(axis=1) / (true > 0).sum(axis=1)
-
-
-def _wa(sums: np.ndarray) -> np.ndarray:
-    hits, true, _ = np.split(sums, 3, axis=1)
-    return hits.sum(axis=1) / true.sum(axis=1)
-
-
-def _macro_f1(sums: np.ndarray) -> np.ndarray:
+def _rate(name: str, sums: np.ndarray) -> np.ndarray:
     hits, true, predicted = np.split(sums, 3, axis=1)
-    scores = np.where(true > 0, 2 * hits / np.maximum(true + predicted, 1), 0)
-    return scores.sum(axis=1) / (true > 0).sum(axis=1)
+    if name == "wa":
+        return hits.sum(axis=1) / true.sum(axis=1)
+    of_class = hits / np.maximum(true, 1) if name == "ua" else 2 * hits / np.maximum(true + predicted, 1)
+    return np.where(true > 0, of_class, 0).sum(axis=1) / (true > 0).sum(axis=1)
 
 
 def _concordance(clips: Sequence[dict], dimension: str) -> Measured:

@@ -9,16 +9,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from relllm.data.journal import write_json, write_whole
 from relllm.plots import ForestLine, plot_forest, plot_levels
 
-from .comparison import SYSTEM_TITLES, Cell, Comparison, Gain, Metric
+from .comparison import SYSTEM_TITLES, Cell, Comparison, Gain, Metric, compare_runs
 from .empathy.quality import describe_quality, find_weaknesses
-from .evaluation_settings import LEVELS, MECHANISMS
-from .runs import Run
-from .tables import DASH, Table, to_latex, to_markdown
+from .evaluation_settings import LEVELS, MECHANISMS, ComparisonSettings
+from .runs import Run, read_run
+from .tables import DASH, Table, show_table, to_latex, to_markdown
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 COMPARISON_FORMAT = "relllm-comparison-1"
 SOURCE = "RE-LLM, arXiv 2602.10716"
@@ -91,6 +94,19 @@ PUBLISHED_GAINS = (
     PublishedGain("esd", "ua", None, 2.3, "points"),
     PublishedGain("msp-podcast", "ua", None, 6.9, "points"),
 )
+
+
+def report_comparison(settings: ComparisonSettings, console: Console) -> None:
+    """Do what `relllm compare` does: write a comparison of runs, and print its tables and notes."""
+    options: dict[str, Any] = {"resample": settings.resample, "seed": settings.seed, "group": settings.group}
+    comparison = compare_runs([read_run(path) for path in settings.runs], settings.baseline, **options)
+    written = write_comparison(comparison, settings.output_dir)
+    tables = comparison_tables(comparison)
+    for table in tables:
+        show_table(table, console)
+    for note in dict.fromkeys(note for table in tables for note in table.notes):
+        console.print(note, style="dim", soft_wrap=False)
+    console.print(f"{', '.join(path.name for path in written)} in {settings.output_dir}")
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
@@ -190,10 +206,8 @@ def _length_notes(run: Run) -> list[str]:
     """Say how long a run's replies are at each level, and how many the scorers read in part."""
     notes = []
     for name in MECHANISMS:
-        read = [
-            clip["empathy"][name] for clip in run.clips.values() if "tokens" in clip.get("empathy", {}).get(name, {})
-        ]
-        if not read:
+        parts = (clip.get("empathy", {}).get(name, {}) for clip in run.clips.values())
+        if not (read := [part for part in parts if "tokens" in part]):
             continue
         lengths = [[part["tokens"] for part in read if part["level"] == level] for level in range(LEVELS)]
         means = " / ".join(f"{sum(tokens) / len(tokens):.0f}" if tokens else DASH for tokens in lengths)
@@ -209,20 +223,11 @@ def _gain_table(comparison: Comparison, name: str) -> Table:
     for gain in gains:
         value, interval = _shown_gain(gain)
         test = gain.test
-        rows.append(
-            [
-                gain.corpus,
-                _metric_title(gain.metric),
-                gain.system,
-                gain.baseline,
-                _signed(value, name),
-                DASH if interval is None else f"[{_signed(interval[0], name)}, {_signed(interval[1], name)}]",
-                DASH if test is None else _show_p(test.p_value),
-                DASH if gain.p_holm is None else _show_p(gain.p_holm),
-                str(gain.num_clips),
-                DASH if test is None else str(test.num_different),
-            ]
-        )
+        limits = DASH if interval is None else f"[{_signed(interval[0], name)}, {_signed(interval[1], name)}]"
+        tested = _show_p(None if test is None else test.p_value), _show_p(gain.p_holm)
+        different = DASH if test is None else str(test.num_different)
+        of_gain = [gain.corpus, _metric_title(gain.metric), gain.system, gain.baseline, _signed(value, name), limits]
+        rows.append([*of_gain, *tested, str(gain.num_clips), different])
     rows += _published_gains(comparison, name)
     tests = sum(gain.test is not None for gain in gains)
     notes = [f"Intervals: paired bootstrap, {comparison.settings['num_resamples']} resamples, expanded percentiles."]
@@ -323,13 +328,10 @@ def _count_notes(cells: Mapping[tuple[str, str, Metric], Cell]) -> list[str]:
     folds = sorted({corpus for (corpus, _, _), cell in cells.items() if cell.fold_mean is not None})
     notes = [f"{corpus}: 'folds pooled' counts the clips of all folds at once." for corpus in folds]
     runs = {(cell.corpus, cell.system): cell.num_runs for cell in cells.values() if cell.num_runs > 1}
-    several = [
-        f"{corpus}: {system} is the mean ± standard deviation of {count} runs"
-        for (corpus, system), count in runs.items()
-    ]
-    return notes + [
-        f"{said}; intervals resample runs and clips, tests are of the clips' means over runs." for said in several
-    ]
+    how = "intervals resample runs and clips, tests are of the clips' means over runs"
+    for (corpus, system), count in runs.items():
+        notes.append(f"{corpus}: {system} is the mean ± standard deviation of {count} runs; {how}.")
+    return notes
 
 
 def _show_cell(cell: Cell | None, *, fold_mean: bool = False) -> str:
@@ -350,5 +352,5 @@ def _signed(value: float | None, table: str) -> str:
     return text.replace("-", "−")
 
 
-def _show_p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+def _show_p(value: float | None) -> str:
+    return DASH if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -164,10 +164,8 @@ def _recognition_of(lines: Sequence[Mapping], labels: Sequence[str], way: str) -
 
 def _votes(rated: Sequence[Mapping], labels: Sequence[str], way: str) -> VoteMetrics:
     """Hold the answers against every rater's vote; clips without a majority count too."""
-    votes, answers = (
-        [line["emotion_votes"] for line in rated],
-        [answered_emotion(line, way, labels) for line in rated],
-    )
+    votes = [line["emotion_votes"] for line in rated]
+    answers = [answered_emotion(line, way, labels) for line in rated]
     probabilities = None if way == "generated" else [line["recognition"][way] for line in rated]
     majority = [line["emotion"] for line in rated]
     return vote_metrics(votes, answers, labels, probabilities=probabilities, labels=majority)

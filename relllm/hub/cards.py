@@ -14,21 +14,8 @@ from relllm.data.membership import read_training_record
 from relllm.evaluation.evaluation_settings import EMPATHY_PARTS
 from relllm.evaluation.fingerprints import model_fingerprint
 
-from .evidence import (
-    EVIDENCE_FORMAT,
-    EVIDENCE_NAME,
-    READINGS,
-    cell,
-    describe_rewards,
-    describe_run,
-    describe_training,
-    eval_results,
-    hub_datasets,
-    read_corpora,
-    read_evidence,
-    read_public_run,
-    started_from,
-)
+from . import evidence
+from .evidence import EVIDENCE_FORMAT, EVIDENCE_NAME
 from .licences import MSP_TOWER, OTHER, UNKNOWN, Licence, choose_licence, parse_told, read_towers
 from .sharing import CardSettings
 
@@ -51,7 +38,7 @@ def write_model_card(settings: CardSettings) -> Path:
     if card_path.exists() and not settings.overwrite:
         raise FileExistsError(f"{card_path} is there already. Replace it with --overwrite, or edit it.")
     fingerprint = model_fingerprint(str(model)) if runs else ""
-    public = [read_public_run(run, fingerprint) for run in runs]
+    public = [evidence.read_public_run(run, fingerprint) for run in runs]
     plots = _plots_by_name(runs)
     card = _make_card(settings, public, fingerprint, plots)
     shutil.rmtree(model / "plots", ignore_errors=True)
@@ -73,10 +60,10 @@ def _make_card(
     config = json.loads((settings.model / "config.json").read_text(encoding="utf-8"))
     record = read_training_record(str(settings.model))
     repo_id = settings.repo_id or f"org/{settings.model.resolve().name}"
-    towers = read_towers(config, parse_told(settings.tower_license), started_from=started_from(record))
-    corpora = read_corpora(record)
+    towers = read_towers(config, parse_told(settings.tower_license), started_from=evidence.started_from(record))
+    corpora = evidence.read_corpora(record)
     licence = choose_licence(towers, corpora, _chosen(settings), link=f"https://huggingface.co/{repo_id}#licence")
-    results = eval_results(runs)
+    results = evidence.eval_results(runs)
     languages = sorted({*settings.language, *(facts["language"] for facts in corpora if facts.get("language"))})
     data = ModelCardData(
         license=licence.id,
@@ -85,7 +72,7 @@ def _make_card(
         library_name="transformers",
         pipeline_tag="audio-text-to-text",
         language=languages or None,
-        datasets=hub_datasets(record) or None,
+        datasets=evidence.hub_datasets(record) or None,
         base_model=[tower.hub_id for tower in towers if tower.hub_id] or None,
         tags=["relllm", "speech", "speech-emotion-recognition", "empathy", "arxiv:2602.10716"],
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
@@ -108,12 +95,12 @@ def _make_card(
         unclear=[f"the {tower.part}" for tower in towers if tower.licence in (UNKNOWN, OTHER)],
         msp_tower=any(tower.hub_id == MSP_TOWER for tower in towers),
         corpora=corpora,
-        training=describe_training(record),
-        runs=[describe_run(run, towers) for run in runs],
-        readings=READINGS,
+        training=evidence.describe_training(record),
+        runs=[evidence.describe_run(run, towers) for run in runs],
+        readings=evidence.READINGS,
         mechanisms=EMPATHY_PARTS,
-        rewarded=describe_rewards(record),
-        cell=cell,
+        rewarded=evidence.describe_rewards(record),
+        cell=evidence.cell,
         fingerprint=fingerprint,
         evidence_name=EVIDENCE_NAME,
         plots=[{"path": name, "title": Path(name).stem.replace("_", " ")} for name in plots],
@@ -140,7 +127,7 @@ def told_terms(card: Path) -> tuple[str, list[str]]:
     """Say under which licence a card is, and the terms of each corpus, for the person who has to agree with them."""
     data = ModelCard.load(card).data
     licence = f"{data.license} ({data.license_name}: {data.license_link})" if data.license == OTHER else data.license
-    corpora = read_corpora(read_training_record(str(card.parent)))
+    corpora = evidence.read_corpora(read_training_record(str(card.parent)))
     return licence, [f"{one['title']}: {one.get('terms') or 'its terms are not recorded.'}" for one in corpora]
 
 
@@ -159,7 +146,7 @@ def check_card(folder: Path) -> None:
     if licence == OTHER and not (card.data.license_name and card.data.license_link):
         raise ValueError(f"{path}: `license: other` needs `license_name:` and `license_link:` beside it.")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    started = started_from(read_training_record(str(folder)))
+    started = evidence.started_from(read_training_record(str(folder)))
     choose_licence(read_towers(config, card.data.get("tower_licenses"), started_from=started), chosen=Licence(licence))
     _check_metrics(card, folder)
     for image in IMAGE.findall(card.text):
@@ -169,10 +156,10 @@ def check_card(folder: Path) -> None:
 
 def _check_metrics(card: ModelCard, folder: Path) -> None:
     claimed: list[EvalResult] = card.data.get("eval_results") or []
-    evidence = read_evidence(folder)
-    if evidence is None and not claimed:
+    kept = evidence.read_evidence(folder)
+    if kept is None and not claimed:
         return
-    measured = {_identity(result) for result in eval_results(evidence["runs"])} if evidence else set()
+    measured = {_identity(result) for result in evidence.eval_results(kept["runs"])} if kept else set()
     for result in claimed:
         if _identity(result) not in measured:
             claim = f"{result.metric_name or result.metric_type} = {result.metric_value} on {result.dataset_name}"
@@ -184,10 +171,10 @@ def _check_metrics(card: ModelCard, folder: Path) -> None:
 
 def check_measured(folder: Path) -> None:
     """Hold the weights in a folder, in whichever form, against those that were measured (`evaluation.json`)."""
-    evidence = read_evidence(folder)
-    if evidence and (found := model_fingerprint(str(folder))) != evidence["fingerprint"]:
+    kept = evidence.read_evidence(folder)
+    if kept and (found := model_fingerprint(str(folder))) != kept["fingerprint"]:
         raise ValueError(
-            f"{folder / EVIDENCE_NAME} is of another model: of {evidence['fingerprint'][:23]}…, and this one is "
+            f"{folder / EVIDENCE_NAME} is of another model: of {kept['fingerprint'][:23]}…, and this one is "
             f"{found[:23]}…. Evaluate this one and write its card anew."
         )
 

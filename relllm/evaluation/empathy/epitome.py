@@ -162,10 +162,8 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_
     A token is in a rationale if it shares a character with one; which it has only a fast tokenizer knows.
     """
     if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} does not say which characters a token is of. Use an encoder with a fast "
-            "tokenizer (tokenizer.json)."
-        )
+        what = f"{type(tokenizer).__name__} does not say which characters a token is of"
+        raise ValueError(f"{what}. Use an encoder with a fast tokenizer (tokenizer.json).")
     features = encode_posts([(pair.seeker_post, pair.response_post) for pair in pairs], tokenizer, max_length)
     responses = tokenizer(
         [pair.response_post for pair in pairs],
@@ -211,8 +209,7 @@ class PairCollator:
 
 
 def read_posts(path: Path) -> list[dict]:
-    """Read rows with `seeker_post` and `response_post` to be scored, and all their columns, from a `.csv` or `.jsonl`
-    file.
+    """Read rows with `seeker_post` and `response_post` to be scored from a `.csv` or `.jsonl` file, all columns kept.
 
     Whatever is wrong (a missing column or value, an empty seeker post) is a `ValueError` with its line.
     """

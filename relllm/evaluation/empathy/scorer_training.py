@@ -45,12 +45,8 @@ def train_scorer(settings: EmpathySettings, *, progress: bool = True) -> dict:
     """Train a scorer, measure it on the test split and write model, tokenizer, metrics and confusion matrix.
 
     Killed, the same call goes on from the end of the last epoch and gives the same scorer; complete, it returns what
-    is there, which is the content of `metrics.json`. The folder `output_dir/<mechanism>` is complete or not there.
-
-    Raises:
-        FileExistsError: If the folder holds a scorer of other settings.
-        ValueError: If data, encoder or a setting is not usable, or an unfinished run there has other settings.
-        BlockingIOError: If another process is training there.
+    is there, which is the content of `metrics.json`. The folder `output_dir/<mechanism>` is complete or not there; of
+    other settings it is a `FileExistsError`.
     """
     check_extras("Training a scorer", "matplotlib", "scikit-learn")
     folder = settings.output_dir / settings.mechanism
@@ -95,8 +91,7 @@ def train_scorer(settings: EmpathySettings, *, progress: bool = True) -> dict:
 def measure(
     level_logits: np.ndarray, rationale_logits: np.ndarray, levels: np.ndarray, rationales: np.ndarray
 ) -> dict:
-    """Return accuracy and macro-F1 of the level, and the token F1 of the rationale, from the logits and labels of
-    pairs.
+    """Return accuracy and macro-F1 of the level, and the token F1 of the rationale, from logits and labels of pairs.
 
     The token F1 is a mean over pairs. A pair with neither a rationale nor a prediction is left out, as there is
     nothing to find; with one of the two only, its F1 is 0. It is `None` where no pair is left. Tokens with the label

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from relllm.data.journal import write_whole
+from relllm.data.table_files import write_table
 
 from ..evaluation_settings import LEVELS, MECHANISMS
 from .epitome import PairCollator, encode_posts, read_posts
@@ -76,12 +75,8 @@ def score_pairs(
         for mechanism, scorer in scorers.items():
             scorer.model.to(device)
             for part in found:
-                part[mechanism] = {
-                    "level": 0,
-                    "probabilities": [1.0, *[0.0] * (LEVELS - 1)],
-                    "tokens": 0,
-                    "cut": False,
-                }
+                certain = [1.0, *[0.0] * (LEVELS - 1)]
+                part[mechanism] = {"level": 0, "probabilities": certain, "tokens": 0, "cut": False}
             for start in range(0, len(spoken), batch_size):
                 batch = spoken[start : start + batch_size]
                 parts = [cut_windows(pairs[one][1], scorer) for one in batch]
@@ -142,18 +137,18 @@ def score_table(
     for row, found in zip(rows, scored, strict=True):
         values = [value for part in found.values() for value in (part["level"], *part["probabilities"])]
         written.append({**row, **dict(zip(new, values, strict=True))})
-    _write_table(written, out)
+    write_table(written, out)
     num_empty = sum(not response.strip() for _, response in pairs)
-    levels = {name: [part[name]["level"] for part in scored] for name in scorers}
-    return {
-        name: {
-            "mean_level": sum(given) / len(given),
-            "levels": [given.count(level) for level in range(LEVELS)],
-            "num_pairs": len(given),
-            "num_empty": num_empty,
+    counts = {"num_pairs": len(rows), "num_empty": num_empty}
+    found = {}
+    for name in scorers:
+        levels = [part[name]["level"] for part in scored]
+        found[name] = {
+            "mean_level": sum(levels) / len(levels),
+            "levels": [*map(levels.count, range(LEVELS))],
+            **counts,
         }
-        for name, given in levels.items()
-    }
+    return found
 
 
 def _rank(row: list[float]) -> tuple[int, float, list[float]]:
@@ -182,14 +177,3 @@ def _level_probabilities(scorer: LoadedScorer, pairs: Sequence[tuple[str, str]])
     if not probabilities.isfinite().all():
         raise ValueError(f"The scorer of {scorer.model.config.mechanism} gives NaN. Train it again.")
     return probabilities.tolist()
-
-
-def _write_table(rows: Sequence[Mapping], out: Path) -> None:
-    with write_whole(out) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        if out.suffix == ".csv":
-            columns = list(dict.fromkeys(name for row in rows for name in row))
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        else:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
