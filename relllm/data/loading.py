@@ -340,6 +340,8 @@ def _choose(loaded: dict | Rows, split: str | None, source: str) -> Rows:
         return loaded
     if split not in found:
         raise ValueError(_say_splits(source, split, found))
+    if isinstance(loaded, Dataset):
+        return loaded.select([index for index, value in enumerate(loaded["split"][:]) if value == split])
     return loaded.filter(lambda value: value == split, input_columns="split")
 
 

@@ -38,7 +38,6 @@ def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGenera
         processor = ReLLMProcessor.from_pretrained(name, revision=revision)
         if gets_emotion_tower(script, config):
             model = add_emotion_tower(model, str(script.emotion_tower), script.emotion_fusion or "concat")
-        _set_extractor(script, model.config, processor)
     else:
         model = ReLLMForConditionalGeneration.from_towers(
             audio=script.audio_tower,
@@ -48,12 +47,9 @@ def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGenera
             **_architecture(script),
             **options,
         )
-        processor = ReLLMProcessor.from_config(
-            model.config,
-            script.text_model,
-            speech_do_normalize=_reads_normalized(script.audio_tower),
-        )
-        _set_extractor(script, model.config, processor)
+        normal = _reads_normalized(script.audio_tower)
+        processor = ReLLMProcessor.from_config(model.config, script.text_model, speech_do_normalize=normal)
+    _set_extractor(script, model.config, processor)
     if four_bit is not None:
         model = quantize_llm(model, four_bit)
     if script.attn_implementation is not None:
@@ -86,10 +82,7 @@ def build_config(script: ReLLMScriptArguments) -> ReLLMConfig:
 def check_model(script: ReLLMScriptArguments, unfreeze: Sequence[str] = ()) -> tuple[float, float]:
     """Raise what [`build_model`] and `unfreeze` would raise of kinds, names of layers, attention and packages.
 
-    The model is built without weights, from configurations and the tokenizer.
-
-    Returns:
-        `tuple[float, float]`: The seconds of the shortest and of the longest clip that it takes.
+    The model is built without weights. Return the seconds of the shortest and of the longest clip that it takes.
     """
     with torch.device("meta"):
         model = ReLLMForConditionalGeneration(build_config(script))
@@ -109,12 +102,8 @@ def four_bit_config(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytes
     """Return QLoRA's settings (NF4, double quantisation); `ImportError` without bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("load_in_4bit needs bitsandbytes. Install it with `pip install bitsandbytes`.")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
+    kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype, **kind)
 
 
 def quantize_llm(model: ReLLMForConditionalGeneration, config: BitsAndBytesConfig) -> ReLLMForConditionalGeneration:
@@ -154,9 +143,8 @@ def add_emotion_tower(
     if config.towers is not None and (source := tower_source(tower)) is not None:
         config.towers = {**config.towers, "emotion_tower": source}
     convolutions = "model.multi_modal_projector.conv_layers."
-    state = {name: weight for name, weight in model.state_dict().items()}
-    if fusion == "concat":
-        state = {name: weight for name, weight in state.items() if not name.startswith(convolutions)}
+    anew = convolutions if fusion == "concat" else ()
+    state = {name: weight for name, weight in model.state_dict().items() if not name.startswith(anew)}
     state |= {f"model.emotion_tower.{name}": weight for name, weight in emotion.state_dict().items()}
     grown = load_parts(type(model), config, state, model.dtype)
     if fusion == "concat":

@@ -108,9 +108,7 @@ class CompletionsMixin(Trainer):
         path.write_text(text, encoding="utf-8")
         if not self.args.disable_tqdm:
             Console(stderr=True, markup=False).print(_draw(lines))
-        cells = [
-            {key: str(value) if isinstance(value, list) else value for key, value in one.items()} for one in lines
-        ]
+        cells = [{key: str(cell) if isinstance(cell, list) else cell for key, cell in one.items()} for one in lines]
         frame = pandas.DataFrame(cells)
         for backend in {"wandb", "trackio"}.intersection(self.args.report_to):
             module = importlib.import_module(backend)

@@ -109,9 +109,7 @@ def check_trainer(args: TrainingArguments) -> None:
     if args.save_strategy == "steps" and args.save_steps <= 0:
         raise ValueError(f"save_steps is {args.save_steps}: nothing would be saved. save_strategy: no says so.")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
-        raise ValueError(
-            f"num_train_epochs is {args.num_train_epochs}, and no max_steps is given: nothing would train."
-        )
+        raise ValueError(f"num_train_epochs is {args.num_train_epochs}, and no max_steps is given: nothing trains.")
     checkpoint = args.resume_from_checkpoint
     if isinstance(checkpoint, str) and not os.path.isfile(os.path.join(checkpoint, TRAINER_STATE_NAME)):
         raise FileNotFoundError(f"resume_from_checkpoint: {checkpoint} is no checkpoint with a {TRAINER_STATE_NAME}.")
