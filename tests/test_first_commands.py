@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from relllm.cli import app
+from relllm.cli.training_help import show_training_help
 from relllm.demo.tiny_towers import make_tiny_towers
+from relllm.preferences.dpo import parse_dpo
 from relllm.preferences.grpo import parse_grpo
 from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT
 from relllm.setting import find_method
@@ -39,7 +41,7 @@ BASH = shutil.which("bash")
 SAY = "command_not_found_handle() { printf '%s\\0' \"$@\"; printf '\\036'; }\nPATH=/dev/null\n"
 CLIP_S = 0.3
 KINDS = ("neu", "hap", "ang", "sad")
-METHODS = {"sft": parse_arguments, "grpo": parse_grpo}
+METHODS = {"sft": parse_arguments, "dpo": parse_dpo, "grpo": parse_grpo}
 PARSERS = {
     "train": lambda arguments: METHODS[find_method(arguments)](arguments),
     "train-emotion": parse_emotion_arguments,
@@ -206,8 +208,8 @@ def test_every_command_of_the_documents_is_one_that_there_is(monkeypatch: pytest
             parse(arguments)
 
 
-def test_flags_in_the_text_of_a_document_are_flags_of_the_commands_that_it_names(capsys) -> None:
-    flags = {name: read_flags(name, capsys) for name in typer.main.get_command(app).commands}
+def test_flags_in_the_text_of_a_document_are_flags_of_the_commands_that_it_names() -> None:
+    flags = {name: read_flags(name) for name in typer.main.get_command(app).commands}
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         of_page = {flag for name in re.findall(r"relllm ([a-z-]+)", text) for flag in flags.get(name, ())}
@@ -220,12 +222,12 @@ def test_flags_in_the_text_of_a_document_are_flags_of_the_commands_that_it_names
                 assert not unknown, f"{path.name}: {span}"
 
 
-def read_flags(name: str, capsys: pytest.CaptureFixture) -> set[str]:
+def read_flags(name: str) -> set[str]:
     """The flags of a command, and of the commands below it."""
     if name in PARSERS:
-        with pytest.raises(SystemExit):
-            PARSERS[name](["--help"])
-        return {flag.replace("_", "-") for flag in re.findall(r"--([\w-]+)", capsys.readouterr().out)} | {"out"}
+        methods = ("", *(f" --method {method}" for method in METHODS if method != "sft")) if name == "train" else ("",)
+        pages = "".join(show_training_help(f"{name}{method}") for method in methods)
+        return {flag.replace("_", "-") for flag in re.findall(r"--([\w-]+)", pages)} | {"out", "cache-dir"}
     command = typer.main.get_command(app).commands[name]
     parts = [command, *getattr(command, "commands", {}).values()]
     return {
