@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "relllm"
 HUB_ROOMS = ("modeling", "processing")
 # A room is a folder of the package or a module beside it; it may import the rooms listed here, and itself.
 BASE = {"labels", "setting", "processing", "modeling"}
-BELOW_HUB = BASE | {"uploads", "data", "inference", "training", "evaluation", "metrics", "plots"}
+BELOW_HUB = BASE | {"tower_outputs", "uploads", "data", "inference", "training", "evaluation", "metrics", "plots"}
 BELOW_DEMO = BELOW_HUB | {"preferences", "conversion", "hub"}
 MAY_IMPORT = {
     "labels": set(),
@@ -26,10 +26,11 @@ MAY_IMPORT = {
     "uploads": set(),
     "processing": set(),
     "modeling": set(),
+    "tower_outputs": {"modeling", "processing"},
     "data": BASE | {"plots"},
-    "training": BASE | {"data", "metrics", "uploads"},
+    "training": BASE | {"data", "metrics", "tower_outputs", "uploads"},
     "inference": BASE | {"data", "plots"},
-    "evaluation": BASE | {"data", "inference", "metrics", "plots"},
+    "evaluation": BASE | {"data", "inference", "metrics", "plots", "tower_outputs"},
     "conversion": BASE,
     "preferences": BELOW_HUB,
     "hub": BASE | {"data", "evaluation", "uploads"},

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from relllm.labels import find_emotion
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT, ask_about, recognition_prompt
 
-from .evaluation_settings import Task
+from .evaluation_settings import WAYS, Task, Way
 
 RECOGNITION_TOKENS = 16  # of an answer that names an emotion
 DIGITS = 6  # of a number in the predictions; more would differ between machines
@@ -34,6 +34,12 @@ class Questions:
     max_new_tokens: int = 128  # of the longest reply
     instruction: str = SPEECH_PROMPT  # before a clip that is to be replied to, and the system turn then
     system_prompt: str = SYSTEM_PROMPT
+    ways: tuple[Way, ...] = WAYS  # of recognising an emotion
+
+    @property
+    def in_words(self) -> bool:
+        """Tell whether the LLM is asked for the emotion."""
+        return "ser" in self.tasks and set(self.ways) != {"head"}
 
 
 def conversations(questions: Questions, turn: Mapping[str, str]) -> dict[str, Turns]:

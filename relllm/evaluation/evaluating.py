@@ -35,7 +35,17 @@ from relllm.modeling.places_relllm import check_place
 from .adapters import ADAPTER_CONFIG, read_adapter, read_config
 from .asking import RECOGNITION_TOKENS, Questions, render_prompts
 from .empathy.quality import check_scorers, read_quality
-from .evaluation_settings import FORMAT, HELD_OUT, METRICS, PREDICTIONS, READERS, TASKS, EvaluationSettings, System
+from .evaluation_settings import (
+    FORMAT,
+    HELD_OUT,
+    METRICS,
+    PREDICTIONS,
+    READERS,
+    TASKS,
+    WAYS,
+    EvaluationSettings,
+    System,
+)
 from .fingerprints import check_extras, data_fingerprint, describe_hardware, folder_fingerprint, model_fingerprint
 from .leakage import check_unseen, find_seen
 from .predicting import Predictor, load_in_vllm, load_predictor, load_tokenizer, resolve_system
@@ -133,6 +143,8 @@ def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     taught = getattr(config, "trained_readings", None)
     if system not in READERS and taught is not None and not set(DIMENSIONS) & set(taught):
         obstacles["dimensions"] = "no training has taught them to the model (trained_readings in its config.json)"
+    if set(settings.ways) == {"head"} and (system in READERS or (taught is not None and "emotion" not in taught)):
+        obstacles["ser"] = "it has no head that a training has taught emotions (--ways head)"
     for task in settings.tasks or ():
         if task in obstacles:
             raise ValueError(f"Task {task!r} cannot be measured: {obstacles[task]}. Mend it, or leave {task} out.")
@@ -141,6 +153,7 @@ def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
         raise ValueError(f"Nothing can be measured of {settings.data}: {obstacles}.")
     tokenizer, template, processor = load_tokenizer(settings.model, settings.revision)
     questions = Questions(tuple(task for task in TASKS if task in tasks), labels, settings.max_new_tokens)
+    questions = replace(questions, ways=settings.ways)
     if processor is not None:  # a ReLLM is asked as it was trained
         questions = replace(questions, instruction=processor.instruction, system_prompt=processor.system_prompt)
     prompts = render_prompts(tokenizer, template, questions, audio=system not in READERS)
@@ -245,12 +258,13 @@ def _answer(
     if not todo:
         return
     device = state.device if settings.device == "auto" else settings.device
-    options = {"revision": settings.revision, "dtype": settings.dtype, "text_column": text_column}
+    options: dict = {"revision": settings.revision, "dtype": settings.dtype, "text_column": text_column}
     predictor: Predictor
     if settings.engine == "vllm":
         arguments = settings.engine_args
         predictor = load_in_vllm(settings.model, plan.system, plan.questions, arguments=arguments, **options)
     else:
+        options["tower_cache_dir"] = settings.tower_cache_dir
         predictor = load_predictor(settings.model, plan.system, plan.questions, device=device, **options)
     if score is None and "empathy" in plan.questions.tasks:
         score = _load_score(settings, str(device))
@@ -370,6 +384,9 @@ def _run_identity(settings: EvaluationSettings, plan: Plan) -> dict:
     held_out = {"held_out_scorers_fingerprint": folder_fingerprint(further)} if further is not None else {}
     if fingerprint in held_out.values():
         raise ValueError(f"--held-out-scorers {further} are the weights of --empathy-scorers. Train others.")
+    questions = asdict(plan.questions)
+    if plan.questions.ways == WAYS:  # of older runs too
+        del questions["ways"]
     engine = {"engine": "vllm", "engine_args": json.loads(settings.engine_args or "{}")}
     return {
         "task": "evaluate",
@@ -377,7 +394,7 @@ def _run_identity(settings: EvaluationSettings, plan: Plan) -> dict:
         "model_fingerprint": model_fingerprint(settings.model, revision=settings.revision),
         "data_fingerprint": data_fingerprint(plan.rows),
         "scorers_fingerprint": fingerprint,
-        "questions": json.loads(json.dumps(asdict(plan.questions))),
+        "questions": json.loads(json.dumps(questions)),
         "prompts": plan.prompts,
         "dtype": settings.dtype,
         "seed": settings.seed,

@@ -12,6 +12,7 @@ from relllm.setting import DATA_SET, REQUIRED, check_engine, check_settings, set
 
 Task: TypeAlias = Literal["ser", "dimensions", "empathy"]
 System: TypeAlias = Literal["text-only", "text-only-tuned", "speech-only", "re-llm"]
+Way: TypeAlias = Literal["generated", "likelihood", "head"]  # of recognising an emotion
 Mechanism: TypeAlias = Literal["ER", "IP", "EX"]  # of empathy, after EPITOME
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -23,7 +24,7 @@ LEVELS = 3  # of a mechanism: none, weak, strong
 HELD_OUT: dict[str, str] = {name: f"{name}, held out" for name in MECHANISMS}  # by a scorer that rewarded no training
 EMPATHY_PARTS = (*MECHANISMS, *HELD_OUT.values())
 REPLY_PARTS = ("words", "repetition", "distinct_2")  # of the replies' wording
-WAYS = ("generated", "likelihood", "head")  # of recognising an emotion
+WAYS: tuple[Way, ...] = get_args(Way)
 NO_TRANSCRIPT = "no transcript"  # why text-only has no answer for a clip
 FORMAT, PREDICTIONS, METRICS = "relllm-run-1", "predictions.jsonl", "metrics.json"  # of a run's folder
 
@@ -41,12 +42,14 @@ class EvaluationSettings:
     data: str = setting(REQUIRED, DATA_SET, argument=True, place="dataset")
     output_dir: Path = setting(REQUIRED, "Folder for predictions, metrics and plots.")
     tasks: tuple[Task, ...] | None = setting(None, "Of ser,dimensions,empathy; by default all that can be measured.")
+    ways: tuple[Way, ...] = setting(WAYS, "Of recognition: generated,likelihood,head; the head alone runs no LLM.")
     system: System | None = setting(None, "By default what the checkpoint is.")
     label_set: LabelSet | None = setting(None, "Emotions to choose from; by default the checkpoint's.")
     split: str = setting("test", "Split of the data; all, or empty, for all rows.")
     held_out: str | None = setting(None, "The test split made at reading, such as session=Ses05.")
     allow_seen: bool = setting(False, "Measure rows that the model was trained on or chosen by; its card says so.")
     text_column: str | None = setting(None, "What text-only reads, for example a recogniser's words; by default text.")
+    tower_cache_dir: str | None = setting(None, "Where the towers' outputs are kept, by a training or by this run.")
     empathy_scorers: str | None = setting(None, "Folder of trained scorers of ER, IP, EX.")
     held_out_scorers: str | None = setting(None, "Further scorers, which rewarded no training, beside the first.")
     reply_windows: bool = setting(False, "Score a reply longer than scorers read in parts: the highest level counts.")
@@ -69,6 +72,10 @@ class EvaluationSettings:
         check_settings(self)
         if self.held_out_scorers is not None and self.empathy_scorers is None:
             raise ValueError("--held-out-scorers stand beside --empathy-scorers, which are missing.")
+        if not self.ways or set(self.ways) - set(WAYS):
+            raise ValueError(f"ways must be some of {', '.join(WAYS)}, got {', '.join(self.ways) or 'none'}.")
+        if self.engine == "vllm" and self.tower_cache_dir is not None:
+            raise ValueError("vLLM runs the towers itself: leave tower_cache_dir out.")
         check_engine(self.engine, self.engine_args, self.device, ("model", "revision", "dtype"))
 
 

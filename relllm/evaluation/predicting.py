@@ -1,9 +1,11 @@
 """What a system says of each clip: recognition three ways, dimensions, the reply."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -23,6 +25,7 @@ from relllm.modeling.outputs_relllm import ReLLMAudioOutput
 from relllm.modeling.places_relllm import find_file
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.turns_relllm import build_chat_template
+from relllm.tower_outputs import TowerCache, cache_settings
 
 from . import asking
 from .adapters import base_of, load_causal_lm, read_adapter, read_config
@@ -74,7 +77,7 @@ class Predictor:
     def ask(self, prompts: Callable[[str], list[str]], count: int, audio: Any = None) -> list[dict]:
         """Return `recognition` and `reply`, those that are asked for, to the prompts of that name, `count` of them."""
         found: list[dict] = [{} for _ in range(count)]
-        if "ser" in self.questions.tasks:
+        if self.questions.in_words:
             for part, recognised in zip(found, self._recognise(prompts("recognition"), audio), strict=True):
                 part["recognition"] = recognised
         if "empathy" in self.questions.tasks:
@@ -95,24 +98,33 @@ class Predictor:
         return score_answers(self.model, inputs, self.label_tokens, audio=audio)
 
     def _recognise(self, prompts: list[str], audio: Any) -> list[dict]:
-        texts = self.generate(prompts, audio, asking.RECOGNITION_TOKENS)
-        scores = self.score(prompts, audio)
         labels = self.questions.labels
-        return [
-            {
-                "generated": {"text": text, "emotion": asking.parse_emotion(text, labels)},
-                "likelihood": {name: asking.number(value) for name, value in zip(labels, values, strict=True)},
-            }
-            for text, values in zip(texts, scores.softmax(-1).tolist(), strict=True)
-        ]
+        found: list[dict] = [{} for _ in prompts]
+        if "generated" in self.questions.ways:
+            for part, text in zip(found, self.generate(prompts, audio, asking.RECOGNITION_TOKENS), strict=True):
+                part["generated"] = {"text": text, "emotion": asking.parse_emotion(text, labels)}
+        if "likelihood" in self.questions.ways:
+            for part, values in zip(found, self.score(prompts, audio).softmax(-1).tolist(), strict=True):
+                part["likelihood"] = {name: asking.number(value) for name, value in zip(labels, values, strict=True)}
+        return found
 
 
 class SpeechPredictor(Predictor):
     """A ReLLM that hears the clips, read and encoded once for every task: `re-llm`, or `speech-only`."""
 
-    def __init__(self, model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, questions: Questions) -> None:
+    def __init__(
+        self,
+        model: ReLLMForConditionalGeneration,
+        processor: ReLLMProcessor,
+        questions: Questions,
+        tower_cache_dir: str | None = None,
+    ) -> None:
         super().__init__(model, processor.tokenizer, _template_of(processor), questions)
         self.processor = processor
+        self.cache: TowerCache | None = None
+        if tower_cache_dir is not None:
+            settings = cache_settings(model.base_model, processor.feature_extractor)
+            self.cache = TowerCache(Path(tower_cache_dir).expanduser(), settings)
         self.prompts = asking.render_prompts(self.tokenizer, self.template, questions, audio=True)
 
     def read(self, row: Mapping, result: dict) -> Any:
@@ -131,9 +143,9 @@ class SpeechPredictor(Predictor):
 
         found = self.ask(prompts, len(counts), audio)
         heard = self.hear(audio)
-        if "ser" in self.questions.tasks:
+        if "ser" in self.questions.tasks and "head" in self.questions.ways:
             for part, probabilities in zip(found, self._head_probabilities(heard), strict=False):
-                part["recognition"]["head"] = probabilities
+                part.setdefault("recognition", {})["head"] = probabilities
         if "dimensions" in self.questions.tasks:
             assert heard.dimensions is not None  # the heads always run
             trained = self.model.config.trained_readings
@@ -144,7 +156,7 @@ class SpeechPredictor(Predictor):
 
     def encode(self, clips: list) -> tuple[Any, list[int]]:
         """Return what [`~Predictor.generate`] takes as the prompts' audio, and how many placeholders each needs."""
-        return encode_clips(self.model, self.processor, clips)
+        return encode_clips(self.model, self.processor, clips, self.cache)
 
     def hear(self, audio: Any) -> ReLLMAudioOutput:
         """Return what the heads read in the clips that were encoded."""
@@ -221,6 +233,7 @@ def load_predictor(
     dtype: str,
     device: str | torch.device,
     text_column: str = "text",
+    tower_cache_dir: str | None = None,
 ) -> Predictor:
     """Load a system, ready to be asked, as [`resolve_system`] names it; a reader takes `text_column` of a row."""
     tokenizer, template, processor = load_tokenizer(model, revision)
@@ -232,7 +245,7 @@ def load_predictor(
     given = loaded.generation_config  # of the whole model; the LLM inside has none of its own
     given.eos_token_id = find_ends(given, tokenizer, template)
     if processor is not None and system not in READERS:
-        return SpeechPredictor(loaded, processor, questions)
+        return SpeechPredictor(loaded, processor, questions, tower_cache_dir)
     if processor is None:
         return TextPredictor(loaded, tokenizer, template, questions, text_column=text_column)
     options = {"eos_token_id": given.eos_token_id, "suppress_tokens": given.suppress_tokens}
@@ -318,12 +331,16 @@ def resolve_system(config: PreTrainedConfig, system: System | None, model: str, 
 
 
 def encode_clips(
-    model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, clips: list
+    model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, clips: list, cache: TowerCache | None = None
 ) -> tuple[ReLLMAudioOutput, list[int]]:
-    """Return what the model hears in each clip, and how many positions each takes."""
-    features = processor.feature_extractor.extract(clips)
+    """Return what the model hears in each clip, and how many positions each takes; towers run for no cached clip."""
+    known, entries = (None, {}) if cache is None else cache.look_up(clips)
+    features = processor.feature_extractor.extract(clips, only_counted=known)
     counts = [int(count) for count in features.pop("num_audio_tokens")]
-    return model.get_audio_features(**features.to(model.device), return_dict=True), counts
+    inputs = send_to_device({**features, **entries}, model.device)
+    if cache is not None:
+        cache.fill(inputs, model.base_model.run_towers)
+    return model.get_audio_features(**inputs, return_dict=True), counts
 
 
 def _template_of(processor: ReLLMProcessor) -> str:

@@ -115,18 +115,16 @@ class ReLLMHearing(nn.Module):
         input_features_mask: Tensor | None = None,
         input_values: Tensor | None = None,
         input_values_mask: Tensor | None = None,
+        speech: TowerOutputs | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TowerOutputs:
-        """Return what the towers make of the audio, to keep as `tower_outputs` while they are frozen."""
-        with without_graph(self.audio_tower):
-            # The waveforms are of the same clips, and padded to the longest.
-            longest = None
-            if input_values is not None and self.audio_tower.config.model_type == "whisper":
-                longest = -(-input_values.shape[-1] // MEL_HOP)
-            encoded, lengths = encode_audio(self.audio_tower, input_features, input_features_mask, longest, **kwargs)
-        outputs = TowerOutputs(
-            encoded.last_hidden_state, lengths, hidden_states=encoded.hidden_states, attentions=encoded.attentions
-        )
+        """Return what the towers make of the audio, to keep as `tower_outputs` while they are frozen.
+
+        What the speech tower has made of it before, `speech`, stands in its place.
+        """
+        outputs = speech
+        if outputs is None:
+            outputs = self._hear_speech(input_features, input_features_mask, input_values, **kwargs)
         if self.emotion_tower is not None:
             if input_values is None:
                 raise ValueError("input_features came without input_values, which the emotion tower reads. Pass both.")
@@ -134,6 +132,22 @@ class ReLLMHearing(nn.Module):
                 emotion = self.emotion_tower(input_values.to(self.emotion_tower.dtype), input_values_mask)
             outputs.emotion_embedding, outputs.dimensions = emotion.embedding, emotion.dimensions
         return outputs
+
+    def _hear_speech(
+        self,
+        input_features: Tensor,
+        input_features_mask: Tensor | None,
+        input_values: Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TowerOutputs:
+        with without_graph(self.audio_tower):
+            # The waveforms are of the same clips, and padded to the longest.
+            longest = None
+            if input_values is not None and self.audio_tower.config.model_type == "whisper":
+                longest = -(-input_values.shape[-1] // MEL_HOP)
+            encoded, lengths = encode_audio(self.audio_tower, input_features, input_features_mask, longest, **kwargs)
+        states = {"hidden_states": encoded.hidden_states, "attentions": encoded.attentions}
+        return TowerOutputs(encoded.last_hidden_state, lengths, **states)
 
     def _project(self, towers: TowerOutputs) -> ProjectorOutput:
         """Fuse the emotion embedding with the frames (or put it before them) and project: `(windows, L, d)`."""

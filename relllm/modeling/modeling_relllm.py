@@ -309,6 +309,7 @@ class ReLLMModel(ReLLMHearing, ReLLMPreTrainedModel):
         tower_outputs: TowerOutputs | None = None,
         mm_encoder_outputs: dict[str, ReLLMAudioOutput] | None = None,
         language_modeling: bool = False,
+        hears_only: bool = False,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ReLLMModelOutput:
@@ -323,6 +324,7 @@ class ReLLMModel(ReLLMHearing, ReLLMPreTrainedModel):
             mm_encoder_outputs (`dict`, *optional*): `{"audio": ReLLMAudioOutput}`, encoded before.
             language_modeling (`bool`, *optional*, defaults to `False`):
                 Run the whole causal LM, with its own scaling and soft-capping; `last_hidden_state` is then its logits.
+            hears_only (`bool`, *optional*, defaults to `False`): Run no LLM: the output is what was heard.
             cache (`Cache`, *optional*): The same as `past_key_values`, as it is called from Transformers 5.24 on.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -337,6 +339,12 @@ class ReLLMModel(ReLLMHearing, ReLLMPreTrainedModel):
                 frames = tower_outputs.lengths if tower_outputs is not None else None
                 check_counts(places, count_positions(self.config, *features[:2], frames), waits=True)
             audio = self._hear(features, audio_num_windows, tower_outputs)
+        heard: dict[str, Any] = {}
+        if audio is not None:
+            heard = {"audio_hidden_states": audio.last_hidden_state, "audio_lengths": audio.lengths}
+            heard |= {name: getattr(audio, name) for name in READINGS}
+        if hears_only:
+            return ReLLMModelOutput(**heard)
         caches = cache_arguments(past_key_values, cache)
         inputs_embeds, lora_mask = self.place_audio(input_ids, inputs_embeds, audio_mask, audio, caches[CACHE])
         if self.reads_token_ids and "per_layer_inputs" not in kwargs:
@@ -352,10 +360,7 @@ class ReLLMModel(ReLLMHearing, ReLLMPreTrainedModel):
                 **caches,
                 **kwargs,
             )
-        heard: dict[str, Any] = {CACHE: getattr(outputs, CACHE)}
-        if audio is not None:
-            heard |= {"audio_hidden_states": audio.last_hidden_state, "audio_lengths": audio.lengths}
-            heard |= {name: getattr(audio, name) for name in READINGS}
+        heard[CACHE] = getattr(outputs, CACHE)
         return ReLLMModelOutput(
             last_hidden_state=outputs.logits if language_modeling else outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,

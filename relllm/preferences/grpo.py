@@ -21,13 +21,13 @@ from relllm.modeling.configuration_relllm import config_fields
 from relllm.modeling.modeling_relllm import FEATURES
 from relllm.modeling.outputs_relllm import ReLLMAudioOutput, TowerOutputs
 from relllm.processing.processing_relllm import ReLLMProcessor, audio_parts
+from relllm.tower_outputs import join_clips, split_clips
 from relllm.training.alignment import in_eval
 from relllm.training.collator import ReLLMCollator
 from relllm.training.completions import split_reply
 from relllm.training.config import ReLLMScriptArguments, ReLLMSettings
 from relllm.training.losses import IGNORE_INDEX
 from relllm.training.run import parse_arguments, run_training
-from relllm.training.tower_cache import join_clips, split_clips
 from relllm.training.trainer import ReLLMTrainerMixin
 
 from .grpo_config import GRPO_SETTINGS, ReLLMGRPOConfig

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -111,21 +112,25 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
 
         handle = self.base_model.register_forward_hook(hear)
         try:
-            output = (self.base_model if headless else inner_forward)(*args, **kwargs)
+            if headless:
+                output = self.base_model(*args, **kwargs, hears_only=reading is None)  # the heads alone need no LLM
+            else:
+                output = inner_forward(*args, **kwargs)
         finally:
             handle.remove()
         if scored is not None:
             output = _unpack(output, scored)
         sums: dict[str, Any] = {}
-        states = heard["last_hidden_state"]
         if reading is not None and taught is not None and labels is not None:
             llm = self.base_model.text_model
             if not fused and not headless:  # the states are logits already
                 llm, taught = None, head_logits(llm, taught)
-            sums["response_kl"] = divergence(llm, states, labels, teacher_inputs["teacher_labels"], taught, reading)
+            sums["response_kl"] = divergence(
+                llm, heard["last_hidden_state"], labels, teacher_inputs["teacher_labels"], taught, reading
+            )
         heads: dict[str, Any] = {name: heard.get(name) for name in ("emotion_logits", "dimensions")}
         if headless:  # a sum over nothing: what trains has a gradient, of zero, which DDP waits for
-            output = ReLLMAlignedOutput(loss=states[:0].sum(), **heads, **sums)
+            output = ReLLMAlignedOutput(loss=_nothing(self.base_model), **heads, **sums)
         else:
             output = ReLLMFusedOutput(**output, **heads, **sums) if fused else ReLLMAlignedOutput(**output, **sums)
         # A spread model makes each on a device of its own, and the losses add them up.
@@ -142,6 +147,13 @@ def _unpack(output: ModelOutput, scored: Tensor) -> ModelOutput:
         if isinstance(value, Tensor) and value.ndim == 2
     }
     return dataclasses.replace(output, **fields)
+
+
+def _nothing(model: ReLLMModel) -> Tensor:
+    """Return zero, `()`, from which each weight that trains has a gradient; not of weights that FSDP has spread."""
+    own = (one for one in model.parameters() if one.requires_grad and not isinstance(one, DTensor))
+    device = model.emotion_head.weight.device
+    return torch.stack([one.flatten()[:0].sum().to(device, torch.float32) for one in own]).sum()
 
 
 def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) -> Tensor:

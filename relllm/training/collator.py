@@ -18,11 +18,11 @@ from relllm.data.survey import only_one
 from relllm.labels import DIMENSIONS
 from relllm.processing.processing_relllm import AUDIO_KEYS, ReLLMProcessor, audio_parts
 from relllm.processing.prompts_relllm import TRANSCRIPTION_PROMPT, ask_about, recognition_prompt
+from relllm.tower_outputs import TowerCache
 
 from .augmentation import Augmentation
 from .losses import IGNORE_INDEX
 from .tasks import GIVEN_TASK, TaskMix
-from .tower_cache import TowerCache
 
 NO_LABELS = dict.fromkeys(("emotion", "emotion_votes", *DIMENSIONS))
 AUDIO_PLACE = "<audio>"  # where a clip stands in the text of LLaMA-Factory's and ms-swift's messages

@@ -15,9 +15,11 @@ from pictures import blank_pictures
 from processes import ForkServer
 from scipy.spatial.distance import jensenshannon
 from tiny_models import RATE, clip, tiny_llm, tiny_model, tiny_processor, tiny_tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaModel
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from typer.testing import CliRunner
 
+from relllm import ReLLMEmotionModel
 from relllm.cli import app
 from relllm.data.journal import Journal
 from relllm.data.loading import load_corpus
@@ -230,6 +232,34 @@ def test_an_interrupted_run_goes_on_without_repeating_a_clip(whole, model, corpu
 def test_a_complete_run_is_returned_as_it_is_without_a_model(whole, model, corpus, monkeypatch):
     monkeypatch.setattr(evaluating, "load_predictor", lambda *_, **__: pytest.fail("a model was loaded"))
     assert evaluate(settings(model, corpus, whole)) == json.loads((whole / "metrics.json").read_text())
+
+
+def test_the_head_alone_reads_as_beside_the_others_and_runs_no_llm(whole, model, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaModel, "forward", lambda *_, **__: pytest.fail("the LLM ran"))
+    metrics = evaluate(settings(model, corpus, tmp_path, ways=("head",)), progress=False)
+    assert metrics["recognition"].keys() == {"head"}
+    for line, other in zip(read_predictions(tmp_path)[1], read_predictions(whole)[1], strict=True):
+        assert "error" in line or line["recognition"] == {"head": other["recognition"]["head"]}
+    with pytest.raises(ValueError, match="no head that a training has taught emotions"):
+        evaluate(settings(model, corpus, tmp_path / "text", tasks=("ser",), ways=("head",), system="text-only"))
+    with pytest.raises(ValueError, match="ways must be some of generated, likelihood, head, got heads"):
+        settings(model, corpus, tmp_path, ways=("heads",))
+
+
+def test_towers_do_not_run_for_clips_that_a_cache_has(whole, model, corpus, tmp_path, monkeypatch):
+    options = {"ways": ("head",), "tower_cache_dir": str(tmp_path / "towers")}
+    evaluate(settings(model, corpus, tmp_path / "first", **options), progress=False)
+    for tower in (WhisperEncoder, ReLLMEmotionModel):
+        monkeypatch.setattr(tower, "forward", lambda *_, **__: pytest.fail("a tower ran"))
+    evaluate(settings(model, corpus, tmp_path / "second", **options, seed=1), progress=False)
+    for folder in ("first", "second"):
+        for line, other in zip(read_predictions(tmp_path / folder)[1], read_predictions(whole)[1], strict=True):
+            assert "error" in line or line["dimensions"] == pytest.approx(other["dimensions"], abs=1e-5)
+            assert "error" in line or line["recognition"]["head"] == pytest.approx(
+                other["recognition"]["head"], abs=1e-5
+            )
+    with pytest.raises(ValueError, match="leave tower_cache_dir out"):
+        settings(model, corpus, tmp_path, engine="vllm", tower_cache_dir="towers", device="auto")
 
 
 def test_replies_are_stored_and_scored(model, corpus, tmp_path: Path):

@@ -23,11 +23,10 @@ from tiny_models import (
 )
 from trainers import REPLIES, build, make_rows, make_trainer
 
-from relllm import EMOTIONS, ReLLMForConditionalGeneration, ReLLMSFTConfig, ReLLMSFTTrainer
+from relllm import EMOTIONS, ReLLMForConditionalGeneration, ReLLMSFTConfig, ReLLMSFTTrainer, tower_outputs
 from relllm.modeling.outputs_relllm import TowerOutputs
-from relllm.training import tower_cache
+from relllm.tower_outputs import TowerCache, cache_settings, clip_key
 from relllm.training.collator import ReLLMCollator
-from relllm.training.tower_cache import TowerCache, cache_settings, clip_key
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 LOGGED = {"loss", "response_loss", "emotion_loss", "dimension_loss", "response_kl", "grad_norm"}
@@ -118,7 +117,7 @@ def test_a_run_with_the_cache_is_the_run_without(tmp_path, rows, full_window: bo
     expected = train(rows, tmp_path / "without", **settings)
     found = train(rows, tmp_path / "with", tower_cache_dir=str(tmp_path / "cache"), **settings)
     assert_same_run(found, expected)
-    assert len(files(tmp_path / "cache")) == len(rows)
+    assert len(files(tmp_path / "cache")) == 2 * len(rows)  # of each tower
     assert hits(expected) == [] and hits(found)[:2] == [0, 0] and hits(found)[-1] == 1
 
 
@@ -248,7 +247,7 @@ def test_what_is_put_comes_back_to_the_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["cut short", "empty", "not ours"])
 def test_a_damaged_file_is_missing_and_written_again(tmp_path: Path, rows, damage: str, monkeypatch) -> None:
     warned: list[str] = []
-    monkeypatch.setattr(tower_cache.logger, "warning", warned.append)
+    monkeypatch.setattr(tower_outputs.logger, "warning", warned.append)
     settings = {"tower_cache_dir": str(tmp_path / "cache"), "eval_rows": rows}
     trainer = make_trainer(rows, tmp_path / "run", tiny_processor(), **settings)
     expected = trainer.evaluate()
@@ -264,7 +263,7 @@ def test_a_damaged_file_is_missing_and_written_again(tmp_path: Path, rows, damag
 
 def test_a_full_disk_ends_the_writing_and_not_the_run(tmp_path: Path, monkeypatch) -> None:
     warned: list[str] = []
-    monkeypatch.setattr(tower_cache.logger, "warning", warned.append)
+    monkeypatch.setattr(tower_outputs.logger, "warning", warned.append)
     cache = TowerCache(tmp_path, {})
 
     def no_space(self: Path, content: bytes) -> None:
@@ -350,7 +349,35 @@ def test_with_other_towers_nothing_stale_is_read(tmp_path: Path, rows) -> None:
     expected = make_trainer(rows, tmp_path / "run", tiny_processor(), model, eval_rows=rows).evaluate()
     assert found["eval_tower_cache_hits"] == 0 and found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
     assert found["eval_loss"] != pytest.approx(before["eval_loss"], rel=1e-3)
-    assert len(list((tmp_path / "cache").glob("*/settings.json"))) == 2
+    assert len(list((tmp_path / "cache").glob("*/settings.json"))) == 4  # a pair, and its speech tower
+
+
+@pytest.mark.parametrize("fusion", ["concat", "none"])
+def test_beside_another_emotion_tower_or_none_the_speech_tower_does_not_run_again(
+    tmp_path: Path, rows, fusion: str, monkeypatch
+) -> None:
+    """Also where some clips are new: then all of their batch are heard."""
+    settings = {"eval_rows": rows, "tower_cache_dir": str(tmp_path / "cache"), "per_device_eval_batch_size": 4}
+    make_trainer(rows, tmp_path / "run", tiny_processor(), tiny_model(), **settings).evaluate()
+    other = tiny_model(fusion=fusion)
+    if fusion == "concat":
+        with torch.no_grad():
+            other.model.emotion_tower.classifier.dense.weight.mul_(1.5)
+            other.model.emotion_tower.encoder.encoder.layer_norm.weight.mul_(1.5)
+    processor = tiny_processor(other.config)
+    expected = make_trainer(rows, tmp_path / "run", processor, other, eval_rows=rows).evaluate()
+    trainer = make_trainer(rows, tmp_path / "run", processor, other, **settings)
+    ran: list[int] = []
+    other.model.audio_tower.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    found = trainer.evaluate()
+    assert not ran
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+    assert found["eval_tower_cache_hits"] == (fusion == "none")
+    speech = trainer._tower_cache.speech or trainer._tower_cache
+    files(speech.folder)[0].unlink()
+    again = trainer.evaluate()
+    assert ran and again["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
+    assert trainer.evaluate()["eval_tower_cache_hits"] == 1
 
 
 def test_a_clip_that_changed_under_its_name_is_another(tmp_path: Path, rows) -> None:
@@ -401,7 +428,7 @@ def test_models_and_collators_that_would_give_wrong_numbers_are_refused(tmp_path
 
 def test_a_run_says_where_the_cache_is_and_what_is_free(tmp_path: Path, rows, monkeypatch, capfd) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=12_300_000_000)
-    monkeypatch.setattr(tower_cache.shutil, "disk_usage", lambda folder: free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
     folder = tmp_path / "cache"
     trainer = train(rows, tmp_path / "run", tower_cache_dir=str(folder), max_steps=1, disable_tqdm=False)
     printed = "".join(capfd.readouterr().err.split())

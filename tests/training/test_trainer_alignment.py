@@ -176,9 +176,12 @@ def test_without_a_weight_the_reply_adds_nothing_and_the_head_is_not_run(tmp_pat
 def test_without_a_weight_and_a_teacher_a_head_that_is_not_finite_does_no_harm(tmp_path: Path) -> None:
     model, processor, _ = build()
     torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    ran = []
+    model.model.text_model.base_model.register_forward_hook(lambda *_: ran.append(True))
     rows = make_rows(tmp_path)
     trainer = make_trainer(rows, tmp_path / "run", processor, model, response_loss_weight=0.0)
     step = step_of(trainer)
+    assert len(ran) <= 1  # the check of the head before training: the heads read what the LLM would, not what it says
     assert all(gradient.isfinite().all() for gradient in step.values())
     assert all(gradient.abs().max() == 0 for name, gradient in step.items() if "lora_" in name)
     assert step["model.emotion_head.weight"].abs().max() > 0
