@@ -22,7 +22,8 @@ def score_replies(settings: ScoreRepliesSettings) -> None:
     Rows whose replies tie, or differ by less than the margin, are left out and counted. Beside the pairs are every
     reply with its scores, a report and a plot. Killed, the same command goes on where it was.
 
-    Example: relllm score-replies data/iemocap --model runs/iemocap --scorers runs/scorers --out data/pairs.jsonl
+    Example: relllm score-replies data/iemocap --model runs/iemocap --scorers runs/scorers
+    --out data/iemocap/pairs.jsonl
     """
     from relllm.data.journal import report_path
     from relllm.preferences.pairs import samples_path, score_corpus

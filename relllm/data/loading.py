@@ -13,6 +13,7 @@ from relllm.labels import DIMENSIONS
 from relllm.modeling.places_relllm import PlaceError, check_place
 
 from .columns import normalize_columns
+from .journal import report_path
 from .rows import ALL, COLUMNS, LIST_COLUMNS, UNSPLIT
 from .table_files import read_table
 
@@ -92,6 +93,14 @@ def corpus_name(data: str | Path) -> str:
 def corpus_facts(data: str | Path) -> dict:
     """Return the [`~relllm.data.rows.CorpusFacts`] that `relllm prepare` wrote; empty if it did not."""
     return _read_report(data)[1].get("facts", {})
+
+
+def pair_rewards(data: str | Path) -> dict[str, float]:
+    """Return the weights by which `relllm score-replies` chose pairs of replies; empty of other rows."""
+    path = Path(data).expanduser()
+    report = report_path(path / METADATA if path.is_dir() else path)
+    settings = json.loads(report.read_text(encoding="utf-8")).get("settings", {}) if report.is_file() else {}
+    return settings["weights"] if settings.get("task") == "score-replies" else {}
 
 
 def _read_report(data: str | Path) -> tuple[Path, dict]:

@@ -95,8 +95,8 @@ def describe_training(record: Mapping) -> dict[str, str]:
 
 
 def describe_rewards(record: Mapping) -> str:
-    """Say what a training was rewarded for, itself or by the pairs that it learned from; `""` of one that was not."""
-    weights: Mapping[str, float] = record.get("rewards") or record.get("rewarded") or {}
+    """Say what a training was rewarded for, by its pairs, or what it starts from; `""` where nothing was rewarded."""
+    weights: Mapping[str, float] = {**record.get("rewarded", {}), **record.get("rewards", {})}
     return ", ".join(f"{name} × {weight:g}".replace("-", "−") for name, weight in weights.items())
 
 

@@ -9,7 +9,7 @@ from trl import GRPOConfig
 from relllm.setting import setting
 from relllm.training.config import OF_ANY_METHOD, ReLLMSettings
 
-from .preference_settings import RewardSettings, check_weights
+from .preference_settings import RewardSettings, check_weights, parse_rewards
 
 WHOLE = "a reply needs whole weights. Use DDP, as in recipes/accelerate/ddp.yaml"
 CANNOT = {  # of TRL's settings and ours, and why
@@ -122,12 +122,3 @@ OF_FURTHER = (
 GRPO_SETTINGS = [  # that decide a run's result
     *(*ReLLMGRPOConfig.__annotations__, *OF_ANY_METHOD, *OF_DRAWS, *OF_LOSS, *OF_UPDATES, *OF_FURTHER)
 ]
-
-
-def parse_rewards(given: str) -> dict[str, float]:
-    """Return `{"ER": 1.0, "length": -0.1}` of `"ER=1,length=-0.1"`."""
-    try:
-        pairs = [(name.strip(), float(weight)) for name, weight in (part.split("=") for part in given.split(","))]
-    except ValueError as error:
-        raise ValueError(f"rewards is {given!r}, expected names with weights, as in ER=1,length=-0.1.") from error
-    return dict(pairs)

@@ -37,9 +37,7 @@ class ScoreRepliesSettings(RewardSettings, RunSettings):
 
     out: Path = setting(REQUIRED, "The pairs: .jsonl or .parquet, or a folder for metadata.jsonl.")
     model: str = setting(REQUIRED, "The ReLLM that replies: a directory or a Hub id.", place="checkpoint")
-    rewards: tuple[str, ...] = setting(
-        ("ER=1", "EX=1", "length=-0.1", "repetition=-1"), f"Each with its weight, with commas: {', '.join(REWARDS)}."
-    )
+    rewards: str = setting("ER=1,EX=1,length=-0.1,repetition=-1", f"Of {', '.join(REWARDS)}, each with its weight.")
     samples: int = setting(8, "Replies to each clip.", min=2)
     margin: float = setting(0.1, "Least difference of the weighted scores of a pair.", min=0)
     temperature: float = setting(1.0, "Of the draws.", min=0.01, max=2)
@@ -56,19 +54,21 @@ class ScoreRepliesSettings(RewardSettings, RunSettings):
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each reward."""
-        found: dict[str, float] = {}
-        for part in self.rewards:
-            name, _, weight = part.partition("=")
-            try:
-                found[name.strip()] = float(weight)
-            except ValueError:
-                raise ValueError(f"rewards has {part!r}, expected NAME=WEIGHT, such as ER=1.") from None
-        return found
+        return parse_rewards(self.rewards)
 
     @property
     def file(self) -> Path:
         """The file of the pairs."""
         return self.out if self.out.suffix else self.out / "metadata.jsonl"
+
+
+def parse_rewards(given: str) -> dict[str, float]:
+    """Return `{"ER": 1.0, "length": -0.1}` of `"ER=1,length=-0.1"`."""
+    try:
+        pairs = [(name.strip(), float(weight)) for name, weight in (part.split("=") for part in given.split(","))]
+    except ValueError as error:
+        raise ValueError(f"rewards is {given!r}, expected names with weights, as in ER=1,length=-0.1.") from error
+    return dict(pairs)
 
 
 def check_weights(weights: Mapping[str, float]) -> None:

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from transformers.utils.hub import hf_api
 
 from relllm.data.journal import audio_fingerprint, name_differences, rows_fingerprint, write_json
-from relllm.data.loading import corpus_facts, corpus_name
+from relllm.data.loading import corpus_facts, corpus_name, pair_rewards
 from relllm.data.membership import (
     RECORD_NAME,
     digest_rows,
@@ -160,8 +160,11 @@ def describe_seen(
     corpora = {corpus_name(data) for data in given}
     facts = {corpus_name(data): found for data in given if (found := corpus_facts(data))}
     inherited: dict[str, object] = {}
+    by_pairs = getattr(script, "method", None) == "dpo"
+    rewarded = {name: weight for data in given if by_pairs for name, weight in pair_rewards(data).items()}
     for name, place in places.items():
         record = read_training_record(place, revision=revision if name == "model_name_or_path" else "main")
+        rewarded = {**record.get("rewarded", {}), **record.get("rewards", {}), **rewarded}
         corpora |= set(record.get("seen_corpora", []))
         facts |= record.get("corpus_facts", {})
         before = {
@@ -174,6 +177,7 @@ def describe_seen(
             seen[split] = seen.get(split, set()) | unpack_digests(packed)
     packed_rows = {name: pack_digests(digests) for name, digests in seen.items() if digests}
     known: dict[str, object] = {"seen_corpora": sorted(corpora), **({"corpus_facts": facts} if facts else {})}
+    known |= {"rewarded": rewarded} if rewarded else {}  # by pairs, or in what it starts from
     return {**known, **inherited, **({"seen_rows": packed_rows} if packed_rows.get("train") else {})}
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from typer.testing import CliRunner
 
 from relllm.cli import app
 from relllm.data.journal import Journal
-from relllm.data.loading import load_corpus
+from relllm.data.loading import load_corpus, pair_rewards
 from relllm.preferences.pairs import choose_pair, describe_scores
 from relllm.preferences.preference_settings import ScoreRepliesSettings
 from relllm.preferences.sampling import row_seed, sample_replies
+from relllm.training.checkpoints import describe_seen
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
 IDS = ("a", "b", "c", "no text", "no audio", "silent heads")
@@ -115,6 +117,21 @@ def test_the_pairs_are_best_and_worst_of_the_samples_counted_by_hand(place: Path
     assert Path(again["audio"]).is_file() and again["chosen"] == pairs[again["id"]]["chosen"]
 
 
+def test_what_is_trained_on_the_pairs_or_goes_on_from_it_says_what_was_rewarded(whole: Path, tmp_path: Path) -> None:
+    weights = {"ER": 1.0, "length": -0.05, "emotion": 0.5, "repetition": 0.0}
+    assert pair_rewards(whole.parent) == pair_rewards(whole) == weights
+    rows = load_corpus(whole)
+
+    def recorded(method: str, **places: str) -> dict:
+        script = SimpleNamespace(method=method, sources=[SimpleNamespace(name=str(whole))])
+        return describe_seen(script, rows, None, places, "main")
+
+    assert "rewarded" not in recorded("sft") and recorded("dpo")["rewarded"] == weights
+    (tmp_path / "training_settings.json").write_text(json.dumps({"rewards": {"EX": 2.0}}))
+    assert recorded("sft", model_name_or_path=str(tmp_path))["rewarded"] == {"EX": 2.0}
+    assert recorded("dpo", model_name_or_path=str(tmp_path))["rewarded"] == {"EX": 2.0, **weights}
+
+
 def test_killed_and_resumed_in_other_batches_the_files_are_those_of_one_run(
     place: Path, whole: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -141,7 +158,7 @@ def test_rewards_that_tell_nothing_apart_or_cannot_be_given_end_it(place: Path, 
     said = run(*command(place, out, *wide), status=1)
     assert "No row makes a pair" in said and "all replies score the same" in said and not out.exists()
     assert "Unknown reward 'empathy'" in run(*command(place, out, "--rewards", "empathy=1"), status=2)
-    assert "expected NAME=WEIGHT" in run(*command(place, out, "--rewards", "ER"), status=2)
+    assert "expected names with weights" in run(*command(place, out, "--rewards", "ER"), status=2)
     assert "has no scorer of EX" in run(*command(place, tmp_path / "x.jsonl", "--rewards", "EX=1"), status=1)
 
 
@@ -177,4 +194,4 @@ def test_the_settings_name_what_is_wrong() -> None:
     given = {"data": "d", "out": Path("o"), "model": "m"}
     assert ScoreRepliesSettings(**given).weights == {"ER": 1, "EX": 1, "length": -0.1, "repetition": -1}
     with pytest.raises(ValueError, match="No reward has a weight"):
-        ScoreRepliesSettings(**given, rewards=("ER=0",))
+        ScoreRepliesSettings(**given, rewards="ER=0")
