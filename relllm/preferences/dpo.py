@@ -5,9 +5,11 @@ the weights that the run started from (DPO, arXiv 2305.18290). Frozen towers hea
 and for the reference; the losses of the heads are over the clips, once a pair.
 """
 
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
+from relllm.data.journal import report_path
+from relllm.data.loading import METADATA
 from relllm.modeling.audio_tower_relllm import is_trained
 from relllm.modeling.modeling_relllm import FEATURES, ReLLMForConditionalGeneration, ReLLMModel
 from relllm.processing.processing_relllm import AUDIO_KEYS, ReLLMProcessor, audio_parts
@@ -212,12 +216,15 @@ class ReLLMDPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
             chosen, rejected = self.compute_ref_log_probs(self.model, inputs)
         recorder = Recorder(model)
         loss = super().compute_loss(recorder, {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected})
-        self._means.add("train" if self.model.training else "eval", self.args.reply_metrics[0], loss * pairs, pairs)
+        output = recorder.outputs[0]
+        of_pairs = loss - self.router_aux_loss_coef * output.aux_loss if self.aux_loss_enabled else loss
+        mode = "train" if self.model.training else "eval"
+        self._means.add(mode, self.args.reply_metrics[0], of_pairs * pairs, pairs)
         in_training = self.model.training and num_items_in_batch is not None
         loss = loss * self.args.response_loss_weight
         if in_training:  # DDP averages over processes
             loss = loss * pairs * self.accelerator.num_processes / num_items_in_batch
-        return self.add_heads(loss, recorder.outputs[0], targets, counts, in_training)
+        return self.add_heads(loss, output, targets, counts, in_training)
 
 
 def parse_dpo(arguments: Sequence[str]) -> tuple[ReLLMScriptArguments, ReLLMDPOConfig]:
@@ -229,7 +236,18 @@ def run_dpo(script: ReLLMScriptArguments, args: ReLLMDPOConfig) -> ReLLMTrainerM
     """Train by pairs as [`~relllm.training.run.run_training`] does by replies."""
     if script.model_name_or_path is None:
         raise ValueError("method: dpo starts from a model that replies already: give model_name_or_path.")
-    return run_training(script, args, ReLLMDPOTrainer, DPO_SETTINGS)
+    weights = chosen_by([Path(source.name) for source in script.sources])
+    return run_training(script, args, ReLLMDPOTrainer, DPO_SETTINGS, {"rewarded": weights} if weights else {})
+
+
+def chosen_by(places: Iterable[Path]) -> dict[str, float]:
+    """Return the weights of the rewards that chose pairs, as `relllm score-replies` reports them beside the pairs."""
+    weights: dict[str, float] = {}
+    for place in places:
+        report = report_path(place / METADATA if place.is_dir() else place)
+        if report.is_file():
+            weights |= json.loads(report.read_text(encoding="utf-8"))["settings"].get("weights", {})
+    return weights
 
 
 def _present(rows: Dataset, name: str) -> Iterator[bool]:

@@ -76,8 +76,8 @@ class CompletionsMixin(Trainer):
                 limit = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "num_beams": 1}
                 tokens = self.model.generate(**text, **heard, **limit)[:, text["input_ids"].shape[1] :]
                 replies = self.processing_class.batch_decode(tokens, skip_special_tokens=True)
-                for line, said, reference in zip(lines, replies, references, strict=True):
-                    line |= {"reply": said.strip(), "reply_of_row": reference}
+                for line, said, reference, row in zip(lines, replies, references, rows, strict=True):
+                    line |= {"reply": said.strip(), "reply_of_row": row.get("chosen") or reference}
         if encoded is not None:
             clips = iter(self._hear(encoded))
             for line, row, prompt in zip(lines, rows, prompts, strict=True):

@@ -1,6 +1,7 @@
 """Preference training by pairs, from a checkpoint on disk, against DPO's formula written by hand."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,14 @@ import soundfile
 import torch
 from datasets import Dataset
 from light_checkpoints import assert_same_weights, build, save_towers
-from tiny_models import audio_part, clip, text_part, tiny_processor
+from tiny_models import audio_part, clip, text_part, tiny_llm, tiny_processor
 from torch.nn import functional
 from trainers import step_of
 from typer.testing import CliRunner
 
 from relllm import EMOTIONS, ReLLMDPOConfig, ReLLMDPOTrainer, ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.cli import app
+from relllm.hub.evidence import describe_rewards
 from relllm.preferences.dpo import PreferenceCollator, parse_dpo, run_dpo
 from relllm.training.checkpoints import RunComplete
 
@@ -150,6 +152,21 @@ def test_loss_gradient_and_metrics_are_those_of_the_formula(start: Path, rows, t
         torch.testing.assert_close(step[name], wanted, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
 
 
+@pytest.mark.parametrize("family", ["gemma", "gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_at_its_start_every_llm_is_its_own_reference(family: str, rows, tmp_path: Path) -> None:
+    """In the precision of published towers, with a BOS, and through dropout: −log σ(0), and no reward."""
+    towers = save_towers(tmp_path / "towers", dtype=torch.bfloat16, text_dtype=torch.bfloat16)
+    tiny_llm(family).to(torch.bfloat16).save_pretrained(towers / "llm")
+    model = build(towers, lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.5})
+    model.save_pretrained(tmp_path / "start", light=True)
+    tiny_processor(model.config, adds_bos=family == "gemma").save_pretrained(tmp_path / "start")
+    trainer = make_trainer(tmp_path / "start", tmp_path / "run", rows, learning_rate=0.1)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["preference_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert logged["rewards/chosen"] == logged["rewards/rejected"] == 0 != logged["grad_norm"]
+
+
 def test_frozen_towers_hear_a_pair_once_for_both_replies_and_the_reference(start: Path, rows, tmp_path: Path) -> None:
     trainer = make_trainer(start, tmp_path, rows)
     base, passes = trainer.model.base_model, []
@@ -204,7 +221,7 @@ def test_an_evaluation_measures_pairs_and_heads_and_shows_replies(start: Path, r
     assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert {"eval_preference_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_ua"} <= metrics.keys()
     lines = [json.loads(line) for line in (tmp_path / "_completions/completions_00000.jsonl").read_text().splitlines()]
-    assert [line["id"] for line in lines] == ["row-0", "row-2"] and all("reply" in line for line in lines)
+    assert [(line["id"], line["reply_of_row"]) for line in lines] == [("row-0", CHOSEN[0]), ("row-2", CHOSEN[2])]
 
 
 @pytest.mark.slow
@@ -293,10 +310,12 @@ def arguments_of(start: Path, rows: list[dict], out: Path) -> list[str]:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_the_recipe_trains_and_says_what_it_is(start: Path, rows, tmp_path: Path) -> None:
     arguments = arguments_of(start, rows, tmp_path / "run")
+    (tmp_path / "pairs.report.json").write_text(json.dumps({"settings": {"weights": {"ER": 1.0, "length": -0.1}}}))
     trainer = run_dpo(*parse_dpo(arguments))
     assert isinstance(trainer, ReLLMDPOTrainer) and trainer.state.global_step == 3
     record = json.loads((tmp_path / "run" / "training_settings.json").read_text())
     assert (record["method"], record["beta"], record["steps_done"]) == ("dpo", 0.1, 3)
+    assert describe_rewards(record) == "ER × 1, length × −0.1"  # on the card
     assert json.loads((tmp_path / "run" / "eval_results.json").read_text())["eval_preference_loss"] > 0
     assert_same_weights(ReLLMForConditionalGeneration.from_pretrained(tmp_path / "run"), trainer.model)
     with pytest.raises(RunComplete):
