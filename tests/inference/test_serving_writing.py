@@ -1,11 +1,15 @@
 """`server.writing`: replies in turns, rows that leave and groups that begin again, against `generate` alone."""
 
+import threading
+
 import pytest
 import torch
 from llm_families import family_config
-from tiny_models import tiny_config, tiny_model, tiny_tokenizer
+from tiny_models import tiny_config, tiny_model, tiny_processor, tiny_tokenizer
 
-from relllm.inference.server.decoding import Job, Prompt
+from relllm.inference.inference_settings import BatchSettings
+from relllm.inference.server.decoding import Ended, Job, Prompt
+from relllm.inference.server.engine import Engine
 from relllm.inference.server.schema import ReplyOptions
 from relllm.inference.server.writing import Group
 
@@ -33,3 +37,28 @@ def test_replies_in_turns_are_those_of_each_alone(family: str) -> None:
         if turns == 4:
             group = Group(group.rows)  # as after a failure, or together with others
     assert turns == 6 and [row.tokens for row in rows] == expected
+
+
+def test_many_short_replies_behind_long_ones_are_begun_without_reading_prompts_again_and_again() -> None:
+    model, read, ended = tiny_model(), [], []
+    model.generation_config.eos_token_id = None
+    step = model.model.text_model.register_forward_pre_hook(
+        lambda _, args, options: read.append(options["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    engine, done = Engine(model, tiny_processor(), BatchSettings(max_queue=99)), threading.Event()
+    prompts = [Prompt(token_ids=[9] * 30, options=ReplyOptions(max_tokens=n)) for n in (60, 60, *range(5, 12)) * 5]
+
+    def emit(event: object) -> None:
+        ended.extend([event] if isinstance(event, Ended) else [])
+        if len(ended) == len(prompts):
+            done.set()
+
+    engine.start()
+    for prompt in prompts:
+        engine.submit(prompt, emit)
+    assert done.wait(60)
+    engine.stop()
+    engine.join(10)
+    step.remove()
+    again = sum(rows * length for rows, length in read if length > 1) / (30 * len(prompts))
+    assert 1 <= again < 1.5  # and 3 where each begins once there is a row

@@ -114,8 +114,9 @@ class Engine(threading.Thread):
         """Return what of the queue can be worked on now: chats only as far as there are rows for their replies."""
         most, writing = self._settings.max_batch_size, sum(len(group.rows) for group in self._groups)
         free = 0 if self._parked else max(0, most - writing)
-        chats = [job for job in self.queue if job.prompt.options is not None][:free]
-        return [job for job in self.queue if job.prompt.options is None or job in chats][:most]
+        chats = [job for job in self.queue if job.prompt.options is not None]
+        begun = chats[:free] if free >= min(most // 4, len(chats)) else []  # one by one, they would be many groups
+        return [job for job in self.queue if job.prompt.options is None or job in begun][:most]
 
     def _has_others(self, num_written: int) -> bool:
         """Return whether a group that has written so many tokens in its turn gives way."""

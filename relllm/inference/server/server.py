@@ -23,7 +23,7 @@ from .prompts import PromptReader
 
 logger = logging.get_logger(__name__)
 LAST_ANSWERS_S = 2.0  # after the grace period, for the errors that end what is still running to be sent
-REQUEST_TIMEOUT_S = 60.0  # for a whole request, from the connection or the answer before it on
+REQUEST_TIMEOUT_S = 30.0  # for a whole request, from the connection or the answer before it on
 MOST_CONNECTIONS = 1024  # more get 503 at once
 BACKLOG = 64  # connections that are accepted in one go; without a free descriptor asyncio logs each of them
 OTHER_FILES = 64  # descriptors kept for what is no connection
