@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers.utils import ModelOutput
 from trl import GRPOTrainer
@@ -30,7 +31,7 @@ from relllm.training.losses import IGNORE_INDEX
 from relllm.training.run import parse_arguments, run_training
 from relllm.training.trainer import ReLLMTrainerMixin
 
-from .grpo_config import GRPO_SETTINGS, ReLLMGRPOConfig
+from .grpo_config import GRPO_SETTINGS, NOT_TAKEN, ReLLMGRPOConfig
 from .reference import StartingWeights
 from .rewards import Reward, check_rewards, load_rewards
 
@@ -80,11 +81,16 @@ class ReLLMGRPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
     def __init__(
         self,
         model: Any,
-        args: ReLLMGRPOConfig,
+        args: ReLLMGRPOConfig | None = None,
         *rows: Any,
         rewards: Sequence[tuple[Reward, float]] | None = None,
         **kwargs: Any,
     ) -> None:
+        if given := sorted(name for name in NOT_TAKEN if kwargs.pop(name, None) is not None):
+            raise ValueError(
+                f"{', '.join(given)}: not taken here. Replies are drawn by generate, and scored by rewards."
+            )
+        args = args if args is not None else ReLLMGRPOConfig()
         if rewards is None:
             rewards = load_rewards(args.weights, device=args.device, **vars(args.reward_settings))
         kwargs["reward_funcs"] = [_as_function(reward) for reward, _ in rewards]
@@ -93,6 +99,8 @@ class ReLLMGRPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
         self.rollout_func = self._draw_replies
         if self.beta:
             self.ref_model = StartingWeights(self.model)
+        for rows in (self.train_dataset, *_values(self.eval_dataset)):
+            check_needs(rows, [reward for reward, _ in rewards])
         self._spoken: list[SpokenRow] = []  # of the rows that TRL works on
         self._output: ModelOutput | None = None  # of the last pass, with the heads'
         if self.eval_dataset is not None:
@@ -145,7 +153,7 @@ class ReLLMGRPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
         inputs = processor.apply_chat_template(list(prompts), **options).to(device)
         with self.accelerator.autocast():
             features = {name: inputs[name] for name in FEATURES if name in inputs}
-            towers = self.accelerator.unwrap_model(self.model).base_model.run_towers(**features)
+            towers = self.model.base_model.run_towers(**features)
         clips = split_clips(towers, inputs["audio_num_windows"].tolist())
         spoken = []
         for index, (same, prompt) in enumerate(zip(groups, prompts, strict=True)):
@@ -274,6 +282,17 @@ def run_grpo(script: ReLLMScriptArguments, args: ReLLMGRPOConfig) -> ReLLMTraine
     return run_training(script, args, ReLLMGRPOTrainer, GRPO_SETTINGS)
 
 
+def check_needs(rows: object, rewards: Sequence[Reward]) -> None:
+    """Raise a `ValueError` for a row without what a reward needs; of a stream that is found out as it comes."""
+    if not isinstance(rows, Dataset):
+        return
+    needed = {name for reward in rewards for name in reward.needs}
+    for row in rows.select_columns(sorted({"id", *needed}.intersection(rows.column_names))):
+        for reward in rewards:
+            if reward.needs:
+                reward.known({"heard": "later", **row})
+
+
 def spoken_prompt(row: Mapping, processor: ReLLMProcessor) -> tuple[list[dict], str | None]:
     """Return the conversation that a row asks to go on with, and the row's own reply; `ValueError` without audio."""
     has_clip = row.get("messages") is not None or row.get("audio") is not None
@@ -291,6 +310,10 @@ def join_rows(rows: Sequence[SpokenRow]) -> dict[str, Any]:
     clips = [clip for one in rows for clip in one.clips]
     windows = torch.tensor([len(clip.lengths) for clip in clips], device=clips[0].lengths.device)
     return {"tower_outputs": join_clips(clips), "audio_num_windows": windows}
+
+
+def _values(rows: Any) -> list:
+    return list(rows.values()) if isinstance(rows, dict) else [rows]
 
 
 def _as_function(reward: Reward) -> Callable[..., list[float]]:

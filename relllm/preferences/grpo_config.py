@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from trl import GRPOConfig
 
 from relllm.setting import setting
+from relllm.training.alignment import FusedCausalLMOutput
 from relllm.training.config import OF_ANY_METHOD, ReLLMSettings
 
 from .preference_settings import RewardSettings, check_weights, parse_rewards
@@ -29,6 +30,10 @@ CANNOT = {  # of TRL's settings and ours, and why
     "fsdp": WHOLE,
     "deepspeed": WHOLE,
 }
+NOT_TAKEN = (  # by the trainer, of what TRL's takes
+    *("tools", "rollout_func", "environment_factory", "reward_funcs", "reward_processing_classes"),
+    *("quantization_config", "data_collator"),
+)
 SHARDING = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}  # as `accelerate launch` says it
 
 
@@ -55,7 +60,11 @@ class ReLLMGRPOConfig(ReLLMSettings, GRPOConfig):
     beta: float = setting(0.04, "Weight of the KL to the weights that the run started from; 0: none is computed.")
     disable_dropout: bool = setting(True, "Score replies as they were drawn, without dropout.")
 
+    log_completions: int = setting(4, "Replies of the last draw, printed and logged with the metrics; 0 for none.")
+
     def __post_init__(self) -> None:
+        if FusedCausalLMOutput is None:
+            raise ImportError("Reward training needs TRL 1.16, which needs Python 3.11. Update Python, then TRL.")
         for name in SHARDING:
             if os.environ.get(name, "").lower() in ("1", "true"):
                 raise ValueError(f"{name} is set, and reward training cannot go with it: {CANNOT[SHARDING[name]]}.")
@@ -104,11 +113,11 @@ class ReLLMGRPOConfig(ReLLMSettings, GRPOConfig):
     def _check_saves(self) -> None:
         """Refuse checkpoints among the steps that share drawn replies, which a run could not go on from."""
         drawn, update = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
-        if self.save_strategy == "steps" and self.save_steps * update % drawn:
+        apart = math.lcm(drawn, update) // update
+        if self.save_strategy == "steps" and apart > 1 and self.save_steps % apart:
             raise ValueError(
                 f"save_steps is {self.save_steps:g}, and replies last for {drawn} steps, of which an update takes "
-                f"{update}: a checkpoint would lose those in use. Take a multiple of "
-                f"{math.lcm(drawn, update) // update}."
+                f"{update}: a checkpoint would lose those in use. Take a multiple of {apart}."
             )
 
 

@@ -34,6 +34,7 @@ def save_start(folder: Path, llm: str = "llama", dtype: torch.dtype = torch.floa
         projector_inner_dim=16,
     )
     fill_lora(model)
+    model.generation_config.update(do_sample=True, top_k=3, top_p=0.5, repetition_penalty=1.5)  # as a chat LLM's
     model.save_pretrained(folder / "start", light=True)
     tiny_processor(model.config).save_pretrained(folder / "start")
     return folder / "start"

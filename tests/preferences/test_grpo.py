@@ -75,7 +75,8 @@ def test_replies_are_those_of_generate_with_the_same_seed(start: Path, rows: lis
     spoken = [row.get("messages") or processor.build_conversation(row["audio"]) for row in in_groups(rows)]
     inputs = processor.apply_chat_template(spoken, tokenize=True, return_dict=True, add_generation_prompt=True)
     torch.manual_seed(5)
-    options = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "max_new_tokens": 9}
+    options = {"do_sample": True, "temperature": TEMPERATURE, "max_new_tokens": 9}
+    options |= {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}  # the model's own distribution
     expected = model.generate(**inputs, **options, eos_token_id=trainer.eos_token_ids)[
         :, inputs["input_ids"].shape[1] :
     ]
@@ -231,6 +232,14 @@ def test_a_row_without_audio_is_an_error(row: dict, start: Path, rows: list[dict
         trainer._generate_and_score_completions(in_groups([row]))
 
 
+def test_a_row_without_what_a_reward_needs_is_named_at_the_start(
+    start: Path, rows: list[dict], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(Vowels, "needs", ("text",))
+    with pytest.raises(ValueError, match="The row '2' has no text, which the reward vowels needs"):
+        grpo_trainer(start, tmp_path, [row | {"text": " " if row["id"] == "2" else "hm"} for row in rows])
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -248,6 +257,11 @@ def test_a_row_without_audio_is_an_error(row: dict, start: Path, rows: list[dict
 def test_what_cannot_be_is_refused_with_the_reason(settings: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         ReLLMGRPOConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_tools_are_refused(model, processor) -> None:
+    with pytest.raises(ValueError, match="tools: not taken here"):
+        ReLLMGRPOTrainer(model, processing_class=processor, rewards=[(Vowels(), 1.0)], tools=[print])
 
 
 def test_a_launch_that_shards_is_refused(tmp_path: Path, monkeypatch) -> None:
