@@ -166,7 +166,14 @@ def test_the_towers_hear_a_clip_once_for_its_group(start: Path, rows: list[dict]
 def test_a_run_that_goes_on_ends_as_one_that_was_not_interrupted(
     start: Path, rows: list[dict], tmp_path: Path
 ) -> None:
-    options = {"max_steps": 5, "save_steps": 1, "save_strategy": "steps", "learning_rate": 0.05, "beta": 1.0}
+    options = {
+        "temperature": TEMPERATURE,
+        "max_steps": 5,
+        "save_steps": 1,
+        "save_strategy": "steps",
+        "learning_rate": 0.05,
+        "beta": 1.0,
+    }
     whole = grpo_trainer(start, tmp_path / "run", rows, **options)
     expected = updated(whole)
     again = grpo_trainer(start, tmp_path / "run", rows, **options)
@@ -175,6 +182,12 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_interrupted(
         assert torch.equal(again.model.get_parameter(name), weight), name
     lines = [[one["kl"] for one in run.state.log_history if "kl" in one] for run in (whole, again)]
     assert lines[0] == lines[1] and lines[0][-1] > 0
+    drawn = again._generate_and_score_completions(in_groups(rows[:1]))  # of which the reference is still the start
+    with torch.no_grad():
+        first = ReLLMForConditionalGeneration.from_pretrained(start)
+        expected_log_probs, _, _ = scored_alone(first, again.processing_class, rows[0], drawn["completion_ids"][0])
+    found = drawn["ref_per_token_logps"][0]
+    torch.testing.assert_close(found, expected_log_probs, atol=1e-5, rtol=1e-5)
     checkpoint = ReLLMForConditionalGeneration.from_pretrained(tmp_path / "run" / "checkpoint-5")
     assert all(torch.equal(checkpoint.get_parameter(name), weight) for name, weight in expected.items())
 
