@@ -6,8 +6,7 @@ and for the reference; the losses of the heads are over the clips, once a pair.
 """
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from relllm.data.journal import report_path
 from relllm.data.loading import METADATA
 from relllm.modeling.audio_tower_relllm import is_trained
 from relllm.modeling.modeling_relllm import FEATURES, ReLLMForConditionalGeneration, ReLLMModel
-from relllm.processing.processing_relllm import AUDIO_KEYS, ReLLMProcessor, audio_parts
+from relllm.processing.processing_relllm import ReLLMProcessor, audio_parts
 from relllm.setting import setting
 from relllm.training.alignment import in_eval
 from relllm.training.collator import ReLLMCollator
@@ -32,6 +31,7 @@ from relllm.training.run import parse_arguments, run_training
 from relllm.training.trainer import Recorder, ReLLMTrainerMixin
 
 from .reference import StartingWeights
+from .refusals import lacks_audio, refuse_settings, unread_rows
 
 LOSSES = (  # TRL's
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -44,7 +44,6 @@ CANNOT = {  # of TRL's settings, and why
     "model_init_kwargs": "the model is given loaded",
     "label_smoothing_factor": "there is no cross-entropy of replies: DPO's own is label_smoothing",
 }
-SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # as `accelerate launch` says it
 METRICS = (
     *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"),
     *("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"),
@@ -63,14 +62,7 @@ class ReLLMDPOConfig(ReLLMSettings, DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, reason in CANNOT.items():
-            if getattr(self, name):
-                raise ValueError(f"{name} is set, and preference training cannot go with it: {reason}. Leave it out.")
-        if self.fsdp or self.deepspeed or any(os.environ.get(name, "").lower() in ("1", "true") for name in SHARDING):
-            raise ValueError(
-                "FSDP and DeepSpeed spread the weights, and the reference of preference training needs them whole. "
-                "Use DDP, as in recipes/accelerate/ddp.yaml."
-            )
+        refuse_settings(self, CANNOT, "preference training")
         if unknown := sorted(set(self.loss_type) - set(LOSSES)):
             raise ValueError(f"loss_type has {unknown}; it takes any of {', '.join(LOSSES)}.")
         if self.response_loss_weight <= 0:
@@ -178,9 +170,7 @@ class ReLLMDPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
         """Raise a `ValueError` where a row is no pair of replies to a clip; a stream's are checked when read."""
         if not isinstance(rows, Dataset):
             return
-        names = [name for name in ("id", "audios", "messages", "chosen", "rejected") if name in rows.column_names]
-        pairs = zip(rows.select_columns(names), _present(rows, "audio"), strict=True)
-        said = [(row, _why_no_pair({**row, "audio": heard or None})) for row, heard in pairs]
+        said = [(row, _why_no_pair(row)) for row in unread_rows(rows, "chosen", "rejected")]
         if lacking := [(row, reason) for row, reason in said if reason]:
             raise ValueError(
                 f"{len(lacking)} of {len(rows)} rows are no pairs: {_say_row(lacking[0][0])} {lacking[0][1]}; the "
@@ -250,21 +240,9 @@ def chosen_by(places: Iterable[Path]) -> dict[str, float]:
     return weights
 
 
-def _present(rows: Dataset, name: str) -> Iterator[bool]:
-    """Yield whether each row has a value in a column of clips, whose bytes are not read."""
-    if name not in rows.column_names:
-        yield from [False] * len(rows)
-        return
-    for batch in rows.select_columns([name]).with_format("arrow").iter(1000):
-        yield from batch[name].is_valid().to_pylist()
-
-
 def _why_no_pair(row: Mapping) -> str | None:
     """Say what a row lacks."""
-    parts = [row] if row.get("messages") is None else audio_parts(row["messages"])
-    clips = [clip for clip in (row.get("audio"), *(row.get("audios") or ())) if clip is not None]
-    in_messages = [part for part in parts if any(part.get(key) is not None for key in AUDIO_KEYS)]
-    if not clips and (not in_messages or len(in_messages) < len(parts)):
+    if lacks_audio(row):
         return "has no audio, or a place for some and none"
     replies = [row.get(name) for name in ("chosen", "rejected")]
     if not all(isinstance(reply, str) and reply.strip() for reply in replies):

@@ -33,6 +33,7 @@ from relllm.training.trainer import ReLLMTrainerMixin
 
 from .grpo_config import GRPO_SETTINGS, NOT_TAKEN, ReLLMGRPOConfig
 from .reference import StartingWeights
+from .refusals import lacks_audio, name_rows, unread_rows
 from .rewards import Reward, check_rewards, load_rewards
 
 
@@ -110,6 +111,15 @@ class ReLLMGRPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
                     f"An evaluation takes {at_once} replies at once, and a group is {group}. Make "
                     "per_device_eval_batch_size a multiple of num_generations_eval."
                 )
+
+    @classmethod
+    def check_rows(cls, rows: object) -> None:
+        """Raise a `ValueError` where there is no audio to reply to; a stream's rows are checked when read."""
+        if isinstance(rows, Dataset) and (deaf := [row for row in unread_rows(rows) if lacks_audio(row)]):
+            raise ValueError(
+                f"{len(deaf)} of {len(rows)} rows have no audio, or a place for some and none (rows "
+                f"{name_rows(deaf)}). Leave them out, or name their clips."
+            )
 
     def make_collator(self, processor: ReLLMProcessor, labels: Sequence[str], args: ReLLMSettings) -> ReLLMCollator:
         """Return the one whose labels the heads learn; batches are TRL's."""
@@ -295,14 +305,9 @@ def check_needs(rows: object, rewards: Sequence[Reward]) -> None:
 
 def spoken_prompt(row: Mapping, processor: ReLLMProcessor) -> tuple[list[dict], str | None]:
     """Return the conversation that a row asks to go on with, and the row's own reply; `ValueError` without audio."""
-    has_clip = row.get("messages") is not None or row.get("audio") is not None
-    prompt, reply = split_reply(row, processor) if has_clip else ([], None)
-    if not audio_parts(prompt):
-        raise ValueError(
-            f"Row {row.get('id')!r} has no audio to reply to; it has "
-            f"{sorted(name for name, value in row.items() if value is not None)}. Leave it out, or name its clip."
-        )
-    return prompt, reply
+    if lacks_audio(row):
+        raise ValueError(f"Row {row.get('id')!r} has no audio, or a place for some and none. Leave it out.")
+    return split_reply(row, processor)
 
 
 def join_rows(rows: Sequence[SpokenRow]) -> dict[str, Any]:

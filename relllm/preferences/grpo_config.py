@@ -1,7 +1,6 @@
 """Settings of reward training: what is rewarded, TRL's own with defaults of ours, and what of TRL's cannot be here."""
 
 import math
-import os
 from dataclasses import dataclass, fields
 
 from trl import GRPOConfig
@@ -11,8 +10,8 @@ from relllm.training.alignment import FusedCausalLMOutput
 from relllm.training.config import OF_ANY_METHOD, ReLLMSettings
 
 from .preference_settings import RewardSettings, check_weights, parse_rewards
+from .refusals import refuse_settings
 
-WHOLE = "a reply needs whole weights. Use DDP, as in recipes/accelerate/ddp.yaml"
 CANNOT = {  # of TRL's settings and ours, and why
     "use_vllm": "it would need the new weights, and every clip, at each update",
     "use_transformers_continuous_batching": "it generates without audio",
@@ -25,16 +24,13 @@ CANNOT = {  # of TRL's settings and ours, and why
     "log_completions_hub_repo": "replies are logged beside the run alone",
     "label_smoothing_factor": "there is no cross-entropy of replies",
     "tower_cache_dir": "the towers hear a clip once for its group as it is",
-    "augments": "a reply answers the clip as it is. Take the augmentation out",
+    "augments": "a reply answers the clip as it is",
     "torch_compile": "each length of a reply would be compiled anew",
-    "fsdp": WHOLE,
-    "deepspeed": WHOLE,
 }
 NOT_TAKEN = (  # by the trainer, of what TRL's takes
     *("tools", "rollout_func", "environment_factory", "reward_funcs", "reward_processing_classes"),
     *("quantization_config", "data_collator"),
 )
-SHARDING = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}  # as `accelerate launch` says it
 
 
 @dataclass
@@ -65,12 +61,7 @@ class ReLLMGRPOConfig(ReLLMSettings, GRPOConfig):
     def __post_init__(self) -> None:
         if FusedCausalLMOutput is None:
             raise ImportError("Reward training needs TRL 1.16, which needs Python 3.11. Update Python, then TRL.")
-        for name in SHARDING:
-            if os.environ.get(name, "").lower() in ("1", "true"):
-                raise ValueError(f"{name} is set, and reward training cannot go with it: {CANNOT[SHARDING[name]]}.")
-        for name, reason in CANNOT.items():
-            if getattr(self, name):
-                raise ValueError(f"{name} is set, and reward training cannot go with it: {reason}.")
+        refuse_settings(self, CANNOT, "reward training")
         super().__post_init__()
         if towers := sorted({"audio_tower", "emotion_tower"}.intersection(self.unfreeze)):
             raise ValueError(f"unfreeze has {towers}; in reward training they stay frozen: they hear a clip once.")

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from grpo_runs import Vowels, grpo_trainer, save_start, spoken_rows
 from processes import ForkServer
 from safetensors.torch import load_file
+from tiny_models import text_part
 from torch.nn import functional
 
 from relllm import EMOTIONS, ReLLMForConditionalGeneration
@@ -49,7 +51,10 @@ def scored_alone(model, processor, row: dict, reply: torch.Tensor):
     return log_probs.gather(-1, reply[:, None])[:, 0], output.emotion_logits, output.dimensions
 
 
-@pytest.mark.parametrize("llm, dtype", [("llama", "float32"), ("gpt2", "float32"), ("llama", "bfloat16")])
+IN_HALF = pytest.param("llama", "bfloat16", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("llm, dtype", [("llama", "float32"), ("gpt2", "float32"), IN_HALF])
 def test_log_probabilities_are_those_of_the_models_forward(
     llm: str, dtype: str, rows: list[dict], tmp_path: Path
 ) -> None:
@@ -84,7 +89,7 @@ def test_replies_are_those_of_generate_with_the_same_seed(start: Path, rows: lis
     assert torch.equal(found, expected[:, : found.shape[1]]) and len({tuple(one) for one in found.tolist()}) == 16
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_loss_and_gradients_follow_the_formula(loss_type: str, start: Path, rows: list[dict], tmp_path: Path) -> None:
     weights = {"emotion_loss_weight": 0.3, "dimension_loss_weight": 0.6, "response_loss_weight": 0.8}
     options = {"temperature": TEMPERATURE, "num_iterations": 2, "beta": BETA, "epsilon": CLIP, **weights}
@@ -192,6 +197,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_interrupted(
     assert all(torch.equal(checkpoint.get_parameter(name), weight) for name, weight in expected.items())
 
 
+@pytest.mark.slow
 def test_an_evaluation_between_updates_leaves_the_replies_in_use(
     start: Path, rows: list[dict], tmp_path: Path
 ) -> None:
@@ -237,12 +243,14 @@ def test_two_processes_update_as_one(start: Path, rows: list[dict], fork_server:
 
 
 @pytest.mark.parametrize(
-    "row", [{"id": "x", "audio": None}, {"id": "x", "messages": [{"role": "user", "content": "hi"}]}]
+    "row", [{"id": "x", "audio": None}, {"id": "x", "messages": [{"role": "user", "content": [text_part("hi")]}]}]
 )
 def test_a_row_without_audio_is_an_error(row: dict, start: Path, rows: list[dict], tmp_path: Path) -> None:
     trainer = grpo_trainer(start, tmp_path, rows)
-    with pytest.raises(ValueError, match="Row 'x' has no audio to reply to"):
+    with pytest.raises(ValueError, match="Row 'x' has no audio, or a place for some and none"):
         trainer._generate_and_score_completions(in_groups([row]))
+    with pytest.raises(ValueError, match=r"1 of 5 rows have no audio.*\(rows 'x'\)"):
+        ReLLMGRPOTrainer.check_rows(Dataset.from_list([*rows, {"audio": None, **row}]))
 
 
 def test_a_row_without_what_a_reward_needs_is_named_at_the_start(
