@@ -38,7 +38,8 @@ def test_the_recipe_trains_on_the_synthetic_corpus(tmp_path: Path, monkeypatch: 
     run("train", "--config", RECIPES / "smoke.yaml", "--max_steps", 2, *ON_A_CPU)
     words = ["train", "--config", RECIPES / "reward_grpo.yaml", "--model_name_or_path", "runs/smoke"]
     words += ["--data", "data/synthetic", "--held_out", "", "--output_dir", "runs/grpo", *ON_A_CPU]
-    words += ["--max_steps", 2, "--save_steps", 1, "--eval_strategy", "no", "--max_completion_length", 8]
+    words += ["--max_steps", 2, "--save_steps", 1, "--eval_steps", 1, "--max_completion_length", 8]
+    words += ["--load_best_model_at_end", "true", "--metric_for_best_model", "reward"]
     words += ["--scorers", ""]
     assert "The reward ER needs a scorer" in run(*words, status=1)
     words += ["--rewards", "length=-0.1,repetition=-1", "--num_generations", 4, "--per_device_train_batch_size", 4]
