@@ -55,7 +55,6 @@ class ReLLMGRPOConfig(ReLLMSettings, GRPOConfig):
     max_completion_length: int | None = setting(128, "Longest reply, in tokens.")
     beta: float = setting(0.04, "Weight of the KL to the weights that the run started from; 0: none is computed.")
     disable_dropout: bool = setting(True, "Score replies as they were drawn, without dropout.")
-
     log_completions: int = setting(4, "Replies of the last draw, printed and logged with the metrics; 0 for none.")
 
     def __post_init__(self) -> None:
