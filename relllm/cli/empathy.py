@@ -73,9 +73,7 @@ def _show_training(metrics: dict, folder: Path) -> None:
     for name, level, tokens in ((metrics["mechanism"], test["level"], found), ("bag of words", bag, "")):
         recalls = " / ".join("—" if recall is None else f"{recall:.2f}" for recall in level["recall"].values())
         numbers.add_row(name, f"{level['accuracy']:.3f}", f"{level['macro_f1']:.3f}", recalls, tokens)
-    numbers.add_row(
-        f"always {baseline['level']}", f"{baseline['accuracy']:.3f}", f"{baseline['macro_f1']:.3f}", "", ""
-    )
+    numbers.add_row(f"always {baseline['level']}", f"{baseline['accuracy']:.3f}", f"{baseline['macro_f1']:.3f}")
     console.print(numbers)
     for weakness in find_weaknesses({metrics["mechanism"]: quality_of(metrics)}):
         console.print(f"`relllm evaluate` will refuse it: {weakness}", style="red")

@@ -7,14 +7,8 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from transformers import (
-    AutoModel,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from relllm.inference.replies import generate_answers, score_answers
@@ -37,12 +31,7 @@ class Predictor:
     """The two questions to a ReLLM or any causal LM; its kinds say what is asked about. `options` are `generate`'s."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str,
-        questions: Questions,
-        **options: object,
+        self, model: PreTrainedModel, tokenizer: Tokenizer, template: str, questions: Questions, **options: object
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -283,7 +272,7 @@ def load_in_vllm(
     return predictor
 
 
-def load_tokenizer(model: str, revision: str) -> tuple[PreTrainedTokenizerBase, str, ReLLMProcessor | None]:
+def load_tokenizer(model: str, revision: str) -> tuple[Tokenizer, str, ReLLMProcessor | None]:
     """Load tokenizer and chat template, and a ReLLM's processor.
 
     A bare LLM gets the template that a ReLLM built on it has, so that only the hearing differs between the two.

@@ -53,9 +53,7 @@ def write_model_card(settings: CardSettings) -> Path:
     return card_path
 
 
-def _make_card(
-    settings: CardSettings, runs: Sequence[Mapping], fingerprint: str, plots: Mapping[str, Path]
-) -> ModelCard:
+def _make_card(settings: CardSettings, runs: Sequence[Mapping], digest: str, plots: Mapping[str, Path]) -> ModelCard:
     """Fill in the template from the checkpoint's files, `read_public_run`s, and figures by their name there."""
     config = json.loads((settings.model / "config.json").read_text(encoding="utf-8"))
     record = read_training_record(str(settings.model))
@@ -101,7 +99,7 @@ def _make_card(
         mechanisms=EMPATHY_PARTS,
         rewarded=evidence.describe_rewards(record),
         cell=evidence.cell,
-        fingerprint=fingerprint,
+        fingerprint=digest,
         evidence_name=EVIDENCE_NAME,
         plots=[{"path": name, "title": Path(name).stem.replace("_", " ")} for name in plots],
     )

@@ -201,8 +201,6 @@ def _without_paths(value: object) -> object:
         return {key: _without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_paths(inner) for inner in value]
-    if isinstance(value, str) and (
-        value.startswith(("/", "./", "../", "~")) or ("/" in value and os.path.exists(value))
-    ):
+    if isinstance(value, str) and (re.match(r"~|\.{0,2}/", value) or ("/" in value and os.path.exists(value))):
         return "a local path"
     return value

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from datasets import Dataset
 from tqdm import tqdm
 
 from relllm.data.corpora.folder import AUDIO_SUFFIXES, OTHER_SUFFIXES, find_audio
@@ -98,11 +97,7 @@ def _add_rows(clips: dict[str, ClipSource], data: str, split: str | None) -> Non
         if not isinstance(name, str) or name in clips:
             raise ValueError(f"{data}: every row needs an `id` or an audio path of its own; got {name!r} (again).")
         stamp = _stamp(Path(path)) if isinstance(path, str) else None
-        clips[name] = ClipSource(partial(_open_row, rows, number), content or stamp)
-
-
-def _open_row(rows: Dataset, number: int) -> AudioSource:
-    return rows[number]["audio"]
+        clips[name] = ClipSource(partial(lambda at: rows[at]["audio"], number), content or stamp)
 
 
 def write_heard(clips: Clips, load_model: LoadModel, settings: HearSettings) -> dict:

@@ -270,9 +270,7 @@ def _clip_of(row: Mapping) -> dict:
         return {"type": "audio", "audio": row["audio"]}
     parts = audio_parts(place_clips(row))
     if len(parts) != 1:
-        raise ValueError(
-            f"{_name(row)} has one `emotion` or `text` and {len(parts)} clips. Give a list, one for each."
-        )
+        raise ValueError(f"{_name(row)} has one `emotion` or `text` and {len(parts)} clips. Give a list, one a clip.")
     return dict(parts[0])
 
 

@@ -36,10 +36,7 @@ class CompletionsMixin(Trainer):
     """For a trainer of a ReLLM whose `args` have `log_completions`, and which has an `objective`."""
 
     def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Do as Transformers, and log the replies to some of the rows."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

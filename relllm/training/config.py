@@ -198,9 +198,7 @@ class ReLLMSFTConfig(ReLLMSettings, PaperConfig):
             raise ValueError(f"rows_per_update must be at least 1, got {self.rows_per_update}.")
         if names[0] in self.automatic:
             if self.dimension_loss == "ccc":
-                raise ValueError(
-                    "dimension_loss: ccc is of the rows that go through at once: give their number, not auto."
-                )
+                raise ValueError("dimension_loss=ccc is of the rows that go through at once: give a number, not auto.")
             if self.gradient_accumulation_steps != type(self).gradient_accumulation_steps:
                 raise ValueError("gradient_accumulation_steps follows from rows_per_update where the batch is auto.")
             self.rows_per_update = self.rows_per_update or ROWS_PER_UPDATE

@@ -248,10 +248,7 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
         return result
 
     def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Do as Transformers; of several data sets also the metrics over all of them, without a name in between."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -443,9 +440,7 @@ class _ShortRunCallback(TrainerCallback):
                 f"rate of {args.learning_rate}. Shorten the warm-up; below 1 it is a share of the steps."
             )
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.last_step == state.global_step and not control.should_training_stop:
             factors = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
             raise ValueError(

@@ -37,9 +37,7 @@ SESSIONS = (1, 2, 3, 4, 5)
 NOT_IMPROVISED = "not improvised"
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 # [6.2901 - 8.2357]<tab>Ses01F_impro01_F000<tab>neu<tab>[2.5000, 2.5000, 2.5000]: valence, activation, dominance
-_LABEL = re.compile(
-    rf"\[{_NUMBER} - {_NUMBER}\]\s+(\S+)\s+(\S+)\s+\[{_NUMBER},\s*{_NUMBER},\s*{_NUMBER}\]", flags=re.ASCII
-)
+_LABEL = re.compile(rf"\[{_NUMBER} - {_NUMBER}\]\s+(\S+)\s+(\S+)\s+\[{_NUMBER},\s*{_NUMBER},\s*{_NUMBER}\]", re.ASCII)
 _RATER = re.compile(r"[A-Z]-\w+:")  # one rater's line
 # C-E2:<tab>Neutral state; Anger;<tab>(): what an evaluator chose; C-F1 and C-M1 are the actors, of themselves
 _VOTE = re.compile(r"C-E\w*:\s*([^(]*)")

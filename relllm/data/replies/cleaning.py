@@ -26,9 +26,7 @@ REFUSALS = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-ROLE_MARKERS = re.compile(
-    r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|^\s*(?:user|human|assistant|system)\s*:", re.I | re.M
-)
+ROLE_MARKERS = re.compile(r"(?im)<\|[a-z_]+\|>|<(?:start|end)_of_turn>|^\s*(?:user|human|assistant|system)\s*:")
 THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)]*(?=\s|$|[^\x00-\x7f])")
 ECHO_WORDS = 5  # so many words of a prompt in a row are no coincidence

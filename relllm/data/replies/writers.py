@@ -15,13 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from jinja2 import TemplateError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
 from relllm.modeling.checkpoint_relllm import find_ends
@@ -91,15 +86,11 @@ class LocalWriter:
     would have written. A tokenizer without a chat template is a `ValueError`.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, batch_size: int = 16
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, sampling: Sampling, batch_size: int = 16) -> None:
         self.model = model.eval()
         self.prepare(model.generation_config, tokenizer, sampling, batch_size)
 
-    def prepare(
-        self, settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, batch_size: int
-    ) -> None:
+    def prepare(self, settings: GenerationConfig, tokenizer: Tokenizer, sampling: Sampling, batch_size: int) -> None:
         """Check and set all that is not the model, whose generation settings these are."""
         if not tokenizer.chat_template:
             raise ValueError(f"{tokenizer.name_or_path} has no chat template: replies need a chat (instruct) model.")

@@ -22,14 +22,7 @@ from relllm.processing.turns_relllm import build_chat_template
 from relllm.setting import check_settings, setting
 
 from ..checkpoints import LastStepMixin, begin_run, complete_run, describe_origin
-from ..config import (
-    OF_A_NEW_MODEL,
-    LoraSettings,
-    PaperConfig,
-    SplitSettings,
-    check_places,
-    check_selection,
-)
+from ..config import OF_A_NEW_MODEL, LoraSettings, PaperConfig, SplitSettings, check_places, check_selection
 from ..run import TRAINER_SETTINGS, load_rows
 from ..settings import SettingsParser, check_metric, check_tokens, check_trainer
 
