@@ -39,7 +39,7 @@ from reference import RATE, audio_only, build_model, build_processor, clips, tex
 
 from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
 
-START_S = 300.0
+START_S = 900.0
 TIMEOUT_S = 600.0
 LONG, SHORT = "Tell a long story about what you hear in this: ", "What is this? Answer in a few words: "
 

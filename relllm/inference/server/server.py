@@ -25,8 +25,8 @@ logger = logging.get_logger(__name__)
 LAST_ANSWERS_S = 2.0  # after the grace period, for the errors that end what is still running to be sent
 REQUEST_TIMEOUT_S = 30.0  # for a whole request, from the connection or the answer before it on
 MOST_CONNECTIONS = 1024  # more get 503 at once
-BACKLOG = 64  # connections that are accepted in one go; without a free descriptor asyncio logs each of them
-OTHER_FILES = 64  # descriptors kept for what is no connection
+BACKLOG = 16  # connections that are accepted in one go; without a free descriptor asyncio logs each of them
+OTHER_FILES = 64  # descriptors kept for what is no connection; those of four goes are open before the first is closed
 
 
 class _Connection(H11Protocol):
@@ -57,9 +57,8 @@ class _Connection(H11Protocol):
 
 def most_connections() -> int:
     """Return how many connections the process has descriptors for, at most `MOST_CONNECTIONS`."""
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    left = descriptors - len(os.listdir("/dev/fd")) - BACKLOG - OTHER_FILES
-    return max(1, min(MOST_CONNECTIONS, left))
+    free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
+    return max(1, min(MOST_CONNECTIONS, free - 4 * BACKLOG - OTHER_FILES))
 
 
 class Server(uvicorn.Server):
@@ -74,6 +73,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.engine.start()
         await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen()  # more may wait to be accepted than are in one go
         if self._announce is not None:
             self._announce()
 
