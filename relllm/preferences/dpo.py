@@ -5,10 +5,8 @@ the weights that the run started from (DPO, arXiv 2305.18290). Frozen towers hea
 and for the reference; the losses of the heads are over the clips, once a pair.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +14,6 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
-from relllm.data.journal import report_path
-from relllm.data.loading import METADATA
 from relllm.modeling.audio_tower_relllm import is_trained
 from relllm.modeling.modeling_relllm import FEATURES, ReLLMForConditionalGeneration, ReLLMModel
 from relllm.processing.processing_relllm import ReLLMProcessor, audio_parts
@@ -197,7 +193,8 @@ class ReLLMDPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
         pairs = torch.tensor(len(inputs["clips_per_row"]))
         targets = self.take_targets(inputs)
         base = self.model.base_model
-        if "tower_outputs" not in inputs and not (is_trained(base.audio_tower) or is_trained(base.emotion_tower)):
+        towers = [tower for tower in (base.audio_tower, base.emotion_tower) if tower is not None]
+        if "tower_outputs" not in inputs and not any(map(is_trained, towers)):
             features = {name: inputs.pop(name) for name in FEATURES if name in inputs}
             with self.accelerator.autocast():
                 inputs["tower_outputs"] = base.run_towers(**features)
@@ -226,18 +223,7 @@ def run_dpo(script: ReLLMScriptArguments, args: ReLLMDPOConfig) -> ReLLMTrainerM
     """Train by pairs as [`~relllm.training.run.run_training`] does by replies."""
     if script.model_name_or_path is None:
         raise ValueError("method: dpo starts from a model that replies already: give model_name_or_path.")
-    weights = chosen_by([Path(source.name) for source in script.sources])
-    return run_training(script, args, ReLLMDPOTrainer, DPO_SETTINGS, {"rewarded": weights} if weights else {})
-
-
-def chosen_by(places: Iterable[Path]) -> dict[str, float]:
-    """Return the weights of the rewards that chose pairs, as `relllm score-replies` reports them beside the pairs."""
-    weights: dict[str, float] = {}
-    for place in places:
-        report = report_path(place / METADATA if place.is_dir() else place)
-        if report.is_file():
-            weights |= json.loads(report.read_text(encoding="utf-8"))["settings"].get("weights", {})
-    return weights
+    return run_training(script, args, ReLLMDPOTrainer, DPO_SETTINGS)
 
 
 def _why_no_pair(row: Mapping) -> str | None:

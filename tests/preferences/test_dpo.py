@@ -9,7 +9,7 @@ import soundfile
 import torch
 from datasets import Dataset
 from light_checkpoints import assert_same_weights, build, save_towers
-from tiny_models import audio_part, clip, text_part, tiny_llm, tiny_processor
+from tiny_models import audio_part, clip, fill_lora, text_part, tiny_llm, tiny_processor
 from torch.nn import functional
 from trainers import step_of
 from typer.testing import CliRunner
@@ -21,6 +21,7 @@ from relllm.preferences.dpo import PreferenceCollator, parse_dpo, run_dpo
 from relllm.training.checkpoints import RunComplete
 
 BETA = 0.3
+BIGGER = ("gemma", "mixtral")
 CHOSEN = ("That is wonderful news, tell me more!", "I am so sorry.", "You sound upset. What happened?", "Oh no!")
 REJECTED = ("Ok.", "I am so tired, tell me nothing.", "You sound.", "That is what happened to you today, then?")
 RECIPE = Path(__file__).parents[2] / "recipes" / "preference_dpo.yaml"
@@ -121,7 +122,7 @@ def losses_by_hand(model, reference, processor, rows: list[dict]) -> tuple[torch
     [
         {},
         pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
-        {"unfreeze": ["audio_tower"], "emotion_targets": "votes"},
+        pytest.param({"unfreeze": ["audio_tower"], "emotion_targets": "votes"}, marks=pytest.mark.slow),
         pytest.param({"tower_cache_dir": "cache"}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -152,12 +153,22 @@ def test_loss_gradient_and_metrics_are_those_of_the_formula(start: Path, rows, t
         torch.testing.assert_close(step[name], wanted, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("family", ["gemma", "gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
-def test_at_its_start_every_llm_is_its_own_reference(family: str, rows, tmp_path: Path) -> None:
-    """In the precision of published towers, with a BOS, and through dropout: −log σ(0), and no reward."""
+@pytest.mark.parametrize(
+    "family, emotion", [("gpt2", None), *(pytest.param(one, "emotion", marks=pytest.mark.slow) for one in BIGGER)]
+)
+def test_at_its_start_every_llm_is_its_own_reference(family: str, emotion, rows, tmp_path: Path) -> None:
+    """In the precision of published towers, with a BOS, through dropout, without an emotion tower: −log σ(0)."""
     towers = save_towers(tmp_path / "towers", dtype=torch.bfloat16, text_dtype=torch.bfloat16)
     tiny_llm(family).to(torch.bfloat16).save_pretrained(towers / "llm")
-    model = build(towers, lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.5})
+    model = ReLLMForConditionalGeneration.from_towers(
+        towers / "speech",
+        towers / "llm",
+        emotion and towers / emotion,
+        lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.5},
+        emotion_fusion="concat" if emotion else "none",
+        projector_inner_dim=16,
+    )
+    fill_lora(model)
     model.save_pretrained(tmp_path / "start", light=True)
     tiny_processor(model.config, adds_bos=family == "gemma").save_pretrained(tmp_path / "start")
     trainer = make_trainer(tmp_path / "start", tmp_path / "run", rows, learning_rate=0.1)
@@ -243,6 +254,7 @@ def test_an_augmented_clip_is_the_same_for_both_replies(start: Path, rows, tmp_p
         ({"audio": None}, "1 of 4 rows are no pairs: Row 'row-0' has no audio"),
         ({"audio": None, "messages": [{"role": "user", "content": [text_part("Hello")]}]}, "has no audio"),
         ({"audio": None, "messages": [{"role": "user", "content": [audio_part(None)]}]}, "has no audio"),
+        ({"chosen": None, "rejected": None}, "needs `chosen` and `rejected`, a text each"),
         ({"rejected": " "}, "needs `chosen` and `rejected`, a text each"),
         ({"rejected": CHOSEN[0]}, "one reply as `chosen` and as `rejected`"),
     ],
@@ -307,10 +319,12 @@ def arguments_of(start: Path, rows: list[dict], out: Path) -> list[str]:
     return ["--config", str(RECIPE), *flags, *small, "--output_dir", str(out)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_the_recipe_trains_and_says_what_it_is(start: Path, rows, tmp_path: Path) -> None:
     arguments = arguments_of(start, rows, tmp_path / "run")
-    (tmp_path / "pairs.report.json").write_text(json.dumps({"settings": {"weights": {"ER": 1.0, "length": -0.1}}}))
+    settings = {"task": "score-replies", "weights": {"ER": 1.0, "length": -0.1}}
+    (tmp_path / "pairs.report.json").write_text(json.dumps({"settings": settings}))
     trainer = run_dpo(*parse_dpo(arguments))
     assert isinstance(trainer, ReLLMDPOTrainer) and trainer.state.global_step == 3
     record = json.loads((tmp_path / "run" / "training_settings.json").read_text())
