@@ -32,7 +32,8 @@ def lacks_audio(row: Mapping) -> bool:
 def unread_rows(rows: Dataset, *columns: str) -> Iterator[dict]:
     """Yield the rows with their clips and these columns; `audio` is True or `None`, and no bytes are read."""
     names = [name for name in ("id", "audios", "messages", *columns) if name in rows.column_names]
-    for row, heard in zip(rows.select_columns(names), _present(rows, "audio"), strict=True):
+    told = rows.select_columns(names) if names else [{}] * len(rows)
+    for row, heard in zip(told, _present(rows, "audio"), strict=True):
         yield {**row, "audio": heard or None}
 
 

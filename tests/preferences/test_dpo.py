@@ -269,6 +269,11 @@ def test_a_row_that_is_no_pair_is_an_error(start: Path, rows, tmp_path: Path, ch
         collate(wrong)
 
 
+def test_rows_without_any_column_of_a_pair_are_counted() -> None:
+    with pytest.raises(ValueError, match="2 of 2 rows are no pairs: .* needs `chosen` and `rejected`"):
+        ReLLMDPOTrainer.check_rows(Dataset.from_list([{"audio": "a.wav"}, {"audio": "b.wav"}]))
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
