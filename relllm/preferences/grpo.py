@@ -18,6 +18,8 @@ from transformers.utils import ModelOutput
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from relllm.evaluation.evaluation_settings import MECHANISMS
+from relllm.evaluation.fingerprints import folder_fingerprint
 from relllm.modeling.configuration_relllm import config_fields
 from relllm.modeling.modeling_relllm import FEATURES
 from relllm.modeling.outputs_relllm import ReLLMAudioOutput, TowerOutputs
@@ -249,7 +251,8 @@ class ReLLMGRPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
         output, self._output = self._output, None  # the graph is not to be kept
         own_share = self.current_gradient_accumulation_steps if mode == "train" else 1
         rows = torch.tensor(len(self._spoken))
-        self._means.add(mode, self.args.reply_metrics[0], loss * own_share * rows, rows)
+        of_replies = loss * own_share - (self.router_aux_loss_coef * output.aux_loss if self.aux_loss_enabled else 0)
+        self._means.add(mode, self.args.reply_metrics[0], of_replies * rows, rows)
         targets = self._targets()
         self._num_items = torch.stack([inputs[name] for name in self.objective.weights])
         self._num_items = self._num_items * own_share / (self.args.steps_per_generation if mode == "train" else 1)
@@ -289,7 +292,10 @@ def run_grpo(script: ReLLMScriptArguments, args: ReLLMGRPOConfig) -> ReLLMTraine
     if not args.rewards:
         raise ValueError("rewards is missing: what is rewarded, by name and weight, as in ER=1,EX=1,length=-0.1.")
     check_rewards(args.weights, args.reward_settings)
-    return run_training(script, args, ReLLMGRPOTrainer, GRPO_SETTINGS)
+    facts: dict[str, str] = {}
+    if args.scorers is not None and set(args.weights).intersection(MECHANISMS):
+        facts["scorers_fingerprint"] = folder_fingerprint(args.scorers)
+    return run_training(script, args, ReLLMGRPOTrainer, GRPO_SETTINGS, facts)
 
 
 def check_needs(rows: object, rewards: Sequence[Reward]) -> None:
