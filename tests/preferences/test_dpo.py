@@ -18,6 +18,7 @@ from relllm import EMOTIONS, ReLLMDPOConfig, ReLLMDPOTrainer, ReLLMForConditiona
 from relllm.cli import app
 from relllm.hub.evidence import describe_rewards
 from relllm.preferences.dpo import PreferenceCollator, parse_dpo, run_dpo
+from relllm.preferences.reference import StartingWeights
 from relllm.training.checkpoints import RunComplete
 
 BETA = 0.3
@@ -220,6 +221,20 @@ def test_a_run_that_goes_on_has_the_reference_that_it_began_with(start: Path, ro
     for name, parameter in again.model.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(before[id(parameter)], began.get_parameter(name))
+
+
+def test_the_reference_is_in_place_under_autocast_too() -> None:
+    """Which keeps casts of a parameter by its object, whatever tensor is in it."""
+    layer, inputs = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    reference = StartingWeights(layer)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        began = layer(inputs)
+        layer.weight.add_(1.0)
+        torch.clear_autocast_cache()
+        moved = layer(inputs)
+        with reference.in_place():
+            assert torch.equal(layer(inputs), began)
+        assert torch.equal(layer(inputs), moved) and not torch.equal(moved, began)
 
 
 @pytest.mark.slow
