@@ -193,7 +193,8 @@ def plot_levels(levels: Mapping[str, Mapping[str, Sequence[int]]], path: str | P
 
 def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path, *, title: str = "") -> Path:
     """Draw how the scores of replies are spread: a panel for each reward, a line for all, the chosen, the rejected."""
-    return _plot_histograms(scores, Path(path), title, shares_of="replies")
+    known = {name: {part: values for part, values in of.items() if values} for name, of in scores.items()}
+    return _plot_histograms(known, Path(path), title, shares_of="replies")
 
 
 # Runs side by side

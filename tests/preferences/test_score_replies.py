@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from relllm.cli import app
 from relllm.data.journal import Journal
 from relllm.data.loading import load_corpus, pair_rewards
-from relllm.preferences.pairs import choose_pair, describe_scores
+from relllm.plots import plot_scores
+from relllm.preferences.pairs import choose_pair, describe_scores, score_columns
 from relllm.preferences.preference_settings import ScoreRepliesSettings
 from relllm.preferences.sampling import row_seed, sample_replies
 from relllm.training.checkpoints import describe_seen
@@ -183,6 +184,17 @@ def test_the_report_says_whether_the_reward_pays_for_length() -> None:
     assert found["replies"]["total_with_words"] == pytest.approx(1)
     assert found["replies"]["words"] == {"all": 5, "chosen": 9, "rejected": 2}
     assert found["scores"]["ER"] == {"mean": 5, "range": 7, "chosen": 9, "rejected": 2}
+
+
+def test_a_reward_that_gave_no_number_leaves_its_panel_empty(tmp_path: Path) -> None:
+    replies = [{**scored(total, "word " * 6)} for total in (1.0, 2.0)]
+    for one in replies:
+        one["scores"]["judge"] = float("nan")
+    pairs = [(replies[1], replies[0])]
+    assert describe_scores([replies], pairs)["scores"]["judge"] == dict.fromkeys(
+        ("mean", "range", "chosen", "rejected")
+    )
+    assert plot_scores(score_columns([replies], pairs), tmp_path / "scores.png").is_file()
 
 
 def test_a_rows_seed_is_its_own() -> None:
