@@ -249,6 +249,7 @@ class ReLLMGRPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
         self._spoken = inputs["spoken"]
         loss = super()._compute_loss(model, inputs)
         output, self._output = self._output, None  # the graph is not to be kept
+        assert output is not None  # TRL has run the model
         own_share = self.current_gradient_accumulation_steps if mode == "train" else 1
         rows = torch.tensor(len(self._spoken))
         of_replies = loss * own_share - (self.router_aux_loss_coef * output.aux_loss if self.aux_loss_enabled else 0)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
@@ -69,9 +70,10 @@ def run_training(
     args: ReLLMSettings,
     kind: type[ReLLMTrainerMixin] = ReLLMSFTTrainer,
     own: Sequence[str] = OWN_SETTINGS,
+    facts: Mapping[str, object] = MappingProxyType({}),
 ) -> ReLLMTrainerMixin:
     """Build, train by a `kind` of trainer, evaluate and save, as the settings say; model and processor are in
-    `args.output_dir`. Of the settings, `own` decide the result beside Transformers'.
+    `args.output_dir`. Of the settings, `own` decide the result beside Transformers', and so do `facts`.
 
     What that folder holds of this run is gone on from; of another run it is a `ValueError`, and of this one, complete,
     a [`~relllm.training.checkpoints.RunComplete`].
@@ -86,7 +88,7 @@ def run_training(
         for rows in (*parts.values(), *(eval_rows.values() if isinstance(eval_rows, dict) else [eval_rows])):
             kind.check_rows(rows)
         _survey(script, args, train_rows, eval_rows, parts)
-        identity = training_record(script, args, own) | selection
+        identity = training_record(script, args, own) | selection | dict(facts)
         identity |= describe_origin(script, train_rows, eval_rows, starting_points(script), script.revision)
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     callbacks = _callbacks(script, args)
