@@ -9,12 +9,15 @@ BENCH_THREADS ?= 1
 # The demo's towers: tiny ones trained for it, or (BACKBONE=small) Whisper tiny.en and SmolLM2, from the Hub or from REAL_MODELS=DIR
 BACKBONE ?= tiny
 REAL_MODELS ?=
-DEMO_OUT ?= runs/demo$(if $(filter-out tiny,$(BACKBONE)),-$(BACKBONE))
+DEMO_OUT ?= runs/$(if $(VOICES),voices,demo$(if $(filter-out tiny,$(BACKBONE)),-$(BACKBONE)))
+# People's voices instead, which lie in VOICES=DIR: docs/voices.md
+VOICES ?=
 SUITE := .cache/transformers-tests
 VLLM := .cache/vllm
 BIN := .venv/bin
 DEMO_tiny := $(BIN)/relllm demo
 DEMO_small := $(BIN)/python examples/pretrained/pretrained_demo.py
+DEMO_voices := $(BIN)/python examples/pretrained/voices_demo.py $(VOICES)
 
 # Two test processes of one thread each: several threads in each process would fight over the cores. Files keep the
 # order of tests/conftest.py, which begins with slow ones, so that both processes end together.
@@ -86,7 +89,7 @@ format: .venv/.ready  ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 
 demo: .venv/.ready  ## Train, evaluate and talk to a small RE-LLM on synthetic speech (BACKBONE=small: Whisper and SmolLM2)
-	$(or $(DEMO_$(BACKBONE)),$(error BACKBONE=$(BACKBONE): it is tiny or small)) --out $(DEMO_OUT) $(if $(REAL_MODELS),--real-models $(REAL_MODELS)) $(ARGS)
+	$(or $(DEMO_$(if $(VOICES),voices,$(BACKBONE))),$(error BACKBONE=$(BACKBONE): it is tiny or small)) --out $(DEMO_OUT) $(if $(REAL_MODELS),--real-models $(REAL_MODELS)) $(ARGS)
 
 # One thread by default: then the clock is processor time, which a busy machine does not falsify.
 bench: .venv/.ready  ## Measure speed and memory against docs/performance.md (ARGS="towers reply" for some)

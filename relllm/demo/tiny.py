@@ -112,12 +112,8 @@ def _train_tower(corpus: DatasetDict, settings: DemoSettings, path: Path) -> Non
     train_emotion_tower(corpus["train"], arguments, path, width=96, layers=2)
 
 
-def train_emotion_tower(rows: Dataset, arguments: TrainingArguments, path: Path, *, width: int, layers: int) -> None:
-    """Train and save a small wav2vec2 with a head, on 1 - CCC of arousal, dominance and valence.
-
-    The seed is set already, and a checkpoint that is in `path` is gone on from. `width`, a multiple of 4, is that of
-    its frames, and of the embedding that RE-LLM sets beside the speech.
-    """
+def small_tower(*, width: int, layers: int, **fields: object) -> ReLLMEmotionModel:
+    """Return a small emotion tower with random weights; `fields` are further ones of its configuration."""
     encoder = wav2vec2_config(
         width,
         layers=layers,
@@ -130,8 +126,17 @@ def train_emotion_tower(rows: Dataset, arguments: TrainingArguments, path: Path,
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )
+    return ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder, final_dropout=0.0, **fields))
+
+
+def train_emotion_tower(rows: Dataset, arguments: TrainingArguments, path: Path, *, width: int, layers: int) -> None:
+    """Train and save a small wav2vec2 with a head, on 1 - CCC of arousal, dominance and valence.
+
+    The seed is set already, and a checkpoint that is in `path` is gone on from. `width`, a multiple of 4, is that of
+    its frames, and of the embedding that RE-LLM sets beside the speech.
+    """
     trainer = EmotionTowerTrainer(
-        model=ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder, final_dropout=0.0)),
+        model=small_tower(width=width, layers=layers),
         args=arguments,
         train_dataset=rows,
     )
