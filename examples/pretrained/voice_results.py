@@ -24,9 +24,10 @@ SYSTEMS = {
     "people projector": "probe on what RE-LLM's projector gives",
     "speech-only projector": "probe on what the projector gives, without an emotion tower",
 }
-PAIRS = (  # a system and what it is held against, fixed beforehand
-    *(("people", other) for other in ("speech-only", "synthetic", "random", "probe")),
-    *(("speech-only", "probe"), ("people", "people projector"), ("egemaps", "probe")),
+PAIRS = (  # a system and what it is held against
+    *(("people", other) for other in ("speech-only", "synthetic", "random", "probe", "people projector")),
+    *(("speech-only", other) for other in ("probe", "egemaps", "speech-only projector")),
+    ("egemaps", "probe"),
 )
 RESAMPLES = 10_000
 

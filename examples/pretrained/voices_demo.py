@@ -40,6 +40,8 @@ from relllm.demo.tiny import small_tower, train_emotion_tower
 from relllm.evaluation.evaluating import read_predictions
 from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.folds import evaluate_folds
+from relllm.hub.cards import write_model_card
+from relllm.hub.sharing import CardSettings
 from relllm.modeling.audio_tower_relllm import masked_mean
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.modeling.outputs_relllm import TowerOutputs
@@ -88,7 +90,6 @@ class VoicesSettings:
         shared |= {"weight_decay": 0.01, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
         shared |= {"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "bf16": False, "report_to": "none"}
         shared |= {"gradient_checkpointing": False, "disable_tqdm": True, "logging_strategy": "epoch"}
-        shared |= {"train_sampling_strategy": "group_by_length"}
         return {**shared, "dataloader_pin_memory": torch.cuda.is_available(), **own}
 
 
@@ -111,6 +112,8 @@ def run_voices(settings: VoicesSettings, console: Console, systems: tuple[str, .
             console.print(f"{system} without {pack} ({place} of {len(packs)})", highlight=False)
             train_fold(settings, system, pack)
     predictions = {system: evaluate_voices(settings, system) for system in systems}
+    for system in systems:
+        write_card(settings, system, packs[0])
     rows = load_corpus(settings.corpus, "all")
     predictions |= baseline_predictions(settings, rows, packs, systems)
     return write_results(rows.remove_columns("audio").to_list(), predictions, out, console)
@@ -158,6 +161,7 @@ def train_fold(settings: VoicesSettings, system: str, pack: str) -> None:
             train_feature_encoder=True,
         )
         own = {"num_train_epochs": settings.tower_epochs, "learning_rate": 2e-3}
+        own |= {"train_sampling_strategy": "group_by_length"}
         once(run_emotion_training, script, EmotionTrainingConfig(**settings.arguments(Path(tower), **own)))
     script = ReLLMScriptArguments(
         audio_tower=settings.audio_model,
@@ -191,6 +195,15 @@ def evaluate_voices(settings: VoicesSettings, system: str) -> dict[str, str]:
     evaluate_folds(EvaluationSettings(**place, **options, dtype="float32", name=SYSTEMS[system]), "speaker")
     heard = {line["id"]: line["recognition"]["head"] for line in read_predictions(out)[1]}
     return {row_id: max(shares, key=shares.__getitem__) for row_id, shares in heard.items()}
+
+
+def write_card(settings: VoicesSettings, system: str, pack: str) -> Path:
+    """Do as `relllm card` for one of a system's models: its terms, its record, and the numbers over all folds."""
+    own = ["audio_tower=mit", "text_model=apache-2.0"] + ([] if TOWERS[system] is None else ["emotion_tower=gfdl"])
+    model = settings.out / "models" / f"{system}-{pack}"
+    return write_model_card(
+        CardSettings(model, [settings.out / "runs" / system], "org/re-llm-voices", tower_license=own, overwrite=True)
+    )
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from relllm.data.journal import write_json, write_whole
 from relllm.data.membership import read_training_record
 from relllm.evaluation.evaluation_settings import EMPATHY_PARTS
 from relllm.evaluation.fingerprints import model_fingerprint
+from relllm.labels import DIMENSIONS
 
 from . import evidence
 from .evidence import EVIDENCE_FORMAT, EVIDENCE_NAME
@@ -57,6 +58,7 @@ def _make_card(settings: CardSettings, runs: Sequence[Mapping], digest: str, plo
     """Fill in the template from the checkpoint's files, `read_public_run`s, and figures by their name there."""
     config = json.loads((settings.model / "config.json").read_text(encoding="utf-8"))
     record = read_training_record(str(settings.model))
+    outputs = list(((config.get("emotion_config") or {}).get("id2label") or dict(enumerate(DIMENSIONS))).values())
     repo_id = settings.repo_id or f"org/{settings.model.resolve().name}"
     towers = read_towers(config, parse_told(settings.tower_license), started_from=evidence.started_from(record))
     corpora = evidence.read_corpora(record)
@@ -84,6 +86,7 @@ def _make_card(settings: CardSettings, runs: Sequence[Mapping], digest: str, plo
         title=repo_id.rpartition("/")[2],
         repo_id=repo_id,
         has_emotion_tower=any(tower.part == "emotion_tower" for tower in towers),
+        taught_emotions=[] if set(outputs) == set(DIMENSIONS) else outputs,
         lora_scope=config.get("lora_config") and LORA_SCOPES.get(config.get("lora_scope", "audio")),
         requirements=_requirements(),
         saved_with=config.get("transformers_version"),

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from tiny_models import clip, tiny_llm, tiny_speech_tower, tiny_tokenizer
 from voice_baselines import linear_probe, majority, vector_machine
 from voice_results import EMOTIONS, compare, measure, results_table
 from voices_demo import VoicesSettings, run_voices
+
+from relllm.data.loading import load_corpus
 
 PACKS = {"British": "en", "Pirate": "en", "Default_ru": "ru"}
 SHOUTS = (
@@ -138,6 +142,9 @@ def test_a_run_leaves_each_pack_out_goes_on_and_says_what_came_out(
     assert results["systems"]["people"]["ua_of_pack"].keys() == PACKS.keys()
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     assert "eGeMAPS and a linear SVM" in (tmp_path / "out" / "results.md").read_text()
+    card = (tmp_path / "out" / "models" / "people-British" / "README.md").read_text()
+    assert "was taught by categories (happy, angry, alarm, pain)" in card and "weak labels of emotion" in card
+    assert "3 folds by speaker" in card and "gfdl" in card
     assert len(list((tmp_path / "out" / "plots").glob("*.png"))) == 7
     for pack in PACKS:
         tower = tmp_path / "out" / "towers" / f"people-{pack}" / "training_settings.json"
@@ -147,3 +154,33 @@ def test_a_run_leaves_each_pack_out_goes_on_and_says_what_came_out(
     assert metrics["recognition"]["head"]["ua"] == pytest.approx(results["systems"]["people"]["ua"], abs=1e-5)
     with pytest.raises(ValueError, match="holds a run with"):
         run_voices(VoicesSettings(tmp_path / "sounds", tmp_path / "out", **places, seed=1), console, systems)
+
+
+real_voices = pytest.mark.skipif(
+    not {"RELLM_REAL_VOICES", "RELLM_REAL_MODELS"} <= set(os.environ),
+    reason="RELLM_REAL_VOICES is where hedgewars-data is unpacked, RELLM_REAL_MODELS where the two models are",
+)
+
+
+@pytest.mark.real
+@real_voices
+def test_the_voices_are_those_that_were_grouped(tmp_path: Path) -> None:
+    settings = VoicesSettings(Path(os.environ["RELLM_REAL_VOICES"]), tmp_path)
+    voices_demo.prepare_voices(settings)
+    rows = load_corpus(settings.corpus, "all")
+    assert Counter(rows["emotion"]) == {"happy": 75, "angry": 128, "alarm": 90, "pain": 115}
+    assert len(set(rows["speaker"])) == 15
+    assert len({pack for pack, spoken in zip(rows["speaker"], rows["language"], strict=True) if spoken != "en"}) == 5
+
+
+@pytest.mark.real
+@real_voices
+@pytest.mark.timeout(0)
+def test_rellm_hears_people_far_above_chance(tmp_path: Path) -> None:
+    """Half an hour. The probe's UA is that of other code on the same clips, 0.71."""
+    models = Path(os.environ["RELLM_REAL_MODELS"])
+    places = {"audio_model": str(models / "whisper-tiny.en"), "text_model": str(models / "SmolLM2-135M-Instruct")}
+    settings = VoicesSettings(Path(os.environ["RELLM_REAL_VOICES"]), tmp_path, **places)
+    found = run_voices(settings, Console(file=io.StringIO()), ("people", "speech-only"))["systems"]
+    assert found["probe"]["ua"] == pytest.approx(0.71, abs=0.015)
+    assert found["speech-only"]["interval"][0] > 0.5 and found["people"]["interval"][0] > 0.5
