@@ -34,6 +34,9 @@ LEVELS = {  # of a reply's reaction, in the order of `REPLIES`
 }
 NOISE = 0.1
 STEPS, CLIPS = 30, 240
+REWARDS = "ER=1,length=-0.1,repetition=-1"
+WEAK = ["--allow-weak-scorers"]  # words decide here, so that a bag of them is as good as a scorer can be
+SHORT = ["--max-new-tokens", "48", "--device", "cpu"]
 
 
 def split_reply(reply: str) -> tuple[str, str]:
@@ -100,24 +103,27 @@ def run(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "relllm", *map(str, words)], check=True)
 
 
-def train_both(demo: Path, out: Path) -> None:
-    """DPO on pairs of the model's own replies, and GRPO, with the same reward, from the demo's RE-LLM."""
+def train_all(demo: Path, out: Path) -> dict[str, Path]:
+    """From the demo's RE-LLM: GRPO, and DPO on pairs of its own replies, by the scorer alone and with the emotion."""
     rows = load_corpus(demo / "corpus", "train")
     write_rows(rows.select(range(min(CLIPS, len(rows)))), out / "rows.jsonl")
-    scorers, model = out / "scorers" / "rewarded", demo / "re-llm"
-    rewards = "ER=1,length=-0.1,repetition=-1"
-    drawn = ["--rewards", rewards, "--scorers", scorers, "--allow-weak-scorers"]  # words decide: a bag of them is best
-    words = [*drawn, "--samples", 8, "--max-new-tokens", 48, "--device", "cpu"]
-    run("score-replies", out / "rows.jsonl", "--model", model, *words, "--out", out / "pairs.jsonl")
+    scorers, model, models = out / "scorers" / "rewarded", demo / "re-llm", {"sft": demo / "re-llm"}
     shared = {"eval_split": "", "bf16": "false", "use_cpu": "true", "gradient_checkpointing": "false", "seed": 0}
     shared |= {"save_strategy": "no", "report_to": "none", "logging_steps": 5, "learning_rate": 2e-4}
     shared |= {"emotion_loss_weight": 0.1, "dimension_loss_weight": 0.1, "gradient_accumulation_steps": 1}
-    dpo = {"method": "dpo", "data": out / "pairs.jsonl", "per_device_train_batch_size": 8, "num_train_epochs": 1}
     grpo = {"method": "grpo", "data": out / "rows.jsonl", "per_device_train_batch_size": 32, "max_steps": STEPS}
-    grpo |= {"rewards": rewards, "scorers": scorers, "allow_weak_scorers": "true", "max_completion_length": 48}
-    for own in (dpo, grpo):
-        flags = {"model_name_or_path": model, **shared, **own, "output_dir": out / str(own["method"])}
-        run("train", *(word for name, value in flags.items() for word in (f"--{name}", value)))
+    grpo |= {"rewards": REWARDS, "scorers": scorers, "allow_weak_scorers": "true", "max_completion_length": 48}
+    trainings = {"grpo": grpo}
+    for name, rewards in (("dpo", REWARDS), ("dpo-emotion", f"{REWARDS},emotion=1")):
+        pairs = out / f"{name}-pairs.jsonl"
+        words = ["--rewards", rewards, "--scorers", scorers, *WEAK, "--samples", 8, *SHORT]
+        run("score-replies", out / "rows.jsonl", "--model", model, *words, "--out", pairs)
+        trainings[name] = {"method": "dpo", "data": pairs, "per_device_train_batch_size": 8, "num_train_epochs": 1}
+    for name, own in trainings.items():
+        models[name] = out / name
+        flags = {"model_name_or_path": model, **shared, **own, "output_dir": models[name]}
+        run("train", *(word for key, value in flags.items() for word in (f"--{key}", value)))
+    return models
 
 
 def read_truth(path: Path) -> tuple[list[int], np.ndarray]:
@@ -149,31 +155,12 @@ def main() -> None:
     demo, out = given.demo, given.out
     out.mkdir(parents=True, exist_ok=True)
     train_scorers(demo, out)
-    train_both(demo, out)
-    read = [
-        "--allow-weak-scorers",
-        "--empathy-scorers",
-        out / "scorers/rewarded",
-        "--held-out-scorers",
-        out / "scorers/held-out",
-    ]
-    models = {"sft": demo / "re-llm", "dpo": out / "dpo", "grpo": out / "grpo"}
+    models = train_all(demo, out)
+    first, other = (out / "scorers" / name for name in ("rewarded", "held-out"))
     runs = {name: out / "runs" / name for name in models}
     for name, model in models.items():
-        words = [
-            *read,
-            "--tasks",
-            "empathy",
-            "--max-new-tokens",
-            48,
-            "--device",
-            "cpu",
-            "--name",
-            name,
-            "--out",
-            runs[name],
-        ]
-        run("evaluate", model, demo / "corpus", *words)
+        words = ["--tasks", "empathy", "--empathy-scorers", first, "--held-out-scorers", other, *WEAK, *SHORT]
+        run("evaluate", model, demo / "corpus", *words, "--name", name, "--out", runs[name])
     run("compare", *runs.values(), "--baseline", "sft", "--out", out / "comparison")
     for name, path in runs.items():
         print(f"{name}: by the rule itself {describe_truth(path, runs['sft'])}")
