@@ -59,7 +59,7 @@ class Objective:
             counts["dimension_loss"] = batch["dimension_labels"].isfinite().sum()
         if self.alignment is not None and "teacher_labels" in batch:
             counts["response_kl"] = self.alignment.positions(batch["teacher_labels"]).sum()
-        nothing = torch.zeros((), device=next(iter(batch.values())).device)
+        nothing = torch.zeros((), device=next(value for value in batch.values() if isinstance(value, Tensor)).device)
         values = [counts.get(name, nothing) if name in self.active else nothing for name in self.weights]
         return torch.stack([value.float() for value in values])
 
