@@ -38,6 +38,10 @@ CANNOT = {  # of TRL's settings, and why
     "sync_ref_model": "the reference is what the run started from, and there is no second model to follow it",
     "padding_free": "it would join rows, and audio belongs to its row",
     "model_init_kwargs": "the model is given loaded",
+    "truncation_mode": "nothing is cut: a cut would go through audio",
+    "dataset_num_proc": "rows are read as they are, where a batch is made",
+    "pad_to_multiple_of": "the processor pads a batch to its longest row",
+    "pad_token": "it is the tokenizer's",
     "label_smoothing_factor": "there is no cross-entropy of replies: DPO's own is label_smoothing",
 }
 METRICS = (
@@ -57,8 +61,8 @@ class ReLLMDPOConfig(ReLLMSettings, DPOConfig):
     num_train_epochs: float = setting(1.0, "Epochs: a second one mostly learns the pairs by heart.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         refuse_settings(self, CANNOT, "preference training")
+        super().__post_init__()
         if unknown := sorted(set(self.loss_type) - set(LOSSES)):
             raise ValueError(f"loss_type has {unknown}; it takes any of {', '.join(LOSSES)}.")
         if self.response_loss_weight <= 0:
@@ -101,7 +105,7 @@ class PreferenceCollator(ReLLMCollator):
     def build(self, row: Mapping, task: str) -> list[dict]:
         """Return the conversation with the chosen reply; `ValueError` without audio or replies."""
         if reason := _why_no_pair(row):
-            raise ValueError(f"{_say_row(row)} {reason}.")
+            raise ValueError(reason)
         prompt, _ = split_reply(row, self.processor)
         return [*prompt, {"role": "assistant", "content": row["chosen"]}]
 
@@ -166,11 +170,11 @@ class ReLLMDPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
         """Raise a `ValueError` where a row is no pair of replies to a clip; a stream's are checked when read."""
         if not isinstance(rows, Dataset):
             return
-        said = [(row, _why_no_pair(row)) for row in unread_rows(rows, "chosen", "rejected")]
-        if lacking := [(row, reason) for row, reason in said if reason]:
+        said = [_why_no_pair(row) for row in unread_rows(rows, "chosen", "rejected")]
+        if reasons := list(filter(None, said)):
             raise ValueError(
-                f"{len(lacking)} of {len(rows)} rows are no pairs: {_say_row(lacking[0][0])} {lacking[0][1]}; the "
-                f"columns are {rows.column_names}. `relllm score-replies` writes pairs."
+                f"{len(reasons)} of {len(rows)} rows are no pairs: {reasons[0]} The columns are {rows.column_names}. "
+                "`relllm score-replies` writes pairs."
             )
 
     def make_collator(
@@ -184,6 +188,10 @@ class ReLLMDPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
         batches, _ = super().get_batch_samples(*args)
         pairs = torch.tensor(sum(len(batch["clips_per_row"]) for batch in batches), device=self.args.device)
         return batches, self.accelerator.reduce(pairs, reduction="sum")
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        """Do as the others, for the loss alone: of pairs there is nothing to predict."""
+        return super().prediction_step(model, inputs, True)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -228,16 +236,13 @@ def run_dpo(script: ReLLMScriptArguments, args: ReLLMDPOConfig) -> ReLLMTrainerM
 
 def _why_no_pair(row: Mapping) -> str | None:
     """Say what a row lacks."""
-    if lacks_audio(row):
-        return "has no audio, or a place for some and none"
+    if reason := lacks_audio(row):
+        return reason
     replies = [row.get(name) for name in ("chosen", "rejected")]
     if not all(isinstance(reply, str) and reply.strip() for reply in replies):
-        return f"needs `chosen` and `rejected`, a text each, and has {replies}"
-    return "has one reply as `chosen` and as `rejected`" if replies[0] == replies[1] else None
-
-
-def _say_row(row: Mapping) -> str:
-    return f"Row {row.get('id')!r}"
+        return f"Row {row.get('id')!r} needs `chosen` and `rejected`, a text each, and has {replies}."
+    is_one = replies[0] == replies[1]
+    return f"Row {row.get('id')!r} has one reply as `chosen` and as `rejected`." if is_one else None
 
 
 def _last_run(mask: Tensor) -> Tensor:

@@ -234,11 +234,17 @@ def place_clips(row: Mapping) -> list[dict]:
     clips are returned as they are.
 
     Raises:
-        ValueError: There are more or fewer clips than places.
+        ValueError: There are more or fewer clips than places, or the columns have others than the parts name.
     """
     messages = [dict(message) for message in row["messages"]]
     clips = list(row.get("audios") or [row[name] for name in ("audio",) if row.get(name) is not None])
-    if not clips or any(_has_clip(part) for part in audio_parts(messages)):
+    named = [part[key] for part in audio_parts(messages) for key in AUDIO_KEYS if part.get(key) is not None]
+    if named and clips and ({type(clip) for clip in (*clips, *named)} != {str} or clips != named):
+        raise ValueError(f"{_name(row)} has clips in its columns and others in its messages. Leave one of them out.")
+    texts = [message["content"] for message in messages if isinstance(message["content"], str)]
+    if named and any(AUDIO_PLACE in text for text in texts):
+        raise ValueError(f"{_name(row)} has `{AUDIO_PLACE}` in text beside parts that name their clips. Name its too.")
+    if named or not clips:
         return messages
     for message in messages:
         if isinstance(message["content"], str):
@@ -272,10 +278,6 @@ def _clip_of(row: Mapping) -> dict:
     if len(parts) != 1:
         raise ValueError(f"{_name(row)} has one `emotion` or `text` and {len(parts)} clips. Give a list, one a clip.")
     return dict(parts[0])
-
-
-def _has_clip(part: Mapping) -> bool:
-    return any(part.get(key) is not None for key in AUDIO_KEYS)
 
 
 def _split_at_places(text: str) -> list[dict]:

@@ -19,13 +19,19 @@ from relllm.cli import app
 from relllm.hub.evidence import describe_rewards
 from relllm.preferences.dpo import PreferenceCollator, parse_dpo, run_dpo
 from relllm.preferences.reference import StartingWeights
+from relllm.preferences.refusals import unread_rows
 from relllm.training.checkpoints import RunComplete
 
 BETA = 0.3
 BIGGER = ("gemma", "mixtral")
 CHOSEN = ("That is wonderful news, tell me more!", "I am so sorry.", "You sound upset. What happened?", "Oh no!")
 REJECTED = ("Ok.", "I am so tired, tell me nothing.", "You sound.", "That is what happened to you today, then?")
+OWN = "own.wav"
 RECIPE = Path(__file__).parents[2] / "recipes" / "preference_dpo.yaml"
+
+
+def asked(*parts: dict) -> list[dict]:
+    return [{"role": "user", "content": list(parts)}]
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +148,7 @@ def test_loss_gradient_and_metrics_are_those_of_the_formula(start: Path, rows, t
     step = step_of(trainer)
     logged = trainer.state.log_history[0]
     assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert len(trainer.model.get_input_embeddings()._forward_hooks) <= 1  # checkpointing is off for the reference
     for name in ("chosen", "rejected"):
         assert logged[f"rewards/{name}"] == pytest.approx(sum(metrics[name]) / len(rows), rel=1e-4, abs=1e-5)
     assert logged["logps/chosen"] == pytest.approx(sum(metrics["logps/chosen"]) / len(rows), rel=1e-5)
@@ -245,6 +252,8 @@ def test_an_evaluation_measures_pairs_and_heads_and_shows_replies(start: Path, r
     models = trainer.model.eval(), ReLLMForConditionalGeneration.from_pretrained(start).eval()
     loss, found = losses_by_hand(*models, trainer.processing_class, rows)
     assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    predicted = trainer.predict(trainer.eval_dataset).metrics
+    assert predicted["test_preference_loss"] == pytest.approx(metrics["eval_preference_loss"])
     assert {"eval_preference_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_ua"} <= metrics.keys()
     lines = [json.loads(line) for line in (tmp_path / "_completions/completions_00000.jsonl").read_text().splitlines()]
     assert [(line["id"], line["reply_of_row"]) for line in lines] == [("row-0", CHOSEN[0]), ("row-2", CHOSEN[2])]
@@ -267,8 +276,13 @@ def test_an_augmented_clip_is_the_same_for_both_replies(start: Path, rows, tmp_p
     "change, message",
     [
         ({"audio": None}, "1 of 4 rows are no pairs: Row 'row-0' has no audio"),
-        ({"audio": None, "messages": [{"role": "user", "content": [text_part("Hello")]}]}, "has no audio"),
-        ({"audio": None, "messages": [{"role": "user", "content": [audio_part(None)]}]}, "has no audio"),
+        ({"audio": None, "messages": asked(text_part("Hello"))}, "has no audio"),
+        ({"audio": None, "messages": asked(audio_part(None))}, "has no audio"),
+        ({"audio": None, "messages": asked(audio_part(OWN), audio_part(None))}, "has no audio, or a place for some"),
+        ({"audio": None, "audios": [OWN]}, "has no audio"),  # a list is for the places in messages
+        ({"messages": asked(audio_part(OWN))}, "has clips in its columns and others in its messages"),
+        ({"messages": asked(audio_part(OWN), audio_part(None))}, "has clips in its columns and others"),
+        ({"messages": asked(audio_part(None)), "audios": [OWN, OWN]}, "has 2 clips in its columns and 1 places"),
         ({"chosen": None, "rejected": None}, "needs `chosen` and `rejected`, a text each"),
         ({"rejected": " "}, "needs `chosen` and `rejected`, a text each"),
         ({"rejected": CHOSEN[0]}, "one reply as `chosen` and as `rejected`"),
@@ -284,6 +298,14 @@ def test_a_row_that_is_no_pair_is_an_error(start: Path, rows, tmp_path: Path, ch
         collate(wrong)
 
 
+def test_clips_that_are_bytes_are_counted_unread() -> None:
+    one = {"audio": {"path": None, "bytes": b"0"}, "audios": [{"path": None, "bytes": b"1"}] * 2}
+    clips = Dataset.from_list([one, {"audio": None, "audios": None}, {"audio": None, "audios": []}])
+    found = [(row["audio"], row["audios"]) for row in unread_rows(clips)]
+    assert found == [(True, [True, True]), (None, []), (None, [])]
+    assert next(unread_rows(Dataset.from_list([{"audio": "a.wav", "audios": ["b.wav"]}])))["audios"] == ["b.wav"]
+
+
 def test_rows_without_any_column_of_a_pair_are_counted() -> None:
     with pytest.raises(ValueError, match="2 of 2 rows are no pairs: .* needs `chosen` and `rejected`"):
         ReLLMDPOTrainer.check_rows(Dataset.from_list([{"audio": "a.wav"}, {"audio": "b.wav"}]))
@@ -295,6 +317,10 @@ def test_rows_without_any_column_of_a_pair_are_counted() -> None:
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs is set, .*a copy of what trains"),
         ({"sync_ref_model": True}, "sync_ref_model is set"),
         ({"loss_type": ["sigmod"]}, r"loss_type has \['sigmod'\]"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode is set, .* nothing is cut"),
+        ({"dataset_num_proc": 2}, "dataset_num_proc is set"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of is set"),
+        ({"pad_token": "<pad>"}, "pad_token is set, .* it is the tokenizer's"),
         ({"max_length": 512}, "max_length=512 would cut through audio"),
         ({"response_loss_weight": 0.0}, "response_loss_weight must be > 0"),
         ({"train_sampling_strategy": "group_by_length"}, "does not know the length of a pair"),

@@ -251,6 +251,10 @@ def test_clips_without_a_place_and_places_without_a_clip_are_named(tmp_path, pro
         collate([{"id": "a", "messages": messages_of(ASKED)[1:], "audio": path}])
     own = collate([{"messages": messages_of([audio_part(path)]), "audio": path}])  # its parts name their clips
     assert own["clips_per_row"].tolist() == [1]
+    with pytest.raises(ValueError, match="Row 'a' has clips in its columns and others in its messages"):
+        collate([{"id": "a", "messages": messages_of([audio_part(path)]), "audio": f"other-{path}"}])
+    with pytest.raises(ValueError, match="Row 'a' has `<audio>` in text beside parts that name their clips"):
+        collate([{"id": "a", "messages": [*messages_of([audio_part(path)]), *messages_of("And <audio>")]}])
     said = collate([{"messages": messages_of("I wrote <audio> here.")}])  # words, where no column has a clip
     assert "input_features" not in said
 
