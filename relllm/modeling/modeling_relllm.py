@@ -118,6 +118,11 @@ class ReLLMPreTrainedModel(AdaptersOnTop, SpreadModel):
             gradient_checkpointing_func = self.base_model.lora_scope.wrap_checkpoint(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
+    def enable_input_require_grads(self) -> None:
+        """Do as Transformers, once: each time that checkpointing is on again, it would add a hook that stays."""
+        self.disable_input_require_grads()
+        super().enable_input_require_grads()
+
     @classmethod
     def from_pretrained(
         cls,
