@@ -384,6 +384,9 @@ def _run_identity(settings: EvaluationSettings, plan: Plan) -> dict:
     held_out = {"held_out_scorers_fingerprint": folder_fingerprint(further)} if further is not None else {}
     if fingerprint in held_out.values():
         raise ValueError(f"--held-out-scorers {further} are the weights of --empathy-scorers. Train others.")
+    rewarding = read_training_record(settings.model, revision=settings.revision).get("scorers_fingerprint")
+    if rewarding is not None and rewarding in held_out.values():
+        raise ValueError(f"--held-out-scorers {further} rewarded {settings.model}: its record says so. Train others.")
     questions = asdict(plan.questions)
     if plan.questions.ways == WAYS:  # of older runs too
         del questions["ways"]

@@ -27,7 +27,7 @@ from relllm.plots import check_matplotlib, plot_scores
 from relllm.processing.processing_relllm import ReLLMProcessor
 
 from .preference_settings import RewardSettings, ScoreRepliesSettings
-from .rewards import WeightedRewards, check_rewards, load_rewards, weigh_replies
+from .rewards import WeightedRewards, check_rewards, load_rewards, of_last_clip, weigh_replies
 from .sampling import row_seed, sample_replies
 
 LoadModel: TypeAlias = Callable[[], tuple[ReLLMForConditionalGeneration, ReLLMProcessor]]
@@ -92,9 +92,9 @@ def choose_pair(replies: Sequence[Mapping], margin: float) -> tuple[dict, dict] 
     """Return the best and the worst of a row's scored replies, or why they make no pair.
 
     A reply that ran into the token limit is never the best: it would teach to stop in the middle. One that the judge
-    gave no number is neither.
+    gave no number, or that says nothing, is neither.
     """
-    known = [dict(one) for one in replies if not math.isnan(one["scores"][TOTAL])]
+    known = [dict(one) for one in replies if one["text"].strip() and not math.isnan(one["scores"][TOTAL])]
     whole = [one for one in known if one["finished"]]
     if not known:
         return "not scored"
@@ -197,8 +197,8 @@ def _score_batch(
 ) -> list[dict]:
     """Return the line of each row: its replies with their scores, or the reason why it has none."""
     entries, read, clips = [], [], []
-    for row in rows:
-        if lacking := _lacks({"heard": "later", **row}, rewards):
+    for row in map(of_last_clip, rows):
+        if lacking := _lacks({**row, "heard": "later"}, rewards):
             entries.append({"id": row["id"], "reason": lacking})
             continue
         try:

@@ -64,8 +64,7 @@ class Reward(ABC):
 
     def find(self, row: Mapping) -> str | None:
         """Return the first of the columns that the reward needs which the row has; `None` without any."""
-        texts = (row.get(column) for column in self.needs)
-        return next((text for text in texts if isinstance(text, str) and text.strip()), None)
+        return first_text(row, self.needs)
 
     def known(self, row: Mapping) -> str:
         """Return what [`~Reward.find`] does, or raise the error."""
@@ -144,10 +143,26 @@ class JudgeReward(Reward):
 
 
 WeightedRewards: TypeAlias = "list[tuple[Reward, float]]"
+KINDS: dict[str, type[Reward]] = {
+    **dict.fromkeys(MECHANISMS, EmpathyReward),
+    **{"emotion": EmotionReward, "length": LengthReward, "repetition": RepetitionReward, "judge": JudgeReward},
+}
+
+
+def first_text(row: Mapping, columns: Sequence[str]) -> str | None:
+    """Return the first text that a row has in some columns; `None` without any."""
+    texts = (row.get(column) for column in columns)
+    return next((text for text in texts if isinstance(text, str) and text.strip()), None)
+
+
+def of_last_clip(row: Mapping) -> dict[str, Any]:
+    """Return a row with the text and the emotion of its last clip, where it has a list of one for each clip."""
+    last = {name: of[-1] for name in ("text", "emotion") if isinstance(of := row.get(name), list) and of}
+    return {**row, **last}
 
 
 def check_rewards(weights: Mapping[str, float], settings: RewardSettings) -> None:
-    """Say as a `ValueError` what is wrong with rewards before a model is loaded: a name, a scorer that is missing."""
+    """Say as a `ValueError` what is wrong with rewards before a model is loaded: a name, a scorer or judge missing."""
     check_weights(weights)
     wanted = [name for name in weights if name in MECHANISMS]
     if wanted and settings.scorers is None:
@@ -163,6 +178,8 @@ def check_rewards(weights: Mapping[str, float], settings: RewardSettings) -> Non
             check_scorers(settings.scorers, wanted)
     if "judge" in weights and (settings.judge_endpoint is None or settings.judge_model is None):
         raise ValueError("The reward judge needs judge_endpoint, such as http://host:8000/v1, and judge_model.")
+    if "judge" in weights:
+        _make_reward("judge", settings, {}, "cpu", 1)  # its address, key and client
 
 
 def load_rewards(

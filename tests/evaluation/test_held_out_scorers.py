@@ -19,6 +19,7 @@ from relllm.evaluation.comparison_tables import comparison_tables
 from relllm.evaluation.empathy.scoring import load_scorers, score_pairs
 from relllm.evaluation.evaluating import read_predictions
 from relllm.evaluation.evaluation_settings import EvaluationSettings
+from relllm.evaluation.fingerprints import folder_fingerprint
 from relllm.evaluation.runs import read_run
 from relllm.evaluation.tables import to_markdown
 from relllm.evaluation.wording import describe_wording
@@ -83,6 +84,11 @@ def test_levels_by_a_held_out_scorer_stand_beside_the_first_in_lines_metrics_and
 def test_scorers_that_are_not_held_out_are_refused(place: Path, tmp_path: Path) -> None:
     same = ("--held-out-scorers", str(place / "scorers"), "--out", str(tmp_path / "run"))
     assert "are the weights of --empathy-scorers" in evaluate_command(place, *same)
+    record = place / "model/training_settings.json"
+    record.write_text(json.dumps({"scorers_fingerprint": folder_fingerprint(place / "others")}))
+    rewarding = ("--held-out-scorers", str(place / "others"), "--out", str(tmp_path / "run"))
+    assert "others rewarded" in evaluate_command(place, *rewarding)
+    record.unlink()
     with pytest.raises(ValueError, match="beside --empathy-scorers"):
         EvaluationSettings("m", "d", tmp_path, held_out_scorers="x")
 

@@ -9,7 +9,8 @@ from empathy_scorers import save_scorers
 from transformers import AutoTokenizer
 
 from relllm.evaluation.empathy.scorer import EmpathyScorer
-from relllm.preferences.rewards import JudgeReward, load_rewards, weigh_replies
+from relllm.preferences.preference_settings import RewardSettings
+from relllm.preferences.rewards import JudgeReward, check_rewards, load_rewards, weigh_replies
 
 ROWS = [
     {"id": "a", "text": "i feel sad today", "emotion": "sad"},
@@ -93,9 +94,10 @@ def test_what_cannot_be_rewarded_is_said_before_anything_is_loaded(tmp_path: Pat
         ({"ER": 1, "EX": 1}, {"scorers": scorers}, "has no scorer of EX, but of ER"),
         ({"ER": 1}, {"scorers": weak}, r"too weak to measure by.*level 2"),
         ({"judge": 1}, {"judge_model": "m"}, "needs judge_endpoint"),
+        ({"judge": 1}, {"judge_model": "m", "judge_endpoint": "localhost"}, "must start with http"),
         ({"length": -1}, {"min_words": 9, "max_words": 3}, "got 9 and 3"),
     ]:
         with pytest.raises(ValueError, match=message):
-            load_rewards(weights, **settings)
+            check_rewards(weights, RewardSettings(**settings))
     with pytest.raises(OSError, match=r"model\.safetensors"):  # weak scorers are taken where that is allowed
         load_rewards({"ER": 1}, scorers=weak, allow_weak_scorers=True)

@@ -172,6 +172,7 @@ def test_a_cut_or_unjudged_reply_is_never_the_better_one() -> None:
     assert choose_pair([bad, cut, good], 0.5) == (good, bad)
     assert choose_pair([bad, good, scored(0, "and", finished=False)], 0.5)[1]["text"] == "and"
     assert choose_pair([scored(float("nan"), "?"), good, bad], 0.5) == (good, bad)
+    assert choose_pair([good, bad, scored(0, ""), scored(9, "")], 0.5) == (good, bad)
     assert choose_pair([good, bad], 1.5) == "below the margin"
     assert choose_pair([cut], 0) == "no reply was finished"
     assert choose_pair([scored(float("nan"), "?")], 0) == "not scored"
