@@ -166,7 +166,7 @@ class ReLLMDPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
         self.model.base_model.register_forward_pre_hook(_hear_once, with_kwargs=True)
 
     @classmethod
-    def check_rows(cls, rows: object) -> None:
+    def check_rows(cls, rows: object, args: ReLLMSettings) -> None:
         """Raise a `ValueError` where a row is no pair of replies to a clip; a stream's are checked when read."""
         if not isinstance(rows, Dataset):
             return

@@ -6,9 +6,10 @@ log-probabilities and for the reference. Only their outputs are kept, because th
 """
 
 import itertools
+import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,13 +31,14 @@ from relllm.training.collator import ReLLMCollator
 from relllm.training.completions import split_reply
 from relllm.training.config import ReLLMScriptArguments, ReLLMSettings
 from relllm.training.losses import IGNORE_INDEX
+from relllm.training.objective import keep_labels
 from relllm.training.run import parse_arguments, run_training
 from relllm.training.trainer import ReLLMTrainerMixin
 
 from .grpo_config import GRPO_SETTINGS, NOT_TAKEN, ReLLMGRPOConfig
 from .reference import StartingWeights
 from .refusals import lacks_audio, name_rows, unread_rows
-from .rewards import Reward, check_rewards, load_rewards
+from .rewards import KINDS, Reward, check_rewards, first_text, load_rewards, of_last_clip
 
 
 @dataclass(eq=False)
@@ -102,8 +104,10 @@ class ReLLMGRPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
         self.rollout_func = self._draw_replies
         if self.beta:
             self.ref_model = StartingWeights(self.model)
+        taught = self.model.config.trained_readings  # of which an evaluation makes a secret
+        self._hears_emotion = taught is None or "emotion" in {*taught, *self._fed}
         for rows in (self.train_dataset, *_values(self.eval_dataset)):
-            check_needs(rows, [reward for reward, _ in rewards])
+            check_needs(rows, {reward.name: reward.needs for reward, _ in rewards}, self._hears_emotion)
         self._spoken: list[SpokenRow] = []  # of the rows that TRL works on
         self._output: ModelOutput | None = None  # of the last pass, with the heads'
         if self.eval_dataset is not None:
@@ -115,8 +119,12 @@ class ReLLMGRPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
                 )
 
     @classmethod
-    def check_rows(cls, rows: object) -> None:
-        """Raise a `ValueError` where there is no audio to reply to; a stream's rows are checked when read."""
+    def check_rows(cls, rows: object, args: ReLLMSettings) -> None:
+        """Raise a `ValueError` where there is no audio to reply to, or not what a reward needs; a stream's rows are
+        checked when read.
+        """
+        assert isinstance(args, ReLLMGRPOConfig)
+        check_needs(rows, {name: KINDS[name].needs for name in args.weights})
         if isinstance(rows, Dataset) and (deaf := [row for row in unread_rows(rows) if lacks_audio(row)]):
             raise ValueError(
                 f"{len(deaf)} of {len(rows)} rows have no audio, or a place for some and none (rows "
@@ -174,7 +182,14 @@ class ReLLMGRPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
             labels = {name: one.to(device) for name, one in self.labeller.label_clips(same[:1], [count]).items()}
             own = list(itertools.islice(clips, count))
             spoken += [SpokenRow(same[0], replies[index], texts[index], ids, own, labels)] * len(same)
-        return spoken
+        new = len(spoken) if self.model.training else self.count_new(len(spoken))
+        return [*spoken[:new], *(replace(one, labels=keep_labels(one.labels, 0)) for one in spoken[new:])]
+
+    def _calculate_rewards(self, *args: Any) -> Tensor:
+        """Do as TRL; a reply of which a weighted reward is unknown has none, and is above and below no other."""
+        found = super()._calculate_rewards(*args)
+        unknown = found.isnan() & (self.reward_weights.to(found.device) != 0)
+        return found.masked_fill(unknown.any(1, keepdim=True), math.nan)
 
     def _targets(self) -> dict[str, Tensor]:
         """Return what the heads are to learn of the clips of the rows at hand."""
@@ -203,7 +218,7 @@ class ReLLMGRPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
             tokens = model.generate(**padded, **options)[:, padded["input_ids"].shape[1] :]
         clips = heard.emotion_logits.split([len(one.clips) for one in different])
         for one, logits in zip(different, clips, strict=True):
-            known = not logits.isnan().any()
+            known = self._hears_emotion and not logits.isnan().any()
             one.heard = self.model.config.emotion_labels[int(logits[-1].argmax())] if known else None
         ends = torch.isin(tokens, torch.tensor(self.eos_token_ids, device=tokens.device)).int()
         before_end = (ends.cumsum(1) - ends == 0).cpu()
@@ -299,15 +314,20 @@ def run_grpo(script: ReLLMScriptArguments, args: ReLLMGRPOConfig) -> ReLLMTraine
     return run_training(script, args, ReLLMGRPOTrainer, GRPO_SETTINGS, facts)
 
 
-def check_needs(rows: object, rewards: Sequence[Reward]) -> None:
-    """Raise a `ValueError` for a row without what a reward needs; of a stream that is found out as it comes."""
+def check_needs(rows: object, needs: Mapping[str, Sequence[str]], hears_emotion: bool = True) -> None:
+    """Raise a `ValueError` for rows without what a reward needs; of a stream that is found out as it comes."""
     if not isinstance(rows, Dataset):
         return
-    needed = {name for reward in rewards for name in reward.needs}
-    for row in rows.select_columns(sorted({"id", *needed}.intersection(rows.column_names))):
-        for reward in rewards:
-            if reward.needs:
-                reward.known({"heard": "later", **row})
+    columns = sorted({"id", *itertools.chain(*needs.values())}.intersection(rows.column_names))
+    told = [of_last_clip(row) for row in rows.select_columns(columns)] if columns else [{}] * len(rows)
+    for row in told:
+        row["heard"] = "later" if hears_emotion else None
+    for name, of in needs.items():
+        if lacking := [row for row in told if of and first_text(row, of) is None]:
+            raise ValueError(
+                f"{len(lacking)} of {len(rows)} rows have no {' or '.join(of)}, which the reward {name} needs (rows "
+                f"{name_rows(lacking)}). Leave such rows out, or the reward."
+            )
 
 
 def spoken_prompt(row: Mapping, processor: ReLLMProcessor) -> tuple[list[dict], str | None]:
@@ -332,7 +352,7 @@ def _as_function(reward: Reward) -> Callable[..., list[float]]:
     """Return a reward as TRL calls one."""
 
     def score(prompts: list, completions: list[str], spoken: list[SpokenRow], **others: object) -> list[float]:
-        rows = [{**one.row, "heard": one.heard} for one in spoken]
+        rows = [{**of_last_clip(one.row), "heard": one.heard} for one in spoken]
         return reward(rows, [reply.strip() for reply in completions])
 
     score.__name__ = reward.name

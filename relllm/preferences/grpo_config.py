@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
+import trl
 from trl import GRPOConfig
 
 from relllm.setting import setting
@@ -59,7 +60,9 @@ class ReLLMGRPOConfig(ReLLMSettings, GRPOConfig):
 
     def __post_init__(self) -> None:
         if FusedCausalLMOutput is None:
-            raise ImportError("Reward training needs TRL 1.16, which needs Python 3.11. Update Python, then TRL.")
+            raise ImportError(
+                f"Reward training needs TRL 1.16, and so Python 3.11; this is TRL {trl.__version__}. Update both."
+            )
         refuse_settings(self, CANNOT, "reward training")
         super().__post_init__()
         if towers := sorted({"audio_tower", "emotion_tower"}.intersection(self.unfreeze)):
@@ -104,9 +107,18 @@ class ReLLMGRPOConfig(ReLLMSettings, GRPOConfig):
         """Refuse checkpoints among the steps that share drawn replies, which a run could not go on from."""
         drawn, update = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
         apart = math.lcm(drawn, update) // update
-        if self.save_strategy == "steps" and apart > 1 and self.save_steps % apart:
+        is_best = self.save_strategy == "best"  # at evaluations alone
+        name, when = ("eval_steps", self.eval_strategy) if is_best else ("save_steps", self.save_strategy)
+        every = getattr(self, name)
+        if when != "steps" or apart == 1:
+            return
+        if every < 1:
             raise ValueError(
-                f"save_steps is {self.save_steps:g}, and replies last for {drawn} steps, of which an update takes "
+                f"{name} is {every:g}, a share of the steps, and saves must fall between draws. Give steps."
+            )
+        if every % apart:
+            raise ValueError(
+                f"{name} is {every:g}, and replies last for {drawn} steps, of which an update takes "
                 f"{update}: a checkpoint would lose those in use. Take a multiple of {apart}."
             )
 
@@ -118,6 +130,8 @@ OF_FURTHER = (
     *("multi_objective_aggregation", "mask_truncated_completions", "use_bias_correction_kl", "top_entropy_quantile"),
     *("entropy_coef", "use_adaptive_entropy", "off_policy_mask_threshold", "num_train_epochs"),
 )
+OF_THIS_MACHINE = {"judge_endpoint", "judge_key_env"}
 GRPO_SETTINGS = [  # that decide a run's result
-    *(*ReLLMGRPOConfig.__annotations__, *OF_ANY_METHOD, *OF_DRAWS, *OF_LOSS, *OF_UPDATES, *OF_FURTHER)
+    *(name for name in ReLLMGRPOConfig.__annotations__ if name not in OF_THIS_MACHINE),
+    *(*OF_ANY_METHOD, *OF_DRAWS, *OF_LOSS, *OF_UPDATES, *OF_FURTHER),
 ]

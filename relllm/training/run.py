@@ -86,7 +86,7 @@ def run_training(
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows, parts = load_rows(script, args, streaming=script.streaming)
         for rows in (*parts.values(), *(eval_rows.values() if isinstance(eval_rows, dict) else [eval_rows])):
-            kind.check_rows(rows)
+            kind.check_rows(rows, args)
         _survey(script, args, train_rows, eval_rows, parts)
         identity = training_record(script, args, own) | selection | dict(facts)
         identity |= describe_origin(script, train_rows, eval_rows, starting_points(script), script.revision)

@@ -84,7 +84,7 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
         surveys = survey_splits(train_dataset, eval_dataset) if "data_collator" not in kwargs else {}
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for rows in () if "data_collator" in kwargs else (train_dataset, *evaluated):
-            self.check_rows(rows)
+            self.check_rows(rows, args)
         weights = args.own_loss_weights
         check_surveys(surveys, model.config.emotion_labels, weights, list(args.task_shares))
         keep_unpacked(model)
@@ -129,7 +129,7 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
         self._heard: list[Tensor] = []  # of the running evaluation; see `_remember`
 
     @classmethod
-    def check_rows(cls, rows: object) -> None:
+    def check_rows(cls, rows: object, args: ReLLMSettings) -> None:
         """Raise a `ValueError` for rows of a split that this trainer, beyond what others ask, cannot take."""
 
     def make_collator(self, processor: ReLLMProcessor, labels: Sequence[str], args: ReLLMSettings) -> ReLLMCollator:
@@ -221,12 +221,18 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
         self, model: torch.nn.Module, inputs: dict[str, Tensor], *args: object, **kwargs: object
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Do as TRL, without the labels of rows that Accelerate repeats to give every process a last batch."""
-        state = self.accelerator.gradient_state
-        if state.end_of_dataloader and state.remainder > 0:
-            size = len(inputs["clips_per_row"] if "clips_per_row" in inputs else inputs["labels"])
-            own = state.remainder - self.accelerator.process_index * size  # the first ones of all are the new ones
-            inputs = keep_labels(inputs, min(max(own, 0), size))
+        size = len(inputs["clips_per_row"] if "clips_per_row" in inputs else inputs["labels"])
+        if (new := self.count_new(size)) < size:
+            inputs = keep_labels(inputs, new)
         return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def count_new(self, size: int) -> int:
+        """Return how many rows of an evaluation's batch, its first ones, are not repeated by Accelerate."""
+        state = self.accelerator.gradient_state
+        if not (state.end_of_dataloader and state.remainder > 0):
+            return size
+        own = state.remainder - self.accelerator.process_index * size  # the first ones of all are the new ones
+        return min(max(own, 0), size)
 
     def evaluation_loop(
         self, dataloader: DataLoader, *args: object, metric_key_prefix: str = "eval", **kwargs: object

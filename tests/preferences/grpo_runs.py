@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import soundfile
 import torch
 from datasets import Dataset
@@ -12,6 +13,9 @@ from relllm import EMOTIONS, ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.preferences.grpo import ReLLMGRPOTrainer
 from relllm.preferences.grpo_config import ReLLMGRPOConfig
 from relllm.preferences.rewards import Reward
+from relllm.training.alignment import FusedCausalLMOutput
+
+NEEDS_TRL = pytest.mark.skipif(FusedCausalLMOutput is None, reason="Reward training needs TRL 1.16 (Python 3.11).")
 
 
 class Vowels(Reward):
@@ -60,7 +64,7 @@ def spoken_rows(folder: Path) -> list[dict]:
 
 
 def grpo_trainer(
-    start: Path, out: Path, rows: list[dict], eval_rows=None, kind=ReLLMGRPOTrainer, **settings
+    start: Path, out: Path, rows: list[dict], eval_rows=None, kind=ReLLMGRPOTrainer, rewards=None, **settings
 ) -> ReLLMGRPOTrainer:
     """A trainer of one step of plain SGD at rate 1, of two groups of four replies."""
     options = {
@@ -70,11 +74,13 @@ def grpo_trainer(
         **{"dataloader_pin_memory": False, "log_completions": 0, "max_completion_length": 6, "num_generations": 4},
         **{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
     }
+    model = ReLLMForConditionalGeneration.from_pretrained(start)
+    model.config.trained_readings = settings.pop("readings", model.config.trained_readings)
     return kind(
-        model=ReLLMForConditionalGeneration.from_pretrained(start),
+        model=model,
         args=ReLLMGRPOConfig(**(options | settings)),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
         processing_class=ReLLMProcessor.from_pretrained(start),
-        rewards=[(Vowels(), 1.0)],
+        rewards=rewards or [(Vowels(), 1.0)],
     )

@@ -308,7 +308,7 @@ def test_clips_that_are_bytes_are_counted_unread() -> None:
 
 def test_rows_without_any_column_of_a_pair_are_counted() -> None:
     with pytest.raises(ValueError, match="2 of 2 rows are no pairs: .* needs `chosen` and `rejected`"):
-        ReLLMDPOTrainer.check_rows(Dataset.from_list([{"audio": "a.wav"}, {"audio": "b.wav"}]))
+        ReLLMDPOTrainer.check_rows(Dataset.from_list([{"audio": "a.wav"}, {"audio": "b.wav"}]), ReLLMDPOConfig())
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Reward training from a checkpoint on disk: each number against a formula that goes row by row, without padding."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import GradientState
 from datasets import Dataset
-from grpo_runs import Vowels, grpo_trainer, save_start, spoken_rows
+from grpo_runs import NEEDS_TRL, Vowels, grpo_trainer, save_start, spoken_rows
 from processes import ForkServer
 from safetensors.torch import load_file
 from tiny_models import text_part
@@ -13,11 +15,13 @@ from torch.nn import functional
 
 from relllm import EMOTIONS, ReLLMForConditionalGeneration
 from relllm.modeling.hearing_relllm import ReLLMHearing
+from relllm.preferences import grpo_config
 from relllm.preferences.grpo import ReLLMGRPOTrainer
 from relllm.preferences.grpo_config import ReLLMGRPOConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"), NEEDS_TRL]
 GROUP, TEMPERATURE, CLIP, BETA = 4, 0.7, 0.2, 0.5
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "reward"}
 
 
 @pytest.fixture(scope="module")
@@ -237,9 +241,11 @@ class GivenReplies(ReLLMGRPOTrainer):
 
 def save_given(start: Path, out: Path, rows: list[dict], at_once: int) -> None:
     options = {"per_device_train_batch_size": at_once, "max_steps": 2, "learning_rate": 0.05, "beta": 1.0}
-    trainer = grpo_trainer(start, out, rows, kind=GivenReplies, **options)
+    options |= {"per_device_eval_batch_size": at_once}  # of the third row's replies on one process alone
+    trainer = grpo_trainer(start, out, rows, rows[:3], kind=GivenReplies, **options)
     trainer.train()
     trainer.save_model()
+    (out / f"metrics-{trainer.args.process_index}.json").write_text(json.dumps(trainer.evaluate()))
 
 
 @pytest.mark.slow
@@ -251,6 +257,9 @@ def test_two_processes_update_as_one(start: Path, rows: list[dict], fork_server:
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-4, msg=name)
+    two, one = (json.loads((tmp_path / name / "metrics-0.json").read_text()) for name in ("two", "one"))
+    for name in ("eval_ua", "eval_emotion_loss", "eval_dimension_loss"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
 @pytest.mark.parametrize(
@@ -261,15 +270,74 @@ def test_a_row_without_audio_is_an_error(row: dict, start: Path, rows: list[dict
     with pytest.raises(ValueError, match="Row 'x' has no audio, or a place for some and none"):
         trainer._generate_and_score_completions(in_groups([row]))
     with pytest.raises(ValueError, match=r"1 of 5 rows have no audio.*\(rows 'x'\)"):
-        ReLLMGRPOTrainer.check_rows(Dataset.from_list([*rows, {"audio": None, **row}]))
+        ReLLMGRPOTrainer.check_rows(Dataset.from_list([*rows, {"audio": None, **row}]), ReLLMGRPOConfig(use_cpu=True))
 
 
-def test_a_row_without_what_a_reward_needs_is_named_at_the_start(
+def test_rows_without_what_a_reward_needs_are_named_before_a_model_is_loaded(
     start: Path, rows: list[dict], tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(Vowels, "needs", ("text",))
-    with pytest.raises(ValueError, match="The row '2' has no text, which the reward vowels needs"):
+    judged = ReLLMGRPOConfig(rewards={"judge": 1, "length": -1}, use_cpu=True)
+    texts = [["a", " "], ["", "b"], None, ["c"]]
+    wanting = Dataset.from_list([row | {"text": text} for row, text in zip(rows, texts, strict=True)])
+    with pytest.raises(ValueError, match=r"2 of 4 rows have no text, which the reward judge needs \(rows '0', '2'\)"):
+        ReLLMGRPOTrainer.check_rows(wanting, judged)
+    with pytest.raises(ValueError, match="4 of 4 rows have no text"):
+        ReLLMGRPOTrainer.check_rows(wanting.select_columns("audio"), judged)
+    ReLLMGRPOTrainer.check_rows(wanting.select([1, 3]), judged)
+    monkeypatch.setattr(Vowels, "needs", ("text",))  # of Python, by no name
+    with pytest.raises(ValueError, match=r"which the reward vowels needs \(rows '2'\)"):
         grpo_trainer(start, tmp_path, [row | {"text": " " if row["id"] == "2" else "hm"} for row in rows])
+
+
+class Told(Vowels):
+    """Knows no number for what `unknown` names, and keeps the rows that it is told."""
+
+    def __init__(self, name: str, unknown: tuple[int, ...] = ()) -> None:
+        self.name, self.unknown, self.rows = name, unknown, []
+
+    def __call__(self, rows, replies) -> list[float]:
+        self.rows += rows
+        values = super().__call__(rows, replies)
+        return [float("nan") if index in self.unknown else value for index, value in enumerate(values)]
+
+
+def test_rewards_are_told_of_the_last_clip_and_a_reply_of_which_one_is_unknown_has_none(
+    start: Path, rows: list[dict], tmp_path: Path
+) -> None:
+    judge, measured = Told("judge", (0,)), Told("measured", (1,))
+    rewards = [(Vowels(), 1.0), (judge, 2.0), (measured, 0.0)]
+    trainer = grpo_trainer(start, tmp_path, rows, rewards=rewards)
+    drawn = trainer._generate_and_score_completions(in_groups([rows[3] | {"text": ["so", "and", "then"]}]))
+    assert drawn["advantages"][0] == 0 and bool((drawn["advantages"][1:] != 0).all())
+    assert drawn["advantages"][1:].mean().abs() < 1e-6  # their group's baseline does not know the first
+    assert [(row["emotion"], row["text"]) for row in judge.rows] == [("happy", "then")] * GROUP
+
+
+def test_an_emotion_that_no_training_taught_is_not_heard_in_an_evaluation_either(
+    start: Path, rows: list[dict], tmp_path: Path
+) -> None:
+    unlabelled = [{"id": row["id"], "audio": row["audio"]} for row in rows[:2]]
+    reward, untaught = Told("emotion"), {"emotion_loss_weight": 0.0, "dimension_loss_weight": 0.0}
+    trainer = grpo_trainer(start, tmp_path, unlabelled, unlabelled, rewards=[(reward, 1.0)], readings=[], **untaught)
+    trainer.evaluate()
+    assert {row["heard"] for row in reward.rows} == {None}
+    reward.needs = ("emotion", "heard")
+    with pytest.raises(ValueError, match="2 of 2 rows have no emotion or heard"):
+        grpo_trainer(start, tmp_path, unlabelled, rewards=[(reward, 1.0)], readings=[], **untaught)
+
+
+def test_rows_that_accelerate_repeats_have_no_labels(
+    start: Path, rows: list[dict], tmp_path: Path, monkeypatch
+) -> None:
+    trainer = grpo_trainer(start, tmp_path, rows)
+    trainer.model.eval()
+    monkeypatch.setattr(GradientState, "end_of_dataloader", property(lambda state: True))
+    monkeypatch.setattr(GradientState, "remainder", property(lambda state: 5))
+    spoken = trainer._listen(in_groups(rows[:2]))
+    assert [int(one.labels["emotion_labels"]) >= 0 for one in spoken] == [True] * 5 + [False] * 3
+    assert [bool(one.labels["dimension_labels"].isfinite().any()) for one in spoken] == [True] * 5 + [False] * 3
+    trainer.model.train()
+    assert all(int(one.labels["emotion_labels"]) >= 0 for one in trainer._listen(in_groups(rows[:2])))
 
 
 @pytest.mark.parametrize(
@@ -282,13 +350,21 @@ def test_a_row_without_what_a_reward_needs_is_named_at_the_start(
         ({"unfreeze": ["audio_tower"]}, r"unfreeze has \['audio_tower'\]"),
         ({"rewards": "warmth=1"}, "Unknown reward 'warmth'"),
         ({"rewards": "ER"}, "expected names with weights"),
-        ({"num_iterations": 3, "save_steps": 2}, "Take a multiple of 3"),
+        ({"num_iterations": 3, "save_steps": 2}, "save_steps is 2, .*Take a multiple of 3"),
+        ({"num_iterations": 3, "save_steps": 0.1}, "save_steps is 0.1, a share of the steps, .*Give steps"),
+        ({"num_iterations": 3, "save_strategy": "best", **EVALUATED}, "eval_steps is 2, .*Take a multiple of 3"),
         ({"train_sampling_strategy": "group_by_length"}, "would part groups"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_reason(settings: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         ReLLMGRPOConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_an_older_trl_is_refused_by_its_release(monkeypatch) -> None:
+    monkeypatch.setattr(grpo_config, "FusedCausalLMOutput", None)
+    with pytest.raises(ImportError, match=r"needs TRL 1\.16, and so Python 3\.11; this is TRL \d"):
+        ReLLMGRPOConfig(use_cpu=True)
 
 
 def test_tools_are_refused(model, processor) -> None:

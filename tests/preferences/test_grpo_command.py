@@ -5,14 +5,17 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from empathy_scorers import save_scorers
+from grpo_runs import NEEDS_TRL
 from typer.testing import CliRunner
 
 from relllm import ReLLMForConditionalGeneration
 from relllm.cli import app
-from relllm.preferences.grpo_config import ReLLMGRPOConfig
+from relllm.evaluation.fingerprints import folder_fingerprint
+from relllm.preferences.grpo_config import GRPO_SETTINGS, ReLLMGRPOConfig
 from relllm.preferences.preference_settings import RewardSettings
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"), NEEDS_TRL]
 RECIPES = Path(__file__).parents[2] / "recipes"
 ON_A_CPU = ("--use_cpu", "true", "--bf16", "false", "--disable_tqdm", "true", "--gradient_checkpointing", "false")
 
@@ -28,6 +31,8 @@ def test_settings_of_the_rewards_are_those_of_score_replies() -> None:
     for one in fields(RewardSettings):
         assert declared[one.name].default == one.default
         assert declared[one.name].metadata["help"] == one.metadata["help"]
+    here = {"judge_endpoint", "judge_key_env"}  # of this machine, and no word for a card
+    assert {one.name for one in fields(RewardSettings)} - set(GRPO_SETTINGS) == here
 
 
 @pytest.mark.slow
@@ -42,17 +47,21 @@ def test_the_recipe_trains_on_the_synthetic_corpus(tmp_path: Path, monkeypatch: 
     words += ["--load_best_model_at_end", "true", "--metric_for_best_model", "reward"]
     words += ["--scorers", ""]
     assert "The reward ER needs a scorer" in run(*words, status=1)
-    words += ["--rewards", "length=-0.1,repetition=-1", "--num_generations", 4, "--per_device_train_batch_size", 4]
+    first, second = save_scorers(tmp_path / "first", ("ER",)), save_scorers(tmp_path / "second", ("ER",), "roberta")
+    words += ["--rewards", "ER=1,length=-0.1", "--num_generations", 4, "--per_device_train_batch_size", 4]
+    words += ["--scorers", first]
     assert "The model and its processor are in runs/grpo." in run(*words)
     record = json.loads(Path("runs/grpo/training_settings.json").read_text())
-    assert record["method"] == "grpo" and record["rewards"] == {"length": -0.1, "repetition": -1.0}
-    assert record["beta"] == 0.04 and record["steps_done"] == 2 and "scorers" not in record
+    assert record["method"] == "grpo" and record["rewards"] == {"ER": 1.0, "length": -0.1}
+    assert record["beta"] == 0.04 and record["steps_done"] == 2 and record["scorers"] == "a local folder"
+    assert record["scorers_fingerprint"] == folder_fingerprint(first)
     results = json.loads(Path("runs/grpo/eval_results.json").read_text())
     assert {"eval_reward", "eval_rewards/length/mean", "eval_kl", "eval_emotion_loss"} <= results.keys()
     ReLLMForConditionalGeneration.from_pretrained("runs/grpo")
     assert "complete in runs/grpo" in run(*words)
     refused = run(*words, "--beta", 0.1, status=1)
     assert "with other settings (beta" in refused
+    assert "with other settings (scorers_fingerprint" in run(*words, "--scorers", second, status=1)
 
 
 def test_what_is_missing_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
