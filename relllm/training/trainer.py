@@ -221,7 +221,7 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
         self, model: torch.nn.Module, inputs: dict[str, Tensor], *args: object, **kwargs: object
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Do as TRL, without the labels of rows that Accelerate repeats to give every process a last batch."""
-        size = len(inputs["clips_per_row"] if "clips_per_row" in inputs else inputs["labels"])
+        size = len(inputs.get("clips_per_row", inputs.get("labels", ())))
         if (new := self.count_new(size)) < size:
             inputs = keep_labels(inputs, new)
         return super().prediction_step(model, inputs, *args, **kwargs)
