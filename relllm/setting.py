@@ -37,10 +37,11 @@ def check_settings(settings: Any) -> None:
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         name, value, least = field.name, getattr(settings, field.name), field.metadata.get("min")
+        may_lack = type(None) in typing.get_args(hints[name])
         kinds = [kind for kind in typing.get_args(hints[name] | None) if kind is not type(None)]
         choices = [choice for kind in kinds for choice in typing.get_args(kind)]
         is_choice = all(typing.get_origin(kind) is typing.Literal for kind in kinds)
-        if is_choice and value not in (*choices, None):
+        if is_choice and value not in choices and not (value is None and may_lack):
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
         if least is not None and value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")

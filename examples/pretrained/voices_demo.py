@@ -11,7 +11,6 @@ first that is not complete. Beside this script: the baselines (`voice_baselines.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from relllm.data.data_settings import LabelSettings
 from relllm.data.loading import column_values, load_corpus
 from relllm.data.membership import RECORD_NAME
 from relllm.data.preparing import prepare_corpus
+from relllm.demo import steps
 from relllm.demo.demo_settings import SyntheticSettings
 from relllm.demo.steps import claim_folder
 from relllm.demo.synthetic import synthesize_corpus
@@ -101,19 +101,22 @@ def run_voices(settings: VoicesSettings, console: Console, systems: tuple[str, .
         ValueError: If the folder holds a run with other settings.
     """
     out = settings.out
+    if unknown := sorted(set(systems) - set(TOWERS)):
+        raise ValueError(f"systems must be some of {', '.join(TOWERS)}, got {', '.join(unknown)}.")
     check_opensmile()
     claim_folder(out, {**asdict(settings), "sounds": None, "out": None})
     prepare_voices(settings)
     packs = column_values(settings.corpus, "speaker")
-    make_llm(settings)
-    make_towers(settings, systems)
+    make_llm(settings, console)
+    make_towers(settings, systems, console)
     for place, pack in enumerate(packs, 1):
         for system in systems:
             console.print(f"{system} without {pack} ({place} of {len(packs)})", highlight=False)
             train_fold(settings, system, pack)
     predictions = {system: evaluate_voices(settings, system) for system in systems}
-    for system in systems:
-        write_card(settings, system, packs[0])
+    for system in ("speech-only", "people"):  # what was taught on these voices
+        if system in systems:
+            write_card(settings, system, packs[0])
     rows = load_corpus(settings.corpus, "all")
     predictions |= baseline_predictions(settings, rows, packs, systems)
     return write_results(rows.remove_columns("audio").to_list(), predictions, out, console)
@@ -126,28 +129,35 @@ def prepare_voices(settings: VoicesSettings) -> None:
     prepare_corpus(parse_pattern(PATTERNS["hedgewars"], labels), labels)
 
 
-def make_llm(settings: VoicesSettings) -> None:
+def make_llm(settings: VoicesSettings, console: Console) -> None:
     """Save the LLM and a tokenizer with a placeholder for audio: no checkpoint then holds embeddings of its own."""
-    if not (settings.out / "llm" / "tokenizer_config.json").is_file():
-        AutoModelForCausalLM.from_pretrained(settings.text_model).save_pretrained(settings.out / "llm")
-        tokenizer_with_audio(settings.text_model).save_pretrained(settings.out / "llm")
+
+    def make(place: Path) -> None:
+        AutoModelForCausalLM.from_pretrained(settings.text_model).save_pretrained(place)
+        tokenizer_with_audio(settings.text_model).save_pretrained(place)
+
+    steps.once(settings.out / "llm", settings.text_model, make, console)
 
 
-def make_towers(settings: VoicesSettings, systems: tuple[str, ...]) -> None:
+def make_towers(settings: VoicesSettings, systems: tuple[str, ...], console: Console) -> None:
     """Save a tower with random weights, and train one on the dimensions of synthetic prosody."""
-    towers = settings.out / "towers"
-    if not (towers / "random").is_dir():
+
+    def draw(place: Path) -> None:
         set_seed(settings.seed)
-        small_tower(**TOWER_SIZE, id2label=dict(enumerate(EMOTIONS))).save_pretrained(towers / "random")
-    if "synthetic" in systems and not (towers / "synthetic").is_dir():
+        small_tower(**TOWER_SIZE, id2label=dict(enumerate(EMOTIONS))).save_pretrained(place)
+
+    def train(place: Path) -> None:
         sizes = {"train_clips": settings.synthetic_clips, "validation_clips": 1, "test_clips": 1}
         corpus = synthesize_corpus(SyntheticSettings(output_dir=settings.out / "synthetic", **sizes))
         set_seed(settings.seed)
-        partial = towers / "synthetic.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        arguments = settings.arguments(partial, num_train_epochs=settings.tower_epochs, learning_rate=2e-3)
-        train_emotion_tower(corpus["train"], TrainingArguments(**arguments), partial, **TOWER_SIZE)
-        partial.rename(towers / "synthetic")
+        arguments = settings.arguments(place, num_train_epochs=settings.tower_epochs, learning_rate=2e-3)
+        train_emotion_tower(corpus["train"], TrainingArguments(**arguments), place, **TOWER_SIZE)
+
+    towers = settings.out / "towers"
+    if {"people", "random"} & set(systems):
+        steps.once(towers / "random", "random weights", draw, console)
+    if "synthetic" in systems:
+        steps.once(towers / "synthetic", "taught on synthetic prosody", train, console)
 
 
 def train_fold(settings: VoicesSettings, system: str, pack: str) -> None:
@@ -210,7 +220,7 @@ def write_card(settings: VoicesSettings, system: str, pack: str) -> Path:
 def baseline_predictions(
     settings: VoicesSettings, rows: Dataset, packs: list[str], systems: tuple[str, ...]
 ) -> dict[str, dict[str, str]]:
-    """Answer with the baselines, and with a probe on what the projector of the first system gives the LLM."""
+    """Answer with the baselines, and with a probe on what a projector (of `SYSTEMS`) gives the LLM."""
     emotions, speakers = np.array(rows["emotion"]), np.array(rows["speaker"])
     first = load_fold(settings, systems[0], packs[0])
     extractor = ReLLMFeatureExtractor.from_pretrained(settings.out / "models" / f"{systems[0]}-{packs[0]}")
@@ -221,7 +231,7 @@ def baseline_predictions(
         "probe": linear_probe(frames, emotions, speakers),
         "egemaps": acoustic_machine(clips, extractor.sampling_rate, emotions, speakers),
     }
-    for system in systems[:2]:
+    for system in (one for one in systems if f"{one} projector" in SYSTEMS):
         answers = np.empty_like(emotions)
         for pack in packs:
             model, test = load_fold(settings, system, pack), speakers == pack

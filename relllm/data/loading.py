@@ -133,7 +133,7 @@ def _load(data: str, split: str | None, streaming: bool) -> Rows:
     if path.is_dir() or path.suffix == ".parquet":
         return normalize_columns(_load_parquet(path, split, streaming))
     if path.suffix in (".jsonl", ".csv"):
-        return normalize_columns(_stream(_choose(_load_table(path), split, data), streaming))
+        return normalize_columns(_stream(_choose(_load_table(path, split), split, data), streaming))
     raise ValueError(f"{data} is a {path.suffix or 'nameless kind of'} file; expected .jsonl, .csv or .parquet.")
 
 
@@ -290,12 +290,14 @@ def _assign(values: Sequence[str | None], wanted: HeldOut) -> str | None:
     return found[0] if found else "train"
 
 
-def _load_table(path: Path) -> Dataset:
+def _load_table(path: Path, split: str | None) -> Dataset:
     from datasets import Dataset, List, Value
 
     rows = [row for _, row in read_table(path)]
     if not rows:
         raise ValueError(f"{path} holds no rows.")
+    if own := [row for row in rows if split not in (None, ALL) and row.get("split") == split]:
+        rows = own  # splits may differ in their columns, and in what these hold
     folder = path.absolute().parent
     rows = [_with_located_audio(row, folder) for row in rows]
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -134,6 +134,8 @@ def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     config = read_config(settings.model, settings.revision)
     adapter = read_adapter(settings.model, settings.revision)
     system = resolve_system(config, settings.system, settings.model, tuned=adapter is not None)
+    if system in READERS and settings.tower_cache_dir is not None:
+        raise ValueError(f"{system} runs no towers: leave tower_cache_dir out.")
     rows = _load_rows(settings)
     seen = _find_seen(settings, config, system, rows)
     labels = _labels_of(settings, config)

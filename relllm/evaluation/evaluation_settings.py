@@ -49,7 +49,9 @@ class EvaluationSettings:
     held_out: str | None = setting(None, "The test split made at reading, such as session=Ses05.")
     allow_seen: bool = setting(False, "Measure rows that the model was trained on or chosen by; its card says so.")
     text_column: str | None = setting(None, "What text-only reads, for example a recogniser's words; by default text.")
-    tower_cache_dir: str | None = setting(None, "Where the towers' outputs are kept, by a training or by this run.")
+    tower_cache_dir: str | None = setting(
+        None, "Where the towers' outputs are kept, by a training without autocast or by this run."
+    )
     empathy_scorers: str | None = setting(None, "Folder of trained scorers of ER, IP, EX.")
     held_out_scorers: str | None = setting(None, "Further scorers, which rewarded no training, beside the first.")
     reply_windows: bool = setting(False, "Score a reply longer than scorers read in parts: the highest level counts.")

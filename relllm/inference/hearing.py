@@ -80,7 +80,9 @@ def find_clips(sources: Sequence[str], split: str | None = None) -> Clips:
                 raise PlaceError(f"{source} holds no audio files ({', '.join(AUDIO_SUFFIXES)}) and no data set.")
             clips |= {str(file): ClipSource(partial(Path, file), _stamp(file)) for file in found}
         else:
-            of_hub = source.count("/") == 1 and path.suffix.lower() not in AUDIO_SUFFIXES + OTHER_SUFFIXES
+            of_hub = (
+                re.fullmatch(r"[^/]+/[^/]+", source) and path.suffix.lower() not in AUDIO_SUFFIXES + OTHER_SUFFIXES
+            )
             check_place(source, repo_type="dataset" if of_hub else None)
             _add_rows(clips, source, split)
     return clips

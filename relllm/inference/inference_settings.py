@@ -87,7 +87,7 @@ class TalkSettings(ReplySettings):
         None, "Also ask a second ReLLM, for example a speech-only.", flags=["--speech-only"], place="checkpoint"
     )
     text_only: str | None = setting(None, "Also ask a bare LLM: a directory, a Hub id, or `own`: that of the model.")
-    transcriber: str | None = setting(None, "Who writes spoken turns down for --text-only.", place="checkpoint")
+    transcriber: str | None = setting(None, "A speech recogniser of the turns for --text-only.", place="checkpoint")
     channel: Literal["mix", "left", "right"] = setting("mix", "Of a file with several.")
 
 

@@ -46,7 +46,9 @@ class ReLLMEmotionConfig(PreTrainedConfig):
         _check_tower("encoder_config", self.encoder_config, WAVEFORM_TOWERS)
         names = [self.id2label[index] for index in sorted(self.id2label)]
         known = () if self.emotion_labels else DIMENSIONS
-        if len(set(names)) < len(names) or (self.emotion_labels and set(names) & set(DIMENSIONS)):
+        if len(set(names)) < len(names) or (
+            self.emotion_labels and {name.lower() for name in names} & set(DIMENSIONS)
+        ):
             raise ValueError(
                 f"The emotion tower's outputs must be {DIMENSIONS} in this order, or emotions, each by a name of its "
                 f"own; got {self.id2label}."

@@ -104,12 +104,13 @@ class ReLLMEmotionModel(SpreadModel):
         encoded, lengths = encode_audio(self.encoder, input_values, input_values_mask, **kwargs)
         hidden = encoded.last_hidden_state
         embedding = masked_mean(hidden, lengths)
-        output = EmotionTowerOutput(embedding, None, hidden, encoded.hidden_states, encoded.attentions)
-        read = self.classifier(embedding)
+        read, dimensions, emotion_logits = self.classifier(embedding), None, None
         if self.config.emotion_labels:
-            output.emotion_logits = read
+            emotion_logits = read
         else:
-            output.dimensions = only_trained(read, self.config.trained_dimensions or DIMENSIONS)
+            dimensions = only_trained(read, self.config.trained_dimensions or DIMENSIONS)
+        states = (hidden, encoded.hidden_states, encoded.attentions)
+        output = EmotionTowerOutput(embedding, dimensions, *states, emotion_logits)
         return output if return_dict is not False else output.to_tuple()
 
     @classmethod

@@ -150,10 +150,11 @@ def _unpack(output: ModelOutput, scored: Tensor) -> ModelOutput:
 
 
 def _nothing(model: ReLLMModel) -> Tensor:
-    """Return zero, `()`, from which each weight that trains has a gradient; not of weights that FSDP has spread."""
-    own = (one for one in model.parameters() if one.requires_grad and not isinstance(one, DTensor))
+    """Return zero, `()`, from which each weight that trains has a gradient, but those that FSDP or ZeRO 3 spread."""
     device = model.emotion_head.weight.device
-    return torch.stack([one.flatten()[:0].sum().to(device, torch.float32) for one in own]).sum()
+    own = (one for one in model.parameters() if one.requires_grad and not isinstance(one, DTensor))
+    parts = [one.flatten()[:0].sum().to(device, torch.float32) for one in own if not hasattr(one, "ds_id")]
+    return torch.stack([torch.zeros((), device=device), *parts]).sum()
 
 
 def teach(model: ReLLMModel, inputs: dict[str, Tensor], alignment: Alignment) -> Tensor:

@@ -169,7 +169,9 @@ class EmotionTowerTrainer(GroupByLengthMixin, AugmentationMixin, LastStepMixin):
                 found = survey_rows(rows).emotions if isinstance(rows, Dataset) else {}
                 if unknown := sorted(found.keys() - set(emotions)):
                     raise ValueError(f"Rows have the emotions {unknown}, which the tower does not know: {emotions}.")
-                if rows is train_dataset and found:
+                if rows is train_dataset and isinstance(rows, Dataset):
+                    if not found:
+                        raise ValueError("No training row has an emotion. Nothing would learn.")
                     self._class_weights = torch.tensor(class_weights(["balanced"], emotions, found))
         elif isinstance(train_dataset, Dataset):  # of a stream nobody has counted the labels
             if not (labelled := _find_labelled(train_dataset)):
@@ -199,7 +201,10 @@ class EmotionTowerTrainer(GroupByLengthMixin, AugmentationMixin, LastStepMixin):
         if read is None:
             read = output.emotion_logits.float()
             weights = None if self._class_weights is None else self._class_weights.to(read.device)
-            loss = torch.nn.functional.cross_entropy(read, labels, weights, ignore_index=IGNORE_INDEX)
+            known = labels != IGNORE_INDEX
+            loss = 0 * read.sum()
+            if known.any():
+                loss = torch.nn.functional.cross_entropy(read[known], labels[known], weights)
         else:
             loss = ccc_loss(read, labels)
         return (loss, {"read": read}) if return_outputs else loss

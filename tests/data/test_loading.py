@@ -354,3 +354,11 @@ def test_a_set_of_the_hub_is_named_with_configuration_and_revision_and_its_rows_
             ("speaker in several splits", "3: 1 in train, 1 in test"),
             ("speaker in several splits", "4: 1 in train, 1 in test"),
         ]
+
+
+def test_a_split_of_a_table_may_have_other_columns_and_kinds_than_another(tmp_path: Path) -> None:
+    one = {"id": "a", "audio": "a.wav", "split": "train", "text": "x"}
+    two = {"id": "b", "audio": ["b.wav", "c.wav"], "split": "test", "text": ["x", "y"], "response": "z"}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(one)}\n{json.dumps(two)}\n")
+    train = load_corpus(tmp_path / "rows.jsonl", "train")
+    assert train["id"] == ["a"] and "response" not in train.column_names

@@ -260,6 +260,8 @@ def test_towers_do_not_run_for_clips_that_a_cache_has(whole, model, corpus, tmp_
             )
     with pytest.raises(ValueError, match="leave tower_cache_dir out"):
         settings(model, corpus, tmp_path, engine="vllm", tower_cache_dir="towers", device="auto")
+    with pytest.raises(ValueError, match="text-only runs no towers: leave tower_cache_dir out"):
+        evaluate(settings(model, corpus, tmp_path / "read", system="text-only", tower_cache_dir="towers"))
 
 
 def test_replies_are_stored_and_scored(model, corpus, tmp_path: Path):

@@ -177,10 +177,10 @@ def test_the_voices_are_those_that_were_grouped(tmp_path: Path) -> None:
 @real_voices
 @pytest.mark.timeout(0)
 def test_rellm_hears_people_far_above_chance(tmp_path: Path) -> None:
-    """Half an hour. The probe's UA is that of other code on the same clips, 0.71."""
+    """Some twenty minutes. The probe's UA is that of other code on the same clips, 0.71."""
     models = Path(os.environ["RELLM_REAL_MODELS"])
     places = {"audio_model": str(models / "whisper-tiny.en"), "text_model": str(models / "SmolLM2-135M-Instruct")}
     settings = VoicesSettings(Path(os.environ["RELLM_REAL_VOICES"]), tmp_path, **places)
-    found = run_voices(settings, Console(file=io.StringIO()), ("people", "speech-only"))["systems"]
+    found = run_voices(settings, Console(file=io.StringIO()), ("speech-only",))["systems"]
     assert found["probe"]["ua"] == pytest.approx(0.71, abs=0.015)
-    assert found["speech-only"]["interval"][0] > 0.5 and found["people"]["interval"][0] > 0.5
+    assert found["speech-only"]["interval"][0] > 0.5

@@ -93,6 +93,8 @@ def test_a_saved_tower_comes_back_with_the_same_reading_through_auto_model(check
     assert type(AutoConfig.from_pretrained(tmp_path / "saved")) is ReLLMEmotionConfig
     values = torch.from_numpy(clip(0.5))[None]
     assert torch.equal(loaded(values).dimensions, tower(values).dimensions)
+    assert list(tower(values)) == ["embedding", "dimensions", "last_hidden_state"]
+    assert torch.equal(tower(values, return_dict=False)[1], tower(values).dimensions)
 
 
 @pytest.mark.parametrize("part", ["classifier.dense", "classifier.out_proj", "wav2vec2.encoder.layers.1.attention"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from light_checkpoints import assert_same_model, save_towers
 from safetensors.torch import load_file, save_file
 from tiny_models import LORA, clip, fill_lora, tiny_audio_config, tiny_processor
@@ -62,6 +62,20 @@ def tower(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     counts = np.array([11, 9, 4])  # of happy, alarm, pain in training: scikit-learn's balanced weights
     assert trainer._class_weights.tolist() == pytest.approx((counts.sum() / (3 * counts)).tolist())
     return folder
+
+
+def test_rows_without_an_emotion_teach_nothing(tower: Path, tmp_path: Path) -> None:
+    model, args = (
+        ReLLMEmotionModel.from_pretrained(tower),
+        EmotionTrainingConfig(str(tmp_path), use_cpu=True, eval_strategy="no", load_best_model_at_end=False),
+    )
+    soundfile.write(tmp_path / "a.wav", clip(0.4), 16_000)
+    row = {"audio": str(tmp_path / "a.wav"), "emotion": "pain"}
+    trainer = EmotionTowerTrainer(model, args, train_dataset=Dataset.from_list([row]))
+    batch = trainer.data_collator([{**row, "emotion": None}] * 2)
+    assert trainer.compute_loss(model, batch).item() == 0
+    with pytest.raises(ValueError, match="No training row has an emotion"):
+        EmotionTowerTrainer(model, args, train_dataset=Dataset.from_list([{**row, "emotion": None}]))
 
 
 def test_it_learns_the_emotions_and_reads_no_dimension(corpus: Path, tower: Path) -> None:
@@ -140,6 +154,7 @@ def test_a_head_of_the_same_categories_is_kept_and_of_others_made_anew(
     [
         ({"id2label": {0: "happy", 1: "happy"}}, "each by a name of its own"),
         ({"id2label": {0: "happy", 1: "arousal"}}, "in this order, or emotions"),
+        ({"id2label": {0: "Arousal", 1: "Dominance", 2: "Valence"}}, "in this order, or emotions"),
         ({"id2label": {0: "happy", 1: "sad"}, "trained_dimensions": ["arousal"]}, "trained_dimensions must be some"),
     ],
 )

@@ -155,6 +155,7 @@ def test_the_help_page_puts_what_matters_first(capsys: pytest.CaptureFixture[str
         (["--data", "d", "--audio_tower", "a", "--text_model", "b"], "needs an emotion_tower"),
         (["--data", "d", "--model_name_or_path", "m", "--resume", "maybe"], "resume must be one of"),
         (["--data", "d", "--model_name_or_path", "m", "--lora_scope", "all"], "lora_scope"),
+        (["--config", "empty.yaml"], "dimension_loss must be one of mse, ccc, got None"),
         (["--data", "d", "--model_name_or_path", "m", "--lora_dropout", "1"], "lora_dropout must be in [0, 1)"),
         (["--data", "d", "--model_name_or_path", "m", "--learnin_rate", "1"], "unknown: ['--learnin_rate', '1']"),
         (["--data", "d", "--model_name_or_path", "m", "--emotion_loss_weight", "-1"], "emotion_loss_weight"),
@@ -163,8 +164,10 @@ def test_the_help_page_puts_what_matters_first(capsys: pytest.CaptureFixture[str
     ],
 )
 def test_a_wrong_setting_is_refused_in_two_lines(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.yaml").write_text("data: d\nmodel_name_or_path: m\ndimension_loss:\noutput_dir: d\n")
     with pytest.raises(SystemExit) as raised:
         parse_arguments(arguments)
     said = capsys.readouterr().err

@@ -181,7 +181,7 @@ def test_without_a_weight_and_a_teacher_a_head_that_is_not_finite_does_no_harm(t
     rows = make_rows(tmp_path)
     trainer = make_trainer(rows, tmp_path / "run", processor, model, response_loss_weight=0.0)
     step = step_of(trainer)
-    assert len(ran) <= 1  # the check of the head before training: the heads read what the LLM would, not what it says
+    assert not ran
     assert all(gradient.isfinite().all() for gradient in step.values())
     assert all(gradient.abs().max() == 0 for name, gradient in step.items() if "lora_" in name)
     assert step["model.emotion_head.weight"].abs().max() > 0

@@ -160,7 +160,8 @@ def _is_audio(path: Path) -> bool:
 
 def _list_audio_files(folder: Path, corpus: Corpus) -> list[_Found]:
     """List the audio files, sorted by path."""
-    audio, paths = find_audio(folder), _walk_files(folder)
+    paths = _walk_files(folder)
+    audio = [path for path in paths if _is_audio(path)]
     if not audio:
         wanted = f"no audio files ({', '.join(AUDIO_SUFFIXES)}) and no metadata.jsonl or metadata.csv"
         raise ValueError(f"{folder} holds {wanted}. Give the table itself if it has another name.")

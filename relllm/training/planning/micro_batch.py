@@ -181,8 +181,8 @@ class MicroBatchMixin(GroupByLengthMixin):
         chosen = choose_micro_batch(choices, step, free + plan.weights, fits)
         if not chosen:
             raise RuntimeError(
-                f"{choices[-1].rows} rows of {step.sequence} positions do not train in the {free / 1e9:.1f} GB that "
-                "are free beside the model. Shorten the clips, or take recipes/qlora_7b.yaml or accelerate/fsdp2.yaml."
+                f"{choices[-1].rows} rows of {step.sequence} positions do not train in the {free / 1e9:.1f} GB free "
+                "beside the model. Shorten the clips, or take recipes/qlora_7b.yaml or recipes/accelerate/fsdp2.yaml."
             )
         taken = f"{peaks[chosen[0]] / 1e9:.1f} of the {free / 1e9:.1f} GB free beside the model"
         return chosen[0], f"the longest rows, of {step.sequence} positions, take {taken}"
