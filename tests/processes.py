@@ -202,3 +202,11 @@ def call(pickled: bytes, folder: str, environment: Mapping[str, str], output: st
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)  # Python's own end may abort on the threads that Gloo leaves behind
+
+
+def launch(*arguments: str) -> None:
+    """`accelerate launch`, for a child: its two ranks are fresh interpreters, it need not be."""
+    from accelerate.commands.launch import main
+
+    sys.argv = ["accelerate-launch", *arguments]
+    main()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from empathy_scorers import save_scorers
 from grpo_runs import NEEDS_TRL
+from processes import ForkServer, launch
 from typer.testing import CliRunner
 
 from relllm import ReLLMForConditionalGeneration
@@ -36,7 +37,9 @@ def test_settings_of_the_rewards_are_those_of_score_replies() -> None:
 
 
 @pytest.mark.slow
-def test_the_recipe_trains_on_the_synthetic_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_trains_on_the_synthetic_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork_server: ForkServer
+) -> None:
     monkeypatch.chdir(tmp_path)
     run("prepare", "synthetic", "--out", "data/synthetic", "--train-clips", 4, "--validation-clips", 2)
     run("prepare", "tiny-towers", "--out", "data/tiny-towers")
@@ -59,6 +62,13 @@ def test_the_recipe_trains_on_the_synthetic_corpus(tmp_path: Path, monkeypatch: 
     assert {"eval_reward", "eval_rewards/length/mean", "eval_kl", "eval_emotion_loss"} <= results.keys()
     ReLLMForConditionalGeneration.from_pretrained("runs/grpo")
     assert "complete in runs/grpo" in run(*words)
+    ddp = ("--config_file", RECIPES / "accelerate" / "ddp.yaml", "--num_processes=2", "--main_process_port=0")
+    two = map(str, [*ddp, "-m", "relllm.cli", *words, "--out", "runs/two"])
+    environment = {"PYTHONPATH": str(RECIPES.parent), "ACCELERATE_USE_CPU": "true"}
+    done = fork_server.run(launch, *two, folder=tmp_path, **environment)
+    assert done.stdout.count("The model and its processor are in") == 1
+    checkpoint = Path("runs/two/checkpoint-2")
+    assert {one.name for one in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     refused = run(*words, "--beta", 0.1, status=1)
     assert "with other settings (beta" in refused
     assert "with other settings (scorers_fingerprint" in run(*words, "--scorers", second, status=1)

@@ -1,14 +1,13 @@
 """The recipes: each parses, gives the architecture that it says, and leaves the paper's only where it says so."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from light_checkpoints import tower_settings
 from pictures import blank_pictures
-from processes import ForkServer, run_command
+from processes import ForkServer, launch, run_command
 from typer.testing import CliRunner
 
 from relllm import ReLLMConfig
@@ -175,14 +174,6 @@ def test_the_smoke_recipe_runs_as_its_header_says(smoke_folder: Path, fork_serve
     assert "runs/smoke" in said
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-12"}
     assert (out / "eval_results.json").exists() and (out / "model.safetensors").exists()
-
-
-def launch(*arguments: str) -> None:
-    """`accelerate launch`, for a child: its two ranks are fresh interpreters, it need not be."""
-    from accelerate.commands.launch import main
-
-    sys.argv = ["accelerate-launch", *arguments]
-    main()
 
 
 @pytest.mark.slow
