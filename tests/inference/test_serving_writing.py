@@ -62,3 +62,31 @@ def test_many_short_replies_behind_long_ones_are_begun_without_reading_prompts_a
     step.remove()
     again = sum(rows * length for rows, length in read if length > 1) / (30 * len(prompts))
     assert 1 <= again < 1.5  # and 3 where each begins once there is a row
+
+
+def test_short_replies_begin_beside_long_ones_though_few_rows_are_free() -> None:
+    model, order, done = tiny_model(), [], threading.Event()
+    model.generation_config.eos_token_id = None
+    engine = Engine(model, tiny_processor(), BatchSettings(max_batch_size=16))
+
+    def ask(length: int) -> None:
+        def emit(event: object) -> None:
+            order.extend([length] if isinstance(event, Ended) else [])
+            if len(order) == 17:
+                done.set()
+
+        engine.submit(Prompt(token_ids=[9] * 30, options=ReplyOptions(max_tokens=length)), emit)
+
+    writes = threading.Event()
+    step = model.model.text_model.register_forward_pre_hook(lambda *_: writes.set())
+    engine.start()
+    for _ in range(13):
+        ask(120)
+    assert writes.wait(10)
+    step.remove()
+    for _ in range(4):  # a quarter of the rows, and one more than are free
+        ask(3)
+    assert done.wait(60)
+    engine.stop()
+    engine.join(10)
+    assert order == [3] * 4 + [120] * 13

@@ -60,16 +60,15 @@ class Service:
             return JSONResponse(_whole(head, job.prompt, *await self._wait(request, job, events)))
         # the status is sent with the first event if that comes soon: a failure before it has one of its own
         pieces = _stream(head, job.prompt, await _next_event(events, HEAD_AFTER_S), events)
-        at_end = BackgroundTask(self.engine.cancel, job)
         headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
-        return StreamingResponse(pieces, headers=headers, background=at_end)
+        return StreamingResponse(pieces, headers=headers, background=BackgroundTask(self.engine.cancel, job))
 
     async def _emotion(self, request: Request) -> Response:
         job, events = await self._submit(request, EmotionRequest, self.reader.read_emotion)
         heard, _, _ = await self._wait(request, job, events)
         usage = {"audio_seconds": round(job.prompt.audio_seconds, 3)}
-        answer = {"object": "list", "model": self.name, "data": _emotions(heard, job.prompt), "usage": usage}
-        return JSONResponse(answer)
+        data = _emotions(heard, job.prompt)
+        return JSONResponse({"object": "list", "model": self.name, "data": data, "usage": usage})
 
     async def _models(self, request: Request) -> Response:
         self._check_key(request)

@@ -41,6 +41,7 @@ class Engine(threading.Thread):
         self.queue: list[Job] = []  # accepted and not yet worked on
         self._groups: list[Group] = []
         self._parked: list[Job] = []  # of groups that failed, until the others are written
+        self._held = 0  # steps since a group was begun
         self._stopping = self._aborted = self._failing = False
         self._changed = threading.Condition()
 
@@ -115,14 +116,15 @@ class Engine(threading.Thread):
         most, writing = self._settings.max_batch_size, sum(len(group.rows) for group in self._groups)
         free = 0 if self._parked else max(0, most - writing)
         chats = [job for job in self.queue if job.prompt.options is not None]
-        begun = chats[:free] if free >= min(most // 4, len(chats)) else []  # one by one, they would be many groups
+        held = free < min(most // 4, len(chats)) and self._held < MOST_GROUPS * TURN_TOKENS  # or they are many groups
+        begun = [] if held else chats[:free]
         return [job for job in self.queue if job.prompt.options is None or job in begun][:most]
 
     def _has_others(self, num_written: int) -> bool:
         """Return whether a group that has written so many tokens in its turn gives way."""
+        self._held += 1
         with self._changed:
-            is_asked = self._aborted or bool(self._ready())
-        return is_asked or (num_written >= TURN_TOKENS and len(self._groups) > 1)
+            return self._aborted or bool(self._ready()) or (num_written >= TURN_TOKENS and len(self._groups) > 1)
 
     def _begin(self, batch: list[Job]) -> None:
         """Hear the clips of each request, and begin a group of those that want a reply."""
@@ -131,15 +133,13 @@ class Engine(threading.Thread):
                 self._give_up(job)
         rows = [job for job in batch if not job.ended]
         if rows and len(self._groups) >= MOST_GROUPS:
-            rows = [row for group in self._groups for row in group.rows] + rows
-            self._groups = []
+            rows, self._groups = [row for group in self._groups for row in group.rows] + rows, []
         if rows:
             self._groups.append(Group(rows))
+            self._held = 0
 
     def _hear_job(self, job: Job) -> None:
-        heard: list[Heard] = []
-        if job.prompt.waveforms:
-            job.positions, heard = self._hear(job.prompt.waveforms)
+        job.positions, heard = self._hear(job.prompt.waveforms) if job.prompt.waveforms else (None, [])
         job.send(heard)
         if job.prompt.options is None:
             job.end(Ended(None, 0))

@@ -60,9 +60,7 @@ class Message(_Strict):
 class ReplyOptions(_Strict):
     """How a reply is written and sent."""
 
-    max_tokens: int | None = Field(
-        default=None, ge=1, validation_alias=AliasChoices("max_tokens", "max_completion_tokens")
-    )
+    max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_tokens", "max_completion_tokens"))
     temperature: float = Field(default=0.0, ge=0, le=2)  # 0 takes the most probable token
     top_p: float = Field(default=1.0, gt=0, le=1)  # draw from the fewest tokens that have this probability together
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)  # of the draws; by default another one each time

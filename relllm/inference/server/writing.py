@@ -47,9 +47,8 @@ class Group:
     def _begin(self, model: ReLLMForConditionalGeneration) -> dict[str, object]:
         """Pad the rows; return their clips, in order, as `generate` takes them."""
         tokens = [torch.tensor(row.tokens, device=model.device) for row in self.rows]
-        ones = [torch.ones_like(ids) for ids in tokens]
         self._ids = pad_sequence(tokens, batch_first=True, padding_value=MASKED, padding_side="left")
-        self._mask = pad_sequence(ones, batch_first=True, padding_side="left")
+        self._mask = pad_sequence([torch.ones_like(ids) for ids in tokens], batch_first=True, padding_side="left")
         for row in self.rows:
             row.padding = self._ids.shape[1] - len(row.tokens)
         self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
