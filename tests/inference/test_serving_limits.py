@@ -110,6 +110,8 @@ REFUSED = {
     ),
     "n": (GOOD, {"n": 2}, "n: Extra inputs", "invalid_request"),
     "tools": (GOOD, {"tools": [{"type": "function"}]}, "tools: Extra inputs", "invalid_request"),
+    "tool_choice": (GOOD, {"tool_choice": "required"}, "tool_choice: Extra inputs", "invalid_request"),
+    "modalities": (GOOD, {"modalities": ["text", "audio"]}, "modalities: Extra inputs", "invalid_request"),
     "logprobs": (GOOD, {"logprobs": True}, "logprobs: Extra inputs", "invalid_request"),
     "frequency_penalty": (GOOD, {"frequency_penalty": 1.0}, "frequency_penalty: Extra inputs", "invalid_request"),
     "an unknown field": (GOOD, {"extra_body": {"top_k": 3}}, "top_k: Extra inputs", "invalid_request"),
@@ -150,7 +152,11 @@ def test_good_requests_are_answered_after_all_that(client) -> None:
     [
         {"n": 1},
         {"frequency_penalty": 0},
-        {"logprobs": False},
+        {"logprobs": False, "top_logprobs": 0},
+        {"tool_choice": "auto", "parallel_tool_calls": True},
+        {"tool_choice": "none", "tools": []},
+        {"modalities": ["text"]},
+        {"max_completion_tokens": 4},  # as max_tokens
         {"user": "someone"},
         {"extra_body": {"verbosity": None}},
     ],

@@ -62,21 +62,20 @@ class PromptReader:
         if len(clips) > self.limits.max_clips:
             message = f"{len(clips)} clips were sent; this server takes up to {self.limits.max_clips} a request."
             raise ApiError(message, "too_many_clips")
-        extractor, longest_s = self._processor.feature_extractor, self.limits.max_audio_seconds
+        extractor, most_s = self._processor.feature_extractor, self.limits.max_audio_seconds
         prompt = Prompt()
         for name, part in clips.items():
             try:
                 data = decode_base64(re.sub(r"^data:[^,]{,200};base64,", "", part.input_audio.data))
-                most_s = min(longest_s, extractor.max_duration_s)
-                waveform = extractor.read_clip(data, max_duration_s=most_s, name=name)
+                waveform = extractor.read_clip(data, max_duration_s=min(most_s, extractor.max_duration_s), name=name)
             except ValueError as error:  # addresses and paths are not base64
                 message = f"{name}: " + str(error).removeprefix(f"{name}: ")
                 raise ApiError(message, "invalid_audio", param=name) from None
             prompt.waveforms.append(waveform)
             prompt.audio_seconds += len(waveform) / extractor.sampling_rate
-            if prompt.audio_seconds > longest_s + 1e-3:  # sums, and resampling, round
+            if prompt.audio_seconds > most_s + 1e-3:  # sums, and resampling, round
                 message = f"{name}: the clips last {prompt.audio_seconds:.1f} s up to here; all of a request may last"
-                raise ApiError(f"{message} {longest_s:g} s together. Send less.", "audio_too_long", param=name)
+                raise ApiError(f"{message} {most_s:g} s together. Send less.", "audio_too_long", param=name)
         return prompt
 
     def _tokenize(self, request: ChatRequest, waveforms: list[np.ndarray]) -> list[int]:

@@ -10,7 +10,8 @@ MAX_ITEMS = 1024  # messages of a conversation, parts of a message
 MAX_VALUES = 100_000  # in a body: each takes memory and time before it can be refused
 # What is not of the answer; and what asks for nothing, of fields that are refused otherwise.
 IGNORED = {"metadata", "name", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
-NEUTRAL = {"n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0}
+NEUTRAL: dict = {"n": [1], "logprobs": [False], "top_logprobs": [0], "frequency_penalty": [0], "presence_penalty": [0]}
+NEUTRAL |= {"tool_choice": ["auto", "none"], "parallel_tool_calls": [True, False], "modalities": [["text"]]}
 
 
 class _Strict(BaseModel, extra="forbid"):
@@ -21,7 +22,8 @@ class _Strict(BaseModel, extra="forbid"):
         if not isinstance(values, dict):
             return values
         given = {name: value for name, value in values.items() if value is not None and name not in IGNORED}
-        unset = {name for name, value in given.items() if value in ([], {}, {"type": "text"}, NEUTRAL.get(name))}
+        neutral = {**NEUTRAL, "max_completion_tokens": [given.get("max_tokens")]}  # the same length twice
+        unset = {name for name, value in given.items() if value in ([], {}, {"type": "text"}, *neutral.get(name, ()))}
         return {name: value for name, value in given.items() if name in cls.model_fields or name not in unset}
 
 
