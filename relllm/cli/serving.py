@@ -36,8 +36,9 @@ def serve(settings: ServerSettings, batching: BatchSettings, limits: RequestLimi
         found = "is empty" if not key else "has a space, a line break or a character beyond ASCII"
         raise typer.BadParameter(f"The key (--api-key, RELLLM_API_KEY) {found}. Leave both out to serve without one.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()  # IPv4 as well
     try:
-        sock = socket.create_server((host, settings.port), family=family)
+        sock = socket.create_server((host, settings.port), family=family, dualstack_ipv6=both)
     except OSError as error:
         message = f"Cannot listen on {host}, port {settings.port}: {error.strerror or error}."
         raise typer.BadParameter(message) from error

@@ -79,6 +79,20 @@ def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded(checkpoint)
     assert result.exit_code != 0 and f"port {port}" in " ".join(result.output.split())
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_every_address_of_ipv6_is_every_address_of_ipv4_too(checkpoint, monkeypatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def connect(_: object) -> None:
+        with socket.create_connection(("127.0.0.1", port), timeout=5):
+            raise ValueError("somebody listens")
+
+    monkeypatch.setattr("relllm.cli.serving.load_relllm", connect)
+    result = CliRunner().invoke(app, ["serve", str(checkpoint), "--host", "::", "--port", str(port)])
+    assert "somebody listens" in f"{result.output} {result.exception}"
+
+
 @pytest.mark.parametrize("key", ["", "a\n", "two words", "schlüssel"])
 @pytest.mark.parametrize("as_flag", [True, False])
 def test_a_key_that_no_client_can_send_is_refused(checkpoint, key: str, as_flag: bool) -> None:
