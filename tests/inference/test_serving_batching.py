@@ -1,9 +1,11 @@
 """`server.engine`: requests worked on together, against each alone; what goes wrong stays with its request."""
 
+import gc
 import json
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +30,10 @@ from tiny_models import conversation_inputs, tiny_config, tiny_model, tiny_proce
 from relllm.inference.inference_settings import BatchSettings, RequestLimits
 from relllm.inference.replies import hear
 from relllm.inference.server import app, engine
+from relllm.inference.server.decoding import Prompt
+from relllm.inference.server.prompts import PromptReader
+from relllm.inference.server.schema import EmotionRequest
+from relllm.inference.server.writing import Group
 
 CLIPS = [clip(0.3 + 0.25 * index, seed=index) for index in range(6)]
 CONVERSATIONS = [([user(f"Number {index}. " * (1 + index), CLIPS[index])], [CLIPS[index]]) for index in range(6)]
@@ -202,6 +208,37 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(model, processor, gate)
         assert len(set(answers)) == 1 and answers[0]
 
 
+def test_requests_that_are_being_read_count_as_waiting(model, processor, monkeypatch) -> None:
+    read_emotion, read, release = PromptReader.read_emotion, [], threading.Event()
+
+    def held(reader: PromptReader, request: EmotionRequest) -> Prompt:
+        read.append(request)
+        assert release.wait(30)
+        return read_emotion(reader, request)
+
+    def status(client) -> int:
+        body = {"model": NAME, "input": [clip_part(CLIPS[0])]}
+        try:
+            client.post("/emotion", body=body, cast_to=object)
+        except openai.RateLimitError as error:
+            return error.status_code
+        return 200
+
+    monkeypatch.setattr(PromptReader, "read_emotion", held)
+    with (
+        serving(model, processor, settings=BatchSettings(max_queue=2)) as running,
+        running.client() as client,
+        ThreadPoolExecutor(10) as pool,
+    ):
+        asked = [pool.submit(status, client) for _ in range(10)]
+        try:
+            wait_until(lambda: sum(each.done() for each in asked) == 8)
+        finally:
+            release.set()
+        assert sorted(each.result() for each in asked) == [200] * 2 + [429] * 8
+        assert len(read) == 2 and not running.service.engine.being_read
+
+
 def test_a_client_that_leaves_the_queue_gives_its_place_back(model, processor, gate) -> None:
     with busy(model, processor, gate, max_queue=1) as (running, client, pool, first):
         with pytest.raises(openai.APITimeoutError):
@@ -304,6 +341,20 @@ def test_rows_that_have_ended_are_not_computed_any_more(model, processor) -> Non
         assert answer.choices[0].message.content == expected
 
 
+def test_the_cache_of_replies_is_given_back_while_nobody_asks(model, processor, monkeypatch) -> None:
+    made: list[weakref.ref] = []
+
+    class Noted(Group):
+        def __init__(self, rows: list) -> None:
+            super().__init__(rows)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(engine, "Group", Noted)
+    with serving(model, processor) as running, running.client() as client:
+        ask(client, CONVERSATIONS[0][0])
+        wait_until(lambda: gc.collect() >= 0 and made[0]() is None)
+
+
 def test_a_checkpoints_shortest_reply_is_counted_from_its_beginning(model, processor, monkeypatch) -> None:
     messages, waveforms = CONVERSATIONS[1]
     monkeypatch.setattr(model.generation_config, "eos_token_id", [n for n in range(len(processor.tokenizer)) if n % 8])
@@ -341,8 +392,13 @@ def test_clips_are_heard_and_short_replies_written_while_a_long_one_is(
     assert [answer.choices[0].message.content for answer in answers] == expected
 
 
-def test_health_tells_of_a_model_that_fails_on_everything_until_it_does_not(model, processor, monkeypatch) -> None:
+def test_health_tells_of_a_model_that_fails_on_everything_until_it_does_not(
+    model, processor, monkeypatch, caplog
+) -> None:
+    failures = []
+
     def fail(**_: object) -> None:
+        failures.append(1)
         raise RuntimeError("the device is lost")
 
     def health() -> tuple[int, str]:
@@ -357,6 +413,8 @@ def test_health_tells_of_a_model_that_fails_on_everything_until_it_does_not(mode
             with pytest.raises(openai.InternalServerError):
                 ask(client, CONVERSATIONS[0][0])
             wait_until(lambda: health() == (503, "failing"))
+            wait_until(lambda: len(failures) >= 4)  # of the request, and of three probes
+        assert sum("silence" in record.message for record in caplog.records) == 1
         wait_until(lambda: health() == (200, "ok"))
 
 

@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hmac import compare_digest
 from typing import TypeAlias
@@ -28,6 +29,7 @@ HEAD_AFTER_S = 1.0  # of a stream that has nothing to say yet
 COMMENT_EVERY_S = 10.0  # in such a stream
 LOOK_EVERY_S = 0.5  # whether the client of a whole answer is still there
 Events: TypeAlias = asyncio.Queue[Event]
+READERS = ThreadPoolExecutor(4, "relllm-reader")  # so many requests are decoded at once
 CLOSE = {"Connection": "close"}  # or the rest of the body would be read, to be thrown away
 
 
@@ -114,7 +116,11 @@ class Service:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        return self.engine.submit(await asyncio.to_thread(parse), emit), events
+        self.engine.check_room()  # others' bodies have come meanwhile
+        reading = loop.run_in_executor(READERS, parse)
+        self.engine.being_read.add(reading)
+        reading.add_done_callback(self.engine.being_read.discard)
+        return self.engine.submit(await reading, emit), events
 
     async def _wait(self, request: Request, job: Job, events: Events) -> tuple[list[Heard], str, Ended]:
         """Return all that a job sends; one whose client closes the connection first is cancelled."""

@@ -122,17 +122,12 @@ class Job:
         """Go on by one token; a reply that nobody waits for ends."""
         self.tokens.append(token)
         self.num_left -= 1
-        if self.cancelled or token in self._end_tokens:
-            self.finish("stop")
-        else:
+        stops = self.cancelled or token in self._end_tokens
+        if not stops:
             self._send_text(token)
-            if self.num_left <= 0:
-                self.finish("length")
-
-    def finish(self, reason: str) -> None:
-        """Write what was held back, and end."""
-        self._send_text(None)
-        self.end(Ended(reason, self.num_tokens))
+        if stops or self.num_left <= 0:
+            self._send_text(None)  # what was held back
+            self.end(Ended("stop" if stops else "length", self.num_tokens))
 
     def _send_text(self, token: int | None) -> None:
         if text := self._writer.write(token):

@@ -39,6 +39,7 @@ class Engine(threading.Thread):
         self._model, self._extractor, self._settings = model, processor.feature_extractor, settings
         self._tokenizer = copy.deepcopy(processor.tokenizer)  # other threads encode with theirs, which locks it
         self.queue: list[Job] = []  # accepted and not yet worked on
+        self.being_read: set[object] = set()  # whoever makes a prompt of a request, to be submitted then
         self._groups: list[Group] = []
         self._parked: list[Job] = []  # of groups that failed, until the others are written
         self._held = 0  # steps since a group was begun
@@ -56,7 +57,7 @@ class Engine(threading.Thread):
         """Raise an [`ApiError`]: 429 if the queue is full, 503 if the server is stopping."""
         if self.status == "stopping":
             raise stopping()
-        if (waiting := len(self.queue)) >= self._settings.max_queue:
+        if (waiting := len(self.queue) + len(self.being_read)) >= self._settings.max_queue:
             message = f"{waiting} requests wait, which is as many as this server lets wait. Try again later."
             raise ApiError(message, "queue_full", status=429, headers={"Retry-After": "1"})
 
@@ -92,8 +93,8 @@ class Engine(threading.Thread):
                 self._begin(batch)
             elif self._failing and not self._groups:
                 self._probe()
-            for group in list(self._groups):
-                self._write(group)
+            for index in range(len(self._groups)):
+                self._write(self._groups[index])  # no name keeps the last cache while nobody asks
             self._groups = [group for group in self._groups if group.rows]
             if self._parked and not self._groups:
                 self._groups, self._parked = [Group(self._parked)], []
@@ -165,12 +166,12 @@ class Engine(threading.Thread):
             elif rows:
                 self._give_up(rows[0])
 
-    def _attempt(self, what: str, work: Callable[[], object]) -> bool:
+    def _attempt(self, what: str, work: Callable[[], object], level: int = logging.ERROR) -> bool:
         """Return whether `work` succeeds; whatever the model or the device throws, the server goes on."""
         try:
             work()
         except Exception:
-            logger.exception("The model failed in %s.", what)
+            logger.log(level, "The model failed in %s.", what, exc_info=True)
             return False
         self._failing = False
         return True
@@ -180,7 +181,8 @@ class Engine(threading.Thread):
         self._probe()
 
     def _probe(self) -> None:
-        self._failing = not self._attempt("reading silence; /health is 503", self._read_silence)
+        level = logging.DEBUG if self._failing else logging.ERROR  # or the log is full of the same
+        self._failing = not self._attempt("reading silence; /health is 503", self._read_silence, level)
 
     @torch.no_grad()
     def _read_silence(self) -> None:
