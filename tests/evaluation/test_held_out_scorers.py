@@ -14,6 +14,7 @@ from tiny_models import RATE, clip, tiny_model, tiny_processor
 from typer.testing import CliRunner
 
 from relllm.cli import app
+from relllm.cli.options import console
 from relllm.evaluation.comparison import compare_runs
 from relllm.evaluation.comparison_tables import comparison_tables
 from relllm.evaluation.empathy.scoring import load_scorers, score_pairs
@@ -58,7 +59,9 @@ def place(tmp_path_factory) -> Path:
 def evaluate_command(place: Path, *more: str) -> str:
     words = ["evaluate", place / "model", place / "rows.jsonl", "--tasks", "empathy", "--max-new-tokens", "12"]
     words += ["--device", "cpu", "--empathy-scorers", place / "scorers", *more]
-    result = CliRunner().invoke(app, [str(word) for word in words])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "_width", 200)  # whatever the first test of this process had for a terminal
+        result = CliRunner().invoke(app, [str(word) for word in words])
     return result.output + ("" if result.exit_code else "done")
 
 
