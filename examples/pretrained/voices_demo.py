@@ -59,7 +59,7 @@ TOWER_SIZE = {"width": 96, "layers": 2}
 
 @dataclass(frozen=True)
 class VoicesSettings:
-    """What a run takes; the defaults are some 75 minutes of one core.
+    """What a run takes; the defaults are some 80 minutes of one core.
 
     Args:
         sounds (`Path`): Where `hedgewars-data` is unpacked, or its folder of voices.
