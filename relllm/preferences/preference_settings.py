@@ -68,6 +68,8 @@ def parse_rewards(given: str) -> dict[str, float]:
         pairs = [(name.strip(), float(weight)) for name, weight in (part.split("=") for part in given.split(","))]
     except ValueError as error:
         raise ValueError(f"rewards is {given!r}, expected names with weights, as in ER=1,length=-0.1.") from error
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"rewards is {given!r}, expected each name once.")
     return dict(pairs)
 
 

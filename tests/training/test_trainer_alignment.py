@@ -173,6 +173,17 @@ def test_without_a_weight_the_reply_adds_nothing_and_the_head_is_not_run(tmp_pat
     assert of_the_reply <= names[1.0] and not of_the_reply & names[0.0] and "response_kl" in names[0.0]
 
 
+def test_weights_that_zero_3_has_spread_get_no_gradient_without_the_llm() -> None:
+    """Out of their module's forward they are empty: a gradient of their shape could not be added."""
+    model, _, _ = build()
+    base = model.base_model
+    assert alignment_module._nothing(base).requires_grad
+    for parameter in base.parameters():
+        parameter.ds_id = 0  # DeepSpeed's mark
+    nothing = alignment_module._nothing(base)
+    assert nothing.item() == 0 and not nothing.requires_grad
+
+
 def test_without_a_weight_and_a_teacher_a_head_that_is_not_finite_does_no_harm(tmp_path: Path) -> None:
     model, processor, _ = build()
     torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
