@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +12,13 @@ import numpy as np
 from relllm.labels import DIMENSIONS
 from relllm.metrics import dimension_metrics, recognition_metrics
 
-from .evaluation_settings import EMPATHY_PARTS, LEVELS, NO_TRANSCRIPT, REPLY_PARTS, SYSTEMS, WAYS
+from .evaluation_settings import EMPATHY_PARTS, NO_TRANSCRIPT, REPLY_PARTS, SYSTEMS, WAYS
 from .runs import Run, find_differences, group_by_corpus
 from .statistics import PairedTest, Resampler, holm, percentile_interval, wilcoxon_test
 from .summary import answered_emotion
 from .wording import count_words, distinct_share, repeated_share
 
 MAX_MISSING = 0.01  # of the clips of a data set; with more, the runs are not of one evaluation
-RESAMPLE = ("auto", "clips", "speakers")
-GROUPS = ("system", "name")
 MIN_SPEAKERS = 10  # fewer make no interval that holds
 PARTS = (
     *(("empathy", name) for name in EMPATHY_PARTS),
@@ -71,7 +69,7 @@ class Cell:
     deviation: float | None = None  # between runs, where there are several: of the sample (n - 1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Gain:
     """How much better a system is than a baseline, on the same clips."""
 
@@ -80,12 +78,12 @@ class Gain:
     baseline: str
     metric: Metric
     num_clips: int
-    difference: float | None  # in the metric's own unit
-    difference_interval: tuple[float, float] | None  # 95 %; None where a resample does not define it
-    relative: float | None  # in per cent of the baseline's value; None where that is not positive, and for CCC
-    relative_interval: tuple[float, float] | None
-    test: PairedTest | None  # None where the metric is no mean over clips
-    p_holm: float | None  # corrected over the table's family of tests
+    difference: float | None = None  # in the metric's own unit
+    difference_interval: tuple[float, float] | None = None  # 95 %; None where a resample does not define it
+    relative: float | None = None  # in per cent of the baseline's value; None where that is not positive, and for CCC
+    relative_interval: tuple[float, float] | None = None
+    test: PairedTest | None = None  # None where the metric is no mean over clips
+    p_holm: float | None = None  # corrected over the table's family of tests
 
 
 @dataclass(frozen=True)
@@ -121,10 +119,6 @@ def compare_runs(
     With `group` (`"system"` or `"name"`) runs of one system, or name, on a corpus are one row, such as one training
     with several seeds: its value is their mean, the bootstrap draws runs too, tests are of the clips' means over runs.
     """
-    if group not in (None, *GROUPS):
-        raise ValueError(f"--group {group}: expected one of {', '.join(GROUPS)}.")
-    if resample not in RESAMPLE:
-        raise ValueError(f"--resample {resample}: expected one of {', '.join(RESAMPLE)}.")
     groups = group_by_corpus(runs)
     labels, kinds = _row_labels(groups, group)
     chosen = [_find_baseline(name, runs, labels) for name in baselines]
@@ -155,7 +149,8 @@ def compare_runs(
     if not gains:
         raise ValueError(f"Nothing to compare: no corpus has a baseline ({', '.join(baselines)}) and another run.")
     settings = {"baselines": chosen, "resample": resample, "num_resamples": num_resamples, "seed": seed}
-    return Comparison(systems, kinds, groups, cells, _correct(gains), list(dict.fromkeys(notes)), settings, labels)
+    _correct(gains)
+    return Comparison(systems, kinds, groups, cells, gains, list(dict.fromkeys(notes)), settings, labels)
 
 
 def combine_runs(measured: Sequence[Measured], seed: tuple[int, ...]) -> Measured:
@@ -185,7 +180,7 @@ def combine_runs(measured: Sequence[Measured], seed: tuple[int, ...]) -> Measure
 
 def _cell(corpus: str, label: str, metric: Metric, measured: Sequence[Measured], runs: Sequence[Run]) -> Cell:
     values = [one.value for one in measured]
-    means = [run.fold_means.get(metric.table, {}).get(metric.part, {}).get(metric.name) for run in runs]
+    means = [run.folds.get("mean", {}).get(metric.table, {}).get(metric.part, {}).get(metric.name) for run in runs]
     mean, num_clips = _mean(values), len(measured[0].summands)
     deviation = None if mean is None or len(runs) < 2 else float(np.std(np.array(values, dtype=float), ddof=1))
     return Cell(corpus, label, metric, mean, num_clips, _mean(means), len(runs), deviation)
@@ -270,29 +265,33 @@ def _measure_parts(
         having = {label: own for label, run in by_label.items() if (own := _ids_with(run, table, part))}
         if not having:
             continue
+        first = by_label[next(iter(having))]
+        names = first.class_names.get(part, [])
         shared = _common(corpus, having, by_label, notes)
-        clips = {label: [by_label[label].clips[clip_id] for clip_id in shared] for label in having}
-        first = next(iter(having))
-        labelled = _labelled(clips[first], table, part, by_label[first].class_names)
-        if not any(labelled):
+        ids = [clip_id for clip_id in shared if _is_labelled(first.clips[clip_id], table, part, names)]
+        if not ids:
             continue
-        ids = [clip_id for clip_id, keep in zip(shared, labelled, strict=True) if keep]
-        origins = (by_label[first].clips[clip_id].get("dimension_source") for clip_id in ids)
-        sources = {str(origin) for origin in origins if origin not in (None, "", "label")}
+        clips = [first.clips[clip_id] for clip_id in ids]
+        sources = {str(clip.get("dimension_source") or "label") for clip in clips} - {"label"}
         if table == "dimensions" and sources:
             notes.append(f"{corpus}: dimensions are partly or wholly no labels, but readings of {sorted(sources)}.")
-        kept = {name: [row for row, keep in zip(rows, labelled, strict=True) if keep] for name, rows in clips.items()}
         measured: dict[Metric, dict[str, Measured]] = {}
-        for label, rows in kept.items():
-            for metric, one in measure_part(rows, table, part, by_label[label].class_names):
+        for label in having:
+            for metric, one in measure_part([by_label[label].clips[one] for one in ids], table, part, names):
                 measured.setdefault(metric, {})[label] = one
-        yield measured, _units(corpus, ids, kept[first], resample, notes)
+        yield measured, _units(corpus, clips, resample, notes)
 
 
 def _ids_with(run: Run, table: str, part: str) -> set[str]:
     if table == "replies":
         return {clip_id for clip_id, clip in run.clips.items() if "reply" in clip}
     return {clip_id for clip_id, clip in run.clips.items() if part in (clip.get(table) or {})}
+
+
+def _is_labelled(clip: Mapping, table: str, part: str, names: Sequence[str]) -> bool:
+    if table == "recognition":
+        return clip.get("emotion") in names
+    return table != "dimensions" or clip.get(part) is not None
 
 
 def _common(corpus: str, having: Mapping[str, set[str]], by_label: Mapping[str, Run], notes: list[str]) -> list[str]:
@@ -319,15 +318,7 @@ def _common(corpus: str, having: Mapping[str, set[str]], by_label: Mapping[str, 
     return [clip_id for clip_id in first.clips if clip_id in shared]
 
 
-def _labelled(clips: Sequence[dict], table: str, part: str, class_names: Mapping[str, Sequence[str]]) -> list[bool]:
-    if table == "recognition":
-        return [clip.get("emotion") in class_names.get(part, ()) for clip in clips]
-    if table == "dimensions":
-        return [clip.get(part) is not None for clip in clips]
-    return [True] * len(clips)
-
-
-def _units(corpus: str, ids: Sequence[str], clips: Sequence[dict], resample: str, notes: list[str]) -> list[str]:
+def _units(corpus: str, clips: Sequence[dict], resample: str, notes: list[str]) -> list[str]:
     """Return what the bootstrap draws, for each clip; one without a speaker is drawn alone."""
     num_speakers = len({clip.get("speaker") for clip in clips} - {None})
     if resample == "speakers" and num_speakers < 2:
@@ -335,66 +326,54 @@ def _units(corpus: str, ids: Sequence[str], clips: Sequence[dict], resample: str
     if resample == "clips" or (resample == "auto" and num_speakers < MIN_SPEAKERS):
         reason = f" (only {num_speakers} known speakers: they say nothing of further speakers)" * (resample == "auto")
         notes.append(f"{corpus}: the intervals resample clips{reason}.")
-        return list(ids)
+        return [clip["id"] for clip in clips]
     notes.append(f"{corpus}: the intervals resample {num_speakers} speakers with all their clips.")
-    return [
-        f"clip {clip_id}" if clip.get("speaker") is None else f"speaker {clip['speaker']}"
-        for clip_id, clip in zip(ids, clips, strict=True)
-    ]
+    return [f"speaker {clip['speaker']}" if clip.get("speaker") else f"clip {clip['id']}" for clip in clips]
 
 
 def _gain(
     corpus: str, pair: tuple[str, str], metric: Metric, measured: Sequence[Measured], resampler: Resampler | None
 ) -> Gain:
     one, other = measured
-    difference = None if one.value is None or other.value is None else one.value - other.value
-    has_relative = metric.name != "ccc" and difference is not None and other.value is not None and other.value > 0
-    intervals: list[tuple[float, float] | None] = [None, None]
-    if resampler is not None and difference is not None:
+    gain = Gain(corpus, *pair, metric, len(one.summands))
+    if one.paired is not None and other.paired is not None:
+        gain.test = wilcoxon_test(one.paired - other.paired)
+    if one.value is None or other.value is None:
+        return gain
+    gain.difference = one.value - other.value
+    if metric.name != "ccc" and other.value > 0:
+        gain.relative = 100 * (one.value / other.value - 1)
+    if resampler is not None:
         ours, theirs = (each.statistic(resampler.sums(each.summands)) for each in measured)
-        with np.errstate(all="ignore"):
-            relative = np.where(theirs > 0, 100 * (ours / theirs - 1), np.nan)
-        intervals[0] = percentile_interval(ours - theirs, resampler.num_units)
-        intervals[1] = percentile_interval(relative, resampler.num_units) if has_relative else None
-    test = None if one.paired is None or other.paired is None else wilcoxon_test(one.paired - other.paired)
-    share = 100 * (one.value / other.value - 1) if has_relative and one.value is not None and other.value else None
-    what = (corpus, *pair, metric, len(one.summands))
-    return Gain(*what, difference, intervals[0], share, intervals[1], test, p_holm=None)
+        gain.difference_interval = percentile_interval(ours - theirs, resampler.num_units)
+        if gain.relative is not None:
+            with np.errstate(all="ignore"):
+                relative = np.where(theirs > 0, 100 * (ours / theirs - 1), np.nan)
+            gain.relative_interval = percentile_interval(relative, resampler.num_units)
+    return gain
 
 
-def _correct(gains: Sequence[Gain]) -> list[Gain]:
+def _correct(gains: Sequence[Gain]) -> None:
     """Holm's correction; the family is all tests of one table: its metrics, corpora and pairs of systems."""
-    corrected = list(gains)
     for table in ("empathy", "replies", "recognition"):
-        tests = {at: one.test for at, one in enumerate(gains) if one.metric.table == table and one.test is not None}
-        adjusted = holm([test.p_value for test in tests.values()])
-        for at, p_value in zip(tests, adjusted, strict=True):
-            corrected[at] = replace(corrected[at], p_holm=p_value)
-    return corrected
+        tested = [gain for gain in gains if gain.metric.table == table and gain.test is not None]
+        for gain, p_value in zip(tested, holm([gain.test.p_value for gain in tested if gain.test]), strict=True):
+            gain.p_holm = p_value
 
 
 def measure_part(
-    clips: Sequence[dict], table: str, part: str, class_names: Mapping[str, Sequence[str]]
+    clips: Sequence[dict], table: str, part: str, class_names: Sequence[str]
 ) -> Iterator[tuple[Metric, Measured]]:
     """Yield the metrics of one part of one table, from lines of predictions.jsonl that have it and its label."""
     if table == "empathy":
-        yield Metric(table, part, "mean_level"), _levels_measured(clips, part)
+        yield Metric(table, part, "mean_level"), _mean_measured([clip["empathy"][part]["level"] for clip in clips])
     elif table == "replies":
-        yield Metric(table, part, "value"), _wording_measured(clips, part)
+        yield Metric(table, part, "value"), _wording_measured([clip["reply"] for clip in clips], part)
     elif table == "dimensions":
         yield Metric(table, part, "ccc"), _concordance(clips, part)
     else:
-        for name, one in _recognition_measured(clips, part, list(class_names[part])).items():
+        for name, one in _recognition_measured(clips, part, class_names).items():
             yield Metric(table, part, name), one
-
-
-def _levels_measured(clips: Sequence[dict], mechanism: str) -> Measured:
-    for clip in clips:
-        level = clip["empathy"][mechanism]["level"]
-        if level not in range(LEVELS):
-            where = f"Clip {clip['id']!r}: the level of {mechanism} is {level!r}"
-            raise ValueError(f"{where}, expected 0 to {LEVELS - 1}. Evaluate again.")
-    return _mean_measured([clip["empathy"][mechanism]["level"] for clip in clips])
 
 
 def _mean_measured(values: Sequence[float]) -> Measured:
@@ -403,17 +382,14 @@ def _mean_measured(values: Sequence[float]) -> Measured:
     return Measured(float(paired.mean()), summands, lambda sums: sums[:, 0] / sums[:, 1], paired)
 
 
-def _wording_measured(clips: Sequence[dict], part: str) -> Measured:
-    replies = [clip["reply"] for clip in clips]
-    if part == "words":
-        return _mean_measured([count_words(reply) for reply in replies])
-    if part == "repetition":
-        return _mean_measured([repeated_share(reply) for reply in replies])
+def _wording_measured(replies: Sequence[str], part: str) -> Measured:
+    if part != "distinct_2":
+        return _mean_measured(list(map(count_words if part == "words" else repeated_share, replies)))
     ones = np.ones((len(replies), 1))  # no resample defines it: a reply that is drawn twice is no less distinct
     return Measured(distinct_share(replies, 2), ones, lambda sums: np.full(len(sums), np.nan), None)
 
 
-def _recognition_measured(clips: Sequence[dict], way: str, names: list[str]) -> dict[str, Measured]:
+def _recognition_measured(clips: Sequence[dict], way: str, names: Sequence[str]) -> dict[str, Measured]:
     truth = [clip["emotion"] for clip in clips]
     predictions = [answered_emotion(clip, way, names) for clip in clips]
     values = recognition_metrics(truth, predictions, names)

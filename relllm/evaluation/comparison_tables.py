@@ -17,7 +17,9 @@ from relllm.plots import ForestLine, plot_forest, plot_levels
 from .comparison import SYSTEM_TITLES, Cell, Comparison, Gain, Metric, compare_runs
 from .empathy.quality import describe_quality, find_weaknesses
 from .evaluation_settings import LEVELS, MECHANISMS, ComparisonSettings
-from .runs import Run, read_run
+from .fingerprints import check_extras
+from .runs import read_run
+from .summary import summarize_levels
 from .tables import DASH, Table, show_table, to_latex, to_markdown
 
 if TYPE_CHECKING:
@@ -98,6 +100,7 @@ PUBLISHED_GAINS = (
 
 def report_comparison(settings: ComparisonSettings, console: Console) -> None:
     """Do what `relllm compare` does: write a comparison of runs, and print its tables and notes."""
+    check_extras("Comparing runs", "matplotlib", "scipy")
     options: dict[str, Any] = {"resample": settings.resample, "seed": settings.seed, "group": settings.group}
     comparison = compare_runs([read_run(path) for path in settings.runs], settings.baseline, **options)
     written = write_comparison(comparison, settings.output_dir)
@@ -111,26 +114,25 @@ def report_comparison(settings: ComparisonSettings, console: Console) -> None:
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """Make a table of values of each task that was measured, and behind them all one of its gains."""
-    measured = [name for name in TITLES if any(cell.metric.table == name for cell in comparison.cells)]
-    gained = [name for name in TITLES if any(gain.metric.table == name for gain in comparison.gains)]
-    values = [_value_table(comparison, name) for name in measured]
-    return values + [_gain_table(comparison, name) for name in gained]
+    measured = {cell.metric.table for cell in comparison.cells}
+    gained = {gain.metric.table for gain in comparison.gains}
+    values = [_value_table(comparison, name) for name in TITLES if name in measured]
+    return values + [_gain_table(comparison, name) for name in TITLES if name in gained]
 
 
 def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     """Write comparison.md, .tex and .json, forest_*.png and levels_*.png; return the files."""
     tables = comparison_tables(comparison)
-    written = [out / "comparison.md", out / "comparison.tex", out / "comparison.json"]
-    with write_whole(written[0]) as partial:
-        partial.write_text("# Comparison\n\n" + "\n".join(map(to_markdown, tables)), encoding="utf-8")
-    with write_whole(written[1]) as partial:
-        partial.write_text("\n".join(map(to_latex, tables)), encoding="utf-8")
+    texts = {"md": "# Comparison\n\n" + "\n".join(map(to_markdown, tables)), "tex": "\n".join(map(to_latex, tables))}
+    written = [out / f"comparison.{suffix}" for suffix in (*texts, "json")]
+    for path, text in zip(written, texts.values(), strict=False):
+        with write_whole(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     write_json(comparison_json(comparison), written[2])
-    for name in GAIN_TITLES:
-        panels = _forest_panels(comparison, name)
-        if panels:
-            over = {gain.baseline for gain in comparison.gains}
-            title = f"{GAIN_TITLES[name]}, over {over.pop()}" if len(over) == 1 else GAIN_TITLES[name]
+    over = {gain.baseline for gain in comparison.gains}
+    for name, title in GAIN_TITLES.items():
+        if panels := _forest_panels(comparison, name):
+            title += f", over {min(over)}" if len(over) == 1 else ""
             written.append(plot_forest(panels, out / f"forest_{name}.png", title=title))
     for corpus in comparison.runs:
         if levels := _count_levels(comparison, corpus):
@@ -191,28 +193,21 @@ def _value_table(comparison: Comparison, name: str) -> Table:
 
 
 def _scorer_notes(comparison: Comparison) -> list[str]:
-    """Say how good the scorers are that gave the levels, and whether they are too weak."""
-    scored = [run for runs in comparison.runs.values() for run in runs if run.scorers is not None]
+    """Say how good the scorers are that gave the levels, and how long the replies are that they read."""
+    scored = [run for runs in comparison.runs.values() for run in runs if "empathy scorers" in run.protocol]
+    scorers = ("empathy scorers", "held-out empathy scorers")
     notes = []
-    for run in {(run.scorers, run.held_out_scorers): run for run in scored}.values():
+    for run in {tuple(map(run.protocol.get, scorers)): run for run in scored}.values():
         notes += describe_quality(run.scorer_quality)
         notes += [f"Too weak to report: {weakness}." for weakness in find_weaknesses(run.scorer_quality)]
-        if run.scorer_quality == {}:
+        if not run.scorer_quality:
             notes.append(f"How good the scorers of {run.name} are is not in its metrics.json: evaluate it again.")
-    return notes + [note for runs in comparison.runs.values() for run in runs for note in _length_notes(run)]
-
-
-def _length_notes(run: Run) -> list[str]:
-    """Say how long a run's replies are at each level, and how many the scorers read in part."""
-    notes = []
-    for name in MECHANISMS:
-        parts = (clip.get("empathy", {}).get(name, {}) for clip in run.clips.values())
-        if not (read := [part for part in parts if "tokens" in part]):
-            continue
-        lengths = [[part["tokens"] for part in read if part["level"] == level] for level in range(LEVELS)]
-        means = " / ".join(f"{sum(tokens) / len(tokens):.0f}" if tokens else DASH for tokens in lengths)
-        share = sum(part["cut"] for part in read) / len(read)
-        notes.append(f"{run.name}, {name}: {means} tokens a reply at level 0 / 1 / 2; {share:.1%} read in part only.")
+    for run, name in ((run, name) for runs in comparison.runs.values() for run in runs for name in MECHANISMS):
+        part = summarize_levels(run.clips.values(), name) or {}
+        if "share_cut" in part:
+            means = " / ".join(DASH if mean is None else f"{mean:.0f}" for mean in part["mean_tokens_of_level"])
+            read = f"{part['share_cut']:.1%} read in part only"
+            notes.append(f"{run.name}, {name}: {means} tokens a reply at level 0 / 1 / 2; {read}.")
     return notes
 
 
@@ -278,25 +273,21 @@ def _forest_panels(comparison: Comparison, name: str) -> dict[tuple[str, str], l
 
 
 def _published_beside(comparison: Comparison, gain: Gain) -> float | None:
+    wanted = (gain.corpus, gain.metric.part, comparison.kinds[gain.baseline])
     if comparison.kinds[gain.system] != "re-llm" or gain.metric.table != "empathy":
         return None
-    for published in PUBLISHED_GAINS:
-        wanted = (gain.corpus, gain.metric.part, comparison.kinds[gain.baseline])
-        if (published.corpus, published.metric, published.baseline) == wanted:
-            return published.gain
-    return None
+    return next((one.gain for one in PUBLISHED_GAINS if (one.corpus, one.metric, one.baseline) == wanted), None)
 
 
 def _count_levels(comparison: Comparison, corpus: str) -> dict[str, dict[str, list[int]]]:
     """Count how many replies of each system have each level, of all its clips."""
     found: dict[str, dict[str, list[int]]] = {}
     for run in comparison.runs[corpus]:
-        scored = [clip["empathy"] for clip in run.clips.values() if "empathy" in clip]
-        if scored and all(name in one for one in scored for name in MECHANISMS):
-            levels = {name: [one[name]["level"] for one in scored] for name in MECHANISMS}
+        parts = {name: summarize_levels(run.clips.values(), name) for name in MECHANISMS}
+        if all(parts.values()):
             of_row = found.setdefault(comparison.rows[run.path], {name: [0] * LEVELS for name in MECHANISMS})
-            for name, values in levels.items():
-                of_row[name] = [count + values.count(level) for level, count in enumerate(of_row[name])]
+            for name, part in parts.items():
+                of_row[name] = [sum(counts) for counts in zip(of_row[name], part["levels"], strict=True)]
     return {name: found[name] for name in comparison.systems if name in found}
 
 

@@ -49,6 +49,7 @@ from .evaluation_settings import (
 from .fingerprints import check_extras, data_fingerprint, describe_hardware, folder_fingerprint, model_fingerprint
 from .leakage import check_unseen, find_seen
 from .predicting import Predictor, load_in_vllm, load_predictor, load_tokenizer, resolve_system
+from .runs import read_predictions
 from .summary import count_clips, draw_plots, summarize_clips
 
 PLOTS = "plots"
@@ -109,12 +110,6 @@ def collect_journals(out: Path, identity: Mapping) -> dict[str, dict]:
                 journal.append(entry for row_id, entry in part.done.items() if row_id not in journal.done)
             path.unlink()
         return dict(journal.done)
-
-
-def read_predictions(out: Path) -> tuple[dict, list[dict]]:
-    """Return the settings and the lines of a run's `predictions.jsonl`."""
-    first, *lines = (out / PREDICTIONS).read_text(encoding="utf-8").splitlines()
-    return json.loads(first)["settings"], [json.loads(line) for line in lines]
 
 
 def write_predictions(out: Path, identity: Mapping, lines: Sequence[Mapping]) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+
+from relllm.data.table_files import read_table
+from relllm.labels import DIMENSIONS
 
 from .evaluation_settings import FORMAT, HELD_OUT, METRICS, PREDICTIONS, SYSTEMS
 
@@ -21,15 +24,18 @@ class Run:
     system: str
     data: dict  # the part `data` of metrics.json: corpus, split, held_out, fingerprint, …
     clips: dict[str, dict]  # what was read of each clip, by id; clips that failed are left out
-    failed: tuple[str, ...]  # ids of the clips that could not be read
     class_names: dict[str, list[str]]  # of each way of recognition
-    scorers: str | None  # fingerprint of what scored the replies
-    held_out_scorers: str | None  # and of what scored them beside
+    protocol: dict[str, object]  # what runs on a corpus must share, where both have it
     scorer_quality: dict  # of each scorer, as `read_quality` has it, by `EMPATHY_PARTS`; empty in older runs
     conditions: dict  # how it was asked: "longest reply", "prompts", "precision", "versions"; empty where not recorded
     seen: dict  # what its training has to do with the rows, as `find_seen` has it; empty in older runs
-    fold_column: str | None  # what the folds are, where the predictions of several folds are pooled
-    fold_means: dict  # as in metrics.json; empty without folds
+    folds: dict  # as in metrics.json, where the predictions of several folds are pooled; else empty
+
+
+def read_predictions(out: Path) -> tuple[dict, list[dict]]:
+    """Return the settings and the lines of a run's `predictions.jsonl`."""
+    (_, first), *lines = read_table(out / PREDICTIONS)
+    return first["settings"], [line for _, line in lines]
 
 
 def read_run(path: Path) -> Run:
@@ -40,33 +46,35 @@ def read_run(path: Path) -> Run:
                 f"{path} has no {name}: it is no complete run. `relllm evaluate … --out {path}` writes one, and goes "
                 "on where it was interrupted."
             )
-    metrics = _parse_object((path / METRICS).read_text(encoding="utf-8"), str(path / METRICS))
-    found = metrics.get("format")
-    if found != FORMAT or not isinstance(metrics.get("data"), dict):
+    metrics = json.loads((path / METRICS).read_text(encoding="utf-8"))
+    if (found := metrics.get("format")) != FORMAT:
         raise ValueError(f"{path / METRICS} has the format {found!r}, expected {FORMAT!r}. Evaluate again.")
-    if metrics.get("system") not in SYSTEMS:
-        raise ValueError(f"{path}: the system is {metrics.get('system')!r}, expected one of {', '.join(SYSTEMS)}.")
-    clips = _read_clips(path / PREDICTIONS)
-    folds = metrics.get("folds") or {}
+    if metrics["system"] not in SYSTEMS:
+        raise ValueError(f"{path}: the system is {metrics['system']!r}, expected one of {', '.join(SYSTEMS)}.")
     scorers, further = (metrics.get("empathy", {}).get(key) or {} for key in ("scorers", "held_out_scorers"))
+    class_names = {way: numbers["class_names"] for way, numbers in metrics.get("recognition", {}).items()}
+    folds, conditions = metrics.get("folds") or {}, _conditions(metrics)
+    protocol = {name: metrics["data"].get(name) for name in ("split", "held_out", "limit", "fingerprint")}
+    protocol["folds"] = folds.get("column")
+    protocol |= {f"classes ({way})": names for way, names in class_names.items()}
+    for what, one in (("held-out empathy scorers", further), ("empathy scorers", scorers)):
+        if one.get("fingerprint") is not None:
+            protocol[what] = one["fingerprint"] + ", in windows" * bool(one.get("in_windows"))
+    if "empathy scorers" in protocol and "longest reply" in conditions:
+        protocol["longest reply (max_new_tokens)"] = conditions["longest reply"]
+    held_out_quality = {HELD_OUT[name]: quality for name, quality in (further.get("quality") or {}).items()}
     return Run(
         path=path,
         name=str(metrics.get("name") or path.name),
         system=metrics["system"],
         data=metrics["data"],
-        clips={clip_id: clip for clip_id, clip in clips.items() if "error" not in clip},
-        failed=tuple(clip_id for clip_id, clip in clips.items() if "error" in clip),
-        class_names={way: numbers["class_names"] for way, numbers in metrics.get("recognition", {}).items()},
-        scorers=_name_scorers(scorers),
-        held_out_scorers=_name_scorers(further),
-        scorer_quality={
-            **(scorers.get("quality") or {}),
-            **{HELD_OUT[name]: quality for name, quality in (further.get("quality") or {}).items()},
-        },
-        conditions=_conditions(metrics),
+        clips={line["id"]: line for line in read_predictions(path)[1] if "error" not in line},
+        class_names=class_names,
+        protocol=protocol,
+        scorer_quality={**(scorers.get("quality") or {}), **held_out_quality},
+        conditions=conditions,
         seen=metrics.get("training") or {},
-        fold_column=folds.get("column"),
-        fold_means=folds.get("mean", {}),
+        folds=folds,
     )
 
 
@@ -83,44 +91,34 @@ def group_by_corpus(runs: Iterable[Run]) -> dict[str, list[Run]]:
     for corpus, members in groups.items():
         for first, other in combinations(members, 2):
             _check_same_data(corpus, first, other)
-            _check_same_labels(first, other)
     return groups
 
 
-def find_differences(runs: Iterable[Run]) -> list[str]:
+def find_differences(runs: Sequence[Run]) -> list[str]:
     """Say in what else the runs of one corpus differ: prompts, precision, versions; and what is not recorded."""
-    members = list(runs)
     notes = []
-    for what in dict.fromkeys(name for run in members for name in run.conditions):
-        values = [(run.conditions[what], run.name) for run in members if what in run.conditions]
+    for what in dict.fromkeys(name for run in runs for name in run.conditions):
+        values = [(run.conditions[what], run.name) for run in runs if what in run.conditions]
         if len({str(value) for value, _ in values}) > 1:
             each = ", ".join(dict.fromkeys(f"{value} ({name})" for value, name in values))
             notes.append(f"the runs differ in {what}" + ("" if what == "prompts" else f": {each}"))
-        if lacking := dict.fromkeys(run.name for run in members if what not in run.conditions):
+        if lacking := dict.fromkeys(run.name for run in runs if what not in run.conditions):
             notes.append(f"{what} of {', '.join(lacking)} is not recorded: evaluate again to have it compared")
     return notes
 
 
 def _conditions(metrics: dict) -> dict:
     """Return how a run was asked; what stands in a prompt for the clip, which is its system's, counts for nothing."""
-    found: dict[str, object] = {}
-    if prompts := metrics.get("prompts"):
-        spoken = {name: re.sub(r"\{transcript\}|<\|audio\|>", "…", text) for name, text in prompts.items()}
-        found["prompts"] = json.dumps(spoken, sort_keys=True)
-    if (dtype := (metrics.get("model") or {}).get("dtype")) is not None:
-        found["precision"] = dtype
-    if longest := ((metrics.get("generation") or {}).get("max_new_tokens") or {}).get("reply"):
-        found["longest reply"] = longest
-    for name in ("relllm", "transformers", "torch"):
-        if version := (metrics.get("versions") or {}).get(name):
-            found[f"version of {name}"] = version
-    return found
-
-
-def _name_scorers(scorers: dict) -> str | None:
-    """Return the fingerprint of what scored the replies, and how it read them."""
-    name = scorers.get("fingerprint")
-    return f"{name}, in windows" if name is not None and scorers.get("in_windows") else name
+    parts = ("prompts", "model", "generation", "versions")
+    prompts, model, generation, versions = (metrics.get(name) or {} for name in parts)
+    spoken = {name: re.sub(r"\{transcript\}|<\|audio\|>", "…", text) for name, text in prompts.items()}
+    found = {
+        "prompts": json.dumps(spoken, sort_keys=True) if prompts else None,
+        "precision": model.get("dtype"),
+        "longest reply": generation.get("max_new_tokens", {}).get("reply"),
+        **{f"version of {name}": versions.get(name) for name in ("relllm", "transformers", "torch")},
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _split_by_protocol(corpus: str, members: list[Run]) -> list[tuple[str, list[Run]]]:
@@ -145,68 +143,26 @@ def _split_by_protocol(corpus: str, members: list[Run]) -> list[tuple[str, list[
 
 def _protocol(run: Run) -> tuple[str, ...]:
     """Return split, what is held out, folds, classes (empty without) and data of a run, in words."""
-    data, classes = run.data, next(iter(run.class_names.values()), [])
-    held_out = f"held out {data['held_out']}" if data.get("held_out") else "no rows held out"
-    folds = f"folds by {run.fold_column}" if run.fold_column else "no folds"
-    fingerprint = str(data.get("fingerprint")).removeprefix("sha256:")[:8]
-    return str(data.get("split")), held_out, folds, f"{len(classes)} classes" if classes else "", fingerprint
+    shared, classes = run.protocol, next(iter(run.class_names.values()), [])
+    held_out = f"held out {shared['held_out']}" if shared["held_out"] else "no rows held out"
+    folds = f"folds by {shared['folds']}" if shared["folds"] else "no folds"
+    fingerprint = str(shared["fingerprint"]).removeprefix("sha256:")[:8]
+    return str(shared["split"]), held_out, folds, f"{len(classes)} classes" if classes else "", fingerprint
 
 
 def _check_same_data(corpus: str, first: Run, other: Run) -> None:
-    names = ("split", "held_out", "limit", "fingerprint")
-    pairs: list[tuple] = [(name, first.data.get(name), other.data.get(name)) for name in names]
-    pairs.append(("folds", first.fold_column, other.fold_column))
-    if first.held_out_scorers is not None and other.held_out_scorers is not None:
-        pairs.append(("held-out empathy scorers", first.held_out_scorers, other.held_out_scorers))
-    if first.scorers is not None and other.scorers is not None:
-        pairs.append(("empathy scorers", first.scorers, other.scorers))
-        longest = "longest reply"
-        if longest in first.conditions and longest in other.conditions:
-            pairs.append((f"{longest} (max_new_tokens)", first.conditions[longest], other.conditions[longest]))
-    for way in first.class_names.keys() & other.class_names.keys():
-        pairs.append((f"classes ({way})", first.class_names[way], other.class_names[way]))
-    for what, one, two in pairs:
+    for what in (name for name in first.protocol if name in other.protocol):
+        one, two = first.protocol[what], other.protocol[what]
         if one != two:
             raise ValueError(
                 f"{first.path} and {other.path} are both on {corpus}, but their {what} differ: {one!r} and {two!r}. "
                 "Only runs on the same clips, measured alike, can be compared; evaluate one of them again."
             )
-
-
-def _check_same_labels(first: Run, other: Run) -> None:
     for clip_id in first.clips.keys() & other.clips.keys():
-        for label in ("emotion", "arousal", "dominance", "valence"):
+        for label in ("emotion", *DIMENSIONS):
             one, two = first.clips[clip_id].get(label), other.clips[clip_id].get(label)
             if one != two:
                 raise ValueError(
                     f"Clip {clip_id!r}: {label} is {one!r} in {first.path} and {two!r} in {other.path}. The runs are "
                     "on different labels; evaluate one of them again."
                 )
-
-
-def _read_clips(path: Path) -> dict[str, dict]:
-    clips: dict[str, dict] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        clip = _parse_object(line, f"{path}:{number}")
-        if "settings" in clip and "id" not in clip:
-            continue
-        if not isinstance(clip.get("id"), str):
-            raise ValueError(f"{path}:{number} is no clip: it has no `id`. Evaluate again.")
-        clips[clip["id"]] = clip
-    if not clips:
-        raise ValueError(f"{path} has no clips. Evaluate again.")
-    return clips
-
-
-def _parse_object(text: str, where: str) -> dict:
-    try:
-        content = json.loads(text, parse_constant=_refuse_constant)
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON ({error}). Evaluate again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} is no JSON object. Evaluate again.")
-    return content
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"it holds {name}, which is no number")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
@@ -33,11 +33,12 @@ def summarize_clips(lines: Sequence[Mapping], labels: Sequence[str]) -> dict:
     An answer that names no emotion counts as wrong. Clips that could not be read count for nothing here; neither do
     clips without an emotion of `labels` for recognition, or without the dimension for that dimension.
     """
-    recognition = {way: part for way in WAYS if (part := _recognition_of(lines, labels, way)) is not None}
+    recognition = {way: part for way in WAYS if (part := _recognition_of(lines, labels, way))}
     parts = {
         "recognition": recognition or None,
         "dimensions": _dimensions(lines),
-        "empathy": {name: part for name in EMPATHY_PARTS if (part := _empathy(lines, name)) is not None} or None,
+        "empathy": {name: part for name in EMPATHY_PARTS if (part := summarize_levels(lines, name)) is not None}
+        or None,
         "replies": _wording(lines),
     }
     return {name: part for name, part in parts.items() if part is not None}
@@ -187,22 +188,20 @@ def _dimensions(lines: Sequence[Mapping]) -> dict | None:
     return {**dimension_metrics(labels, predictions), "scale": "[0, 1]"}
 
 
-def _empathy(lines: Sequence[Mapping], mechanism: str) -> dict | None:
-    levels = [line["empathy"][mechanism]["level"] for line in lines if mechanism in line.get("empathy", {})]
-    if not levels:
+def summarize_levels(lines: Iterable[Mapping], mechanism: str) -> dict | None:
+    """Return mean and counts of the levels of one mechanism, and the length of the replies; `None` without any."""
+    parts = [part for line in lines if (part := line.get("empathy", {}).get(mechanism))]
+    if not parts:
         return None
-    counts = [levels.count(level) for level in range(LEVELS)]
-    found = {"mean_level": sum(levels) / len(levels), "levels": counts, "num_replies": len(levels)}
-    read = [part for line in lines if "tokens" in (part := line.get("empathy", {}).get(mechanism, {}))]
-    if len(read) < len(levels):  # of an older release, or of another `score`
+    by_level = [[part for part in parts if part["level"] == level] for level in range(LEVELS)]
+    mean_level = sum(part["level"] for part in parts) / len(parts)
+    found = {"mean_level": mean_level, "levels": [*map(len, by_level)], "num_replies": len(parts)}
+    if not all("tokens" in part for part in parts):  # of an older release, or of another `score`
         return found
-    of_level = [[part["tokens"] for part in read if part["level"] == level] for level in range(LEVELS)]
-    lengths = {
-        "mean_tokens": sum(part["tokens"] for part in read) / len(read),
-        "mean_tokens_of_level": [sum(tokens) / len(tokens) if tokens else None for tokens in of_level],
-        "share_cut": sum(part["cut"] for part in read) / len(read),
-    }
-    return {**found, **lengths}
+    lengths = [[part["tokens"] for part in of] for of in (parts, *by_level)]
+    mean_tokens, *of_level = (sum(tokens) / len(tokens) if tokens else None for tokens in lengths)
+    share_cut = sum(part["cut"] for part in parts) / len(parts)
+    return {**found, "mean_tokens": mean_tokens, "mean_tokens_of_level": of_level, "share_cut": share_cut}
 
 
 def _wording(lines: Sequence[Mapping]) -> dict | None:

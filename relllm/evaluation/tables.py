@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal
 
 from rich.console import Console
@@ -13,16 +11,18 @@ from rich.table import Table as RichTable
 
 DASH = "–"  # a cell without a value
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    **{mark: "\\" + mark for mark in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "–": "--",
-    "−": "$-$",
-    "≥": r"$\geq$",
-    "±": r"$\pm$",
-}
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        **{mark: "\\" + mark for mark in "&%$#_{}"},
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "–": "--",
+        "−": "$-$",
+        "≥": r"$\geq$",
+        "±": r"$\pm$",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -36,33 +36,32 @@ class Table:
     rows: list[list[str]]
     notes: list[str]  # sentences below
 
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            if len(row) != len(self.header):
-                raise ValueError(f"{self.name}: the row {row} has {len(row)} cells, expected {len(self.header)}.")
-
 
 def to_markdown(table: Table) -> str:
     """Return the table with its title and notes; a column's group stands before its name."""
-    names = [_mark_down(f"{group} {name}".strip()) for group, name in table.header]
+    names = [f"{group} {name}".strip() for group, name in table.header]
     rules = [":--" if index < table.num_stubs else "--:" for index in range(len(names))]
-    rows = [names, rules, *([_mark_down(cell) for cell in row] for row in table.rows)]
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (names, rules, *table.rows)]
     lines = [f"## {table.title}", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
     return "\n".join([*lines, *(f"- {note}" for note in table.notes), ""])
 
 
 def to_latex(table: Table) -> str:
     r"""Return a `table*` that needs `\usepackage{booktabs}` only; groups span their columns."""
-    columns = "l" * table.num_stubs + "r" * (len(table.header) - table.num_stubs)
-    lines = [r"\begin{table*}", r"\centering", r"\small", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
-    groups = [(group, len(list(members))) for group, members in groupby(group for group, _ in table.header)]
-    if any(group for group, _ in groups):
-        lines += _group_lines(groups)
-    lines += [_latex_row(_escape(name) for _, name in table.header), r"\midrule"]
-    lines += [_latex_row(_escape(cell) for cell in row) for row in table.rows]
-    caption = " ".join(_escape(sentence) for sentence in (table.title + ".", *table.notes))
-    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption}}}", rf"\label{{tab:{table.name}}}"]
-    return "\n".join([*lines, r"\end{table*}", ""])
+    from pandas import DataFrame, MultiIndex
+
+    escaped = [[text.translate(_LATEX) for text in texts] for texts in (*zip(*table.header, strict=True), *table.rows)]
+    groups, names, *rows = escaped
+    frame = DataFrame(rows, columns=MultiIndex.from_arrays([groups, names]) if any(groups) else names)
+    return frame.style.hide(axis="index").to_latex(
+        environment="table*",
+        position_float="centering",
+        hrules=True,
+        column_format="l" * table.num_stubs + "r" * (len(names) - table.num_stubs),
+        multicol_align="c",
+        caption=" ".join((table.title + ".", *table.notes)).translate(_LATEX),
+        label=f"tab:{table.name}",
+    )
 
 
 def show_table(table: Table, console: Console) -> None:
@@ -78,28 +77,6 @@ def show_table(table: Table, console: Console) -> None:
         return
     console.print(table.title, style="italic", soft_wrap=False)
     for row in table.rows:
-        cells = [f"{group} {name} {cell}".strip() for (group, name), cell in zip(table.header, row, strict=True)]
-        said = [shown for shown, cell in zip(cells, row, strict=True) if cell not in ("", DASH)]
+        cells = zip(table.header, row, strict=True)
+        said = [f"{group} {name} {cell}".strip() for (group, name), cell in cells if cell not in ("", DASH)]
         console.print(Padding(", ".join(said), (0, 0, 0, 2)), soft_wrap=False)
-
-
-def _mark_down(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
-
-
-def _escape(text: str) -> str:
-    return "".join(_LATEX.get(mark, mark) for mark in text)
-
-
-def _latex_row(cells: Iterable[str]) -> str:
-    return " & ".join(cells) + r" \\"
-
-
-def _group_lines(groups: list[tuple[str, int]]) -> list[str]:
-    """Return a row of groups over their columns, and the rules below them."""
-    cells, rules, at = [], [], 1
-    for group, width in groups:
-        cells.append(rf"\multicolumn{{{width}}}{{c}}{{{_escape(group)}}}" if group else " & ".join([""] * width))
-        rules += [rf"\cmidrule(lr){{{at}-{at + width - 1}}}"] if group else []
-        at += width
-    return [_latex_row(cells), " ".join(rules)]

@@ -111,7 +111,7 @@ def test_a_bootstrap_statistic_on_the_clips_themselves_is_the_metric(folders: li
         ("recognition", "head"),
         ("dimensions", "valence"),
     ):
-        for metric, measured in measure_part(clips, table, part, dict.fromkeys(("generated", "head"), CLASSES)):
+        for metric, measured in measure_part(clips, table, part, CLASSES):
             summed = measured.statistic(measured.summands.sum(axis=0, keepdims=True))
             assert summed.tolist() == [pytest.approx(measured.value, abs=1e-12)], metric
             if measured.paired is not None:
@@ -184,8 +184,8 @@ def test_a_label_that_differs_is_refused(folders: list[Path]) -> None:
 
 def test_an_incomplete_run_and_a_broken_line_are_named(folders: list[Path]) -> None:
     with (folders[0] / "predictions.jsonl").open("a") as file:
-        file.write('{"id": "x", "arousal": NaN}\n')
-    with pytest.raises(ValueError, match=r"predictions\.jsonl:122 is not valid JSON .*NaN"):
+        file.write('{"id": "x", "arousal\n')
+    with pytest.raises(ValueError, match=r"predictions\.jsonl, line 122 is not JSON"):
         read_run(folders[0])
     (folders[1] / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no metrics\.json: it is no complete run"):
@@ -291,8 +291,6 @@ def test_every_row_of_the_latex_has_the_columns_of_its_table(folders: list[Path]
 def test_names_with_marks_of_the_format_are_escaped() -> None:
     table = Table("t", "100 % a_b", [("", "x|y"), ("g&h", "n")], 1, [["a|b", "1_2"]], [])
     assert r"a\|b" in to_markdown(table) and r"1\_2" in to_latex(table) and r"g\&h" in to_latex(table)
-    with pytest.raises(ValueError, match="has 1 cells, expected 2"):
-        Table("t", "t", [("", "x"), ("", "y")], 1, [["a"]], [])
 
 
 def test_the_command_prints_the_tables_and_writes_them(folders: list[Path], tmp_path: Path) -> None:
@@ -331,8 +329,6 @@ def test_values_come_before_gains_and_a_forest_has_no_empty_panel(folders: list[
 
 
 def test_what_cannot_be_measured_is_refused_or_said(folders: list[Path]) -> None:
-    with pytest.raises(ValueError, match="--resample sessions: expected one of auto, clips, speakers"):
-        compare(folders[:3], "speech-only", resample="sessions")
     assert (
         "esd: no run of the baseline Text-only LLM on transcripts."
         in compare([*folders[:3], folders[5]], "text-only").notes
@@ -340,8 +336,3 @@ def test_what_cannot_be_measured_is_refused_or_said(folders: list[Path]) -> None
     for path in folders[1:3]:
         rewrite(path, [{**clip, "dimension_source": "org/tower@abc"} for clip in clips_of(path)])
     assert any("no labels" in note and "org/tower" in note for note in compare(folders[1:3], "speech-only").notes)
-    clips = clips_of(folders[2])
-    clips[5]["empathy"]["IP"]["level"] = 3
-    rewrite(folders[2], clips)
-    with pytest.raises(ValueError, match="'clip0005': the level of IP is 3"):
-        compare(folders[1:3], "speech-only")

@@ -11,10 +11,8 @@ def test_the_signed_rank_test_agrees_with_scipy_on_levels_and_on_continuous_valu
     rng = np.random.default_rng(0)
     levels = rng.integers(-2, 3, 200)
     assert wilcoxon_test(levels).p_value == pytest.approx(wilcoxon(levels, zero_method="wilcox").pvalue, abs=1e-12)
-    assert wilcoxon_test(levels).method == "normal approximation"
     continuous = rng.normal(0.3, 1, 30)
     assert wilcoxon_test(continuous).p_value == pytest.approx(wilcoxon(continuous, method="exact").pvalue, abs=1e-12)
-    assert wilcoxon_test(continuous).method == "exact"
 
 
 def test_few_tied_differences_are_counted_out_over_all_signs() -> None:
@@ -24,19 +22,17 @@ def test_few_tied_differences_are_counted_out_over_all_signs() -> None:
     sums, observed = ranks @ signs, ranks @ np.sign(differences[differences != 0])
     expected = 2 * min(np.mean(sums >= observed), np.mean(sums <= observed))
     test = wilcoxon_test(differences)
-    assert (test.p_value, test.method) == (pytest.approx(expected), "exact")
-    assert (test.num_pairs, test.num_different) == (9, 7)
+    assert (test.p_value, test.num_different) == (pytest.approx(expected), 7)
 
 
 def test_right_and_wrong_answers_give_the_exact_sign_test() -> None:
     differences = [1.0] * 9 + [-1.0] * 2 + [0.0] * 30
-    test = wilcoxon_test(differences)
-    assert (test.p_value, test.method) == (pytest.approx(binomtest(9, 11).pvalue, abs=1e-12), "sign test")
+    assert wilcoxon_test(differences).p_value == pytest.approx(binomtest(9, 11).pvalue, abs=1e-12)
 
 
 def test_systems_that_never_differ_have_a_p_value_of_one() -> None:
     test = wilcoxon_test([0.0] * 5)
-    assert (test.p_value, test.num_pairs, test.num_different) == (1.0, 5, 0)
+    assert (test.p_value, test.num_different) == (1.0, 0)
 
 
 @pytest.mark.parametrize("differences", [[], [1.0, float("nan")], [float("inf")]])
@@ -50,8 +46,6 @@ def test_holm_agrees_with_the_steps_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
-    with pytest.raises(ValueError, match=r"p-values in \[0, 1\]"):
-        holm([0.1, float("nan")])
 
 
 def test_sums_of_resamples_are_those_of_drawing_whole_units() -> None:
