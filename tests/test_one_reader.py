@@ -12,7 +12,8 @@ import soundfile
 from tiny_models import clip, tiny_config, tiny_model, tiny_processor
 
 from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
-from relllm.evaluation.predicting import encode_clips
+from relllm.evaluation.asking import Questions
+from relllm.evaluation.predicting import SpeechPredictor
 from relllm.inference.conversation import Conversation
 from relllm.inference.inference_settings import RequestLimits
 from relllm.inference.replies import hear, reply
@@ -24,6 +25,7 @@ from relllm.training.augmentation import Augmentation, AugmentationSettings
 from relllm.training.collator import ReLLMCollator
 
 GAIN = AugmentationSettings(augment_gain_db=[-6.0, 3.0], augment_probability=1.0)
+DIMENSIONS_ALONE = Questions(("dimensions",), ("sad", "happy"))
 STEPS = ("_decode", "resample", "_check_samples")
 
 
@@ -57,8 +59,8 @@ WAYS: dict[str, Callable] = {
     "reply": lambda model, processor, path: reply(model, processor, path, max_new_tokens=1),
     "hear": lambda model, processor, path: list(hear(model, processor, [path])),
     "conversation": lambda model, processor, path: Conversation(model, processor).say(path, max_new_tokens=1),
-    "evaluation": lambda model, processor, path: encode_clips(
-        model, processor, [processor.feature_extractor.read_clip(path)]
+    "evaluation": lambda model, processor, path: SpeechPredictor(model, processor, DIMENSIONS_ALONE).predict(
+        [{"audio": str(path)}]
     ),
     "server": server,
     "web": web,

@@ -7,13 +7,16 @@ as 16-bit FLAC; samples beyond full scale are set to it, and never is a clip mad
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
+from torch import Tensor
 
 from relllm.processing.audio_relllm import SAMPLING_RATE, load_audio, resample
+from relllm.processing.processing_relllm import AUDIO_KEYS
 
 from .data_settings import PrepareSettings
 from .parsing import NO_AUDIO
@@ -114,6 +117,19 @@ def to_16_bit(waveform: np.ndarray) -> tuple[np.ndarray, int]:
     # 1.0 itself becomes 32767: an error of one step, which every 16-bit file has, and no overshoot.
     overshoot = np.count_nonzero((scaled < -32768) | (scaled > 32768))
     return limited.astype(np.int16), int(overshoot)
+
+
+def clip_duration(source: object, sampling_rate: int = SAMPLING_RATE) -> float:
+    """Return the seconds of a clip: a path, bytes, a `datasets` dictionary, or an array at `sampling_rate` Hz."""
+    if isinstance(source, Mapping):
+        given = next((source[key] for key in ("bytes", "array", *AUDIO_KEYS) if source.get(key) is not None), None)
+        return clip_duration(given, source.get("sampling_rate") or sampling_rate)
+    if isinstance(source, (bytes, str)):
+        info = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source.removeprefix("file://"))
+        return info.frames / info.samplerate
+    if isinstance(source, (np.ndarray, Tensor, Sequence)):
+        return max(np.shape(source)) / sampling_rate  # channels are the other, shorter axis
+    raise TypeError(f"no length of {type(source).__name__}")
 
 
 def _read_header(path: Path) -> tuple[int, bool]:

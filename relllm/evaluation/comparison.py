@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -111,46 +112,42 @@ def compare_runs(
 ) -> Comparison:
     """Set two runs or more side by side, as the paper does: systems x corpora, gains over the baselines.
 
-    Rows are the systems (text-only, speech-only, re-llm); where a corpus has two runs of one, rows are the runs'
-    names. Only clips count that every run of a corpus with that task has; a run that lacks more than 1 % of them is
-    refused. A baseline is a system, a run's name, or its folder. The bootstrap draws `"clips"` or `"speakers"`;
-    `"auto"` takes speakers where a corpus has 10 of them.
-
-    With `group` (`"system"` or `"name"`) runs of one system, or name, on a corpus are one row, such as one training
-    with several seeds: its value is their mean, the bootstrap draws runs too, tests are of the clips' means over runs.
+    Rows are the systems; where a corpus has two runs of one, the runs' names. Only clips count that every run of a
+    corpus with that task has; a run that lacks more than 1 % of them is refused. A baseline is a system, a run's name,
+    or its folder. The bootstrap draws `"clips"` or `"speakers"`; `"auto"`: speakers where it has 10. With `group`
+    (`"system"` or `"name"`) such runs on a corpus are one row, as seeds of one training: its value is their mean, the
+    bootstrap draws runs too, tests are of the clips' means over runs.
     """
     groups = group_by_corpus(runs)
-    labels, kinds = _row_labels(groups, group)
-    chosen = [_find_baseline(name, runs, labels) for name in baselines]
+    rows, kinds = _name_rows(groups, group)
+    chosen = [_find_baseline(name, runs, rows) for name in baselines]
     systems = list(kinds)
     notes: list[str] = []
     cells: list[Cell] = []
     gains: list[Gain] = []
     for corpus, members in groups.items():
-        ordered = sorted(members, key=lambda run: systems.index(labels[run.path]))
-        present = [labels[run.path] for run in ordered]
-        by_label = {_key(run, labels[run.path], present): run for run in ordered}
-        rows = {key: labels[run.path] for key, run in by_label.items()}
+        ordered = sorted(members, key=lambda run: systems.index(rows[run.path]))
+        present = [rows[run.path] for run in ordered]
+        titles = {path: name if present.count(name) == 1 else f"{name} ({path})" for path, name in rows.items()}
         pairs = _pairs(list(dict.fromkeys(present)), chosen)
-        notes += [f"{corpus}: no run of the baseline {name}." for name in chosen if name not in present]
-        notes += [f"{corpus}: {difference}." for difference in find_differences(members)]
-        notes += [note for label, run in by_label.items() for note in _say_seen(corpus, label, run)]
-        for measured, units in _measure_parts(corpus, by_label, resample, notes):
+        own = [f"no run of the baseline {name}" for name in chosen if name not in present] + find_differences(members)
+        own += [note for run in ordered for note in _say_seen(titles[run.path], run)]
+        for measured, units in _measure_parts(corpus, {titles[run.path]: run for run in ordered}, resample, own):
             resampler = Resampler(units, num_resamples=num_resamples, seed=seed) if len(set(units)) > 1 else None
             for metric, of_run in measured.items():
-                of_system = {}
-                for label in dict.fromkeys(rows[key] for key in of_run):
-                    keys = [key for key in of_run if rows[key] == label]
-                    own = [of_run[key] for key in keys]
-                    of_system[label] = combine_runs(own, (seed, systems.index(label)))
-                    cells.append(_cell(corpus, label, metric, own, [by_label[key] for key in keys]))
-                both = [pair for pair in pairs if of_system.keys() >= set(pair)]
-                gains += [_gain(corpus, pair, metric, [of_system[one] for one in pair], resampler) for pair in both]
+                of_row: dict[str, Measured] = {}
+                for name in dict.fromkeys(rows[run.path] for run, _ in of_run):
+                    seeds = [(run, one) for run, one in of_run if rows[run.path] == name]
+                    of_row[name] = combine_runs([one for _, one in seeds], (seed, systems.index(name)))
+                    cells.append(_cell(corpus, name, metric, seeds))
+                both = [pair for pair in pairs if of_row.keys() >= set(pair)]
+                gains += [_gain(corpus, pair, metric, [of_row[one] for one in pair], resampler) for pair in both]
+        notes += [f"{corpus}: {note}." for note in dict.fromkeys(own)]
     if not gains:
         raise ValueError(f"Nothing to compare: no corpus has a baseline ({', '.join(baselines)}) and another run.")
-    settings = {"baselines": chosen, "resample": resample, "num_resamples": num_resamples, "seed": seed}
     _correct(gains)
-    return Comparison(systems, kinds, groups, cells, gains, list(dict.fromkeys(notes)), settings, labels)
+    settings = {"baselines": chosen, "resample": resample, "num_resamples": num_resamples, "seed": seed}
+    return Comparison(systems, kinds, groups, cells, gains, notes, settings, rows)
 
 
 def combine_runs(measured: Sequence[Measured], seed: tuple[int, ...]) -> Measured:
@@ -178,12 +175,12 @@ def combine_runs(measured: Sequence[Measured], seed: tuple[int, ...]) -> Measure
     )
 
 
-def _cell(corpus: str, label: str, metric: Metric, measured: Sequence[Measured], runs: Sequence[Run]) -> Cell:
-    values = [one.value for one in measured]
-    means = [run.folds.get("mean", {}).get(metric.table, {}).get(metric.part, {}).get(metric.name) for run in runs]
-    mean, num_clips = _mean(values), len(measured[0].summands)
-    deviation = None if mean is None or len(runs) < 2 else float(np.std(np.array(values, dtype=float), ddof=1))
-    return Cell(corpus, label, metric, mean, num_clips, _mean(means), len(runs), deviation)
+def _cell(corpus: str, row: str, metric: Metric, seeds: Sequence[tuple[Run, Measured]]) -> Cell:
+    values = [one.value for _, one in seeds]
+    folds = [run.folds.get("mean", {}).get(metric.table, {}).get(metric.part, {}) for run, _ in seeds]
+    fold_mean, mean = _mean([of.get(metric.name) for of in folds]), _mean(values)
+    deviation = None if mean is None or len(seeds) < 2 else float(np.std(np.array(values, dtype=float), ddof=1))
+    return Cell(corpus, row, metric, mean, len(seeds[0][1].summands), fold_mean, len(seeds), deviation)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -191,61 +188,59 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return None if None in values else float(np.mean(np.array(values, dtype=float)))
 
 
-def _key(run: Run, label: str, present: Sequence[str]) -> str:
-    """Name a run by its row, and by its folder too where the row has several."""
-    return label if present.count(label) == 1 else f"{label} ({run.path})"
-
-
-def _row_labels(groups: Mapping[str, Sequence[Run]], group: str | None) -> tuple[dict[Path, str], dict[str, str]]:
+def _name_rows(groups: Mapping[str, Sequence[Run]], group: str | None) -> tuple[dict[Path, str], dict[str, str]]:
     """Return what row each run is in, and the system of each row, in the order of the rows."""
     by_system = all(len({run.system for run in members}) == len(members) for members in groups.values())
     by_system = group == "system" or (by_system and group is None)
     everyone = sorted((run for group in groups.values() for run in group), key=lambda run: SYSTEMS.index(run.system))
-    labels = {run.path: SYSTEM_TITLES[run.system] if by_system else run.name for run in everyone}
-    for corpus, members in groups.items():
-        names = [labels[run.path] for run in members]
-        for run, name in zip(members, names, strict=True):
-            if names.count(name) > 1 and group is None:
-                raise ValueError(
-                    f"Two runs on {corpus} are called {name!r}, one of them {run.path}. Leave one out, or evaluate it "
-                    "with another --name, or set them side by side as seeds of one training with --group name."
-                )
+    rows = {run.path: SYSTEM_TITLES[run.system] if by_system else run.name for run in everyone}
+    for corpus, members in groups.items() if group is None else ():
+        names = Counter(rows[run.path] for run in members)
+        if again := [run for run in members if names[rows[run.path]] > 1]:
+            raise ValueError(
+                f"Two runs on {corpus} are called {again[0].name!r}, one of them {again[0].path}. Leave one out, or "
+                "evaluate it with another --name, or set them side by side as seeds of one training with --group name."
+            )
     kinds: dict[str, str] = {}
     for run in everyone:
-        if kinds.setdefault(labels[run.path], run.system) != run.system:
+        if kinds.setdefault(rows[run.path], run.system) != run.system:
             raise ValueError(
                 f"The name {run.name!r} stands for a {kinds[run.name]} and for a {run.system} ({run.path}). Give each "
                 "system a name of its own with `relllm evaluate --name`."
             )
-    return labels, kinds
+    return rows, kinds
 
 
-def _say_seen(corpus: str, label: str, run: Run) -> list[str]:
+def _say_seen(title: str, run: Run) -> list[str]:
     """Say what a system reads in the place of transcripts, and what its training has to do with the rows."""
-    notes = []
+    notes, seen = [], run.seen
     if column := run.data.get("text_column"):
-        notes.append(f"{corpus}: {label} reads the column {column!r}, not the corpus's own transcripts.")
-    if not run.seen:
+        notes.append(f"{title} reads the column {column!r}, not the corpus's own transcripts")
+    if not seen:
         return notes
-    if count := run.seen["trained_on"] + (run.seen["validated_on"] if run.seen["chosen_by"] else 0):
-        notes.append(f"{corpus}: {label} is NOT CLEAN: {count} of the clips trained it or chose its checkpoint.")
-    if run.seen["validated_on"] and not run.seen["chosen_by"]:
-        watched = f"{run.seen['validated_on']} of the clips while it trained"
-        notes.append(f"{corpus}: {label} was evaluated on {watched}; who chose it may have looked.")
-    if not count and str(run.data.get("corpus")) in run.seen["corpora"]:
-        held = "on other clips of it" if run.seen["recorded"] else "on it, and on which clips is not known"
-        notes.append(f"{corpus}: {label}, or a tower of it, was trained {held}.")
+    if count := seen["trained_on"] + seen["validated_on"] * bool(seen["chosen_by"]):
+        notes.append(f"{title} is NOT CLEAN: {count} of the clips trained it or chose its checkpoint")
+    if seen["validated_on"] and not seen["chosen_by"]:
+        watched = f"{seen['validated_on']} of the clips while it trained"
+        notes.append(f"{title} was evaluated on {watched}; who chose it may have looked")
+    if not count and str(run.data.get("corpus")) in seen["corpora"]:
+        held = "on other clips of it" if seen["recorded"] else "on it, and on which clips is not known"
+        notes.append(f"{title}, or a tower of it, was trained {held}")
     return notes
 
 
-def _find_baseline(name: str, runs: Sequence[Run], labels: Mapping[Path, str]) -> str:
-    rows = {labels[run.path] for run in runs if name in (run.system, run.name, labels[run.path], str(run.path))}
-    rows |= {labels[run.path] for run in runs if run.path.absolute() == Path(name).absolute()}
-    if len(rows) != 1:
+def _find_baseline(name: str, runs: Sequence[Run], rows: Mapping[Path, str]) -> str:
+    place = Path(name).absolute()
+    found = {
+        rows[run.path]
+        for run in runs
+        if name in (run.system, run.name, rows[run.path]) or run.path.absolute() == place
+    }
+    if len(found) != 1:
         known = ", ".join(sorted({run.system for run in runs} | {run.name for run in runs}))
-        found = f"could be {' or '.join(sorted(rows))}" if rows else "is none of the runs"
-        raise ValueError(f"--baseline {name} {found}; name one of {known}, or a run's folder.")
-    return rows.pop()
+        what = f"could be {' or '.join(sorted(found))}" if found else "is none of the runs"
+        raise ValueError(f"--baseline {name} {what}; name one of {known}, or a run's folder.")
+    return found.pop()
 
 
 def _pairs(present: Sequence[str], baselines: Sequence[str]) -> list[tuple[str, str]]:
@@ -258,34 +253,34 @@ def _pairs(present: Sequence[str], baselines: Sequence[str]) -> list[tuple[str, 
 
 
 def _measure_parts(
-    corpus: str, by_label: Mapping[str, Run], resample: str, notes: list[str]
-) -> Iterator[tuple[dict[Metric, dict[str, Measured]], list[str]]]:
-    """Return for each part of each table its metrics by system, and what the bootstrap draws, of each clip."""
+    corpus: str, runs: Mapping[str, Run], resample: str, notes: list[str]
+) -> Iterator[tuple[dict[Metric, list[tuple[Run, Measured]]], list[str]]]:
+    """Return for each part of each table its metrics by run, and what the bootstrap draws, of each clip."""
     for table, part in PARTS:
-        having = {label: own for label, run in by_label.items() if (own := _ids_with(run, table, part))}
+        having = {title: own for title, run in runs.items() if (own := _ids_with(run, table, part))}
         if not having:
             continue
-        first = by_label[next(iter(having))]
+        first = runs[next(iter(having))]
         names = first.class_names.get(part, [])
-        shared = _common(corpus, having, by_label, notes)
-        ids = [clip_id for clip_id in shared if _is_labelled(first.clips[clip_id], table, part, names)]
-        if not ids:
+        shared = _common(corpus, having, runs, notes)
+        clips = [clip for clip_id, clip in first.clips.items() if clip_id in shared]
+        clips = [clip for clip in clips if _is_labelled(clip, table, part, names)]
+        if not clips:
             continue
-        clips = [first.clips[clip_id] for clip_id in ids]
         sources = {str(clip.get("dimension_source") or "label") for clip in clips} - {"label"}
         if table == "dimensions" and sources:
-            notes.append(f"{corpus}: dimensions are partly or wholly no labels, but readings of {sorted(sources)}.")
-        measured: dict[Metric, dict[str, Measured]] = {}
-        for label in having:
-            for metric, one in measure_part([by_label[label].clips[one] for one in ids], table, part, names):
-                measured.setdefault(metric, {})[label] = one
+            notes.append(f"dimensions are partly or wholly no labels, but readings of {sorted(sources)}")
+        measured: dict[Metric, list[tuple[Run, Measured]]] = defaultdict(list)
+        for run in map(runs.__getitem__, having):
+            for metric, one in measure_part([run.clips[clip["id"]] for clip in clips], table, part, names):
+                measured[metric].append((run, one))
         yield measured, _units(corpus, clips, resample, notes)
 
 
 def _ids_with(run: Run, table: str, part: str) -> set[str]:
     if table == "replies":
         return {clip_id for clip_id, clip in run.clips.items() if "reply" in clip}
-    return {clip_id for clip_id, clip in run.clips.items() if part in (clip.get(table) or {})}
+    return {clip_id for clip_id, clip in run.clips.items() if part in clip.get(table, {})}
 
 
 def _is_labelled(clip: Mapping, table: str, part: str, names: Sequence[str]) -> bool:
@@ -294,28 +289,24 @@ def _is_labelled(clip: Mapping, table: str, part: str, names: Sequence[str]) -> 
     return table != "dimensions" or clip.get(part) is not None
 
 
-def _common(corpus: str, having: Mapping[str, set[str]], by_label: Mapping[str, Run], notes: list[str]) -> list[str]:
-    """Return the clips that all runs with this part have, in the order of the first one's file."""
+def _common(corpus: str, having: Mapping[str, set[str]], runs: Mapping[str, Run], notes: list[str]) -> set[str]:
+    """Return the clips that all runs with this part have."""
     everything = set().union(*having.values())
-    shared = set.intersection(*having.values())
-    for label, ids in having.items():
+    for title, ids in having.items():
         lacking = sorted(everything - ids)
-        if not lacking:
-            continue
-        run = by_label[label]
         named = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
-        failed = run.data.get("failed") or {}
+        failed = runs[title].data.get("failed") or {}
         unread = sum(failed.get(clip_id) == NO_TRANSCRIPT for clip_id in lacking)
         if len(lacking) - unread > MAX_MISSING * len(everything):
             raise ValueError(
-                f"{run.path} lacks {len(lacking)} of the {len(everything)} clips that other runs on {corpus} have "
-                f"({named}), more than {MAX_MISSING:.0%}. Find out why, and evaluate them."
+                f"{runs[title].path} lacks {len(lacking)} of the {len(everything)} clips that other runs on {corpus} "
+                f"have ({named}), more than {MAX_MISSING:.0%}. Find out why, and evaluate them."
             )
-        why = f" ({unread} without a transcript)" if unread else ""
-        share = f"{len(lacking)} of {len(everything)} clips{why}"
-        notes.append(f"{corpus}: {label} lacks {share}, left out of all: {named}.")
-    first = by_label[next(iter(having))]
-    return [clip_id for clip_id in first.clips if clip_id in shared]
+        if lacking:
+            why = f" ({unread} without a transcript)" if unread else ""
+            share = f"{len(lacking)} of {len(everything)} clips{why}"
+            notes.append(f"{title} lacks {share}, left out of all: {named}")
+    return set.intersection(*having.values())
 
 
 def _units(corpus: str, clips: Sequence[dict], resample: str, notes: list[str]) -> list[str]:
@@ -325,9 +316,9 @@ def _units(corpus: str, clips: Sequence[dict], resample: str, notes: list[str]) 
         raise ValueError(f"--resample speakers: {corpus} has {num_speakers} known speakers. Use --resample clips.")
     if resample == "clips" or (resample == "auto" and num_speakers < MIN_SPEAKERS):
         reason = f" (only {num_speakers} known speakers: they say nothing of further speakers)" * (resample == "auto")
-        notes.append(f"{corpus}: the intervals resample clips{reason}.")
+        notes.append(f"the intervals resample clips{reason}")
         return [clip["id"] for clip in clips]
-    notes.append(f"{corpus}: the intervals resample {num_speakers} speakers with all their clips.")
+    notes.append(f"the intervals resample {num_speakers} speakers with all their clips")
     return [f"speaker {clip['speaker']}" if clip.get("speaker") else f"clip {clip['id']}" for clip in clips]
 
 

@@ -46,55 +46,45 @@ METRIC_TITLES = {"ua": "UA", "wa": "WA", "macro_f1": "macro-F1", "ccc": "CCC"}
 
 
 @dataclass(frozen=True)
-class PublishedValue:
-    """A value of a system as printed."""
+class Published:
+    """A number as printed: a value of a system, or a gain of RE-LLM."""
 
     corpus: str  # as `CorpusFacts.name`
-    metric: str  # "ER" (mean level, 0 to 2), "ua" or "wa" (per cent)
-    value: float  # in that unit
+    metric: str  # "ER" (mean level, 0 to 2), "EX", "ua" or "wa"
+    value: float  # per cent for "ua" and "wa"; a gain in the unit below
     source: str = SOURCE
+    baseline: Literal["text-only", "speech-only"] | None = None  # of a gain, where it is known
+    unit: Literal["%", "points"] | None = None  # of a gain: of the baseline, or percentage points
 
     @property
     def system(self) -> str:
-        """Name the row of a table in which the value stands."""
+        """Name the row of a table in which a value stands."""
         return f"{self.source.split(',')[0]}, published"
 
 
-@dataclass(frozen=True)
-class PublishedGain:
-    """A gain of RE-LLM as printed."""
-
-    corpus: str  # as `CorpusFacts.name`
-    metric: str  # "ER", "EX" or "ua"
-    baseline: Literal["text-only", "speech-only"] | None  # None where only "the baseline" is known
-    gain: float
-    unit: Literal["%", "points"]  # of the baseline, or percentage points
-    source: str = SOURCE
-
-
 PUBLISHED_VALUES = (
-    PublishedValue("iemocap", "ER", 1.856),
-    PublishedValue("esd", "ER", 1.851),
-    PublishedValue("msp-podcast", "ER", 1.889),
-    PublishedValue("iemocap", "ua", 76.6),
-    PublishedValue("esd", "ua", 98.9),
-    PublishedValue("msp-podcast", "ua", 66.4),
-    PublishedValue("iemocap", "wa", 76.0, BLSP_EMO_SOURCE),
-    PublishedValue("meld", "wa", 57.3, BLSP_EMO_SOURCE),
-    PublishedValue("ravdess", "wa", 72.0, BLSP_EMO_SOURCE),
+    Published("iemocap", "ER", 1.856),
+    Published("esd", "ER", 1.851),
+    Published("msp-podcast", "ER", 1.889),
+    Published("iemocap", "ua", 76.6),
+    Published("esd", "ua", 98.9),
+    Published("msp-podcast", "ua", 66.4),
+    Published("iemocap", "wa", 76.0, BLSP_EMO_SOURCE),
+    Published("meld", "wa", 57.3, BLSP_EMO_SOURCE),
+    Published("ravdess", "wa", 72.0, BLSP_EMO_SOURCE),
 )
 PUBLISHED_GAINS = (
-    PublishedGain("iemocap", "EX", "text-only", 35.42, "%"),
-    PublishedGain("iemocap", "EX", "speech-only", 3.91, "%"),
-    PublishedGain("esd", "EX", "text-only", 139.28, "%"),
-    PublishedGain("esd", "EX", "speech-only", 9.83, "%"),
-    PublishedGain("msp-podcast", "EX", "text-only", 60.95, "%"),
-    PublishedGain("msp-podcast", "EX", "speech-only", 22.64, "%"),
-    PublishedGain("esd", "ER", "text-only", 14.79, "%"),
-    PublishedGain("esd", "ER", "speech-only", 6.76, "%"),
-    PublishedGain("iemocap", "ua", None, 5.4, "points"),
-    PublishedGain("esd", "ua", None, 2.3, "points"),
-    PublishedGain("msp-podcast", "ua", None, 6.9, "points"),
+    Published("iemocap", "EX", 35.42, SOURCE, "text-only", "%"),
+    Published("iemocap", "EX", 3.91, SOURCE, "speech-only", "%"),
+    Published("esd", "EX", 139.28, SOURCE, "text-only", "%"),
+    Published("esd", "EX", 9.83, SOURCE, "speech-only", "%"),
+    Published("msp-podcast", "EX", 60.95, SOURCE, "text-only", "%"),
+    Published("msp-podcast", "EX", 22.64, SOURCE, "speech-only", "%"),
+    Published("esd", "ER", 14.79, SOURCE, "text-only", "%"),
+    Published("esd", "ER", 6.76, SOURCE, "speech-only", "%"),
+    Published("iemocap", "ua", 5.4, SOURCE, None, "points"),
+    Published("esd", "ua", 2.3, SOURCE, None, "points"),
+    Published("msp-podcast", "ua", 6.9, SOURCE, None, "points"),
 )
 
 
@@ -193,7 +183,7 @@ def _value_table(comparison: Comparison, name: str) -> Table:
 
 
 def _scorer_notes(comparison: Comparison) -> list[str]:
-    """Say how good the scorers are that gave the levels, and how long the replies are that they read."""
+    """Say how good the scorers are that gave the levels, and whether they are too weak."""
     scored = [run for runs in comparison.runs.values() for run in runs if "empathy scorers" in run.protocol]
     scorers = ("empathy scorers", "held-out empathy scorers")
     notes = []
@@ -202,12 +192,6 @@ def _scorer_notes(comparison: Comparison) -> list[str]:
         notes += [f"Too weak to report: {weakness}." for weakness in find_weaknesses(run.scorer_quality)]
         if not run.scorer_quality:
             notes.append(f"How good the scorers of {run.name} are is not in its metrics.json: evaluate it again.")
-    for run, name in ((run, name) for runs in comparison.runs.values() for run in runs for name in MECHANISMS):
-        part = summarize_levels(run.clips.values(), name) or {}
-        if "share_cut" in part:
-            means = " / ".join(DASH if mean is None else f"{mean:.0f}" for mean in part["mean_tokens_of_level"])
-            read = f"{part['share_cut']:.1%} read in part only"
-            notes.append(f"{run.name}, {name}: {means} tokens a reply at level 0 / 1 / 2; {read}.")
     return notes
 
 
@@ -217,16 +201,14 @@ def _gain_table(comparison: Comparison, name: str) -> Table:
     rows = []
     for gain in gains:
         value, interval = _shown_gain(gain)
-        test = gain.test
         limits = DASH if interval is None else f"[{_signed(interval[0], name)}, {_signed(interval[1], name)}]"
-        tested = _show_p(None if test is None else test.p_value), _show_p(gain.p_holm)
-        different = DASH if test is None else str(test.num_different)
-        of_gain = [gain.corpus, _metric_title(gain.metric), gain.system, gain.baseline, _signed(value, name), limits]
-        rows.append([*of_gain, *tested, str(gain.num_clips), different])
+        p_value, different = (gain.test.p_value, str(gain.test.num_different)) if gain.test else (None, DASH)
+        numbers = [_signed(value, name), limits, _show_p(p_value), _show_p(gain.p_holm)]
+        numbers += [str(gain.num_clips), different]
+        rows.append([gain.corpus, _metric_title(gain.metric), gain.system, gain.baseline, *numbers])
     rows += _published_gains(comparison, name)
-    tests = sum(gain.test is not None for gain in gains)
     notes = [f"Intervals: paired bootstrap, {comparison.settings['num_resamples']} resamples, expanded percentiles."]
-    if tests:
+    if tests := sum(gain.test is not None for gain in gains):
         notes.append(
             f"p: Wilcoxon's signed-rank test of the paired clips; Holm over the {tests} tests of this table. differ: "
             "clips on which the two differ."
@@ -248,7 +230,7 @@ def _published_gains(comparison: Comparison, name: str) -> list[list[str]]:
         if table == name and gain.corpus in comparison.runs:
             over = "its baseline" if gain.baseline is None else SYSTEM_TITLES[gain.baseline]
             title = METRIC_TITLES.get(gain.metric, gain.metric)
-            rows.append([gain.corpus, title, PUBLISHED, over, f"{gain.gain:+g}".replace("-", "−"), *[DASH] * 5])
+            rows.append([gain.corpus, title, PUBLISHED, over, f"{gain.value:+g}".replace("-", "−"), *[DASH] * 5])
     return rows
 
 
@@ -276,15 +258,15 @@ def _published_beside(comparison: Comparison, gain: Gain) -> float | None:
     wanted = (gain.corpus, gain.metric.part, comparison.kinds[gain.baseline])
     if comparison.kinds[gain.system] != "re-llm" or gain.metric.table != "empathy":
         return None
-    return next((one.gain for one in PUBLISHED_GAINS if (one.corpus, one.metric, one.baseline) == wanted), None)
+    return next((one.value for one in PUBLISHED_GAINS if (one.corpus, one.metric, one.baseline) == wanted), None)
 
 
 def _count_levels(comparison: Comparison, corpus: str) -> dict[str, dict[str, list[int]]]:
     """Count how many replies of each system have each level, of all its clips."""
     found: dict[str, dict[str, list[int]]] = {}
     for run in comparison.runs[corpus]:
-        parts = {name: summarize_levels(run.clips.values(), name) for name in MECHANISMS}
-        if all(parts.values()):
+        parts = {name: part for name in MECHANISMS if (part := summarize_levels(run.clips.values(), name))}
+        if len(parts) == len(MECHANISMS):
             of_row = found.setdefault(comparison.rows[run.path], {name: [0] * LEVELS for name in MECHANISMS})
             for name, part in parts.items():
                 of_row[name] = [sum(counts) for counts in zip(of_row[name], part["levels"], strict=True)]

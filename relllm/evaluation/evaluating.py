@@ -1,27 +1,26 @@
 """`relllm evaluate`: a system over a data set, into a folder with predictions, metrics and plots.
 
-Everything is checked before a model is loaded. Every process appends what it has finished to its own journal; at the
-end, and when a killed run goes on, the main one collects them into its own, `predictions.jsonl`. Batches are planned
-over all rows, done or not, so a clip is always in the company it would have had.
+Everything is checked before a model is loaded. The main process appends what all have finished to its journal,
+`predictions.jsonl`. Batches are planned over all rows, done or not, so a clip is always in the company it would have
+had.
 """
 
-import io
 import json
-import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeAlias
 
-import soundfile
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedConfig, set_seed
 
+from relllm.data.clips import clip_duration
 from relllm.data.journal import Journal, check_columns, check_ids, rows_fingerprint, write_json, write_whole
 from relllm.data.loading import corpus_name, load_corpus
 from relllm.data.membership import is_text_model_trained, read_training_record
@@ -42,13 +41,12 @@ from .evaluation_settings import (
     PREDICTIONS,
     READERS,
     TASKS,
-    WAYS,
     EvaluationSettings,
     System,
 )
 from .fingerprints import check_extras, data_fingerprint, describe_hardware, folder_fingerprint, model_fingerprint
 from .leakage import check_unseen, find_seen
-from .predicting import Predictor, load_in_vllm, load_predictor, load_tokenizer, resolve_system
+from .predicting import Predictor, load_predictor, load_tokenizer, resolve_system
 from .runs import read_predictions
 from .summary import count_clips, draw_plots, summarize_clips
 
@@ -66,9 +64,10 @@ class Plan:
     system: System
     questions: Questions
     prompts: dict[str, str]  # as the tokenizer gets them
+    left_out: dict[str, str]  # tasks that are not measured, and why
+    seen: dict[str, object]  # what the model's training has read of the rows
+    towers: Mapping[str, Mapping]  # name and revision of the parts of the model
     identity: dict = field(default_factory=dict)  # what must not change when the run goes on
-    left_out: dict[str, str] = field(default_factory=dict)  # tasks that are not measured, and why
-    seen: dict[str, object] = field(default_factory=dict)  # what the model's training has read of the rows
 
 
 def evaluate(settings: EvaluationSettings, *, score: Score | None = None, progress: bool = True) -> dict:
@@ -86,8 +85,9 @@ def evaluate(settings: EvaluationSettings, *, score: Score | None = None, progre
         from relllm.inference.vllm import check_vllm
 
         check_vllm()
-    if settings.engine == "vllm" and state.num_processes > 1:
-        raise ValueError('vLLM shares its work out itself: one process, --engine-args {"tensor_parallel_size": 2}.')
+        if state.num_processes > 1:
+            arguments = '--engine-args {"tensor_parallel_size": 2}'
+            raise ValueError(f"vLLM shares its work out itself: one process, {arguments}.")
     plan = _plan_run(settings, with_scorers=score is not None or settings.empathy_scorers is not None)
     plan.identity = _from_main(state, lambda: _run_identity(settings, plan))
     if not _from_main(state, lambda: _is_complete(settings.output_dir, plan.identity)):
@@ -99,25 +99,10 @@ def evaluate(settings: EvaluationSettings, *, score: Score | None = None, progre
     return json.loads((settings.output_dir / METRICS).read_text(encoding="utf-8"))
 
 
-def collect_journals(out: Path, identity: Mapping) -> dict[str, dict]:
-    """Return all finished lines by id; those in journals of other processes move to the main one.
-
-    Lines of other settings are a `ValueError`, another run writing there is a `BlockingIOError`.
-    """
-    with Journal(out / PREDICTIONS, identity) as journal:
-        for path in sorted(out.glob("predictions.part*.jsonl")):
-            with Journal(path, identity) as part:
-                journal.append(entry for row_id, entry in part.done.items() if row_id not in journal.done)
-            path.unlink()
-        return dict(journal.done)
-
-
 def write_predictions(out: Path, identity: Mapping, lines: Sequence[Mapping]) -> None:
     """Write `predictions.jsonl` in this order; the file is complete or the one before."""
     with write_whole(out / PREDICTIONS) as partial:
-        partial.unlink(missing_ok=True)
-        with Journal(partial, identity) as journal:
-            journal.append(lines)
+        partial.write_text("".join(json.dumps(line) + "\n" for line in ({"settings": identity}, *lines)))
 
 
 def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
@@ -131,30 +116,25 @@ def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     system = resolve_system(config, settings.system, settings.model, tuned=adapter is not None)
     if system in READERS and settings.tower_cache_dir is not None:
         raise ValueError(f"{system} runs no towers: leave tower_cache_dir out.")
-    rows = _load_rows(settings)
+    rows = _load_rows(settings, system)
     seen = _find_seen(settings, config, system, rows)
     labels = _labels_of(settings, config)
-    if settings.text_column is not None:
-        _check_text_column(settings, system, rows)
-    obstacles = _obstacles(rows, system, labels, with_scorers, settings.text_column or "text")
-    taught = getattr(config, "trained_readings", None)
-    if system not in READERS and taught is not None and not set(DIMENSIONS) & set(taught):
-        obstacles["dimensions"] = "no training has taught them to the model (trained_readings in its config.json)"
-    if set(settings.ways) == {"head"} and (system in READERS or (taught is not None and "emotion" not in taught)):
-        obstacles["ser"] = "it has no head that a training has taught emotions (--ways head)"
+    obstacles = _obstacles(settings, config, rows, system, labels, with_scorers)
     for task in settings.tasks or ():
         if task in obstacles:
             raise ValueError(f"Task {task!r} cannot be measured: {obstacles[task]}. Mend it, or leave {task} out.")
-    tasks = settings.tasks or tuple(task for task in TASKS if task not in obstacles)
+    tasks = tuple(task for task in TASKS if task in (settings.tasks or TASKS) and task not in obstacles)
     if not tasks:
         raise ValueError(f"Nothing can be measured of {settings.data}: {obstacles}.")
     tokenizer, template, processor = load_tokenizer(settings.model, settings.revision)
-    questions = Questions(tuple(task for task in TASKS if task in tasks), labels, settings.max_new_tokens)
-    questions = replace(questions, ways=settings.ways)
+    questions = Questions(tasks, labels, settings.max_new_tokens, ways=settings.ways)
     if processor is not None:  # a ReLLM is asked as it was trained
         questions = replace(questions, instruction=processor.instruction, system_prompt=processor.system_prompt)
     prompts = render_prompts(tokenizer, template, questions, audio=system not in READERS)
-    return Plan(rows, system, questions, prompts, left_out={} if settings.tasks else obstacles, seen=seen)
+    towers = getattr(config, "towers", None) or {}
+    if adapter is not None:
+        towers = {"text_model": {"name": adapter["base_model_name_or_path"], "revision": adapter.get("revision")}}
+    return Plan(rows, system, questions, prompts, {} if settings.tasks else obstacles, seen, towers)
 
 
 def plan_batches(rows: Dataset, batch_size: int, system: System, text_column: str = "text") -> list[list[int]]:
@@ -168,12 +148,16 @@ def plan_batches(rows: Dataset, batch_size: int, system: System, text_column: st
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _load_rows(settings: EvaluationSettings) -> Dataset:
+def _load_rows(settings: EvaluationSettings, system: System) -> Dataset:
     rows = load_corpus(settings.data, settings.split or "all", held_out=settings.held_out)
     assert isinstance(rows, Dataset)  # it is not streamed
     check_columns(rows, {"id", "audio"})
     rows = rows.select(range(min(len(rows), settings.limit or len(rows))))
     check_ids(rows)
+    if settings.text_column is not None and system not in READERS:
+        raise ValueError(f"--text-column {settings.text_column} is for those that read; {system!r} hears the clips.")
+    if settings.text_column not in (None, *rows.column_names):
+        raise ValueError(f"{settings.data} has no column {settings.text_column!r}; it has {rows.column_names}.")
     return rows
 
 
@@ -197,30 +181,35 @@ def _find_seen(settings: EvaluationSettings, config: PreTrainedConfig, system: S
     return seen
 
 
-def _check_text_column(settings: EvaluationSettings, system: System, rows: Dataset) -> None:
-    if system not in READERS:
-        raise ValueError(f"--text-column {settings.text_column} is for those that read; {system!r} hears the clips.")
-    if settings.text_column not in rows.column_names:
-        raise ValueError(f"{settings.data} has no column {settings.text_column!r}; it has {rows.column_names}.")
-
-
-def _obstacles(rows: Dataset, system: System, labels: Sequence[str], with_scorers: bool, read: str) -> dict[str, str]:
+def _obstacles(
+    settings: EvaluationSettings,
+    config: PreTrainedConfig,
+    rows: Dataset,
+    system: System,
+    labels: Sequence[str],
+    with_scorers: bool,
+) -> dict[str, str]:
     """Tasks that cannot be measured, and why."""
 
     def any_of(column: str) -> bool:
         return column in rows.column_names and any(value not in (None, "") for value in rows[column])
 
     found: dict[str, str] = {}
-    emotions = set(rows["emotion"]) if "emotion" in rows.column_names else set()
-    if not emotions & set(labels):
+    reads, read = system in READERS, settings.text_column or "text"
+    taught = getattr(config, "trained_readings", None)
+    if not (set(rows["emotion"]) if "emotion" in rows.column_names else set()) & set(labels):
         found["ser"] = f"no row has an emotion of the label set ({', '.join(labels)})"
-    if system in READERS:
+    if set(settings.ways) == {"head"} and (reads or (taught is not None and "emotion" not in taught)):
+        found["ser"] = "it has no head that a training has taught emotions (--ways head)"
+    if reads:
         found["dimensions"] = "a text-only system has no dimensions"
-    elif not any(any_of(name) for name in DIMENSIONS):
+    elif taught is not None and not set(DIMENSIONS) & set(taught):
+        found["dimensions"] = "no training has taught them to the model (trained_readings in its config.json)"
+    elif not any(map(any_of, DIMENSIONS)):
         found["dimensions"] = f"no row has any of {', '.join(DIMENSIONS)}"
     if not with_scorers:
         found["empathy"] = "there are no scorers (--empathy-scorers DIR; `relllm empathy train` makes them)"
-    if system in READERS and not any_of(read):
+    if reads and not any_of(read):
         found |= dict.fromkeys(TASKS, f"no row has a transcript (`{read}`)")
     if not any_of("text"):
         found["empathy"] = "no row has a transcript (`text`)"
@@ -231,64 +220,62 @@ def _duration(row: Mapping) -> float:
     """Return the seconds of a clip; 0 where its header does not say, which reading will explain."""
     if row.get("duration_s") is not None:
         return float(row["duration_s"])
-    audio = row["audio"]
-    if isinstance(audio, Mapping):
-        audio = audio["bytes"] if audio.get("bytes") is not None else audio.get("path")
     try:
-        info = soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else str(audio).removeprefix("file://"))
-    except (OSError, RuntimeError):  # soundfile's errors are RuntimeErrors
+        return clip_duration(row["audio"])
+    except (OSError, RuntimeError, TypeError, ArithmeticError):  # soundfile's errors are RuntimeErrors
         return 0.0
-    duration_s = info.frames / info.samplerate if info.samplerate else 0.0
-    return duration_s if math.isfinite(duration_s) else 0.0
 
 
 def _answer(
     settings: EvaluationSettings, plan: Plan, state: PartialState, score: Score | None, *, progress: bool
 ) -> None:
-    """Append a line for every clip of this process that has none yet; without one, no model is loaded."""
-    done = _from_main(state, lambda: set(collect_journals(settings.output_dir, plan.identity)))
+    """Append a line for every clip that has none yet, the processes a batch each at a time; if any, load a model."""
+    done = _from_main(state, lambda: set(_read_journal(settings, plan)))
     text_column = settings.text_column or "text"
     batches = plan_batches(plan.rows, settings.batch_size, plan.system, text_column)
-    batches = batches[state.process_index :: state.num_processes]
     ids = plan.rows["id"]
     todo = [batch for batch in batches if not all(ids[index] in done for index in batch)]
     if not todo:
         return
     device = state.device if settings.device == "auto" else settings.device
-    options: dict = {"revision": settings.revision, "dtype": settings.dtype, "text_column": text_column}
-    predictor: Predictor
-    if settings.engine == "vllm":
-        arguments = settings.engine_args
-        predictor = load_in_vllm(settings.model, plan.system, plan.questions, arguments=arguments, **options)
-    else:
-        options["tower_cache_dir"] = settings.tower_cache_dir
-        predictor = load_predictor(settings.model, plan.system, plan.questions, device=device, **options)
+    own = ("revision", "dtype", "tower_cache_dir", "engine", "engine_args")
+    predictor = load_predictor(
+        settings.model,
+        plan.system,
+        plan.questions,
+        device=device,
+        text_column=text_column,
+        **{name: getattr(settings, name) for name in own},
+    )
     if score is None and "empathy" in plan.questions.tasks:
         score = _load_score(settings, str(device))
-    name = PREDICTIONS if state.is_main_process else f"predictions.part{state.process_index}.jsonl"
-    total, left = sum(map(len, batches)), sum(map(len, todo))
-    hidden = not (progress and state.is_main_process)
-    with (
-        Journal(settings.output_dir / name, plan.identity) as journal,
-        tqdm(total=total, initial=total - left, desc="Evaluating", unit="clip", disable=hidden) as bar,
-    ):
-        for entries in _predict(predictor, plan.rows, todo, done, score):
-            journal.append(entries)
-            bar.update(len(entries))
+    is_main, at_once = state.is_main_process, state.num_processes
+    journal = Journal(settings.output_dir / PREDICTIONS, plan.identity) if is_main else nullcontext()
+    bar = tqdm(total=len(ids), initial=len(done), desc="Evaluating", unit="clip", disable=not (progress and is_main))
+    with journal, bar:
+        for start in range(0, len(todo), at_once):
+            own_batch = todo[start + state.process_index : start + at_once][:1]
+            entries = [line for batch in own_batch for line in _predict(predictor, plan.rows.select(batch), score)]
+            found = [line for line in gather_object(entries) if line["id"] not in done]
+            if isinstance(journal, Journal):
+                journal.append(found)
+            bar.update(len(found))
+
+
+def _read_journal(settings: EvaluationSettings, plan: Plan) -> dict[str, dict]:
+    """Return all finished lines by id. Lines of other settings are a `ValueError`."""
+    with Journal(settings.output_dir / PREDICTIONS, plan.identity) as journal:
+        return journal.done
 
 
 def _finish(settings: EvaluationSettings, plan: Plan) -> None:
-    found = collect_journals(settings.output_dir, plan.identity)
+    found = _read_journal(settings, plan)
     lines = [found[row_id] for row_id in plan.rows["id"]]
     write_predictions(settings.output_dir, plan.identity, lines)
     summary = summarize_clips(lines, plan.questions.labels)
     name = settings.name or settings.output_dir.name
     draw_plots(lines, summary, settings.output_dir / PLOTS, title=name)
-    config = read_config(settings.model, settings.revision)
-    towers = getattr(config, "towers", None) or {}
-    if (adapter := read_adapter(settings.model, settings.revision)) is not None:
-        towers = {"text_model": {"name": adapter["base_model_name_or_path"], "revision": adapter.get("revision")}}
-    places = {kind: (tower.get("name"), tower.get("revision")) for kind, tower in towers.items()}
+    places = {kind: (tower.get("name"), tower.get("revision")) for kind, tower in plan.towers.items()}
     greedy = {name: value for name, value in GREEDY.items() if value is not None}
     limits = {"recognition": RECOGNITION_TOKENS, "reply": plan.questions.max_new_tokens}
     packages = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "audmetric")
@@ -325,39 +312,27 @@ def _finish(settings: EvaluationSettings, plan: Plan) -> None:
         "training": plan.seen,
         "folds": None,
     }
-    if "empathy" in metrics:
-        metrics["empathy"]["scorers"] = _describe_scorers(settings.empathy_scorers, plan, settings)
-        if settings.held_out_scorers is not None:
-            further = _describe_scorers(settings.held_out_scorers, plan, settings, "held_out_scorers_fingerprint")
-            metrics["empathy"]["held_out_scorers"] = further
+    scorers = {"scorers": settings.empathy_scorers, "held_out_scorers": settings.held_out_scorers}
+    for key, place in scorers.items():
+        if "empathy" in metrics and place is not None:
+            own = {"id": place, "fingerprint": plan.identity[f"{key}_fingerprint"], "quality": read_quality(place)}
+            metrics["empathy"][key] = {**own, "in_windows": settings.reply_windows}
     write_json(metrics, settings.output_dir / METRICS)
 
 
-def _describe_scorers(
-    scorers: str | None, plan: Plan, settings: EvaluationSettings, key: str = "scorers_fingerprint"
-) -> dict:
-    quality = {} if scorers is None else read_quality(scorers)
-    same = {"id": scorers, "fingerprint": plan.identity[key], "in_windows": settings.reply_windows}
-    return {**same, "quality": quality}
-
-
-def _predict(
-    predictor: Predictor, rows: Dataset, batches: Sequence[Sequence[int]], done: Container[str], score: Score | None
-) -> Iterator[list[dict]]:
-    """Yield the lines of each batch, without those of clips that are done."""
-    for batch in batches:
-        asked = list(rows.select(batch))
-        lines = []
-        for row, parts in zip(asked, predictor.predict(asked), strict=True):
-            votes = {"emotion_votes": row["emotion_votes"]} if row.get("emotion_votes") else {}
-            lines.append({**{name: row.get(name) for name in COLUMNS}, **votes, **parts})
-        if score is not None:
-            both = zip(asked, lines, strict=True)
-            replied = [(row["text"], line) for row, line in both if "reply" in line and (row["text"] or "").strip()]
-            levels = score([(text, line["reply"]) for text, line in replied]) if replied else []
-            for (_, line), empathy in zip(replied, levels, strict=True):
-                line["empathy"] = empathy
-        yield [line for line in lines if line["id"] not in done]
+def _predict(predictor: Predictor, rows: Dataset, score: Score | None) -> list[dict]:
+    """Return the lines of a batch."""
+    asked, lines = list(rows), []
+    for row, parts in zip(asked, predictor.predict(asked), strict=True):
+        votes = {"emotion_votes": row["emotion_votes"]} if row.get("emotion_votes") else {}
+        lines.append({**{name: row.get(name) for name in COLUMNS}, **votes, **parts})
+    if score is not None:
+        both = zip(asked, lines, strict=True)
+        replied = [(row["text"], line) for row, line in both if "reply" in line and (row["text"] or "").strip()]
+        levels = score([(text, line["reply"]) for text, line in replied]) if replied else []
+        for (_, line), empathy in zip(replied, levels, strict=True):
+            line["empathy"] = empathy
+    return lines
 
 
 def _load_score(settings: EvaluationSettings, device: str) -> Score:
@@ -376,33 +351,28 @@ def _load_score(settings: EvaluationSettings, device: str) -> Score:
 
 
 def _run_identity(settings: EvaluationSettings, plan: Plan) -> dict:
-    scorers, further, text = settings.empathy_scorers, settings.held_out_scorers, settings.text_column
-    fingerprint = folder_fingerprint(scorers) if scorers is not None else None
-    held_out = {"held_out_scorers_fingerprint": folder_fingerprint(further)} if further is not None else {}
-    if fingerprint in held_out.values():
+    text, further = settings.text_column, settings.held_out_scorers
+    places = {"scorers_fingerprint": settings.empathy_scorers, "held_out_scorers_fingerprint": further}
+    scorers = {name: None if place is None else folder_fingerprint(place) for name, place in places.items()}
+    ours, held_out = scorers.values()
+    if held_out is not None and held_out == ours:
         raise ValueError(f"--held-out-scorers {further} are the weights of --empathy-scorers. Train others.")
-    rewarding = read_training_record(settings.model, revision=settings.revision).get("scorers_fingerprint")
-    if rewarding is not None and rewarding in held_out.values():
+    record = read_training_record(settings.model, revision=settings.revision)
+    if held_out is not None and held_out == record.get("scorers_fingerprint"):
         raise ValueError(f"--held-out-scorers {further} rewarded {settings.model}: its record says so. Train others.")
-    questions = asdict(plan.questions)
-    if plan.questions.ways == WAYS:  # of older runs too
-        del questions["ways"]
-    engine = {"engine": "vllm", "engine_args": json.loads(settings.engine_args or "{}")}
-    return {
+    identity = {
         "task": "evaluate",
         "system": plan.system,
         "model_fingerprint": model_fingerprint(settings.model, revision=settings.revision),
         "data_fingerprint": data_fingerprint(plan.rows),
-        "scorers_fingerprint": fingerprint,
-        "questions": json.loads(json.dumps(questions)),
+        "questions": asdict(plan.questions),
         "prompts": plan.prompts,
-        "dtype": settings.dtype,
-        "seed": settings.seed,
-        **held_out,
-        **({"reply_windows": True} if settings.reply_windows else {}),
-        **({"text_column": text, "text_fingerprint": rows_fingerprint(plan.rows, ("id", text))} if text else {}),
-        **(engine if settings.engine == "vllm" else {}),
+        **scorers,
+        **{name: getattr(settings, name) for name in ("dtype", "seed", "reply_windows", "text_column", "engine")},
+        "engine_args": json.loads(settings.engine_args or "{}"),
+        "text_fingerprint": None if text is None else rows_fingerprint(plan.rows, ("id", text)),
     }
+    return json.loads(json.dumps(identity))
 
 
 def _is_complete(out: Path, identity: Mapping) -> bool:

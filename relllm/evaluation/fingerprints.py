@@ -1,8 +1,4 @@
-"""What a run measured and with what: fingerprints of weights and rows, versions, hardware.
-
-Two runs with the same fingerprints measured the same weights on the same rows. They are digests of content: paths,
-names and dates of files, and how weights are spread over files, count for nothing.
-"""
+"""What a run measured and with what: fingerprints of weights and rows (digests of content), versions, hardware."""
 
 import hashlib
 import importlib.metadata
@@ -26,7 +22,6 @@ from relllm.modeling.checkpoint_relllm import weight_files
 from .adapters import ADAPTER_WEIGHTS, base_of, describe_adapter, read_adapter
 
 UNFINISHED = ".unfinished/"  # in the path of a training that was killed, beside the scorers that are complete
-CHUNK = 1 << 20  # bytes
 ROWS_AT_ONCE = 64
 # Of a configuration: the same weights with another of these are another model.
 BEHAVIOUR = ("model_type", "emotion_fusion", "emotion_labels", "lora_config", "lora_scope")
@@ -50,32 +45,24 @@ def model_fingerprint(model: str, *, revision: str = "main") -> str:
     """Return SHA-256 over a model's weights and what its configuration makes of them (`BEHAVIOUR`).
 
     The weights are those of the full checkpoint, whether it is one file, shards, or a light one, which is put together
-    with its towers: each by its name, precision, shape and bytes.
+    with its towers: each by its name, precision, shape and bytes. An adapter's are behind those of the model below it.
     """
     if (adapter := read_adapter(model, revision)) is not None:
-        return _adapter_fingerprint(model, revision, adapter)
+        base = base_of(adapter)
+        below = model_fingerprint(base["pretrained_model_name_or_path"], revision=base["revision"])
+        weights = _lines_of_files([cached_file(model, ADAPTER_WEIGHTS, revision=revision)])
+        return combine_fingerprints([below, *weights, describe_adapter(adapter)])
     config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
-    with ThreadPoolExecutor() as pool:  # hashing leaves other threads the interpreter
-        if config.get("light_checkpoint"):
-            weights = _weights_of_light(model, revision)
-            parts = sorted(pool.map(_weight_line, weights, weights.values()))
-        else:
-            parts = []
-            for file in weight_files(model, {"revision": revision}):
-                with safe_open(file, "pt") as opened:
-                    read = opened.get_tensor
-                    parts += pool.map(lambda name, read=read: _weight_line(name, read(name)), opened.keys())
-            parts.sort()
-    parts.append(json.dumps({name: config.get(name) for name in BEHAVIOUR}, sort_keys=True))
-    return combine_fingerprints(parts)
-
-
-def _adapter_fingerprint(model: str, revision: str, adapter: dict) -> str:
-    base = base_of(adapter)
-    below = model_fingerprint(base["pretrained_model_name_or_path"], revision=base["revision"])
-    with safe_open(cached_file(model, ADAPTER_WEIGHTS, revision=revision), "pt") as opened:
-        weights = [_weight_line(name, opened.get_tensor(name)) for name in sorted(opened.keys())]
-    return combine_fingerprints([below, *weights, describe_adapter(adapter)])
+    if config.get("light_checkpoint"):
+        whole = AutoModel.from_pretrained(model, revision=revision)
+        own = {name: weight for name, weight in whole.state_dict().items() if name not in whole.all_tied_weights_keys}
+        state = revert_weight_conversion(whole, own)  # named as a full one's files do
+        with ThreadPoolExecutor() as pool:  # hashing leaves other threads the interpreter
+            weights = sorted(pool.map(_weight_line, state, state.values()))
+    else:
+        weights = _lines_of_files(weight_files(model, {"revision": revision}))
+    behaviour = json.dumps({name: config.get(name) for name in BEHAVIOUR}, sort_keys=True)
+    return combine_fingerprints([*weights, behaviour])
 
 
 def folder_fingerprint(path: str) -> str:
@@ -84,7 +71,9 @@ def folder_fingerprint(path: str) -> str:
     files = sorted(file for file in folder.rglob("*.safetensors") if UNFINISHED not in file.as_posix())
     if not files:
         raise FileNotFoundError(f"No safetensors in {path}. Give the folder that `relllm empathy train` wrote.")
-    return combine_fingerprints([f"{file.relative_to(folder).as_posix()} {_digest_of_file(file)}" for file in files])
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    places = [file.relative_to(folder).as_posix() for file in files]
+    return combine_fingerprints([f"{place} {digest}" for place, digest in zip(places, digests, strict=True)])
 
 
 def combine_fingerprints(parts: Sequence[str]) -> str:
@@ -92,11 +81,14 @@ def combine_fingerprints(parts: Sequence[str]) -> str:
     return f"sha256:{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
 
 
-def _weights_of_light(model: str, revision: str) -> dict[str, torch.Tensor]:
-    """Put a light checkpoint together with its towers, and name its weights as a full one's files do."""
-    whole = AutoModel.from_pretrained(model, revision=revision)
-    state = {name: weight for name, weight in whole.state_dict().items() if name not in whole.all_tied_weights_keys}
-    return revert_weight_conversion(whole, state)
+def _lines_of_files(files: Sequence[str]) -> list[str]:
+    lines: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                read = opened.get_tensor
+                lines += pool.map(lambda name, read=read: _weight_line(name, read(name)), opened.keys())
+    return sorted(lines)
 
 
 def _weight_line(name: str, weight: torch.Tensor) -> str:
@@ -128,17 +120,11 @@ def _row_line(row: Mapping) -> bytes:
 def _audio_digest(audio: object) -> str:
     if isinstance(audio, Mapping):
         audio = audio["bytes"] if audio.get("bytes") is not None else audio.get("path")
-    if isinstance(audio, bytes):
-        return hashlib.sha256(audio).hexdigest()
-    source = str(audio).removeprefix("file://")
-    if "://" in source:
-        return source
-    return _digest_of_file(Path(source)) if Path(source).is_file() else "missing"
-
-
-def _digest_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    if not isinstance(audio, bytes):
+        source = str(audio).removeprefix("file://")
+        if "://" in source:
+            return source
+        if not Path(source).is_file():
+            return "missing"
+        audio = Path(source).read_bytes()
+    return hashlib.sha256(audio).hexdigest()

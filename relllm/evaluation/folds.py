@@ -1,6 +1,5 @@
 """Leave-one-out evaluation: one run for each fold with the model that did not train on it, and the pooled numbers."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -22,14 +21,9 @@ def evaluate_folds(
 ) -> dict:
     """Measure every fold and pool them: the predictions of all folds make the main numbers, beside the mean.
 
-    Each fold is a run of its own in `folds/<value>`, so a killed evaluation goes on in the fold it was in. Every
-    process returns the content of `metrics.json`.
-
-    Args:
-        settings ([`EvaluationSettings`]): With `{fold}` in `model`, in the place of the column's value, unless the
-            system is text-only. `held_out` is made from the folds.
-        folds (`str`): A column, `"session"`, for all of its values; or `"session=Ses01,Ses02"`.
-        score (`Callable`, *optional*): See [`evaluate`].
+    `settings.model` has `{fold}` in the place of the column's value, unless the system is text-only; `folds` is a
+    column, `"session"`, for all of its values, or `"session=Ses01,Ses02"`. Each fold is a run of its own in
+    `folds/<value>`. Every process returns the content of `metrics.json`.
     """
     if settings.held_out is not None:
         raise ValueError(f"--folds {folds} makes the held-out rows itself; leave --held-out {settings.held_out} out.")
@@ -52,7 +46,9 @@ def evaluate_folds(
         by_fold[value] = evaluate(fold, score=score, progress=progress), fold.output_dir
     state = PartialState(cpu=settings.device == "cpu", timeout=PATIENCE)
     predicted = [read_predictions(out) for _, out in by_fold.values()]
-    lines = _pool_lines([own for _, own in predicted])
+    lines = [line for _, own in predicted for line in own]
+    if len({line["id"] for line in lines}) < len(lines):
+        raise ValueError("A clip's id is in two folds, so they cannot be pooled. Make the ids of the data unique.")
     metrics = _pool(settings, name, column, {value: run for value, (run, _) in by_fold.items()}, lines)
     if state.is_main_process:
         identity = {"task": "evaluate-folds", "folds": [own for own, _ in predicted]}
@@ -77,8 +73,8 @@ def _pool(
     settings: EvaluationSettings, name: str, column: str, by_fold: Mapping[str, dict], lines: Sequence[Mapping]
 ) -> dict:
     """Return the content of `metrics.json`, from the metrics of each fold and the lines of all."""
-    runs = list(by_fold.values())
-    first = runs[0]
+    first, *_ = runs = list(by_fold.values())
+    seen = [run["training"] for run in runs]  # of the rows that a fold holds out
     for key in ("system", "label_set", "prompts"):
         if any(run[key] != first[key] for run in runs):
             raise ValueError(f"The folds differ in {key!r}, so they cannot be pooled: {[run[key] for run in runs]}.")
@@ -87,11 +83,7 @@ def _pool(
     for key in ("scorers", "held_out_scorers"):
         if key in first.get("empathy", {}):
             summary["empathy"][key] = first["empathy"][key]
-    shared_towers = {
-        kind: place
-        for kind, place in first["model"]["towers"].items()
-        if all(run["model"]["towers"].get(kind) == place for run in runs)
-    }
+    shared_towers = set.intersection(*(set(run["model"]["towers"].items()) for run in runs))
     return {
         **first,
         "name": name,
@@ -100,7 +92,7 @@ def _pool(
             "id": settings.model,
             "revision": None,
             "fingerprint": combine_fingerprints([run["model"]["fingerprint"] for run in runs]),
-            "towers": shared_towers,
+            "towers": dict(sorted(shared_towers)),
         },
         "data": {
             **first["data"],
@@ -109,7 +101,12 @@ def _pool(
             **count_clips(lines, first["label_set"]),
         },
         **summary,
-        "training": _pool_seen(runs),
+        "training": {
+            **{name: sum(one[name] for one in seen) for name in ("trained_on", "validated_on")},
+            "recorded": all(one["recorded"] for one in seen),
+            "chosen_by": any(one["chosen_by"] for one in seen),
+            "corpora": sorted({name for one in seen for name in one["corpora"]}),
+        },
         "folds": {
             "column": column,
             "values": list(by_fold),
@@ -120,22 +117,3 @@ def _pool(
             "pooled": "the numbers above are pooled over all folds",
         },
     }
-
-
-def _pool_seen(runs: Sequence[Mapping]) -> dict[str, object]:
-    """Return what the trainings of all folds have read of their own held-out rows; older runs do not say."""
-    seen = [run["training"] for run in runs if "training" in run]
-    return {
-        **{name: sum(one[name] for one in seen) for name in ("trained_on", "validated_on")},
-        "recorded": len(seen) == len(runs) and all(one["recorded"] for one in seen),
-        "chosen_by": any(one["chosen_by"] for one in seen),
-        "corpora": sorted({name for one in seen for name in one["corpora"]}),
-    }
-
-
-def _pool_lines(folds: Sequence[Sequence[dict]]) -> list[dict]:
-    lines = [line for fold in folds for line in fold]
-    again = [row_id for row_id, count in Counter(line["id"] for line in lines).items() if count > 1]
-    if again:
-        raise ValueError(f"The clip {again[0]!r} is in two folds, so the folds cannot be pooled. Make its id unique.")
-    return lines

@@ -21,17 +21,15 @@ def find_seen(record: Mapping, rows: Dataset, *, towers: Mapping[str, Mapping] |
     read; `trained_on` and `validated_on`, how many of `rows` were; `chosen_by`, whether the checkpoint was chosen by
     its validation rows; `corpora`, what it and its `towers` were trained on, as far as that is known.
     """
-    seen: Mapping[str, str] | None = record.get("seen_rows")
-    digests = digest_rows(rows) if seen else set()
-    read = {name: len(digests & unpack_digests(packed)) for name, packed in (seen or {}).items()}
-    known = [str(tower.get("name")) for tower in (towers or {}).values()]
-    corpora = {*record.get("seen_corpora", []), *(PUBLIC_TOWERS[name] for name in known if name in PUBLIC_TOWERS)}
+    packed: Mapping[str, str] = record.get("seen_rows") or {}
+    digests = digest_rows(rows) if packed else set()
+    known = {PUBLIC_TOWERS.get(str(tower.get("name"))) for tower in (towers or {}).values()} - {None}
     return {
-        "recorded": seen is not None,
-        "trained_on": read.get("train", 0),
-        "validated_on": read.get("validation", 0),
+        "recorded": record.get("seen_rows") is not None,
+        "trained_on": len(digests & unpack_digests(packed.get("train", ""))),
+        "validated_on": len(digests & unpack_digests(packed.get("validation", ""))),
         "chosen_by": is_chosen(record),
-        "corpora": sorted(corpora),
+        "corpora": sorted({*record.get("seen_corpora", []), *known}),
     }
 
 

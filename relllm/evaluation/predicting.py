@@ -1,6 +1,7 @@
 """What a system says of each clip: recognition three ways, dimensions, the reply."""
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,13 @@ from .asking import Questions
 from .evaluation_settings import NO_TRANSCRIPT, READERS, SYSTEMS, System
 
 
-class Predictor:
+class Predictor(ABC):
     """The two questions to a ReLLM or any causal LM; its kinds say what is asked about. `options` are `generate`'s."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: Tokenizer, template: str, questions: Questions, **options: object
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.template = template
-        self.questions = questions
+        self.model, self.tokenizer, self.template, self.questions = model, tokenizer, template, questions
         self.options = {"pad_token_id": tokenizer.pad_token_id, **options}
         self.label_tokens = [asking.answer_tokens(tokenizer, template, label) for label in questions.labels]
 
@@ -55,23 +53,29 @@ class Predictor:
             result |= found
         return results
 
+    @abstractmethod
     def read(self, row: Mapping, result: dict) -> Any:
         """Return what is asked about; an error says why not, and `result` may take a part of the line."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, subjects: list) -> list[dict]:
         """Return the parts of the line of each subject."""
-        raise NotImplementedError
 
-    def ask(self, prompts: Callable[[str], list[str]], count: int, audio: Any = None) -> list[dict]:
-        """Return `recognition` and `reply`, those that are asked for, to the prompts of that name, `count` of them."""
-        found: list[dict] = [{} for _ in range(count)]
-        if self.questions.in_words:
-            for part, recognised in zip(found, self._recognise(prompts("recognition"), audio), strict=True):
-                part["recognition"] = recognised
-        if "empathy" in self.questions.tasks:
-            replies = self.generate(prompts("reply"), audio, self.questions.max_new_tokens)
-            for part, text in zip(found, replies, strict=True):
+    def ask(self, prompts: Mapping[str, list[str]], audio: Any = None) -> list[dict]:
+        """Return `recognition` and `reply`, those that are asked for, to the prompts of that name."""
+        asked, labels = self.questions, self.questions.labels
+        found: list[dict] = [{} for _ in prompts["reply"]]
+        if asked.in_words and "generated" in asked.ways:
+            answers = self.generate(prompts["recognition"], audio, asking.RECOGNITION_TOKENS)
+            for part, text in zip(found, answers, strict=True):
+                part["recognition"] = {"generated": {"text": text, "emotion": asking.parse_emotion(text, labels)}}
+        if asked.in_words and "likelihood" in asked.ways:
+            scores = self.score(prompts["recognition"], audio).softmax(-1).tolist()
+            for part, values in zip(found, scores, strict=True):
+                numbers = {name: asking.number(value) for name, value in zip(labels, values, strict=True)}
+                part.setdefault("recognition", {})["likelihood"] = numbers
+        if "empathy" in asked.tasks:
+            for part, text in zip(found, self.generate(prompts["reply"], audio, asked.max_new_tokens), strict=True):
                 part["reply"] = text
         return found
 
@@ -86,17 +90,6 @@ class Predictor:
         inputs = asking.encode_prompts(self.tokenizer, prompts, self.model.device)
         return score_answers(self.model, inputs, self.label_tokens, audio=audio)
 
-    def _recognise(self, prompts: list[str], audio: Any) -> list[dict]:
-        labels = self.questions.labels
-        found: list[dict] = [{} for _ in prompts]
-        if "generated" in self.questions.ways:
-            for part, text in zip(found, self.generate(prompts, audio, asking.RECOGNITION_TOKENS), strict=True):
-                part["generated"] = {"text": text, "emotion": asking.parse_emotion(text, labels)}
-        if "likelihood" in self.questions.ways:
-            for part, values in zip(found, self.score(prompts, audio).softmax(-1).tolist(), strict=True):
-                part["likelihood"] = {name: asking.number(value) for name, value in zip(labels, values, strict=True)}
-        return found
-
 
 class SpeechPredictor(Predictor):
     """A ReLLM that hears the clips, read and encoded once for every task: `re-llm`, or `speech-only`."""
@@ -107,8 +100,9 @@ class SpeechPredictor(Predictor):
         processor: ReLLMProcessor,
         questions: Questions,
         tower_cache_dir: str | None = None,
+        **options: object,
     ) -> None:
-        super().__init__(model, processor.tokenizer, _template_of(processor), questions)
+        super().__init__(model, processor.tokenizer, str(processor.chat_template), questions, **options)
         self.processor = processor
         self.cache: TowerCache | None = None
         if tower_cache_dir is not None:
@@ -126,26 +120,32 @@ class SpeechPredictor(Predictor):
     def answer(self, subjects: list) -> list[dict]:
         audio, counts = self.encode(subjects)
         token = self.processor.audio_token
-
-        def prompts(name: str) -> list[str]:
-            return [self.prompts[name].replace(token, token * count) for count in counts]
-
-        found = self.ask(prompts, len(counts), audio)
+        placed = {
+            name: [text.replace(token, token * count) for count in counts] for name, text in self.prompts.items()
+        }
+        found = self.ask(placed, audio)
         heard = self.hear(audio)
-        if "ser" in self.questions.tasks and "head" in self.questions.ways:
+        assert heard.dimensions is not None  # the heads always run
+        taught = self.model.config.trained_readings
+        taught = ("emotion", *DIMENSIONS) if taught is None else taught
+        if "ser" in self.questions.tasks and "head" in self.questions.ways and "emotion" in taught:
             for part, probabilities in zip(found, self._head_probabilities(heard), strict=False):
                 part.setdefault("recognition", {})["head"] = probabilities
         if "dimensions" in self.questions.tasks:
-            assert heard.dimensions is not None  # the heads always run
-            trained = self.model.config.trained_readings
             for part, values in zip(found, heard.dimensions.float().tolist(), strict=True):
                 named = zip(DIMENSIONS, values, strict=True)
-                part["dimensions"] = {k: asking.number(v) for k, v in named if trained is None or k in trained}
+                part["dimensions"] = {name: asking.number(value) for name, value in named if name in taught}
         return found
 
     def encode(self, clips: list) -> tuple[Any, list[int]]:
-        """Return what [`~Predictor.generate`] takes as the prompts' audio, and how many placeholders each needs."""
-        return encode_clips(self.model, self.processor, clips, self.cache)
+        """Return what is heard in each clip, and how many positions each takes; towers run for no cached clip."""
+        known, entries = (None, {}) if self.cache is None else self.cache.look_up(clips)
+        features = self.processor.feature_extractor.extract(clips, only_counted=known)
+        counts = [int(count) for count in features.pop("num_audio_tokens")]
+        inputs = send_to_device({**features, **entries}, self.model.device)
+        if self.cache is not None:
+            self.cache.fill(inputs, self.model.base_model.run_towers)
+        return self.model.get_audio_features(**inputs, return_dict=True), counts
 
     def hear(self, audio: Any) -> ReLLMAudioOutput:
         """Return what the heads read in the clips that were encoded."""
@@ -156,11 +156,8 @@ class SpeechPredictor(Predictor):
         assert heard.emotion_logits is not None  # the heads always run
         classes = list(self.model.config.emotion_labels)
         known = [name for name in self.questions.labels if name in classes]
-        trained = self.model.config.trained_readings
-        if not known or not (trained is None or "emotion" in trained):
-            return []
         logits = heard.emotion_logits.float()[:, [classes.index(name) for name in known]]
-        rows = [dict(zip(known, row, strict=True)) for row in logits.softmax(-1).tolist()]
+        rows = [dict(zip(known, row, strict=True)) for row in logits.softmax(-1).tolist()] if known else []
         return [{name: asking.number(row.get(name, 0.0)) for name in self.questions.labels} for row in rows]
 
 
@@ -180,7 +177,7 @@ class TextPredictor(Predictor):
     def answer(self, subjects: list) -> list[dict]:
         asked = [asking.conversations(self.questions, {"type": "text", "text": text}) for text in subjects]
         form = (self.tokenizer, self.template)
-        return self.ask(lambda name: [asking.render(*form, one[name]) for one in asked], len(asked))
+        return self.ask({name: [asking.render(*form, one[name]) for one in asked] for name in asked[0]})
 
 
 class _AskedInVllm(Predictor):
@@ -220,56 +217,46 @@ def load_predictor(
     *,
     revision: str,
     dtype: str,
-    device: str | torch.device,
+    device: str | torch.device = "cpu",
     text_column: str = "text",
     tower_cache_dir: str | None = None,
+    engine: str = "transformers",
+    engine_args: str | None = None,
 ) -> Predictor:
     """Load a system, ready to be asked, as [`resolve_system`] names it; a reader takes `text_column` of a row."""
     tokenizer, template, processor = load_tokenizer(model, revision)
-    if processor is None:
-        loaded = load_causal_lm(model, revision=revision, dtype=dtype)
+    reads = processor is None or system in READERS
+    loaded: Any
+    kinds: tuple = (SpeechPredictor, TextPredictor)
+    if engine == "vllm":
+        kinds = (SpeechInVllm, TextInVllm)
+        loaded, given = _load_in_vllm(model, revision, dtype, engine_args, reads=processor is not None and reads)
+        options = {"eos_token_id": find_ends(given, tokenizer, template)}
     else:
-        loaded = AutoModel.from_pretrained(model, revision=revision, dtype=dtype, use_safetensors=True)
-    loaded = loaded.to(device).eval()
-    given = loaded.generation_config  # of the whole model; the LLM inside has none of its own
-    given.eos_token_id = find_ends(given, tokenizer, template)
-    if processor is not None and system not in READERS:
-        return SpeechPredictor(loaded, processor, questions, tower_cache_dir)
-    if processor is None:
-        return TextPredictor(loaded, tokenizer, template, questions, text_column=text_column)
-    options = {"eos_token_id": given.eos_token_id, "suppress_tokens": given.suppress_tokens}
-    llm = loaded.model.text_model
-    return TextPredictor(llm, tokenizer, template, questions, text_column=text_column, **options)
+        place: dict[str, Any] = {"revision": revision, "dtype": dtype}
+        if processor is None:
+            loaded = load_causal_lm(model, **place)
+        else:
+            loaded = AutoModel.from_pretrained(model, use_safetensors=True, **place)
+        loaded = loaded.to(device).eval()
+        given = loaded.generation_config  # of the whole model; the LLM inside has none of its own
+        options = {"eos_token_id": find_ends(given, tokenizer, template), "suppress_tokens": given.suppress_tokens}
+        loaded = loaded.model.text_model if processor is not None and reads else loaded
+    if reads:
+        return kinds[1](loaded, tokenizer, template, questions, text_column=text_column, **options)
+    return kinds[0](loaded, processor, questions, tower_cache_dir, **options)
 
 
-def load_in_vllm(
-    model: str,
-    system: System,
-    questions: Questions,
-    *,
-    revision: str,
-    dtype: str,
-    arguments: str | None,
-    text_column: str = "text",
-) -> Predictor:
-    """Do as [`load_predictor`], in vLLM; `arguments` is JSON for `vllm.LLM`."""
-    tokenizer, template, processor = load_tokenizer(model, revision)
+def _load_in_vllm(model: str, revision: str, dtype: str, arguments: str | None, *, reads: bool) -> tuple[Any, Any]:
+    """Return the engine and the generation settings of a model; a ReLLM `reads` transcripts, or hears."""
     if read_adapter(model, revision) is not None:
         raise ValueError(f"{model} is an adapter, which is not asked through vLLM. Leave --engine out, or merge it.")
-    scope = "audio" if processor is None else read_config(model, revision).lora_scope
-    if system in READERS and scope != "audio":
+    if reads and (scope := read_config(model, revision).lora_scope) != "audio":
         raise ValueError(f"{model} has lora_scope={scope!r}: in vLLM it acts on transcripts too. Leave --engine out.")
     from relllm.inference.vllm.vllm_engine import OfflineEngine, read_generation_settings
 
-    loaded: Any = OfflineEngine(model, revision=revision, dtype=dtype, arguments=arguments)
-    settings = read_generation_settings(model, revision)
-    predictor: Predictor
-    if processor is None or system in READERS:
-        predictor = TextInVllm(loaded, tokenizer, template, questions, text_column=text_column)
-    else:
-        predictor = SpeechInVllm(loaded, processor, questions)
-    predictor.options["eos_token_id"] = find_ends(settings, tokenizer, template)
-    return predictor
+    engine = OfflineEngine(model, revision=revision, dtype=dtype, arguments=arguments)
+    return engine, read_generation_settings(model, revision)
 
 
 def load_tokenizer(model: str, revision: str) -> tuple[Tokenizer, str, ReLLMProcessor | None]:
@@ -279,7 +266,7 @@ def load_tokenizer(model: str, revision: str) -> tuple[Tokenizer, str, ReLLMProc
     """
     if read_config(model, revision).model_type == "relllm":
         processor = AutoProcessor.from_pretrained(model, revision=revision)
-        return processor.tokenizer, _template_of(processor), processor
+        return processor.tokenizer, str(processor.chat_template), processor
     adapter = read_adapter(model, revision)
     place = {"pretrained_model_name_or_path": model, "revision": revision}
     if adapter is not None and find_file(model, "tokenizer_config.json", revision) is None:
@@ -297,41 +284,22 @@ def resolve_system(config: PreTrainedConfig, system: System | None, model: str, 
     """
     if system is not None and system not in SYSTEMS:
         raise ValueError(f"Unknown system {system!r}; expected one of {', '.join(SYSTEMS)}.")
-    if config.model_type != "relllm":
-        if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise ValueError(f"{model} holds a {config.model_type!r} model; expected a ReLLM or a causal LM.")
-        if system not in (None, *READERS):
-            raise ValueError(
-                f"{model} is a causal LM ({config.model_type}), which hears nothing, and system {system!r} was asked "
-                "for. Use --system text-only, or give a ReLLM checkpoint."
-            )
-        if tuned and system == "text-only":
-            raise ValueError(f"{model} is an adapter, and {system!r} is an LLM as it is. Leave --system out.")
-        return "text-only-tuned" if tuned else system or "text-only"
-    is_speech_only = config.emotion_fusion == "none"
-    own: System = "speech-only" if is_speech_only else "re-llm"
-    if system not in (None, "text-only", own):
+    if config.model_type == "relllm":
+        is_speech_only = config.emotion_fusion == "none"
+        own: System = "speech-only" if is_speech_only else "re-llm"
+        if system in (None, "text-only", own):
+            return system or own
         recipe = "recipes/stage2_emotion.yaml" if is_speech_only else "recipes/ablations/no_emotion_fusion.yaml"
         raise ValueError(
             f"{model} has emotion_fusion={config.emotion_fusion!r}, so it is the system {own!r}, and {system!r} was "
             f"asked for. Leave --system out to measure it as what it is, or train one with {recipe} and give that."
         )
-    return system or own
-
-
-def encode_clips(
-    model: ReLLMForConditionalGeneration, processor: ReLLMProcessor, clips: list, cache: TowerCache | None = None
-) -> tuple[ReLLMAudioOutput, list[int]]:
-    """Return what the model hears in each clip, and how many positions each takes; towers run for no cached clip."""
-    known, entries = (None, {}) if cache is None else cache.look_up(clips)
-    features = processor.feature_extractor.extract(clips, only_counted=known)
-    counts = [int(count) for count in features.pop("num_audio_tokens")]
-    inputs = send_to_device({**features, **entries}, model.device)
-    if cache is not None:
-        cache.fill(inputs, model.base_model.run_towers)
-    return model.get_audio_features(**inputs, return_dict=True), counts
-
-
-def _template_of(processor: ReLLMProcessor) -> str:
-    assert isinstance(processor.chat_template, str)  # the processor makes one if none is given
-    return processor.chat_template
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"{model} holds a {config.model_type!r} model; expected a ReLLM or a causal LM.")
+    if system not in (None, *READERS):
+        raise ValueError(
+            f"{model} is a causal LM, which hears nothing: --system text-only, or give a ReLLM checkpoint."
+        )
+    if tuned and system == "text-only":
+        raise ValueError(f"{model} is an adapter, and {system!r} is an LLM as it is. Leave --system out.")
+    return "text-only-tuned" if tuned else system or "text-only"

@@ -21,12 +21,9 @@ class PairedTest:
 def wilcoxon_test(differences: Sequence[float] | np.ndarray) -> PairedTest:
     """Test the paired differences, at least one and all finite, by Wilcoxon's signed ranks, two-sided.
 
-    Pairs that do not differ are left out, as Wilcoxon did, and not ranked (Pratt): levels tie in most pairs, and ranks
-    that start above all those ties would hardly tell a step of two levels from a step of one.
-
-    Where all steps have one size (right or wrong answers: +1, -1), the signed-rank test is the sign test, which is
-    McNemar's; its p-value is the exact binomial one. Otherwise it is exact up to 50 differing pairs (13 if sizes tie),
-    and the normal approximation, corrected for ties, beyond.
+    Pairs that do not differ are left out, as Wilcoxon did, and not ranked (Pratt): levels tie in most pairs. Where all
+    steps have one size (right or wrong: +1, -1) it is the sign test, McNemar's, whose p-value is the exact binomial
+    one; otherwise exact up to 50 differing pairs (13 if sizes tie), and beyond the normal approximation.
     """
     from scipy.stats import binomtest, wilcoxon
 
@@ -42,10 +39,7 @@ def wilcoxon_test(differences: Sequence[float] | np.ndarray) -> PairedTest:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values by Holm's step-down correction; compare the results, in the same order, with the level itself.
-
-    The chance of any false finding in the family stays below the level.
-    """
+    """Adjust p-values by Holm's step-down correction, in the same order; compare them with the level itself."""
     values = np.asarray(p_values, dtype=float)
     order = np.argsort(values, kind="stable")
     factors = np.arange(len(values), 0, -1)
@@ -57,16 +51,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 class Resampler:
     """Bootstrap resamples of a data set's clips, drawn once, so that all systems and metrics share them.
 
-    Every metric here is a function of sums over clips, so a resample is how often each unit was drawn, times the
-    units' sums. `units` says for each clip what is drawn with replacement: its own id, or its speaker, whose clips
-    then come and go together; there must be two at least.
+    Every metric here is a function of sums over clips. `units`, two at least, says for each clip what is drawn with
+    replacement: its own id, or its speaker, whose clips then come and go together.
     """
 
     def __init__(self, units: Sequence[str], *, num_resamples: int, seed: int) -> None:
         names, self._unit_of = np.unique(np.asarray(units, dtype=str), return_inverse=True)
         self.num_units = len(names)
-        if self.num_units < 2:
-            raise ValueError(f"Cannot resample {self.num_units} unit: an interval needs at least two.")
         rng = np.random.default_rng(seed)
         self._counts = np.empty((num_resamples, self.num_units), dtype=np.uint16)
         for row in self._counts:
@@ -83,11 +74,9 @@ class Resampler:
 def percentile_interval(values: np.ndarray, num_units: int, *, confidence: float = 0.95) -> tuple[float, float] | None:
     """Return the middle part of a statistic's bootstrap values, widened for few units: expanded percentiles.
 
-    The plain one is too narrow for few units by about sqrt(n / (n - 1)) and by the normal quantile in place of
-    Student's; moving the two quantiles makes up for both (`ExpandProbs` of R's `resample`, after Hesterberg, arXiv
-    1411.5279). With 100 units that is hardly seen, with 10 it is the difference between 89 % and 94 % coverage.
-
-    It is `None` if any resample does not define the statistic (a value that is not finite): its end could be anything.
+    The plain one is too narrow by about sqrt(n / (n - 1)) and by the normal quantile in place of Student's; moving the
+    two quantiles makes up for both (`ExpandProbs` of R's `resample`, after Hesterberg, arXiv 1411.5279). It is `None`
+    if any resample does not define the statistic (a value that is not finite): its end could be anything.
     """
     from scipy.stats import norm, t
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
@@ -12,10 +12,10 @@ from rich.table import Table
 
 from relllm.data.rows import LABEL_SETS
 from relllm.labels import DIMENSIONS
-from relllm.metrics import VoteMetrics, calibration_metrics, dimension_metrics, recognition_metrics, vote_metrics
+from relllm.metrics import calibration_metrics, dimension_metrics, recognition_metrics, vote_metrics
 from relllm.plots import plot_confusion_matrix, plot_levels, plot_reliability, plot_valence_arousal
 
-from .evaluation_settings import EMPATHY_PARTS, LEVELS, REPLY_PARTS, WAYS
+from .evaluation_settings import EMPATHY_PARTS, LEVELS, WAYS
 from .wording import describe_wording
 
 MEASURES = {  # whose mean over folds is told
@@ -23,6 +23,13 @@ MEASURES = {  # whose mean over folds is told
     "dimensions": ("ccc", "pearson", "rmse"),
     "empathy": ("mean_level",),
     "replies": ("value",),
+}
+TABLES = {  # of the terminal
+    "recognition": ("ua", "wa", "macro_f1", "ece", "num_unparsed", "num_clips"),
+    "votes": ("any_rater_macro_f1", "jensen_shannon", "ece", "num_clips"),
+    "dimensions": ("ccc", "pearson", "rmse", "num_clips"),
+    "empathy": ("mean_level", "levels", "mean_tokens", "share_cut", "num_replies"),
+    "replies": ("value", "num_replies"),
 }
 SHOWN = 10  # clips that could not be read
 
@@ -101,23 +108,22 @@ def report_run(metrics: Mapping, out: Path, console: Console) -> None:
     """Print a run's numbers, what they leave out, and the clips that could not be read; in the main process."""
     if not PartialState().is_main_process:
         return
-    data, folds = metrics["data"], metrics["folds"]
+    data, folds, seen = metrics["data"], metrics["folds"], metrics["training"]
     pooled = f", pooled over {len(folds['values'])} folds of {folds['column']}" if folds else ""
     console.print(f"{metrics['name']} ({metrics['system']}): {data['num_clips']} clips{pooled}")
     for table in _number_tables(metrics):
         console.print(table)
     for task, reason in metrics["left_out"].items():
         console.print(f"not measured: {task}: {reason}")
-    without, outside = "without an emotion", "with an emotion outside the label set"
-    for count, which in ((data["num_without_emotion"], without), (data["num_outside_label_set"], outside)):
-        if count:
-            console.print(f"{count} clips {which} count for no recognition number")
-    seen = metrics.get("training") or {}
-    if metrics["system"] != "text-only" and seen and not seen["recorded"]:
+    outside = "with an emotion outside the label set"
+    for count, which in (("num_without_emotion", "without an emotion"), ("num_outside_label_set", outside)):
+        if data[count]:
+            console.print(f"{data[count]} clips {which} count for no recognition number")
+    if metrics["system"] != "text-only" and not seen["recorded"]:
         console.print("which rows trained this model is not recorded: whether it has read these is not known")
-    if count := seen.get("trained_on", 0) + seen.get("validated_on", 0):
+    if count := seen["trained_on"] + seen["validated_on"]:
         console.print(f"{count} of the clips are rows that it was trained on, or evaluated on meanwhile", style="red")
-    for missing in _classes_without_clips(metrics):
+    if missing := _classes_without_clips(metrics):
         console.print(missing)
     if data["num_failed"]:
         console.print(f"{data['num_failed']} clips could not be read and count for nothing:", style="red")
@@ -126,16 +132,15 @@ def report_run(metrics: Mapping, out: Path, console: Console) -> None:
     console.print(f"Predictions, metrics and plots: {out}")
 
 
-def _classes_without_clips(metrics: Mapping) -> list[str]:
+def _classes_without_clips(metrics: Mapping) -> str | None:
     """Say which emotions to choose from no clip has, and which label set has the others alone."""
-    part = next(iter(metrics.get("recognition", {}).values()), None)
-    absent = [] if part is None else [name for name, recall in part["recall"].items() if recall is None]
-    if part is None or not absent:
-        return []
-    present = set(part["class_names"]) - set(absent)
-    sets = [name for name, labels in LABEL_SETS.items() if set(labels) == present]
+    recalls: dict = next((part["recall"] for part in metrics.get("recognition", {}).values()), {})
+    absent = [name for name, recall in recalls.items() if recall is None]
+    if not absent:
+        return None
+    sets = [name for name, labels in LABEL_SETS.items() if set(labels) == set(recalls) - set(absent)]
     offer = f"; --label-set {sets[0]} asks for the others alone" if sets else ""
-    return [f"no clip is {' or '.join(absent)}, which can be answered and is then wrong{offer}"]
+    return f"no clip is {' or '.join(absent)}, which can be answered and is then wrong{offer}"
 
 
 def _with_unparsed(lines: Sequence[Mapping], part: Mapping, way: str) -> tuple[list[list[int]], list[str]]:
@@ -160,16 +165,12 @@ def _recognition_of(lines: Sequence[Mapping], labels: Sequence[str], way: str) -
         calibration = calibration_metrics(truth, [line["recognition"][way] for line in asked], labels)
         found |= {"ece": calibration["ece"], "bins": calibration["bins"]}
     rated = [line for line in answered if set(line.get("emotion_votes") or ()) & set(labels)]
-    return {**found, "votes": _votes(rated, labels, way)} if rated else found
-
-
-def _votes(rated: Sequence[Mapping], labels: Sequence[str], way: str) -> VoteMetrics:
-    """Hold the answers against every rater's vote; clips without a majority count too."""
-    votes = [line["emotion_votes"] for line in rated]
-    answers = [answered_emotion(line, way, labels) for line in rated]
-    probabilities = None if way == "generated" else [line["recognition"][way] for line in rated]
-    majority = [line["emotion"] for line in rated]
-    return vote_metrics(votes, answers, labels, probabilities=probabilities, labels=majority)
+    if rated:  # by any rater, also where there is no majority
+        answers = [answered_emotion(line, way, labels) for line in rated]
+        votes, majority = ([line[name] for line in rated] for name in ("emotion_votes", "emotion"))
+        probabilities = None if way == "generated" else [line["recognition"][way] for line in rated]
+        found["votes"] = vote_metrics(votes, answers, labels, probabilities=probabilities, labels=majority)
+    return found
 
 
 def answered_emotion(line: Mapping, way: str, labels: Sequence[str]) -> str | None:
@@ -215,43 +216,18 @@ def _mean(rows: Sequence[Mapping], measures: Sequence[str]) -> dict[str, float |
     return {name: None if None in values else sum(values) / len(values) for name, values in columns.items()}
 
 
-def _number_tables(metrics: Mapping) -> list[Table]:
-    tables = []
-    if recognition := metrics.get("recognition"):
-        table = Table("emotion by", "UA", "WA", "macro-F1", "ECE", "unparsed", "clips", title_justify="left")
-        for way in (way for way in WAYS if way in recognition):
-            part = recognition[way]
-            scores = [_decimals(part[name]) for name in ("ua", "wa", "macro_f1")]
-            ece = _decimals(part["ece"]) if "ece" in part else ""
-            table.add_row(way, *scores, ece, str(part["num_unparsed"]), str(part["num_clips"]))
-        tables.append(table)
-        table = Table("by votes", "macro-F1, any rater's", "Jensen-Shannon", "ECE", "clips")
-        for way in (way for way in WAYS if "votes" in recognition.get(way, {})):
-            part = recognition[way]["votes"]
-            scores = [_decimals(part[name]) for name in ("any_rater_macro_f1", "jensen_shannon", "ece")]
-            table.add_row(way, *scores, str(part["num_clips"]))
-        tables += [table] if table.row_count else []
-    if dimensions := metrics.get("dimensions"):
-        table = Table(f"dimension, {dimensions['scale']}", "CCC", "Pearson", "RMSE", "clips")
-        for name in (name for name in DIMENSIONS if name in dimensions):
-            part = dimensions[name]
-            table.add_row(name, *(_decimals(part[key]) for key in ("ccc", "pearson", "rmse")), str(part["num_clips"]))
-        tables.append(table)
-    if empathy := metrics.get("empathy"):
-        table = Table("empathy", "mean level", "level 0 / 1 / 2", "replies", "mean tokens", "read in part")
-        for name in (name for name in EMPATHY_PARTS if name in empathy):
-            part = empathy[name]
-            counts = " / ".join(str(count) for count in part["levels"])
-            lengths = [f"{part['mean_tokens']:.0f}", f"{part['share_cut']:.0%}"] if "share_cut" in part else ["—", "—"]
-            table.add_row(name, _decimals(part["mean_level"]), counts, str(part["num_replies"]), *lengths)
-        tables.append(table)
-    if wording := metrics.get("replies"):
-        table = Table("replies", "words", "repetition", "distinct-2", "replies")
-        values = (_decimals(wording[name]["value"]) for name in REPLY_PARTS)
-        table.add_row("mean", *values, str(wording["words"]["num_replies"]))
-        tables.append(table)
-    return tables
+def _number_tables(metrics: Mapping) -> Iterator[Table]:
+    votes = {way: of["votes"] for way, of in metrics.get("recognition", {}).items() if "votes" in of}
+    for part, columns in TABLES.items():
+        table = Table(part, *columns)
+        for name, row in (votes if part == "votes" else metrics.get(part, {})).items():
+            if isinstance(row, Mapping) and columns[0] in row:
+                table.add_row(name, *(_show(row.get(column)) for column in columns))
+        if table.row_count:
+            yield table
 
 
-def _decimals(value: float | None) -> str:
-    return "—" if value is None else f"{value:.3f}"
+def _show(value: float | list[int] | None) -> str:
+    if isinstance(value, list):
+        return " / ".join(map(str, value))
+    return "—" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)

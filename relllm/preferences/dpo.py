@@ -1,12 +1,12 @@
-"""Preference training with audio: [`ReLLMDPOTrainer`], TRL's `DPOTrainer` for a model that hears.
+"""Preference training with audio: [`ReLLMDPOTrainer`], TRL's `DPOTrainer` for a model that hears (arXiv 2305.18290).
 
-A pair is two replies to the same clips, and the better one is made more likely against the worse one, both relative to
-the weights that the run started from (DPO, arXiv 2305.18290). Frozen towers hear a pair's clips once, for both replies
-and for the reference; the losses of the heads are over the clips, once a pair.
+Frozen towers hear a pair's clips once, for both replies and for the reference; the losses of the heads are over the
+clips, once a pair.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,10 +81,11 @@ class ReLLMDPOConfig(ReLLMSettings, DPOConfig):
         return ("preference_loss", *METRICS)
 
 
-OF_TRL = ("beta", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting", "disable_dropout")
-OF_DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef", "discopop_tau")
-OF_OPTIMISATION = ("weight_decay", "warmup_steps")
-DPO_SETTINGS = [*ReLLMDPOConfig.__annotations__, *OF_ANY_METHOD, *OF_TRL, *OF_DIVERGENCE, *OF_OPTIMISATION]
+OF_TRL = (
+    *("beta", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting", "disable_dropout", "weight_decay"),
+    *("f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "warmup_steps"),
+)
+DPO_SETTINGS = [*ReLLMDPOConfig.__annotations__, *OF_ANY_METHOD, *OF_TRL]
 
 
 @dataclass
@@ -157,9 +158,7 @@ class ReLLMDPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
     ) -> None:
         for name in ("ref_model", "compute_metrics"):
             if kwargs.pop(name, None) is not None:
-                raise ValueError(
-                    f"{name} is given; the reference is what the model starts from, and metrics are TRL's."
-                )
+                raise ValueError(f"{name}: the reference is what the model starts from, and metrics are TRL's.")
         super().__init__(model, args if args is not None else ReLLMDPOConfig(), *rows, **kwargs)
         self.model_accepts_loss_kwargs = True  # which says the same to older releases
         self.reference = StartingWeights(self.model)
@@ -222,9 +221,7 @@ class ReLLMDPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
         return self.add_heads(loss, output, targets, counts, in_training)
 
 
-def parse_dpo(arguments: Sequence[str]) -> tuple[ReLLMScriptArguments, ReLLMDPOConfig]:
-    """Read settings as [`~relllm.training.run.parse_arguments`] does."""
-    return parse_arguments(arguments, ReLLMDPOConfig)
+parse_dpo = partial(parse_arguments, kind=ReLLMDPOConfig)
 
 
 def run_dpo(script: ReLLMScriptArguments, args: ReLLMDPOConfig) -> ReLLMTrainerMixin:
@@ -238,11 +235,10 @@ def _why_no_pair(row: Mapping) -> str | None:
     """Say what a row lacks."""
     if reason := lacks_audio(row):
         return reason
-    replies = [row.get(name) for name in ("chosen", "rejected")]
+    chosen, rejected = replies = [row.get(name) for name in ("chosen", "rejected")]
     if not all(isinstance(reply, str) and reply.strip() for reply in replies):
         return f"Row {row.get('id')!r} needs `chosen` and `rejected`, a text each, and has {replies}."
-    is_one = replies[0] == replies[1]
-    return f"Row {row.get('id')!r} has one reply as `chosen` and as `rejected`." if is_one else None
+    return f"Row {row.get('id')!r} has one reply as `chosen` and as `rejected`." if chosen == rejected else None
 
 
 def _last_run(mask: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""Reward training with audio: [`ReLLMGRPOTrainer`], TRL's `GRPOTrainer` for a model that hears.
+"""Reward training with audio: [`ReLLMGRPOTrainer`], TRL's `GRPOTrainer` for a model that hears (arXiv 2402.03300).
 
-Each update draws groups of replies with the model's own `generate`, scores them, and makes those above their group's
-mean more likely (GRPO, arXiv 2402.03300). The towers hear a clip once for its group: for the replies, for their
-log-probabilities and for the reference. Only their outputs are kept, because the projector trains.
+The towers hear a clip once for its group: for the replies, for their log-probabilities and for the reference. Only
+their outputs are kept, because the projector trains.
 """
 
 import itertools
@@ -10,6 +9,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,9 +92,8 @@ class ReLLMGRPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
         **kwargs: Any,
     ) -> None:
         if given := sorted(name for name in NOT_TAKEN if kwargs.pop(name, None) is not None):
-            raise ValueError(
-                f"{', '.join(given)}: not taken here. Replies are drawn by generate, and scored by rewards."
-            )
+            named = ", ".join(given)
+            raise ValueError(f"{named}: not taken here. Replies are drawn by generate, and scored by rewards.")
         args = args if args is not None else ReLLMGRPOConfig()
         if rewards is None:
             rewards = load_rewards(args.weights, device=args.device, **vars(args.reward_settings))
@@ -106,17 +105,11 @@ class ReLLMGRPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
             self.ref_model = StartingWeights(self.model)
         taught = self.model.config.trained_readings  # of which an evaluation makes a secret
         self._hears_emotion = taught is None or "emotion" in {*taught, *self._fed}
-        for rows in (self.train_dataset, *_values(self.eval_dataset)):
+        held_out = self.eval_dataset
+        for rows in (self.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])):
             check_needs(rows, {reward.name: reward.needs for reward, _ in rewards}, self._hears_emotion)
         self._spoken: list[SpokenRow] = []  # of the rows that TRL works on
         self._output: ModelOutput | None = None  # of the last pass, with the heads'
-        if self.eval_dataset is not None:
-            at_once, group = args.eval_batch_size * args.world_size, self.num_generations_eval
-            if at_once % group:
-                raise ValueError(
-                    f"An evaluation takes {at_once} replies at once, and a group is {group}. Make "
-                    "per_device_eval_batch_size a multiple of num_generations_eval."
-                )
 
     @classmethod
     def check_rows(cls, rows: object, args: ReLLMSettings) -> None:
@@ -286,19 +279,15 @@ class ReLLMGRPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
                 column.clear()
 
     def _log_lines(self) -> Iterator[dict[str, object]]:
-        columns = {**self._logs["rewards"], "advantage": self._logs["advantages"]}
-        extra = self._logs["extra"]
+        columns, extra = {**self._logs["rewards"], "advantage": self._logs["advantages"]}, self._logs["extra"]
         for index, reply in enumerate(self._logs["completion"]):
             scores = "  ".join(f"{name} {values[index]:.3g}" for name, values in columns.items())
-            yield {
-                **{"step": self.state.global_step, "id": extra["id"][index], "reply": reply.strip()},
-                **{"reply_of_row": extra["reply_of_row"][index], "scores": scores},
-            }
+            row_id, of_row = extra["id"][index], extra["reply_of_row"][index]
+            told = {"step": self.state.global_step, "id": row_id, "reply": reply.strip()}
+            yield {**told, "reply_of_row": of_row, "scores": scores}
 
 
-def parse_grpo(arguments: Sequence[str]) -> tuple[ReLLMScriptArguments, ReLLMGRPOConfig]:
-    """Read settings as [`~relllm.training.run.parse_arguments`] does."""
-    return parse_arguments(arguments, ReLLMGRPOConfig)
+parse_grpo = partial(parse_arguments, kind=ReLLMGRPOConfig)
 
 
 def run_grpo(script: ReLLMScriptArguments, args: ReLLMGRPOConfig) -> ReLLMTrainerMixin:
@@ -342,10 +331,6 @@ def join_rows(rows: Sequence[SpokenRow]) -> dict[str, Any]:
     clips = [clip for one in rows for clip in one.clips]
     windows = torch.tensor([len(clip.lengths) for clip in clips], device=clips[0].lengths.device)
     return {"tower_outputs": join_clips(clips), "audio_num_windows": windows}
-
-
-def _values(rows: Any) -> list:
-    return list(rows.values()) if isinstance(rows, dict) else [rows]
 
 
 def _as_function(reward: Reward) -> Callable[..., list[float]]:

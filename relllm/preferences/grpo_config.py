@@ -74,9 +74,8 @@ class ReLLMGRPOConfig(ReLLMSettings, GRPOConfig):
             self.rewards = parse_rewards(self.rewards)
         if self.rewards is not None:
             check_weights(self.rewards)
-        unused: bool | None = self.ddp_find_unused_parameters  # type: ignore[has-type]
-        if unused is None:
-            self.ddp_find_unused_parameters = False  # every row has audio: all that trains has a gradient
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters: bool | None = False  # every row has audio: all that trains has a gradient
         self._check_saves()
 
     @property
@@ -113,25 +112,23 @@ class ReLLMGRPOConfig(ReLLMSettings, GRPOConfig):
         if when != "steps" or apart == 1:
             return
         if every < 1:
-            raise ValueError(
-                f"{name} is {every:g}, a share of the steps, and saves must fall between draws. Give steps."
-            )
+            raise ValueError(f"{name} is {every:g}, a share of the steps; saves must fall between draws. Give steps.")
         if every % apart:
             raise ValueError(
-                f"{name} is {every:g}, and replies last for {drawn} steps, of which an update takes "
-                f"{update}: a checkpoint would lose those in use. Take a multiple of {apart}."
+                f"{name} is {every:g}, and replies last for {drawn} steps, of which an update takes {update}: a "
+                f"checkpoint would lose those in use. Take a multiple of {apart}."
             )
 
 
-OF_DRAWS = ("num_generations", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs")
-OF_LOSS = ("loss_type", "epsilon", "epsilon_high", "delta", "scale_rewards", "importance_sampling_level")
-OF_UPDATES = ("num_iterations", "steps_per_generation", "shuffle_dataset", "weight_decay", "warmup_steps")
-OF_FURTHER = (
+OF_TRL = (  # how replies are drawn, the loss, updates, and further ones
+    *("num_generations", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"),
+    *("loss_type", "epsilon", "epsilon_high", "delta", "scale_rewards", "importance_sampling_level"),
+    *("num_iterations", "steps_per_generation", "shuffle_dataset", "weight_decay", "warmup_steps"),
     *("multi_objective_aggregation", "mask_truncated_completions", "use_bias_correction_kl", "top_entropy_quantile"),
     *("entropy_coef", "use_adaptive_entropy", "off_policy_mask_threshold", "num_train_epochs"),
 )
 OF_THIS_MACHINE = {"judge_endpoint", "judge_key_env"}
 GRPO_SETTINGS = [  # that decide a run's result
     *(name for name in ReLLMGRPOConfig.__annotations__ if name not in OF_THIS_MACHINE),
-    *(*OF_ANY_METHOD, *OF_DRAWS, *OF_LOSS, *OF_UPDATES, *OF_FURTHER),
+    *(*OF_ANY_METHOD, *OF_TRL),
 ]

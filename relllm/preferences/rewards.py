@@ -1,12 +1,4 @@
-"""Rewards: numbers for replies to spoken turns, each by a name, weighted and added up.
-
-- `ER`, `IP`, `EX`: the level of the mechanism that a trained scorer expects, 0 to 2: the sum of level × probability,
-  which still moves where the most probable level does not.
-- `emotion`: 1 where the reply names the clip's emotion (its label, else what the model heard) and no other, -1 where
-  it names another alone, else 0.
-- `length`: how many words the reply is below or above a range, 0 inside. Its weight is to be below 0.
-- `repetition`: which share of the reply's runs of three words were in it before, 0 to 1. Weight below 0.
-- `judge`: what an OpenAI-compatible LLM says, as a share of 10; NaN where it says no number.
+"""Rewards: numbers for replies to spoken turns, each by a name, weighted and added up (table in docs/preferences.md).
 
 A scorer reads what it was trained on, the beginning of a reply (64 tokens), so that a longer one gains nothing by
 length alone. A weight of 0 measures and does not reward.
@@ -16,8 +8,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -51,24 +43,15 @@ class Reward(ABC):
 
     @abstractmethod
     def __call__(self, rows: Sequence[Mapping], replies: Sequence[str]) -> list[float]:
-        """Score the reply to each row.
+        """Score the reply to each row, as many replies as rows; `ValueError` for a row without what the reward needs.
 
-        Args:
-            rows: Of the data set, with `id`, `text` and `emotion` where known; `heard`, the emotion that the model
-                heard in the clip, stands in for an `emotion` that is not.
-            replies: As many.
-
-        Raises:
-            ValueError: If a row has none of the columns that the reward needs.
+        A row is the data set's, with `id`, `text` and `emotion` where known; `heard`, the emotion that the model heard
+        in the clip, stands in for an `emotion` that is not.
         """
 
-    def find(self, row: Mapping) -> str | None:
-        """Return the first of the columns that the reward needs which the row has; `None` without any."""
-        return first_text(row, self.needs)
-
     def known(self, row: Mapping) -> str:
-        """Return what [`~Reward.find`] does, or raise the error."""
-        if (text := self.find(row)) is None:
+        """Return the first of the columns that the reward needs which the row has; `ValueError` without any."""
+        if (text := first_text(row, self.needs)) is None:
             raise ValueError(
                 f"The row {row.get('id')!r} has no {' or '.join(self.needs)}, which the reward {self.name} needs. "
                 f"Leave such rows out, or give {self.name} no weight."
@@ -77,7 +60,7 @@ class Reward(ABC):
 
 
 class EmpathyReward(Reward):
-    """The level of one mechanism of empathy that its scorer expects."""
+    """The level of one mechanism of empathy that its scorer expects, 0 to 2: the sum of level × probability."""
 
     needs = ("text",)
 
@@ -91,7 +74,7 @@ class EmpathyReward(Reward):
 
 
 class EmotionReward(Reward):
-    """Whether the emotion that a reply names is the clip's."""
+    """1 where the emotion that a reply names is the clip's, -1 where it names another alone, else 0."""
 
     name, needs = "emotion", ("emotion", "heard")
 
@@ -115,16 +98,16 @@ class LengthReward(Reward):
 
 
 class RepetitionReward(Reward):
-    """How much of a reply it has said before."""
+    """Which share of a reply's runs of three words were in it before."""
 
     name = "repetition"
 
     def __call__(self, rows: Sequence[Mapping], replies: Sequence[str]) -> list[float]:
-        return [repeated_share(reply) for reply in replies]
+        return list(map(repeated_share, replies))
 
 
 class JudgeReward(Reward):
-    """What an LLM behind an OpenAI-compatible endpoint says of a reply, beside transcript and emotion."""
+    """What an LLM behind an OpenAI-compatible endpoint says, as a share of 10; NaN where it says no number."""
 
     name, needs = "judge", ("text",)
 
@@ -176,10 +159,8 @@ def check_rewards(weights: Mapping[str, float], settings: RewardSettings) -> Non
             )
         if not settings.allow_weak_scorers:
             check_scorers(settings.scorers, wanted)
-    if "judge" in weights and (settings.judge_endpoint is None or settings.judge_model is None):
-        raise ValueError("The reward judge needs judge_endpoint, such as http://host:8000/v1, and judge_model.")
     if "judge" in weights:
-        _make_reward("judge", settings, {}, "cpu", 1)  # its address, key and client
+        _make_judge(settings)  # its address, key and client
 
 
 def load_rewards(
@@ -187,33 +168,28 @@ def load_rewards(
 ) -> WeightedRewards:
     """Load rewards by name, each with its weight, such as `{"ER": 1, "EX": 1, "emotion": 0.5, "length": -0.1}`.
 
-    `settings` are those of [`RewardSettings`], such as `scorers="runs/scorers"`.
-
-    Raises:
-        ValueError: If a name is none, or a scorer or the judge is missing; before anything is loaded.
+    `settings` are those of [`RewardSettings`], such as `scorers="runs/scorers"`. A name that is none, and a scorer or
+    judge that is missing, is a `ValueError` before anything is loaded.
     """
     given = RewardSettings(**settings)
     check_rewards(weights, given)
-    scorers: dict[str, LoadedScorer] = {}
+    makers: dict[str, Callable[[], Reward]] = {
+        "emotion": EmotionReward,
+        "length": partial(LengthReward, given.min_words, given.max_words),
+        "repetition": RepetitionReward,
+        "judge": partial(_make_judge, given),
+    }
     if given.scorers is not None and set(weights) & set(MECHANISMS):
-        scorers = load_scorers(Path(given.scorers))
-    return [(_make_reward(name, given, scorers, device, batch_size), weight) for name, weight in weights.items()]
+        for name, scorer in load_scorers(given.scorers).items():
+            makers[name] = partial(EmpathyReward, name, scorer, device, batch_size)
+    return [(makers[name](), weight) for name, weight in weights.items()]
 
 
-def _make_reward(
-    name: str, settings: RewardSettings, scorers: Mapping[str, LoadedScorer], device: str | torch.device, size: int
-) -> Reward:
-    if name == "emotion":
-        return EmotionReward()
-    if name == "length":
-        return LengthReward(settings.min_words, settings.max_words)
-    if name == "repetition":
-        return RepetitionReward()
-    if name == "judge":
-        assert settings.judge_endpoint is not None and settings.judge_model is not None  # it has been checked
-        place = (settings.judge_endpoint, settings.judge_model, Sampling(max_new_tokens=16))
-        return JudgeReward(EndpointWriter(*place, api_key_env=settings.judge_key_env))
-    return EmpathyReward(name, scorers[name], device, size)
+def _make_judge(settings: RewardSettings) -> JudgeReward:
+    if settings.judge_endpoint is None or settings.judge_model is None:
+        raise ValueError("The reward judge needs judge_endpoint, such as http://host:8000/v1, and judge_model.")
+    place = (settings.judge_endpoint, settings.judge_model, Sampling(max_new_tokens=16))
+    return JudgeReward(EndpointWriter(*place, api_key_env=settings.judge_key_env))
 
 
 def weigh_replies(rewards: WeightedRewards, rows: Sequence[Mapping], replies: Sequence[str]) -> list[dict[str, float]]:

@@ -25,6 +25,7 @@ from transformers import (
     set_seed,
 )
 
+from relllm.data.clips import clip_duration
 from relllm.data.loading import load_corpus
 from relllm.data.survey import emotions_of, survey_rows
 from relllm.labels import DIMENSIONS
@@ -38,7 +39,7 @@ from relllm.setting import check_settings, setting
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
 from .checkpoints import LastStepMixin, begin_run, complete_run, describe_origin
 from .config import RowsSettings, check_places, check_selection
-from .lengths import GroupByLengthMixin, check_clip_limits, clip_duration
+from .lengths import GroupByLengthMixin, check_clip_limits
 from .losses import IGNORE_INDEX, ccc_loss
 from .objective import class_weights
 from .settings import SettingsParser, check_metric, check_trainer

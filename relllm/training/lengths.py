@@ -1,19 +1,15 @@
 """How long a row is, by its audio's header and its characters, without decoding; batches of like length."""
 
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
-import numpy as np
-import soundfile
 from datasets import Dataset
-from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
+from relllm.data.clips import clip_duration
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
-from relllm.processing.processing_relllm import AUDIO_KEYS
 
 from .collator import place_clips
 
@@ -62,19 +58,6 @@ def row_length(row: Mapping, extractor: ReLLMFeatureExtractor) -> int:
         ) from error
     counts = [extractor.count_tokens(round(time * extractor.sampling_rate)) for time in durations_s]
     return round(sum(map(len, texts)) / CHARACTERS_PER_TOKEN) + sum(max(count, 1) for count in counts)
-
-
-def clip_duration(source: object, sampling_rate: int) -> float:
-    """Return the seconds of a clip: a path, bytes, a `datasets` dictionary, or an array at `sampling_rate` Hz."""
-    if isinstance(source, Mapping):
-        given = next((source[key] for key in ("bytes", "array", *AUDIO_KEYS) if source.get(key) is not None), None)
-        return clip_duration(given, source.get("sampling_rate") or sampling_rate)
-    if isinstance(source, (bytes, str)):
-        info = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source.removeprefix("file://"))
-        return info.frames / info.samplerate
-    if isinstance(source, (np.ndarray, Tensor, Sequence)):
-        return max(np.shape(source)) / sampling_rate  # channels are the other, shorter axis
-    raise TypeError(f"no length of {type(source).__name__}")
 
 
 def check_clip_limits(splits: Iterable[object], shortest_s: float, longest_s: float) -> None:

@@ -138,13 +138,10 @@ def test_without_a_labelled_token_the_rationale_loss_is_zero_with_a_gradient(tmp
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mechanism": "XX"}, "mechanism must be one of ER, IP, EX, got 'XX'"),
         ({"encoder_config": GPT2Config()}, "'gpt2' model is no encoder"),
         ({"encoder_config": T5Config()}, "'t5' model is no encoder"),
         ({"encoder_config": BertConfig(max_position_embeddings=63)}, "the encoder's 63 positions, got 64"),
         ({"encoder_config": RobertaConfig(max_position_embeddings=65, pad_token_id=1)}, "63 positions, got 64"),
-        ({"dropout": 1.0}, "dropout must be in"),
-        ({"rationale_loss_weight": -0.5}, "rationale_loss_weight must be at least 0, got -0.5"),
     ],
 )
 def test_a_configuration_that_cannot_work_is_refused(settings: dict, message: str) -> None:
@@ -223,12 +220,11 @@ def test_reading_removes_duplicates_and_counts_what_it_drops(tmp_path: Path) -> 
         ("seeker_post,response_post,level,rationales\na,b,c,0,\n", "bad.csv:2 has another number of fields"),
         ("seeker_post,response_post,level,rationales\na,b\n", "bad.csv:2 has another number of fields"),
         ('seeker_post,response_post,level,rationales\n"a"b,c,0,\n', "bad.csv: no CSV after line 1"),
-        ("seeker_post,response_post,level,rationales\n\udcff,b,0,\n", "is not UTF-8"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "bad.csv"
-    path.write_bytes(content.encode(errors="surrogateescape"))
+    path.write_text(content)
     with pytest.raises(ValueError, match=message):
         read_pairs(path)
 

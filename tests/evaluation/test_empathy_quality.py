@@ -22,12 +22,12 @@ OLD_RECIPE = {"learning_rate": 2e-5, "epochs": 4}
 GOOD = {"accuracy": 0.82, "macro_f1": 0.75, "recall": {"0": 0.9, "1": 0.7, "2": 0.5}, "num_pairs": 600}
 
 
-def save_metrics(folder: Path, bag: float | None, **level: object) -> None:
+def save_metrics(folder: Path, bag: float, **level: object) -> None:
     """A scorer's folder, as far as its quality goes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"mechanism": folder.name}))
-    metrics = {"test": {"level": {**GOOD, **level}}}
-    (folder / "metrics.json").write_text(json.dumps(metrics | ({"bag_of_words": {"macro_f1": bag}} if bag else {})))
+    metrics = {"test": {"level": {**GOOD, **level}}, "bag_of_words": {"macro_f1": bag}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
 @pytest.mark.slow
@@ -85,7 +85,6 @@ def test_evaluate_refuses_a_weak_scorer_before_anything_runs(tmp_path: Path) -> 
 def test_what_makes_a_scorer_weak_and_what_a_table_says(tmp_path: Path) -> None:
     save_metrics(tmp_path / "ER", 0.75)  # as good as a bag of words
     save_metrics(tmp_path / "IP", 0.751)
-    save_metrics(tmp_path / "EX", None)  # of an older release
     (tmp_path / "unknown" / "EX").mkdir(parents=True)
     (tmp_path / "unknown" / "EX" / "config.json").write_text('{"mechanism": "EX"}')
     assert find_weaknesses(read_quality(tmp_path)) == ["IP has macro-F1 0.750, and a bag of words 0.751"]

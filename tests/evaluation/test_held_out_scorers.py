@@ -67,7 +67,7 @@ def evaluate_command(place: Path, *more: str) -> str:
 
 def test_levels_by_a_held_out_scorer_stand_beside_the_first_in_lines_metrics_and_on_the_card(place: Path) -> None:
     said = evaluate_command(place, "--held-out-scorers", str(place / "others"), "--out", str(place / "run"))
-    assert said.endswith("done") and "ER, held out" in said and "distinct-2" in said
+    assert said.endswith("done") and "ER, held out" in said and "distinct_2" in said
     metrics, (_, lines) = json.loads((place / "run/metrics.json").read_text()), read_predictions(place / "run")
     pairs = [(f"i feel sad {number}", line["reply"]) for number, line in enumerate(lines)]
     expected = [one["ER"] for one in score_pairs(load_scorers(place / "others"), pairs)]

@@ -352,7 +352,7 @@ def test_rows_that_accelerate_repeats_have_no_labels(
         ({"rewards": "ER"}, "expected names with weights"),
         ({"rewards": "ER=1,ER=2"}, "expected each name once"),
         ({"num_iterations": 3, "save_steps": 2}, "save_steps is 2, .*Take a multiple of 3"),
-        ({"num_iterations": 3, "save_steps": 0.1}, "save_steps is 0.1, a share of the steps, .*Give steps"),
+        ({"num_iterations": 3, "save_steps": 0.1}, "save_steps is 0.1, a share of the steps; .*Give steps"),
         ({"num_iterations": 3, "save_strategy": "best", **EVALUATED}, "eval_steps is 2, .*Take a multiple of 3"),
         ({"train_sampling_strategy": "group_by_length"}, "would part groups"),
     ],

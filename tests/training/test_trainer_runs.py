@@ -11,9 +11,10 @@ from tiny_models import audio_part, clip, text_part, tiny_config, tiny_model
 from trainers import LORA, make_rows, make_trainer, step_of
 
 from relllm import EMOTIONS, ReLLMForConditionalGeneration, ReLLMSFTTrainer
+from relllm.data.clips import clip_duration
 from relllm.training.collator import ReLLMCollator
 from relllm.training.freezing import trainable_table
-from relllm.training.lengths import clip_duration, row_length, row_lengths
+from relllm.training.lengths import row_length, row_lengths
 
 # Grouped by length
 

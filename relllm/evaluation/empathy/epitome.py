@@ -6,10 +6,11 @@ The split is by seeker post: a model that has seen a post in training has an eas
 from __future__ import annotations
 
 import csv
+import io
 import random
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from relllm.data.parsing import decode_text
 from relllm.data.table_files import read_table
 
 from ..evaluation_settings import LEVELS
@@ -25,6 +27,7 @@ from .scorer import IGNORED
 TEXTS = ("seeker_post", "response_post")
 COLUMNS = (*TEXTS, "level", "rationales")
 SPLITS = ("train", "validation", "test")
+NOT_FOUND, NOT_GIVEN = "rationale not in the response", "level without a rationale"
 SHOWN = 20  # lines named in a report
 
 
@@ -48,64 +51,55 @@ def read_pairs(path: Path) -> tuple[list[Pair], dict]:
     0 without any, teaches its level only. All of these are counted in the report; whatever else is wrong is a
     `ValueError` with its line.
     """
-    pairs: list[Pair] = []
-    first: dict[tuple[str, str], Pair] = {}
-    dropped: dict[str, list[int]] = {f"empty {name}": [] for name in TEXTS}
-    duplicates: list[int] = []
-    contradicting: list[int] = []
-    notes: dict[str, list[int]] = {"rationale not in the response": [], "level without a rationale": []}
+    pairs: dict[tuple[str, str], Pair] = {}
+    lines: dict[str, list[int]] = defaultdict(list)  # by what is told of them
     num_rows = 0
     for line, row in _read_strict_csv(path, COLUMNS):
         num_rows += 1
         texts = (row["seeker_post"].strip(), row["response_post"].strip())
         level = _read_level(row["level"], f"{path}:{line}")
         if "" in texts:
-            dropped[f"empty {TEXTS[texts.index('')]}"].append(line)
-        elif texts in first:
-            duplicates.append(line)
-            if first[texts].level != level:
-                contradicting.append(line)
+            lines[f"empty {TEXTS[texts.index('')]}"].append(line)
+        elif texts in pairs:
+            lines["duplicate"] += [line]
+            lines["contradiction"] += [line] * (pairs[texts].level != level)
         else:
-            rationales = [part.strip() for part in row["rationales"].split("|") if part.strip()]
-            spans = [find_rationale(part, texts[1]) for part in rationales]
-            known = tuple(span for span in spans if span is not None)
-            if len(known) < len(spans):
-                notes["rationale not in the response"].append(line)
-            elif level > 0 and not spans:
-                notes["level without a rationale"].append(line)
-            is_known = len(known) == len(spans) and (level == 0 or bool(spans))
-            first[texts] = Pair(line, *texts, level, known if is_known else None)
-            pairs.append(first[texts])
+            parts = [part.strip() for part in row["rationales"].split("|") if part.strip()]
+            spans = tuple(span for part in parts if (span := find_rationale(part, texts[1])) is not None)
+            is_lost, is_missing = len(spans) < len(parts), level > 0 and not parts
+            if is_lost or is_missing:
+                lines[NOT_FOUND if is_lost else NOT_GIVEN].append(line)
+            pairs[texts] = Pair(line, *texts, level, None if is_lost or is_missing else spans)
+    counted = {what: {"count": len(of), "lines": of[:SHOWN]} for what, of in lines.items()}
+    none = {"count": 0, "lines": []}
     report = {
         "num_rows": num_rows,
         "num_pairs": len(pairs),
-        "duplicates_removed": _counted(duplicates),
-        "duplicates_with_another_level": _counted(contradicting),
-        "dropped": {reason: _counted(lines) for reason, lines in dropped.items()},
-        "rationale_not_known": {reason: _counted(lines) for reason, lines in notes.items()},
+        "duplicates_removed": counted.get("duplicate", none),
+        "duplicates_with_another_level": counted.get("contradiction", none),
+        "dropped": {reason: counted.get(reason, none) for reason in (f"empty {name}" for name in TEXTS)},
+        "rationale_not_known": {reason: counted.get(reason, none) for reason in (NOT_FOUND, NOT_GIVEN)},
     }
-    return pairs, report
+    return list(pairs.values()), report
 
 
 def _read_strict_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield line and row of a CSV file with these columns, as many fields in each row as in the header, and UTF-8."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            header = list(reader.fieldnames or [])
-            if lacking := [name for name in columns if name not in header]:
-                raise ValueError(f"{path} lacks the columns {lacking}; it has {header}. Rename them in line 1.")
-            for row in reader:
-                if None in row or None in row.values():
-                    raise ValueError(
-                        f"{path}:{reader.line_num} has another number of fields than the header's {len(header)}. Put "
-                        "quotes around texts with commas."
-                    )
-                yield reader.line_num, row
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
-        except csv.Error as error:
-            raise ValueError(f"{path}: no CSV after line {reader.line_num} ({error}). Mend the quotes.") from error
+    """Yield line and row of a CSV file with these columns and as many fields in each row as in the header."""
+    text, _ = decode_text(path)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = list(reader.fieldnames or [])
+        if lacking := [name for name in columns if name not in header]:
+            raise ValueError(f"{path} lacks the columns {lacking}; it has {header}. Rename them in line 1.")
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path}:{reader.line_num} has another number of fields than the header's {len(header)}. Put "
+                    "quotes around texts with commas."
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}: no CSV after line {reader.line_num} ({error}). Mend the quotes.") from error
 
 
 def find_rationale(rationale: str, response: str) -> tuple[int, int] | None:
@@ -134,10 +128,10 @@ def split_pairs(
     for level in range(LEVELS):
         keys = sorted(key for key, value in highest.items() if value == level)
         shuffler.shuffle(keys)
-        num_test, num_validation = round(test_share * len(keys)), round(validation_share * len(keys))
-        for index, key in enumerate(keys):
-            is_test, is_validation = index < num_test, index < num_test + num_validation
-            split_of[key] = "test" if is_test else "validation" if is_validation else "train"
+        first = round(test_share * len(keys))
+        second = first + round(validation_share * len(keys))
+        split_of |= dict.fromkeys(keys[:first], "test") | dict.fromkeys(keys[first:second], "validation")
+        split_of |= dict.fromkeys(keys[second:], "train")
     splits = {name: [pair for pair in pairs if split_of[_post_key(pair)] == name] for name in SPLITS}
     for name, members in splits.items():
         if not members:
@@ -161,23 +155,18 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_
 
     A token is in a rationale if it shares a character with one; which it has only a fast tokenizer knows.
     """
-    if not tokenizer.is_fast:
-        what = f"{type(tokenizer).__name__} does not say which characters a token is of"
-        raise ValueError(f"{what}. Use an encoder with a fast tokenizer (tokenizer.json).")
     features = encode_posts([(pair.seeker_post, pair.response_post) for pair in pairs], tokenizer, max_length)
-    responses = tokenizer(
-        [pair.response_post for pair in pairs],
-        truncation=True,
-        max_length=max_length,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-    )
-    for index, (feature, pair) in enumerate(zip(features, pairs, strict=True)):
-        offsets, special = responses["offset_mapping"][index], responses["special_tokens_mask"][index]
+    cut = {"truncation": True, "max_length": max_length}
+    told = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+    responses = tokenizer([pair.response_post for pair in pairs], **cut, **told)
+    tokens = zip(responses["offset_mapping"], responses["special_tokens_mask"], strict=True)
+    for feature, pair, (offsets, special) in zip(features, pairs, tokens, strict=True):
         feature["level_labels"] = pair.level
         feature["rationale_labels"] = [
-            IGNORED if is_special or pair.spans is None else int(_overlaps(offset, pair.spans))
-            for offset, is_special in zip(offsets, special, strict=True)
+            IGNORED
+            if is_special or pair.spans is None
+            else int(any(start < last and first < end for first, last in pair.spans))
+            for (start, end), is_special in zip(offsets, special, strict=True)
         ]
     return features
 
@@ -215,17 +204,16 @@ def read_posts(path: Path) -> list[dict]:
     """
     if path.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{path}: expected a file that ends in .csv or .jsonl.")
-    rows = []
-    for line, row in _read_strict_csv(path, TEXTS) if path.suffix == ".csv" else read_table(path):
+    rows = dict(_read_strict_csv(path, TEXTS) if path.suffix == ".csv" else read_table(path))
+    for line, row in rows.items():
         for name in TEXTS:
             if not isinstance(row.get(name), str):
                 raise ValueError(f"{path}:{line}: {name} is {row.get(name)!r}, expected a text.")
         if not row["seeker_post"].strip():
             raise ValueError(f"{path}:{line}: seeker_post is empty: there is nothing to respond to. Take the row out.")
-        rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no rows.")
-    return rows
+    return list(rows.values())
 
 
 def _read_level(value: str, where: str) -> int:
@@ -243,14 +231,6 @@ def _post_key(pair: Pair) -> str:
     return " ".join(pair.seeker_post.casefold().split())
 
 
-def _overlaps(offset: tuple[int, int], spans: Iterable[tuple[int, int]]) -> bool:
-    return any(offset[0] < end and start < offset[1] for start, end in spans)
-
-
 def _pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-
-def _counted(lines: Sequence[int]) -> dict:
-    return {"count": len(lines), "lines": list(lines[:SHOWN])}

@@ -1,8 +1,4 @@
-"""How good a scorer is: a bag of words beside it, and what makes `relllm evaluate` refuse it.
-
-A scorer that never gives a level puts a ceiling on every system's mean level, and one below a bag of words has not
-read the sentence: their numbers would look like any others.
-"""
+"""How good a scorer is: a bag of words beside it, and what makes `relllm evaluate` refuse it."""
 
 from __future__ import annotations
 
@@ -19,10 +15,9 @@ LEVEL_NAMES = [str(level) for level in range(LEVELS)]
 
 
 def measure_bag_of_words(train: Sequence[Pair], test: Sequence[Pair]) -> dict:
-    """Return accuracy, macro-F1 and recalls on `test` of a logistic regression on the words of the response.
+    """Return accuracy, macro-F1 and recalls on `test` of a logistic regression on the words of the response, untuned.
 
-    Words and pairs of words, weighted by tf-idf, and classes by their rarity; nothing is tuned. Pairs of one level
-    alone are a `ValueError`.
+    Pairs of one level alone are a `ValueError`.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -51,8 +46,7 @@ def read_quality(scorers: str | Path) -> dict[str, dict | None]:
     for folder in find_scorers(Path(scorers)):
         mechanism = json.loads((folder / "config.json").read_text(encoding="utf-8"))["mechanism"]
         path = folder / METRICS
-        metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        found[mechanism] = None if metrics is None else quality_of(metrics)
+        found[mechanism] = quality_of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
     return found
 
 
@@ -70,11 +64,9 @@ def find_weaknesses(quality: Mapping[str, Mapping | None]) -> list[str]:
         if scorer is None:
             found.append(f"{mechanism} has no {METRICS}: how good it is is not known")
             continue
-        if never := [level for level, recall in scorer["recall"].items() if recall == 0]:
-            levels = " and ".join(never)
-            found.append(f"{mechanism} finds none of the pairs of level {levels} in its test split (recall 0)")
-        bag = scorer["bag_of_words"]
-        if bag is not None and scorer["macro_f1"] < bag:
+        if never := " and ".join(level for level, recall in scorer["recall"].items() if recall == 0):
+            found.append(f"{mechanism} finds none of the pairs of level {never} in its test split (recall 0)")
+        if scorer["macro_f1"] < (bag := scorer["bag_of_words"]):
             found.append(f"{mechanism} has macro-F1 {scorer['macro_f1']:.3f}, and a bag of words {bag:.3f}")
     return found
 
@@ -98,17 +90,15 @@ def describe_quality(quality: Mapping[str, Mapping | None]) -> list[str]:
             lines.append(f"Scorer of {mechanism}: not measured.")
             continue
         recalls = " / ".join("–" if value is None else f"{value:.2f}" for value in scorer["recall"].values())
-        bag = "" if scorer["bag_of_words"] is None else f", a bag of words {scorer['bag_of_words']:.3f}"
         lines.append(
             f"Scorer of {mechanism} on {scorer['num_pairs']} test pairs: accuracy {scorer['accuracy']:.3f}, macro-F1 "
-            f"{scorer['macro_f1']:.3f}{bag}; recall of levels 0 / 1 / 2: {recalls}."
+            f"{scorer['macro_f1']:.3f}, a bag of words {scorer['bag_of_words']:.3f}; recall of levels 0 / 1 / 2: "
+            f"{recalls}."
         )
     return lines
 
 
 def quality_of(metrics: Mapping) -> dict:
-    """Return what a scorer's `metrics.json` says of its levels: `accuracy`, `macro_f1`, `recall`, `bag_of_words`."""
-    level = metrics["test"]["level"]
-    bag = metrics.get("bag_of_words")  # which scorers of older releases have not
-    own = {name: level[name] for name in ("accuracy", "macro_f1", "recall", "num_pairs")}
-    return {**own, "bag_of_words": None if bag is None else bag["macro_f1"]}
+    """Return what a scorer's `metrics.json` says of its levels, and the macro-F1 of its `bag_of_words`."""
+    own = {name: metrics["test"]["level"][name] for name in ("accuracy", "macro_f1", "recall", "num_pairs")}
+    return {**own, "bag_of_words": metrics["bag_of_words"]["macro_f1"]}

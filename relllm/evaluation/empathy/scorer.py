@@ -1,17 +1,13 @@
 """The empathy scorer: a bi-encoder that gives a response to a seeker's post a level of one mechanism of empathy, and
 marks the words that carry it (EPITOME, Sharma et al. 2020, arXiv 2009.08441).
 
-The architecture is that of github.com/behavioral-data/Empathy-Mental-Health: two encoders of one kind, of which the
-seeker's is not trained; one head of attention from the response over the seeker's post, added to the response; on the
-first token a head for the levels; on every token one for "in a rationale" or not. Where this differs from that code:
-
-- The attention leaves out the padding of the seeker's post: a pair's score does not depend on the batch.
-- The rationale loss and its metrics leave out special tokens, whose label is known beforehand.
-- The frozen encoder runs without dropout.
-- Both encoders start from any encoder of Transformers. The authors' are RoBERTa, pretrained further on their forum.
+Two encoders of one kind, of which the seeker's is not trained; one head of attention from the response over the
+seeker's post, added to the response; on the first token a head for the levels; on every token one for "in a rationale"
+or not. docs/evaluation.md says where this differs from the authors' code.
 """
 
 import os
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +17,9 @@ from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
-from ..evaluation_settings import LEVELS, MECHANISMS
+from ..evaluation_settings import LEVELS
 
 IGNORED = -100  # label of a token that has none
 # Their first position follows the padding id: two positions of the table are never used.
@@ -52,13 +49,6 @@ class EmpathyScorerConfig(PreTrainedConfig):
             self.encoder_config = CONFIG_MAPPING[self.encoder_config["model_type"]](**self.encoder_config)
         kwargs.setdefault("num_labels", LEVELS)
         super().__post_init__(**kwargs)
-        if self.mechanism not in MECHANISMS:
-            raise ValueError(f"mechanism must be one of {', '.join(MECHANISMS)}, got {self.mechanism!r}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
-        for name in ("level_loss_weight", "rationale_loss_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         _check_encoder(self.encoder_config, self.max_length)
 
 
@@ -96,20 +86,6 @@ class SeekerAttention(nn.Module):
         return self.output(attended)
 
 
-class LevelHead(nn.Module):
-    """Dropout, dense, ReLU, dropout, projection to the levels."""
-
-    def __init__(self, width: int, dropout: float):
-        super().__init__()
-        self.dense = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
-        self.out_proj = nn.Linear(width, LEVELS)
-
-    def forward(self, first_token: Tensor) -> Tensor:
-        hidden = torch.relu(self.dense(self.dropout(first_token)))
-        return self.out_proj(self.dropout(hidden))
-
-
 class EmpathyScorer(PreTrainedModel):
     """Level and rationale of one mechanism of empathy in a response to a seeker's post."""
 
@@ -128,10 +104,19 @@ class EmpathyScorer(PreTrainedModel):
         self.response_encoder = _without_pooler(AutoModel.from_config(config.encoder_config))
         self.attention = SeekerAttention(width, config.dropout)
         self.dropout = nn.Dropout(config.dropout)
-        self.level_head = LevelHead(width, config.dropout)
+        self.level_head = nn.Sequential(
+            OrderedDict(
+                dropout=nn.Dropout(config.dropout),
+                dense=nn.Linear(width, width),
+                activation=nn.ReLU(),
+                dropout_again=nn.Dropout(config.dropout),
+                out_proj=nn.Linear(width, LEVELS),
+            )
+        )
         self.rationale_head = nn.Linear(width, 2)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         seeker_input_ids: Tensor,
@@ -140,47 +125,30 @@ class EmpathyScorer(PreTrainedModel):
         response_attention_mask: Tensor | None = None,
         level_labels: Tensor | None = None,
         rationale_labels: Tensor | None = None,
-        return_dict: bool | None = None,
-    ) -> EmpathyScorerOutput | tuple:
+    ) -> EmpathyScorerOutput:
         """Give each pair a level, and each token of its response a place in a rationale or outside.
 
-        Args:
-            seeker_input_ids (`torch.Tensor` of shape `(pairs, S)`): Padded on the right, as the response.
-            response_input_ids (`torch.Tensor` of shape `(pairs, T)`): Tokens of the response.
-            seeker_attention_mask, response_attention_mask (*optional*): 1 on a text's own tokens; by default on all.
-            level_labels (`torch.Tensor` of shape `(pairs,)`, *optional*): 0, 1 or 2.
-            rationale_labels (`torch.Tensor` of shape `(pairs, T)`, *optional*): 1 in a rationale, 0 outside, -100 on
-                special tokens, padding, and all over a response whose rationale is not known.
+        Ids are `(pairs, S)` and `(pairs, T)`, padded on the right; masks are 1 on a text's own tokens, by default all.
+        `level_labels` `(pairs,)` are 0, 1 or 2; `rationale_labels` `(pairs, T)` are 1 in a rationale, 0 outside, -100
+        on special tokens, padding, and all over a response whose rationale is not known.
         """
         if seeker_attention_mask is None:
             seeker_attention_mask = torch.ones_like(seeker_input_ids)
-        if response_attention_mask is None:
-            response_attention_mask = torch.ones_like(response_input_ids)
         # No token types: a single text has type 0 in every encoder that knows them.
         seeker = self.seeker_encoder(seeker_input_ids, attention_mask=seeker_attention_mask).last_hidden_state
         response = self.response_encoder(response_input_ids, attention_mask=response_attention_mask).last_hidden_state
         response = response + self.dropout(self.attention(response, seeker, seeker_attention_mask.bool()))
-        output = EmpathyScorerOutput(
-            level_logits=self.level_head(response[:, 0]), rationale_logits=self.rationale_head(self.dropout(response))
-        )
-        self._add_losses(output, level_labels, rationale_labels)
-        return output if return_dict is not False else output.to_tuple()
-
-    def _add_losses(
-        self, output: EmpathyScorerOutput, level_labels: Tensor | None, rationale_labels: Tensor | None
-    ) -> None:
-        assert output.level_logits is not None and output.rationale_logits is not None
-        weighted = []
+        level_logits, rationale_logits = self.level_head(response[:, 0]), self.rationale_head(self.dropout(response))
+        loss = level_loss = rationale_loss = None
         if level_labels is not None:
-            output.level_loss = F.cross_entropy(output.level_logits.float(), level_labels)
-            weighted.append(self.config.level_loss_weight * output.level_loss)
+            level_loss = F.cross_entropy(level_logits.float(), level_labels)
+            loss = self.config.level_loss_weight * level_loss
         if rationale_labels is not None:
-            logits, labels = output.rationale_logits.float().flatten(0, 1), rationale_labels.flatten()  # (tokens, 2)
+            logits, labels = rationale_logits.float().flatten(0, 1), rationale_labels.flatten()  # (tokens, 2)
             summed = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-            output.rationale_loss = summed / (labels != IGNORED).sum().clamp(min=1)
-            weighted.append(self.config.rationale_loss_weight * output.rationale_loss)
-        if weighted:
-            output.loss = torch.stack(weighted).sum()
+            rationale_loss = summed / (labels != IGNORED).sum().clamp(min=1)
+            loss = (0 if loss is None else loss) + self.config.rationale_loss_weight * rationale_loss
+        return EmpathyScorerOutput(loss, level_loss, rationale_loss, level_logits, rationale_logits)
 
     def freeze_seeker_encoder(self) -> None:
         """Stop the training of the seeker's encoder; also its dropout, from the next `train()` on."""

@@ -1,8 +1,6 @@
 """`relllm empathy train`: a scorer of one mechanism from EPITOME's pairs, in a folder with its metrics.
 
-The recipe is that of the authors' public code, but the learning rate goes with the encoder's size, training ends when
-the macro-F1 on the validation split no longer rises, and the checkpoint where it was best is kept. The test split is
-read once, after that choice; a bag of words is trained beside it (`quality.py`).
+The test split is read once, after the checkpoint was chosen on the validation split; a bag of words is trained beside.
 """
 
 import hashlib
@@ -27,7 +25,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from relllm.data.journal import Journal, write_json
 from relllm.data.report import find_versions
-from relllm.metrics import recognition_metrics
 from relllm.plots import plot_confusion_matrix
 
 from ..evaluation_settings import METRICS, EmpathySettings
@@ -45,8 +42,7 @@ def train_scorer(settings: EmpathySettings, *, progress: bool = True) -> dict:
     """Train a scorer, measure it on the test split and write model, tokenizer, metrics and confusion matrix.
 
     Killed, the same call goes on from the end of the last epoch and gives the same scorer; complete, it returns what
-    is there, which is the content of `metrics.json`. The folder `output_dir/<mechanism>` is complete or not there; of
-    other settings it is a `FileExistsError`.
+    is there, the content of `metrics.json`. Another's folder `output_dir/<mechanism>` is a `FileExistsError`.
     """
     check_extras("Training a scorer", "matplotlib", "scikit-learn")
     folder = settings.output_dir / settings.mechanism
@@ -93,9 +89,8 @@ def measure(
 ) -> dict:
     """Return accuracy and macro-F1 of the level, and the token F1 of the rationale, from logits and labels of pairs.
 
-    The token F1 is a mean over pairs. A pair with neither a rationale nor a prediction is left out, as there is
-    nothing to find; with one of the two only, its F1 is 0. It is `None` where no pair is left. Tokens with the label
-    -100 do not count.
+    The token F1 is a mean over pairs without those that have neither a rationale nor a prediction, `None` where none
+    is left; tokens with the label -100 do not count.
     """
     from sklearn.metrics import f1_score
 
@@ -119,8 +114,7 @@ def measure(
 def choose_learning_rate(encoder: PreTrainedModel) -> float:
     """Return the authors' learning rate for an encoder of RoBERTa-base's size, in inverse proportion for others.
 
-    It counts parameters outside the embeddings and stays within 1e-5 and 1e-3: with 2e-5 a small encoder has not left
-    the most frequent level after four epochs.
+    It counts parameters outside the embeddings: with 2e-5 a small encoder stays at the most frequent level.
     """
     embedded = {id(weight) for weight in encoder.get_input_embeddings().parameters()}
     size = sum(weight.numel() for weight in encoder.parameters() if id(weight) not in embedded)
@@ -190,8 +184,8 @@ def _majority_baseline(splits: Mapping[str, Mapping]) -> dict[str, float]:
     """Measure the answer that is always the most frequent level of the training split."""
     guess = int(np.argmax(splits["train"]["levels"]))
     levels = [level for level, count in enumerate(splits["test"]["levels"]) for _ in range(count)]
-    found = recognition_metrics(levels, [guess] * len(levels), LEVEL_NAMES)
-    return {"level": guess, "accuracy": found["wa"], "macro_f1": found["macro_f1"]}
+    found = level_scores(levels, [guess] * len(levels))
+    return {"level": guess, "accuracy": found["accuracy"], "macro_f1": found["macro_f1"]}
 
 
 def _chosen_epoch(trainer: Trainer) -> float | None:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from relllm.data.table_files import write_table
 
 from ..evaluation_settings import LEVELS, MECHANISMS
+from ..summary import summarize_levels
 from .epitome import PairCollator, encode_posts, read_posts
 from .quality import find_scorers
 from .scorer import EmpathyScorer
@@ -120,8 +121,7 @@ def score_table(
     """Score a `.csv` or `.jsonl` table and write it with new columns; the file is complete or not there.
 
     The columns are `ER_level`, `ER_p0`, `ER_p1`, `ER_p2`, and so on; the others stay as they are. Returns for each
-    mechanism `mean_level`, `levels` (how many responses have 0, 1, 2), `num_pairs` and `num_empty` (empty responses,
-    which count as level 0).
+    mechanism what [`summarize_levels`] does, `num_pairs` and `num_empty` (empty responses, which count as level 0).
     """
     if out.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"--out {out}: expected a file that ends in .csv or .jsonl.")
@@ -138,17 +138,9 @@ def score_table(
         values = [value for part in found.values() for value in (part["level"], *part["probabilities"])]
         written.append({**row, **dict(zip(new, values, strict=True))})
     write_table(written, out)
-    num_empty = sum(not response.strip() for _, response in pairs)
-    counts = {"num_pairs": len(rows), "num_empty": num_empty}
-    found = {}
-    for name in scorers:
-        levels = [part[name]["level"] for part in scored]
-        found[name] = {
-            "mean_level": sum(levels) / len(levels),
-            "levels": [*map(levels.count, range(LEVELS))],
-            **counts,
-        }
-    return found
+    counts = {"num_pairs": len(rows), "num_empty": sum(not response.strip() for _, response in pairs)}
+    parts = [{"empathy": one} for one in scored]
+    return {name: (summarize_levels(parts, name) or {}) | counts for name in scorers}
 
 
 def _rank(row: list[float]) -> tuple[int, float, list[float]]:
