@@ -12,8 +12,7 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConf
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from relllm.inference.replies import generate_answers, score_answers
-from relllm.labels import DIMENSIONS
+from relllm.inference.replies import generate_answers, read_heard, score_answers
 from relllm.modeling.checkpoint_relllm import find_ends
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.modeling.outputs_relllm import ReLLMAudioOutput
@@ -124,17 +123,14 @@ class SpeechPredictor(Predictor):
             name: [text.replace(token, token * count) for count in counts] for name, text in self.prompts.items()
         }
         found = self.ask(placed, audio)
-        heard = self.hear(audio)
-        assert heard.dimensions is not None  # the heads always run
-        taught = self.model.config.trained_readings
-        taught = ("emotion", *DIMENSIONS) if taught is None else taught
-        if "ser" in self.questions.tasks and "head" in self.questions.ways and "emotion" in taught:
-            for part, probabilities in zip(found, self._head_probabilities(heard), strict=False):
-                part.setdefault("recognition", {})["head"] = probabilities
-        if "dimensions" in self.questions.tasks:
-            for part, values in zip(found, heard.dimensions.float().tolist(), strict=True):
-                named = zip(DIMENSIONS, values, strict=True)
-                part["dimensions"] = {name: asking.number(value) for name, value in named if name in taught}
+        for part, heard in zip(found, read_heard(self.model.config, self.hear(audio)), strict=True):
+            # Probability is shared among the labels in use that the head has, if any; the others in use have 0.
+            shares = {name: heard.probabilities.get(name, 0.0) for name in self.questions.labels}
+            if "ser" in self.questions.tasks and "head" in self.questions.ways and (total := sum(shares.values())):
+                own = {name: asking.number(share / total) for name, share in shares.items()}
+                part.setdefault("recognition", {})["head"] = own
+            if "dimensions" in self.questions.tasks:
+                part["dimensions"] = {name: asking.number(value) for name, value in heard.dimensions.items()}
         return found
 
     def encode(self, clips: list) -> tuple[Any, list[int]]:
@@ -150,15 +146,6 @@ class SpeechPredictor(Predictor):
     def hear(self, audio: Any) -> ReLLMAudioOutput:
         """Return what the heads read in the clips that were encoded."""
         return audio
-
-    def _head_probabilities(self, heard: ReLLMAudioOutput) -> list[dict[str, float]]:
-        """Share probability among the labels in use that the head has, if any; the others in use have 0."""
-        assert heard.emotion_logits is not None  # the heads always run
-        classes = list(self.model.config.emotion_labels)
-        known = [name for name in self.questions.labels if name in classes]
-        logits = heard.emotion_logits.float()[:, [classes.index(name) for name in known]]
-        rows = [dict(zip(known, row, strict=True)) for row in logits.softmax(-1).tolist()] if known else []
-        return [{name: asking.number(row.get(name, 0.0)) for name in self.questions.labels} for row in rows]
 
 
 class TextPredictor(Predictor):
