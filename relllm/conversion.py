@@ -9,6 +9,7 @@ split along, which computes the same (trained further, A's three copies part, wh
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,19 +30,23 @@ logger = logging.get_logger(__name__)
 # The projector of BLSP-Emo, which reads speech alone, and of RE-LLM, which carries the other one along.
 ADAPTERS = ("adapter.", "w2v2cat_adapter.")
 PROJECTOR_HEADS = 8  # a constant of the original code
-# Beginnings of names; what follows stays as it is.
-TOWERS_AND_HEAD = {
-    "whisper_model.": "model.audio_tower.",
-    "w2v2.": "model.emotion_tower.",
-    "hidden2emotion.": "model.emotion_head.",
+RENAMES = {
+    r"^whisper_model\.": "model.audio_tower.",
+    r"^w2v2\.": "model.emotion_tower.",
+    r"^hidden2emotion\.": "model.emotion_head.",
+    r"^hidden2w2v2\.": "model.dimension_head.",
+    r"\.multi_modal_projector\.subsampler\.": ".multi_modal_projector.",
+    r"\.multi_modal_projector\.hidden_layers\.": ".multi_modal_projector.layers.",
+    r"\.multi_modal_projector\.speech_ln\.": ".multi_modal_projector.layer_norm.",
+    # The positional convolution of wav2vec2, as PyTorch 2.0 and as it names a weight norm since.
+    r"\.conv\.weight_g$": ".conv.parametrizations.weight.original0",
+    r"\.conv\.weight_v$": ".conv.parametrizations.weight.original1",
+    r"^qwen_model\.(model\.)?": "model.text_model.",
+    r"\.transformer\.wte\.": ".model.embed_tokens.",
+    r"\.transformer\.ln_f\.": ".model.norm.",
+    r"\.transformer\.h\.": ".model.layers.",
+    r"(\.lora_[AB])\.default\.": rf"\1.{ADAPTER_NAME}.",
 }
-CONV_PROJECTOR = {"subsampler.": "", "hidden_layers.": "layers.", "speech_ln.": "layer_norm.", "fc": "fc"}
-# The positional convolution of wav2vec2, as PyTorch 2.0 and as it names a weight norm since.
-WEIGHT_NORM = {
-    "conv.weight_g": "parametrizations.weight.original0",
-    "conv.weight_v": "parametrizations.weight.original1",
-}
-QWEN = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
 QWEN_LAYER = {
     "ln_1": ("input_layernorm",),
     "ln_2": ("post_attention_layernorm",),
@@ -70,8 +75,7 @@ def convert_original_checkpoint(
     """Load a checkpoint of the original code as a model of ours.
 
     Args:
-        checkpoint: A directory with `*.safetensors`, such a file, or the state dict, whose tensors the model takes
-            over.
+        checkpoint: A directory with `*.safetensors`, such a file, or the state dict, which the model takes over.
         config (*optional*): The original's `config.json`, as a path or read; by default the one in the directory.
         audio_token_id (`int`): The token that will hold the audio's place. The original has none: take one that no
             text uses, such as `<|extra_0|>` of Qwen's tokenizer (151646).
@@ -148,80 +152,47 @@ def convert_config(
 
 def convert_weights(original: Mapping[str, Tensor], config: ReLLMConfig) -> tuple[dict[str, Tensor], list[str]]:
     """Return the original's state dict under our names, and the names of what its forward pass never reads."""
+    has_tower = config.emotion_config is not None
+    renames = {f"^{re.escape(ADAPTERS[has_tower])}": "model.multi_modal_projector.", **RENAMES}
+    never_read = ("w2v2_adapter.", "w2v2_hidden2emotion.", ADAPTERS[not has_tower])
+    unused = sorted(name for name in original if name.startswith(never_read))
     converted: dict[str, Tensor] = {}
-    left: list[str] = []
     for name, weight in original.items():
-        weights = _convert_weight(name, weight, config)
-        converted |= weights
-        left += [] if weights else [name]
-    other = ADAPTERS[config.emotion_config is None]
-    unused = [name for name in left if name.startswith(("w2v2_adapter.", "w2v2_hidden2emotion.", other))]
-    if unknown := [name for name in left if name not in unused]:
-        hint = " Weights named `w2v2…` want an emotion_config." if config.emotion_config is None else ""
-        raise ValueError(f"{_count_weights(unknown)} of the checkpoint are unknown.{hint}")
+        if name not in unused:
+            converted |= _convert_weight(name, weight, renames)
     emotion_head = converted.get("model.emotion_head.weight")
-    if "model.dimension_head.weight" not in converted and config.emotion_config is None and emotion_head is not None:
+    if "model.dimension_head.weight" not in converted and not has_tower and emotion_head is not None:
         logger.warning("BLSP-Emo has no dimension head: ours starts at zero, and predicts 0 until it is trained.")
         size = (len(DIMENSION_ROWS), emotion_head.shape[1])
         converted["model.dimension_head.weight"] = emotion_head.new_zeros(size)
-    return _fit_names(converted, config), sorted(unused)
-
-
-def _convert_weight(name: str, weight: Tensor, config: ReLLMConfig) -> dict[str, Tensor]:
-    """Turn one weight of the original into one or three of ours; none if the name is unknown or not used."""
-    if name.startswith("qwen_model."):
-        return _convert_qwen_weight(name.removeprefix("qwen_model.").removeprefix("model."), weight)
-    if name == "hidden2w2v2.weight":
-        return {"model.dimension_head.weight": weight[DIMENSION_ROWS]}
-    adapter = ADAPTERS[config.emotion_config is not None]
-    if name.startswith(adapter):
-        return _rename(name.removeprefix(adapter), weight, CONV_PROJECTOR, "model.multi_modal_projector.")
-    if name.startswith("w2v2.") and config.emotion_config is None:
-        return {}
-    for end, ours in WEIGHT_NORM.items():
-        if name.startswith("w2v2.") and name.endswith(f".{end}"):
-            name = name.removesuffix(end.rpartition(".")[2]) + ours
-    return _rename(name, weight, TOWERS_AND_HEAD, "")
-
-
-def _convert_qwen_weight(name: str, weight: Tensor) -> dict[str, Tensor]:
-    prefix = "model.text_model."
-    layer = name.removeprefix("transformer.h.")
-    if layer == name:
-        stem = name.removesuffix(".weight")
-        return {f"{prefix}{QWEN[stem]}.weight": weight} if stem in QWEN else {}
-    number, _, rest = layer.partition(".")
-    for stem, targets in QWEN_LAYER.items():
-        if rest.startswith(f"{stem}."):
-            end = rest.removeprefix(f"{stem}.").replace(".default.", f".{ADAPTER_NAME}.")
-            # LoRA's A reads the same input for all three; B, like weight and bias, has their rows one after another.
-            parts = [weight] * len(targets) if end.startswith("lora_A.") else weight.chunk(len(targets))
-            named = zip(targets, parts, strict=True)
-            return {f"{prefix}model.layers.{number}.{target}.{end}": part.clone() for target, part in named}
-    return {}
-
-
-def _rename(name: str, weight: Tensor, table: Mapping[str, str], prefix: str) -> dict[str, Tensor]:
-    for theirs, ours in table.items():
-        if name.startswith(theirs):
-            return {prefix + ours + name.removeprefix(theirs): weight}
-    return {}
-
-
-def _fit_names(converted: dict[str, Tensor], config: ReLLMConfig) -> dict[str, Tensor]:
-    """Insert `base_layer.` where the LoRA wraps a layer, and check names and shapes against the model."""
     with torch.device("meta"):
         expected = ReLLMForConditionalGeneration(config).state_dict()
-    names = {name.replace(".base_layer.", "."): name for name in expected}
+    names = {name.replace(".base_layer.", "."): name for name in expected}  # where the LoRA wraps a layer
+    if unknown := sorted(converted.keys() - names.keys()):
+        hint = "" if has_tower else " Weights named `w2v2…` want an emotion_config."
+        raise ValueError(f"{_count_weights(unknown)} (by their new names) have no place in the model.{hint}")
     if missing := sorted(names.keys() - converted.keys()):
         raise ValueError(f"{_count_weights(missing)} are missing in the checkpoint (by their new names).")
-    if unknown := sorted(converted.keys() - names.keys()):
-        raise ValueError(f"{_count_weights(unknown)} (by their new names) have no place in the configured model.")
     for name, weight in converted.items():
         shape = expected[names[name]].shape
         if weight.shape != shape:
             raise ValueError(f"{name} has shape {tuple(weight.shape)}, the configuration makes it {tuple(shape)}.")
-    return {names[name]: weight.contiguous() for name, weight in converted.items()}
+    return {names[name]: weight.contiguous() for name, weight in converted.items()}, unused
+
+
+def _convert_weight(name: str, weight: Tensor, renames: Mapping[str, str]) -> dict[str, Tensor]:
+    """Turn one weight of the original into one or three of ours; what is not known keeps its name."""
+    for theirs, ours in renames.items():
+        name = re.sub(theirs, ours, name)
+    if name == "model.dimension_head.weight":
+        weight = weight[DIMENSION_ROWS]
+    for stem, targets in QWEN_LAYER.items():
+        if f".{stem}." in name:
+            # LoRA's A reads the same input for all three; B, like weight and bias, has their rows one after another.
+            parts = [weight] * len(targets) if ".lora_A." in name else weight.chunk(len(targets))
+            named = zip(targets, parts, strict=True)
+            return {name.replace(f".{stem}.", f".{target}."): part.clone() for target, part in named}
+    return {name: weight}
 
 
 def _convert_qwen_config(qwen: Mapping) -> Qwen2Config:

@@ -22,7 +22,7 @@ from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.inference.inference_settings import BatchSettings, RequestLimits
 from relllm.inference.server.app import Service
 from relllm.inference.server.decoding import Job
-from relllm.inference.server.server import Server, build_service
+from relllm.inference.server.server import Server
 
 NAME = "tiny"
 
@@ -65,7 +65,7 @@ def serving(
     grace_s: float = 5.0,
 ) -> Iterator[Running]:
     """A server on a free port; it has stopped when the block is left."""
-    service = build_service(model, processor, name=NAME, api_key=api_key, settings=settings, limits=limits)
+    service = Service(model, processor, name=NAME, api_key=api_key, settings=settings, limits=limits)
     batches: list[list[Job]] = []
     begin = service.engine._begin
 

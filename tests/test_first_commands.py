@@ -226,7 +226,7 @@ def read_flags(name: str) -> set[str]:
     """The flags of a command, and of the commands below it."""
     if name in PARSERS:
         methods = ("", *(f" --method {method}" for method in METHODS if method != "sft")) if name == "train" else ("",)
-        pages = "".join(show_training_help(f"{name}{method}") for method in methods)
+        pages = "".join(show_training_help(f"{name}{method}", "") for method in methods)
         return {flag.replace("_", "-") for flag in re.findall(r"--([\w-]+)", pages)} | {"out", "cache-dir"}
     command = typer.main.get_command(app).commands[name]
     parts = [command, *getattr(command, "commands", {}).values()]

@@ -11,7 +11,7 @@ import typer
 
 from relllm import register_with_transformers
 
-from . import data, empathy, evaluation, hub, preferences, serving, talking, training
+from . import data, evaluation, hub, talking, training
 from .options import PlainCommands, same_flag
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": same_flag},
 )
-for group in (talking, serving, data, training, preferences, evaluation, empathy, hub):
+for group in (talking, data, training, evaluation, hub):
     app.add_typer(group.app)
 
 

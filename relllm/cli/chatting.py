@@ -6,7 +6,7 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -32,6 +32,7 @@ Type a line and press Enter, or:
   /quit              end; Ctrl-D does so as well, Ctrl-C stops a reply
 Tab completes commands and files."""
 COMMANDS = ("/wav", "/record", "/save", "/reset", "/help", "/quit")
+FAILED = {"/wav": "not read", "/record": "not recorded", "/save": "not saved"}
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -41,68 +42,56 @@ class Chat:
     def __init__(self, systems: Mapping[str, System], settings: TalkSettings):
         self.systems = systems
         self.settings = settings
-        self.turns: list[dict[str, object]] = []  # what was said, and the replies by system
+        self.turns: list[dict[str, Any]] = []  # what was said, and the replies by system
         self._saved: set[Path] = set()
 
     def handle(self, line: str) -> bool:
-        """Act on one line; return `False` if it ends the chat."""
+        """Act on one line; return `False` if it ends the chat. A failure is named, and the chat goes on without it."""
         command, _, rest = line.strip().partition(" ")
         rest = rest.strip()
-        if command == "/quit":
-            return False
-        if command == "/help":
-            console.print(HELP)
-        elif command == "/reset":
-            for system in self.systems.values():
-                system.reset()
-            self.turns = []
-            console.print("A new conversation.", style="dim")
-        elif command == "/wav":
-            self._say_file(rest)
-        elif command == "/record":
-            self._say_recording(rest)
-        elif command == "/save":
-            self._save(rest)
-        elif command.startswith("/"):
-            console.print(f"No such command: {command}. /help lists them.", style="red")
-        elif command:
-            self.say(None, line.strip())
+        try:
+            if command == "/quit":
+                return False
+            if command == "/help":
+                console.print(HELP)
+            elif command == "/reset":
+                for system in self.systems.values():
+                    system.reset()
+                self.turns = []
+                console.print("A new conversation.", style="dim")
+            elif command == "/wav":
+                self._say_file(*_split_path(rest))
+            elif command == "/record":
+                console.print("Recording. Enter ends it.", style="yellow")
+                self.say(record(input), rest or None, spoken="a recording")
+            elif command == "/save":
+                self._save(Path(os.path.expanduser(_split_path(rest)[0])))
+            elif command.startswith("/"):
+                console.print(f"No such command: {command}. /help lists them.", style="red")
+            elif command:
+                self.say(None, line.strip())
+        except (ImportError, OSError, ValueError) as error:  # ImportError: what a container or a rate needs
+            if isinstance(error, BrokenPipeError):
+                raise
+            console.print(f"{FAILED[command]}: {error}", style="red")
+        except (EOFError, KeyboardInterrupt):
+            what = "recording" if command == "/record" else "turn"
+            console.print(f"\nStopped: this {what} is forgotten.", style="yellow")
         return True
 
-    def _say_file(self, rest: str) -> None:
-        path, text = _split_path(rest)
+    def _say_file(self, path: str, text: str) -> None:
         if not path:
             console.print("/wav needs a file: /wav question.wav", style="red")
             return
         first: Any = next(iter(self.systems.values()))  # RE-LLM
-        try:
-            clip = first.processor.feature_extractor.read_clip(path, channel=self.settings.channel)
-        except (ImportError, OSError, ValueError) as error:  # ImportError: what a container or a rate needs
-            console.print(f"not read: {error}", style="red")
-        except KeyboardInterrupt:
-            console.print("\nStopped: this turn is forgotten.", style="yellow")
-        else:
-            self.say({"waveform": clip}, text or None, spoken=path)
-
-    def _say_recording(self, text: str) -> None:
-        from relllm.inference.microphone import record
-
-        console.print("Recording. Enter ends it.", style="yellow")
-        try:
-            audio = record(input)
-        except (ImportError, OSError) as error:
-            console.print(f"not recorded: {error}", style="red")
-            return
-        except (EOFError, KeyboardInterrupt):
-            console.print("\nStopped: this recording is forgotten.", style="yellow")
-            return
-        self.say(audio, text or None, spoken="a recording")
+        clip = first.processor.feature_extractor.read_clip(path, channel=self.settings.channel)
+        self.say({"waveform": clip}, text or None, spoken=path)
 
     def say(self, audio: AudioSource | None, text: str | None, *, spoken: str | None = None) -> None:
-        """Say something to every system. A failure is named, and that conversation goes on without the turn."""
+        """Say something to every system."""
         from transformers import TextStreamer
 
-        replies: dict[str, object] = {}
+        turn: dict[str, Any] = {"audio": spoken, "text": text, "replies": {}}
         for name, system in self.systems.items():
             if len(self.systems) > 1:
                 console.print(name, style="bold")
@@ -114,36 +103,62 @@ class Chat:
                 if isinstance(error, BrokenPipeError):
                     raise
                 console.print(f"not answered: {error}", style="red")
-            except KeyboardInterrupt:
-                console.print("\nStopped: this turn is forgotten.", style="yellow")
-                break
-            else:
-                replies[name] = reply.describe()
-                if reply.dropped:
-                    console.print(f"{name}: older turns were dropped ({reply.dropped}).", style="yellow")
-                if reply.heard is not None:
-                    console.print(str(reply.heard), style="dim")
-        if replies:
-            self.turns.append({"audio": spoken, "text": text, "replies": replies})
+                continue
+            if not turn["replies"]:
+                self.turns.append(turn)
+            turn["replies"][name] = reply
+            if reply.dropped:
+                console.print(f"{name}: older turns were dropped ({reply.dropped}).", style="yellow")
+            if reply.heard is not None:
+                console.print(str(reply.heard), style="dim")
 
-    def _save(self, rest: str) -> None:
-        path = Path(os.path.expanduser(_split_path(rest)[0]))
+    def _save(self, path: Path) -> None:
         if path.suffix not in (".json", ".md"):
             console.print("/save needs a file that ends in .json or .md: /save talk.md", style="red")
             return
         if os.path.exists(path) and path not in self._saved:
-            console.print(f"not saved: {path} is there already. Name another file.", style="red")
-            return
-        talk = {"model": self.settings.model, "turns": self.turns}
-        text = json.dumps(talk, indent=2, ensure_ascii=False) if path.suffix == ".json" else "\n\n".join(_mark(talk))
-        try:
-            with write_whole(path) as partial:
-                partial.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            console.print(f"not saved: {error}", style="red")
-            return
+            raise FileExistsError(f"{path} is there already. Name another file.")
+        text = "\n\n".join(self._mark())
+        if path.suffix == ".json":
+            talk = {"model": self.settings.model, "turns": self.turns}
+            text = json.dumps(talk, indent=2, ensure_ascii=False, default=lambda reply: reply.describe())
+        with write_whole(path) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
         self._saved.add(path)
         console.print(f"{len(self.turns)} turns in {path}", style="dim")
+
+    def _mark(self) -> Iterator[str]:
+        """Yield the paragraphs of the conversation as Markdown."""
+        yield f"# A conversation with {self.settings.model}"
+        for turn in self.turns:
+            audio = turn["audio"] and f"*({turn['audio']})*"
+            yield f"**you:** {' '.join(filter(None, (turn['text'], audio)))}"
+            for name, reply in turn["replies"].items():
+                yield f"**{name}:** {reply.text}"
+                if reply.heard is not None:
+                    yield f"*heard: {reply.heard}*"
+
+
+def record(until: Callable[[], object]) -> dict[str, object]:
+    """Record, mono, at the device's own rate, until `until()` returns; an `OSError` where no microphone opens."""
+    import numpy as np
+
+    try:
+        import sounddevice
+    except (ImportError, OSError) as error:  # OSError: the package is there, and the PortAudio library is not
+        raise ImportError(
+            f"Recording needs sounddevice and PortAudio ({error}). Install `pip install relllm[mic]`, and on Linux "
+            "PortAudio: `apt install libportaudio2`."
+        ) from error
+    blocks: list[np.ndarray] = []
+    try:
+        rate = int(sounddevice.query_devices(kind="input")["default_samplerate"])
+        options = {"samplerate": rate, "channels": 1, "dtype": "float32"}
+        with sounddevice.InputStream(**options, callback=lambda block, *_: blocks.append(block[:, 0].copy())):
+            until()
+    except (sounddevice.PortAudioError, ValueError) as error:  # ValueError: no such device
+        raise OSError(f"The microphone does not open: {error}. Is one there, and may this program use it?") from error
+    return {"array": np.concatenate(blocks or [np.zeros(0, np.float32)]), "sampling_rate": rate}
 
 
 def run_chat(chat: Chat) -> None:
@@ -205,17 +220,3 @@ def _split_path(rest: str) -> tuple[str, str]:
         return rest, ""
     path, _, text = rest.partition(" ")
     return path, text.strip()
-
-
-def _mark(talk: Mapping) -> Iterator[str]:
-    """Yield the paragraphs of a conversation as Markdown."""
-    yield f"# A conversation with {talk['model']}"
-    for turn in talk["turns"]:
-        audio = f"*({turn['audio']})*" if turn["audio"] else ""
-        yield f"**you:** {' '.join(filter(None, (turn['text'], audio)))}"
-        for name, answer in turn["replies"].items():
-            yield f"**{name}:** {answer['reply']}"
-            if answer.get("emotion") is not None:
-                share = answer["probabilities"][answer["emotion"]]
-                numbers = "  ".join(f"{dimension} {value:.2f}" for dimension, value in answer["dimensions"].items())
-                yield f"*heard: {answer['emotion']} {share:.0%}  {numbers}*"

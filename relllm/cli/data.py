@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
 
 from relllm.data import data_settings
-from relllm.data.corpora.patterns import PATTERNS, Pattern
+from relllm.data.corpora.patterns import PATTERNS
 from relllm.demo.demo_settings import SyntheticSettings, TinyTowersSettings
 from relllm.labels import DIMENSIONS
 
@@ -21,79 +23,58 @@ from .options import console, from_settings
 if TYPE_CHECKING:
     from relllm.data.inspection import Finding, Inspection
     from relllm.data.replies.writers import Writer
-    from relllm.data.rows import Corpus
 
 app = typer.Typer()
 prepare = typer.Typer(help="Write corpora in the form that training reads.", no_args_is_help=True)
 app.add_typer(prepare, name="prepare")
-Settings = TypeVar("Settings", bound=data_settings.CorpusSettings)
+# By name: whose settings, what is written, and what stands behind the name in an example.
+CORPORA: dict[str, tuple[type, str, str]] = {
+    "iemocap": (
+        *(data_settings.IemocapSettings, "IEMOCAP: five sessions of two actors each"),
+        "corpora/IEMOCAP_full_release --out data/iemocap",
+    ),
+    "esd": (
+        *(data_settings.EsdSettings, "ESD: the same sentences in five emotions"),
+        '"corpora/Emotion Speech Dataset" --leave-speakers-out 0019,0020',
+    ),
+    "msp-podcast": (
+        *(data_settings.MspPodcastSettings, "MSP-Podcast with its own splits"),
+        "corpora/MSP-Podcast --out data/msp-podcast",
+    ),
+    "folder": (
+        *(data_settings.FolderSettings, "your own speech: a table with paths, or a bare folder of audio files"),
+        "recordings --pattern '(?P<speaker>\\w+)/(?P<emotion>[a-z]+)_\\d+\\.wav'",
+    ),
+}
+CORPORA |= {
+    name: (data_settings.LabelSettings, pattern.facts.title, f"corpora/{name} --out data/{name}")
+    for name, pattern in PATTERNS.items()
+}
 
 
-@prepare.command()
-@from_settings
-def iemocap(settings: data_settings.IemocapSettings) -> None:
-    """Write IEMOCAP: five sessions of two actors each. Killed, the same command goes on where it was.
-
-    Example: relllm prepare iemocap corpora/IEMOCAP_full_release --out data/iemocap
-    """
-    from relllm.data.corpora.iemocap import parse_iemocap
-
-    _prepare(parse_iemocap, settings)
-
-
-@prepare.command()
-@from_settings
-def esd(settings: data_settings.EsdSettings) -> None:
-    """Write ESD: the same sentences in five emotions. Killed, the same command goes on where it was.
-
-    Example: relllm prepare esd "corpora/Emotion Speech Dataset" --leave-speakers-out 0019,0020
-    """
-    from relllm.data.corpora.esd import parse_esd
-
-    _prepare(parse_esd, settings)
-
-
-@prepare.command("msp-podcast")
-@from_settings
-def msp_podcast(settings: data_settings.MspPodcastSettings) -> None:
-    """Write MSP-Podcast with its own splits. Killed, the same command goes on where it was.
-
-    Example: relllm prepare msp-podcast corpora/MSP-Podcast --out data/msp-podcast
-    """
-    from relllm.data.corpora.msp_podcast import parse_msp_podcast
-
-    _prepare(parse_msp_podcast, settings)
-
-
-@prepare.command()
-@from_settings
-def folder(settings: data_settings.FolderSettings) -> None:
-    """Write your own speech: a table with paths and any of the columns, or a bare folder of audio files.
-
-    Example: relllm prepare folder recordings/labels.csv --out data/ours --split train
-    Example: relllm prepare folder recordings --pattern '(?P<speaker>\\w+)/(?P<emotion>[a-z]+)_\\d+\\.wav'
-    """
-    from relllm.data.corpora.folder import parse_folder
-
-    _prepare(parse_folder, settings)
-
-
-def _add_pattern(name: str, pattern: Pattern) -> None:
-    def command(settings: data_settings.LabelSettings) -> None:
+def _add_corpus(name: str, kind: type, what: str, example: str) -> None:
+    def command(settings: Any) -> None:
         from relllm.data.corpora.folder import parse_pattern
+        from relllm.data.preparing import prepare_corpus
 
-        placed = replace(settings, output_dir=settings.output_dir or Path("data") / name)
-        _prepare(lambda given: parse_pattern(pattern, given), placed)
+        if name in PATTERNS:
+            parse: Callable = partial(parse_pattern, PATTERNS[name])
+            settings = replace(settings, output_dir=settings.output_dir or Path("data") / name)
+        else:
+            own = name.replace("-", "_")
+            parse = getattr(import_module(f"relllm.data.corpora.{own}"), f"parse_{own}")
+        _show_report(prepare_corpus(parse(settings), settings), settings.directory)
 
-    command.__doc__ = f"""Write {pattern.facts.title}. Killed, the same command goes on where it was.
+    command.__annotations__["settings"] = kind
+    command.__doc__ = f"""Write {what}. Killed, the same command goes on where it was.
 
-    Example: relllm prepare {name} corpora/{name} --out data/{name}
+    Example: relllm prepare {name} {example}
     """
     prepare.command(name)(from_settings(command))
 
 
-for _name, _pattern in PATTERNS.items():
-    _add_pattern(_name, _pattern)
+for _name, _told in CORPORA.items():
+    _add_corpus(_name, *_told)
 
 
 @prepare.command()
@@ -189,20 +170,14 @@ def annotate(settings: data_settings.AnnotateSettings) -> None:
     console.print(f"Rows: {settings.out}; clipped and unread ones by id: {report_path(settings.out)}")
 
 
-def _prepare(parse: Callable[[Settings], Corpus], settings: Settings) -> None:
-    from relllm.data.preparing import prepare_corpus
-
-    _show_report(prepare_corpus(parse(settings), settings), settings.directory)
-
-
 def _show_report(report: dict, out: Path) -> None:
     from relllm.data.report import UNLABELLED
 
     table = Table("split", "rows", "hours", "speakers", "emotions")
     for name, split in report["splits"].items():
-        emotions = ", ".join(f"{emotion} {count:,}" for emotion, count in split["emotions"].items())
         speakers = len(split["speakers"].keys() - {UNLABELLED})
-        table.add_row(name, f"{split['rows']:,}", f"{split['hours']:.3g}", f"{speakers:,}", emotions)
+        numbers = f"{split['rows']:,}", f"{split['hours']:.3g}", f"{speakers:,}"
+        table.add_row(name, *numbers, _counted(split["emotions"]))
     console.print(table)
     for reason, dropped in report["dropped"].items():
         console.print(f"left out: {reason}: {dropped['count']:,}", style="yellow")
@@ -216,26 +191,25 @@ def _show_report(report: dict, out: Path) -> None:
     console.print(f"Data set in {out}; what was left out, by id: {out / 'report.json'}")
 
 
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
 def _show_splits(inspection: Inspection) -> None:
     from relllm.data.inspection import summarize
 
-    summary = summarize(inspection)
-    numbers = Table("split", title="Clips", title_justify="left")
-    for name in ("clips", "hours", "shortest", "median", "longest", "speakers", "with text", "with dimensions"):
-        numbers.add_column(name, justify="right")
-    for split, of in summary.items():
+    lengths, amounts = ("shortest", "median", "longest"), ("speakers", "with text", "with dimensions")
+    table = Table("split", "clips", "hours", *lengths, *amounts, "emotions", title="Clips", title_justify="left")
+    for split, of in summarize(inspection).items():
         seconds = of["duration_s"]
         durations = ["-"] * 4
         if seconds is not None:
             durations = [f"{of['hours']:.2f}", *(f"{seconds[name]:.1f} s" for name in ("min", "median", "max"))]
         counted = [f"{of[name]:,}" for name in ("num_speakers", "num_with_text", "num_with_dimensions")]
-        numbers.add_row(split, f"{of['num_clips']:,}", *durations, *counted)
-    emotions = Table("emotion", title="Clips of each emotion", title_justify="left")
-    for split in summary:
-        emotions.add_column(split, justify="right")
-    for emotion in dict.fromkeys(name for of in summary.values() for name in of["emotions"]):
-        emotions.add_row(emotion, *(f"{of['emotions'].get(emotion, 0):,}" for of in summary.values()))
-    console.print(numbers, emotions)
+        table.add_row(split, f"{of['num_clips']:,}", *durations, *counted, _counted(of["emotions"]))
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    console.print(table)
 
 
 def _show_rows(inspection: Inspection, count: int) -> None:
@@ -255,7 +229,6 @@ def _show_findings(inspection: Inspection) -> None:
     for finding in inspection.findings:
         by_check.setdefault(finding.check, []).append(finding)
     table = Table("check", "findings", "clips", "for example", title="Findings", title_justify="left")
-    table.columns[1].justify = table.columns[2].justify = "right"
     for check, found in by_check.items():
         clips = len({row_id for finding in found for row_id in finding.ids})
         example = f"{', '.join(found[0].ids[:3])}: {found[0].detail}"

@@ -1,14 +1,25 @@
-"""Measuring a model, and runs side by side: `relllm evaluate`, `relllm compare`."""
+"""Measuring: `relllm evaluate`, `compare`, `empathy train`, `empathy score` and `score-replies`."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from relllm.evaluation.evaluation_settings import ComparisonSettings, EvaluationSettings
+from relllm.evaluation.evaluation_settings import (
+    ComparisonSettings,
+    EmpathySettings,
+    EvaluationSettings,
+    ScoringSettings,
+)
+from relllm.preferences.preference_settings import ScoreRepliesSettings
+from relllm.setting import pick_device
 
 from .options import console, from_settings
+from .talking import load_relllm
 
 app = typer.Typer()
+empathy = typer.Typer(help="Train scorers of empathy, and score responses with them.", no_args_is_help=True)
 
 
 @app.command("evaluate")
@@ -49,3 +60,107 @@ def compare(settings: ComparisonSettings) -> None:
     from relllm.evaluation.comparison_tables import report_comparison
 
     report_comparison(settings, console)
+
+
+app.add_typer(empathy, name="empathy")
+
+
+@empathy.command("train")
+@from_settings
+def train_command(settings: EmpathySettings) -> None:
+    """Train a scorer of one mechanism of empathy (EPITOME), and measure it on pairs with unseen seeker posts.
+
+    Killed, the same command goes on from the last epoch.
+
+    Example: relllm empathy train --data emotional-reactions-reddit.csv --mechanism ER --encoder roberta-base
+    """
+    from relllm.evaluation.empathy.quality import find_weaknesses, quality_of
+    from relllm.evaluation.empathy.scorer_training import train_scorer
+
+    metrics = train_scorer(settings)
+    data, test, mechanism = metrics["data"], metrics["test"], metrics["mechanism"]
+    table = Table("split", "pairs", "seeker posts", "level 0 / 1 / 2")
+    for name, part in metrics["splits"].items():
+        table.add_row(name, f"{part['num_pairs']:,}", f"{part['num_seeker_posts']:,}", _count_levels(part["levels"]))
+    console.print(table)
+    same, other = data["duplicates_removed"]["count"], data["duplicates_with_another_level"]["count"]
+    console.print(f"{data['num_rows']:,} rows, {same:,} duplicates removed, {other:,} of another level")
+    for title, found in (("left out", data["dropped"]), ("teaches its level only", data["rationale_not_known"])):
+        for reason, part in found.items():
+            if part["count"]:
+                console.print(f"{title}: {reason}: {part['count']:,} (lines {part['lines']})", style="yellow")
+    numbers = Table("test", "accuracy", "macro-F1", "recall 0 / 1 / 2", "token F1")
+    token_f1, always = test["rationale"]["token_f1"], metrics["test_baseline"]
+    for name, level, tokens in (
+        (mechanism, test["level"], _show_number(token_f1)),
+        ("bag of words", metrics["bag_of_words"], ""),
+        (f"always {always['level']}", {**always, "recall": {}}, ""),
+    ):
+        recalls = " / ".join(_show_number(recall, 2) for recall in level["recall"].values())
+        numbers.add_row(name, f"{level['accuracy']:.3f}", f"{level['macro_f1']:.3f}", recalls, tokens)
+    console.print(numbers)
+    for weakness in find_weaknesses({mechanism: quality_of(metrics)}):
+        console.print(f"`relllm evaluate` will refuse it: {weakness}", style="red")
+    console.print(f"Scorer and metrics: {settings.output_dir / settings.mechanism}")
+
+
+@empathy.command("score")
+@from_settings
+def score_command(settings: ScoringSettings) -> None:
+    """Give each response a level of every mechanism there is a scorer for; print mean levels and histograms.
+
+    Example: relllm empathy score replies.csv --scorers runs/empathy --out scored.csv
+    """
+    from relllm.evaluation.empathy.scoring import load_scorers, score_table
+
+    pairs = settings.pairs
+    out = settings.out or pairs.with_name(f"{pairs.stem}.scored{pairs.suffix}")
+    device = pick_device(settings.device)
+    found = score_table(pairs, load_scorers(settings.scorers), out, batch_size=settings.batch_size, device=device)
+    table = Table("empathy", "mean level", "level 0 / 1 / 2", "pairs")
+    for name, part in found.items():
+        table.add_row(name, f"{part['mean_level']:.3f}", _count_levels(part["levels"]), f"{part['num_pairs']:,}")
+    console.print(table)
+    if num_empty := next(iter(found.values()))["num_empty"]:
+        console.print(f"{num_empty:,} responses are empty: they count as level 0", style="yellow")
+    console.print(f"Levels and probabilities of each pair: {out}")
+
+
+@app.command("score-replies")
+@from_settings
+def score_replies(settings: ScoreRepliesSettings) -> None:
+    """Sample replies to each clip, score them, and write the best and the worst as pairs to prefer.
+
+    Rows whose replies tie, or differ by less than the margin, are left out and counted. Beside the pairs are every
+    reply with its scores, a report and a plot. Killed, the same command goes on where it was.
+
+    Example: relllm score-replies data/iemocap --model runs/iemocap --scorers runs/scorers
+    --out data/iemocap/pairs.jsonl
+    """
+    from relllm.data.journal import report_path
+    from relllm.preferences.pairs import samples_path, score_corpus
+
+    report = score_corpus(settings, lambda: load_relllm(settings))
+    table = Table("reward", "weight", "mean", "range", "chosen", "rejected", title="Scores of the replies")
+    for name, of in report["scores"].items():
+        weight = f"{settings.weights[name]:g}" if name in settings.weights else ""
+        table.add_row(name, weight, *map(_show_number, of.values()))
+    console.print(table)
+    console.print(f"rows {report['rows']:,}, pairs {report['pairs']:,}")
+    for reason, dropped in report["dropped"].items():
+        console.print(f"left out: {reason}: {dropped['count']:,}", style="yellow")
+    replies = report["replies"]
+    told = ", ".join(f"{name} {value:.1f}" for name, value in replies["words"].items() if value is not None)
+    console.print(f"words a reply: {told}; cut by the token limit: {replies['cut']:,} of {replies['count']:,}")
+    if (with_words := replies["total_with_words"]) is not None:
+        console.print(f"correlation of the total with the number of words: {with_words:+.2f}")
+    file = settings.file
+    console.print(f"Pairs: {file}; every reply: {samples_path(file)}; report and plot: {report_path(file)}, .png")
+
+
+def _count_levels(counts: Sequence[int]) -> str:
+    return " / ".join(f"{count:,}" for count in counts)
+
+
+def _show_number(value: float | None, digits: int = 3) -> str:
+    return "—" if value is None else f"{value:.{digits}f}"

@@ -1,10 +1,13 @@
 """Checkpoints to keep and to share: `relllm merge`, `card` and `push`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import typer
 
 from relllm.hub.sharing import CardSettings, MergeSettings, PushSettings
 
-from .options import console, from_settings, plain_errors
+from .options import console, from_settings
 
 app = typer.Typer()
 
@@ -29,11 +32,9 @@ def card(settings: CardSettings) -> None:
 
     Example: relllm card runs/eval-iemocap runs/eval-esd --model re-llm --repo-id org/re-llm
     """
-    from huggingface_hub.errors import HTTPError
-
     from relllm.hub.cards import told_terms, write_model_card
 
-    with plain_errors(HTTPError, RuntimeError):
+    with _plain_errors_of_the_hub():
         path = write_model_card(settings)
     console.print(f"Card: {path}{'' if settings.runs else ' (no run given: it says “not evaluated”)'}")
     licence, corpora = told_terms(path)
@@ -49,11 +50,9 @@ def push(settings: PushSettings) -> None:
 
     Example: relllm push re-llm org/re-llm --with-code --dry-run
     """
-    from huggingface_hub.errors import HTTPError
-
     from relllm.hub.push import push_checkpoint
 
-    with plain_errors(HTTPError, RuntimeError):
+    with _plain_errors_of_the_hub():
         done = push_checkpoint(settings)
     for name, size in done.files.items():
         console.print(f"{size:>15,}  {name}")
@@ -66,3 +65,15 @@ def push(settings: PushSettings) -> None:
         if told:
             console.print(f"{what}: {told}")
     console.print(done.url if done.url else "Nothing was sent (--dry-run).")
+
+
+@contextmanager
+def _plain_errors_of_the_hub() -> Iterator[None]:
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except HTTPError as error:
+        raise OSError(str(error)) from error
+    except RuntimeError as error:  # of an upload
+        raise OSError(f"{error} {error.__cause__ or ''}") from error

@@ -14,10 +14,8 @@ import os
 import re
 import sys
 import traceback
-import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -38,8 +36,7 @@ def _make_console(*, stderr: bool = False) -> Console:
     """Return a console that shows what it is given letter by letter: a name with brackets is no markup."""
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     width = None if is_terminal or "COLUMNS" in os.environ else WIDTH_OF_PIPES
-    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
-    return Console(stderr=stderr, width=width, **plain)
+    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 console = _make_console()  # of every command
@@ -54,24 +51,19 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
     def evaluate(settings: EvaluationSettings, folds: Annotated[str | None, typer.Option(help="…")] = None): ...
     """
     hints = typing.get_type_hints(function, include_extras=True)
-    settings: dict[str, type] = {}
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(function).parameters.values():
-        kind = hints[parameter.name]
-        if dataclasses.is_dataclass(kind):
-            settings[parameter.name] = typing.cast(type, kind)
-            own = typing.get_type_hints(kind, include_extras=True)
-            parameters += [_parameter(field, own[field.name]) for field in dataclasses.fields(kind)]
-        else:
-            parameters.append(parameter.replace(annotation=kind))
+    hints.pop("return", None)
+    settings: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    own = [one for one in inspect.signature(function).parameters.values() if one.name not in settings]
+    parameters = [_parameter(field, kind) for kind in settings.values() for field in dataclasses.fields(kind)]
+    parameters += [one.replace(annotation=hints[one.name], kind=KEYWORD) for one in own]
 
     def command(context: typer.Context, debug: bool, **given: Any) -> None:
         root = context.find_root()
         root.params["debug"] = debug or root.params.get("debug", False)
         for name, kind in settings.items():
-            own = {field.name: _split(given.pop(field.name), field) for field in dataclasses.fields(kind)}
+            fields = {field.name: _split(given.pop(field.name), field) for field in dataclasses.fields(kind)}
             try:
-                given[name] = kind(**own)
+                given[name] = kind(**fields)
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from error
             _check_places(given[name])
@@ -92,9 +84,8 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
     told = Annotated[bool, typer.Option("--debug", hidden=True)]
     parameters += [inspect.Parameter("context", KEYWORD, annotation=typer.Context)]
     parameters += [inspect.Parameter("debug", KEYWORD, annotation=told, default=False)]
-    keyword = [parameter.replace(kind=KEYWORD) for parameter in parameters]
-    command.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword}
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__name__, command.__doc__ = function.__name__, escape(function.__doc__ or "")
     return command
 
@@ -105,62 +96,42 @@ def same_flag(name: str) -> str:
 
 
 class PlainCommands(TyperGroup):
-    """The commands, each of whose expected errors is one line; of a wrong use the exit status is 2, of a failure 1."""
+    """The commands, each of whose expected errors is one line; of a wrong use the exit status is 2, of a failure 1.
+
+    Expected are those that say what a user can do. The traceback is shown with `--debug`, or in Python's development
+    mode.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command as Click does."""
+        cause: BaseException
         try:
-            return self._invoke_plainly(ctx)
-        except typer.Exit as end:
-            if end.__cause__ is not None and (ctx.params.get("debug") or sys.flags.dev_mode):
-                traceback.print_exception(end.__cause__)
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()  # here a closed pipe is an error that ends the command quietly
+        except BrokenPipeError:
             raise
-
-    def _invoke_plainly(self, ctx: Any) -> Any:
-        try:
-            with plain_errors():
-                try:
-                    return super().invoke(ctx)
-                finally:
-                    sys.stdout.flush()  # here a closed pipe is an error that ends the command quietly
         except KeyboardInterrupt as error:
-            _print_line(f"stopped by Ctrl-C. {error}")
-            raise typer.Exit(130) from error
+            cause, status, line = error, 130, f"stopped by Ctrl-C. {error}"
+        except (ImportError, OSError, ValueError) as error:
+            cause, status, line = error, 2 if isinstance(error, PlaceError) else 1, f"stopped: {error}"
         except UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # shows the help
                 raise
             own = getattr(error, "ctx", None)
             command = own.command_path if own is not None else f"{ctx.command_path} {ctx.invoked_subcommand}"
-            _print_line(f"{command}: {error.format_message()} See `{command} --help`.")
-            raise typer.Exit(2) from error
-
-
-@contextmanager
-def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Show an error of these kinds on one line, without a traceback, and exit.
-
-    By default they are those that say what a user can do: `ImportError`, `OSError` and `ValueError`. A [`PlaceError`]
-    is a wrong use. [`PlainCommands`] shows the traceback with `--debug`, or in Python's development mode.
-    """
-    kinds = kinds or (ImportError, OSError, ValueError)
-    try:
-        yield
-    except kinds as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        cause = f" {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else ""  # of an upload
-        _print_line(f"stopped: {error}{cause}")
-        raise typer.Exit(2 if isinstance(error, PlaceError) else 1) from error
-
-
-def _print_line(text: str) -> None:
-    messages.print(" ".join(text.split()), style="red")
+            cause, status = error, 2
+            line = f"{command}: {error.format_message()} See `{command} --help`."
+        messages.print(" ".join(line.split()), style="red")
+        if ctx.params.get("debug") or sys.flags.dev_mode:
+            traceback.print_exception(cause)
+        raise typer.Exit(status) from cause
 
 
 def _check_places(settings: Any) -> None:
     """Look for the device, checkpoints and data that settings name; `{fold}` in a name stands for several."""
-    if (device := getattr(settings, "device", "auto")) != "auto":
-        check_device(device)
+    _check_device(getattr(settings, "device", "auto"))
     for place, kind in _places(settings):
         if kind == "dataset":
             check_place(place, repo_type="dataset")
@@ -168,19 +139,21 @@ def _check_places(settings: Any) -> None:
             check_place(place, holds=HOLDS[kind])
 
 
-def _places(settings: Any) -> list[tuple[str, str]]:
-    """Return each place that settings name, with what is to be there."""
-    fields = [field for field in dataclasses.fields(settings) if "place" in field.metadata]
-    places = [(getattr(settings, field.name), field.metadata["place"]) for field in fields]
-    return [(str(place), kind) for place, kind in places if place is not None]
+def _places(settings: Any) -> Iterator[tuple[str, str]]:
+    """Yield each place that settings name, with what is to be there."""
+    for field in dataclasses.fields(settings):
+        if "place" in field.metadata and (place := getattr(settings, field.name)) is not None:
+            yield str(place), field.metadata["place"]
 
 
-def check_device(device: str) -> None:
+def _check_device(device: str) -> None:
     """Raise a `typer.BadParameter` for what is no device, or one that is not there."""
+    if device == "auto":
+        return
     import torch
 
     try:
-        wanted = torch.device("cpu" if device == "auto" else device)
+        wanted = torch.device(device)
         count = torch.get_device_module(wanted).device_count()
     except RuntimeError as error:  # "meta" among them, which holds no numbers
         raise typer.BadParameter(f"device is {device!r}, expected cpu, cuda, cuda:1, … or auto.") from error
@@ -189,32 +162,26 @@ def check_device(device: str) -> None:
         raise typer.BadParameter(f"device is {device!r}, and PyTorch finds {found}. Leave it to auto, or take cpu.")
 
 
-def _parameter(field: dataclasses.Field, kind: Any) -> inspect.Parameter:
+def _parameter(field: dataclasses.Field, settings: type) -> inspect.Parameter:
     """Make one option or argument, as Typer takes it from a signature."""
-    told: Mapping[str, Any] = field.metadata
-    help_text = escape(told["help"])  # Typer reads markup in it, and would eat what is in brackets
+    told = field.metadata
     limits = {name: told[name] for name in ("min", "max", "envvar") if name in told}
-    default = field.default
+    limits["help"] = escape(told["help"])  # Typer reads markup in it, and would eat what is in brackets
+    kind, default = typing.get_type_hints(settings)[field.name], field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
     elif default is dataclasses.MISSING:
         default = inspect.Parameter.empty
-    if _is_tuple(kind):
+    if "tuple[" in str(kind):
         kind = str if default is inspect.Parameter.empty else str | None
         default = ",".join(default) if isinstance(default, tuple) else default
     if told.get("argument"):
-        info: Any = typer.Argument(help=help_text, **limits)
+        info: Any = typer.Argument(**limits)
     else:
         flag = "--" + field.name.replace("_", "-")
-        if kind is bool:
-            flag = f"{flag}/--no{flag[1:]}" if default else flag
-        info = typer.Option(flag, *told.get("flags", ALIASES.get(field.name, [])), help=help_text, **limits)
+        flag += f"/--no{flag[1:]}" if kind is bool and default else ""
+        info = typer.Option(flag, *told.get("flags", ALIASES.get(field.name, [])), **limits)
     return inspect.Parameter(field.name, KEYWORD, default=default, annotation=Annotated[kind, info])
-
-
-def _is_tuple(kind: Any) -> bool:
-    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    return any(typing.get_origin(one) is tuple for one in kinds)
 
 
 def _split(value: Any, field: dataclasses.Field) -> Any:

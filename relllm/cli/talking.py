@@ -1,23 +1,31 @@
-"""Talking with a model: `relllm reply`, `chat` and `web`, and `relllm demo`, which makes one to try."""
+"""Talking with a model: `relllm reply`, `hear`, `chat`, `web` and `serve`, and `relllm demo`, which makes one."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from relllm.demo.demo_settings import DemoSettings
 from relllm.inference.inference_settings import (
+    BatchSettings,
     CheckpointSettings,
     ClipSettings,
     HearSettings,
     PageSettings,
     ReplySettings,
+    RequestLimits,
+    ServerSettings,
     TalkSettings,
 )
 from relllm.modeling.places_relllm import check_place
@@ -28,6 +36,7 @@ from .options import console, from_settings, messages
 
 if TYPE_CHECKING:
     from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+    from relllm.preferences.preference_settings import ScoreRepliesSettings
     from relllm.processing.processing_relllm import ReLLMProcessor
 
     from .chatting import System
@@ -51,11 +60,11 @@ def reply_to_clips(
     """
     from transformers import TextStreamer
 
+    from relllm.inference.conversation import Conversation
     from relllm.inference.hearing import name_channels
-    from relllm.inference.replies import reply
 
     model, processor = load_relllm(settings)
-    how: Any = {"max_new_tokens": settings.max_new_tokens, "sampling": settings.sampling, **settings.prompts}
+    how: dict[str, Any] = {**settings.prompts, **settings.sampling}
     failed = 0
     for source in audio:
         if not settings.json:
@@ -65,8 +74,8 @@ def reply_to_clips(
             for channel, clip in zip(name_channels(settings.channel, len(clips)), clips, strict=True):
                 draw_from(settings)
                 shown = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-                how["streamer"] = None if settings.json else shown
-                answer = reply(model, processor, {"waveform": clip}, **how)
+                told: Any = {"streamer": None if settings.json else shown, "max_new_tokens": settings.max_new_tokens}
+                answer = Conversation(model, processor, **how).say({"waveform": clip}, **told)
                 if settings.json:
                     print(json.dumps({"clip": source, "channel": channel, **answer.describe()}), flush=True)
                 else:
@@ -147,7 +156,9 @@ def web(settings: PageSettings) -> None:
     """
     from relllm.inference.web import Page, recordings_folder
 
-    with recordings_folder(), ended_by_signals():
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as by Ctrl-C, with what is to be cleaned up
+        signal.signal(number, lambda *_: sys.exit(0))
+    with recordings_folder():
         draw_from(settings)
         systems = load_systems(settings)
         page = Page(systems, max_new_tokens=settings.max_new_tokens, channel=settings.channel)
@@ -160,19 +171,45 @@ def web(settings: PageSettings) -> None:
             page.close()
 
 
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """End by SIGTERM and SIGHUP as by Ctrl-C, with what is to be cleaned up, and exit status 0."""
+@app.command()
+@from_settings
+def serve(settings: ServerSettings, batching: BatchSettings, limits: RequestLimits) -> None:
+    """Serve a model to clients of OpenAI's API: chat with speech in it, and the emotion in every clip.
 
-    def end(*_: object) -> None:
-        raise SystemExit(0)
+    /v1/chat/completions, /v1/models, /v1/emotion, /health. Requests that wait are answered together. Clips
+    come as base64; addresses and paths from a client are never read. SIGTERM finishes what is accepted, exit status 0.
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    Example: relllm serve runs/demo/re-llm --port 8000
+    """
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        from relllm.inference.server.app import Service
+        from relllm.inference.server.server import Server, serve_until_stopped
+    except ImportError as error:
+        raise ImportError(f"Serving needs further packages ({error}): `pip install relllm[serve]`.") from error
+
+    host = settings.host
+    key = settings.api_key if settings.api_key is not None else os.environ.get("RELLLM_API_KEY")  # also an empty one
+    if key is not None and not re.fullmatch("[!-~]+", key):
+        found = "has a space, a line break or a character beyond ASCII" if key else "is empty"
+        raise typer.BadParameter(f"The key (--api-key, RELLLM_API_KEY) {found}. Leave both out to serve without one.")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()  # IPv4 as well
+    try:
+        sock = socket.create_server((host, settings.port), family=family, dualstack_ipv6=both)
+    except OSError as error:
+        message = f"Cannot listen on {host}, port {settings.port}: {error.strerror or error}."
+        raise typer.BadParameter(message) from error
+    with sock:
+        folder = Path(settings.model)
+        name = settings.name or (folder.resolve().name if folder.is_dir() else settings.model)
+        service = Service(*load_relllm(settings), name=name, api_key=key, settings=batching, limits=limits)
+        place = f"[{host}]" if ":" in host else host
+        address = f"http://{place}:{sock.getsockname()[1]}"
+        if key is None and host not in ("localhost", "::1") and not host.startswith("127."):
+            console.print("No --api-key: whoever reaches this address can use the model.", style="yellow")
+        announce = partial(console.print, f"Serving {name} at {address}/v1 (Ctrl-C or SIGTERM stops it)")
+        serve_until_stopped(Server(service, grace_s=settings.grace_period, announce=announce), sock)
+        console.print("Stopped.")
 
 
 @app.command()
@@ -190,7 +227,9 @@ def demo(settings: DemoSettings) -> None:
         raise typer.Exit(1)
 
 
-def load_relllm(settings: CheckpointSettings) -> tuple[ReLLMForConditionalGeneration, ReLLMProcessor]:
+def load_relllm(
+    settings: CheckpointSettings | ScoreRepliesSettings,
+) -> tuple[ReLLMForConditionalGeneration, ReLLMProcessor]:
     """Return a ReLLM and its processor, ready to reply; another kind of checkpoint is a `typer.BadParameter`."""
     from transformers import AutoModel, AutoProcessor
 
@@ -217,23 +256,21 @@ def load_systems(settings: TalkSettings) -> dict[str, Callable[[], System]]:
     if settings.text_only not in (None, "own"):
         check_place(settings.text_only, holds="config.json")
     model, processor = load_relllm(settings)
-    device = pick_device(settings.device)
     how: dict[str, Any] = {**settings.prompts, **settings.sampling}
     systems: dict[str, Callable[[], System]] = {"RE-LLM": partial(Conversation, model, processor, **how)}
     if settings.baseline is not None:
-        where = CheckpointSettings(model=settings.baseline, device=settings.device, dtype=settings.dtype)
-        second, its_processor = load_relllm(where)
-        name = "speech only" if second.config.emotion_fusion == "none" else "second RE-LLM"
-        systems[name] = partial(Conversation, second, its_processor, **how)
+        second = load_relllm(replace(settings, model=settings.baseline, revision="main"))
+        name = "speech only" if second[0].config.emotion_fusion == "none" else "second RE-LLM"
+        systems[name] = partial(Conversation, *second, **how)
     if settings.text_only is not None:
-        writer = None if settings.transcriber is None else Transcriber(settings.transcriber, device=device)
-        start: Callable[..., System] = partial(TextConversation.inside, model, processor)
-        if settings.text_only != "own":
+        device = pick_device(settings.device)
+        how["transcriber"] = None if settings.transcriber is None else Transcriber(settings.transcriber, device=device)
+        if settings.text_only == "own":
+            systems["text only"] = partial(TextConversation.inside, model, processor, **how)
+        else:
             options = {"dtype": settings.dtype, "use_safetensors": True}
             llm = AutoModelForCausalLM.from_pretrained(settings.text_only, **options).to(device).eval()
             tokenizer = AutoTokenizer.from_pretrained(settings.text_only)
             asked = {"instruction": processor.instruction, "system_prompt": processor.system_prompt}
-            how = asked | how
-            start = partial(TextConversation, llm, tokenizer)
-        systems["text only"] = partial(start, transcriber=writer, **how)
+            systems["text only"] = partial(TextConversation, llm, tokenizer, **asked | how)
     return systems

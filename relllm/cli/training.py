@@ -23,9 +23,16 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 def train(context: typer.Context) -> None:
     """Train a ReLLM from a YAML file and flags; `relllm train --help` lists them all.
 
-    On the replies of rows; on pairs of a better and a worse one with `method: dpo`, a line of
-    recipes/preference_dpo.yaml; by rewards of replies that it draws with `method: grpo`, of recipes/reward_grpo.yaml.
-    `relllm train --method dpo --help` lists the settings of one.
+    Every setting is a line of the file and a flag; a flag wins. You must say where the rows are (--data), what to
+    start from (--model_name_or_path for a ReLLM, or --audio_tower and --text_model for a new one) and where the run
+    goes (--output_dir). Everything else has the paper's value; see docs/training.md for the sentence behind each.
+    Interrupted, the same command goes on from the last complete checkpoint.
+
+    By default it trains on the replies of rows. With `method: dpo`, a line of recipes/preference_dpo.yaml, on pairs of
+    a better and a worse one, against the weights that it starts from: rows have audio, `chosen` and `rejected`
+    (`relllm score-replies` writes them). With `method: grpo`, of recipes/reward_grpo.yaml, by rewards (--rewards) of
+    replies that it draws itself. `relllm train --method dpo --help` lists the settings of one; see
+    docs/preferences.md.
 
     Example: relllm train --config recipes/stage2_emotion.yaml --data data/iemocap/targets.jsonl --out runs/iemocap
     """
@@ -37,6 +44,12 @@ def train(context: typer.Context) -> None:
 def train_emotion(context: typer.Context) -> None:
     """Fine-tune an emotion tower to arousal, dominance and valence; `relllm train-emotion --help` lists the settings.
 
+    It starts from a wav2vec2, HuBERT or WavLM encoder (which gets a fresh head) or from a tower that has its head
+    already, and is what `--emotion_tower` takes then. A dimension that the training rows have no label of is not
+    trained, and the tower's configuration says so. Of a corpus that has emotions alone, `--targets emotions` teaches
+    these: such a tower reads no dimension. The checkpoint with the best mean CCC on the development split is the one
+    that is kept. Interrupted, the same command goes on from the last complete checkpoint.
+
     Example: relllm train-emotion --model_name_or_path microsoft/wavlm-large --data data/msp --output_dir runs/tower
     """
     _run(context, "training.emotion_training", ("parse_emotion_arguments", "run_emotion_training"), "The tower is in")
@@ -46,11 +59,14 @@ def train_emotion(context: typer.Context) -> None:
 def train_text(context: typer.Context) -> None:
     """Fine-tune an LLM alone on transcripts and replies, the baseline text-only-tuned; `--help` lists the settings.
 
+    Rows need `text` and `response`; the prompt is the one that `relllm evaluate` gives to text-only systems, and the
+    result a PEFT adapter (LoRA on all linear layers). Interrupted, the same command goes on from the last complete
+    checkpoint.
+
     Example: relllm train-text --config recipes/text_only.yaml --data data/iemocap/targets.jsonl --out runs/text
     """
-    _run(
-        context, "training.baselines.text_training", ("parse_text_arguments", "run_text_training"), "The adapter is in"
-    )
+    names = ("parse_text_arguments", "run_text_training")
+    _run(context, "training.baselines.text_training", names, "The adapter is in")
 
 
 @app.command(context_settings=PASSED_ON)
@@ -100,5 +116,6 @@ def _show_help(context: typer.Context) -> bool:
     if asked := bool({"--help", "-h"}.intersection(context.args)):
         command = context.info_name or ""
         method = _method(context) if command == "train" else METHODS[0]
-        print(show_training_help(command if method == METHODS[0] else f"{command} --method {method}"), end="")
+        page = command if method == METHODS[0] else f"{command} --method {method}"
+        print(show_training_help(page, context.command.help or ""), end="")
     return asked

@@ -3,7 +3,6 @@
 import argparse
 import ast
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,68 +21,19 @@ CACHE = {"cache of the frozen towers' outputs (off by default)": ("TowerCacheSet
 REST = "everything else that TRL and Transformers know"
 
 
-class HelpPage(NamedTuple):
-    """What a command says of itself, the class of its trainer's settings, and sections of classes of settings."""
-
-    about: str
-    trainer: str
-    sections: Mapping[str, tuple[str, ...]]
-
-
-PAGES = {
-    "train": HelpPage(
-        """\
-Train a ReLLM on rows with audio, replies and emotions.
-
-Every setting is a line of a YAML file and a flag; a flag wins:
-  relllm train --config recipes/stage2_emotion.yaml --learning_rate 1e-5
-  accelerate launch --config_file recipes/accelerate/ddp.yaml -m relllm.cli train --config recipes/stage2_emotion.yaml
-
-You must say where the rows are (--data), what to start from (--model_name_or_path for a ReLLM, or --audio_tower and
---text_model for a new one) and where the run goes (--output_dir). Everything else has the paper's value; see
-docs/training.md for the sentence behind each. Interrupted, the same command goes on from the last complete checkpoint.
-""",
-        "ReLLMSFTConfig",
-        {**MODEL_AND_DATA, **LOSSES, **AUGMENTATION, **CACHE},
-    ),
-    "train --method dpo": HelpPage(
-        """\
-Train a ReLLM on pairs of replies to clips, a better and a worse one (DPO), against the weights that it starts from.
-
-  relllm train --config recipes/preference_dpo.yaml --model_name_or_path runs/iemocap --data pairs.jsonl
-
-Rows have audio, `chosen` and `rejected` (`relllm score-replies` writes them), and emotions where known. See
-docs/preferences.md. Interrupted, the same command goes on from the last complete checkpoint.
-""",
+# Of each command: the class of its trainer's settings, and sections of classes of settings.
+PAGES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
+    "train": ("ReLLMSFTConfig", {**MODEL_AND_DATA, **LOSSES, **AUGMENTATION, **CACHE}),
+    "train --method dpo": (
         "ReLLMDPOConfig",
         {**MODEL_AND_DATA, "pairs, and the losses of the heads": ("ReLLMDPOConfig", "ReLLMSettings")}
         | {**AUGMENTATION, **CACHE},
     ),
-    "train --method grpo": HelpPage(
-        """\
-Train a ReLLM by rewards of replies that it draws itself (GRPO), on rows with audio.
-
-  relllm train --config recipes/reward_grpo.yaml --rewards ER=1,EX=1,length=-0.1 --scorers runs/scorers
-
-You must say where the rows are (--data), the ReLLM to start from (--model_name_or_path), what is rewarded (--rewards)
-and where the run goes (--output_dir). Interrupted, the same command goes on from the last complete checkpoint.
-docs/preferences.md says what the rewards are, and what can go wrong.
-""",
+    "train --method grpo": (
         "ReLLMGRPOConfig",
         {**MODEL_AND_DATA, "rewards, and where this differs from TRL": ("ReLLMGRPOConfig", "ReLLMSettings")},
     ),
-    "train-emotion": HelpPage(
-        """\
-Fine-tune an emotion tower to arousal, dominance and valence, which `emotion=` and `--emotion_tower` then take.
-Of a corpus that has emotions alone, `--targets emotions` teaches these: such a tower reads no dimension.
-
-  relllm train-emotion --model_name_or_path microsoft/wavlm-large --data data/msp-podcast --output_dir runs/tower
-
-Starts from a wav2vec2, HuBERT or WavLM encoder (which gets a fresh head) or from a tower that has its head already.
-A dimension that the training rows have no label of is not trained, and the tower's configuration says so.
-The checkpoint with the best mean CCC on the development split is the one that is kept. Interrupted, the same command
-goes on from the last complete checkpoint. Every setting may stand in a YAML file: --config FILE.
-""",
+    "train-emotion": (
         "EmotionTrainingConfig",
         {
             "model and data": ("RowsSettings", "EmotionScriptArguments"),
@@ -91,37 +41,18 @@ goes on from the last complete checkpoint. Every setting may stand in a YAML fil
             **AUGMENTATION,
         },
     ),
-    "train-text": HelpPage(
-        """\
-Fine-tune an LLM alone, on transcripts and the replies to them: what a ReLLM is compared with beside the LLM as it is.
-
-  relllm train-text --config recipes/text_only.yaml --data data/iemocap/targets.jsonl --out runs/iemocap-text
-  relllm evaluate runs/iemocap-text data/iemocap --out runs/eval/text-only-tuned
-
-Writes a PEFT adapter (LoRA on all linear layers). Rows need `text` and `response`. The prompt is the one that
-`relllm evaluate` gives to text-only systems. Interrupted, the same command goes on from the last complete checkpoint.
-""",
+    "train-text": (
         "TextTrainingConfig",
         {
             "model and data": (*ROWS, *LORA, "TextScriptArguments"),
             "where RE-LLM's recipe differs from TRL's": ("PaperConfig", "TextTrainingConfig"),
         },
     ),
-    "plan": HelpPage(
-        """\
-Say what a run takes before a GPU is rented: memory, the largest batch, an estimate of the speed.
-
-It takes every setting of `relllm train`, from the same YAML file, and those of the first section:
-  relllm plan --config recipes/stage2_emotion.yaml --gpu-memory 24GB --audio-seconds 6
-""",
-        "ReLLMSFTConfig",
-        {"the GPU and the rows": ("RowSize", "PlanArguments"), **MODEL_AND_DATA, **LOSSES},
-    ),
+    "plan": ("ReLLMSFTConfig", {"the GPU and the rows": ("RowSize", "PlanArguments"), **MODEL_AND_DATA, **LOSSES}),
 }
 
 
-@dataclass
-class DeclaredSetting:
+class DeclaredSetting(NamedTuple):
     """A setting as its source declares it; what only an import would tell is `None`."""
 
     default: Any
@@ -129,18 +60,18 @@ class DeclaredSetting:
     choices: list[str] | None
 
 
-def show_training_help(command: str) -> str:
+def show_training_help(command: str, about: str) -> str:
     """Return the page of a command of `PAGES`: what it does, and its settings section by section."""
-    page, classes = PAGES[command], _parse_classes()
+    (trainer, kinds_of), classes = PAGES[command], _parse_classes()
     sections = {
-        title: [name for kind in kinds for name, _ in _fields(classes[kind])] for title, kinds in page.sections.items()
+        title: [name for kind in kinds for name, _ in _fields(classes[kind])] for title, kinds in kinds_of.items()
     }
-    settings = read_settings((*(kind for kinds in page.sections.values() for kind in kinds), page.trainer), classes)
+    settings = read_settings((*(kind for kinds in kinds_of.values() for kind in kinds), trainer), classes)
     listed = {name for names in sections.values() for name in names}
     sections[REST] = [name for name in settings if name not in listed]
     parser = argparse.ArgumentParser(
         usage=f"relllm {command} --config RECIPE.yaml [--setting value …]",
-        description=page.about,
+        description=about,
         formatter_class=_HelpFormatter,
         add_help=False,
     )

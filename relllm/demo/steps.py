@@ -22,7 +22,7 @@ from relllm.evaluation.summary import report_run
 from relllm.hub.cards import write_model_card
 from relllm.hub.push import push_checkpoint
 from relllm.hub.sharing import CardSettings, PushSettings
-from relllm.inference.replies import reply
+from relllm.inference.conversation import Conversation
 from relllm.labels import EMOTIONS
 from relllm.modeling.checkpoint_relllm import TOWERS
 from relllm.processing.processing_relllm import ReLLMProcessor
@@ -93,7 +93,8 @@ def show_replies(rows: Dataset, out: Path, console: Console) -> None:
     processor = ReLLMProcessor.from_pretrained(out / "re-llm")
     replies = Table("said", "in emotion", "RE-LLM replies")
     for row in rows.select(range(len(EMOTIONS))):
-        replies.add_row(row["text"], row["emotion"], reply(model, processor, row["audio"], max_new_tokens=40).text)
+        reply = Conversation(model, processor).say(row["audio"], max_new_tokens=40)
+        replies.add_row(row["text"], row["emotion"], reply.text)
     console.print(replies)
     console.rule("A fresh process loads the checkpoint and answers a file")
     console.print(f"$ relllm reply {out / 're-llm'} {rows[0]['audio']}")

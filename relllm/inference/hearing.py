@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -38,6 +37,7 @@ STDIN = "-"
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 LONGEST_S = 4 * 3600.0  # of a file that is heard window by window
 DIGITS = 6
+IDENTITY = ("model", "revision", "dtype", "every", "overlap", "channel")  # what two runs share to make one table
 
 
 class ClipSource(NamedTuple):
@@ -49,16 +49,6 @@ class ClipSource(NamedTuple):
 
 Clips: TypeAlias = Mapping[str, ClipSource]
 LoadModel: TypeAlias = Callable[[], tuple[ReLLMForConditionalGeneration, ReLLMProcessor]]
-
-
-@dataclass
-class _Part:
-    """What becomes one row: a window of one channel of a clip, or, without `samples`, a clip that cannot be read."""
-
-    clip: str
-    count: int  # rows of the clip
-    row: dict[str, object]
-    samples: np.ndarray | None = None
 
 
 def find_clips(sources: Sequence[str], split: str | None = None) -> Clips:
@@ -110,77 +100,89 @@ def write_heard(clips: Clips, load_model: LoadModel, settings: HearSettings) -> 
     """
     if settings.plots is not None:
         check_matplotlib()
-    out = settings.out
+
+    def fill(journal: Journal) -> None:
+        todo = {name: clip for name, clip in clips.items() if name not in journal.done}
+        for entries in hear_windows(todo, load_model, settings, len(journal.done)):
+            journal.append(entries)
 
     def finish(done: Mapping[str, dict]) -> tuple[dict, Callable[[Path], None]]:
         rows = _collect(clips, done)
         not_read = {row["clip"]: row["error"] for row in rows if row["error"]}
         return {"clips": len(clips), "rows": len(rows), "not_read": not_read}, lambda path: write_table(rows, path)
 
-    if out is None:
+    if (out := settings.out) is None:
         done = {entry["id"]: entry for entries in hear_windows(clips, load_model, settings) for entry in entries}
-        rows = _collect(clips, done)
+        report, rows = finish(done)[0], _collect(clips, done)
         write_csv(rows, sys.stdout)
-        if settings.plots is not None:
-            _draw(rows, settings.plots)
-        return finish(done)[0]
-    if out.suffix not in SUFFIXES or out.is_dir():
-        raise ValueError(f"--out {out}: expected a file that ends in one of {', '.join(SUFFIXES)}.")
-
-    def fill(journal: Journal) -> None:
-        if todo := {name: clips[name] for name in clips if name not in journal.done}:
-            for entries in hear_windows(todo, load_model, settings, len(journal.done)):
-                journal.append(entries)
-
-    names = "".join(f"{name}\0{clip.stamp}\n" for name, clip in clips.items())  # which these are, and what is in them
-    digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
-    stamps = {"weights": _stamp(Path(os.path.expanduser(settings.model))), "clips": digest}
-    report = make_file(out, {"task": "hear", **settings.identity, **stamps}, fill, finish)
+    else:
+        if out.suffix not in SUFFIXES or out.is_dir():
+            raise ValueError(f"--out {out}: expected a file that ends in one of {', '.join(SUFFIXES)}.")
+        names = "".join(f"{name}\0{clip.stamp}\n" for name, clip in clips.items())  # which they are, what is in them
+        digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
+        identity = {name: getattr(settings, name) for name in IDENTITY}
+        stamps = {"weights": _stamp(Path(os.path.expanduser(settings.model))), "clips": digest}
+        report = make_file(out, {"task": "hear", **identity, **stamps}, fill, finish)
+        rows = [row for _, row in read_table(out)] if settings.plots else []  # also of one that was complete before
     if settings.plots is not None:
-        _draw([row for _, row in read_table(out)], settings.plots)  # also of a table that was complete before
+        _draw(rows, settings.plots)
     return report
 
 
 def hear_windows(clips: Clips, load_model: LoadModel, settings: HearSettings, done: int = 0) -> Iterator[list[dict]]:
     """Yield `{"id": name, "rows": […]}` of the clips that each batch completes, in order; `done` were heard before."""
+    if not clips:
+        return
     model, processor = load_model()
-    rows: dict[str, list[dict]] = {}
+    extractor = processor.feature_extractor
+    waiting: list[tuple[str, list[dict], list[np.ndarray]]] = []
+    windows = 0  # of the speech tower, in those
+
+    def hear_waiting() -> list[dict]:
+        samples: list[AudioSource] = [{"waveform": part} for *_, parts in waiting for part in parts]
+        at_once = max(1, settings.batch_size * len(samples) // max(windows, 1))
+        heard = hear(model, processor, samples, batch_size=at_once)
+        entries = [
+            {"id": name, "rows": [row | _columns(next(heard), name) for row in rows] if parts else rows}
+            for name, rows, parts in waiting
+        ]
+        waiting.clear()
+        bar.update(len(entries))
+        return entries
+
     with tqdm(total=done + len(clips), initial=done, desc="Hearing", unit="clip", disable=None) as bar:
-        parts = _read_parts(clips, processor.feature_extractor, settings)
-        for batch in _batched(parts, processor.feature_extractor, settings.batch_size):
-            samples: list[AudioSource] = [{"waveform": one.samples} for one in batch if one.samples is not None]
-            heard = hear(model, processor, samples, batch_size=max(len(samples), 1))
-            finished = []
-            for part in batch:
-                readings = _columns(next(heard), part) if part.samples is not None else {}
-                own = rows.setdefault(part.clip, [])
-                own.append(part.row | readings)
-                if len(own) == part.count:
-                    finished.append({"id": part.clip, "rows": rows.pop(part.clip)})
-            yield finished
-            bar.update(len(finished))
+        for name, clip in clips.items():
+            rows, parts = _read_rows(name, clip, extractor, settings)
+            own = sum(-(-len(part) // extractor.n_samples) for part in parts)
+            if waiting and windows + own > settings.batch_size:
+                yield hear_waiting()
+                windows = 0
+            waiting.append((name, rows, parts))
+            windows += own
+        yield hear_waiting()
 
 
-def _read_parts(clips: Clips, extractor: ReLLMFeatureExtractor, settings: HearSettings) -> Iterator[_Part]:
-    """Yield the parts of each clip as it is read; one that cannot be is a part with the reason."""
-    for name, clip in clips.items():
-        try:
-            read = extractor.read_clip(clip.open(), channel=settings.channel, max_duration_s=LONGEST_S, name=name)
-            duration_s = read.shape[-1] / extractor.sampling_rate
-            if settings.every is None and duration_s > extractor.max_duration_s:
-                longest = f"{extractor.max_duration_s:g} s"
-                raise ValueError(f"{name}: it lasts {duration_s:.1f} s, one row is of at most {longest}: --every 10.")
-        except (ImportError, OSError, ValueError, TypeError) as error:  # ImportError: what a container needs
-            yield _Part(name, 1, {"clip": name, "error": f"{error}"})
-            continue
-        channels = [read] if read.ndim == 1 else list(read)
-        named = name_channels(settings.channel, len(channels))
-        spans = list(_cut_spans(read.shape[-1], extractor, settings))
-        for channel, samples in zip(named, channels, strict=True):
-            for start, end in spans:
-                seconds = [round(place / extractor.sampling_rate, 3) for place in (start, end)]
-                row = {"clip": name, "channel": channel, "start_s": seconds[0], "end_s": seconds[1]}
-                yield _Part(name, len(spans) * len(channels), row, samples[start:end])
+def _read_rows(
+    name: str, clip: ClipSource, extractor: ReLLMFeatureExtractor, settings: HearSettings
+) -> tuple[list[dict], list[np.ndarray]]:
+    """Return the rows of a clip and the samples of each; where it cannot be read, a row with the reason and none."""
+    try:
+        read = extractor.read_clip(clip.open(), channel=settings.channel, max_duration_s=LONGEST_S, name=name)
+        duration_s = read.shape[-1] / extractor.sampling_rate
+        if settings.every is None and duration_s > extractor.max_duration_s:
+            longest = f"{extractor.max_duration_s:g} s"
+            raise ValueError(f"{name}: it lasts {duration_s:.1f} s, one row is of at most {longest}: --every 10.")
+    except (ImportError, OSError, ValueError, TypeError) as error:  # ImportError: what a container needs
+        return [{"clip": name, "error": f"{error}"}], []
+    channels = np.atleast_2d(read)
+    spans = list(_cut_spans(read.shape[-1], extractor, settings))
+    times = [[round(place / extractor.sampling_rate, 3) for place in span] for span in spans]
+    rows = [
+        {"clip": name, "channel": channel, "start_s": start, "end_s": end}
+        for channel in name_channels(settings.channel, len(channels))
+        for start, end in times
+    ]
+    return rows, [samples[start:end] for samples in channels for start, end in spans]
 
 
 def name_channels(channel: str, count: int) -> list[str]:
@@ -203,27 +205,11 @@ def _cut_spans(length: int, extractor: ReLLMFeatureExtractor, settings: HearSett
         yield start, length if start == starts[-1] else min(start + step + beyond, length)
 
 
-def _batched(parts: Iterator[_Part], extractor: ReLLMFeatureExtractor, size: int) -> Iterator[list[_Part]]:
-    """Yield parts by so many windows of the speech tower, or a single part that has more."""
-    batch: list[_Part] = []
-    windows = 0
-    for part in parts:
-        own = 0 if part.samples is None else -(-len(part.samples) // extractor.n_samples)
-        if batch and windows + own > size:
-            yield batch
-            batch, windows = [], 0
-        batch.append(part)
-        windows += own
-    if batch:
-        yield batch
-
-
-def _columns(heard: Heard, part: _Part) -> dict[str, object]:
-    named = heard.flatten()
+def _columns(heard: Heard, clip: str) -> dict[str, object]:
+    named = {name: round(value, DIGITS) for name, value in heard.flatten().items()}
     if wrong := [name for name, value in named.items() if not math.isfinite(value)]:
-        raise ValueError(f"{part.clip}: the model gives no number for {', '.join(wrong)}. Try --dtype float32.")
-    rounded = {name: round(value, DIGITS) for name, value in named.items()}
-    return {"emotion": heard.emotion, **rounded}
+        raise ValueError(f"{clip}: the model gives no number for {', '.join(wrong)}. Try --dtype float32.")
+    return {"emotion": heard.emotion, **named}
 
 
 def _stamp(place: Path) -> str | None:
@@ -241,21 +227,20 @@ def _collect(clips: Clips, done: Mapping[str, dict]) -> list[dict[str, object]]:
 
 def _draw(rows: Sequence[Mapping], folder: Path) -> None:
     """Draw each channel of each clip that has more than one window."""
-    table: dict[str, list[Mapping]] = {}
-    for row in rows:
-        table.setdefault(row["clip"], []).append(row)
-    for number, (clip, of_clip) in enumerate(table.items(), start=1):
-        stem = f"{number:04d}_" + re.sub(r"[^\w.-]+", "_", Path(clip).name)
-        for channel in dict.fromkeys(row.get("channel") for row in of_clip):
-            own = [row for row in of_clip if row.get("channel") == channel]
-            if len(own) < 2:
-                continue
-            names = [name for name in own[0] if name.startswith(EMOTION)]
-            edges = [float(edge) for edge in (*(row["start_s"] for row in own), own[-1]["end_s"])]
-            plot_over_time(
-                edges,
-                {name.removeprefix(EMOTION): [float(row[name]) for row in own] for name in names},
-                {name: [float(row[name]) for row in own] for name in DIMENSIONS if name in own[0]},
-                folder / f"{stem}_{channel}.png",
-                title=f"{clip} ({channel})",
-            )
+    import pandas
+
+    table = pandas.DataFrame(rows)
+    numbers = {clip: number for number, clip in enumerate(table["clip"].unique(), start=1)}
+    for (clip, channel), own in table.groupby(["clip", "channel"], sort=False):
+        if len(own) < 2:
+            continue
+        starts, ends = own["start_s"].astype(float).tolist(), own["end_s"].astype(float).tolist()
+        readings = {name: own[name].astype(float).tolist() for name in own if name.startswith((EMOTION, *DIMENSIONS))}
+        stem = f"{numbers[clip]:04d}_" + re.sub(r"[^\w.-]+", "_", Path(clip).name)
+        plot_over_time(
+            [*starts, ends[-1]],
+            {name.removeprefix(EMOTION): values for name, values in readings.items() if name.startswith(EMOTION)},
+            {name: readings[name] for name in DIMENSIONS if name in readings},
+            folder / f"{stem}_{channel}.png",
+            title=f"{clip} ({channel})",
+        )

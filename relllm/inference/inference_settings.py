@@ -72,12 +72,6 @@ class HearSettings(CheckpointSettings):
         if self.every is None and (self.overlap or self.plots):
             raise ValueError("--overlap and --plots are of windows: give --every, for example --every 2.")
 
-    @property
-    def identity(self) -> dict[str, object]:
-        """Return what two runs must share to make one table."""
-        names = ("model", "revision", "dtype", "every", "overlap", "channel")
-        return {name: getattr(self, name) for name in names}
-
 
 @dataclass(frozen=True, kw_only=True)
 class TalkSettings(ReplySettings):

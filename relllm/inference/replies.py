@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from relllm.labels import DIMENSIONS
 from relllm.modeling.configuration_relllm import ReLLMConfig
@@ -19,7 +18,6 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 
 EMOTION = "p_"  # before the name of an emotion: the column of its probability
 TOWER = "tower_"  # before the name of a dimension: the column of the emotion tower's own reading
-MOST_PROBABLE = {"do_sample": False}
 # Whatever sampling or penalty a checkpoint's generation settings have: a measured answer is the most probable one.
 GREEDY = {
     **{"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0},
@@ -68,32 +66,6 @@ class Reply:
         if self.heard is None:
             return {"reply": self.text}
         return {"reply": self.text, "emotion": self.heard.emotion, **vars(self.heard)}
-
-
-@torch.no_grad()
-def reply(
-    model: ReLLMForConditionalGeneration,
-    processor: ReLLMProcessor,
-    audio: AudioSource,
-    *,
-    streamer: BaseStreamer | None = None,
-    max_new_tokens: int = 128,
-    sampling: Mapping[str, object] = MOST_PROBABLE,
-    **request: str,
-) -> Reply:
-    """Answer one spoken turn. The audio is encoded once, for the reply and for the emotion.
-
-    `request` is `instruction` and `system_prompt`; a `streamer` gets the reply token by token; `sampling` is what
-    `generate` draws with.
-    """
-    inputs = processor.apply_request(audio, **request).to(model.device)
-    text_inputs = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
-    encoded = model.get_audio_features(**inputs, return_dict=True)
-    options = {"max_new_tokens": max_new_tokens, "streamer": streamer, **sampling}
-    generated = model.generate(**text_inputs, mm_encoder_outputs={"audio": encoded}, **options)
-    prompt_length = text_inputs["input_ids"].shape[1]
-    text = processor.tokenizer.decode(generated[0, prompt_length:], skip_special_tokens=True).strip()
-    return Reply(text, read_heard(model.config, encoded)[0])
 
 
 @torch.no_grad()

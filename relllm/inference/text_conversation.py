@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
 from relllm.modeling.checkpoint_relllm import find_ends
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
@@ -14,8 +11,8 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 from relllm.processing.turns_relllm import build_chat_template
 
-from .conversation import check_turn, first_messages, fit_turns, read_limit
-from .replies import Reply
+from .conversation import TurnTaking
+from .replies import Heard
 from .typed_text import encode_conversation
 
 
@@ -39,11 +36,12 @@ class Transcriber:
         return self.pipeline(clip, **self.options)["text"].strip()
 
 
-class TextConversation:
+class TextConversation(TurnTaking):
     """A conversation with a causal LM. A spoken turn is its transcript, after the same instruction that RE-LLM gets.
 
     Each turn reads the whole conversation. The Jinja `chat_template` is by default the one that a ReLLM built on this
-    LLM would have, so that only the hearing differs. Without a `transcriber` a spoken turn is an error.
+    LLM would have, so that only the hearing differs. Nothing is `heard`, and a spoken turn without words, or without a
+    `transcriber`, is a [`NoWordsError`].
     """
 
     def __init__(
@@ -57,7 +55,7 @@ class TextConversation:
         instruction: str = SPEECH_PROMPT,
         **generation_options: object,
     ):
-        self.llm = llm
+        self.model = llm
         self.tokenizer = tokenizer
         self.chat_template = chat_template or build_chat_template(tokenizer)
         self.transcriber = transcriber
@@ -77,40 +75,11 @@ class TextConversation:
         own |= {name: getattr(processor, name) for name in ("chat_template", "system_prompt", "instruction")}
         return cls(model.model.text_model, processor.tokenizer, **{**own, **options})
 
-    def reset(self) -> None:
-        """Begin anew."""
-        self.messages = first_messages(self.system_prompt)
+    def _listen(self, audio: AudioSource | None, text: str | None) -> tuple[object, Heard | None]:
+        return text if audio is None else (text or self.instruction) + self._transcribe(audio), None
 
-    @torch.no_grad()
-    def say(
-        self,
-        audio: AudioSource | None = None,
-        text: str | None = None,
-        *,
-        streamer: BaseStreamer | None = None,
-        max_new_tokens: int = 128,
-        drop_oldest: bool = False,
-        **options: object,
-    ) -> Reply:
-        """Say as [`Conversation.say`] does; `heard` is always `None`, and a clip without words a [`NoWordsError`]."""
-        check_turn(audio, text)
-        content = text or ""
-        if audio is not None:
-            content = (text or self.instruction) + self._transcribe(audio)
-        messages = [*self.messages, {"role": "user", "content": content}]
-        room = (read_limit(self.llm.config.get_text_config(decoder=True)), max_new_tokens)
-        turns, ids, dropped = fit_turns(messages, self._render, *room, drop_oldest=drop_oldest)
-        ids = ids.to(self.llm.device)
-        options = {"do_sample": False, **self.generation_options, **options}
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        said = self.llm.generate(**inputs, streamer=streamer, max_new_tokens=max_new_tokens, **options)
-        reply_ids = said[0, ids.shape[1] :]
-        reply = self.tokenizer.decode(reply_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self.messages = [*turns, {"role": "assistant", "content": reply}]
-        return Reply(reply.strip(), None, dropped)
-
-    def _render(self, messages: list[dict]) -> Tensor:
-        return torch.tensor([encode_conversation(self.tokenizer, messages, self.chat_template)])
+    def _render(self, messages: list[dict]) -> list[int]:
+        return encode_conversation(self.tokenizer, messages, self.chat_template)
 
     def _transcribe(self, audio: AudioSource) -> str:
         if self.transcriber is None:

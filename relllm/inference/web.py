@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -79,12 +80,14 @@ BOX: dict[str, Any] = {
     **{"label": "Say something", "show_label": False, "max_lines": 4},
     "max_plain_text_length": 10**9,  # else Gradio makes a file of a long text
 }
+SERVED: dict[str, Any] = {
+    **{"prevent_thread_lock": True, "share": False, "ssr_mode": False, "quiet": True, "footer_links": []},
+    **{"max_file_size": "64mb", "state_session_capacity": 32},  # each session keeps a key-value cache
+}
 MOST_CHARACTERS = 4_000  # and seconds, of one turn: everybody waits for it
 LONGEST_S = 120.0
-LARGEST_UPLOAD = "64mb"
 RECORDINGS = "relllm-web-"  # before the number of the process, in the name of its folder
 DELETE_RECORDINGS_S = (600, 3600)  # looks every ten minutes for uploads and recordings that are an hour old
-MOST_SESSIONS = 32  # each keeps a key-value cache; beyond them the one that was idle longest is dropped
 MOST_TURNS = 16  # at once: the lock lets one through, the others see that they wait
 
 Writing: TypeAlias = Generator[None, None, Reply]
@@ -109,31 +112,28 @@ class _Stopped(Exception):
 
 
 class _StoppableStreamer(TextIteratorStreamer):
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: threading.Event):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stop = stop
-        self.ended = False
-        self._deciding = threading.RLock()
+        self.stopped = False
+        self._decided = threading.Lock()  # taken once: by a stop, or by the reply's end, after which it is too late
+
+    def stop(self) -> None:
+        """Stop the reply, unless the conversation has it whole, and end the pieces whatever the model does."""
+        self.stopped |= self._decided.acquire(blocking=False)
+        self.text_queue.put(self.stop_signal)
+
+    def check(self) -> None:
+        if self.stopped:
+            raise _Stopped
 
     def put(self, value: torch.Tensor) -> None:
         self.check()
         super().put(value)
 
     def end(self) -> None:
-        with self._deciding:
-            self.check()
-            self.ended = True
+        if not self._decided.acquire(blocking=False):
+            raise _Stopped
         super().end()
-
-    def check(self) -> None:
-        """Raise if it is stopped; a reply that the conversation has whole is not."""
-        with self._deciding:
-            if self.stop.is_set() and not self.ended:
-                raise _Stopped
-
-    def wake(self) -> None:
-        """End the pieces for who waits for them, whatever the model does."""
-        self.text_queue.put(self.stop_signal)
 
 
 class Session:
@@ -165,24 +165,19 @@ class Session:
         """Stop the reply that is being written: its turn is forgotten, also while the model has not begun or reads."""
         self._stop.set()
         if self._streamer is not None:
-            self._streamer.wake()
+            self._streamer.stop()
 
     def talk(self, path: str | None, text: str | None) -> Iterator[None]:
         """Say an audio file, a text, or both to every system. Look at the attributes after each step."""
         text = (text or "").strip()
-        turn: dict[str, Any] = {
-            "audio": path and Path(path).name,
-            "seconds": None,
-            "text": text or None,
-            "replies": {},
-        }
+        file = path and Path(path).name
+        turn: dict[str, Any] = {"audio": file, "seconds": None, "text": text or None, "replies": {}}
         audio, label = None, text
         try:
             if len(text) > MOST_CHARACTERS:
                 raise ValueError(f"the text has {len(text):,} characters, and a turn at most {MOST_CHARACTERS:,}.")
             if path is not None:
-                limits: dict[str, Any] = {"max_duration_s": LONGEST_S, "name": turn["audio"]}
-                audio = {"waveform": load_audio(path, channel=self.channel, **limits)}
+                audio = {"waveform": load_audio(path, channel=self.channel, max_duration_s=LONGEST_S, name=file)}
             elif not text:
                 raise ValueError("there is nothing to send yet. Record, upload or type something.")
         except (ImportError, OSError, ValueError) as error:  # ImportError: what a container or a rate needs
@@ -194,22 +189,18 @@ class Session:
             label = f"{text}\n\n" * bool(text) + f"(spoken, {turn['seconds']:.1f} s)"
         said = {"role": "user", "content": label, "clip": path}
         stop = self._stop = threading.Event()
-        failures, turns = [], self.turns
-        replies = turn["replies"]
+        failures = []
         for name in self.conversations:
             yield from self._ask(name, audio, turn, said, stop)
-            if replies and not any(one is turn for one in turns):  # also where the next is stopped
-                turns.append(turn)
             if stop.is_set():
                 if self.status.kind == "busy":  # the reply was there already
                     self.status = EMPTY
                 return
             if self.status.kind == "error":
                 failures.append(self.status.text)
-        lost = {name: one.dropped for name, one in replies.items() if one.dropped}
-        dropped = [f"{name}: older turns were dropped ({count})." for name, count in lost.items()]
-        notes = " ".join([*failures, *dropped])
-        self.status = Status("error" if failures else "idle", notes) if notes else EMPTY
+        lost = {name: one.dropped for name, one in turn["replies"].items() if one.dropped}
+        notes = failures + [f"{name}: older turns were dropped ({count})." for name, count in lost.items()]
+        self.status = Status("error" if failures else "idle", " ".join(notes)) if notes else EMPTY
 
     def _ask(self, name: str, audio: dict | None, turn: dict, said: dict, stop: threading.Event) -> Iterator[None]:
         shown = self.shown[name]
@@ -230,6 +221,8 @@ class Session:
             del shown[length:]
             self.status = Status("error", f"{name} did not answer: {error}")
         else:
+            if not turn["replies"] and shown is self.shown[name]:
+                self.turns.append(turn)
             turn["replies"][name] = reply
             shown[-1]["content"] = reply.text or "(no words)"
             if reply.heard is not None:
@@ -240,33 +233,31 @@ class Session:
 
     def _write(self, name: str, audio: dict | None, text: str | None, stop: threading.Event) -> Writing:
         """Show a reply piece by piece while a thread writes it, and return it; what failed is raised."""
-        conversation = self.conversations[name]
-        shown = self.shown[name]
-        streamer = self._streamer = _StoppableStreamer(conversation.tokenizer, stop)
-        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "drop_oldest": True}
+        conversation, shown = self.conversations[name], self.shown[name]
+        streamer = self._streamer = _StoppableStreamer(conversation.tokenizer)
+        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "drop_oldest": True, "streamer": streamer}
+        if stop.is_set():
+            raise _Stopped
 
         def say() -> Reply:
             with self.lock:
                 streamer.check()
-                return conversation.say(audio, text, streamer=streamer, **how)
+                return conversation.say(audio, text, **how)
 
-        streamer.check()
         executor = ThreadPoolExecutor(1)
         future = executor.submit(say)
         executor.shutdown(wait=False)  # who stops does not wait for the model
-        future.add_done_callback(lambda _: streamer.wake())
+        future.add_done_callback(lambda _: streamer.text_queue.put(streamer.stop_signal))  # also where it failed
         written = ""
         try:
             for piece in filter(None, streamer):
                 streamer.check()
-                if stop.is_set():  # too late: all of it is there
-                    break
                 written += piece
                 shown[-1]["content"] = written
                 self.status = Status("busy", f"{name} is replying.")
                 yield
         except GeneratorExit:  # nobody listens any more
-            stop.set()
+            self.stop()
             raise
         streamer.check()
         return future.result()
@@ -278,8 +269,7 @@ def recordings_folder() -> Iterator[Path]:
 
     It lies in `GRADIO_TEMP_DIR`, or with other temporary files, and can be read by this user only.
     """
-    given = os.environ.get("GRADIO_TEMP_DIR")
-    place = Path(given or tempfile.gettempdir())
+    place = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
     folder = place / f"{RECORDINGS}{os.getpid()}"
     for left in place.glob(f"{RECORDINGS}*"):
         process = left.name.removeprefix(RECORDINGS)
@@ -291,9 +281,7 @@ def recordings_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.environ.pop("GRADIO_TEMP_DIR")
-        if given is not None:
-            os.environ["GRADIO_TEMP_DIR"] = given
+        os.environ["GRADIO_TEMP_DIR"] = str(place)
 
 
 class Page:
@@ -306,11 +294,10 @@ class Page:
         except ImportError as error:
             raise ImportError(f"The web page needs Gradio ({error}): `pip install relllm[web]`.") from error
         self.gradio = gradio
-        self.systems = systems
-        self.told: dict[str, Any] = {"max_new_tokens": max_new_tokens, "channel": channel}
         self.lock = threading.Lock()  # one model for all visitors
+        self.begin = partial(Session, systems, self.lock, max_new_tokens=max_new_tokens, channel=channel)
         self.root_path = ""
-        self.blocks = self._build()
+        self.blocks = self._build(systems)
 
     def launch(
         self, *, host: str = "127.0.0.1", port: int = 7860, auth: tuple[str, str] | None = None, root_path: str = ""
@@ -319,22 +306,19 @@ class Page:
 
         `auth` is a user and a password to ask for, `root_path` the path under which a proxy serves the page.
         """
-        theme = self.gradio.themes.Base(primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=FONTS_MONO)
         self.root_path = root_path.rstrip("/")
-        where: dict[str, Any] = {"server_name": host, "server_port": port or None, "prevent_thread_lock": True}
-        shut: dict[str, Any] = {"share": False, "ssr_mode": False, "quiet": True, "footer_links": [], "auth": auth}
-        limits: dict[str, Any] = {"max_file_size": LARGEST_UPLOAD, "state_session_capacity": MOST_SESSIONS}
         try:  # Gradio takes any failure for a port that is taken
-            family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind, protocol) as probe:
+            family, kind, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
                 probe.bind(address)
         except OSError as error:
             raise OSError(f"--host {host}: no address of this machine ({error.strerror}).") from error
+        theme = self.gradio.themes.Base(primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=FONTS_MONO)
+        where: dict[str, Any] = {"server_name": host, "server_port": port or None, "root_path": self.root_path}
         try:
-            _, url, _ = self.blocks.launch(**where, **shut, **limits, root_path=self.root_path, theme=theme, css=CSS)
+            return self.blocks.launch(**where, **SERVED, auth=auth, theme=theme, css=CSS)[1]
         except OSError as error:
             raise OSError(f"Port {port} of {host} is not free. Give another one, or 0 for any that is.") from error
-        return url
 
     def wait(self) -> None:
         """Serve until this process is interrupted."""
@@ -344,7 +328,7 @@ class Page:
         """Stop serving."""
         self.blocks.close()
 
-    def _build(self) -> gradio.Blocks:
+    def _build(self, systems: Starts) -> gradio.Blocks:
         gr = self.gradio
         with gr.Blocks(title="RE-LLM", analytics_enabled=False, delete_cache=DELETE_RECORDINGS_S) as blocks:
             session = gr.State(None)
@@ -352,30 +336,31 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=5, min_width=300, elem_classes="talk"):
                     with gr.Row(elem_classes="systems"):
-                        columns = [gr.Chatbot(label=name, **COLUMN) for name in self.systems]
+                        columns = [gr.Chatbot(label=name, **COLUMN) for name in systems]
                     status = gr.HTML()
                     gr.HTML('<p id="microphone" role="alert"></p>', elem_classes="microphone")
                     box = gr.MultimodalTextbox(**BOX)
                     with gr.Row():
                         reset = gr.Button("Reset", size="sm", min_width=80)
-                        small: dict[str, Any] = {"size": "sm", "min_width": 80}
-                        files = [gr.DownloadButton(f"Save {kind}", **small) for kind in ("JSON", "CSV")]
+                        files = [
+                            gr.DownloadButton(f"Save {kind}", size="sm", min_width=80) for kind in ("JSON", "CSV")
+                        ]
                 with gr.Column(scale=2, min_width=280):
                     emotion = gr.Label(label="Emotion in the last spoken turn")
                     trail = gr.HTML()
-            shown = [*columns, status, emotion, trail, *files, box]
+            self.shown = shown = [*columns, status, emotion, trail, *files, box]
             quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
             at_once = {**quiet, "queue": False}
             blocks.load(self._start, None, [session, *shown], **at_once)
             blocks.load(None, js=MICROPHONE, **quiet)
             box.submit(self._talk, [session, box], shown, concurrency_limit=MOST_TURNS, **quiet)
-            box.stop(_stop, session, None, **at_once)
+            box.stop(lambda session: session and session.stop(), session, None, **at_once)
             clears = [column.clear for column in columns]  # the bin in the corner of a column
             gr.on([reset.click, *clears], self._reset, session, shown, **at_once)
         return blocks
 
     def _start(self) -> list:
-        session = Session(self.systems, self.lock, **self.told)
+        session = self.begin()
         return [session, *self._show(session, {"value": None})]
 
     def _talk(self, session: Session | None, said: dict) -> Iterator[list]:
@@ -398,8 +383,9 @@ class Page:
         return self._show(session, {"value": None})
 
     def _gone(self) -> list:
-        skips = [self.gradio.skip()] * (len(self.systems) + 6)
-        skips[len(self.systems)] = _as_html(GONE)
+        """Return what says so, in the place of the status, and leaves the rest as it is."""
+        skips = [self.gradio.skip()] * len(self.shown)
+        skips[-6] = _as_html(GONE)
         return skips
 
     def _show(self, session: Session, box: dict[str, Any]) -> list:
@@ -429,22 +415,17 @@ class Page:
         import pandas
 
         folder = Path(tempfile.mkdtemp(dir=self.blocks.GRADIO_CACHE))
-        talk = [{**turn, "replies": {name: one.describe() for name, one in turn["replies"].items()}} for turn in turns]
-        rows = [
-            {"turn": number, **{name: turn[name] for name in ("audio", "seconds", "text")}, "system": system}
-            | {"reply": reply.text, **(reply.heard.flatten() if reply.heard else {})}
-            for number, turn in enumerate(turns, start=1)
-            for system, reply in turn["replies"].items()
-        ]
-        names = [str(folder / f"conversation.{kind}") for kind in ("json", "csv")]
-        Path(names[0]).write_text(json.dumps({"turns": talk}, indent=2, ensure_ascii=False), encoding="utf-8")
-        pandas.DataFrame(rows).to_csv(names[1], index=False)
-        return names
-
-
-def _stop(session: Session | None) -> None:
-    if session is not None:
-        session.stop()
+        talk, rows = [], []
+        for number, turn in enumerate(turns, start=1):
+            replies = turn["replies"].items()
+            talk.append({**turn, "replies": {name: reply.describe() for name, reply in replies}})
+            for name, reply in replies:
+                heard = reply.heard.flatten() if reply.heard else {}
+                rows.append({"turn": number, **turn, "system": name, "reply": reply.text, **heard})
+        files = [folder / "conversation.json", folder / "conversation.csv"]
+        files[0].write_text(json.dumps({"turns": talk}, indent=2, ensure_ascii=False), encoding="utf-8")
+        pandas.DataFrame(rows).drop(columns="replies").to_csv(files[1], index=False)
+        return [str(file) for file in files]
 
 
 def _as_html(status: Status) -> str:

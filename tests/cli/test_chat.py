@@ -186,7 +186,7 @@ def test_what_ends_a_recording_does_not_end_the_chat(checkpoint, model, processo
     def interrupted(until: object) -> None:
         raise ended_by
 
-    monkeypatch.setattr("relllm.inference.microphone.record", interrupted)
+    monkeypatch.setattr("relllm.cli.chatting.record", interrupted)
     output = chat(checkpoint, "/record", "Hello.")
     assert "this recording is forgotten" in output and replies(model, processor, (None, "Hello."))[0] in output
 

@@ -24,7 +24,7 @@ COMPUTED = {"log_level", "log_level_replica"}  # whose words Transformers makes 
 
 @pytest.mark.parametrize("command", PAGES)
 def test_a_page_has_each_setting_of_its_parser_once_with_its_help_default_and_words(command: str) -> None:
-    entries = _entries(show_training_help(command))
+    entries = _entries(show_training_help(command, ""))
     parser = TrlParser(KINDS[command], add_help=False)
     actions = {one.dest: one for one in reversed(parser._actions)}  # a switch that is on has a second one, `--no_…`
     assert entries.keys() == actions.keys()

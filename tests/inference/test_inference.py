@@ -9,7 +9,8 @@ from transformers import TextStreamer
 from typer.testing import CliRunner
 
 from relllm.cli import app
-from relllm.inference.replies import hear, reply
+from relllm.inference.conversation import Conversation
+from relllm.inference.replies import hear
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def checkpoint(tmp_path_factory, model, processor):
 
 
 def test_a_reply_is_what_generate_gives_and_the_emotion_what_forward_gives(model, processor):
-    answer = reply(model, processor, clip(0.7), max_new_tokens=8)
+    answer = Conversation(model, processor).say(clip(0.7), max_new_tokens=8)
     inputs = processor.apply_request(clip(0.7))
     generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     text = processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -37,14 +38,14 @@ def test_a_reply_is_what_generate_gives_and_the_emotion_what_forward_gives(model
 def test_the_audio_is_encoded_once_for_reply_and_emotion(model, processor):
     calls = []
     handle = model.model.audio_tower.layer_norm.register_forward_hook(lambda *_: calls.append(1))
-    reply(model, processor, clip(0.5), max_new_tokens=4)
+    Conversation(model, processor).say(clip(0.5), max_new_tokens=4)
     handle.remove()
     assert len(calls) == 1
 
 
 def test_a_streamer_gets_the_reply(model, processor, capsys):
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    answer = reply(model, processor, clip(0.5), streamer=streamer, max_new_tokens=6)
+    answer = Conversation(model, processor).say(clip(0.5), streamer=streamer, max_new_tokens=6)
     assert capsys.readouterr().out.strip() == answer.text
 
 
@@ -82,7 +83,8 @@ def test_each_side_of_a_call_is_heard_and_answered_as_if_alone(checkpoint, model
     command = ["reply", str(checkpoint), call, "--max-new-tokens", "4", "--device", "cpu", "--channel"]
     said = {way: CliRunner().invoke(app, [*command, way]).output for way in ("each", "left", "right", "mix")}
     heard = {
-        side: str(reply(model, processor, own, max_new_tokens=4).heard) for side, own in zip("lr", sides, strict=True)
+        side: str(Conversation(model, processor).say(own, max_new_tokens=4).heard)
+        for side, own in zip("lr", sides, strict=True)
     }
     assert [heard[side] in said["each"] for side in "lr"] == [True, True]
     assert [heard["l"] in said[way] for way in ("left", "right", "mix")] == [True, False, False]

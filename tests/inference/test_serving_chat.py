@@ -8,7 +8,8 @@ import pytest
 from served import NAME, as_read, audio_file, clip, clip_part, own_conversation, reply_alone, serving, user
 from tiny_models import conversation_inputs
 
-from relllm.inference.replies import hear, reply
+from relllm.inference.conversation import Conversation
+from relllm.inference.replies import hear
 from relllm.processing.prompts_relllm import SPEECH_PROMPT, SYSTEM_PROMPT
 
 CLIPS = [clip(0.6), clip(2.7, seed=1), clip(0.4, seed=2)]
@@ -55,7 +56,10 @@ def test_the_answer_is_what_generate_gives(client, model, processor, kind: str) 
 
 def test_a_request_in_the_words_of_the_training_gets_the_reply_of_relllm_reply(client, model, processor) -> None:
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, user(SPEECH_PROMPT, CLIPS[0])]
-    assert text_of(ask(client, messages)).strip() == reply(model, processor, as_read(CLIPS[0]), max_new_tokens=8).text
+    assert (
+        text_of(ask(client, messages)).strip()
+        == Conversation(model, processor).say(as_read(CLIPS[0]), max_new_tokens=8).text
+    )
 
 
 @pytest.mark.parametrize("kind", CONVERSATIONS)

@@ -88,7 +88,7 @@ def test_every_address_of_ipv6_is_every_address_of_ipv4_too(checkpoint, monkeypa
         with socket.create_connection(("127.0.0.1", port), timeout=5):
             raise ValueError("somebody listens")
 
-    monkeypatch.setattr("relllm.cli.serving.load_relllm", connect)
+    monkeypatch.setattr("relllm.cli.talking.load_relllm", connect)
     result = CliRunner().invoke(app, ["serve", str(checkpoint), "--host", "::", "--port", str(port)])
     assert "somebody listens" in f"{result.output} {result.exception}"
 

@@ -13,7 +13,7 @@ from trainers import LORA, make_rows, make_trainer
 from transformers.integrations import TensorBoardCallback
 
 from relllm import ReLLMSFTTrainer
-from relllm.inference.replies import reply
+from relllm.inference.conversation import Conversation
 from relllm.processing.prompts_relllm import SPEECH_PROMPT
 
 
@@ -37,7 +37,7 @@ def test_they_are_the_models_own_beside_the_rows(tmp_path: Path) -> None:
     rows[0]["arousal"] = None
     assert [line["id"] for line in found] == ["row-0", "row-2", "row-4"]  # from all over the split
     for line, row in zip(found, rows[::2], strict=False):
-        alone = reply(trainer.model, trainer.processing_class, row["audio"], max_new_tokens=64)
+        alone = Conversation(trainer.model, trainer.processing_class).say(row["audio"], max_new_tokens=64)
         assert line["reply"] == alone.text and line["reply_of_row"] == row["response"] and line["step"] == 0
         assert line["emotion"] == alone.heard.emotion and line["emotion_of_row"] == row["emotion"]
         for name, value in alone.heard.dimensions.items():

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from relllm import DIMENSIONS, ReLLMConfig
 from relllm.cli import app
 from relllm.evaluation.summary import summarize_clips
-from relllm.inference.replies import reply
+from relllm.inference.conversation import Conversation
 
 
 def train(tmp_path: Path, model=None, **settings):
@@ -46,7 +46,7 @@ def test_a_training_records_what_its_rows_taught_and_the_rest_is_nan(tmp_path: P
     assert emotion.tolist() == [True] and dimensions.tolist() == [[False, True, True]]
     expected = loaded.train().get_audio_features(**features())  # as a loss sees it
     assert expected.dimensions.isfinite().all() and expected.emotion_logits.isfinite().all()
-    heard = reply(loaded.eval(), tiny_processor(), clip(0.5), max_new_tokens=2).heard
+    heard = Conversation(loaded.eval(), tiny_processor()).say(clip(0.5), max_new_tokens=2).heard
     assert heard is not None and heard.probabilities == {} and heard.emotion is None
     assert list(heard.dimensions) == ["arousal"] and str(heard).startswith("arousal")
     json.dumps(heard.dimensions, allow_nan=False)
@@ -56,7 +56,9 @@ def test_a_second_training_adds_to_the_first(tmp_path: Path) -> None:
     train(tmp_path, emotion_loss_weight=0.0, dimension_loss_weight=0.0)
     first = AutoModel.from_pretrained(tmp_path / "run")
     assert first.config.trained_readings == []
-    assert str(reply(first.eval(), tiny_processor(), clip(0.5), max_new_tokens=1).heard).startswith("no emotion")
+    assert str(Conversation(first.eval(), tiny_processor()).say(clip(0.5), max_new_tokens=1).heard).startswith(
+        "no emotion"
+    )
     trainer = train(tmp_path, first, dimension_loss_weight=0.0, eval_rows=make_rows(tmp_path))
     assert AutoModel.from_pretrained(tmp_path / "run").config.trained_readings == ["emotion"]
     metrics = trainer.evaluate()

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from hmac import compare_digest
 from typing import TypeAlias
 
@@ -18,12 +18,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.processing.processing_relllm import ReLLMProcessor
+
+from ..inference_settings import BatchSettings, RequestLimits
 from ..replies import Heard
 from .decoding import Ended, Event, Job, Piece, Prompt
 from .engine import Engine
-from .errors import ApiError
 from .prompts import PromptReader
-from .schema import Asked, ChatRequest, EmotionRequest, parse_body
+from .schema import ApiError, Asked, ChatRequest, EmotionRequest, parse_body
 
 HEAD_AFTER_S = 1.0  # of a stream that has nothing to say yet
 COMMENT_EVERY_S = 10.0  # in such a stream
@@ -33,14 +36,28 @@ READERS = ThreadPoolExecutor(4, "relllm-reader")  # so many requests are decoded
 CLOSE = {"Connection": "close"}  # or the rest of the body would be read, to be thrown away
 
 
-@dataclass(frozen=True)
 class Service:
-    """The routes, and what they need."""
+    """The routes, and what they need, for one checkpoint in eval mode.
 
-    name: str  # of the model, for clients
-    engine: Engine
-    reader: PromptReader
-    api_key: str | None = None  # what clients must send as `Authorization: Bearer …`
+    `name` is the model's for clients, `api_key` what they must send as `Authorization: Bearer …`. The context is by
+    default the LLM's.
+    """
+
+    def __init__(
+        self,
+        model: ReLLMForConditionalGeneration,
+        processor: ReLLMProcessor,
+        *,
+        name: str,
+        api_key: str | None,
+        settings: BatchSettings,
+        limits: RequestLimits,
+    ) -> None:
+        if limits.max_context is None:  # nor has the LLM one where positions are relative
+            context = getattr(model.config.text_config, "max_position_embeddings", None)
+            limits = replace(limits, max_context=context)
+        self.name, self.api_key = name, api_key
+        self.engine, self.reader = Engine(model, processor, settings), PromptReader(processor, limits)
 
     def create_app(self) -> Starlette:
         """Return the application, around an engine that is started elsewhere."""

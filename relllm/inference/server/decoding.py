@@ -14,8 +14,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 
 from ..replies import Heard
-from .errors import ApiError
-from .schema import ReplyOptions
+from .schema import ApiError, ReplyOptions
 
 NEARLY_GREEDY = 1e-5  # lower temperatures would overflow the scores
 _HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"

@@ -20,7 +20,7 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 from ..inference_settings import BatchSettings
 from ..replies import Heard, read_heard
 from .decoding import Ended, Event, Job, Prompt
-from .errors import ApiError, stopping
+from .schema import ApiError, stopping
 from .writing import Group
 
 logger = logging.get_logger(__name__)

@@ -14,8 +14,7 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 
 from ..inference_settings import RequestLimits
 from .decoding import Prompt
-from .errors import ApiError
-from .schema import AudioPart, ChatRequest, EmotionRequest, ReplyOptions, TextPart
+from .schema import ApiError, AudioPart, ChatRequest, EmotionRequest, ReplyOptions, TextPart
 
 CHARACTERS_A_TOKEN = 16  # more than any language has on average
 

@@ -1,10 +1,9 @@
-"""What a client may send, as OpenAI's chat completions have it; what the server cannot honour is refused by name."""
+"""What a client may send, as OpenAI's chat completions have it, and what it is told when that is not answered."""
 
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, FailFast, Field, ValidationError, model_validator
-
-from .errors import ApiError
 
 MAX_ITEMS = 1024  # messages of a conversation, parts of a message
 MAX_VALUES = 100_000  # in a body: each takes memory and time before it can be refused
@@ -12,6 +11,29 @@ MAX_VALUES = 100_000  # in a body: each takes memory and time before it can be r
 IGNORED = {"metadata", "name", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
 NEUTRAL: dict = {"n": [1], "logprobs": [False], "top_logprobs": [0], "frequency_penalty": [0], "presence_penalty": [0]}
 NEUTRAL |= {"tool_choice": ["auto", "none"], "parallel_tool_calls": [True, False], "modalities": [["text"]]}
+
+
+@dataclass(eq=False)
+class ApiError(Exception):
+    """A request that gets an error, with `code` for programs and in `param` the field that is wrong."""
+
+    message: str
+    code: str = "invalid_request"
+    status: int = 400
+    param: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """Return the answer as JSON."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = "server_error" if self.status >= 500 else kinds.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def stopping() -> ApiError:
+    """Return a 503."""
+    message = "The server is stopping. Send the request to another one."
+    return ApiError(message, "server_stopping", status=503, headers={"Connection": "close"})
 
 
 class _Strict(BaseModel, extra="forbid"):

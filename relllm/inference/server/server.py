@@ -6,20 +6,13 @@ import resource
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, cast
 
 import uvicorn
 from transformers.utils import logging
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
-from relllm.processing.processing_relllm import ReLLMProcessor
-
-from ..inference_settings import BatchSettings, RequestLimits
 from .app import Service
-from .engine import Engine
-from .prompts import PromptReader
 
 logger = logging.get_logger(__name__)
 LAST_ANSWERS_S = 2.0  # after the grace period, for the errors that end what is still running to be sent
@@ -88,23 +81,6 @@ class Server(uvicorn.Server):
         # a float waits as well
         self.config.timeout_graceful_shutdown = max(0.0, end - loop.time()) + LAST_ANSWERS_S  # type: ignore[assignment]
         await super().shutdown(sockets)
-
-
-def build_service(
-    model: ReLLMForConditionalGeneration,
-    processor: ReLLMProcessor,
-    *,
-    name: str,
-    api_key: str | None = None,
-    settings: BatchSettings,
-    limits: RequestLimits,
-) -> Service:
-    """Put the parts together for one checkpoint in eval mode; without a limit of the context it is the LLM's."""
-    if limits.max_context is None:  # nor has the LLM one where positions are relative
-        context = getattr(model.config.text_config, "max_position_embeddings", None)
-        limits = replace(limits, max_context=context)
-    engine = Engine(model, processor, settings)
-    return Service(name, engine, PromptReader(processor, limits), api_key)
 
 
 def serve_until_stopped(server: Server, sock: socket.socket) -> None:

@@ -25,9 +25,8 @@ from relllm.modeling.configuration_relllm import ReLLMConfig
 
 from ..inference_settings import RequestLimits
 from ..replies import Heard, read_heard
-from ..server.errors import ApiError
 from ..server.prompts import PromptReader
-from ..server.schema import AudioPart, EmotionRequest, parse_body
+from ..server.schema import ApiError, AudioPart, EmotionRequest, parse_body
 from .vllm_processing import CLIPS
 from .vllm_readings import AT_ONCE, gather_readings, waveform_key
 
