@@ -21,8 +21,8 @@ from tiny_models import RATE, audio_inputs, clip, conversation_inputs
 from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.inference.inference_settings import BatchSettings, RequestLimits
 from relllm.inference.server.app import Service
-from relllm.inference.server.decoding import Job
 from relllm.inference.server.server import Server
+from relllm.inference.server.writing import Job
 
 NAME = "tiny"
 

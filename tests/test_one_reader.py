@@ -16,7 +16,7 @@ from relllm.evaluation.asking import Questions
 from relllm.evaluation.predicting import SpeechPredictor
 from relllm.inference.conversation import Conversation
 from relllm.inference.inference_settings import RequestLimits
-from relllm.inference.replies import hear, reply
+from relllm.inference.replies import hear
 from relllm.inference.server.prompts import PromptReader
 from relllm.inference.server.schema import ChatRequest
 from relllm.inference.web import EMPTY, Session
@@ -56,7 +56,6 @@ def web(model, processor: ReLLMProcessor, path: Path) -> None:
 
 
 WAYS: dict[str, Callable] = {
-    "reply": lambda model, processor, path: reply(model, processor, path, max_new_tokens=1),
     "hear": lambda model, processor, path: list(hear(model, processor, [path])),
     "conversation": lambda model, processor, path: Conversation(model, processor).say(path, max_new_tokens=1),
     "evaluation": lambda model, processor, path: SpeechPredictor(model, processor, DIMENSIONS_ALONE).predict(

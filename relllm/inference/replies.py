@@ -75,14 +75,10 @@ def hear(
     clips: Sequence[AudioSource],
     *,
     batch_size: int = 16,
-    channel: str = "mix",
 ) -> Iterator[Heard]:
-    """Yield the emotion and the dimensions of many clips, in order, `batch_size` encoded at once. No LLM runs.
-
-    With `channel="each"`, each channel is a clip; see [`~ReLLMFeatureExtractor.read_clips`].
-    """
+    """Yield the emotion and the dimensions of many clips, in order, `batch_size` encoded at once. No LLM runs."""
     for start in range(0, len(clips), batch_size):
-        inputs = processor.feature_extractor(list(clips[start : start + batch_size]), channel=channel)
+        inputs = processor.feature_extractor(list(clips[start : start + batch_size]))
         inputs.pop("num_audio_tokens", None)
         yield from read_heard(model.config, model.get_audio_features(**inputs.to(model.device), return_dict=True))
 

@@ -77,9 +77,6 @@ def test_each_side_of_a_call_is_heard_and_answered_as_if_alone(checkpoint, model
     sides = [clip(0.5, seed=seed) for seed in (0, 1)]
     soundfile.write(tmp_path / "call.wav", np.stack(sides, axis=1), 16_000, subtype="FLOAT")
     call = str(tmp_path / "call.wav")
-    assert list(hear(model, processor, [call, sides[0]], channel="each")) == list(
-        hear(model, processor, [*sides, sides[0]])
-    )
     command = ["reply", str(checkpoint), call, "--max-new-tokens", "4", "--device", "cpu", "--channel"]
     said = {way: CliRunner().invoke(app, [*command, way]).output for way in ("each", "left", "right", "mix")}
     heard = {

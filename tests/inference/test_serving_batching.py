@@ -30,10 +30,9 @@ from tiny_models import conversation_inputs, tiny_config, tiny_model, tiny_proce
 from relllm.inference.inference_settings import BatchSettings, RequestLimits
 from relllm.inference.replies import hear
 from relllm.inference.server import app, engine
-from relllm.inference.server.decoding import Prompt
 from relllm.inference.server.prompts import PromptReader
 from relllm.inference.server.schema import EmotionRequest
-from relllm.inference.server.writing import Group
+from relllm.inference.server.writing import Group, Prompt
 
 CLIPS = [clip(0.3 + 0.25 * index, seed=index) for index in range(6)]
 CONVERSATIONS = [([user(f"Number {index}. " * (1 + index), CLIPS[index])], [CLIPS[index]]) for index in range(6)]

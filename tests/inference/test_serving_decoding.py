@@ -1,11 +1,11 @@
-"""`server.decoding`: pieces of text against decoding all tokens at once."""
+"""`server.writing`: pieces of text against decoding all tokens at once."""
 
 import random
 
 import pytest
 from tiny_models import tiny_tokenizer
 
-from relllm.inference.server.decoding import TextWriter
+from relllm.inference.server.writing import TextWriter
 
 TEXT = "Żółć — 你好, I am so sorry 🙂🙂 to hear that! héé"
 

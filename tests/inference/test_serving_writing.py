@@ -8,10 +8,9 @@ from llm_families import family_config
 from tiny_models import tiny_config, tiny_model, tiny_processor, tiny_tokenizer
 
 from relllm.inference.inference_settings import BatchSettings
-from relllm.inference.server.decoding import Ended, Job, Prompt
 from relllm.inference.server.engine import Engine
 from relllm.inference.server.schema import ReplyOptions
-from relllm.inference.server.writing import Group
+from relllm.inference.server.writing import Ended, Group, Job, Prompt
 
 PROMPTS = ([5, 9, 40, 41], list(range(30, 70)), list(range(7, 18)))
 LENGTHS = (3, 9, 20)

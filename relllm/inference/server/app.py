@@ -23,10 +23,10 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 
 from ..inference_settings import BatchSettings, RequestLimits
 from ..replies import Heard
-from .decoding import Ended, Event, Job, Piece, Prompt
 from .engine import Engine
 from .prompts import PromptReader
 from .schema import ApiError, Asked, ChatRequest, EmotionRequest, parse_body
+from .writing import Ended, Event, Job, Piece, Prompt
 
 HEAD_AFTER_S = 1.0  # of a stream that has nothing to say yet
 COMMENT_EVERY_S = 10.0  # in such a stream

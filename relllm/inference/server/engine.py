@@ -19,9 +19,8 @@ from relllm.processing.processing_relllm import ReLLMProcessor
 
 from ..inference_settings import BatchSettings
 from ..replies import Heard, read_heard
-from .decoding import Ended, Event, Job, Prompt
 from .schema import ApiError, stopping
-from .writing import Group
+from .writing import Ended, Event, Group, Job, Prompt
 
 logger = logging.get_logger(__name__)
 MOST_GROUPS = 4  # a step of each is a pass through the LLM; one more makes one group of all

@@ -13,8 +13,8 @@ from relllm.processing.audio_relllm import decode_base64
 from relllm.processing.processing_relllm import ReLLMProcessor
 
 from ..inference_settings import RequestLimits
-from .decoding import Prompt
 from .schema import ApiError, AudioPart, ChatRequest, EmotionRequest, ReplyOptions, TextPart
+from .writing import Prompt
 
 CHARACTERS_A_TOKEN = 16  # more than any language has on average
 
