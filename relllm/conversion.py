@@ -96,9 +96,9 @@ def convert_original_checkpoint(
     if config is None:
         raise ValueError("A state dict has no config.json beside it. Pass it as `config`.")
     relllm_config = convert_config(
-        _read_json(config),
+        config,
         audio_token_id=audio_token_id,
-        emotion_config=None if emotion_config is None else _read_json(emotion_config),
+        emotion_config=emotion_config,
         emotion_labels=emotion_labels,
         projector_masking=projector_masking,
     )
@@ -115,14 +115,15 @@ def convert_original_checkpoint(
 
 
 def convert_config(
-    original: Mapping,
+    original: Mapping | str | os.PathLike,
     *,
     audio_token_id: int,
-    emotion_config: Mapping | None = None,
+    emotion_config: Mapping | str | os.PathLike | None = None,
     emotion_labels: Sequence[str] = EMOTIONS,
     projector_masking: bool = True,
 ) -> ReLLMConfig:
     """Return our configuration of what the original's computes; see [`convert_original_checkpoint`]."""
+    original = _read_json(original)
     if (adapter := original.get("adapter_type", "subsampler")) != "subsampler":
         raise ValueError(f"adapter_type is {adapter!r}; only checkpoints with a 'subsampler' can be converted.")
     num_emotions = original.get("num_emotions", len(EMOTIONS))
@@ -131,7 +132,8 @@ def convert_config(
     whisper = WhisperConfig(**_without_kind(original["whisper_config"]))
     emotion = None
     if emotion_config is not None:
-        emotion = ReLLMEmotionConfig.from_encoder_config(Wav2Vec2Config(**_without_kind(emotion_config)))
+        wav2vec2 = Wav2Vec2Config(**_without_kind(_read_json(emotion_config)))
+        emotion = ReLLMEmotionConfig.from_encoder_config(wav2vec2)
     return ReLLMConfig(
         audio_config=whisper,
         emotion_config=emotion,

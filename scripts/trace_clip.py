@@ -14,7 +14,7 @@ import soundfile
 from datasets import Dataset
 
 import relllm
-from relllm.inference.replies import reply
+from relllm.inference.conversation import Conversation
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from tiny_models import clip, tiny_model, tiny_processor
@@ -48,8 +48,8 @@ def main() -> None:
         wav = Path(folder) / "clip.wav"
         soundfile.write(wav, clip(1.0), 16_000)
         model, processor = tiny_model().eval(), tiny_processor()
-        reply(model, processor, wav, max_new_tokens=1)
-        print("reply", count_hops(lambda: reply(model, processor, wav, max_new_tokens=1)))
+        Conversation(model, processor).say(wav, max_new_tokens=1)
+        print("reply", count_hops(lambda: Conversation(model, processor).say(wav, max_new_tokens=1)))
         row = {"id": "a", "audio": str(wav), "text": "hello", "response": "Tell me more.", "emotion": "sad"}
         row |= {"arousal": 0.5, "dominance": 0.5, "valence": 0.5}
         settings = {"output_dir": folder, "max_steps": 1, "per_device_train_batch_size": 1, "use_cpu": True}

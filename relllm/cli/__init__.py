@@ -17,7 +17,6 @@ from .options import PlainCommands, same_flag
 app = typer.Typer(
     name="relllm",
     cls=PlainCommands,
-    help="RE-LLM: a speech LLM that hears how something is said.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": same_flag},

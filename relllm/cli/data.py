@@ -104,10 +104,7 @@ def tiny_towers(settings: TinyTowersSettings) -> None:
 def inspect(settings: data_settings.InspectSettings) -> None:
     """Look at a data set: counts, durations, a valence-arousal plot, a few rows, and what may be wrong with it.
 
-    Checked, by id: ids used more than once; speakers and transcripts in several splits; emotions that contradict a
-    dimension (happy with valence below 0.35, angry or sad with valence above 0.65, angry with arousal below 0.35). Of
-    the audio: what cannot be read; the same samples twice, in whatever container; clipped (three samples in a row at
-    full scale); silent (a peak below -60 dB); long clips. Nothing is written into the data set.
+    docs/data.md lists what is checked. Nothing is written into the data set.
 
     Example: relllm inspect data/iemocap
     """

@@ -57,9 +57,7 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
     parameters = [_parameter(field, kind) for kind in settings.values() for field in dataclasses.fields(kind)]
     parameters += [one.replace(annotation=hints[one.name], kind=KEYWORD) for one in own]
 
-    def command(context: typer.Context, debug: bool, **given: Any) -> None:
-        root = context.find_root()
-        root.params["debug"] = debug or root.params.get("debug", False)
+    def command(**given: Any) -> None:
         for name, kind in settings.items():
             fields = {field.name: _split(given.pop(field.name), field) for field in dataclasses.fields(kind)}
             try:
@@ -79,11 +77,6 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
                 raise
             raise OSError(f"{' or '.join(ids)}: no folder here, and of the Hub: {error}") from error
 
-    # shown by `relllm --help`, and taken on either side of a command of settings; those that hand every flag on to TRL
-    # (`train`, `plan`, …), whose own `debug` is another setting, take it before their name only
-    told = Annotated[bool, typer.Option("--debug", hidden=True)]
-    parameters += [inspect.Parameter("context", KEYWORD, annotation=typer.Context)]
-    parameters += [inspect.Parameter("debug", KEYWORD, annotation=told, default=False)]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__name__, command.__doc__ = function.__name__, escape(function.__doc__ or "")

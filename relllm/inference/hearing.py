@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -40,14 +40,8 @@ DIGITS = 6
 IDENTITY = ("model", "revision", "dtype", "every", "overlap", "channel")  # what two runs share to make one table
 
 
-class ClipSource(NamedTuple):
-    """What opens a clip, and what tells it from others of its name; of a URL nothing does."""
-
-    open: Callable[[], AudioSource]
-    stamp: str | None
-
-
-Clips: TypeAlias = Mapping[str, ClipSource]
+# By name what opens a clip, and what tells it from others of its name; of a URL nothing does.
+Clips: TypeAlias = Mapping[str, tuple[Callable[[], AudioSource], str | None]]
 LoadModel: TypeAlias = Callable[[], tuple[ReLLMForConditionalGeneration, ReLLMProcessor]]
 
 
@@ -56,19 +50,19 @@ def find_clips(sources: Sequence[str], split: str | None = None) -> Clips:
 
     A file's name is its path, a row's its `id`, or its path where it has none. What is not there is a [`PlaceError`].
     """
-    clips: dict[str, ClipSource] = {}
+    clips: dict[str, tuple[Callable[[], AudioSource], str | None]] = {}
     for source in sources:
         path = Path(os.path.expanduser(source))
         if source == STDIN:
             content = sys.stdin.buffer.read()
-            clips["stdin"] = ClipSource(partial(bytes, content), hashlib.sha256(content).hexdigest())
+            clips["stdin"] = (partial(bytes, content), hashlib.sha256(content).hexdigest())
         elif "://" in source:
-            clips[source] = ClipSource(partial(str, source), None)
+            clips[source] = (partial(str, source), None)
         elif os.path.exists(path) and not holds_rows(path):
             found = find_audio(path) if path.is_dir() else [path]
             if not found:
                 raise PlaceError(f"{source} holds no audio files ({', '.join(AUDIO_SUFFIXES)}) and no data set.")
-            clips |= {str(file): ClipSource(partial(Path, file), _stamp(file)) for file in found}
+            clips |= {str(file): (partial(Path, file), _stamp(file)) for file in found}
         else:
             of_hub = (
                 re.fullmatch(r"[^/]+/[^/]+", source) and path.suffix.lower() not in AUDIO_SUFFIXES + OTHER_SUFFIXES
@@ -78,7 +72,7 @@ def find_clips(sources: Sequence[str], split: str | None = None) -> Clips:
     return clips
 
 
-def _add_rows(clips: dict[str, ClipSource], data: str, split: str | None) -> None:
+def _add_rows(clips: dict, data: str, split: str | None) -> None:
     rows = load_corpus(data, split or "all")
     check_columns(rows, {"audio"})
     has_ids = "id" in rows.column_names
@@ -89,7 +83,7 @@ def _add_rows(clips: dict[str, ClipSource], data: str, split: str | None) -> Non
         if not isinstance(name, str) or name in clips:
             raise ValueError(f"{data}: every row needs an `id` or an audio path of its own; got {name!r} (again).")
         stamp = _stamp(Path(path)) if isinstance(path, str) else None
-        clips[name] = ClipSource(partial(lambda at: rows[at]["audio"], number), content or stamp)
+        clips[name] = (partial(lambda at: rows[at]["audio"], number), content or stamp)
 
 
 def write_heard(clips: Clips, load_model: LoadModel, settings: HearSettings) -> dict:
@@ -118,7 +112,7 @@ def write_heard(clips: Clips, load_model: LoadModel, settings: HearSettings) -> 
     else:
         if out.suffix not in SUFFIXES or out.is_dir():
             raise ValueError(f"--out {out}: expected a file that ends in one of {', '.join(SUFFIXES)}.")
-        names = "".join(f"{name}\0{clip.stamp}\n" for name, clip in clips.items())  # which they are, what is in them
+        names = "".join(f"{name}\0{stamp}\n" for name, (_, stamp) in clips.items())  # which they are, what is in them
         digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
         identity = {name: getattr(settings, name) for name in IDENTITY}
         stamps = {"weights": _stamp(Path(os.path.expanduser(settings.model))), "clips": digest}
@@ -151,8 +145,8 @@ def hear_windows(clips: Clips, load_model: LoadModel, settings: HearSettings, do
         return entries
 
     with tqdm(total=done + len(clips), initial=done, desc="Hearing", unit="clip", disable=None) as bar:
-        for name, clip in clips.items():
-            rows, parts = _read_rows(name, clip, extractor, settings)
+        for name, (open_clip, _) in clips.items():
+            rows, parts = _read_rows(name, open_clip, extractor, settings)
             own = sum(-(-len(part) // extractor.n_samples) for part in parts)
             if waiting and windows + own > settings.batch_size:
                 yield hear_waiting()
@@ -163,11 +157,11 @@ def hear_windows(clips: Clips, load_model: LoadModel, settings: HearSettings, do
 
 
 def _read_rows(
-    name: str, clip: ClipSource, extractor: ReLLMFeatureExtractor, settings: HearSettings
+    name: str, open_clip: Callable[[], AudioSource], extractor: ReLLMFeatureExtractor, settings: HearSettings
 ) -> tuple[list[dict], list[np.ndarray]]:
     """Return the rows of a clip and the samples of each; where it cannot be read, a row with the reason and none."""
     try:
-        read = extractor.read_clip(clip.open(), channel=settings.channel, max_duration_s=LONGEST_S, name=name)
+        read = extractor.read_clip(open_clip(), channel=settings.channel, max_duration_s=LONGEST_S, name=name)
         duration_s = read.shape[-1] / extractor.sampling_rate
         if settings.every is None and duration_s > extractor.max_duration_s:
             longest = f"{extractor.max_duration_s:g} s"

@@ -99,12 +99,6 @@ class PageSettings(TalkSettings):
         if self.auth is not None and not all(self.auth.partition(":")):
             raise ValueError("--auth: expected USER:PASSWORD, neither of them empty.")
 
-    @property
-    def visitor(self) -> tuple[str, str] | None:
-        """The user and the password."""
-        user, _, password = (self.auth or "").partition(":")
-        return (user, password) if self.auth else None
-
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(CheckpointSettings):

@@ -257,7 +257,8 @@ class Session:
                 self.status = Status("busy", f"{name} is replying.")
                 yield
         except GeneratorExit:  # nobody listens any more
-            self.stop()
+            stop.set()
+            streamer.stop()
             raise
         streamer.check()
         return future.result()
@@ -319,10 +320,6 @@ class Page:
             return self.blocks.launch(**where, **SERVED, auth=auth, theme=theme, css=CSS)[1]
         except OSError as error:
             raise OSError(f"Port {port} of {host} is not free. Give another one, or 0 for any that is.") from error
-
-    def wait(self) -> None:
-        """Serve until this process is interrupted."""
-        self.blocks.block_thread()
 
     def close(self) -> None:
         """Stop serving."""

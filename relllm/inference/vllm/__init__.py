@@ -10,7 +10,7 @@ import logging
 logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "ReLLMForConditionalGeneration"  # in a checkpoint's config.json
-SUPPORTED = ("0.32",)  # minor versions: a plugin's hooks are no stable interface of vLLM
+SUPPORTED = "0.32"  # the minor version: a plugin's hooks are no stable interface of vLLM
 NOWHERE = "none (--allowed-media-domains names some)"
 
 
@@ -22,10 +22,9 @@ def why_unsupported() -> str | None:
         if error.name != "vllm":
             raise
         return 'vLLM is not installed here: `pip install "relllm[vllm]"`, in an environment of its own.'
-    if any(__version__.startswith(f"{version}.") for version in SUPPORTED):
+    if __version__.startswith(f"{SUPPORTED}."):
         return None
-    wanted = " or ".join(SUPPORTED)
-    return f"vLLM {__version__} is installed, and this relllm serves ReLLM checkpoints through vLLM {wanted} only."
+    return f"vLLM {__version__} is installed, and this relllm serves ReLLM checkpoints through vLLM {SUPPORTED} only."
 
 
 def check_vllm() -> None:

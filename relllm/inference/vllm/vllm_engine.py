@@ -1,8 +1,7 @@
 """vLLM without a server, for many requests at once: what `relllm evaluate` and `relllm write-targets` ask."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,8 +57,11 @@ class OfflineEngine:
         asked = [[*prompt, *answer] for prompt in prompts for answer in answers]
         heard = None if clips is None else [own for own in clips for _ in answers]
         once = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-        with self._unsuppressed():
+        try:  # the placeholder is as likely as the LLM finds it: our own scores do not take it away either
+            self._suppress(False)
             found = self._run(asked, heard, [once] * len(asked))
+        finally:
+            self._suppress(True)
         sums = []
         for index, one in enumerate(found):
             answer = answers[index % len(answers)]
@@ -80,16 +82,9 @@ class OfflineEngine:
                 known[index] = reading
         return gather_readings(known)
 
-    @contextmanager
-    def _unsuppressed(self) -> Iterator[None]:
-        """Have the placeholder as likely as the LLM finds it: our own scores do not take it away either."""
+    def _suppress(self, suppresses: bool) -> None:
         if self.config.model_type == "relllm":
-            self.llm.collective_rpc("relllm_suppress", args=(False,))
-        try:
-            yield
-        finally:
-            if self.config.model_type == "relllm":
-                self.llm.collective_rpc("relllm_suppress", args=(True,))
+            self.llm.collective_rpc("relllm_suppress", args=(suppresses,))
 
     def _run(self, prompts: Sequence[Sequence[int]], clips: Clips | None, sampling: list[Any]) -> list[Any]:
         heard = [{}] * len(prompts) if clips is None else [{"multi_modal_data": {"audio": list(own)}} for own in clips]
