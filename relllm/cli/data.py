@@ -173,8 +173,7 @@ def _show_report(report: dict, out: Path) -> None:
     table = Table("split", "rows", "hours", "speakers", "emotions")
     for name, split in report["splits"].items():
         speakers = len(split["speakers"].keys() - {UNLABELLED})
-        numbers = f"{split['rows']:,}", f"{split['hours']:.3g}", f"{speakers:,}"
-        table.add_row(name, *numbers, _counted(split["emotions"]))
+        table.add_row(name, *map(_show, (split["rows"], split["hours"], speakers, split["emotions"])))
     console.print(table)
     for reason, dropped in report["dropped"].items():
         console.print(f"left out: {reason}: {dropped['count']:,}", style="yellow")
@@ -188,24 +187,21 @@ def _show_report(report: dict, out: Path) -> None:
     console.print(f"Data set in {out}; what was left out, by id: {out / 'report.json'}")
 
 
-def _counted(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+def _show(value: float | Mapping | None) -> str:
+    """Return a number, or several with their names, as a table has it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_show(one)}" for name, one in value.items())
+    return "-" if value is None else f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
 
 
 def _show_splits(inspection: Inspection) -> None:
     from relllm.data.inspection import summarize
 
-    lengths, amounts = ("shortest", "median", "longest"), ("speakers", "with text", "with dimensions")
-    table = Table("split", "clips", "hours", *lengths, *amounts, "emotions", title="Clips", title_justify="left")
+    amounts = ("num_clips", "hours", "num_speakers", "num_with_text", "num_with_dimensions", "duration_s", "emotions")
+    columns = ("clips", "hours", "speakers", "with text", "with dimensions", "seconds", "emotions")
+    table = Table("split", *columns, title="Clips", title_justify="left")
     for split, of in summarize(inspection).items():
-        seconds = of["duration_s"]
-        durations = ["-"] * 4
-        if seconds is not None:
-            durations = [f"{of['hours']:.2f}", *(f"{seconds[name]:.1f} s" for name in ("min", "median", "max"))]
-        counted = [f"{of[name]:,}" for name in ("num_speakers", "num_with_text", "num_with_dimensions")]
-        table.add_row(split, f"{of['num_clips']:,}", *durations, *counted, _counted(of["emotions"]))
-    for column in table.columns[1:-1]:
-        column.justify = "right"
+        table.add_row(split, *(_show(of[name]) for name in amounts))
     console.print(table)
 
 
@@ -214,8 +210,7 @@ def _show_rows(inspection: Inspection, count: int) -> None:
     rows = inspection.rows
     chosen = sorted(random.Random(0).sample(range(len(rows)), min(count, len(rows))))  # the same at every look
     for row in (rows[index] for index in chosen):
-        values = [row.get(name) for name in DIMENSIONS]
-        dimensions = " / ".join("-" if value is None else f"{value:.2f}" for value in values)
+        dimensions = " / ".join(_show(row.get(name)) for name in DIMENSIONS)
         table.add_row(row["id"], row["split"] or "-", row.get("emotion") or "-", dimensions, row.get("text") or "-")
     if chosen:
         console.print(table)
@@ -227,9 +222,9 @@ def _show_findings(inspection: Inspection) -> None:
         by_check.setdefault(finding.check, []).append(finding)
     table = Table("check", "findings", "clips", "for example", title="Findings", title_justify="left")
     for check, found in by_check.items():
-        clips = len({row_id for finding in found for row_id in finding.ids})
+        clips = {row_id for finding in found for row_id in finding.ids}
         example = f"{', '.join(found[0].ids[:3])}: {found[0].detail}"
-        table.add_row(check, f"{len(found):,}", f"{clips:,}", example)
+        table.add_row(check, _show(len(found)), _show(len(clips)), example)
     console.print(table if by_check else "No findings.")
     if not inspection.audio_was_read:
         console.print("The audio was not read: nothing is known of it.")

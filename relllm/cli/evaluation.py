@@ -1,6 +1,5 @@
 """Measuring: `relllm evaluate`, `compare`, `empathy train`, `empathy score` and `score-replies`."""
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -74,14 +73,15 @@ def train_command(settings: EmpathySettings) -> None:
 
     Example: relllm empathy train --data emotional-reactions-reddit.csv --mechanism ER --encoder roberta-base
     """
-    from relllm.evaluation.empathy.quality import find_weaknesses, quality_of
+    from relllm.evaluation.empathy.quality import describe_quality, find_weaknesses, quality_of
     from relllm.evaluation.empathy.scorer_training import train_scorer
+    from relllm.evaluation.summary import show_value
 
     metrics = train_scorer(settings)
-    data, test, mechanism = metrics["data"], metrics["test"], metrics["mechanism"]
+    data, quality = metrics["data"], {settings.mechanism: quality_of(metrics)}
     table = Table("split", "pairs", "seeker posts", "level 0 / 1 / 2")
     for name, part in metrics["splits"].items():
-        table.add_row(name, f"{part['num_pairs']:,}", f"{part['num_seeker_posts']:,}", _count_levels(part["levels"]))
+        table.add_row(name, *(show_value(part[column]) for column in ("num_pairs", "num_seeker_posts", "levels")))
     console.print(table)
     same, other = data["duplicates_removed"]["count"], data["duplicates_with_another_level"]["count"]
     console.print(f"{data['num_rows']:,} rows, {same:,} duplicates removed, {other:,} of another level")
@@ -89,17 +89,8 @@ def train_command(settings: EmpathySettings) -> None:
         for reason, part in found.items():
             if part["count"]:
                 console.print(f"{title}: {reason}: {part['count']:,} (lines {part['lines']})", style="yellow")
-    numbers = Table("test", "accuracy", "macro-F1", "recall 0 / 1 / 2", "token F1")
-    token_f1, always = test["rationale"]["token_f1"], metrics["test_baseline"]
-    for name, level, tokens in (
-        (mechanism, test["level"], _show_number(token_f1)),
-        ("bag of words", metrics["bag_of_words"], ""),
-        (f"always {always['level']}", {**always, "recall": {}}, ""),
-    ):
-        recalls = " / ".join(_show_number(recall, 2) for recall in level["recall"].values())
-        numbers.add_row(name, f"{level['accuracy']:.3f}", f"{level['macro_f1']:.3f}", recalls, tokens)
-    console.print(numbers)
-    for weakness in find_weaknesses({mechanism: quality_of(metrics)}):
+    console.print(*describe_quality(quality))
+    for weakness in find_weaknesses(quality):
         console.print(f"`relllm evaluate` will refuse it: {weakness}", style="red")
     console.print(f"Scorer and metrics: {settings.output_dir / settings.mechanism}")
 
@@ -112,6 +103,7 @@ def score_command(settings: ScoringSettings) -> None:
     Example: relllm empathy score replies.csv --scorers runs/empathy --out scored.csv
     """
     from relllm.evaluation.empathy.scoring import load_scorers, score_table
+    from relllm.evaluation.summary import show_value
 
     pairs = settings.pairs
     out = settings.out or pairs.with_name(f"{pairs.stem}.scored{pairs.suffix}")
@@ -119,7 +111,7 @@ def score_command(settings: ScoringSettings) -> None:
     found = score_table(pairs, load_scorers(settings.scorers), out, batch_size=settings.batch_size, device=device)
     table = Table("empathy", "mean level", "level 0 / 1 / 2", "pairs")
     for name, part in found.items():
-        table.add_row(name, f"{part['mean_level']:.3f}", _count_levels(part["levels"]), f"{part['num_pairs']:,}")
+        table.add_row(name, *(show_value(part[column]) for column in ("mean_level", "levels", "num_pairs")))
     console.print(table)
     if num_empty := next(iter(found.values()))["num_empty"]:
         console.print(f"{num_empty:,} responses are empty: they count as level 0", style="yellow")
@@ -138,13 +130,14 @@ def score_replies(settings: ScoreRepliesSettings) -> None:
     --out data/iemocap/pairs.jsonl
     """
     from relllm.data.journal import report_path
+    from relllm.evaluation.summary import show_value
     from relllm.preferences.pairs import samples_path, score_corpus
 
     report = score_corpus(settings, lambda: load_relllm(settings))
     table = Table("reward", "weight", "mean", "range", "chosen", "rejected", title="Scores of the replies")
     for name, of in report["scores"].items():
         weight = f"{settings.weights[name]:g}" if name in settings.weights else ""
-        table.add_row(name, weight, *map(_show_number, of.values()))
+        table.add_row(name, weight, *map(show_value, of.values()))
     console.print(table)
     console.print(f"rows {report['rows']:,}, pairs {report['pairs']:,}")
     for reason, dropped in report["dropped"].items():
@@ -156,11 +149,3 @@ def score_replies(settings: ScoreRepliesSettings) -> None:
         console.print(f"correlation of the total with the number of words: {with_words:+.2f}")
     file = settings.file
     console.print(f"Pairs: {file}; every reply: {samples_path(file)}; report and plot: {report_path(file)}, .png")
-
-
-def _count_levels(counts: Sequence[int]) -> str:
-    return " / ".join(f"{count:,}" for count in counts)
-
-
-def _show_number(value: float | None, digits: int = 3) -> str:
-    return "—" if value is None else f"{value:.{digits}f}"

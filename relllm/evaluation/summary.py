@@ -222,12 +222,13 @@ def _number_tables(metrics: Mapping) -> Iterator[Table]:
         table = Table(part, *columns)
         for name, row in (votes if part == "votes" else metrics.get(part, {})).items():
             if isinstance(row, Mapping) and columns[0] in row:
-                table.add_row(name, *(_show(row.get(column)) for column in columns))
+                table.add_row(name, *(show_value(row.get(column)) for column in columns))
         if table.row_count:
             yield table
 
 
-def _show(value: float | list[int] | None) -> str:
+def show_value(value: float | list[int] | None) -> str:
+    """Return a number, or counts, as a table of the terminal has it."""
     if isinstance(value, list):
         return " / ".join(map(str, value))
     return "—" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
