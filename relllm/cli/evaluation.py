@@ -78,7 +78,8 @@ def train_command(settings: EmpathySettings) -> None:
     from relllm.evaluation.summary import show_value
 
     metrics = train_scorer(settings)
-    data, quality = metrics["data"], {settings.mechanism: quality_of(metrics)}
+    data = metrics["data"]
+    quality: dict[str, dict] = {settings.mechanism: quality_of(metrics)}
     table = Table("split", "pairs", "seeker posts", "level 0 / 1 / 2")
     for name, part in metrics["splits"].items():
         table.add_row(name, *(show_value(part[column]) for column in ("num_pairs", "num_seeker_posts", "levels")))
