@@ -1,8 +1,4 @@
-"""Names of emotions and of emotion dimensions, in the one order that this package uses.
-
-What lives here: the two orders, and the map from the names that corpora use to ours. What does not: what a corpus does
-with a label outside its task, such as merging "excited" into "happy" (the preparer of that corpus).
-"""
+"""Names of emotions and of emotion dimensions, in the one order that this package uses, and what corpora call them."""
 
 EMOTIONS = ("neutral", "happy", "angry", "sad", "surprise")  # the original's order: index 0-4
 DIMENSIONS = ("arousal", "dominance", "valence")  # files and models in the wild use four orders: always go by name
@@ -30,13 +26,8 @@ _CANONICAL.update(dict.fromkeys(_NO_LABEL))
 def canonical_emotion(name: str) -> str | None:
     """Return the canonical name of an emotion as a corpus writes it: `"ang"`, `"anger"` and `"Angry"` are `"angry"`.
 
-    A single letter is no name: `A` is angry in MSP-Podcast and afraid in EmoDB, so it is its corpus that reads it.
-
-    Returns:
-        `str` or `None`: One of `EMOTIONS` or `FURTHER_EMOTIONS`; `None` for "other" and where raters did not agree.
-
-    Raises:
-        ValueError: A name that is in no list.
+    It is `None` for "other" and where raters did not agree; a name that is in no list is a `ValueError`. A single
+    letter is no name: `A` is angry in MSP-Podcast and afraid in EmoDB, so it is its corpus that reads it.
     """
     key = name.strip().lower()
     if key not in _CANONICAL:

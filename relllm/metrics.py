@@ -13,7 +13,6 @@ from .labels import DIMENSIONS
 
 NUM_BINS = 15
 _SUM_TOLERANCE = 1e-3  # half-precision softmaxes sum to one only about
-_INSTALL = "Metrics need scikit-learn and audmetric: `pip install relllm[eval]`, or `relllm[train]`."
 
 
 class RecognitionMetrics(TypedDict):
@@ -76,18 +75,14 @@ def recognition_metrics(
     wrong. A class that does not occur in the labels has no recall and is left out of UA and macro-F1, as in
     scikit-learn's balanced accuracy; predicting it is still wrong. Compare runs on the same labels only.
     """
-    try:
-        from sklearn.metrics import confusion_matrix, f1_score
-    except ImportError as error:
-        raise ImportError(_INSTALL) from error
+    from sklearn.metrics import confusion_matrix, f1_score
 
     _check_clips(labels, predictions, "predictions")
     names = list(class_names)
-    true = np.array([_index(value, names, "label", position) for position, value in enumerate(labels)])
+    true = np.array([_index(value, names, "label", at) for at, value in enumerate(labels)])
     # One index further stands for no prediction.
     numbered = enumerate(predictions)
-    indices = [len(names) if one is None else _index(one, names, "prediction", at) for at, one in numbered]
-    predicted = np.array(indices)
+    predicted = np.array([len(names) if one is None else _index(one, names, "prediction", at) for at, one in numbered])
     matrix = confusion_matrix(true, predicted, labels=range(len(names)))  # leaves out the unparsed
     support = np.bincount(true, minlength=len(names))
     present = np.flatnonzero(support)
@@ -126,7 +121,8 @@ def concordances(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float
     Labels and predictions are `(clips, 3)`, in the order of `DIMENSIONS`; labels are NaN where unlabelled. NaN among
     the predictions gives NaN, and two constants give 0, so that training goes on.
     """
-    concordance_cc, _ = _correlations()
+    from audmetric import concordance_cc
+
     values = {}
     for name, truth, predicted in zip(DIMENSIONS, np.transpose(labels), np.transpose(predictions), strict=True):
         labelled = ~np.isnan(truth)
@@ -138,26 +134,18 @@ def concordances(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float
 
 
 def calibration_metrics(
-    labels: Sequence[str],
-    probabilities: Sequence[Mapping[str, float]],
-    class_names: Sequence[str],
-    *,
-    num_bins: int = NUM_BINS,
+    labels: Sequence[str], probabilities: Sequence[Mapping[str, float]], class_names: Sequence[str]
 ) -> CalibrationMetrics:
     """Return the expected calibration error, over bins of equal width, and the bins.
 
     Each clip has the probability of every class. Its confidence is the highest one; its prediction is the class that
     has it, the first one of `class_names` among equals.
     """
-    if num_bins < 1:
-        raise ValueError(f"Expected at least one bin, got {num_bins}.")
     _check_clips(labels, probabilities, "rows of probabilities")
-    names = list(class_names)
-    table = np.array([_probabilities(position, row, names) for position, row in enumerate(probabilities)])
-    true = np.array([_index(label, names, "label", position) for position, label in enumerate(labels)])
-    confidence = table.max(axis=1).clip(max=1)  # a sum of 1.0004 may hold one
-    bins = _bins(confidence, table.argmax(axis=1) == true, num_bins)
-    return CalibrationMetrics(ece=_gap(bins, len(labels)), bins=bins, num_clips=len(labels))
+    table = _table(probabilities, class_names)
+    true = [_index(label, list(class_names), "label", at) for at, label in enumerate(labels)]
+    ece, bins = _calibrate(table.max(axis=1), table.argmax(axis=1) == true)
+    return CalibrationMetrics(ece=ece, bins=bins, num_clips=len(labels))
 
 
 def vote_metrics(
@@ -193,27 +181,16 @@ def vote_metrics(
         num_clips=len(votes),
     )
     if probabilities is not None:
-        table = np.array([_probabilities(position, row, names) for position, row in enumerate(probabilities)])
-        found["jensen_shannon"] = float(np.mean([_divergence(p, q) for p, q in zip(shares, table, strict=True)]))
-        chosen, confidence = table.argmax(axis=1), table.max(axis=1).clip(max=1)
-        bins = _bins(confidence, shares[np.arange(len(shares)), chosen], NUM_BINS)
-        found["ece"] = _gap(bins, len(votes))
+        from scipy.special import rel_entr
+
+        table = _table(probabilities, names)
+        said_shares = table / table.sum(axis=1, keepdims=True)
+        middle = (shares + said_shares) / 2
+        divergence = (rel_entr(shares, middle) + rel_entr(said_shares, middle)).sum(axis=1) / 2
+        found["jensen_shannon"] = float(divergence.mean() / np.log(2))  # in bits
+        credit = shares[np.arange(len(shares)), table.argmax(axis=1)]
+        found["ece"], _ = _calibrate(table.max(axis=1), credit)
     return found
-
-
-def _divergence(p: np.ndarray, q: np.ndarray) -> float:
-    """Return the Jensen-Shannon divergence of two distributions in bits, in [0, 1]."""
-    middle, q = (p + q / q.sum()) / 2, q / q.sum()
-    return sum(float((a[a > 0] * np.log2(a[a > 0] / middle[a > 0])).sum()) for a in (p, q)) / 2
-
-
-def _gap(bins: Sequence[CalibrationBin], num_clips: int) -> float:
-    gaps = [
-        one["num_clips"] * abs(one["accuracy"] - one["confidence"])
-        for one in bins
-        if one["accuracy"] is not None and one["confidence"] is not None
-    ]
-    return float(sum(gaps) / num_clips)
 
 
 def _check_clips(labels: Sequence, given: Sequence, what: str) -> None:
@@ -234,20 +211,13 @@ def _index(value: object, names: list[str], what: str, position: int) -> int:
     )
 
 
-def _correlations() -> tuple[Callable[..., float], Callable[..., float]]:
-    try:
-        from audmetric import concordance_cc, pearson_cc
-    except ImportError as error:
-        raise ImportError(_INSTALL) from error
-    return concordance_cc, pearson_cc
-
-
 def _dimension(name: str, labels: Sequence[float | None], predictions: Sequence[float]) -> DimensionMetrics:
-    concordance_cc, pearson_cc = _correlations()
+    from audmetric import concordance_cc, pearson_cc
+    from sklearn.metrics import root_mean_squared_error
+
     if len(labels) != len(predictions):
         raise ValueError(f"{name}: got {len(labels)} labels and {len(predictions)} predictions; expected one a clip.")
-    truth = np.array([np.nan if value is None else value for value in labels], dtype=float)
-    predicted = np.array(predictions, dtype=float)
+    truth, predicted = np.array(labels, dtype=float), np.array(predictions, dtype=float)  # None becomes NaN
     bad = np.flatnonzero(~np.isfinite(predicted))
     if len(bad):
         raise ValueError(f"{name}: the prediction for clip {bad[0]} is {predicted[bad[0]]}: the model is broken.")
@@ -261,13 +231,9 @@ def _dimension(name: str, labels: Sequence[float | None], predictions: Sequence[
     return DimensionMetrics(
         ccc=_finite(concordance_cc, truth, predicted) if has_ccc else None,
         pearson=_finite(pearson_cc, truth, predicted) if all(varies) else None,
-        rmse=_finite(_root_mean_square, truth, predicted) if len(truth) else None,
+        rmse=_finite(root_mean_squared_error, truth, predicted) if len(truth) else None,
         num_clips=len(truth),
     )
-
-
-def _root_mean_square(truth: np.ndarray, predicted: np.ndarray) -> float:
-    return float(np.sqrt(np.mean((truth - predicted) ** 2)))
 
 
 def _finite(measure: Callable[..., float], truth: np.ndarray, predicted: np.ndarray) -> float | None:
@@ -277,32 +243,37 @@ def _finite(measure: Callable[..., float], truth: np.ndarray, predicted: np.ndar
     return value if np.isfinite(value) else None
 
 
-def _probabilities(position: int, row: Mapping[str, float], names: Sequence[str]) -> list[float]:
-    if set(row) != set(names):
-        raise ValueError(f"Clip {position} has probabilities for {sorted(row)}, expected those of {sorted(names)}.")
-    values = [float(row[name]) for name in names]
-    in_range = all(0 <= value <= 1 + _SUM_TOLERANCE for value in values)  # false for NaN too
-    if not in_range or abs(sum(values) - 1) > _SUM_TOLERANCE:
-        raise ValueError(
-            f"The probabilities of clip {position} are {dict(row)}; expected values in [0, 1] that sum to 1. The "
-            "model's output is broken."
-        )
-    return values
+def _table(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> np.ndarray:
+    """Return probabilities as `(clips, classes)`; what is none is a `ValueError`."""
+    for position, row in enumerate(rows):
+        if set(row) != set(names):
+            raise ValueError(
+                f"Clip {position} has probabilities for {sorted(row)}, expected those of {sorted(names)}."
+            )
+        in_range = all(0 <= value <= 1 + _SUM_TOLERANCE for value in row.values())  # false for NaN too
+        if not in_range or abs(sum(row.values()) - 1) > _SUM_TOLERANCE:
+            raise ValueError(
+                f"The probabilities of clip {position} are {dict(row)}; expected values in [0, 1] that sum to 1. The "
+                "model's output is broken."
+            )
+    return np.array([[row[name] for name in names] for row in rows], dtype=float)
 
 
-def _bins(confidence: np.ndarray, right: np.ndarray, num_bins: int) -> list[CalibrationBin]:
-    edges = np.linspace(0, 1, num_bins + 1)
+def _calibrate(confidence: np.ndarray, credit: np.ndarray) -> tuple[float, list[CalibrationBin]]:
+    """Return the calibration error and the bins; `credit` of a clip is 1 where it is right, or a share."""
+    edges = np.linspace(0, 1, NUM_BINS + 1)
+    confidence = confidence.clip(max=1)  # a sum of 1.0004 may hold one
     indices = np.searchsorted(edges[1:-1], confidence, side="left")  # (lower, upper]
-    counts = np.bincount(indices, minlength=num_bins)
-    confidences = np.bincount(indices, weights=confidence, minlength=num_bins)
-    rights = np.bincount(indices, weights=right, minlength=num_bins)
-    return [
+    counts = np.bincount(indices, minlength=NUM_BINS)
+    means = [np.bincount(indices, values, NUM_BINS) / np.maximum(counts, 1) for values in (confidence, credit)]
+    bins = [
         CalibrationBin(
-            lower=float(edges[index]),
-            upper=float(edges[index + 1]),
+            lower=float(edges[at]),
+            upper=float(edges[at + 1]),
             num_clips=int(count),
-            confidence=float(confidences[index] / count) if count else None,
-            accuracy=float(rights[index] / count) if count else None,
+            confidence=float(means[0][at]) if count else None,
+            accuracy=float(means[1][at]) if count else None,
         )
-        for index, count in enumerate(counts)
+        for at, count in enumerate(counts)
     ]
+    return float(counts @ np.abs(means[1] - means[0]) / len(confidence)), bins

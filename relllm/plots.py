@@ -1,7 +1,6 @@
 """Every picture of the package, as PNG files in one palette: of a run, of runs side by side, of a data set.
 
-Each function writes one file, whose folder it makes, and returns its path; `title` is drawn above. matplotlib is
-imported on use, without a display or global state. Nothing is counted or measured here.
+Each function writes one file, whose folder it makes, and returns its path. matplotlib is imported on use.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def plot_over_time(
 ) -> Path:
     """Draw what was heard in the windows of one clip, over its seconds: emotions as a stack, dimensions as lines.
 
-    `edges_s` are where each window begins, and where the last one ends: one more than there are windows.
+    `edges_s` are where each window begins, and where the last one ends.
     """
     _check_lengths(edges_s[1:], *probabilities.values(), *dimensions.values())
     figure = _new_figure(min(9.0 + len(edges_s) / 40, 30.0), 5.2)
@@ -79,9 +78,7 @@ def plot_over_time(
 def plot_confusion_matrix(
     confusion_matrix: Sequence[Sequence[int]], class_names: Sequence[str], path: str | Path, *, title: str = ""
 ) -> Path:
-    """Draw a confusion matrix, true class by row: colour and per cent by row (the diagonal is the recall), and the
-    counts.
-    """
+    """Draw a confusion matrix, true class by row: colour and per cent by row (the diagonal is the recall), counts."""
     figure = _new_figure(2.8 + 0.85 * len(class_names), 2.2 + 0.85 * len(class_names))
     from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -100,7 +97,7 @@ def plot_confusion_matrix(
     for edge in np.arange(0.5, size - 1):  # white lines between the cells
         axes.axhline(edge, color="white", linewidth=1.5)
         axes.axvline(edge, color="white", linewidth=1.5)
-    bar = figure.colorbar(display.im_, ax=axes, fraction=0.046, pad=0.03, format=_per_cent)
+    bar = figure.colorbar(display.im_, ax=axes, fraction=0.046, pad=0.03, format="{x:.0%}")
     bar.set_label("share of the true class")
     bar.outline.set_visible(False)
     return _save(figure, path)
@@ -136,24 +133,25 @@ def plot_valence_arousal(
     *,
     title: str = "",
 ) -> Path:
-    """Draw the valence-arousal plane twice, with the true and the predicted points, coloured by true emotion.
-
-    An arrow leads from the true mean of each emotion to the predicted one. There is one value a clip; labels are in
-    [0, 1], predictions may lie beside it.
-    """
+    """Draw true and predicted points by true emotion, and arrows from the true mean of each to the predicted one."""
     _check_lengths(true_valence, true_arousal, predicted_valence, predicted_arousal, emotions)
     true = np.stack([true_valence, true_arousal], axis=1)  # (clips, 2)
     predicted = np.stack([predicted_valence, predicted_arousal], axis=1)
     members = {name: np.array(emotions) == name for name in dict.fromkeys(emotions)}
     figure = _new_figure(9.6, 6.0)
-    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    _draw_readings(left, true, true, predicted, members, "o")
-    _draw_readings(right, predicted, true, predicted, members, "^")
-    left.set(xlabel="valence", ylabel="arousal", title="true")
-    right.set(xlabel="valence", title="predicted")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, shown, marker, what in zip(panels, (true, predicted), "o^", ("true", "predicted"), strict=True):
+        for index, of_emotion in enumerate(members.values()):
+            axes.scatter(*shown[of_emotion].T, s=22, marker=marker, color=_colour(index), alpha=0.55, linewidths=0)
+            start, end = true[of_emotion].mean(axis=0), predicted[of_emotion].mean(axis=0)
+            axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": _INK, "lw": 1.1}, zorder=3)
+            _draw_mean(axes, start, _colour(index), "o")
+            _draw_mean(axes, end, _colour(index), "^")
+        _draw_plane(axes)
+        axes.set(xlabel="valence", title=what)
     everything = np.concatenate([true, predicted])
     lowest, highest = np.minimum(0, everything.min(axis=0)) - 0.02, np.maximum(1, everything.max(axis=0)) + 0.02
-    left.set(xlim=(lowest[0], highest[0]), ylim=(lowest[1], highest[1]))
+    panels[0].set(ylabel="arousal", xlim=(lowest[0], highest[0]), ylim=(lowest[1], highest[1]))
     handles = [_marker("s", _colour(index), name) for index, name in enumerate(members)]
     handles += [_marker("o", "white", "mean, true", _INK), _marker("^", "white", "mean, predicted", _INK)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, columnspacing=1.2)
@@ -162,19 +160,16 @@ def plot_valence_arousal(
 
 
 def plot_levels(levels: Mapping[str, Mapping[str, Sequence[int]]], path: str | Path, *, title: str = "") -> Path:
-    """Draw how many replies have each level of empathy: a panel for each mechanism, a bar for each system.
-
-    `levels` says for each system and each mechanism (`"ER"`, `"IP"`, `"EX"`, the same for all systems) how many
-    replies have level 0, 1, 2, ….
+    """Draw how many replies have each level of empathy (0, 1, 2, …), by system and mechanism (`"ER"`, …): a panel for
+    each mechanism, a bar for each system.
     """
     shapes = {tuple((name, len(counts)) for name, counts in of_system.items()) for of_system in levels.values()}
     if len(shapes) != 1 or shapes == {()}:
         raise ValueError(f"Expected the same mechanisms and levels for every system, got {dict(levels)}.")
     for system, of_system in levels.items():
-        for mechanism, counts in of_system.items():
-            if not sum(counts):
-                raise ValueError(f"{system} has no replies with a level of {mechanism}.")
-    mechanisms = list(next(iter(levels.values())))
+        if empty := [mechanism for mechanism, counts in of_system.items() if not sum(counts)]:
+            raise ValueError(f"{system} has no replies with a level of {', '.join(empty)}.")
+    mechanisms = [mechanism for mechanism, _ in shapes.pop()]
     figure = _new_figure(1.2 + (1.7 + 0.45 * len(levels)) * len(mechanisms), 4.0)
     panels = figure.subplots(1, len(mechanisms), sharey=True, squeeze=False)[0]
     for axes, mechanism in zip(panels, mechanisms, strict=True):
@@ -184,7 +179,7 @@ def plot_levels(levels: Mapping[str, Mapping[str, Sequence[int]]], path: str | P
         _draw_bars(axes, shares, label="{:.0%}", size=7.5)
         axes.set(xlabel="level", title=mechanism + mean)
     panels[0].set(ylim=(0, 1.08), ylabel="share of the replies")
-    panels[0].yaxis.set_major_formatter(_per_cent)
+    panels[0].yaxis.set_major_formatter("{x:.0%}")
     if len(levels) > 1:
         _legend_below(figure, panels, min(len(levels), 4))
     figure.suptitle(title)
@@ -253,7 +248,19 @@ class SplitNumbers(Protocol):
 
 def plot_report(summary: Mapping[str, SplitNumbers], folder: Path, *, title: str) -> list[Path]:
     """Draw class counts, durations, and where there are labels the three dimensions and the valence-arousal plane."""
-    files = [_plot_class_counts(summary, folder / "class_counts.png", title)]
+    names = _in_order(name for split in summary.values() for name in split.emotions)
+    figure = _new_figure(max(6.4, 0.9 * len(names) * max(1.0, 0.55 * len(summary))), 4.2)
+    axes = figure.add_subplot()
+    bars = {
+        f"{split} ({len(known.durations_s):,})": np.array([known.emotions[name] for name in names])
+        for split, known in summary.items()
+    }
+    _draw_bars(axes, bars, label="{:,.0f}", size=8)
+    axes.set_xticks(range(len(names)), names)
+    axes.set(ylabel="utterances", title=title)
+    axes.margins(y=0.1)
+    _legend_below(figure, [axes], 6)
+    files = [_save(figure, folder / "class_counts.png")]
     durations = {"duration (s)": {name: split.durations_s for name, split in summary.items()}}
     files.append(_plot_histograms(durations, folder / "durations.png", title))
     values = {
@@ -272,10 +279,9 @@ def plot_report(summary: Mapping[str, SplitNumbers], folder: Path, *, title: str
 def plot_valence_arousal_labels(
     valence: Sequence[float], arousal: Sequence[float], emotions: Sequence[str], path: str | Path, *, title: str = ""
 ) -> Path:
-    """Draw the labels of a data set on the valence-arousal plane: points, and the mean of each emotion.
+    """Draw the labels of a data set, in [0, 1], on the valence-arousal plane: points, and the mean of each emotion.
 
-    There is one value a clip, in [0, 1]. Of an emotion with many clips some are drawn, each moved a little; the means
-    are of all, where they are.
+    Of an emotion with many clips some are drawn, each moved a little; the means are of all, where they are.
     """
     _check_lengths(valence, arousal, emotions)
     points, of_clips = np.stack([valence, arousal], axis=1), np.array(emotions)  # (clips, 2)
@@ -295,23 +301,6 @@ def plot_valence_arousal_labels(
     return _save(figure, path)
 
 
-def _plot_class_counts(summary: Mapping[str, SplitNumbers], path: Path, title: str) -> Path:
-    """Bars for each emotion, one a split, with the counts above."""
-    names = _in_order(name for split in summary.values() for name in split.emotions)
-    figure = _new_figure(max(6.4, 0.9 * len(names) * max(1.0, 0.55 * len(summary))), 4.2)
-    axes = figure.add_subplot()
-    bars = {
-        f"{split} ({len(known.durations_s):,})": np.array([known.emotions[name] for name in names])
-        for split, known in summary.items()
-    }
-    _draw_bars(axes, bars, label="{:,.0f}", size=8)
-    axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel="utterances", title=title)
-    axes.margins(y=0.1)
-    _legend_below(figure, [axes], 6)
-    return _save(figure, path)
-
-
 def _plot_histograms(
     values: Mapping[str, Mapping[str, Sequence[float]]],
     path: Path,
@@ -321,6 +310,8 @@ def _plot_histograms(
     shares_of: str = "split",
 ) -> Path:
     """Draw one histogram for each quantity, as shares of the split, so that splits of any size can be compared."""
+    from matplotlib.ticker import PercentFormatter
+
     figure = _new_figure(max(6.4, 3.9 * len(values)), 3.8)
     splits = list(dict.fromkeys(split for by_split in values.values() for split in by_split))
     panels = figure.subplots(1, len(values), squeeze=False)[0]
@@ -332,7 +323,7 @@ def _plot_histograms(
             for split, known in by_split.items():
                 weights, colour = np.full(len(known), 1 / len(known)), _colour(splits.index(split) + 3)
                 axes.hist(known, edges, weights=weights, histtype="step", linewidth=1.6, color=colour, label=split)
-        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set(xlabel=quantity)
     panels[0].set(ylabel=f"share of the {shares_of}")
     _legend_below(figure, panels, len(splits))
@@ -384,26 +375,6 @@ def _draw_forest(axes: Axes, lines: Sequence[ForestLine], labels: Sequence[str])
     axes.spines["left"].set_visible(False)
 
 
-def _draw_readings(
-    axes: Axes,
-    shown: np.ndarray,
-    true: np.ndarray,
-    predicted: np.ndarray,
-    members: Mapping[str, np.ndarray],
-    marker: str,
-) -> None:
-    """Draw the points `shown` (clips, 2), and for each emotion an arrow from the true mean to the predicted one."""
-    for index, of_emotion in enumerate(members.values()):
-        colour = _colour(index)
-        x, y = shown[of_emotion].T
-        axes.scatter(x, y, s=22, marker=marker, color=colour, alpha=0.55, linewidths=0)
-        start, end = true[of_emotion].mean(axis=0), predicted[of_emotion].mean(axis=0)
-        axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": _INK, "lw": 1.1}, zorder=3)
-        _draw_mean(axes, start, colour, "o")
-        _draw_mean(axes, end, colour, "^")
-    _draw_plane(axes)
-
-
 def _draw_mean(axes: Axes, mean: np.ndarray, colour: str, marker: str) -> PathCollection:
     x, y = mean
     return axes.scatter(x, y, s=120, marker=marker, color=colour, edgecolors=_INK, linewidths=1.3, zorder=4)
@@ -416,7 +387,6 @@ def _draw_plane(axes: Axes) -> None:
 
 
 def _marker(shape: str, colour: str, label: str, edge: str | None = None) -> Line2D:
-    """Make a marker for a legend."""
     from matplotlib.lines import Line2D
 
     line = Line2D([], [], linestyle="", marker=shape, markersize=8, color=colour, label=label)
@@ -428,10 +398,6 @@ def _legend_below(figure: Figure, panels: Sequence[Axes], num_columns: int) -> N
     """Write each label of the panels once."""
     found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(found.values(), found, loc="outside lower center", ncols=num_columns, frameon=False)
-
-
-def _per_cent(share: float, _: object) -> str:
-    return f"{share:.0%}"
 
 
 def _colour(index: int) -> str:

@@ -1,12 +1,12 @@
-"""One way to declare a setting: a field of a dataclass with its default and its help, from which flags are made; and
-how the file is read that sets them.
-"""
+"""One way to declare a setting, from which flags are made, and how the file is read that sets them."""
 
 import dataclasses
 import json
+import math
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,9 @@ METHODS = ("sft", "dpo", "grpo")  # of `relllm train`
 
 
 def setting(default: Any, help: str, **told: Any) -> Any:
-    """Declare a field of a dataclass of settings.
+    """Declare a field of a dataclass of settings; `default` is `REQUIRED` for none, and a list is copied.
 
-    Args:
-        default (`Any`): `REQUIRED` for none; a list is copied for each instance.
-        help (`str`): What `--help` says of it.
-        told: Further metadata for the command line, as in [`~relllm.cli.options.from_settings`]: `min`, `max`,
-            `argument`, `flags`, `place`.
+    `told` is further metadata for [`~relllm.cli.options.from_settings`]: `min`, `max`, `argument`, `flags`, `place`.
     """
     metadata = {"help": help, **told}
     if isinstance(default, list):
@@ -47,6 +43,17 @@ def check_settings(settings: Any) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
+def check_limits(settings: Any, limits: Mapping[str, str]) -> None:
+    """Raise a `ValueError` for a number that is outside of its interval, such as `"[0, 1)"`; `None` is within."""
+    for name, interval in limits.items():
+        value, (low, high) = getattr(settings, name), map(float, interval[1:-1].split(","))
+        is_open, open_above = interval[0] == "(", interval[-1] == ")"
+        if value is None or low < value < high or (value == low and not is_open) or (value == high and not open_above):
+            continue
+        wanted = f"in {interval}" if high < math.inf else f"{'>' if is_open else 'at least'} {low:g}"
+        raise ValueError(f"{name} must be {wanted}, got {value}.")
+
+
 def read_object(text: str | None, name: str, example: str) -> dict:
     """Return the JSON object that a setting is, empty without one; anything else is a `ValueError`."""
     try:
@@ -66,9 +73,7 @@ def pick_device(device: str) -> str:
 
 
 def check_engine(engine: str, engine_args: str | None, device: str, own: tuple[str, ...]) -> None:
-    """Raise a `ValueError` for settings of `engine` that contradict each other, and for arguments that are no object
-    or that name what the command has a setting of its `own` for.
-    """
+    """Raise a `ValueError` for settings of `engine` that contradict each other or the command's `own`."""
     if engine == "vllm" and device != "auto":
         raise ValueError(f"vLLM finds the device itself, and device is {device!r}. Leave one of them out.")
     if engine_args is not None and engine != "vllm":
@@ -81,10 +86,7 @@ def check_engine(engine: str, engine_args: str | None, device: str, own: tuple[s
 
 
 def read_recipe(path: str | os.PathLike, above: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the lines of a YAML file over those of the file that its line `base` names, relative to it, and so on.
-
-    `above` are the files that lead here. What is no mapping, and a circle, is a `ValueError`.
-    """
+    """Return the lines of a YAML file over those of the file that its line `base` names; `above` lead to this one."""
     file, trail = Path(path), [*above, Path(path)]
     if file.resolve() in [one.resolve() for one in above]:
         raise ValueError(f"base leads in a circle: {' → '.join(map(str, trail))}. Take one of these lines out.")
@@ -102,18 +104,13 @@ def read_recipe(path: str | os.PathLike, above: Sequence[Path] = ()) -> dict[str
 
 
 def find_method(arguments: Sequence[str]) -> str:
-    """Return the method of `relllm train` that its flags, or else the recipe that they name, ask for.
-
-    An unknown one is a `ValueError`. What is wrong with the recipe is told by the parser of that method.
-    """
+    """Return the method of `relllm train` that its flags, or else the recipe that they name, ask for."""
     parts = [part for text in arguments for part in (text.split("=", 1) if text.startswith("--") else [text])]
     given = dict(zip(parts, parts[1:], strict=False))
     method: object = given.get("--method")
-    if method is None and (recipe := given.get("--config")) is not None and Path(recipe).is_file():
-        try:
-            method = read_recipe(recipe).get("method")
-        except (ValueError, OSError, yaml.YAMLError):
-            method = None
+    if method is None and "--config" in given:
+        with suppress(ValueError, OSError, yaml.YAMLError):
+            method = read_recipe(given["--config"]).get("method")
     if method not in (None, *METHODS):
         raise ValueError(f"method is {method!r}; it is one of {', '.join(METHODS)}.")
     return str(method or METHODS[0])

@@ -46,10 +46,8 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 @contextmanager
 def replacing_uploads(api: HfApi) -> Iterator[None]:
-    """Have a Hub's `upload_folder` send one commit that also removes what of a checkpoint the folder replaces.
-
-    It is for Transformers' trainer, which would only add. A card, its evidence and its figures stay, because a trainer
-    writes none.
+    """Have a Hub's `upload_folder`, which would only add, send one commit that also removes what of a checkpoint it
+    replaces. A card, its evidence and its figures stay, because a trainer writes none.
     """
 
     def upload_folder(

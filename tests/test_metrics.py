@@ -224,10 +224,11 @@ def test_calibration_of_one_clip_ties_and_certainty() -> None:
     names = ["sad", "happy"]
     assert calibration_metrics(["sad"], [{"sad": 1.0, "happy": 0.0}], names)["ece"] == 0.0
     assert calibration_metrics(["happy"], [{"sad": 1.0, "happy": 0.0}], names)["ece"] == 1.0
-    tie = calibration_metrics(["sad"], [{"sad": 0.5, "happy": 0.5}], names, num_bins=2)
-    assert tie["ece"] == 0.5  # the first of the equals, and the edge belongs to the lower bin
-    assert [one["num_clips"] for one in tie["bins"]] == [1, 0]
-    assert (tie["bins"][1]["confidence"], tie["bins"][1]["accuracy"]) == (None, None)
+    tie = calibration_metrics(["sad"], [{"sad": 0.5, "happy": 0.5}], names)
+    assert tie["ece"] == 0.5  # the first of the equals
+    assert (tie["bins"][0]["confidence"], tie["bins"][0]["accuracy"]) == (None, None)
+    edge = calibration_metrics(["sad"], [{"sad": 0.8, "happy": 0.2}], names)["bins"][11]
+    assert edge["upper"] == 0.8 and edge["num_clips"] == 1  # which belongs to the lower bin
 
 
 @pytest.mark.parametrize(

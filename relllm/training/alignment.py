@@ -1,17 +1,13 @@
 """Alignment of hearing with reading: the LLM as its own teacher (BLSP-Emo's KL loss), and what the training forward
 returns for this and the other losses.
 
-Logits of the two branches exist for a tile of positions at a time, in the backward pass as well, which makes them
-again: a reply's positions times a vocabulary would be the largest tensors of a step.
-
-The teacher is the same LLM with its LoRA off, so there is no second copy in memory. It reads the conversation with the
-transcript in the place of the audio, without a gradient and in eval mode, inside `forward`, where DDP, FSDP and
-DeepSpeed expect every use of a weight.
+The teacher, the LLM with its LoRA off, reads the conversation with the transcript in the place of the audio, without a
+gradient and in eval mode, inside `forward`, where DDP, FSDP and DeepSpeed expect every use of a weight. Logits of both
+exist for a tile of positions at a time, in the backward pass as well, which makes them again.
 
 Since 1.16 TRL trains by a forward pass of its own, which runs the base model and returns fields of its own; before (on
-Python 3.10) by the model's forward. Where the reply's cross-entropy has no weight, a training pass ends before the
-LLM's head. On a GPU TRL runs that head at the reply's positions only; on a CPU it would run it at all, so there the
-base model hands on the reply's alone.
+Python 3.10) by the model's forward. On a GPU it runs the LLM's head at the reply's positions only; on a CPU it would
+run it at all, so there the base model hands on the reply's alone.
 """
 
 import contextlib
@@ -50,10 +46,7 @@ if FusedCausalLMOutput is not None:
 
     @dataclass
     class ReLLMFusedOutput(FusedCausalLMOutput):
-        """TRL's fused output and what the other losses need.
-
-        They are fields of the model's output, not a side channel: DDP looks for the graph in what `forward` returns.
-        """
+        """TRL's, and what the other losses need, as fields: DDP looks for the graph in what `forward` returns."""
 
         emotion_logits: Tensor | None = None  # (clips, classes)
         dimensions: Tensor | None = None  # (clips, 3): arousal, dominance, valence
@@ -81,10 +74,7 @@ class Alignment:
 
 
 def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> None:
-    """Have the training forward return the heads' outputs and, with `alignment`, the alignment loss.
-
-    The model is changed in place, after `SFTTrainer.__init__`, which patches its forward.
-    """
+    """Have the training forward, which TRL has patched, return the heads' outputs and, with `alignment`, that loss."""
     inner_forward = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
@@ -118,8 +108,10 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
                 output = inner_forward(*args, **kwargs)
         finally:
             handle.remove()
-        if scored is not None:
-            output = _unpack(output, scored)
+        if scored is not None:  # fields by position, `(batch, sequence - 1)`, as TRL's are on a GPU
+            packed = {name: one for name, one in output.items() if isinstance(one, Tensor) and one.ndim == 2}
+            fields = {name: one.new_zeros(scored.shape).masked_scatter(scored, one[0]) for name, one in packed.items()}
+            output = dataclasses.replace(output, **fields)
         sums: dict[str, Any] = {}
         if reading is not None and taught is not None and labels is not None:
             llm = self.base_model.text_model
@@ -137,16 +129,6 @@ def return_heads(model: PreTrainedModel, alignment: Alignment | None = None) -> 
         return output if labels is None else send_to_device(output, labels.device, skip_keys=[CACHE])
 
     model.forward = types.MethodType(forward, model)
-
-
-def _unpack(output: ModelOutput, scored: Tensor) -> ModelOutput:
-    """Return a fused output with its fields by position, `(batch, sequence - 1)`, as TRL's are on a GPU."""
-    fields = {
-        name: value.new_zeros(scored.shape).masked_scatter(scored, value[0])
-        for name, value in output.items()
-        if isinstance(value, Tensor) and value.ndim == 2
-    }
-    return dataclasses.replace(output, **fields)
 
 
 def _nothing(model: ReLLMModel) -> Tensor:
@@ -172,13 +154,9 @@ def divergence(
 ) -> Tensor:
     """Return KL(text ‖ speech) over the reply, `()`, in nats, summed over the positions of the batch.
 
-    Args:
-        llm (`PreTrainedModel`, *optional*): Whose head makes logits of the states; `None` if these are logits.
-        states (`torch.Tensor` of shape `(batch, sequence, d or vocabulary)`): Of the branch that hears.
-        labels, teacher_labels (`torch.LongTensor` of shapes `(batch, sequence)` and `(batch, T)`): -100 outside the
-            reply; the teacher's all over a row without a transcript.
-        taught (`torch.Tensor` of shape `(positions, d or vocabulary)`): Of [`teach`], or its logits.
-        how ([`Alignment`]): Temperature and positions.
+    `states` are `(batch, sequence, d)`, of the branch that hears, and `taught` `(positions, d)`, of [`teach`]; without
+    an `llm`, whose head makes logits of them, both are logits. The labels are `(batch, sequence)` and `(batch, T)`,
+    -100 outside the reply; the teacher's all over a row without a transcript.
     """
     has_transcript = (teacher_labels != IGNORE_INDEX).any(1, keepdim=True)
     states = states[how.positions(labels.masked_fill(~has_transcript, IGNORE_INDEX)).to(states.device)]
@@ -194,27 +172,21 @@ def divergence(
         return response_kl(head_logits(llm, heard), text, how.temperature)
 
     vocabulary = states.shape[-1] if llm is None else llm.config.get_text_config().vocab_size
-    tiles = zip(states.split(rows := tile_positions(vocabulary)), taught.split(rows), strict=True)
+    tiles = zip(states.split(rows := max(TILE_WORDS // vocabulary, 1)), taught.split(rows), strict=True)
     parts = [checkpoint(of_tile, *tile, use_reentrant=False, preserve_rng_state=False) for tile in tiles]
     return torch.stack(parts).sum()
 
 
-def tile_positions(vocabulary: int) -> int:
-    """Return how many positions are compared at once."""
-    return max(TILE_WORDS // vocabulary, 1)
-
-
 def head_logits(llm: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Return logits `(positions, vocabulary)` of hidden states: head, scaling and soft cap as in TRL."""
-    config = llm.config
+    config, logits = llm.config, llm.get_output_embeddings()(hidden)
     scales = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse Glimmer, Falcon-H1
     scale: float | None = next((one for name in scales if (one := getattr(config, name, None)) is not None), None)
     scaling: float | None = getattr(config, "logits_scaling", None)
     if scale is None and scaling is not None:  # HyperCLOVA X multiplies by it, Granite and MiniCPM3 divide
         scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
-    cap: float | None = getattr(config, "final_logit_softcapping", None)
-    logits = llm.get_output_embeddings()(hidden)
     logits = logits if scale is None else logits * scale
+    cap: float | None = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

@@ -1,17 +1,14 @@
 """Augmentation of training clips: the settings, the effects, which of them a clip gets, and the trainer's part.
 
 What a clip draws follows from the seed, the epoch, the row's id (without one: its samples) and the clip's place in the
-row, and not from the batch, the worker, the process, or what was drawn before: a resumed run draws what an
-uninterrupted one would have. The epoch reaches the loader's workers in shared memory, because persistent ones keep
-their copy of the collator; it is set before the epoch's first row is asked for, when no worker is at work.
+row alone: a resumed run draws what an uninterrupted one would have. The epoch reaches the loader's workers in shared
+memory, because persistent ones keep their copy of the collator.
 
 Effects take waveforms `(samples,)`, float32, in [-1, 1]. One whose result would exceed full scale scales the whole
-clip down to it, because clipping would add a distortion that nobody asked for. Every effect but speed keeps the
-length.
+clip down to it: clipping would add a distortion. Every effect but speed keeps the length.
 """
 
 import dataclasses
-import functools
 import hashlib
 import io
 import math
@@ -26,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from relllm.processing.audio_relllm import MAX_DURATION_S, MIN_DURATION_S, SAMPLING_RATE, load_audio, resample
-from relllm.setting import setting
+from relllm.setting import check_limits, setting
 
 # Smallest and largest value that a range may hold; outside, it was meant in another unit.
 RANGES = {
@@ -45,10 +42,7 @@ _COMPRESSION = (0.5, 0.99)  # of MP3 about 50 to 27 kbit/s of mono speech, of Op
 
 @dataclass
 class AugmentationSettings:
-    """The settings that a trainer's configuration inherits; all effects are off by default.
-
-    They act in the order in which they stand here, each on its own share of the clips.
-    """
+    """The settings that a trainer's configuration inherits: effects, all off, in the order in which they act."""
 
     augment_speed: list[float] | None = setting(None, "Range of speed, say 0.9 1.1; changes pitch and duration.")
     augment_reverb: list[float] | None = setting(None, "Range of reverberation time (RT60) in seconds, say 0.2 0.6.")
@@ -63,22 +57,18 @@ class AugmentationSettings:
         """Raise `ValueError` on a setting that cannot be, naming it; called when the configuration is made."""
         for name, (least, most) in RANGES.items():
             given = getattr(self, name)
-            if given is None:
-                continue
-            if len(given) != 2 or not least <= given[0] <= given[1] <= most:
+            if given is not None and (len(given) != 2 or not least <= given[0] <= given[1] <= most):
                 raise ValueError(f"{name} must be a range [low, high] within [{least:g}, {most:g}], got {given}.")
         if unknown := sorted(set(self.augment_codec or []) - set(CODECS)):
             raise ValueError(f"augment_codec has {unknown}; it takes any of {list(CODECS)}.")
-        if not 0 < self.augment_probability <= 1:
-            raise ValueError(f"augment_probability must be in (0, 1], got {self.augment_probability}.")
+        check_limits(self, {"augment_probability": "(0, 1]"})
         if self.augment_noise_dir is not None and self.augment_noise_snr_db is None:
             raise ValueError("augment_noise_dir is not all: set augment_noise_snr_db too, for example to [5, 30].")
 
     @property
     def augments(self) -> bool:
         """Tell whether any effect is on."""
-        ranges = any(getattr(self, name) is not None for name in RANGES)
-        return ranges or self.augment_telephone or bool(self.augment_codec)
+        return any(getattr(self, name) for name in (*RANGES, "augment_telephone", "augment_codec"))
 
 
 class SharedEpoch:
@@ -87,14 +77,7 @@ class SharedEpoch:
     def __init__(self) -> None:
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    @property
-    def epoch(self) -> int:
-        """Return the epoch whose draws are made, from 0; the same in all workers, also once it is set."""
-        return int(self._epoch)
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
+    epoch = property(lambda self: int(self._epoch), lambda self, epoch: self._epoch.fill_(epoch))  # from 0
 
 
 class Augmentation(SharedEpoch):
@@ -113,7 +96,6 @@ class Augmentation(SharedEpoch):
         max_duration_s: float = MAX_DURATION_S,
     ) -> None:
         super().__init__()
-        settings.check_augmentation()
         self.settings, self.seed, self.sampling_rate = settings, seed, sampling_rate
         self.min_duration_s, self.max_duration_s = min_duration_s, max_duration_s
         self.noise_files = _find_noise(settings.augment_noise_dir) if settings.augment_noise_dir else []
@@ -122,10 +104,7 @@ class Augmentation(SharedEpoch):
                 raise ValueError(f"augment_codec: {codec!r} needs libsndfile >= 1.1. Update soundfile, or leave it.")
 
     def __call__(self, waveform: np.ndarray, *, row_id: object = None, clip: int = 0) -> np.ndarray:
-        """Return the clip, `(samples,)` in float32, with what it draws; the one that is given stays as it is.
-
-        Rows that share a `row_id` draw alike; without one the samples say. `clip` is its place among those of the row.
-        """
+        """Return a copy of the clip, `(samples,)`, with what its row (without an id: its samples) and place draw."""
         row = f"id {row_id}" if row_id is not None else hashlib.blake2b(waveform.tobytes()).hexdigest()
         settings, rate = self.settings, self.sampling_rate
 
@@ -158,10 +137,10 @@ class Augmentation(SharedEpoch):
         if not self.noise_files:
             return draw_noise(rng, num_samples)
         path = self.noise_files[int(rng.integers(len(self.noise_files)))]
-        with soundfile.SoundFile(path) as file:
-            needed = math.ceil((num_samples + 1) * file.samplerate / self.sampling_rate)
-            file.seek(int(rng.integers(max(file.frames - needed, 0) + 1)))
-            frames, rate = file.read(needed, dtype="float32", always_2d=True), file.samplerate
+        info = soundfile.info(path)
+        needed = math.ceil((num_samples + 1) * info.samplerate / self.sampling_rate)
+        start = int(rng.integers(max(info.frames - needed, 0) + 1))
+        frames, rate = soundfile.read(path, needed, start, dtype="float32", always_2d=True)
         rates = {"sampling_rate": self.sampling_rate, "source_rate": rate}
         noise = load_audio(frames.mean(axis=1), **rates, max_duration_s=math.inf, name=str(path))
         return np.resize(noise, num_samples)
@@ -174,27 +153,24 @@ def change_speed(waveform: np.ndarray, speed: float) -> np.ndarray:
 
 
 def add_reverberation(waveform: np.ndarray, rng: np.random.Generator, rt60_s: float, sampling_rate: int) -> np.ndarray:
-    """Put a clip into a room whose echo is noise that decays by 60 dB in `rt60_s`, as strong as the direct sound.
+    """Put a clip into a room of late reverberation alone: it decays by 60 dB in `rt60_s`, as strong as direct sound.
 
-    A model of the late reverberation alone: no early reflections, and all frequencies decay alike. The clip is as loud
-    (RMS) as before; the echo after its end is cut off.
+    The clip is as loud (RMS) as before; the echo after its end is cut off.
     """
     num_samples = max(round(rt60_s * sampling_rate), 2)
-    tail = rng.standard_normal(num_samples) * 10 ** (-3 * np.arange(num_samples) / num_samples)
-    tail[0] = 0
-    response = tail / np.linalg.norm(tail)
+    response = rng.standard_normal(num_samples) * 10 ** (-3 * np.arange(num_samples) / num_samples)
+    response[0] = 0
+    response /= np.linalg.norm(response)
     response[0] = 1
     wet = _convolve(waveform, response)[: len(waveform)]
-    power = np.mean(wet**2)
-    if power > 0:
+    if (power := np.mean(wet**2)) > 0:
         wet *= np.sqrt(np.mean(waveform.astype(np.float64) ** 2) / power)
     return within_full_scale(wet.astype(np.float32))
 
 
 def draw_noise(rng: np.random.Generator, num_samples: int) -> np.ndarray:
     """Draw Gaussian noise of variance about 1: white, or half of the time pink (power falls with 1 / frequency)."""
-    is_pink = rng.random() < 0.5
-    noise = rng.standard_normal(num_samples)
+    is_pink, noise = rng.random() < 0.5, rng.standard_normal(num_samples)
     if is_pink:
         spectrum = np.fft.rfft(noise)
         spectrum[0] = 0
@@ -220,9 +196,11 @@ def change_gain(waveform: np.ndarray, gain_db: float) -> np.ndarray:
 
 def pass_telephone(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
     """Keep what a telephone line leaves, 300 to 3400 Hz, without delay."""
-    delay = _TELEPHONE_TAPS // 2
-    narrow = _convolve(waveform, _telephone_filter(sampling_rate))[delay : delay + len(waveform)]
-    return within_full_scale(narrow.astype(np.float32))
+    time = np.arange(_TELEPHONE_TAPS) - _TELEPHONE_TAPS // 2
+    low, high = (2 * edge / sampling_rate for edge in TELEPHONE_BAND_HZ)
+    band = high * np.sinc(high * time) - low * np.sinc(low * time)  # a difference of two low passes, of linear phase
+    narrow = _convolve(waveform, band * np.kaiser(_TELEPHONE_TAPS, _KAISER_BETA))[_TELEPHONE_TAPS // 2 :]
+    return within_full_scale(narrow[: len(waveform)].astype(np.float32))
 
 
 def pass_codec(waveform: np.ndarray, codec: str, compression: float, sampling_rate: int) -> np.ndarray:
@@ -245,15 +223,6 @@ def within_full_scale(waveform: np.ndarray) -> np.ndarray:
     peak = float(np.abs(waveform).max())
     # Divided in float64 and rounded to float32, the peak is 1 exactly.
     return waveform if peak <= 1 else (waveform.astype(np.float64) / peak).astype(np.float32)
-
-
-@functools.cache
-def _telephone_filter(sampling_rate: int) -> np.ndarray:
-    """Return a band pass of linear phase: the difference of two windowed sinc low passes."""
-    time = np.arange(_TELEPHONE_TAPS) - _TELEPHONE_TAPS // 2
-    low, high = (2 * edge / sampling_rate for edge in TELEPHONE_BAND_HZ)
-    band = high * np.sinc(high * time) - low * np.sinc(low * time)
-    return band * np.kaiser(_TELEPHONE_TAPS, _KAISER_BETA)
 
 
 def _convolve(waveform: np.ndarray, kernel: np.ndarray) -> np.ndarray:
@@ -315,8 +284,6 @@ def _uniform(rng: np.random.Generator, bounds: Sequence[float]) -> float:
 def _find_noise(directory: str) -> Sequence[Path]:
     """Return the folder's audio files in the order of their names, so that every machine draws the same."""
     root = Path(directory)
-    if not root.is_dir():
-        raise FileNotFoundError(f"augment_noise_dir: no such folder: {root}.")
     files = [path for path in root.rglob("*") if path.suffix.lower() in NOISE_SUFFIXES and path.name[0] != "."]
     if not files:
         raise FileNotFoundError(f"augment_noise_dir: {root} holds no file that ends in {', '.join(NOISE_SUFFIXES)}.")

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,11 +24,8 @@ from .freezing import prepare_trainable
 
 @whole_weights()
 def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGeneration, ReLLMProcessor]:
-    """Return the model and its processor; a checkpoint of another architecture than the settings say is a
-    `ValueError`.
-    """
+    """Return model and processor; a checkpoint of another architecture than the settings say is a `ValueError`."""
     options: dict = {"dtype": getattr(torch, script.dtype)} if script.dtype else {}
-    four_bit = four_bit_config() if script.load_in_4bit else None
     if script.model_name_or_path is not None:
         name, revision = script.model_name_or_path, script.revision
         config = AutoConfig.from_pretrained(name, revision=revision)
@@ -49,9 +47,14 @@ def build_model(script: ReLLMScriptArguments) -> tuple[ReLLMForConditionalGenera
         )
         normal = _reads_normalized(script.audio_tower)
         processor = ReLLMProcessor.from_config(model.config, script.text_model, speech_do_normalize=normal)
-    _set_extractor(script, model.config, processor)
-    if four_bit is not None:
-        model = quantize_llm(model, four_bit)
+    extractor = processor.feature_extractor  # of a checkpoint's processor: its model may have grown
+    for name, value in extractor_settings(model.config, extractor.speech_do_normalize).items():
+        setattr(extractor, name, value)
+    for name in ("full_window", "max_duration_s"):
+        if getattr(script, name) is not None:
+            setattr(extractor, name, getattr(script, name))
+    if script.load_in_4bit:
+        model = quantize_llm(model, four_bit_config())
     if script.attn_implementation is not None:
         model.set_attn_implementation(script.attn_implementation)
     return model, processor
@@ -80,9 +83,9 @@ def build_config(script: ReLLMScriptArguments) -> ReLLMConfig:
 
 
 def check_model(script: ReLLMScriptArguments, unfreeze: Sequence[str] = ()) -> tuple[float, float]:
-    """Raise what [`build_model`] and `unfreeze` would raise of kinds, names of layers, attention and packages.
+    """Raise what [`build_model`] and `unfreeze` would raise, without weights.
 
-    The model is built without weights. Return the seconds of the shortest and of the longest clip that it takes.
+    Return the seconds of the shortest and of the longest clip that the model takes.
     """
     with torch.device("meta"):
         model = ReLLMForConditionalGeneration(build_config(script))
@@ -159,8 +162,7 @@ def add_emotion_tower(
 def _widen(narrow: nn.Conv1d, wide: nn.Conv1d) -> None:
     """Compute what the narrow convolution does in the first channels of the wide one, whatever the further inputs are.
 
-    Behind it is a gated linear unit: the first half of the outputs is gated by the second. Further outputs keep their
-    fresh weights, and no narrow channel of the next convolution reads them until it has learned to.
+    Behind it is a gated linear unit: the first half of the outputs is gated by the second.
     """
     channels, half = narrow.in_channels, narrow.out_channels // 2
     for start, end in ((0, wide.out_channels // 2), (half, wide.out_channels)):
@@ -169,16 +171,6 @@ def _widen(narrow: nn.Conv1d, wide: nn.Conv1d) -> None:
         wide.weight[to, channels:] = 0
         assert wide.bias is not None and narrow.bias is not None
         wide.bias[to] = narrow.bias[start : start + half]
-
-
-def _set_extractor(script: ReLLMScriptArguments, config: ReLLMConfig, processor: ReLLMProcessor) -> None:
-    """Have a checkpoint's processor read clips as its model, which may have grown, and the settings ask."""
-    extractor = processor.feature_extractor
-    for name, value in extractor_settings(config, extractor.speech_do_normalize).items():
-        setattr(extractor, name, value)
-    for name in ("full_window", "max_duration_s"):
-        if getattr(script, name) is not None:
-            setattr(extractor, name, getattr(script, name))
 
 
 def _emotion_config(tower: str | None) -> PreTrainedConfig:
@@ -207,13 +199,12 @@ def _check_architecture(script: ReLLMScriptArguments, config: PreTrainedConfig) 
     if config.lora_config is None:
         asked.pop("lora_scope", None)
     else:
-        lora = {"lora_alpha": 8, "lora_dropout": 0.0, "r": 8} | config.lora_config  # PEFT's own defaults
-        found |= {"lora_r": lora["r"], **{name: lora[name] for name in ("lora_alpha", "lora_dropout")}}
-        given = {name: getattr(script, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
-        asked |= {name: value for name, value in given.items() if value is not None}
-        if script.lora_target_modules is not None and script.lora is not None:
-            found["lora_target_modules"] = lora.get("target_modules")
-            asked["lora_target_modules"] = script.lora["target_modules"]
+        lora = {"lora_alpha": 8, "lora_dropout": 0.0, "r": 8, "target_modules": None} | config.lora_config  # PEFT's
+        names = {"lora_r": "r", "lora_target_modules": "target_modules"}
+        for name in ("lora_r", "lora_alpha", "lora_dropout", *(["lora_target_modules"] if script.lora else [])):
+            if (value := getattr(script, name)) is not None:
+                found[name] = lora[names.get(name, name)]
+                asked[name] = (script.lora or {}).get(names.get(name, name), value)
     differ = {name: found.get(name) for name, value in asked.items() if found.get(name) != value}
     if differ:
         settings = ", ".join(f"{name}: {value}" for name, value in differ.items())
@@ -227,7 +218,4 @@ def _check_architecture(script: ReLLMScriptArguments, config: PreTrainedConfig) 
 def _reads_normalized(audio_tower: str | None) -> bool:
     """Return whether a speech tower that reads waveforms was trained on normalised ones, as its own settings say."""
     path = cached_file(audio_tower, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        return True
-    with open(path, encoding="utf-8") as file:
-        return bool(json.load(file).get("do_normalize", True))
+    return path is None or bool(json.loads(Path(path).read_text(encoding="utf-8")).get("do_normalize", True))

@@ -4,6 +4,7 @@ A checkpoint is written beside the finished ones and takes its name `checkpoint-
 a kill while saving leaves the last one as it was.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -55,15 +56,14 @@ class RunComplete(RuntimeError):
 def begin_run(output_dir: Path, identity: Mapping[str, object], resume: str) -> str | None:
     """Write what decides a run's result into its folder, and return the checkpoint from which it goes on.
 
-    A run there with another `identity` (settings, data and towers) is a `ValueError` that names each difference; what
-    is in `MAY_DIFFER` may change. This run, complete, is a [`RunComplete`]. `resume` is [`checkpoint_to_resume`]'s.
+    A run there with another `identity` (settings, data and towers) is a `ValueError` that names each difference, but
+    for those in `MAY_DIFFER`; this run, complete, is a [`RunComplete`]. `resume` is [`checkpoint_to_resume`]'s.
     """
     wanted = json.loads(json.dumps(identity))
     record = output_dir / RECORD_NAME
     found: dict | None = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
     checkpoint = checkpoint_to_resume(output_dir, resume)
-    steps_done = (found or {}).get("steps_done")
-    complete = steps_done is not None
+    complete = found is not None and found.get("steps_done") is not None
     if complete or checkpoint is not None:
         what = "a complete run" if complete or checkpoint is None else Path(checkpoint).name
         if found is None:
@@ -76,9 +76,9 @@ def begin_run(output_dir: Path, identity: Mapping[str, object], resume: str) -> 
                 f"{output_dir} holds {what} with other settings ({differences}). Choose another output_dir, delete "
                 "the folder, or give the settings of that run."
             )
-    if complete:
+    if found is not None and complete:
         raise RunComplete(
-            f"This run is complete in {output_dir}: {steps_done} steps. To train it again, delete the folder "
+            f"This run is complete in {output_dir}: {found['steps_done']} steps. To train it again, delete the folder "
             "or choose another output_dir; to train further, start from it with --model_name_or_path."
         )
     write_json(wanted, record)
@@ -103,29 +103,23 @@ def complete_run(trainer: Trainer, identity: Mapping[str, object], checkpoint: s
 def describe_origin(
     script: RowsSettings,
     train_rows: Dataset | IterableDataset,
-    eval_rows: Dataset | IterableDataset | dict[str, Dataset] | None,
+    eval_rows: Mapping[str, Dataset | IterableDataset],
     places: Mapping[str, str],
     revision: str = "main",
 ) -> dict[str, object]:
     """Return which rows a run reads and what it starts from, by names and fingerprints, for its record.
 
-    Streamed rows have no fingerprint. `places` are checkpoints by their settings, `revision` that of
-    `model_name_or_path`.
+    `places` are checkpoints by their settings, `revision` that of `model_name_or_path`.
     """
     names = ("data", "train_split", "held_out", "eval_data", "eval_split")
     record: dict[str, object] = {name: value for name in names if (value := getattr(script, name, None))}
     for name in {"data", "eval_data"} & record.keys():
         record[name] = _without_folder(record[name])
-    read: dict[str, object] = {"train_rows": train_rows}
-    if isinstance(eval_rows, dict):
-        read |= {f"eval_rows_{name}": rows for name, rows in eval_rows.items()}
-    else:
-        read["eval_rows"] = eval_rows
+    read = {"train_rows": train_rows} | {f"eval_rows_{name}".rstrip("_"): rows for name, rows in eval_rows.items()}
     for name, rows in read.items():
         if isinstance(rows, Dataset):
             columns = [column for column in rows.column_names if column != "audio"]
-            record[name] = len(rows)
-            record[f"{name}_fingerprint"] = rows_fingerprint(rows, columns)
+            record |= {name: len(rows), f"{name}_fingerprint": rows_fingerprint(rows, columns)}
             if (digest := audio_fingerprint(rows)) is not None:
                 record[f"{name}_audio_fingerprint"] = digest
     for name, place in places.items():
@@ -144,7 +138,7 @@ def _without_folder(place: object) -> object:
 def describe_seen(
     script: RowsSettings,
     train_rows: Dataset | IterableDataset,
-    eval_rows: Dataset | IterableDataset | dict[str, Dataset] | None,
+    eval_rows: Mapping[str, Dataset | IterableDataset],
     places: Mapping[str, str],
     revision: str,
 ) -> dict[str, object]:
@@ -152,14 +146,13 @@ def describe_seen(
 
     `relllm evaluate` holds that against the rows to measure. Streamed rows, and rows without ids, are not known.
     """
-    evaluated = list(eval_rows.values()) if isinstance(eval_rows, dict) else [eval_rows]
-    read = {"train": [train_rows], "validation": evaluated}
+    read = {"train": [train_rows], "validation": [*eval_rows.values()]}
     read_here = {name: [one for one in rows if isinstance(one, Dataset)] for name, rows in read.items()}
     seen = {name: set().union(*map(digest_rows, rows)) for name, rows in read_here.items()}
     given = [*(source.name for source in script.sources), *filter(None, [getattr(script, "eval_data", None)])]
     corpora = {corpus_name(data) for data in given}
     facts = {corpus_name(data): found for data in given if (found := corpus_facts(data))}
-    inherited: dict[str, object] = {}
+    inherited: dict[str, bool] = {}
     by_pairs = getattr(script, "method", None) == "dpo"
     rewarded = {name: weight for data in given if by_pairs for name, weight in pair_rewards(data).items()}
     for name, place in places.items():
@@ -173,19 +166,18 @@ def describe_seen(
             "text_model_trained": is_text_model_trained(record) or (name == "text_model" and bool(record)),
         }
         inherited |= {name: True for name, value in before.items() if value}
-        for split, packed in record.get("seen_rows", {}).items():
-            seen[split] = seen.get(split, set()) | unpack_digests(packed)
-    packed_rows = {name: pack_digests(digests) for name, digests in seen.items() if digests}
-    known: dict[str, object] = {"seen_corpora": sorted(corpora), **({"corpus_facts": facts} if facts else {})}
-    known |= {"rewarded": rewarded} if rewarded else {}  # by pairs, or in what it starts from
-    return {**known, **inherited, **({"seen_rows": packed_rows} if packed_rows.get("train") else {})}
+        for split, digests in record.get("seen_rows", {}).items():
+            seen[split] = seen.get(split, set()) | unpack_digests(digests)
+    packed = {name: pack_digests(digests) for name, digests in seen.items() if digests}
+    known = {"corpus_facts": facts, "rewarded": rewarded, **inherited}
+    known["seen_rows"] = packed if "train" in packed else {}
+    return {"seen_corpora": sorted(corpora), **{name: value for name, value in known.items() if value}}
 
 
 def checkpoint_to_resume(output_dir: Path, resume: str) -> str | None:
     """Return the last complete `checkpoint-…` of a run: one whose state, which is written last, reads.
 
     `"auto"` takes one if there is one, `"true"` demands one, `"false"` refuses one: two runs would mix in one folder.
-    One without its optimiser, which `save_only_model` leaves out, is a `ValueError`.
     """
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if _has_state(path)]
     last = max(checkpoints, key=lambda path: int(path.name.split("-")[1]), default=None)
@@ -214,18 +206,14 @@ def _decides(record: Mapping[str, object]) -> dict[str, object]:
 
 
 def _has_state(checkpoint: Path) -> bool:
-    try:
+    with contextlib.suppress(OSError, ValueError):
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return checkpoint.name.split("-")[1].isdigit()
+        return checkpoint.name.split("-")[1].isdigit()
+    return False
 
 
 class LastStepMixin(Trainer):
-    """For a trainer that may be resumed after its last step, where Transformers' takes one more.
-
-    What it sends to the Hub replaces the checkpoint before, where Transformers' only adds.
-    """
+    """For a trainer that may be resumed after its last step, where Transformers' takes one more."""
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> object:
         """Do as Transformers, and remove in the same commit what of the checkpoint before is not sent again."""
@@ -241,9 +229,8 @@ class LastStepMixin(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 over |= callback.early_stopping_patience_counter >= callback.early_stopping_patience
-        if over:
-            self.control.should_training_stop = True
-        else:
+        self.control.should_training_stop |= over
+        if not over:
             super()._run_epoch(**kwargs)
 
 
@@ -255,24 +242,23 @@ class CheckpointMixin(LastStepMixin):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save light where the settings say so and the towers' sources are known, else full, with a warning why."""
-        if not self.args.should_save or not self.args.light_checkpoints or not self._can_be_light():
-            super()._save(output_dir, state_dict)
-            return
         folder = output_dir if output_dir is not None else self.args.output_dir
+        light = self.args.should_save and self.args.light_checkpoints and self._can_be_light()
         try:
-            self.model.save_pretrained(folder, light=True, state_dict=state_dict)
+            if light:
+                self.model.save_pretrained(folder, light=True, state_dict=state_dict)
         except OSError as error:
             logger.warning(f"Saved in full, although light_checkpoints is on. {error}")
-            super()._save(output_dir, state_dict)
-            return
+            light = False
+        if not light:
+            return super()._save(output_dir, state_dict)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _can_be_light(self) -> bool:
-        reason = why_not_light(self.model)
         pushes_checkpoints = self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
-        if reason is None and (self._pushing or pushes_checkpoints):
-            reason = why_not_shared(self.model)
+        is_sent = self._pushing or pushes_checkpoints
+        reason = why_not_light(self.model) or (why_not_shared(self.model) if is_sent else None)
         if reason is not None:
             logger.warning_once(f"Checkpoints are saved in full, although light_checkpoints is on. {reason}")
         return reason is None
@@ -306,8 +292,8 @@ class CheckpointMixin(LastStepMixin):
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
         if self.args.should_save:
-            kept = {"save_total_limit": self.args.save_total_limit, "use_mtime": True}
-            rotate_checkpoints(run_dir, **kept, best_model_checkpoint=self.state.best_model_checkpoint)
+            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+            rotate_checkpoints(run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     def create_model_card(self, *args: object, **kwargs: object) -> None:
         """Write none: TRL's knows neither towers nor licences. `relllm card` writes one from what was measured."""
@@ -346,8 +332,8 @@ class CheckpointMixin(LastStepMixin):
         lost = sorted(trained.intersection(load_result.missing_keys))
         known = self.model.state_dict().keys()
         # what bitsandbytes keeps beside a 4-bit weight (`….weight.absmax`) is the frozen weight's own, and is there
-        stems = {key: key.rpartition(".weight.")[0] for key in load_result.unexpected_keys}
-        unexpected = [key for key, stem in stems.items() if f"{stem}.weight" not in known]
+        keys = load_result.unexpected_keys
+        unexpected = [key for key in keys if f"{key.rpartition('.weight.')[0]}.weight" not in known]
         if lost or unexpected:
             raise ValueError(
                 f"The checkpoint does not fit this run: it lacks {len(lost)} weights that train, {lost[:3]}, and has "

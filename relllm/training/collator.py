@@ -92,14 +92,11 @@ class ReLLMCollator:
     def label_clips(self, rows: Sequence[Mapping], clips: Sequence[int]) -> dict[str, Tensor]:
         """Return what the heads are to learn of rows with so many clips each, as of a batch."""
         emotions = [self._emotions(row, count) for row, count in zip(rows, clips, strict=True)]
-        labels: dict[str, Tensor] = {}
+        labels = {"emotion_labels": torch.tensor([label for own in emotions for label in own], dtype=torch.long)}
         if self.votes:
-            shares = [self._votes(row, own) for row, own in zip(rows, emotions, strict=True)]
-            votes = torch.tensor([share for of_row in shares for share in of_row], dtype=torch.float32)
-            labels["emotion_votes"] = votes.reshape(-1, len(self.emotion_labels))
-        dimensions = [_dimension_targets(row, count) for row, count in zip(rows, clips, strict=True)]
-        labels["emotion_labels"] = torch.tensor([label for own in emotions for label in own], dtype=torch.long)
-        targets = [target for row_targets in dimensions for target in row_targets]
+            shares = [share for row, own in zip(rows, emotions, strict=True) for share in self._votes(row, own)]
+            labels["emotion_votes"] = torch.tensor(shares, dtype=torch.float32).reshape(-1, len(self.emotion_labels))
+        targets = [clip for row, count in zip(rows, clips, strict=True) for clip in _dimension_targets(row, count)]
         labels["dimension_labels"] = torch.tensor(targets, dtype=torch.float32).reshape(-1, len(DIMENSIONS))
         return labels | {"clips_per_row": torch.tensor(clips)}
 
@@ -130,10 +127,7 @@ class ReLLMCollator:
     def _teacher_inputs(
         self, rows: Sequence[Mapping], conversations: list[list[dict]], batch: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`, all `(batch, T)`.
-
-        A row that lacks the transcript of a clip, or is no reply, keeps its place in the batch and has no labels.
-        """
+        """Return `TEACHER_INPUTS`, all `(batch, T)`; a row without each clip's transcript, or reply, has no labels."""
         lengths = batch["attention_mask"].sum(1).tolist()
         tokens, labels = [], []
         for index, (row, conversation) in enumerate(zip(rows, conversations, strict=True)):
@@ -212,13 +206,10 @@ class ReLLMCollator:
 
     def _votes(self, row: Mapping, labels: list[int]) -> list[list[float]]:
         """Return the share of each class among a clip's votes for classes; without any, all on its label, or zeros."""
-        given = row.get("emotion_votes")
-        if len(labels) == 1:
-            given = None if given is None else [given]  # the votes for the one clip
+        is_one = len(labels) == 1
+        given = [row.get("emotion_votes")] if is_one else _per_clip(row, "emotion_votes", len(labels))
         shares = []
-        for label, votes in zip(
-            labels, _per_clip({**row, "emotion_votes": given}, "emotion_votes", len(labels)), strict=True
-        ):
+        for label, votes in zip(labels, given, strict=True):
             counts = [list(votes or ()).count(name) for name in self.emotion_labels]
             if not any(counts) and label != IGNORE_INDEX:
                 counts[label] = 1
@@ -231,10 +222,7 @@ def place_clips(row: Mapping) -> list[dict]:
 
     They fill, in order, the audio parts that name no clip and each `<audio>` in text; where there is neither, nor any
     clip in the messages, they begin the first user's message, as images do in TRL. Messages whose parts name their
-    clips are returned as they are.
-
-    Raises:
-        ValueError: There are more or fewer clips than places, or the columns have others than the parts name.
+    clips are returned as they are. Other clips there than in the columns, or another number, are a `ValueError`.
     """
     messages = [dict(message) for message in row["messages"]]
     clips = list(row.get("audios") or [row[name] for name in ("audio",) if row.get(name) is not None])
@@ -293,15 +281,9 @@ def _group_clips(conversation: Sequence[dict]) -> list[int]:
     """Return how many clips stand side by side in each place that has audio: one run of positions each."""
     groups: list[int] = []
     for message in conversation:
-        beside = False
-        for part in message["content"] if not isinstance(message["content"], str) else []:
-            if part["type"] == "audio" and beside:
-                groups[-1] += 1
-            elif part["type"] == "audio":
-                groups.append(1)
-                beside = True
-            elif part.get("text"):
-                beside = False
+        parts = message["content"] if not isinstance(message["content"], str) else []
+        are_audio = [part["type"] == "audio" for part in parts if part["type"] == "audio" or part.get("text")]
+        groups += [len(list(run)) for is_audio, run in itertools.groupby(are_audio) if is_audio]
     return groups
 
 
@@ -309,8 +291,7 @@ def _dimension_targets(row: Mapping, num_clips: int) -> list[list[float]]:
     columns = [_per_clip(row, name, num_clips) for name in DIMENSIONS]
     targets = [[float("nan") if one is None else float(one) for one in clip] for clip in zip(*columns, strict=True)]
     for clip in targets:
-        outside = [value for value in clip if value < 0 or value > 1]
-        if outside:
+        if outside := [value for value in clip if value < 0 or value > 1]:
             raise ValueError(f"{_name(row)} has dimension targets {outside} outside [0, 1]. Normalise them first.")
     return targets
 

@@ -1,12 +1,9 @@
 """What the model says in an evaluation: replies to a few of its rows, beside what the rows have; printed and logged.
 
-They lie in the run's folder under `_completions`: the rows are a corpus's, and `Trainer` pushes nothing whose name
-starts with an underscore.
+They lie in the run's folder under `_completions`: `Trainer` pushes nothing whose name starts with an underscore.
 """
 
 import importlib
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,9 +50,8 @@ class CompletionsMixin(Trainer):
             logger.warning_once("log_completions: no replies are logged while the weights are sharded over processes.")
         elif rows and self.is_world_process_zero():
             size = self.args.per_device_eval_batch_size
-            starts = range(0, len(rows), size)
-            found = [line for start in starts for line in self._complete(rows[start : start + size])]
-            self._publish([{"step": self.state.global_step, **line} for line in found], prefix)
+            found = [self._complete(rows[start : start + size]) for start in range(0, len(rows), size)]
+            self._publish([{"step": self.state.global_step, **line} for lines in found for line in lines], prefix)
 
     @torch.no_grad()
     def _complete(self, rows: Sequence[Mapping]) -> list[dict[str, object]]:
@@ -100,27 +96,18 @@ class CompletionsMixin(Trainer):
         name = f"completions{of_set}"
         path = Path(self.args.output_dir) / FOLDER / f"{name}_{self.state.global_step:05d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [{key: _without_nan(value) for key, value in line.items()} for line in lines]
-        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-        path.write_text(text, encoding="utf-8")
+        frame = pandas.DataFrame(lines)
+        frame.to_json(path, orient="records", lines=True, force_ascii=False)  # what is no number becomes null
         if not self.args.disable_tqdm:
             Console(stderr=True, markup=False).print(_draw(lines))
-        cells = [{key: str(cell) if isinstance(cell, list) else cell for key, cell in one.items()} for one in lines]
-        frame = pandas.DataFrame(cells)
         for backend in {"wandb", "trackio"}.intersection(self.args.report_to):
             module = importlib.import_module(backend)
-            module.log({name: module.Table(dataframe=frame)})
+            cells = frame.map(lambda cell: str(cell) if isinstance(cell, list) else cell)
+            module.log({name: module.Table(dataframe=cells)})
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 blocks = "\n\n".join("\n".join(f"    {key}: {line[key]}" for key in line) for line in lines)
                 callback.tb_writer.add_text(name, blocks, self.state.global_step)
-
-
-def _without_nan(value: object) -> object:
-    """Return `None` for what JSON has no number for: a dimension that nobody trained, or labelled."""
-    if isinstance(value, list):
-        return [_without_nan(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _choose(rows: Dataset | IterableDataset, count: int) -> list[dict]:

@@ -14,10 +14,9 @@ from trl import SFTConfig
 from relllm.data.mixing import DataSource, parse_sources
 from relllm.data.survey import TASKS
 from relllm.modeling.places_relllm import check_place
-from relllm.setting import check_settings, setting
+from relllm.setting import check_limits, check_settings, setting
 
 from .augmentation import AugmentationSettings
-from .tower_cache import TowerCacheSettings
 
 TOWERS = ("audio_tower", "emotion_tower", "text_model")
 OF_A_NEW_MODEL: dict[str, Any] = {  # where nothing is set; a checkpoint has its own
@@ -63,6 +62,13 @@ class PaperConfig(OfThisMachine, SFTConfig):
 
 
 @dataclass
+class TowerCacheSettings:
+    """The setting of the cache of the towers' outputs, which is off by default."""
+
+    tower_cache_dir: str | None = setting(None, "Folder for the frozen towers' outputs.", aliases=["--cache-dir"])
+
+
+@dataclass
 class ReLLMSettings(TowerCacheSettings, AugmentationSettings, OfThisMachine):
     """What all trainers of a ReLLM take beside TRL's settings, whatever loss its replies have."""
 
@@ -85,10 +91,9 @@ class ReLLMSettings(TowerCacheSettings, AugmentationSettings, OfThisMachine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rates = ("projector_learning_rate", "heads_learning_rate", "log_completions")
-        for name, value in {**self.own_loss_weights, **{name: getattr(self, name) for name in rates}}.items():
-            if (value or 0) < 0:
-                raise ValueError(f"{name} must be >= 0, got {value}.")
+        weights = ("response_loss_weight", "emotion_loss_weight", "dimension_loss_weight")
+        rates = ("projector_learning_rate", "heads_learning_rate")
+        check_limits(self, dict.fromkeys((*weights, *rates, "log_completions"), "[0, inf)"))
         if self.heads_learning_rate is not None and self.emotion_loss_weight == self.dimension_loss_weight == 0:
             raise ValueError("heads_learning_rate is set, and no head trains: their losses have weight 0.")
         for weight in self.emotion_class_weights or []:
@@ -103,39 +108,41 @@ class ReLLMSettings(TowerCacheSettings, AugmentationSettings, OfThisMachine):
             raise ValueError(f"max_length={self.max_length} would cut through audio. Leave it unset; shorten clips.")
         self.check_augmentation()
         if self.tower_cache_dir is not None:
-            self._check_tower_cache()
+            if towers := sorted(set(self.unfreeze) & {"audio_tower", "emotion_tower"}):
+                raise ValueError(f"tower_cache_dir is for frozen towers, and unfreeze has {towers}. Leave one out.")
+            if self.augments:
+                raise ValueError("tower_cache_dir is set, and augmented clips are never heard twice. Leave one out.")
+            if self.bf16_full_eval or self.fp16_full_eval:
+                name = "bf16_full_eval" if self.bf16_full_eval else "fp16_full_eval"
+                raise ValueError(f"tower_cache_dir is set, and {name} gives the towers another precision. Choose.")
         self.remove_unused_columns = False  # our collator reads them
 
     @property
     def own_loss_weights(self) -> dict[str, float]:
         """Return the weight of each loss that labels and replies of rows feed, by the name of its setting."""
-        names = ("response_loss_weight", "emotion_loss_weight", "dimension_loss_weight")
-        return {**{name: getattr(self, name) for name in names}, "response_kl_weight": 0.0}
+        return {
+            "response_loss_weight": self.response_loss_weight,
+            "emotion_loss_weight": self.emotion_loss_weight,
+            "dimension_loss_weight": self.dimension_loss_weight,
+            "response_kl_weight": getattr(self, "response_kl_weight", 0.0),
+        }
 
     @property
     def task_shares(self) -> dict[str, float]:
         """Return the weight of each task that clips are taught as."""
-        return {"reply": 1.0}
+        tasks = getattr(self, "tasks", None)
+        return tasks if isinstance(tasks, dict) else {"reply": 1.0}
 
     @property
     def reply_metrics(self) -> tuple[str, ...]:
         """Name what an evaluation measures on replies, first their loss."""
-        raise NotImplementedError
+        return ("response_loss", "entropy", "mean_token_accuracy")
 
     @property
     def unused_heads(self) -> tuple[str, ...]:
         """Name the heads that no loss reaches."""
         weights = {"emotion_head": self.emotion_loss_weight, "dimension_head": self.dimension_loss_weight}
         return tuple(name for name, weight in weights.items() if weight == 0)
-
-    def _check_tower_cache(self) -> None:
-        if towers := sorted(set(self.unfreeze) & {"audio_tower", "emotion_tower"}):
-            raise ValueError(f"tower_cache_dir is for frozen towers, and unfreeze has {towers}. Leave one out.")
-        if self.augments:
-            raise ValueError("tower_cache_dir is set, and augmented clips are never heard twice. Leave one out.")
-        for name in ("bf16_full_eval", "fp16_full_eval"):
-            if getattr(self, name):
-                raise ValueError(f"tower_cache_dir is set, and {name} gives the towers another precision. Choose.")
 
 
 @dataclass
@@ -157,35 +164,25 @@ class ReLLMSFTConfig(ReLLMSettings, PaperConfig):
     kl_shifted: bool = setting(True, "False: the positions of the original code, one late.")
 
     def __post_init__(self) -> None:
+        limits = {"rows_per_update": "[1, inf)", "kl_temperature": "(0, inf)", "response_kl_weight": "[0, inf)"}
+        check_limits(self, limits)
         self._share_update()
         super().__post_init__()
-        if self.kl_temperature <= 0:
-            raise ValueError(f"kl_temperature must be > 0, got {self.kl_temperature}.")
         if self.label_smoothing_factor > 0 and self.response_kl_weight > 0:
             raise ValueError("label_smoothing_factor > 0 and a KL loss exclude each other. Set one of them to 0.")
         if self.tasks is not None:
             self.tasks = parse_shares(self.tasks, "tasks")
-            self._check_tasks(self.tasks)
+            if unknown := sorted(set(self.tasks) - set(TASKS)):
+                raise ValueError(f"tasks has {unknown}; it takes any of {', '.join(TASKS)}.")
+            if self.response_loss_weight == 0 and set(self.tasks) != {"reply"}:
+                raise ValueError(f"tasks has {sorted(self.tasks)}, and response_loss_weight=0 teaches none of them.")
+            if self.response_kl_weight > 0 and "reply" not in self.tasks:
+                raise ValueError("response_kl_weight > 0 compares replies, and tasks has none. Add reply.")
         for name in ("packing", "padding_free"):
             if getattr(self, name):
                 raise ValueError(f"{name}=True would join rows, and audio belongs to its row. Leave it off.")
         dataset_kwargs: dict | None = self.dataset_kwargs  # type: ignore[has-type]
         self.dataset_kwargs = {**(dataset_kwargs or {}), "skip_prepare_dataset": True}
-
-    @property
-    def task_shares(self) -> dict[str, float]:
-        """Return the weight of each task that clips are taught as."""
-        return self.tasks if isinstance(self.tasks, dict) else super().task_shares
-
-    @property
-    def own_loss_weights(self) -> dict[str, float]:
-        """Return the weight of each loss by the name of its setting."""
-        return {**super().own_loss_weights, "response_kl_weight": self.response_kl_weight}
-
-    @property
-    def reply_metrics(self) -> tuple[str, ...]:
-        """Name what an evaluation measures on replies, first their cross-entropy."""
-        return ("response_loss", "entropy", "mean_token_accuracy")
 
     def _share_update(self) -> None:
         """Put in the place of `auto` what holds until the trainer has measured: the paper's, 2 rows at once."""
@@ -194,8 +191,6 @@ class ReLLMSFTConfig(ReLLMSettings, PaperConfig):
         for name in self.automatic.intersection(CHECKPOINTING):
             setattr(self, name, True)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.rows_per_update is not None and self.rows_per_update < 1:
-            raise ValueError(f"rows_per_update must be at least 1, got {self.rows_per_update}.")
         if names[0] in self.automatic:
             if self.dimension_loss == "ccc":
                 raise ValueError("dimension_loss=ccc is of the rows that go through at once: give a number, not auto.")
@@ -211,14 +206,6 @@ class ReLLMSFTConfig(ReLLMSettings, PaperConfig):
                 f"{math.prod(factors)}. Take per_device_train_batch_size: auto with a multiple of {processes}, or "
                 "numbers whose product it is."
             )
-
-    def _check_tasks(self, shares: Mapping[str, float]) -> None:
-        if unknown := sorted(set(shares) - set(TASKS)):
-            raise ValueError(f"tasks has {unknown}; it takes any of {', '.join(TASKS)}.")
-        if self.response_loss_weight == 0 and set(shares) != {"reply"}:
-            raise ValueError(f"tasks has {sorted(shares)}, and response_loss_weight=0 teaches none of them.")
-        if self.response_kl_weight > 0 and "reply" not in shares:
-            raise ValueError("response_kl_weight > 0 compares replies, and tasks has none. Add reply, or set it to 0.")
 
 
 OF_ANY_METHOD = list(ReLLMSettings.__annotations__)
@@ -310,8 +297,8 @@ class SplitSettings(RowsSettings):
 
 
 @dataclass
-class LoraSettings:
-    """The LoRA of an LLM; what a checkpoint does not say has the paper's value."""
+class LoraSettings(SplitSettings):
+    """The rows, and the LoRA of an LLM; what a checkpoint does not say has the paper's value."""
 
     lora_r: int | None = setting(None, "Rank of the LLM's LoRA (default; paper: 16); 0 for no LoRA.")
     lora_alpha: int | None = setting(None, "LoRA's alpha (default; paper: 16).")
@@ -320,23 +307,18 @@ class LoraSettings:
         None, "Layers by name, or one regular expression; by default all linear (paper)."
     )
 
-    def check_lora(self) -> None:
-        """Raise a `ValueError` on a LoRA that cannot be, or would do nothing."""
-        if self.lora_r is not None and self.lora_r < 0:
-            raise ValueError(f"lora_r must be at least 0 (no LoRA), got {self.lora_r}.")
-        if self.lora_alpha is not None and self.lora_alpha <= 0:
-            raise ValueError(f"lora_alpha must be > 0, got {self.lora_alpha}. For no LoRA set lora_r to 0.")
-        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}.")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_limits(self, {"lora_r": "[0, inf)", "lora_alpha": "(0, inf)", "lora_dropout": "[0, 1)"})
 
     @property
     def lora(self) -> dict | None:
         """Return the arguments of `peft.LoraConfig`, or `None`."""
         if not self.lora_r:
             return None
-        names = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
-        given = {name: getattr(self, setting) for name, setting in names.items()}
-        lora = {name: OF_A_NEW_MODEL[names[name]] if value is None else value for name, value in given.items()}
+        lora = {"r": self.lora_r}
+        for name in ("lora_alpha", "lora_dropout"):
+            lora[name] = OF_A_NEW_MODEL[name] if getattr(self, name) is None else getattr(self, name)
         named: list[str] | str | None = self.lora_target_modules
         if named is not None and len(named) == 1 and not re.fullmatch(r"[\w.]+", named[0]):
             named = named[0]
@@ -344,12 +326,11 @@ class LoraSettings:
 
 
 @dataclass
-class ReLLMScriptArguments(LoraSettings, SplitSettings):
+class ReLLMScriptArguments(LoraSettings):
     """What `relllm train` takes beside [`ReLLMSFTConfig`]: the model to start from, its LoRA, and the data.
 
-    A new model is built from towers, with the paper's architecture where nothing is set. A ReLLM checkpoint has its
-    own: what is set must be the same, but that one without a LoRA is given one where `lora_r` asks for it, and one
-    without an emotion tower (of a first stage) is given one where `emotion_fusion` and `emotion_tower` do.
+    A new model has the paper's architecture where nothing is set. A ReLLM checkpoint has its own: what is set must be
+    the same, but for a LoRA or an emotion tower (`emotion_fusion` and `emotion_tower`) that it lacks.
     """
 
     method: str = setting("sft", "What trains the replies: sft, dpo by pairs, grpo by rewards; each has own settings.")
@@ -385,16 +366,12 @@ class ReLLMScriptArguments(LoraSettings, SplitSettings):
             for name, default in OF_A_NEW_MODEL.items():
                 if getattr(self, name) is None:
                     setattr(self, name, default)
-        if self.model_name_or_path is None and (self.audio_tower is None or self.text_model is None):
-            raise ValueError("Nothing to start from: give model_name_or_path, or audio_tower and text_model.")
-        if self.model_name_or_path is None and self.emotion_fusion != "none" and self.emotion_tower is None:
-            raise ValueError(
-                f"emotion_fusion={self.emotion_fusion!r} needs an emotion_tower. Give one, or emotion_fusion='none' "
-                "for the speech-LLM baseline."
-            )
-        self.check_lora()
-        for name in ("projector_inner_dim", "early_stopping_patience"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if self.max_duration_s is not None and self.max_duration_s <= 0:
-            raise ValueError(f"max_duration_s must be positive, got {self.max_duration_s}.")
+            if self.audio_tower is None or self.text_model is None:
+                raise ValueError("Nothing to start from: give model_name_or_path, or audio_tower and text_model.")
+            if self.emotion_fusion != "none" and self.emotion_tower is None:
+                raise ValueError(
+                    f"emotion_fusion={self.emotion_fusion!r} needs an emotion_tower. Give one, or "
+                    "emotion_fusion='none' for the speech-LLM baseline."
+                )
+        counts = dict.fromkeys(("projector_inner_dim", "early_stopping_patience"), "[1, inf)")
+        check_limits(self, {**counts, "max_duration_s": "(0, inf)"})

@@ -1,15 +1,14 @@
 """Fine-tuning of an emotion tower to dimensions or to categories, and its command `relllm train-emotion`.
 
 The defaults are audEERING's, of the tower that RE-LLM freezes (Wagner et al., "Dawn of the transformer era in speech
-emotion recognition", arXiv 2203.07378): Adam at a fixed 1e-4, batch 32, 5 epochs, a CCC loss, the convolutions frozen,
-the best checkpoint on the development split.
+emotion recognition", arXiv 2203.07378), with the best checkpoint on the development split.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     EvalPrediction,
-    PreTrainedModel,
     TrainingArguments,
     Wav2Vec2FeatureExtractor,
     set_seed,
@@ -34,11 +32,11 @@ from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 from relllm.processing.audio_relllm import MAX_DURATION_S, MIN_DURATION_S, load_audio
 from relllm.processing.feature_extraction_relllm import shortest_clip
-from relllm.setting import check_settings, setting
+from relllm.setting import check_limits, check_settings, setting
 
 from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
 from .checkpoints import LastStepMixin, begin_run, complete_run, describe_origin
-from .config import RowsSettings, check_places, check_selection
+from .config import OfThisMachine, RowsSettings, check_places, check_selection
 from .lengths import GroupByLengthMixin, check_clip_limits
 from .losses import IGNORE_INDEX, ccc_loss
 from .objective import class_weights
@@ -68,14 +66,11 @@ class EmotionScriptArguments(RowsSettings):
         check_settings(self)
         if self.model_name_or_path is None or self.data is None:
             raise ValueError("model_name_or_path and data are needed: what to fine-tune, and on which rows.")
-        if self.num_layers is not None and self.num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {self.num_layers}.")
-        if not 0 <= self.final_dropout < 1:
-            raise ValueError(f"final_dropout must be in [0, 1), got {self.final_dropout}.")
+        check_limits(self, {"num_layers": "[1, inf)", "final_dropout": "[0, 1)"})
 
 
 @dataclass
-class EmotionTrainingConfig(AugmentationSettings, TrainingArguments):
+class EmotionTrainingConfig(AugmentationSettings, OfThisMachine, TrainingArguments):
     """`transformers.TrainingArguments` with audEERING's recipe as the defaults, and augmentation, which is off."""
 
     learning_rate: float = setting(1e-4, "Fixed (audEERING: 1e-4).")
@@ -97,16 +92,8 @@ class EmotionTrainingConfig(AugmentationSettings, TrainingArguments):
         super().__post_init__()
         self.check_augmentation()
 
-    def __getstate__(self) -> dict[str, object]:
-        """Without the token: the trainer pickles its settings to `training_args.bin`, which a push sends along."""
-        return {**self.__dict__, "hub_token": None}
 
-
-def parse_emotion_arguments(arguments: Sequence[str]) -> tuple[EmotionScriptArguments, EmotionTrainingConfig]:
-    """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does."""
-    parser = SettingsParser((EmotionScriptArguments, EmotionTrainingConfig), command="relllm train-emotion")
-    script, args = parser.parse_settings(arguments)
-    return script, args
+parse_emotion_arguments = SettingsParser.of("relllm train-emotion", EmotionScriptArguments, EmotionTrainingConfig)
 
 
 @dataclass
@@ -120,10 +107,7 @@ class EmotionCollator:
     emotions: Sequence[str] = ()  # the classes, where these are taught
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, Tensor]:
-        """Return `input_values` and `input_values_mask` `(clips, samples)`; `labels` `(clips, 3)`, NaN for none.
-
-        Where emotions are taught `labels` are `(clips,)`, the places of their classes, -100 for none.
-        """
+        """Return `input_values` and its mask `(clips, samples)`; `labels` are `(clips, 3)`, of emotions `(clips,)`."""
         rate = self.feature_extractor.sampling_rate
         waveforms = [load_audio(row["audio"], sampling_rate=rate, min_duration_s=self.min_duration_s) for row in rows]
         if self.augmentation is not None:
@@ -134,26 +118,15 @@ class EmotionCollator:
             place = {name: index for index, name in enumerate(self.emotions)} | {None: IGNORE_INDEX}
             labels = torch.tensor([place[row.get("emotion")] for row in rows])
         else:
-            labels = torch.tensor([[self._target(row, name) for name in DIMENSIONS] for row in rows])
-        return {
-            "input_values": batch["input_values"],
-            "input_values_mask": batch["attention_mask"],
-            "labels": labels,
-        }
-
-    def _target(self, row: Mapping, name: str) -> float:
-        value = row.get(name) if name in self.dimensions else None
-        return torch.nan if value is None else float(value)
+            values = [[row.get(name) if name in self.dimensions else None for name in DIMENSIONS] for row in rows]
+            labels = torch.from_numpy(np.array(values, dtype=np.float32))  # None becomes NaN
+        return {"input_values": batch["input_values"], "input_values_mask": batch["attention_mask"], "labels": labels}
 
 
 class EmotionTowerTrainer(GroupByLengthMixin, AugmentationMixin, LastStepMixin):
     """Trains a [`ReLLMEmotionModel`] on rows with `audio` and dimensions, with 1 - CCC, averaged over these.
 
     One whose configuration names emotions learns these by cross-entropy, each class with the same weight in all.
-
-    A dimension that fewer than two training rows are labelled with is not trained: the model's `trained_dimensions`
-    leave it out, and so does an evaluation. A CCC is a statistic of a batch: prefer 16 clips or more, of many
-    emotions, to gradient accumulation.
     """
 
     def __init__(
@@ -166,14 +139,14 @@ class EmotionTowerTrainer(GroupByLengthMixin, AugmentationMixin, LastStepMixin):
         emotions = model.config.emotion_labels
         self._class_weights: Tensor | None = None
         if emotions:
-            for rows in (train_dataset, kwargs.get("eval_dataset")):
-                found = survey_rows(rows).emotions if isinstance(rows, Dataset) else {}
-                if unknown := sorted(found.keys() - set(emotions)):
-                    raise ValueError(f"Rows have the emotions {unknown}, which the tower does not know: {emotions}.")
-                if rows is train_dataset and isinstance(rows, Dataset):
-                    if not found:
-                        raise ValueError("No training row has an emotion. Nothing would learn.")
-                    self._class_weights = torch.tensor(class_weights(["balanced"], emotions, found))
+            splits = [rows for rows in (train_dataset, kwargs.get("eval_dataset")) if isinstance(rows, Dataset)]
+            counts = [survey_rows(rows).emotions for rows in splits]
+            if unknown := sorted(set().union(*counts) - set(emotions)):
+                raise ValueError(f"Rows have the emotions {unknown}, which the tower does not know: {emotions}.")
+            if isinstance(train_dataset, Dataset):
+                if not counts[0]:
+                    raise ValueError("No training row has an emotion. Nothing would learn.")
+                self._class_weights = torch.tensor(class_weights(["balanced"], emotions, counts[0]))
         elif isinstance(train_dataset, Dataset):  # of a stream nobody has counted the labels
             if not (labelled := _find_labelled(train_dataset)):
                 raise ValueError(f"No two training rows are labelled with one of {DIMENSIONS}. Nothing would learn.")
@@ -198,24 +171,19 @@ class EmotionTowerTrainer(GroupByLengthMixin, AugmentationMixin, LastStepMixin):
         """Return one minus the concordance correlation coefficient, or the cross-entropy, and what the head read."""
         labels = inputs.pop("labels")
         output = model(**inputs)
-        read = output.dimensions
-        if read is None:
+        if (read := output.dimensions) is not None:
+            loss = ccc_loss(read, labels)
+        elif (labels == IGNORE_INDEX).all():
+            loss = 0 * (read := output.emotion_logits.float()).sum()
+        else:
             read = output.emotion_logits.float()
             weights = None if self._class_weights is None else self._class_weights.to(read.device)
-            known = labels != IGNORE_INDEX
-            loss = 0 * read.sum()
-            if known.any():
-                loss = torch.nn.functional.cross_entropy(read[known], labels[known], weights)
-        else:
-            loss = ccc_loss(read, labels)
+            loss = torch.nn.functional.cross_entropy(read, labels, weights)  # over those that have a label
         return (loss, {"read": read}) if return_outputs else loss
 
 
 def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingConfig) -> EmotionTowerTrainer:
-    """Build, train, evaluate and save, as the settings say; tower and feature extractor are in `args.output_dir`.
-
-    It goes on from what is in that folder as [`~relllm.training.run.run_training`] does.
-    """
+    """Train as [`~relllm.training.run.run_training`] does; tower and feature extractor are in `args.output_dir`."""
     check_places(script)
     check_trainer(args)
     by_emotion = script.targets == "emotions"
@@ -225,31 +193,31 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     assert script.model_name_or_path is not None
     if not isinstance(script.data, str):
         raise ValueError(f"data is {script.data!r}; an emotion tower is trained on one data set. Name one.")
-    selection = check_selection(script, args)
-    names = ("emotion",) if by_emotion else DIMENSIONS
+    names: Sequence[str] = ("emotion",) if by_emotion else DIMENSIONS
     train_rows = _load_labelled(script.data, script.train_split or "all", script.held_out, names)
     eval_rows = None
     if script.eval_split:
-        among = names if by_emotion else _find_labelled(train_rows)
-        eval_rows = _load_labelled(script.data, script.eval_split, script.held_out, among)
-    if eval_rows is not None and not by_emotion:
-        check_metric(args, ("loss", "ccc", *(f"ccc_{name}" for name in _find_labelled(eval_rows))))
-    check_clip_limits([train_rows, eval_rows], MIN_DURATION_S, MAX_DURATION_S)
-    if eval_rows is None:
+        names = _find_labelled(train_rows, names)
+        eval_rows = _load_labelled(script.data, script.eval_split, script.held_out, names)
+        if not by_emotion:
+            check_metric(args, ("loss", "ccc", *(f"ccc_{name}" for name in _find_labelled(eval_rows))))
+    else:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
+    check_clip_limits([train_rows, eval_rows], MIN_DURATION_S, MAX_DURATION_S)
     with args.main_process_first(desc="looking at the folder"):
-        identity = _training_record(script, args) | selection
-        identity |= describe_origin(script, train_rows, eval_rows, {"model_name_or_path": script.model_name_or_path})
+        identity = _training_record(script, args) | check_selection(script, args)
+        measured = {} if eval_rows is None else {"": eval_rows}
+        identity |= describe_origin(script, train_rows, measured, {"model_name_or_path": script.model_name_or_path})
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     set_seed(args.seed)  # what is drawn for the head
-    options: dict = {"num_layers": script.num_layers, "final_dropout": script.final_dropout}
     labels = emotions_of(survey_rows(train_rows)) if by_emotion else DIMENSIONS
-    model = build_emotion_tower(script.model_name_or_path, labels=labels, **options)
+    model = build_emotion_tower(
+        script.model_name_or_path, num_layers=script.num_layers, final_dropout=script.final_dropout, labels=labels
+    )
     if not script.train_feature_encoder:
         model.encoder.feature_extractor._freeze_parameters()
-    data = {"train_dataset": train_rows, "eval_dataset": eval_rows}
     measure = recognition_shares if by_emotion else concordance_metrics
-    trainer = EmotionTowerTrainer(model, args, **data, compute_metrics=measure)
+    trainer = EmotionTowerTrainer(model, args, train_rows, eval_dataset=eval_rows, compute_metrics=measure)
     complete_run(trainer, identity, checkpoint)
     return trainer
 
@@ -267,10 +235,8 @@ def _training_record(script: EmotionScriptArguments, args: EmotionTrainingConfig
 def build_emotion_tower(
     name: str, *, num_layers: int | None = None, final_dropout: float = 0.1, labels: Sequence[str] = DIMENSIONS
 ) -> ReLLMEmotionModel:
-    """Return an emotion tower to train: one that has its head for these `labels`, or an encoder with a fresh one.
-
-    `name`, a directory or Hub id, counts as a tower if it is a [`ReLLMEmotionModel`] or labels its outputs so; of one
-    with other labels the encoder is kept. Of more layers than `num_layers` the lowest are kept.
+    """Return an emotion tower to train: the one at a directory or Hub id that has a head for these `labels`, or the
+    encoder there with a fresh head. Of more layers than `num_layers` the lowest are kept.
     """
     config = AutoConfig.from_pretrained(name)
     layers = getattr(config, "encoder_config", config).num_hidden_layers
@@ -279,13 +245,14 @@ def build_emotion_tower(
     is_tower = config.model_type == ReLLMEmotionConfig.model_type
     has_head = set((config.to_dict().get("id2label") or {}).values()) == set(labels)
     if is_tower or has_head:
-        loaded = ReLLMEmotionModel.from_pretrained(name, dtype=torch.float32)
-        assert isinstance(loaded, ReLLMEmotionModel)  # without the loading report
-        tower, encoder = loaded, loaded.encoder
+        tower: Any = ReLLMEmotionModel.from_pretrained(name, dtype=torch.float32)
+        encoder = tower.encoder
     else:
         ReLLMEmotionConfig(encoder_config=config)  # refuses what is no waveform encoder before its weights are read
         encoder = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
-    _keep_layers(encoder, num_layers)
+    if num_layers is not None:
+        del encoder.encoder.layers[num_layers:]
+        encoder.config.num_hidden_layers = num_layers
     if has_head:
         return tower
     fresh = {"final_dropout": final_dropout, "id2label": dict(enumerate(labels))}
@@ -308,12 +275,6 @@ def recognition_shares(prediction: EvalPrediction) -> dict[str, float]:
     return {"ua": scores["ua"], "wa": scores["wa"], "macro_f1": scores["macro_f1"]}
 
 
-def _keep_layers(encoder: PreTrainedModel, num_layers: int | None) -> None:
-    if num_layers is not None:
-        del encoder.encoder.layers[num_layers:]
-        encoder.config.num_hidden_layers = num_layers
-
-
 def _find_labelled(rows: Dataset, among: Sequence[str] = DIMENSIONS) -> list[str]:
     """Return the dimensions, or the `among` others, that two rows or more are labelled with, which a CCC needs."""
     there = [name for name in among if name in rows.column_names]
@@ -326,10 +287,10 @@ def _load_labelled(data: str, split: str, held_out: str | None, among: Sequence[
     labelled = _find_labelled(rows, among)
     if not labelled:
         has_emotions = _find_labelled(rows, ["emotion"])
-        remedy = "teach its emotions (--targets emotions), or write pseudo-labels with `relllm annotate`"
+        remedy = "teach its emotions (--targets emotions), or " if has_emotions else ""
         raise ValueError(
             f"The split {split!r} has fewer than two rows with {' or '.join(among)}. Choose a corpus with such "
-            f"labels, or {remedy if has_emotions else 'write pseudo-labels with `relllm annotate`'}."
+            f"labels, or {remedy}write pseudo-labels with `relllm annotate`."
         )
     if silent := [name for name in among if name not in labelled]:
         names = ", ".join(silent)
@@ -337,7 +298,6 @@ def _load_labelled(data: str, split: str, held_out: str | None, among: Sequence[
     columns = [rows[name] for name in labelled]
     kept = [index for index, values in enumerate(zip(*columns, strict=True)) if any(v is not None for v in values)]
     if len(kept) < len(rows):
-        what = (len(rows) - len(kept), len(rows), split, " or ".join(labelled))
-        logger.warning("%d of %d rows of %r have no %s: left out.", *what)
-        rows = rows.select(kept)
-    return rows
+        what = " or ".join(labelled)
+        logger.warning("%d of %d rows of %r have no %s: left out.", len(rows) - len(kept), len(rows), split, what)
+    return rows.select(kept)

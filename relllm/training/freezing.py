@@ -3,14 +3,12 @@
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer
 
 from relllm.modeling.lora_relllm import has_adapters, is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
@@ -22,8 +20,7 @@ HEADS = ("emotion_head", "dimension_head")
 RATES = {"multi_modal_projector": "projector_learning_rate", **dict.fromkeys(HEADS, "heads_learning_rate")}
 
 
-@dataclass
-class TrainableRow:
+class TrainableRow(NamedTuple):
     """A line of the table."""
 
     module: str  # a part of `ReLLMModel`; the LoRA is a part of its own, `"lora"`
@@ -33,14 +30,8 @@ class TrainableRow:
 
 
 def keep_unpacked(model: nn.Module) -> None:
-    """Hold 4-bit layers to the layout that has gradients, in place.
-
-    bitsandbytes packs them anew for a CPU at the first pass in eval mode, an evaluation between two steps for one, and
-    nothing behind a packed layer gets a gradient from then on.
-    """
-    for layer in model.modules():
-        if not getattr(layer, "support_avx512bf16_for_cpu", False):
-            continue
+    """Hold 4-bit layers to the layout that has gradients, in place: in eval mode bitsandbytes packs them for a CPU."""
+    for layer in (layer for layer in model.modules() if getattr(layer, "support_avx512bf16_for_cpu", False)):
         layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         weight: Any = layer.weight
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
@@ -52,10 +43,8 @@ def keep_unpacked(model: nn.Module) -> None:
 def prepare_trainable(
     model: ReLLMForConditionalGeneration, unfreeze: Iterable[str] = (), unused: Collection[str] = ()
 ) -> None:
-    """Freeze what the paper freezes, unfreeze what is asked for, and hold what trains in float32, in place.
-
-    Heads that no loss reaches (`unused`, of `HEADS`) are frozen too: DDP waits for the gradient of everything that
-    trains. `unfreeze` takes `"audio_tower"`, `"emotion_tower"` and `"text_model"`.
+    """Freeze what the paper freezes and the heads that no loss reaches (`unused`), whose gradient DDP would wait for;
+    unfreeze what is asked for, and hold what trains in float32, in place.
     """
     if has_adapters(model):
         raise ValueError(
@@ -89,24 +78,16 @@ def lora_counts_as_adapter(model: ReLLMForConditionalGeneration) -> Iterator[Non
 
 def trainable_table(model: nn.Module) -> list[TrainableRow]:
     """Return what trains and what is frozen now, part by part; the model may be wrapped for several processes."""
-    parts: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        parts.setdefault(_part_of(name), []).append(parameter)
-    return [
-        TrainableRow(
-            part,
-            sum(map(_size, parameters)),
-            sum(_size(parameter) for parameter in parameters if parameter.requires_grad),
-            ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})),
-        )
-        for part, parameters in parts.items()
-    ]
-
-
-def learning_rate_of(args: ReLLMSettings, part: str) -> float:
-    """Return the peak learning rate of a part of the model, named as in the table."""
-    own = getattr(args, RATES[part]) if part in RATES else None
-    return args.learning_rate if own is None else own
+    parts: dict[str, list[tuple[int, bool, str]]] = {}
+    for name, weight in model.named_parameters():
+        size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 leaves an empty tensor and this
+        parts.setdefault(_part_of(name), []).append((size, weight.requires_grad, str(weight.dtype)[len("torch.") :]))
+    rows = []
+    for part, weights in parts.items():
+        trainable = sum(size for size, trains, _ in weights if trains)
+        dtypes = ", ".join(sorted({dtype for *_, dtype in weights}))
+        rows.append(TrainableRow(part, sum(size for size, *_ in weights), trainable, dtypes))
+    return rows
 
 
 def _part_of(name: str) -> str:
@@ -114,27 +95,20 @@ def _part_of(name: str) -> str:
     return "lora" if is_lora_parameter(name) else match[1] if match else name
 
 
-def _size(parameter: nn.Parameter) -> int:
-    size: int = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO 3 leaves an empty tensor and this
-    return size
-
-
 def draw_table(rows: Iterable[TrainableRow], args: ReLLMSettings) -> Table:
     """Return the table as it is printed."""
     columns = ("module", "parameters", "trainable", "learning rate", "dtype")
     table = Table(*columns, title="What trains", title_justify="left")
     for row in rows:
-        trains = (f"{row.trainable:,}", f"{learning_rate_of(args, row.module):g}") if row.trainable else ("-", "-")
+        own = getattr(args, RATES[row.module]) if row.module in RATES else None
+        rate = args.learning_rate if own is None else own
+        trains = (f"{row.trainable:,}", f"{rate:g}") if row.trainable else ("-", "-")
         table.add_row(row.module, f"{row.parameters:,}", *trains, row.dtype)
     return table
 
 
 class LearningRatesMixin(Trainer):
-    """For a trainer whose projector and heads may have learning rates of their own; `args` are a [`ReLLMSettings`].
-
-    Each of Transformers' groups (with weight decay, and without) is divided: first what trains at `learning_rate`, if
-    anything does, then a group for each setting. The log's `learning_rate` is that of the first group of all.
-    """
+    """For a trainer whose projector and heads may have learning rates of their own, in groups beside Transformers'."""
 
     _own_rates: dict[str, float] = {}  # by setting, of the last update
 
@@ -143,12 +117,19 @@ class LearningRatesMixin(Trainer):
         optimizer = super().create_optimizer(model)
         wanted = {setting for setting in RATES.values() if getattr(self.args, setting) is not None}
         if wanted and not any("rate_of" in group for group in optimizer.param_groups):
-            settings = {
-                parameter: RATES[part]
-                for name, parameter in (self.model if model is None else model).named_parameters()
-                if (part := _part_of(name)) in RATES and RATES[part] in wanted
-            }
-            groups = [part for group in optimizer.param_groups for part in self._divide(group, settings)]
+            named = (self.model if model is None else model).named_parameters()
+            settings = {parameter: RATES.get(_part_of(name)) for name, parameter in named}
+            groups = []
+            for group in optimizer.param_groups:
+                shares: dict[str | None, list[nn.Parameter]] = {None: []}
+                for parameter in group["params"]:
+                    own = settings.get(parameter)
+                    shares.setdefault(own if own in wanted else None, []).append(parameter)
+                if not shares[None] and len(shares) > 1:
+                    del shares[None]
+                for setting, parameters in shares.items():
+                    rate = {} if setting is None else {"lr": getattr(self.args, setting), "rate_of": setting}
+                    groups.append({**group, "params": parameters, **rate})
             if wanted - {group.get("rate_of") for group in groups}:
                 raise ValueError(
                     f"{', '.join(sorted(wanted))}: this optimizer ({type(optimizer).__name__}) divides the weights "
@@ -156,16 +137,6 @@ class LearningRatesMixin(Trainer):
                 )
             optimizer.param_groups[:] = groups
         return optimizer
-
-    def _divide(self, group: dict[str, Any], settings: dict[nn.Parameter, str]) -> Iterator[dict[str, Any]]:
-        """Yield the groups that one becomes; `settings` are those of the weights with a rate of their own."""
-        shares: dict[str | None, list[nn.Parameter]] = {}
-        for parameter in group["params"]:
-            shares.setdefault(settings.get(parameter), []).append(parameter)
-        if None in shares or not shares:
-            yield {**group, "params": shares.pop(None, [])}
-        for setting, parameters in shares.items():
-            yield {**group, "params": parameters, "lr": getattr(self.args, str(setting)), "rate_of": setting}
 
     def _get_learning_rate(self) -> float:
         groups = self.optimizer.param_groups
@@ -177,15 +148,3 @@ class LearningRatesMixin(Trainer):
         if "learning_rate" in logs:
             logs |= self._own_rates
         super().log(logs, start_time)
-
-
-class TrainableTableCallback(TrainerCallback):
-    """Prints the table once, at the start of a run, on the main process; `disable_tqdm=True` silences it."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, *_: object, model: nn.Module, **kwargs: object
-    ) -> None:
-        assert isinstance(args, ReLLMSettings)
-        if state.is_world_process_zero and not args.disable_tqdm:
-            beside_the_bar = Console(stderr=True, markup=False)
-            beside_the_bar.print(draw_table(trainable_table(model), args))

@@ -17,10 +17,7 @@ CHARACTERS_PER_TOKEN = 4.0  # of English under the tokenizers of current LLMs
 
 
 class GroupByLengthMixin(Trainer):
-    """For `train_sampling_strategy: group_by_length` without a column of lengths, before other trainers in the bases.
-
-    The rows of an evaluation keep their order: Transformers groups these too.
-    """
+    """For `group_by_length` without a column of lengths; evaluations, which Transformers groups, keep their order."""
 
     def measure_rows(self, rows: Dataset) -> list[int]:
         """Return the length of each row, in any unit; its audio is left undecoded."""
@@ -48,7 +45,13 @@ def row_lengths(dataset: Dataset, extractor: ReLLMFeatureExtractor) -> list[int]
 
 def row_length(row: Mapping, extractor: ReLLMFeatureExtractor) -> int:
     """Return about how many positions a row takes; a clip whose header cannot be read (or a URL) is a `ValueError`."""
-    texts, clips = _texts_and_clips(row)
+    texts, clips = [row.get("response") or ""], [row.get("audio")]
+    if row.get("messages") is not None:
+        contents = [message["content"] for message in place_clips(row)]
+        parts = [part for content in contents if not isinstance(content, str) for part in content]
+        texts = [content for content in contents if isinstance(content, str)]
+        texts += [part.get("text") or "" for part in parts if part["type"] == "text"]
+        clips = [part for part in parts if part["type"] == "audio"]
     try:
         durations_s = [clip_duration(clip, extractor.sampling_rate) for clip in clips]
     except (OSError, RuntimeError, TypeError) as error:  # soundfile's errors are RuntimeErrors
@@ -61,28 +64,14 @@ def row_length(row: Mapping, extractor: ReLLMFeatureExtractor) -> int:
 
 
 def check_clip_limits(splits: Iterable[object], shortest_s: float, longest_s: float) -> None:
-    """Raise a `ValueError` for clips that a model does not take, by the column `duration_s` of `relllm prepare`.
-
-    Streams, and rows without the column, are passed over.
-    """
+    """Raise a `ValueError` for clips that a model does not take, by the column `duration_s` where it is known."""
     for rows in splits:
         if not isinstance(rows, Dataset) or "duration_s" not in rows.column_names:
             continue
         times = [time if isinstance(time, float | int) else shortest_s for time in rows["duration_s"]]
-        beyond = [place for place, time in enumerate(times) if time < shortest_s or time > longest_s]
-        if beyond:
+        if beyond := [place for place, time in enumerate(times) if not shortest_s <= time <= longest_s]:
             first = ", ".join(str(rows[place].get("id", place)) for place in beyond[:3])
             raise ValueError(
                 f"{len(beyond)} clips do not last {shortest_s:g} to {longest_s:g} s, which the model takes (rows "
                 f"{first}, …). Leave them out or cut them; max_duration_s sets the longest."
             )
-
-
-def _texts_and_clips(row: Mapping) -> tuple[list[str], list[object]]:
-    if row.get("messages") is None:
-        return [row.get("response") or ""], [row.get("audio")]
-    contents = [message["content"] for message in place_clips(row)]
-    texts = [content for content in contents if isinstance(content, str)]
-    parts = [part for content in contents if not isinstance(content, str) for part in content]
-    texts += [part.get("text") or "" for part in parts if part["type"] == "text"]
-    return texts, [part for part in parts if part["type"] == "audio"]

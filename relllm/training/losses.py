@@ -24,8 +24,7 @@ def emotion_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = 
 def soft_emotion_loss(logits: Tensor, votes: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Return the cross-entropy of the emotion against what raters said, summed over clips.
 
-    Both are `(clips, classes)`; `votes` are shares that sum to 1, or 0 where nobody voted. With one vote a clip it is
-    [`emotion_loss`].
+    Both are `(clips, classes)`; `votes` are shares that sum to 1, or 0 where nobody voted.
     """
     weights = 1.0 if class_weights is None else class_weights.to(logits.device, torch.float32)
     return -(weights * votes * functional.log_softmax(logits.float(), dim=-1)).sum()
@@ -41,12 +40,10 @@ def dimension_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def ccc_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Return 1 - concordance correlation (Lin, 1989; population variances), averaged over the dimensions, from 0
-    (equal) to 2.
+    """Return 1 - concordance correlation (Lin, 1989; population variances), averaged over the dimensions, in [0, 2].
 
     Both are `(clips, 3)`; targets are NaN where unlabelled, and a dimension with fewer than two labelled clips counts
-    for nothing. A concordance is of one batch as a whole and no sum over clips: with small micro-batches prefer
-    [`dimension_loss`].
+    for nothing. A concordance is of one batch as a whole: with small micro-batches prefer [`dimension_loss`].
     """
     losses = []
     for x, y in zip(predicted.float().unbind(1), target.float().unbind(1), strict=True):
@@ -61,10 +58,9 @@ def ccc_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def response_kl(speech: Tensor, text: Tensor, temperature: float) -> Tensor:
-    """Return KL(text ‖ speech), in nats, summed over positions: the LLM is to say after hearing what it says after
-    reading (BLSP-Emo). As there, no factor of temperature squared; no gradient to the text's branch.
+    """Return KL(text ‖ speech) (BLSP-Emo) in nats, summed over positions; no gradient to the text's branch.
 
-    Both are logits, `(positions, vocabulary)`, which the temperature divides.
+    Both are logits, `(positions, vocabulary)`, which the temperature divides; no factor of its square, as there.
     """
     log_speech = functional.log_softmax(speech.float() / temperature, dim=-1)
     text = functional.softmax(text.float().detach() / temperature, dim=-1)

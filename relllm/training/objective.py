@@ -66,13 +66,11 @@ class Objective:
     def terms(
         self, output: ModelOutput, batch: Mapping[str, Tensor], local_counts: Tensor, num_items: Tensor
     ) -> Iterator[Term]:
-        """Yield each loss that is on and that this micro-batch has the inputs of.
+        """Yield each loss that is on and that this micro-batch, with the `TARGETS`, has the inputs of.
 
-        `batch` has the `TARGETS`. Both counts are `(3,)`, as of [`~Objective.count`]: of this micro-batch, and of all
-        that the sums are to be divided by.
+        Both counts are as of [`~Objective.count`]: of this micro-batch, and of all that the sums are divided by.
         """
-        items = dict(zip(self.weights, num_items.unbind(), strict=True))
-        local = dict(zip(self.weights, local_counts.unbind(), strict=True))
+        items, local = (dict(zip(self.weights, one.unbind(), strict=True)) for one in (num_items, local_counts))
         sums: dict[str, Tensor] = {}
         if "emotion_labels" in batch and output.emotion_logits is not None:
             if "emotion_loss" in self.active:
@@ -95,14 +93,11 @@ class Objective:
 
     def _class_weight(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the weight of each clip: 1, or that of its class, or of its votes' classes; 0 where unlabelled."""
-        labels = batch["emotion_labels"]
+        labels, weights = batch["emotion_labels"], self.class_weights
         if "emotion_votes" in batch:
-            votes = batch["emotion_votes"]
-            return votes if self.class_weights is None else votes * self.class_weights.to(votes.device)
+            return batch["emotion_votes"] * (1.0 if weights is None else weights.to(labels.device))
         labelled = (labels != IGNORE_INDEX).float()
-        if self.class_weights is None:
-            return labelled
-        return labelled * self.class_weights.to(labels.device)[labels.clamp(min=0)]
+        return labelled if weights is None else labelled * weights.to(labels.device)[labels.clamp(min=0)]
 
 
 def class_weights(given: Sequence[str | float], classes: Sequence[str], emotions: Mapping[str, int] | None) -> list:
@@ -118,10 +113,7 @@ def class_weights(given: Sequence[str | float], classes: Sequence[str], emotions
 
 
 class RunningMeans:
-    """Sums and counts by name, for training and evaluation apart; reduced over the processes only when read.
-
-    `names` are all that may come: every process reduces the same ones.
-    """
+    """Sums and counts by name, all of which every process has, for training and evaluation apart."""
 
     def __init__(self, names: list[str], device: torch.device) -> None:
         self.names = names

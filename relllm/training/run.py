@@ -33,10 +33,10 @@ from .config import (
 from .lengths import check_clip_limits
 from .objective import class_weights
 from .settings import SettingsParser, check_metric, check_tokens, check_trainer
-from .tower_cache import check_cache_dir
 from .trainer import ReLLMSFTTrainer, ReLLMTrainerMixin
 
 Rows: TypeAlias = Dataset | IterableDataset
+RowsByName: TypeAlias = dict[str, Rows]  # by the short name of a data set; `""` where there is one
 PLACES = ("model_name_or_path", "audio_tower", "emotion_tower", "text_model")
 MODEL_SETTINGS = (
     *PLACES,
@@ -60,8 +60,7 @@ def parse_arguments(
     arguments: Sequence[str], kind: type[ReLLMSettings] = ReLLMSFTConfig
 ) -> tuple[ReLLMScriptArguments, Any]:
     """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does, the second of a `kind`."""
-    parser = SettingsParser((ReLLMScriptArguments, kind), command="relllm train")
-    script, args = parser.parse_settings(arguments)
+    script, args = SettingsParser.of("relllm train", ReLLMScriptArguments, kind)(arguments)
     return script, args
 
 
@@ -75,42 +74,35 @@ def run_training(
     """Build, train by a `kind` of trainer, evaluate and save, as the settings say; model and processor are in
     `args.output_dir`. Of the settings, `own` decide the result beside Transformers', and so do `facts`.
 
-    What that folder holds of this run is gone on from; of another run it is a `ValueError`, and of this one, complete,
-    a [`~relllm.training.checkpoints.RunComplete`].
+    What that folder holds is as of [`~relllm.training.checkpoints.begin_run`].
     """
     check_places(script)
     check_trainer(args)
-    names = [] if script.eval_data else _set_names(script)
-    check_metric(args, evaluation_metrics(args, dict.fromkeys(names or [""], FULLY_LABELLED)))
-    selection = check_selection(script, args)
+    names = [""] if script.eval_data else _set_names(script)
+    check_metric(args, evaluation_metrics(args, dict.fromkeys(names, FULLY_LABELLED)))
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows, parts = load_rows(script, args, streaming=script.streaming)
-        for rows in (*parts.values(), *(eval_rows.values() if isinstance(eval_rows, dict) else [eval_rows])):
+        for rows in (*parts.values(), *eval_rows.values()):
             kind.check_rows(rows, args)
         _survey(script, args, train_rows, eval_rows, parts)
-        identity = training_record(script, args, own) | selection | dict(facts)
+        identity = training_record(script, args, own) | check_selection(script, args) | dict(facts)
         identity |= describe_origin(script, train_rows, eval_rows, starting_points(script), script.revision)
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     callbacks = _callbacks(script, args)
     set_seed(args.seed)  # what is drawn for the projector, the heads and the LoRA
     model, processor = build_model(script)
-    trainer = kind(
-        model=model,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=processor,
-        callbacks=callbacks,
-    )
+    to_evaluate = eval_rows.get("", eval_rows) or None
+    data = {"train_dataset": train_rows, "eval_dataset": to_evaluate, "processing_class": processor}
+    trainer = kind(model=model, args=args, **data, callbacks=callbacks)
     complete_run(trainer, identity, checkpoint)
     return trainer
 
 
 def _survey(
-    script: ReLLMScriptArguments, args: ReLLMSettings, train_rows: object, eval_rows: object, parts: dict[str, Rows]
+    script: ReLLMScriptArguments, args: ReLLMSettings, train_rows: Rows, eval_rows: RowsByName, parts: RowsByName
 ) -> None:
     """Print what the rows teach, choose a new model's classes, and check all that before a model is loaded."""
-    surveys = survey_splits(train_rows, eval_rows, parts if len(parts) > 1 else None)
+    surveys = survey_splits(train_rows, eval_rows.get("", eval_rows), parts if len(parts) > 1 else None)
     if surveys and args.process_index == 0 and not args.disable_tqdm:
         Console(stderr=True, markup=False).print(draw_survey(surveys, _tasks(args)))
     if script.model_name_or_path is not None:
@@ -126,15 +118,20 @@ def _survey(
     if args.augments:
         Augmentation(args, seed=args.seed)  # whether its recordings and codecs are there
     if args.tower_cache_dir is not None:
-        check_cache_dir(args.tower_cache_dir)
+        folder = Path(args.tower_cache_dir).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"tower_cache_dir must be a folder, and {folder} cannot become one: {error}.") from error
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"tower_cache_dir is {folder}, which this user may not write into. Name another folder.")
     check_tokens(args, str(script.model_name_or_path or script.text_model), script.revision)
-    held_back = eval_rows.values() if isinstance(eval_rows, dict) else [eval_rows]
-    check_clip_limits([*parts.values(), *held_back], *check_model(script, args.unfreeze))
+    check_clip_limits([*parts.values(), *eval_rows.values()], *check_model(script, args.unfreeze))
 
 
 def _tasks(args: ReLLMSettings) -> list[str]:
     """Name what clips are taught as, where that is set."""
-    return list(args.task_shares) if isinstance(args, ReLLMSFTConfig) and args.tasks is not None else []
+    return list(args.task_shares) if getattr(args, "tasks", None) is not None else []
 
 
 def evaluation_metrics(args: ReLLMSettings, surveys: Mapping[str, RowSurvey]) -> list[str]:
@@ -174,33 +171,30 @@ def training_record(
         place = record.get(name)
         if isinstance(place, str) and (os.path.isabs(place) or os.path.exists(place)):
             record[name] = "a local folder"
-    return {name: _plain(value) for name, value in record.items() if value not in (None, [])}
-
-
-def _plain(value: object) -> object:
-    return value if type(value) in (bool, int, float, str, list, dict) else str(getattr(value, "value", value))
+    plain = (bool, int, float, str, list, dict)
+    return {
+        name: value if type(value) in plain else str(getattr(value, "value", value))
+        for name, value in record.items()
+        if value not in (None, [])
+    }
 
 
 def _set_names(script: SplitSettings) -> list[str]:
-    """Return the short names of the data sets where there are several."""
-    return name_sources(script.sources) if len(script.sources) > 1 else []
+    """Return the short names of the data sets where there are several; of one it is empty."""
+    return name_sources(script.sources) if len(script.sources) > 1 else [""]
 
 
 def load_rows(
     script: SplitSettings, args: TrainingArguments, *, streaming: bool = False
-) -> tuple[Rows, Rows | dict[str, Rows] | None, dict[str, Rows]]:
-    """Return the rows to train on, those to evaluate on (by data set where there are several), and the parts of the
-    first.
-    """
+) -> tuple[Rows, RowsByName, RowsByName]:
+    """Return the rows to train on, those to evaluate on, and the parts of the first."""
     if streaming and args.max_steps <= 0:
         raise ValueError("streaming=True needs max_steps: the number of rows is not known beforehand.")
     if script.eval_split is None and args.eval_strategy != "no":
         raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_split (or eval_data as well).")
-    sources = script.sources
-    names = _set_names(script) or ["data"]
-    parts: dict[str, Rows] = {}
-    held_back: dict[str, Rows] = {}
-    for name, source in zip(names, sources, strict=True):
+    parts: RowsByName = {}
+    held_back: RowsByName = {}
+    for name, source in zip(_set_names(script), script.sources, strict=True):
         own = script.held_out if source.held_out is None else source.held_out
         taught = script.train_split if source.train_split is None else source.train_split
         parts[name] = load_corpus(source.name, taught or "all", held_out=own, streaming=streaming)
@@ -209,12 +203,11 @@ def load_rows(
         split = script.eval_split if source.eval_split is None else source.eval_split
         if split and not script.eval_data:
             held_back[name] = load_corpus(source.name, split, held_out=own)
-    train_rows = parts[names[0]]
-    if len(parts) > 1:
-        train_rows = mix_rows(parts, [source.weight for source in sources], seed=args.seed)
     if script.eval_data and script.eval_split:
-        return train_rows, load_corpus(script.eval_data, script.eval_split), parts
-    return train_rows, (held_back if len(parts) > 1 else held_back.get(names[0])) or None, parts
+        held_back[""] = load_corpus(script.eval_data, script.eval_split)
+    if len(parts) == 1:
+        return parts[""], held_back, parts
+    return mix_rows(parts, [source.weight for source in script.sources], seed=args.seed), held_back, parts
 
 
 def _callbacks(script: ReLLMScriptArguments, args: ReLLMSettings) -> list[TrainerCallback]:

@@ -1,12 +1,10 @@
-"""Settings of a run from a YAML file and flags, by TRL's parser; and what of Transformers' settings is checked before
-anything is loaded.
-"""
+"""Settings of a run from a YAML file and flags, by TRL's parser, and what is checked before anything is loaded."""
 
 import copy
 import difflib
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -15,18 +13,19 @@ import yaml
 from transformers import AutoTokenizer, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, TrlParser
 
-from relllm.setting import read_recipe
+from relllm.setting import check_limits, read_recipe
 
 from .config import AUTO, CHECKPOINTING, ReLLMSFTConfig
 
 LOSS_TYPES = ("nll", "dft")  # TRL's
-AT_LEAST = {  # what Transformers takes for something else below, or finds out once the model is loaded
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("save_total_limit", "eval_accumulation_steps"), 1),
-    **dict.fromkeys(("dataloader_num_workers", "learning_rate", "weight_decay", "warmup_steps", "adam_epsilon"), 0),
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+NOT_NEGATIVE = ("dataloader_num_workers", "learning_rate", "weight_decay", "warmup_steps", "adam_epsilon")
+LIMITS = {  # outside, Transformers takes it for something else, or finds out once the model is loaded
+    **dict.fromkeys((*COUNTS, "save_total_limit", "eval_accumulation_steps"), "[1, inf)"),
+    **dict.fromkeys(NOT_NEGATIVE, "[0, inf)"),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), "[0, 1)"),
 }
 
 
@@ -40,11 +39,13 @@ class SettingsParser(TrlParser):
             if named and ReLLMSFTConfig in dataclass_types and action.nargs != 0:
                 action.type = _or_auto(action.type)
 
-    def parse_settings(self, arguments: Sequence[str]) -> tuple[Any, ...]:
-        """Read one instance of each dataclass from flags, and `--config file.yaml`, whose lines are their defaults.
+    @classmethod
+    def of(cls, command: str, *kinds: type) -> Callable[[Sequence[str]], tuple[Any, ...]]:
+        """Return what reads the settings of a command: an instance of each of these dataclasses."""
+        return lambda arguments: cls(kinds, command=command).parse_settings(arguments)
 
-        It exits with 2 and a message on a setting that is unknown or wrong.
-        """
+    def parse_settings(self, arguments: Sequence[str]) -> tuple[Any, ...]:
+        """Read one instance of each dataclass from flags over the lines of `--config FILE`; exit with 2 on error."""
         # TRL knows `--config file` and not `--config=file`; `--out` is short for `--output_dir`, as in other commands.
         apart = (text.split("=", 1) if text.startswith(("--config=", "--out=")) else [text] for text in arguments)
         split = ["--output_dir" if part == "--out" else part for parts in apart for part in parts]
@@ -62,10 +63,7 @@ class SettingsParser(TrlParser):
             self.error(str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown"))
 
     def take_recipe(self, recipe: Mapping[str, Any]) -> None:
-        """Take the lines of a recipe as defaults, each of the kind that its setting has: argparse converts text alone.
-
-        As in TRL's, `env` is a mapping of environment variables to set.
-        """
+        """Take the lines of a recipe as defaults, each of its setting's kind; `env` are environment variables."""
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         for name, value in recipe.items():
             kinds = {dict} if name == "env" else _kinds(hints.get(name, Any))
@@ -88,24 +86,15 @@ class SettingsParser(TrlParser):
 
 
 def check_metric(args: TrainingArguments, metrics: Sequence[str]) -> None:
-    """Raise a `ValueError` for a `metric_for_best_model` that no evaluation has: these have `metrics`, as named
-    without `eval_`.
-    """
+    """Raise a `ValueError` for a `metric_for_best_model` that is not of an evaluation's, named without `eval_`."""
     metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
     if args.eval_strategy != "no" and metric not in metrics:
         raise ValueError(f"metric_for_best_model: no evaluation of this run has {metric!r}, but {', '.join(metrics)}.")
 
 
 def check_trainer(args: TrainingArguments) -> None:
-    """Raise a `ValueError` (or `ImportError`) for what Transformers and TRL would refuse once the model is loaded, or
-    later, or pass over.
-    """
-    for name, least in AT_LEAST.items():
-        if (value := getattr(args, name)) is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {getattr(args, name)}.")
+    """Raise what Transformers and TRL would raise once the model is loaded or later, or would pass over."""
+    check_limits(args, LIMITS)
     if args.save_strategy == "steps" and args.save_steps <= 0:
         raise ValueError(f"save_steps is {args.save_steps}: nothing would be saved. save_strategy: no says so.")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
@@ -116,9 +105,11 @@ def check_trainer(args: TrainingArguments) -> None:
     if not args.optim_target_modules:  # with which an optimizer asks for the model
         _check_optimizer(args)
     if isinstance(args, SFTConfig):
-        _check_sft(args)
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        raise ImportError("use_liger_kernel needs liger-kernel. Install it with `pip install liger-kernel`.")
+        if args.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {args.loss_type!r}.")
+        path = args.chat_template_path
+        if path is not None and not (path.endswith((".jinja", ".j2")) and os.path.isfile(path)):
+            raise ValueError(f"chat_template_path must be a file that ends in .jinja or .j2, got {path!r}.")
     if args.torch_compile:
         try:  # what is not called is not compiled
             torch.compile(torch.nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
@@ -149,14 +140,6 @@ def check_tokens(args: TrainingArguments, place: str, revision: str = "main") ->
     for name, token in given.items():
         if token not in known:
             raise ValueError(f"{name} is {token!r}, which is no token of {place}. Leave it out, or name one.")
-
-
-def _check_sft(args: SFTConfig) -> None:
-    if args.loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {args.loss_type!r}.")
-    path = args.chat_template_path
-    if path is not None and not (path.endswith((".jinja", ".j2")) and os.path.isfile(path)):
-        raise ValueError(f"chat_template_path must be a file that ends in .jinja or .j2, got {path!r}.")
 
 
 def _check_optimizer(args: TrainingArguments) -> None:

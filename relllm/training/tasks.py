@@ -1,26 +1,24 @@
 """Tasks: what a clip is taught as. In training each row is one task an epoch, drawn by the weights among those that it
 can feed; an evaluation goes through every row as every task.
 
-A draw follows from the seed, the epoch and the row's id (without one: its words), so it is the same in every process,
-in every worker, and in a run that was killed and goes on. From epoch to epoch a row's number moves by the golden
-ratio, which spreads the tasks over a row's epochs as the weights say.
+A draw follows from the seed, the epoch and the row's id (without one: its words) alone. From epoch to epoch a row's
+number moves by the golden ratio, which spreads the tasks over a row's epochs as the weights say.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from transformers import Trainer
 from transformers.utils import ModelOutput
 
 from relllm.data.survey import fed_tasks
 
-from .augmentation import SharedEpoch, count_epochs
+from .augmentation import SharedEpoch
 from .losses import IGNORE_INDEX
 from .objective import RunningMeans
 
@@ -33,10 +31,8 @@ class TaskMix(SharedEpoch):
 
     def __init__(self, weights: Mapping[str, float], *, seed: int, draws_options: bool = False) -> None:
         super().__init__()
-        self.weights = dict(weights)
-        self.names = tuple(weights)
-        self.seed = seed
-        self.draws_options = draws_options
+        self.weights, self.names = dict(weights), tuple(weights)
+        self.seed, self.draws_options = seed, draws_options
 
     def draw(self, row: Mapping) -> str:
         """Return the task that a row is taught as in this epoch."""
@@ -45,12 +41,9 @@ class TaskMix(SharedEpoch):
             present = sorted(name for name, value in row.items() if value is not None)
             names = ", ".join(self.names)
             raise ValueError(f"Row {row.get('id')!r} has nothing for any of the tasks {names}; it has {present}.")
-        place = (self._uniform(row, "task") + self.epoch * _GOLDEN) % 1 * sum(self.weights[name] for name in able)
-        for name in able:
-            place -= self.weights[name]
-            if place < 0:
-                return name
-        return able[-1]
+        place = (self._uniform(row, "task") + self.epoch * _GOLDEN) % 1
+        bounds = np.cumsum([self.weights[name] for name in able])
+        return able[min(int(np.searchsorted(bounds, place * bounds[-1], side="right")), len(able) - 1)]
 
     def longest(self, row: Mapping) -> str:
         """Return the task whose conversation is likely the longest of those that a row can feed."""
@@ -88,35 +81,13 @@ class TaskRows(TorchDataset):
         return {**self.rows[place], GIVEN_TASK: (task, again)}
 
 
-class TaskMixin(Trainer):
-    """For a trainer whose collator is a dataclass with a field `mix`."""
-
-    _mix: TaskMix | None = None
-
-    def teach_tasks(self, mix: TaskMix) -> None:
-        """Count the epochs for the mix, and evaluate on every task from now on."""
-        self._mix = mix
-        count_epochs(self, mix)
-
-    def _get_dataloader(self, dataset: Dataset, *args: object, **kwargs: object) -> DataLoader:
-        if self._mix is not None and not kwargs.get("is_training") and isinstance(dataset, Dataset):
-            dataset = TaskRows(dataset, self._mix.names)
-        return super()._get_dataloader(dataset, *args, **kwargs)
-
-
-def task_metrics(mix: TaskMix) -> list[str]:
-    """Return the names of what [`log_tasks`] adds."""
-    return [*(f"{name}_loss" for name in mix.names), "recognition_accuracy"]
-
-
 @torch.no_grad()
 def log_tasks(
     means: RunningMeans, mode: str, mix: TaskMix, output: ModelOutput, labels: Tensor, tasks: Tensor
 ) -> None:
     """Add the cross-entropy of each task, over its tokens, and how many emotions are named right, token by token.
 
-    `output` is of the pass that gave the loss, TRL's fused one or one with logits; `labels` are `(batch, sequence)`,
-    -100 where nothing is learned, and `tasks` `(batch,)`, by the order of the mix's names.
+    `output` is TRL's fused one or one with logits; `tasks` are `(batch,)`, by the order of the mix's names.
     """
     scored = labels[:, 1:] != IGNORE_INDEX
     if (log_probs := output.get("log_probs")) is not None:

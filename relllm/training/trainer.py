@@ -6,16 +6,19 @@ gradients, unlabelled rows included.
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
 from datasets import Dataset, IterableDataset
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from transformers.utils import ModelOutput, logging
 from trl import SFTTrainer
@@ -28,40 +31,39 @@ from relllm.modeling.checkpoint_relllm import find_ends
 from relllm.modeling.configuration_relllm import config_fields
 from relllm.modeling.lora_relllm import compile_layers
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
+from relllm.modeling.outputs_relllm import TowerOutputs
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 from relllm.processing.processing_relllm import ReLLMProcessor
+from relllm.tower_outputs import TowerCache, cache_settings
 
 from .alignment import return_heads
-from .augmentation import Augmentation, AugmentationMixin
+from .augmentation import Augmentation, AugmentationMixin, count_epochs
 from .checkpoints import CheckpointMixin
 from .collator import ReLLMCollator
 from .completions import CompletionsMixin
 from .config import ReLLMSettings, ReLLMSFTConfig
 from .freezing import (
     LearningRatesMixin,
-    TrainableTableCallback,
+    draw_table,
     keep_unpacked,
     lora_counts_as_adapter,
     prepare_trainable,
+    trainable_table,
 )
 from .lengths import row_lengths
 from .losses import IGNORE_INDEX
 from .objective import TARGETS, Objective, RunningMeans, keep_labels
 from .planning.micro_batch import MicroBatchMixin
-from .tasks import TaskMix, TaskMixin, log_tasks, task_metrics
-from .tower_cache import TowerCacheMixin
+from .tasks import TaskMix, TaskRows, log_tasks
 
 logger = logging.get_logger(__name__)
 
 
-class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin, TowerCacheMixin, CheckpointMixin):
+class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin, CheckpointMixin):
     """What trainers of a ReLLM share, before one of TRL's in the bases: what trains, and the losses of its heads.
 
     An evaluation also measures the heads, on the outputs that gave the loss: `eval_ua`, `eval_wa`, `eval_macro_f1`,
     `eval_ccc_arousal`, `eval_ccc_dominance` and `eval_ccc_valence`, where there are labels.
-
-    What else TRL's trainer takes it takes too, but for `peft_config`: the model carries its LoRA, and this does not
-    train an adapter on top of it.
     """
 
     def __init__(
@@ -85,11 +87,10 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for rows in () if "data_collator" in kwargs else (train_dataset, *evaluated):
             self.check_rows(rows, args)
-        weights = args.own_loss_weights
-        check_surveys(surveys, model.config.emotion_labels, weights, list(args.task_shares))
+        check_surveys(surveys, model.config.emotion_labels, args.own_loss_weights, list(args.task_shares))
         keep_unpacked(model)
         self.objective = Objective(args, model, surveys[TRAINING].emotions if TRAINING in surveys else None)
-        self._fed = fed_readings(surveys.get(TRAINING), weights)
+        self._fed = fed_readings(surveys.get(TRAINING), args.own_loss_weights)
         for name in ("instruction", "system_prompt"):  # which whoever loads the model then asks with
             if getattr(args, name) is not None:
                 setattr(processing_class, name, getattr(args, name))
@@ -99,34 +100,34 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
         if "data_collator" not in kwargs:
             kwargs["data_collator"] = self.make_collator(processing_class, model.config.emotion_labels, args)
         with lora_counts_as_adapter(model):
-            super().__init__(
-                model=model,
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                **kwargs,
-            )
+            rows = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+            super().__init__(model=model, args=args, processing_class=processing_class, **rows, **kwargs)
         if getattr(model, "is_quantized", False):  # TRL has put what trains in bfloat16: 2e-5 is lost there
             prepare_trainable(model, args.unfreeze, args.unused_heads)
         return_heads(self.model, self.objective.alignment)
         if self._compiles_layers:
-            options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
-            compile_layers(self.model.base_model.text_model, **options)
-        self.add_callback(TrainableTableCallback)
+            llm = self.model.base_model.text_model
+            compile_layers(llm, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         if args.augments or args.tower_cache_dir is not None:
             if not isinstance(self.data_collator, ReLLMCollator):
                 raise ValueError(
                     f"data_collator is a {type(self.data_collator).__name__}, and only a ReLLMCollator augments clips "
                     "or looks them up in the cache of tower outputs. Leave data_collator out, or these settings."
                 )
-            self._set_up_clips(model, processing_class.feature_extractor)
+            extractor = processing_class.feature_extractor
+            if args.tower_cache_dir is not None:  # which excludes augmentation
+                self._tower_cache = self._open_tower_cache(model, extractor)
+                self.data_collator = dataclasses.replace(self.data_collator, tower_cache=self._tower_cache)
+            else:
+                names = ("sampling_rate", "min_duration_s", "max_duration_s")
+                limits = {name: getattr(extractor, name) for name in names}
+                self.augment(Augmentation(args, seed=args.seed, **limits))
         self.add_callback(_ShortRunCallback)
         self._num_items = torch.zeros(len(self.objective.weights))
-        names = [args.reply_metrics[0], "emotion_accuracy", "tower_cache_hits", *self.objective.active]
-        self._means = RunningMeans(names, self.args.device)
+        measured = [args.reply_metrics[0], "emotion_accuracy", "tower_cache_hits", *self.objective.active]
+        self._means = RunningMeans(measured, self.args.device)
         self._pool: list[tuple[Tensor, list[Tensor]]] | None = None  # of an evaluation over several data sets
-        self._heard: list[Tensor] = []  # of the running evaluation; see `_remember`
+        self._heard: list[Tensor] = []  # of the running evaluation what the heads said, `(clips, 2 + 6)`
 
     @classmethod
     def check_rows(cls, rows: object, args: ReLLMSettings) -> None:
@@ -135,6 +136,20 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
     def make_collator(self, processor: ReLLMProcessor, labels: Sequence[str], args: ReLLMSettings) -> ReLLMCollator:
         """Return what makes batches of rows, where the trainer is given nothing for it."""
         raise NotImplementedError
+
+    def _open_tower_cache(self, model: ReLLMForConditionalGeneration, extractor: ReLLMFeatureExtractor) -> TowerCache:
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "tower_cache_dir is set, and FSDP and ZeRO 3 spread the towers' weights: all processes must run the "
+                "towers together, whatever is cached. Use DDP, or leave tower_cache_dir out."
+            )
+        precision = {"mixed_precision": self.accelerator.mixed_precision, "tf32": self.args.tf32}
+        settings = cache_settings(model.base_model, extractor, deepspeed=self.is_deepspeed_enabled, **precision)
+        cache = TowerCache(Path(self.args.tower_cache_dir).expanduser(), settings)
+        if self.is_world_process_zero() and not self.args.disable_tqdm:
+            free = f"{shutil.disk_usage(cache.folder).free / 1e9:.3g} GB are free there"
+            Console(stderr=True, markup=False).print(f"Tower outputs are kept in {cache.folder}: {free}.")
+        return cache
 
     @property
     def _compiles_layers(self) -> bool:
@@ -147,23 +162,14 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
         if self._compiles_layers:
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
-    def _set_up_clips(self, model: ReLLMForConditionalGeneration, extractor: ReLLMFeatureExtractor) -> None:
-        """Have the collator augment clips, or look their tower outputs up; the settings allow one of the two."""
-        if self.args.tower_cache_dir is not None:
-            cache = self.open_tower_cache(model, extractor)
-            self.data_collator = dataclasses.replace(self.data_collator, tower_cache=cache)
-            return
-        limits = {name: getattr(extractor, name) for name in ("sampling_rate", "min_duration_s", "max_duration_s")}
-        self.augment(Augmentation(self.args, seed=self.args.seed, **limits))
-
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as in Transformers, and record in the configuration which readings of the heads were taught.
-
-        Of a checkpoint that does not say what was taught before, it stays unknown.
-        """
+        """Train as in Transformers, and record in the configuration which readings of the heads were taught."""
         config = self.model.config
-        if config.trained_readings is not None or not config.name_or_path:
+        if config.trained_readings is not None or not config.name_or_path:  # else it stays unknown
             config.trained_readings = sorted({*(config.trained_readings or ()), *self._fed})
+        if self.is_world_process_zero() and not self.args.disable_tqdm:
+            beside_the_bar = Console(stderr=True, markup=False)
+            beside_the_bar.print(draw_table(trainable_table(self.model), self.args))
         return super().train(*args, **kwargs)
 
     def get_batch_samples(
@@ -175,18 +181,14 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
         for batch in batches:
             local += self.objective.count(batch).to(local.device)
         self._num_items = self.accelerator.reduce(local, reduction="sum")
-        if self.state.global_step == 0 and isinstance(self.train_dataset, IterableDataset):
-            self._check_first_update()
-        return batches, num_items
-
-    def _check_first_update(self) -> None:
-        """Raise a `ValueError` where a stream, whose rows nobody has counted, feeds a loss with nothing."""
-        for name, count in zip(self.objective.weights, self._num_items.tolist(), strict=True):
-            if name in self.objective.active and not count:
+        if self.state.global_step == 0 and isinstance(self.train_dataset, IterableDataset):  # nobody has counted
+            counts = dict(zip(self.objective.weights, self._num_items.tolist(), strict=True))
+            if unfed := [name for name in self.objective.active if not counts[name]]:
                 raise ValueError(
-                    f"{name} has a weight, and no row of the stream's first update has its labels (or, for the KL, a "
-                    "transcript in `text`). Set the weight to 0, or mend the columns."
+                    f"{unfed[0]} has a weight, and no row of the stream's first update has its labels (or, for the "
+                    "KL, a transcript in `text`). Set the weight to 0, or mend the columns."
                 )
+        return batches, num_items
 
     def take_targets(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Take out of a batch what its heads are to learn; clips that the tower cache has get their outputs."""
@@ -197,24 +199,36 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
             self.put_towers(inputs)
         return targets
 
+    def put_towers(self, inputs: dict) -> None:
+        """Do as [`TowerCache.fill`] in the run's precision."""
+
+        def run_towers(**features: Tensor) -> TowerOutputs:
+            with self.accelerator.autocast():
+                return self.model.base_model.run_towers(**features)
+
+        self._tower_cache.fill(inputs, run_towers)
+
     def add_heads(
         self, loss: Tensor, output: ModelOutput, targets: dict[str, Tensor], counts: Tensor, in_training: bool
     ) -> Tensor:
-        """Return a loss with the others of the objective, on the outputs of the same forward pass.
-
-        `counts` are the objective's of this micro-batch; in training each is divided by those of the whole update.
-        """
+        """Return a loss with the others of the objective, whose `counts` are of this micro-batch, on these outputs."""
         mode = "train" if self.model.training else "eval"
         for term in self.objective.terms(output, targets, counts, self._num_items if in_training else counts):
             self._means.add(mode, term.name, term.total, term.count)
             scale = 1.0
-            if in_training and term.is_share:  # DDP averages gradients over processes, and the counts are over all
-                scale = self.accelerator.num_processes
-            elif in_training:
-                scale = 1 / self.current_gradient_accumulation_steps
+            if in_training:  # DDP averages gradients over processes, and the counts are over all
+                scale = (
+                    self.accelerator.num_processes if term.is_share else 1 / self.current_gradient_accumulation_steps
+                )
             loss = loss + term.weight * scale * term.value
         if "emotion_labels" in targets and output.emotion_logits is not None:
-            self._remember(output, targets, mode)
+            labels, predictions = targets["emotion_labels"], output.emotion_logits.detach().argmax(-1)
+            if "emotion_loss" in self.objective.active:
+                known = labels != IGNORE_INDEX
+                self._means.add(mode, "emotion_accuracy", (labels == predictions).sum(), known.sum())
+            if mode == "eval":
+                heard = [labels[:, None], predictions[:, None], output.dimensions, targets["dimension_labels"]]
+                self._heard.append(torch.cat([one.detach().float() for one in heard], dim=1))
         return loss
 
     def prediction_step(
@@ -261,12 +275,10 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
         if not isinstance(rows, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._pool = []
-        try:
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            self._heard[:] = [clips for _, heard in self._pool for clips in heard]
-            found = self._measure(torch.stack([sums for sums, _ in self._pool]).sum(0))
-        finally:
-            self._pool = None
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        pool, self._pool = self._pool, None
+        self._heard[:] = [clips for _, heard in pool for clips in heard]
+        found = self._measure(torch.stack([sums for sums, _ in pool]).sum(0))
         pooled = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(pooled))
         control = self.control  # type: ignore[has-type]
@@ -289,39 +301,24 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
             logs |= self._means.means(self.accelerator.reduce(self._means.take("train"), reduction="sum"))
         super().log(logs, start_time)
 
-    @torch.no_grad()
-    def _remember(self, output: ModelOutput, targets: dict[str, Tensor], mode: str) -> None:
-        """Count the emotions that are right; in evaluation keep what the heads said, `(clips, 2 + 6)`."""
-        labels, predictions = targets["emotion_labels"], output.emotion_logits.argmax(-1)
-        if "emotion_loss" in self.objective.active:
-            known = labels != IGNORE_INDEX
-            self._means.add(mode, "emotion_accuracy", (labels == predictions).sum(), known.sum())
-        if mode == "eval":
-            classes = torch.stack([labels, predictions], dim=1).float()
-            self._heard.append(torch.cat([classes, output.dimensions.float(), targets["dimension_labels"]], dim=1))
-
     def _heads_metrics(self) -> dict[str, float]:
         """Return UA, WA, macro-F1 and CCC over the clips of the evaluation, of the heads that have a loss."""
         none = torch.full((1, 2 + 2 * len(DIMENSIONS)), float("nan"), device=self.args.device)
         clips = torch.cat([none, *self._heard])  # a process may have heard nothing
         clips = self.accelerator.pad_across_processes(clips, dim=0, pad_index=float("nan"))
         clips = self.accelerator.gather(clips).cpu()
-        clips = clips[~clips[:, 0].isnan()]
-        size = len(DIMENSIONS)
-        labels, predictions, dimensions, targets = clips.split([1, 1, size, size], dim=1)
+        labels, predictions, dimensions, targets = clips[~clips[:, 0].isnan()].split([1, 1, 3, 3], dim=1)
         metrics: dict[str, float] = {}
-        if "emotion_loss" in self.objective.active:
-            known = labels != IGNORE_INDEX
-            if known.any():
-                classes = self.model.config.emotion_labels
-                scores = recognition_metrics(labels[known].int().tolist(), predictions[known].int().tolist(), classes)
-                metrics |= {"ua": scores["ua"], "wa": scores["wa"], "macro_f1": scores["macro_f1"]}
+        if "emotion_loss" in self.objective.active and (known := labels != IGNORE_INDEX).any():
+            classes = self.model.config.emotion_labels
+            scores = recognition_metrics(labels[known].int().tolist(), predictions[known].int().tolist(), classes)
+            metrics |= {"ua": scores["ua"], "wa": scores["wa"], "macro_f1": scores["macro_f1"]}
         if "dimension_loss" in self.objective.active:
             metrics |= concordances(targets.numpy(), dimensions.numpy())
         return metrics
 
 
-class ReLLMSFTTrainer(TaskMixin, MicroBatchMixin, ReLLMTrainerMixin, SFTTrainer):
+class ReLLMSFTTrainer(MicroBatchMixin, ReLLMTrainerMixin, SFTTrainer):
     """Trains the projector, the heads and the LoRA of a [`ReLLMForConditionalGeneration`] to say given replies.
 
     Rows are as [`ReLLMCollator`] takes them; the settings are the paper's by default. See [`ReLLMTrainerMixin`].
@@ -333,10 +330,17 @@ class ReLLMSFTTrainer(TaskMixin, MicroBatchMixin, ReLLMTrainerMixin, SFTTrainer)
         self, model: ReLLMForConditionalGeneration, args: ReLLMSFTConfig | None = None, *rows: Any, **kwargs: Any
     ) -> None:
         super().__init__(model, args if args is not None else ReLLMSFTConfig(), *rows, **kwargs)
-        mix = self.data_collator.mix if "data_collator" not in kwargs else None
-        if mix is not None:
-            self.teach_tasks(mix)
-            self._means = RunningMeans([*self._means.names, *task_metrics(mix)], self.args.device)
+        self._mix: TaskMix | None = self.data_collator.mix if "data_collator" not in kwargs else None
+        if self._mix is not None:
+            count_epochs(self, self._mix)
+            of_tasks = [*(f"{name}_loss" for name in self._mix.names), "recognition_accuracy"]
+            self._means = RunningMeans([*self._means.names, *of_tasks], self.args.device)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        """Do as Transformers, but evaluate on every task."""
+        if self._mix is not None and not kwargs.get("is_training") and isinstance(dataset, Dataset):
+            dataset = TaskRows(dataset, self._mix.names)
+        return super()._get_dataloader(dataset, *args, **kwargs)
 
     def make_collator(self, processor: ReLLMProcessor, labels: Sequence[str], args: ReLLMSettings) -> ReLLMCollator:
         """Return the collator of rows with replies, or of what the settings teach beside them."""
@@ -352,24 +356,6 @@ class ReLLMSFTTrainer(TaskMixin, MicroBatchMixin, ReLLMTrainerMixin, SFTTrainer)
             mix=mix,
             votes=args.emotion_targets == "votes",
         )
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Do as the others, with as many rows at once as fit where the settings leave that open."""
-        self.fit_micro_batch()
-        return super().train(*args, **kwargs)
-
-    @contextmanager
-    def leave_no_trace(self) -> Iterator[None]:
-        """Ask no other process for anything in a `with` block, and count what is computed in it in no log."""
-        gather = self.accelerator.gather_for_metrics
-        tokens: int = self._total_train_tokens  # type: ignore[has-type]
-        self.accelerator.gather_for_metrics = lambda value: value
-        try:
-            yield
-        finally:
-            self.accelerator.gather_for_metrics, self._total_train_tokens = gather, tokens
-            self._metrics["train"].clear()
-            self._means.take("train")
 
     def compute_loss(
         self,
@@ -394,9 +380,14 @@ class ReLLMSFTTrainer(TaskMixin, MicroBatchMixin, ReLLMTrainerMixin, SFTTrainer)
             if self.aux_loss_enabled:  # of a mixture of experts: TRL has added how unevenly its routers chose
                 steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
                 reply = loss - self.router_aux_loss_coef * output.aux_loss / steps
-            self._log_response(reply, inputs["labels"], num_items_in_batch)
+            mode = "train" if self.model.training else "eval"
+            tokens = divisor = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum()
+            if num_items_in_batch is not None:  # TRL's loss is this micro-batch's share of the mean
+                processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+                divisor = torch.as_tensor(num_items_in_batch, device=loss.device) / processes
+            total = torch.where(tokens > 0, reply.detach() * divisor, 0.0)  # label smoothing divides zero by no tokens
+            self._means.add(mode, "response_loss", total, tokens)
             if self._mix is not None:
-                mode = "train" if self.model.training else "eval"
                 log_tasks(self._means, mode, self._mix, output, inputs["labels"], targets["row_tasks"])
             loss = loss * self.args.response_loss_weight
         in_training = self.model.training and num_items_in_batch is not None
@@ -406,16 +397,6 @@ class ReLLMSFTTrainer(TaskMixin, MicroBatchMixin, ReLLMTrainerMixin, SFTTrainer)
     def measure_rows(self, rows: Dataset) -> list[int]:
         """Return about how many positions each row takes in the LLM's sequence."""
         return row_lengths(rows, self.processing_class.feature_extractor)
-
-    def _log_response(self, loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> None:
-        """Log the mean over the reply's tokens; in training TRL's loss is this micro-batch's share of that."""
-        tokens = (labels[..., 1:] != IGNORE_INDEX).sum()
-        divisor = tokens
-        if num_items_in_batch is not None:
-            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            divisor = torch.as_tensor(num_items_in_batch, device=loss.device) / processes
-        total = torch.where(tokens > 0, loss.detach() * divisor, 0.0)  # label smoothing divides zero by no tokens
-        self._means.add("train" if self.model.training else "eval", "response_loss", total, tokens)
 
 
 class Recorder:
@@ -431,11 +412,7 @@ class Recorder:
 
 
 class _ShortRunCallback(TrainerCallback):
-    """Warns of a warm-up that outlasts the run, and ends one over a stream that is too short for one update.
-
-    Transformers would pass through such a stream for ever. One pass without an update may be a resumed run's, which
-    has skipped what it had seen.
-    """
+    """Warns of a warm-up that outlasts the run, and ends one over a stream that is too short for one update."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: object) -> None:
         self.last_step: int | None = None
@@ -447,7 +424,7 @@ class _ShortRunCallback(TrainerCallback):
             )
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if self.last_step == state.global_step and not control.should_training_stop:
+        if self.last_step == state.global_step and not control.should_training_stop:  # two passes without an update
             factors = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
             raise ValueError(
                 f"The training stream holds fewer than the {math.prod(factors)} rows of one update "

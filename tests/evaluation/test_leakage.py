@@ -126,7 +126,7 @@ def test_what_the_first_stage_read_is_read(runs: Path, corpus: Path) -> None:
     held_out = "session=Ses03"
     script = ReLLMScriptArguments(model_name_or_path=str(runs / "Ses01"), data=str(corpus), held_out=held_out)
     train_rows = load_corpus(str(corpus), "train", held_out=held_out)
-    record = describe_seen(script, train_rows, None, {"model_name_or_path": str(runs / "Ses01")}, "main")
+    record = describe_seen(script, train_rows, {}, {"model_name_or_path": str(runs / "Ses01")}, "main")
     seen = find_seen(record, load_corpus(str(corpus), "test", held_out=held_out))
     assert (seen["trained_on"], seen["validated_on"], seen["chosen_by"]) == (0, 2, True)
     assert find_seen(record, load_corpus(str(corpus), "all"))["trained_on"] == 4
@@ -145,7 +145,7 @@ def test_an_llm_that_an_earlier_training_taught_is_not_unseen_when_it_reads(
     given = towers if start == "text_model" else {"model_name_or_path": str(first)}
     held_out = "session=Ses02"
     rows = load_corpus(str(corpus), "test", held_out=held_out)
-    seen = describe_seen(ReLLMScriptArguments(data=str(corpus), **given), rows, None, {start: str(first)}, "main")
+    seen = describe_seen(ReLLMScriptArguments(data=str(corpus), **given), rows, {}, {start: str(first)}, "main")
     (second / "training_settings.json").write_text(json.dumps(record | seen))
     asked = {"tasks": ("ser",), "system": "text-only", "device": "cpu", "held_out": held_out}
     with pytest.raises(ValueError, match="2 of them are among the rows that it was trained on"):
@@ -165,7 +165,7 @@ def test_a_checkpoint_chosen_by_the_test_split_needs_a_flag_and_says_so(tmp_path
         assert check_selection(meant, args) == {"selected_on_test": True}
     (tmp_path / "training_settings.json").write_text('{"selected_on_test": true}')
     start = {"model_name_or_path": str(tmp_path)}
-    assert describe_seen(meant, Dataset.from_list([]), None, start, "main")["selected_on_test"]
+    assert describe_seen(meant, Dataset.from_list([]), {}, start, "main")["selected_on_test"]
 
 
 def test_a_model_without_a_record_is_not_known_and_a_public_tower_is() -> None:

@@ -125,7 +125,7 @@ def test_what_is_trained_on_the_pairs_or_goes_on_from_it_says_what_was_rewarded(
 
     def recorded(method: str, **places: str) -> dict:
         script = SimpleNamespace(method=method, sources=[SimpleNamespace(name=str(whole))])
-        return describe_seen(script, rows, None, places, "main")
+        return describe_seen(script, rows, {}, places, "main")
 
     assert "rewarded" not in recorded("sft") and recorded("dpo")["rewarded"] == weights
     (tmp_path / "training_settings.json").write_text(json.dumps({"rewards": {"EX": 2.0}}))

@@ -74,7 +74,7 @@ def test_the_table_of_what_trains_says_them(tmp_path: Path) -> None:
 def test_a_rate_that_nothing_takes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no head trains"):
         ReLLMSFTConfig(heads_learning_rate=1e-3, emotion_loss_weight=0, dimension_loss_weight=0)
-    with pytest.raises(ValueError, match="projector_learning_rate must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="projector_learning_rate must be at least 0, got -1"):
         ReLLMSFTConfig(projector_learning_rate=-1)
     trainer = make_trainer(make_rows(tmp_path), tmp_path / "a", tiny_processor(), **RATES)
     trainer.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)  # as in `optimizers=`

@@ -344,7 +344,7 @@ def test_loss_falls_when_the_trainer_runs_for_a_while(tmp_path, processor):
     [
         ({"packing": True}, "packing=True"),
         ({"max_length": 100}, "max_length=100"),
-        ({"emotion_loss_weight": -1.0}, "emotion_loss_weight must be >= 0"),
+        ({"emotion_loss_weight": -1.0}, "emotion_loss_weight must be at least 0"),
         ({"unfreeze": ["whisper"]}, "unfreeze has"),
         ({"dimension_loss": "mae"}, "dimension_loss must be"),
     ],

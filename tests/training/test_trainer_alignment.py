@@ -385,7 +385,7 @@ def test_an_llm_with_a_head_unlike_all_others_is_refused(monkeypatch: pytest.Mon
 def test_losses_that_cannot_be_are_refused(tmp_path: Path) -> None:
     for settings, message in (
         ({"kl_temperature": 0.0}, "kl_temperature must be > 0"),
-        ({"response_kl_weight": -1.0}, "response_kl_weight must be >= 0"),
+        ({"response_kl_weight": -1.0}, "response_kl_weight must be at least 0"),
         ({"response_kl_weight": 1.0, "label_smoothing_factor": 0.1}, "exclude each other"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -4,8 +4,7 @@ PEFT's LoRA on a bare causal LM, by TRL's `SFTTrainer`, with the paper's setting
 The prompt is the one that `relllm evaluate` gives such a system: the transcript where the audio would stand.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +21,7 @@ from relllm.processing.turns_relllm import build_chat_template
 from relllm.setting import check_settings, setting
 
 from ..checkpoints import LastStepMixin, begin_run, complete_run, describe_origin
-from ..config import OF_A_NEW_MODEL, LoraSettings, PaperConfig, SplitSettings, check_places, check_selection
+from ..config import OF_A_NEW_MODEL, LoraSettings, PaperConfig, check_places, check_selection
 from ..run import TRAINER_SETTINGS, load_rows
 from ..settings import SettingsParser, check_metric, check_tokens, check_trainer
 
@@ -30,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class TextScriptArguments(LoraSettings, SplitSettings):
+class TextScriptArguments(LoraSettings):
     """What `relllm train-text` takes beside [`TextTrainingConfig`]."""
 
     text_model: str | None = setting(None, "Any causal LM: id or path.")
@@ -46,7 +45,6 @@ class TextScriptArguments(LoraSettings, SplitSettings):
         for name in ("lora_r", "lora_alpha", "lora_dropout"):
             if getattr(self, name) is None:
                 setattr(self, name, OF_A_NEW_MODEL[name])
-        self.check_lora()
         if self.lora is None:
             raise ValueError(f"lora_r is {self.lora_r}: nothing would train. Give a rank, such as 16.")
 
@@ -75,35 +73,21 @@ class TextTrainer(LastStepMixin, SFTTrainer):
         """Write none: what it was trained on is in its record."""
 
 
-OWN = [*PaperConfig.__annotations__, *TextTrainingConfig.__annotations__]  # settings with a default of ours
-
-
-def parse_text_arguments(arguments: Sequence[str]) -> tuple[TextScriptArguments, TextTrainingConfig]:
-    """Read settings as [`~relllm.training.settings.SettingsParser.parse_settings`] does."""
-    parser = SettingsParser((TextScriptArguments, TextTrainingConfig), command="relllm train-text")
-    script, args = parser.parse_settings(arguments)
-    return script, args
+parse_text_arguments = SettingsParser.of("relllm train-text", TextScriptArguments, TextTrainingConfig)
 
 
 def run_text_training(script: TextScriptArguments, args: TextTrainingConfig) -> TextTrainer:
-    """Train the LoRA, evaluate and save, as the settings say; adapter and tokenizer are in `args.output_dir`.
-
-    It goes on from what is in that folder as [`~relllm.training.run.run_training`] does.
-    """
+    """Train as [`~relllm.training.run.run_training`] does; adapter and tokenizer are in `args.output_dir`."""
     check_places(script)
     check_trainer(args)
     check_metric(args, ("loss", "mean_token_accuracy", "entropy"))
     assert script.text_model is not None
     check_tokens(args, script.text_model)
-    selection = check_selection(script, args)
     with args.main_process_first(desc="reading the rows"):
-        train_rows, eval_rows, _ = load_rows(script, args)
-        train_rows = keep_spoken(train_rows)
-        if isinstance(eval_rows, dict):
-            eval_rows = {name: keep_spoken(rows) for name, rows in eval_rows.items()}
-        elif eval_rows is not None:
-            eval_rows = keep_spoken(eval_rows)
-        identity = _training_record(script, args) | selection
+        read, to_evaluate, _ = load_rows(script, args)
+        train_rows = keep_spoken(read)
+        eval_rows = {name: keep_spoken(rows) for name, rows in to_evaluate.items()}
+        identity = _training_record(script, args) | check_selection(script, args)
         identity["emotion_labels"] = emotions_of(survey_rows(train_rows))  # a ReLLM's of these rows, to choose from
         identity |= describe_origin(script, train_rows, eval_rows, {"text_model": script.text_model})
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
@@ -116,7 +100,7 @@ def run_text_training(script: TextScriptArguments, args: TextTrainingConfig) -> 
         model=model,
         args=args,
         train_dataset=write_turns(train_rows),
-        eval_dataset=None if eval_rows is None else write_turns(eval_rows),
+        eval_dataset=write_turns(*eval_rows.values()) if eval_rows else None,
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **{"target_modules": "all-linear", **(script.lora or {})}),
     )
@@ -137,21 +121,19 @@ def keep_spoken(rows: Dataset) -> Dataset:
     return rows.select(kept)
 
 
-def write_turns(rows: Dataset | dict[str, Dataset]) -> Dataset:
-    """Return the conversations of rows as TRL's `prompt` and `completion`; of several data sets those of all."""
-    parts = rows.values() if isinstance(rows, dict) else [rows]
-    pairs = [pair for part in parts for pair in zip(part["text"], part["response"], strict=True)]
-    return Dataset.from_list([_turns(str(only_one(text)), reply) for text, reply in pairs])
-
-
-def _turns(text: str, reply: str) -> dict[str, list[dict[str, str]]]:
-    asked = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": SPEECH_PROMPT + text}]
-    return {"prompt": asked, "completion": [{"role": "assistant", "content": reply}]}
+def write_turns(*parts: Dataset) -> Dataset:
+    """Return the conversations of rows as TRL's `prompt` and `completion`."""
+    turns = []
+    for text, reply in (pair for part in parts for pair in zip(part["text"], part["response"], strict=True)):
+        asked = {"role": "user", "content": f"{SPEECH_PROMPT}{only_one(text)}"}
+        prompt = [{"role": "system", "content": SYSTEM_PROMPT}, asked]
+        turns.append({"prompt": prompt, "completion": [{"role": "assistant", "content": reply}]})
+    return Dataset.from_list(turns)
 
 
 def _training_record(script: TextScriptArguments, args: TextTrainingConfig) -> dict[str, object]:
     """Return the settings that decide what comes out of a run."""
-    names = [*OWN, *(name for name in TRAINER_SETTINGS if name != "world_size")]
-    record = {one.name: getattr(script, one.name) for one in fields(LoraSettings)} | {"dtype": script.dtype}
-    record |= {name: getattr(args, name) for name in names if name != "report_to"}
+    names = [*PaperConfig.__annotations__, *TextTrainingConfig.__annotations__, *TRAINER_SETTINGS]
+    record = {name: getattr(script, name) for name in LoraSettings.__annotations__} | {"dtype": script.dtype}
+    record |= {name: getattr(args, name) for name in names if name not in ("report_to", "world_size")}
     return {name: getattr(value, "value", value) for name, value in record.items() if value is not None}

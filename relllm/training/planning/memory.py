@@ -1,5 +1,5 @@
-"""Memory and operations of a training step, from a configuration alone. Parameters are counted on the meta device, and
-activations by the formulas below.
+"""Memory and operations of a training step, from a configuration alone: parameters on the meta device, and activations
+by the formulas below.
 
 Notation, per position of the LLM: d hidden width, q width of all query heads, f MLP width, r LoRA rank, S length of a
 row; c bytes of an activation (2 under bfloat16, else 4). What autograd keeps of a layer of a frozen LLM with LoRA:
@@ -12,9 +12,8 @@ row; c bytes of an activation (2 under bfloat16, else 4). What autograd keeps of
 
 A frozen linear layer keeps nothing of its input; an unfrozen one keeps it (2cd + cq + cf a layer, and cd for each
 norm). With gradient checkpointing a layer keeps its input (cd), and one layer at a time is whole. Logits are tiled by
-TRL's fused head and exist at reply positions only; a KL makes both branches' in tiles of its own, and keeps hidden
-states. Frozen towers run without a graph: of them only the widest moment
-counts, which comes before the LLM's.
+TRL's fused head and exist at reply positions only; a KL makes both branches' in tiles of its own. Of frozen towers
+only the widest moment counts, which comes before the LLM's.
 """
 
 import bisect
@@ -27,15 +26,16 @@ from relllm.modeling.audio_tower_relllm import count_frames
 from relllm.modeling.configuration_relllm import ReLLMConfig
 from relllm.modeling.lora_relllm import is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
-from relllm.setting import setting
+from relllm.setting import check_limits, setting
 
-from ..alignment import tile_positions
+from ..alignment import TILE_WORDS
 from ..freezing import prepare_trainable
 
 NF4_BYTES = 0.516  # a weight in 4 bit with double quantisation: 4 + 0.127 bits (QLoRA)
 HEAD_TILE_POSITIONS, HEAD_TILE_WORDS = 4096, 32768  # of the buffer of TRL's fused head
 FRAMES_A_SECOND = 50  # of every supported tower
 TOWERS = ("audio_tower", "emotion_tower")
+SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "up_proj"}
 # Bytes of state a trained weight, by the name of the optimiser; others are taken for AdamW.
 OPTIMIZER_BYTES = {"8bit": 2.0, "adafactor": 0.1, "sgd": 0.0, "adamw": 8.0}
 
@@ -49,8 +49,8 @@ class RowSize:
     reply_tokens: int = setting(60, "Reply of a typical row.")
 
     def __post_init__(self) -> None:
-        if self.audio_seconds <= 0 or self.prompt_tokens < 0 or self.reply_tokens < 1:
-            raise ValueError(f"Expected audio and a reply of some length, got {self}.")
+        limits = {"audio_seconds": "(0, inf)", "prompt_tokens": "[0, inf)", "reply_tokens": "[1, inf)"}
+        check_limits(self, limits)
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,20 @@ class TrainingStep:
         gradients = float(sum(parameter.nbytes for parameter in trained))
         state = next((size for name, size in OPTIMIZER_BYTES.items() if name in settings.optimizer), 8.0)
         replies = batch_size * self.row.reply_tokens
+        weights = float(sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers())))
+        if settings.load_in_4bit:
+            weights -= sum(parameter.nbytes - NF4_BYTES * parameter.numel() for parameter in self._llm_linears())
         kept, workspace = self._llm_bytes(batch_size * self.sequence)
         kept += batch_size * self._projector_bytes()
         kept += sum(self._tower_bytes(name, batch_size, kept=True) for name in TOWERS if name in settings.unfreeze)
         there = [name for name in TOWERS if getattr(self.model.base_model, name) is not None]
         return MemoryPlan(
-            weights=self._weight_bytes(),
+            weights=weights,
             gradients=gradients * (2 if settings.num_processes > 1 else 1),
             optimizer=state * sum(parameter.numel() for parameter in trained),
             autocast=self._autocast_bytes(),
             activations=kept,
-            workspace=max(workspace, self._head_bytes(replies), self._divergence_bytes(replies)),
+            workspace=max(workspace, self._head_bytes(replies)),
             towers=max(self._tower_bytes(name, batch_size) for name in there),
         )
 
@@ -143,12 +146,10 @@ class TrainingStep:
         """
         settings, text, length, model = self.settings, self.text, self.sequence, self.model.base_model
         passes = 3.0 if settings.gradient_checkpointing else 2.0
-        body = model.text_model.base_model
-        flops = 0.0
-        for name, parameter in body.named_parameters():
+        flops = 4.0 * self.heads_width * length * length * text.num_hidden_layers * (passes + 1)
+        for name, parameter in model.text_model.base_model.named_parameters():
             if parameter.ndim == 2 and ("embed" not in name or is_lora_parameter(name)):
                 flops += 2.0 * parameter.numel() * length * (passes + parameter.requires_grad)
-        flops += 4.0 * self.heads_width * length * length * text.num_hidden_layers * (passes + 1)
         head = 2.0 * text.hidden_size * text.vocab_size * self.row.reply_tokens
         flops += 3 * head  # once forward, twice backward
         if settings.teacher:
@@ -158,16 +159,10 @@ class TrainingStep:
             if (tower := getattr(model, name)) is not None:
                 full = settings.full_window and tower.config.model_type == "whisper"
                 run = tower.config.max_source_positions if full else self.frames
-                flops += 2.0 * _count(tower) * run * (3 if name in settings.unfreeze else 1)
+                flops += 2.0 * tower.num_parameters() * run * (3 if name in settings.unfreeze else 1)
         for index, convolution in enumerate(model.multi_modal_projector.conv_layers):
             flops += 6.0 * convolution.weight.numel() * self.frames / 2 ** (index + 1)
         return flops
-
-    def _weight_bytes(self) -> float:
-        total = float(sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers())))
-        if self.settings.load_in_4bit:
-            total -= sum(parameter.nbytes - NF4_BYTES * parameter.numel() for parameter in self._llm_linears())
-        return total
 
     def _llm_linears(self) -> list[torch.nn.Parameter]:
         """Return the weights of the LLM's own linear layers, without its embeddings and its LoRA."""
@@ -197,7 +192,7 @@ class TrainingStep:
         if "text_model" in settings.unfreeze:
             layer += size * (4 * width + self.heads_width + mlp)
         elif self.config.lora_config is not None:
-            layer += self._lora_bytes(self.config.lora_config, mlp, gated)
+            layer += self._lora_bytes(float(self.config.lora_config.get("lora_dropout", 0.0)) > 0)
         layers = text.num_hidden_layers
         ends = 4 * width + (stream + 1) * width  # the last norm; the embeddings with the audio in them
         workspace = positions * (size * 3 * mlp + 2 * stream * width)
@@ -207,37 +202,32 @@ class TrainingStep:
             return positions * (layers * stream * width + ends), workspace + positions * layer
         return positions * (layers * layer + ends), workspace
 
-    def _lora_bytes(self, lora: dict, mlp: int, gated: bool) -> float:
+    def _lora_bytes(self, dropout: bool) -> float:
         """Return what the LoRA of a layer keeps a position: the inputs of its A, of its B, and dropout's masks."""
-        width, queries, size = self.text.hidden_size, self.heads_width, self.activation_bytes
-        inputs = {**dict.fromkeys(("q_proj", "k_proj", "v_proj", "up_proj", "gate_proj"), width)}
-        inputs |= {"o_proj": queries, "down_proj": mlp}
-        if not gated:  # GPT-2: one layer for query, key and value
-            inputs = {"c_attn": width, "c_proj": queries, "c_fc": width, "mlp.c_proj": mlp}
-        named = lora.get("target_modules")
-        if isinstance(named, (list, set, tuple)):
-            ends = [f".{entry}" for entry in named]
-            inputs = {k: v for k, v in inputs.items() if any(end.endswith(f".{k}") for end in ends)} or inputs
-        dropout = float(lora.get("lora_dropout", 0.0)) > 0
-        rank = size * int(lora.get("r", 8)) * len(inputs)
-        # One for all that read the same; the attention's output is kept anyway.
-        distinct = {"k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "up_proj"}
-        read = {distinct.get(name, name): size for name, size in inputs.items()}
-        copied = dropout or self.settings.bf16
-        copies = sum(size for name, size in read.items() if copied or name not in ("o_proj", "c_proj"))
-        return rank + size * copies + (sum(read.values()) if dropout else 0)
+        rank, read = 0, {}  # one input for all that read the same
+        for name, weight in self.model.base_model.text_model.named_parameters():
+            if is_lora_parameter(name) and ".lora_A." in name:
+                part, _, layer = name.partition(".lora_A.")[0].rpartition(".")
+                read[f"{part}.{SAME_INPUT.get(layer, layer)}"] = weight.shape[1]
+                rank += weight.shape[0]
+        copied = dropout or self.settings.bf16  # else the attention's output is kept anyway
+        copies = sum(
+            width for name, width in read.items() if copied or not name.endswith(("attn.o_proj", "attn.c_proj"))
+        )
+        masks = sum(read.values()) if dropout else 0
+        return (self.activation_bytes * (rank + copies) + masks) / self.text.num_hidden_layers
 
     def _head_bytes(self, replies: int) -> float:
-        """Return the tile of logits, float32 in the backward pass, and the gradient of the hidden states."""
-        return 4.0 * (min(replies, HEAD_TILE_POSITIONS) * HEAD_TILE_WORDS + replies * self.text.hidden_size)
+        """Return the tile of logits, float32 in the backward pass, and the gradient of the hidden states.
 
-    def _divergence_bytes(self, replies: int) -> float:
-        """Return a tile of the KL: logits of both branches, and five float32 copies; and the hidden states."""
+        Of a KL it is the logits of both branches, five float32 copies, and the hidden states.
+        """
+        head = 4.0 * (min(replies, HEAD_TILE_POSITIONS) * HEAD_TILE_WORDS + replies * self.text.hidden_size)
         if not self.settings.teacher:
-            return 0.0
+            return head
         size, vocabulary = self.activation_bytes, self.text.vocab_size
-        words = min(replies, tile_positions(vocabulary)) * vocabulary
-        return (20 + 2 * size) * words + 3.0 * size * replies * self.text.hidden_size
+        words = min(replies, max(TILE_WORDS // vocabulary, 1)) * vocabulary
+        return max(head, (20 + 2 * size) * words + 3.0 * size * replies * self.text.hidden_size)
 
     def _projector_bytes(self) -> float:
         config, size = self.config, 2 if self.settings.bf16 else 4
@@ -277,7 +267,3 @@ def count_audio_positions(config: ReLLMConfig, audio_s: float) -> int:
     for _ in config.projector_kernel_sizes:
         positions = (positions - 1) // 2 + 1
     return positions + (config.emotion_fusion == "token")
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

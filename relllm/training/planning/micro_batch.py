@@ -1,22 +1,22 @@
 """`per_device_train_batch_size: auto`: how many rows go through at once, chosen by the device's memory.
 
-The rows of an update stay the recipe's, and the losses are normalised over them: only the accumulation changes. The
-largest micro-batch that [`TrainingStep`] expects to fit is tried on the longest rows, forward and backward, and what
-runs out of memory is halved.
+The largest micro-batch that [`TrainingStep`] expects to fit is tried on the longest rows, forward and backward, and
+what runs out of memory is halved; the rows of an update stay the recipe's.
 """
 
 import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from relllm.modeling.configuration_relllm import ReLLMConfig
 
@@ -24,6 +24,7 @@ from ..collator import ReLLMCollator
 from ..config import CHECKPOINTING, ReLLMSFTConfig
 from ..lengths import GroupByLengthMixin
 from ..losses import IGNORE_INDEX
+from ..objective import RunningMeans
 from ..tasks import GIVEN_TASK
 from .memory import FRAMES_A_SECOND, RowSize, StepSettings, TrainingStep
 
@@ -42,13 +43,10 @@ class MicroBatch:
 
 
 def list_micro_batches(args: ReLLMSFTConfig, positions: int) -> list[MicroBatch]:
-    """Return those that a run's settings allow, the fastest first; `positions` are a long row's in the LLM.
-
-    Checkpointing that is `auto` is on only where fewer than `ENOUGH_POSITIONS` fit without it.
-    """
-    given, rows = args.per_device_train_batch_size, args.per_device_train_batch_size * args.gradient_accumulation_steps
-    sizes = [given]
+    """Return those that a run's settings allow, the fastest first; `positions` are a long row's in the LLM."""
+    sizes = [args.per_device_train_batch_size]
     if "per_device_train_batch_size" in args.automatic:
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
     if not args.automatic.intersection(CHECKPOINTING):
         return [MicroBatch(size, bool(args.gradient_checkpointing)) for size in sizes]
@@ -100,11 +98,15 @@ def peak_bytes(device: torch.device, run: Callable[[], object]) -> float:
 
 
 class MicroBatchMixin(GroupByLengthMixin):
-    """For `per_device_train_batch_size: auto`, before other trainers in the bases."""
+    """For `per_device_train_batch_size: auto`, before the others of an SFT trainer in the bases."""
 
-    def leave_no_trace(self) -> AbstractContextManager:
-        """Ask no other process for anything in a `with` block, and count what is computed in it in no log."""
-        raise NotImplementedError
+    _means: RunningMeans
+    _total_train_tokens: int
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Do as the others, with as many rows at once as fit where the settings leave that open."""
+        self.fit_micro_batch()
+        return super().train(*args, **kwargs)
 
     def fit_micro_batch(self) -> None:
         """Choose the micro-batch, set it, and say so; with settings that name one, do nothing."""
@@ -191,8 +193,15 @@ class MicroBatchMixin(GroupByLengthMixin):
         """Run a forward and a backward pass as in training, but on this process alone; only gradients stay."""
         _switch_checkpointing(self.model, checkpointing, self.args)
         self.model.train()
-        with self.leave_no_trace(), self.accelerator.autocast():
-            loss = self.compute_loss(self.model, self._prepare_inputs(batch))
+        gather, tokens = self.accelerator.gather_for_metrics, self._total_train_tokens
+        self.accelerator.gather_for_metrics = lambda value: value
+        try:
+            with self.accelerator.autocast():
+                loss = self.compute_loss(self.model, self._prepare_inputs(batch))
+        finally:  # what was computed is in no log
+            self.accelerator.gather_for_metrics, self._total_train_tokens = gather, tokens
+            self._metrics["train"].clear()
+            self._means.take("train")
         loss.backward()
 
 

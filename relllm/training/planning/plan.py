@@ -7,14 +7,13 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from relllm.setting import read_recipe, setting
+from relllm.setting import check_limits, read_recipe, setting
 
 from ..building import build_config
 from ..config import ReLLMScriptArguments, ReLLMSFTConfig, check_places
@@ -38,11 +37,7 @@ class PlanArguments(RowSize):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_bytes(self.gpu_memory)
-        if not (0 <= self.reserve < 1 and 0 < self.utilisation <= 1 and self.peak_tflops > 0):
-            raise ValueError(
-                f"Expected reserve in [0, 1), utilisation in (0, 1] and peak_tflops > 0, got {self.reserve}, "
-                f"{self.utilisation}, {self.peak_tflops}."
-            )
+        check_limits(self, {"reserve": "[0, 1)", "utilisation": "(0, 1]", "peak_tflops": "(0, inf)"})
 
 
 def parse_bytes(text: str) -> float:
@@ -98,14 +93,10 @@ def run_plan(assumed: PlanArguments, script: ReLLMScriptArguments, args: ReLLMSF
 
 def _named_settings(arguments: Sequence[str]) -> set[str]:
     """Return the names of the settings that flags and the YAML file give."""
-    names = {part[2:].split("=")[0].replace("-", "_") for part in arguments if part.startswith("--")}
-    for index, part in enumerate(arguments):
-        path = part.split("=", 1)[1] if part.startswith("--config=") else None
-        if part == "--config" and index + 1 < len(arguments):
-            path = arguments[index + 1]
-        if path is not None and Path(path).is_file():
-            with suppress(yaml.YAMLError, ValueError, OSError):  # which the parser says
-                names |= set(read_recipe(path))
+    parts = [part for text in arguments for part in (text.split("=", 1) if text.startswith("--") else [text])]
+    names = {part[2:].replace("-", "_") for part in parts if part.startswith("--")}
+    with suppress(yaml.YAMLError, ValueError, OSError, IndexError):  # which the parser says
+        names |= set(read_recipe(parts[parts.index("--config") + 1]))
     return names
 
 
