@@ -39,9 +39,6 @@ def check_matplotlib() -> None:
         raise ImportError("Plots need matplotlib: `pip install relllm[eval]`, or `relllm[data]`.") from error
 
 
-# A clip
-
-
 def plot_over_time(
     edges_s: Sequence[float],
     probabilities: Mapping[str, Sequence[float]],
@@ -70,9 +67,6 @@ def plot_over_time(
     for axes in (axes for axes, shown in zip(panels, (probabilities, dimensions), strict=True) if shown):
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return _save(figure, path)
-
-
-# A run
 
 
 def plot_confusion_matrix(
@@ -192,9 +186,6 @@ def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], path: str |
     return _plot_histograms(known, Path(path), title, shares_of="replies")
 
 
-# Runs side by side
-
-
 @dataclass(frozen=True)
 class ForestLine:
     """One line of a forest plot: what is compared, the gain, its interval, a published gain; `None` for none."""
@@ -232,9 +223,6 @@ def plot_forest(panels: Mapping[tuple[str, str], Sequence[ForestLine]], path: st
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(title)
     return _save(figure, path)
-
-
-# A data set
 
 
 class SplitNumbers(Protocol):
@@ -329,9 +317,6 @@ def _plot_histograms(
     _legend_below(figure, panels, len(splits))
     figure.suptitle(title)
     return _save(figure, path)
-
-
-# What they share
 
 
 def _check_lengths(*columns: Sequence) -> None:

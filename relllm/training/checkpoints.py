@@ -21,17 +21,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 from transformers.utils import logging
 from transformers.utils.hub import hf_api
 
+from relllm.data import membership
 from relllm.data.journal import audio_fingerprint, name_differences, rows_fingerprint, write_json
 from relllm.data.loading import corpus_facts, corpus_name, pair_rewards
-from relllm.data.membership import (
-    RECORD_NAME,
-    digest_rows,
-    is_chosen,
-    is_text_model_trained,
-    pack_digests,
-    read_training_record,
-    unpack_digests,
-)
+from relllm.data.membership import RECORD_NAME
 from relllm.modeling.checkpoint_relllm import TOWERS, check_left_out, source_fingerprint, why_not_light
 from relllm.uploads import replacing_uploads
 
@@ -148,7 +141,7 @@ def describe_seen(
     """
     read = {"train": [train_rows], "validation": [*eval_rows.values()]}
     read_here = {name: [one for one in rows if isinstance(one, Dataset)] for name, rows in read.items()}
-    seen = {name: set().union(*map(digest_rows, rows)) for name, rows in read_here.items()}
+    seen = {name: set().union(*map(membership.digest_rows, rows)) for name, rows in read_here.items()}
     given = [*(source.name for source in script.sources), *filter(None, [getattr(script, "eval_data", None)])]
     corpora = {corpus_name(data) for data in given}
     facts = {corpus_name(data): found for data in given if (found := corpus_facts(data))}
@@ -156,19 +149,19 @@ def describe_seen(
     by_pairs = getattr(script, "method", None) == "dpo"
     rewarded = {name: weight for data in given if by_pairs for name, weight in pair_rewards(data).items()}
     for name, place in places.items():
-        record = read_training_record(place, revision=revision if name == "model_name_or_path" else "main")
+        record = membership.read_training_record(place, revision=revision if name == "model_name_or_path" else "main")
         rewarded = {**record.get("rewarded", {}), **record.get("rewards", {}), **rewarded}
         corpora |= set(record.get("seen_corpora", []))
         facts |= record.get("corpus_facts", {})
         before = {
-            "chosen_before": is_chosen(record),
+            "chosen_before": membership.is_chosen(record),
             "selected_on_test": bool(record.get("selected_on_test")),
-            "text_model_trained": is_text_model_trained(record) or (name == "text_model" and bool(record)),
+            "text_model_trained": membership.is_text_model_trained(record) or (name == "text_model" and bool(record)),
         }
         inherited |= {name: True for name, value in before.items() if value}
         for split, digests in record.get("seen_rows", {}).items():
-            seen[split] = seen.get(split, set()) | unpack_digests(digests)
-    packed = {name: pack_digests(digests) for name, digests in seen.items() if digests}
+            seen[split] = seen.get(split, set()) | membership.unpack_digests(digests)
+    packed = {name: membership.pack_digests(digests) for name, digests in seen.items() if digests}
     known = {"corpus_facts": facts, "rewarded": rewarded, **inherited}
     known["seen_rows"] = packed if "train" in packed else {}
     return {"seen_corpora": sorted(corpora), **{name: value for name, value in known.items() if value}}

@@ -189,7 +189,6 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     by_emotion = script.targets == "emotions"
     if by_emotion and args.metric_for_best_model == "ccc":  # the default
         args.metric_for_best_model = "ua"
-    check_metric(args, ("loss", *(RECOGNITION if by_emotion else ("ccc", *(f"ccc_{name}" for name in DIMENSIONS)))))
     assert script.model_name_or_path is not None
     if not isinstance(script.data, str):
         raise ValueError(f"data is {script.data!r}; an emotion tower is trained on one data set. Name one.")
@@ -199,15 +198,15 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     if script.eval_split:
         names = _find_labelled(train_rows, names)
         eval_rows = _load_labelled(script.data, script.eval_split, script.held_out, names)
-        if not by_emotion:
-            check_metric(args, ("loss", "ccc", *(f"ccc_{name}" for name in _find_labelled(eval_rows))))
+        measured = RECOGNITION if by_emotion else ["ccc", *(f"ccc_{name}" for name in _find_labelled(eval_rows))]
+        check_metric(args, ("loss", *measured))
     else:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     check_clip_limits([train_rows, eval_rows], MIN_DURATION_S, MAX_DURATION_S)
     with args.main_process_first(desc="looking at the folder"):
         identity = _training_record(script, args) | check_selection(script, args)
-        measured = {} if eval_rows is None else {"": eval_rows}
-        identity |= describe_origin(script, train_rows, measured, {"model_name_or_path": script.model_name_or_path})
+        evaluated = {} if eval_rows is None else {"": eval_rows}
+        identity |= describe_origin(script, train_rows, evaluated, {"model_name_or_path": script.model_name_or_path})
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     set_seed(args.seed)  # what is drawn for the head
     labels = emotions_of(survey_rows(train_rows)) if by_emotion else DIMENSIONS

@@ -80,9 +80,8 @@ class Objective:
             if "dimension_loss" in self.active and self.dimension_loss == "mse":
                 sums["dimension_loss"] = dimension_loss(output.dimensions, batch["dimension_labels"])
             elif "dimension_loss" in self.active:
-                value = ccc_loss(output.dimensions, batch["dimension_labels"])
+                value, weight = ccc_loss(output.dimensions, batch["dimension_labels"]), self.weights["dimension_loss"]
                 count = local["dimension_loss"].to(value.device)
-                weight = self.weights["dimension_loss"]
                 yield Term("dimension_loss", weight, value, value.detach() * count, count, is_share=False)
         if "response_kl" in self.active and (total := output.get("response_kl")) is not None:
             sums["response_kl"] = total

@@ -1,7 +1,6 @@
 """`relllm train`: a training run from a YAML file and flags, and the record that a model card has of it."""
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,8 +13,8 @@ from transformers import AutoConfig, EarlyStoppingCallback, TrainerCallback, Tra
 
 from relllm.data.loading import load_corpus
 from relllm.data.mixing import mix_rows, name_sources
-from relllm.data.survey import TASKS, TRAINING, RowSurvey, check_surveys, draw_survey, emotions_of, survey_splits
-from relllm.labels import DIMENSIONS, EMOTIONS
+from relllm.data.survey import TRAINING, RowSurvey, check_surveys, draw_survey, emotions_of, survey_splits
+from relllm.labels import EMOTIONS
 from relllm.setting import METHODS
 
 from .augmentation import Augmentation, AugmentationSettings
@@ -51,9 +50,6 @@ TRAINER_SETTINGS = (
     *("load_best_model_at_end", "metric_for_best_model"),
 )
 EVALUATION = "evaluation"  # what `survey_splits` calls those rows, before a data set's name
-FULLY_LABELLED = RowSurvey(  # rows that have everything, while nobody has read them
-    *(2, [], 2, 2, 2, Counter(EMOTIONS), dict.fromkeys(DIMENSIONS, 2)), fed=Counter({tuple(TASKS): 2})
-)
 
 
 def parse_arguments(
@@ -78,8 +74,6 @@ def run_training(
     """
     check_places(script)
     check_trainer(args)
-    names = [""] if script.eval_data else _set_names(script)
-    check_metric(args, evaluation_metrics(args, dict.fromkeys(names, FULLY_LABELLED)))
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows, parts = load_rows(script, args, streaming=script.streaming)
         for rows in (*parts.values(), *eval_rows.values()):
@@ -104,7 +98,7 @@ def _survey(
     """Print what the rows teach, choose a new model's classes, and check all that before a model is loaded."""
     surveys = survey_splits(train_rows, eval_rows.get("", eval_rows), parts if len(parts) > 1 else None)
     if surveys and args.process_index == 0 and not args.disable_tqdm:
-        Console(stderr=True, markup=False).print(draw_survey(surveys, _tasks(args)))
+        Console(stderr=True, markup=False).print(draw_survey(surveys, list(getattr(args, "tasks", None) or ())))
     if script.model_name_or_path is not None:
         config = AutoConfig.from_pretrained(script.model_name_or_path, revision=script.revision)
         labels = getattr(config, "emotion_labels", EMOTIONS)  # what is no ReLLM is refused when it is loaded
@@ -129,11 +123,6 @@ def _survey(
     check_clip_limits([*parts.values(), *eval_rows.values()], *check_model(script, args.unfreeze))
 
 
-def _tasks(args: ReLLMSettings) -> list[str]:
-    """Name what clips are taught as, where that is set."""
-    return list(args.task_shares) if getattr(args, "tasks", None) is not None else []
-
-
 def evaluation_metrics(args: ReLLMSettings, surveys: Mapping[str, RowSurvey]) -> list[str]:
     """Name what an evaluation gives, without `eval_`, of one set of rows, or of several by name and of all."""
     found = {name: _metrics_of(args, survey) for name, survey in surveys.items()}
@@ -145,7 +134,7 @@ def evaluation_metrics(args: ReLLMSettings, surveys: Mapping[str, RowSurvey]) ->
 
 def _metrics_of(args: ReLLMSettings, survey: RowSurvey) -> list[str]:
     labelled = [name for name, count in survey.dimensions.items() if count]
-    tasks = [task for task in _tasks(args) if survey.feeding(task)]
+    tasks = [task for task in getattr(args, "tasks", None) or () if survey.feeding(task)]
     heard = ("emotion_loss", "emotion_accuracy", "ua", "wa", "macro_f1")
     given = {
         (args.reply_metrics[0], *(f"{task}_loss" for task in tasks)): args.response_loss_weight,
@@ -179,11 +168,6 @@ def training_record(
     }
 
 
-def _set_names(script: SplitSettings) -> list[str]:
-    """Return the short names of the data sets where there are several; of one it is empty."""
-    return name_sources(script.sources) if len(script.sources) > 1 else [""]
-
-
 def load_rows(
     script: SplitSettings, args: TrainingArguments, *, streaming: bool = False
 ) -> tuple[Rows, RowsByName, RowsByName]:
@@ -194,7 +178,8 @@ def load_rows(
         raise ValueError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_split (or eval_data as well).")
     parts: RowsByName = {}
     held_back: RowsByName = {}
-    for name, source in zip(_set_names(script), script.sources, strict=True):
+    names = name_sources(script.sources) if len(script.sources) > 1 else [""]
+    for name, source in zip(names, script.sources, strict=True):
         own = script.held_out if source.held_out is None else source.held_out
         taught = script.train_split if source.train_split is None else source.train_split
         parts[name] = load_corpus(source.name, taught or "all", held_out=own, streaming=streaming)

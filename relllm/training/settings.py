@@ -5,7 +5,6 @@ import difflib
 import os
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -134,8 +133,7 @@ def check_trainer(args: TrainingArguments) -> None:
 
 def check_tokens(args: TrainingArguments, place: str, revision: str = "main") -> None:
     """Raise a `ValueError` for an `eos_token` or `pad_token` that the tokenizer at a place does not know."""
-    names = {"eos_token", "pad_token"} & {field.name for field in fields(args)}
-    given = {name: token for name in names if (token := getattr(args, name)) is not None}
+    given = {name: token for name in ("eos_token", "pad_token") if (token := getattr(args, name, None)) is not None}
     known = AutoTokenizer.from_pretrained(place, revision=revision).get_vocab() if given else {}
     for name, token in given.items():
         if token not in known:

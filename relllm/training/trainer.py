@@ -36,20 +36,13 @@ from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 from relllm.processing.processing_relllm import ReLLMProcessor
 from relllm.tower_outputs import TowerCache, cache_settings
 
+from . import freezing
 from .alignment import return_heads
 from .augmentation import Augmentation, AugmentationMixin, count_epochs
 from .checkpoints import CheckpointMixin
 from .collator import ReLLMCollator
 from .completions import CompletionsMixin
 from .config import ReLLMSettings, ReLLMSFTConfig
-from .freezing import (
-    LearningRatesMixin,
-    draw_table,
-    keep_unpacked,
-    lora_counts_as_adapter,
-    prepare_trainable,
-    trainable_table,
-)
 from .lengths import row_lengths
 from .losses import IGNORE_INDEX
 from .objective import TARGETS, Objective, RunningMeans, keep_labels
@@ -59,7 +52,7 @@ from .tasks import TaskMix, TaskRows, log_tasks
 logger = logging.get_logger(__name__)
 
 
-class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin, CheckpointMixin):
+class ReLLMTrainerMixin(freezing.LearningRatesMixin, CompletionsMixin, AugmentationMixin, CheckpointMixin):
     """What trainers of a ReLLM share, before one of TRL's in the bases: what trains, and the losses of its heads.
 
     An evaluation also measures the heads, on the outputs that gave the loss: `eval_ua`, `eval_wa`, `eval_macro_f1`,
@@ -88,7 +81,7 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
         for rows in () if "data_collator" in kwargs else (train_dataset, *evaluated):
             self.check_rows(rows, args)
         check_surveys(surveys, model.config.emotion_labels, args.own_loss_weights, list(args.task_shares))
-        keep_unpacked(model)
+        freezing.keep_unpacked(model)
         self.objective = Objective(args, model, surveys[TRAINING].emotions if TRAINING in surveys else None)
         self._fed = fed_readings(surveys.get(TRAINING), args.own_loss_weights)
         for name in ("instruction", "system_prompt"):  # which whoever loads the model then asks with
@@ -96,14 +89,14 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
                 setattr(processing_class, name, getattr(args, name))
         ends = find_ends(model.generation_config, processing_class.tokenizer, processing_class.chat_template)
         model.generation_config.eos_token_id = ends
-        prepare_trainable(model, args.unfreeze, args.unused_heads)
+        freezing.prepare_trainable(model, args.unfreeze, args.unused_heads)
         if "data_collator" not in kwargs:
             kwargs["data_collator"] = self.make_collator(processing_class, model.config.emotion_labels, args)
-        with lora_counts_as_adapter(model):
+        with freezing.lora_counts_as_adapter(model):
             rows = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
             super().__init__(model=model, args=args, processing_class=processing_class, **rows, **kwargs)
         if getattr(model, "is_quantized", False):  # TRL has put what trains in bfloat16: 2e-5 is lost there
-            prepare_trainable(model, args.unfreeze, args.unused_heads)
+            freezing.prepare_trainable(model, args.unfreeze, args.unused_heads)
         return_heads(self.model, self.objective.alignment)
         if self._compiles_layers:
             llm = self.model.base_model.text_model
@@ -169,7 +162,7 @@ class ReLLMTrainerMixin(LearningRatesMixin, CompletionsMixin, AugmentationMixin,
             config.trained_readings = sorted({*(config.trained_readings or ()), *self._fed})
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             beside_the_bar = Console(stderr=True, markup=False)
-            beside_the_bar.print(draw_table(trainable_table(self.model), self.args))
+            beside_the_bar.print(freezing.draw_table(freezing.trainable_table(self.model), self.args))
         return super().train(*args, **kwargs)
 
     def get_batch_samples(

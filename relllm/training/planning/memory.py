@@ -28,7 +28,7 @@ from relllm.modeling.lora_relllm import is_lora_parameter
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.setting import check_limits, setting
 
-from ..alignment import TILE_WORDS
+from .. import alignment
 from ..freezing import prepare_trainable
 
 NF4_BYTES = 0.516  # a weight in 4 bit with double quantisation: 4 + 0.127 bits (QLoRA)
@@ -226,7 +226,7 @@ class TrainingStep:
         if not self.settings.teacher:
             return head
         size, vocabulary = self.activation_bytes, self.text.vocab_size
-        words = min(replies, max(TILE_WORDS // vocabulary, 1)) * vocabulary
+        words = min(replies, max(alignment.TILE_WORDS // vocabulary, 1)) * vocabulary
         return max(head, (20 + 2 * size) * words + 3.0 * size * replies * self.text.hidden_size)
 
     def _projector_bytes(self) -> float:

@@ -6,7 +6,7 @@ Only configurations and a tokenizer are read; no weights, no data. Estimates to 
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import yaml
@@ -22,6 +22,10 @@ from ..settings import SettingsParser
 from .memory import MemoryPlan, RowSize, TrainingStep
 from .micro_batch import choose_micro_batch, list_micro_batches, step_settings
 
+PARTS = (  # of a `MemoryPlan`
+    *("weights", "gradients", "optimiser", "autocast copies of weights", "activations kept for the backward pass"),
+    *("workspace of the widest layer", "(before these: the widest moment of a tower)"),
+)
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -55,8 +59,7 @@ def parse_plan(arguments: Sequence[str]) -> tuple[PlanArguments, ReLLMScriptArgu
         given += ["--bf16", "true"]
     if not torch.cuda.is_available():
         given += ["--use_cpu", "true"]
-    parser = SettingsParser((PlanArguments, ReLLMScriptArguments, ReLLMSFTConfig), command="relllm plan")
-    plan, script, args = parser.parse_settings(given)
+    plan, script, args = SettingsParser.of("relllm plan", PlanArguments, ReLLMScriptArguments, ReLLMSFTConfig)(given)
     return plan, script, args
 
 
@@ -103,15 +106,7 @@ def _named_settings(arguments: Sequence[str]) -> set[str]:
 def _memory_table(plan: MemoryPlan, batch_size: int) -> Table:
     unit, size_of_unit = ("GB", 1e9) if plan.total > 1e9 else ("MB", 1e6)
     table = Table("", unit, title=f"Memory of a step with {batch_size} rows", title_justify="left")
-    for name, size in (
-        ("weights", plan.weights),
-        ("gradients", plan.gradients),
-        ("optimiser", plan.optimizer),
-        ("autocast copies of weights", plan.autocast),
-        ("activations kept for the backward pass", plan.activations),
-        ("workspace of the widest layer", plan.workspace),
-        ("(before these: the widest moment of a tower)", plan.towers),
-    ):
+    for name, size in zip(PARTS, astuple(plan), strict=True):
         table.add_row(name, f"{size / size_of_unit:.2f}")
     table.add_section()
     table.add_row("peak", f"{plan.total / size_of_unit:.2f}")
