@@ -237,13 +237,8 @@ class AugmentationMixin(Trainer):
 
     _augmentation: Augmentation | None = None
 
-    def augment(self, augmentation: Augmentation) -> None:
-        """Have the training loader augment from now on, and no other."""
-        self._augmentation = augmentation
-        count_epochs(self, augmentation)
-
     def get_train_dataloader(self) -> DataLoader:
-        """Do as Transformers, with a collator that augments where [`augment`] was called."""
+        """Do as Transformers, with a collator that augments where an augmentation is set."""
         if self._augmentation is None:
             return super().get_train_dataloader()
         plain = self.data_collator  # type: ignore[has-type]
@@ -255,26 +250,16 @@ class AugmentationMixin(Trainer):
 
 
 class EpochCallback(TrainerCallback):
-    """Counts the epochs for all that draws by them; the trainer asks for an epoch's first row after its beginning."""
-
-    def __init__(self) -> None:
-        self.drawn: list[SharedEpoch] = []
-        self.next_epoch = 0
+    """Counts the epochs for what draws by them in a collator, before the first row of each is asked for."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **kwargs: object) -> None:
         self.next_epoch = int(state.epoch or 0)  # of a resumed run 1.5, say: in the middle of the second epoch
 
-    def on_epoch_begin(self, *_: object, **kwargs: object) -> None:
-        for drawn in self.drawn:
-            drawn.epoch = self.next_epoch
+    def on_epoch_begin(self, *_: object, train_dataloader: DataLoader, **kwargs: object) -> None:
+        for name in ("augmentation", "mix"):
+            if (drawn := getattr(train_dataloader.collate_fn, name, None)) is not None:
+                drawn.epoch = self.next_epoch
         self.next_epoch += 1
-
-
-def count_epochs(trainer: Trainer, drawn: SharedEpoch) -> None:
-    """Have a trainer's epochs counted for something, by one callback for all: it warns of a second of a kind."""
-    callback = trainer.pop_callback(EpochCallback) or EpochCallback()
-    callback.drawn.append(drawn)
-    trainer.add_callback(callback)
 
 
 def _uniform(rng: np.random.Generator, bounds: Sequence[float]) -> float:

@@ -34,7 +34,7 @@ from relllm.processing.audio_relllm import MAX_DURATION_S, MIN_DURATION_S, load_
 from relllm.processing.feature_extraction_relllm import shortest_clip
 from relllm.setting import check_limits, check_settings, setting
 
-from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings
+from .augmentation import Augmentation, AugmentationMixin, AugmentationSettings, EpochCallback
 from .checkpoints import LastStepMixin, begin_run, complete_run, describe_origin
 from .config import OfThisMachine, RowsSettings, check_places, check_selection
 from .lengths import GroupByLengthMixin, check_clip_limits
@@ -157,7 +157,8 @@ class EmotionTowerTrainer(GroupByLengthMixin, AugmentationMixin, LastStepMixin):
         super().__init__(model=model, args=args, **kwargs)
         if isinstance(args, AugmentationSettings) and args.augments:
             limits = {"sampling_rate": extractor.sampling_rate, "min_duration_s": shortest}
-            self.augment(Augmentation(args, seed=self.args.seed, **limits))
+            self._augmentation = Augmentation(args, seed=self.args.seed, **limits)
+            self.add_callback(EpochCallback)
         self.model_accepts_loss_kwargs = False  # a CCC is averaged over accumulated steps, not divided by a count
 
     def measure_rows(self, rows: Dataset) -> list[int]:
@@ -192,6 +193,7 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     assert script.model_name_or_path is not None
     if not isinstance(script.data, str):
         raise ValueError(f"data is {script.data!r}; an emotion tower is trained on one data set. Name one.")
+    selection = check_selection(script, args)
     names: Sequence[str] = ("emotion",) if by_emotion else DIMENSIONS
     train_rows = _load_labelled(script.data, script.train_split or "all", script.held_out, names)
     eval_rows = None
@@ -204,7 +206,7 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     check_clip_limits([train_rows, eval_rows], MIN_DURATION_S, MAX_DURATION_S)
     with args.main_process_first(desc="looking at the folder"):
-        identity = _training_record(script, args) | check_selection(script, args)
+        identity = _training_record(script, args) | selection
         evaluated = {} if eval_rows is None else {"": eval_rows}
         identity |= describe_origin(script, train_rows, evaluated, {"model_name_or_path": script.model_name_or_path})
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)

@@ -69,7 +69,7 @@ def check_clip_limits(splits: Iterable[object], shortest_s: float, longest_s: fl
         if not isinstance(rows, Dataset) or "duration_s" not in rows.column_names:
             continue
         times = [time if isinstance(time, float | int) else shortest_s for time in rows["duration_s"]]
-        if beyond := [place for place, time in enumerate(times) if not shortest_s <= time <= longest_s]:
+        if beyond := [place for place, time in enumerate(times) if time < shortest_s or time > longest_s]:
             first = ", ".join(str(rows[place].get("id", place)) for place in beyond[:3])
             raise ValueError(
                 f"{len(beyond)} clips do not last {shortest_s:g} to {longest_s:g} s, which the model takes (rows "

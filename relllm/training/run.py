@@ -74,12 +74,13 @@ def run_training(
     """
     check_places(script)
     check_trainer(args)
+    selection = check_selection(script, args)
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows, parts = load_rows(script, args, streaming=script.streaming)
         for rows in (*parts.values(), *eval_rows.values()):
             kind.check_rows(rows, args)
         _survey(script, args, train_rows, eval_rows, parts)
-        identity = training_record(script, args, own) | check_selection(script, args) | dict(facts)
+        identity = training_record(script, args, own) | selection | dict(facts)
         identity |= describe_origin(script, train_rows, eval_rows, starting_points(script), script.revision)
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
     callbacks = _callbacks(script, args)

@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoTokenizer, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, TrlParser
 
 from relllm.setting import check_limits, read_recipe
@@ -109,6 +110,8 @@ def check_trainer(args: TrainingArguments) -> None:
         path = args.chat_template_path
         if path is not None and not (path.endswith((".jinja", ".j2")) and os.path.isfile(path)):
             raise ValueError(f"chat_template_path must be a file that ends in .jinja or .j2, got {path!r}.")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("use_liger_kernel needs liger-kernel. Install it with `pip install liger-kernel`.")
     if args.torch_compile:
         try:  # what is not called is not compiled
             torch.compile(torch.nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)

@@ -38,7 +38,7 @@ from relllm.tower_outputs import TowerCache, cache_settings
 
 from . import freezing
 from .alignment import return_heads
-from .augmentation import Augmentation, AugmentationMixin, count_epochs
+from .augmentation import Augmentation, AugmentationMixin, EpochCallback
 from .checkpoints import CheckpointMixin
 from .collator import ReLLMCollator
 from .completions import CompletionsMixin
@@ -114,7 +114,8 @@ class ReLLMTrainerMixin(freezing.LearningRatesMixin, CompletionsMixin, Augmentat
             else:
                 names = ("sampling_rate", "min_duration_s", "max_duration_s")
                 limits = {name: getattr(extractor, name) for name in names}
-                self.augment(Augmentation(args, seed=args.seed, **limits))
+                self._augmentation = Augmentation(args, seed=args.seed, **limits)
+        self.add_callback(EpochCallback)
         self.add_callback(_ShortRunCallback)
         self._num_items = torch.zeros(len(self.objective.weights))
         measured = [args.reply_metrics[0], "emotion_accuracy", "tower_cache_hits", *self.objective.active]
@@ -325,7 +326,6 @@ class ReLLMSFTTrainer(MicroBatchMixin, ReLLMTrainerMixin, SFTTrainer):
         super().__init__(model, args if args is not None else ReLLMSFTConfig(), *rows, **kwargs)
         self._mix: TaskMix | None = self.data_collator.mix if "data_collator" not in kwargs else None
         if self._mix is not None:
-            count_epochs(self, self._mix)
             of_tasks = [*(f"{name}_loss" for name in self._mix.names), "recognition_accuracy"]
             self._means = RunningMeans([*self._means.names, *of_tasks], self.args.device)
 

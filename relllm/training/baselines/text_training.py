@@ -83,11 +83,12 @@ def run_text_training(script: TextScriptArguments, args: TextTrainingConfig) -> 
     check_metric(args, ("loss", "mean_token_accuracy", "entropy"))
     assert script.text_model is not None
     check_tokens(args, script.text_model)
+    selection = check_selection(script, args)
     with args.main_process_first(desc="reading the rows"):
         read, to_evaluate, _ = load_rows(script, args)
         train_rows = keep_spoken(read)
         eval_rows = {name: keep_spoken(rows) for name, rows in to_evaluate.items()}
-        identity = _training_record(script, args) | check_selection(script, args)
+        identity = _training_record(script, args) | selection
         identity["emotion_labels"] = emotions_of(survey_rows(train_rows))  # a ReLLM's of these rows, to choose from
         identity |= describe_origin(script, train_rows, eval_rows, {"text_model": script.text_model})
         checkpoint = args.resume_from_checkpoint or begin_run(Path(args.output_dir), identity, script.resume)
