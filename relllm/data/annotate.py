@@ -50,8 +50,8 @@ def annotate_rows(
     of the scale" and is clipped; a row with a value further off, as a tower of another scale would give, is left
     without, and so is one whose audio cannot be read. Killed, it goes on where it was.
 
-    `rows` have `id` and undecoded `audio`; `out` is `.jsonl` or `.parquet`; `load_tower` is called once, if it is
-    needed, after everything else is checked. Errors are those of [`add_columns`].
+    `rows` have `id` and undecoded `audio`; `load_tower` is called once, if it is needed, after everything else is
+    checked. Errors are those of [`add_columns`].
 
     Returns:
         `dict`: The report: `settings`, `rows`, `read`, `kept` (source -> count), `partly_labelled`, `clipped` and
@@ -127,16 +127,14 @@ def run_annotate(settings: AnnotateSettings) -> dict:
 
 def annotation_table(report: Mapping) -> Table:
     """Return the counts of a report of [`annotate_rows`], for the terminal."""
-    settings = report["settings"]
-    table = Table("", "rows", title=f"Dimensions read by {settings['emotion_model']}", title_justify="left")
-    table.add_row("in the data", str(report["rows"]))
-    table.add_row("read", str(report["read"]))
-    for source, count in report["kept"].items():
-        table.add_row(f"kept: {source}", str(count))
-    table.add_row("left with one or two of the three", str(report["partly_labelled"]["count"]))
-    table.add_row("clipped to [0, 1]", str(report["clipped"]["count"]))
-    table.add_row("not read", str(report["not_read"]["count"]))
-    for row_id, reason in list(report["not_read"]["reasons"].items())[:3]:
+    table = Table("", "rows", title=f"Dimensions read by {report['settings']['emotion_model']}", title_justify="left")
+    partly, clipped, unread = report["partly_labelled"], report["clipped"], report["not_read"]
+    kept = {f"kept: {source}": count for source, count in report["kept"].items()}
+    counts = {"in the data": report["rows"], "read": report["read"], **kept}
+    counts |= {"left with one or two of the three": partly["count"], "clipped to [0, 1]": clipped["count"]}
+    for name, count in (counts | {"not read": unread["count"]}).items():
+        table.add_row(name, str(count))
+    for row_id, reason in list(unread["reasons"].items())[:3]:
         table.add_row(f"  {row_id}", f"{reason:.100}")
     return table
 
@@ -145,19 +143,17 @@ def _read(
     model: ReLLMEmotionModel, rows: Dataset, todo: Sequence[int], journal: Journal, batch_size: int, progress: bool
 ) -> None:
     """Fill the journal. Batches are planned over all rows, so that a resumed run reads the same ones."""
-    shown = {"desc": "Reading emotion", "unit": "clip", "disable": not progress}
-    with tqdm(total=len(todo), initial=len(journal.done), **shown) as bar:
+    with tqdm(total=len(todo), desc="Reading emotion", unit="clip", disable=not progress) as bar:
         for start in range(0, len(todo), batch_size):
             batch = rows.select(todo[start : start + batch_size])
+            bar.update(len(batch))
             if all(row_id in journal.done for row_id in batch["id"]):
                 continue
             entries = []
             for row_id, result in zip(batch["id"], read_dimensions(model, list(batch["audio"])), strict=True):
                 reason = result if isinstance(result, str) else _off_scale(result)
-                if row_id not in journal.done:
-                    entries.append({"id": row_id, **({"reason": reason} if reason else {"values": result})})
+                entries.append({"id": row_id, **({"reason": reason} if reason else {"values": result})})
             journal.append(entries)
-            bar.update(len(entries))
 
 
 def _off_scale(values: Sequence[float | None]) -> str | None:
@@ -183,15 +179,17 @@ def _values(row: Mapping) -> list[float]:
 def _report(labels: Sequence[Mapping], annotated: Sequence[Mapping], found: Mapping[str, dict]) -> dict:
     entries = {row["id"]: found[row["id"]] for row in labels if row["id"] in found}
     readings = {row_id: entry["values"] for row_id, entry in entries.items() if "values" in entry}
-    given = {row_id: [one for one in values if one is not None] for row_id, values in readings.items()}
-    clipped = {row_id: readings[row_id] for row_id, values in given.items() if min(values) < 0 or max(values) > 1}
+    off = (
+        row_id for row_id, values in readings.items() if any(not 0 <= one <= 1 for one in values if one is not None)
+    )
+    clipped = {row_id: readings[row_id] for row_id in off}
     reasons = {row_id: entry["reason"] for row_id, entry in entries.items() if "reason" in entry}
-    kept = [(row, result) for row, result in zip(labels, annotated, strict=True) if row["id"] not in readings]
-    kept = [(row, result) for row, result in kept if _values(row)]
+    pairs = zip(labels, annotated, strict=True)
+    kept = [(row, one) for row, one in pairs if _values(row) and row["id"] not in readings]
     partly = [row["id"] for row, _ in kept if len(_values(row)) < len(DIMENSIONS)]
     return {
         "read": len(readings),
-        "kept": dict(Counter(result["dimension_source"] for _, result in kept)),
+        "kept": dict(Counter(one["dimension_source"] for _, one in kept)),
         "partly_labelled": {"count": len(partly), "ids": partly},
         "clipped": {"count": len(clipped), "raw_values": clipped},
         "not_read": {"count": len(reasons), "reasons": reasons},

@@ -14,10 +14,8 @@ def normalize_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableD
     """Return a data set with undecoded audio, also in `messages` and lists, and emotions by their names.
 
     An `emotion` that is a `datasets.ClassLabel` is read by the names of its classes, and a name in the canonical
-    spelling where it has one ("hap", "Happiness" and "happy" are "happy"); another name stays as it is.
-
-    Raises:
-        ValueError: The emotions are numbers without names, or the dimensions are not in [0, 1].
+    spelling where it has one ("hap", "Happiness" and "happy" are "happy"); another name stays as it is. Emotions that
+    are numbers without names, and dimensions outside [0, 1], are a `ValueError`.
     """
     features = dataset.features
     if features is None:  # of a stream, known when it is read
@@ -67,7 +65,7 @@ def _leave_encoded(dataset: Dataset | IterableDataset, features: Features) -> Da
     if encoded == features:
         return dataset
     if not isinstance(dataset, Dataset):
-        return dataset.cast(encoded)
+        return dataset.decode(False)
     info = dataset.info.copy()
     info.features = encoded
     fingerprint = Hasher.hash([dataset._fingerprint, "encoded"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -22,9 +21,9 @@ from relllm.processing.audio_relllm import SAMPLING_RATE, AudioSource, load_audi
 from .clips import CLIPPED_SAMPLES, SILENT_PEAK, measure_loudness
 from .data_settings import InspectSettings
 from .journal import write_json
-from .loading import SHARD, hub_place, load_corpus
+from .loading import add_column, load_corpus
 from .processes import available_cores, run_in_processes
-from .rows import UNSPLIT
+from .rows import ALL, UNSPLIT
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +39,6 @@ FEWEST_WORDS = 3  # of a transcript that two splits should not share
 _IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u9fff"  # each counts as a word: nothing is between them
 _WORD = re.compile(rf"[{_IDEOGRAPHS}]|(?:[^\W{_IDEOGRAPHS}]|')+")
 _NO_SPLIT = "no split"
-_FIRST_SPLITS = ("train", "validation", "test")  # others follow by name
 _CHUNK = 32  # clips that a process reads before it reports
 
 
@@ -60,8 +58,8 @@ class ClipFacts:
     error: str | None = None  # why it could not be read; then nothing else is known
     duration_s: float | None = None
     digest: str | None = None  # of rate and samples, whatever the container
-    peak: float | None = None  # largest magnitude; 1 is full scale
-    full_scale_run: int | None = None  # most samples in a row at full scale
+    peak: float = 1.0  # largest magnitude; 1 is full scale
+    full_scale_run: int = 0  # most samples in a row at full scale
 
 
 @dataclass(frozen=True)
@@ -81,13 +79,16 @@ def inspect_corpus(settings: InspectSettings, *, progress: bool = True) -> Inspe
     `ValueError` where there is no column `audio` and the audio is to be read.
     """
     data = settings.data
-    tables = {split: _with_ids(load_corpus(data, split)) for split in _name_splits(data)}
-    rows = [row for split, table in tables.items() for row in _read_rows(table, split)]
+    table = add_column(load_corpus(data, ALL), "id", "row {}".format)
+    rows = [
+        {**row, "id": str(row["id"]), "split": None if row.get("split") == UNSPLIT else row.get("split")}
+        for row in table.remove_columns([name for name in ("audio", "messages") if name in table.column_names])
+    ]
     findings = check_table(rows)
     if settings.audio:
-        if lacking := [split for split, table in tables.items() if "audio" not in table.column_names]:
-            raise ValueError(f"{data} has no column `audio` (splits: {lacking}). Look at the table alone: --no-audio.")
-        facts = _measure(list(tables.values()), settings.num_proc or available_cores(), progress)
+        if "audio" not in table.column_names:
+            raise ValueError(f"{data} has no column `audio`. Look at the table alone: --no-audio.")
+        facts = _measure(table, settings.num_proc or available_cores(), progress)
         for row, measured in zip(rows, facts, strict=True):
             if measured.duration_s is not None:
                 row["duration_s"] = measured.duration_s
@@ -103,11 +104,8 @@ def check_table(rows: Sequence[Mapping]) -> list[Finding]:
     Rows need `id` and `split`; a speaker, a transcript or a split that is `None` leaks nowhere. Transcripts are
     compared without case and punctuation; those of less than three words are everybody's.
     """
-    findings = [
-        Finding("id used more than once", [row_id], f"{count} rows")
-        for row_id, count in Counter(row["id"] for row in rows).items()
-        if count > 1
-    ]
+    counts = Counter(row["id"] for row in rows)
+    findings = [Finding("id used more than once", [name], f"{n} rows") for name, n in counts.items() if n > 1]
     findings += _find_shared(rows, "speaker in several splits", lambda row: row.get("speaker"))
     findings += _find_shared(rows, "same transcript in several splits", _plain_text)
     for row in rows:
@@ -147,9 +145,9 @@ def check_audio(rows: Sequence[Mapping], facts: Sequence[ClipFacts]) -> list[Fin
             findings.append(Finding("audio cannot be read", [row["id"]], measured.error))
         if measured.digest is not None:
             by_digest[measured.digest].append(row)
-        if (run := measured.full_scale_run or 0) >= CLIPPED_SAMPLES:
+        if (run := measured.full_scale_run) >= CLIPPED_SAMPLES:
             findings.append(Finding("clipped", [row["id"]], f"{run} samples in a row at full scale"))
-        if measured.peak is not None and measured.peak < SILENT_PEAK:
+        if measured.peak < SILENT_PEAK:
             findings.append(Finding("silent", [row["id"]], f"peak {measured.peak:.1e} of full scale"))
     for same in by_digest.values():
         if len(same) > 1:
@@ -207,43 +205,12 @@ def write_report(inspection: Inspection, out: Path) -> list[Path]:
     }
     written = [out / "report.json"]
     write_json(content, written[0])
-    rated = [row for row in inspection.rows if row.get("valence") is not None and row.get("arousal") is not None]
-    if rated:
-        valence, arousal = [row["valence"] for row in rated], [row["arousal"] for row in rated]
-        emotions = [row.get("emotion") or "none" for row in rated]
-        title = f"{Path(inspection.data).name}: {len(rated):,} clips"
+    points = [(row.get("valence"), row.get("arousal"), row.get("emotion") or "none") for row in inspection.rows]
+    if points := [point for point in points if None not in point]:
+        title = f"{Path(inspection.data).name}: {len(points):,} clips"
         plot = out / "valence_arousal.png"
-        written.append(plot_valence_arousal_labels(valence, arousal, emotions, plot, title=title))
+        written.append(plot_valence_arousal_labels(*zip(*points, strict=True), plot, title=title))
     return written
-
-
-def _name_splits(data: str) -> list[str | None]:
-    """Name the splits that have to be read for everything; `[None]` where one table has it all."""
-    path = Path(data).expanduser()
-    saved = path / "dataset_dict.json"
-    if saved.is_file():
-        return list(json.loads(saved.read_text(encoding="utf-8"))["splits"])
-    if path.is_dir():
-        names = {match[1] for file in path.rglob("*.parquet") if (match := SHARD.fullmatch(file.name))}
-        first = [name for name in _FIRST_SPLITS if name in names]
-        return [*first, *sorted(names.difference(first))] if len(names) > 1 else [None]
-    if not path.exists() and "/" in data and not data.startswith((".", "/", "~")):
-        from datasets import get_dataset_split_names
-
-        name, config, revision = hub_place(data)
-        return list(get_dataset_split_names(name, config, revision=revision))
-    return [None]
-
-
-def _with_ids(table: Dataset) -> Dataset:
-    if "id" in table.column_names:
-        return table
-    return table.add_column("id", [f"row {number}" for number in range(len(table))])
-
-
-def _read_rows(table: Dataset, split: str | None) -> Iterator[dict]:
-    for row in table.remove_columns([name for name in ("audio", "messages") if name in table.column_names]):
-        yield {**row, "id": str(row["id"]), "split": row.get("split") or (None if split == UNSPLIT else split)}
 
 
 def _read_rate(audio: AudioSource) -> int:
@@ -260,17 +227,17 @@ def _read_rate(audio: AudioSource) -> int:
         return SAMPLING_RATE
 
 
-def _measure(tables: list[Dataset], num_proc: int, progress: bool) -> list[ClipFacts]:
+def _measure(table: Dataset, num_proc: int, progress: bool) -> list[ClipFacts]:
     """Facts of every clip in the order of the rows."""
-    places = [(table, start) for table in tables for start in range(0, len(table), _CHUNK)]
-    chunks = ((number, table[start : start + _CHUNK]["audio"]) for number, (table, start) in enumerate(places))
+    starts = range(0, len(table), _CHUNK)
+    chunks = ((start, table[start : start + _CHUNK]["audio"]) for start in starts)
     found: dict[int, list[ClipFacts]] = {}
-    with tqdm(total=sum(map(len, tables)), desc="Reading audio", unit="clip", disable=not progress) as bar:
-        num_proc = max(1, min(num_proc, len(places)))
-        for (number, _), facts in run_in_processes(_measure_chunk, chunks, num_proc, preload=__name__):
-            found[number] = facts
+    with tqdm(total=len(table), desc="Reading audio", unit="clip", disable=not progress) as bar:
+        num_proc = max(1, min(num_proc, len(starts)))
+        for (start, _), facts in run_in_processes(_measure_chunk, chunks, num_proc, preload=__name__):
+            found[start] = facts
             bar.update(len(facts))
-    return [fact for number in sorted(found) for fact in found[number]]
+    return [fact for start in starts for fact in found[start]]
 
 
 def _measure_chunk(chunk: tuple[int, list[AudioSource]]) -> list[ClipFacts]:

@@ -23,9 +23,8 @@ class Journal:
     Used as a context manager, by one process at a time. Opened again after a kill, it has what was finished in `done`;
     a half-written last line is dropped.
 
-    Raises:
-        ValueError: If the journal is of other settings, which it names, or a line before the last is no JSON.
-        BlockingIOError: If another process has it open.
+    One of other settings, and a line before the last that is no JSON, are a `ValueError`; one that another process has
+    open is a `BlockingIOError`.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, object]) -> None:
@@ -46,8 +45,7 @@ class Journal:
     def append(self, entries: Iterable[Mapping[str, object]]) -> None:
         """Add finished rows, each with its `id`; they are on disk when this returns."""
         written = [dict(entry) for entry in entries]
-        lines = "".join(json.dumps(entry) + "\n" for entry in [*self._first, *written])
-        self._file.write(lines.encode())
+        self._file.writelines(json.dumps(entry).encode() + b"\n" for entry in [*self._first, *written])
         self._file.flush()
         os.fsync(self._file.fileno())
         self._first = []
@@ -63,14 +61,11 @@ class Journal:
         self._file.seek(0)
         content = self._file.read()
         complete = content[: content.rfind(b"\n") + 1]
-        if len(complete) < len(content):  # killed in the middle of a line
-            self._file.truncate(len(complete))
+        self._file.truncate(len(complete))  # of a line in whose middle it was killed
         lines = [_parse(line, self.path, number) for number, line in enumerate(complete.splitlines(), start=1)]
         if not lines:
             self._first = [{"settings": settings}]
-            return
-        found = lines[0].get("settings")
-        if found != settings:
+        elif (found := lines[0].get("settings")) != settings:
             raise ValueError(
                 f"{self.path} belongs to a run with other settings ({name_differences(found, settings)}), and one "
                 "file must not mix them. Use the same settings, choose another --out, or delete the journal."
@@ -88,10 +83,15 @@ def write_rows(rows: Dataset, path: Path) -> None:
         if path.suffix == ".parquet":
             rows.to_parquet(str(partial))
             return
+        folder = path.parent.absolute()
+        lines = (json.dumps({**row, "audio": _audio_path(row["audio"], folder)}, ensure_ascii=False) for row in rows)
         with partial.open("w", encoding="utf-8") as file:
-            for row in rows:
-                audio = _audio_path(row["audio"], path.parent.absolute())
-                file.write(json.dumps({**row, "audio": audio}, ensure_ascii=False) + "\n")
+            file.writelines(f"{line}\n" for line in lines)
+
+
+def read_json(path: Path) -> dict:
+    """Return the object in a file; empty where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_json(content: Mapping[str, object], path: Path) -> None:
@@ -112,13 +112,22 @@ def check_out(rows: Dataset, path: Path) -> None:
         raise ValueError(f"The data holds its audio as bytes, which JSON cannot. Use --out {path.stem}.parquet.")
 
 
+def digest_values(values: Iterable[object]) -> str:
+    """Return a short digest of values, of which JSON has a form, or else `str`; bytes by a digest of their own."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value, default=_digest_value).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _digest_value(value: object) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+
+
 def rows_fingerprint(rows: Dataset, columns: Sequence[str]) -> str:
     """Return a digest of some columns, so that a journal is not continued with another corpus; absent: None."""
-    digest = hashlib.sha256()
     values = [rows[name] if name in rows.column_names else [None] * len(rows) for name in columns]
-    for row in zip(*values, strict=True):
-        digest.update(json.dumps(row, default=_digest_value).encode() + b"\n")
-    return digest.hexdigest()[:16]
+    return digest_values(zip(*values, strict=True))
 
 
 def audio_fingerprint(rows: Dataset) -> str | None:
@@ -139,15 +148,7 @@ def audio_fingerprint(rows: Dataset) -> str | None:
     parts = [pc.binary_length(clips), *(pc.binary_slice(clips, start, start + 64) for start in (4096, -4160))]
     if rows._indices is not None:  # of rows that were selected
         parts = [part.take(rows._indices.column(0)) for part in parts]
-    digest = hashlib.sha256()
-    for row in zip(*(part.to_pylist() for part in parts), strict=True):
-        digest.update(repr(row).encode())
-    return digest.hexdigest()[:16]
-
-
-def _digest_value(value: object) -> str:
-    """Return what stands in a fingerprint for a value that JSON has not: bytes of nested audio, a date."""
-    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+    return digest_values(zip(*(part.to_pylist() for part in parts), strict=True))
 
 
 def report_path(out: Path) -> Path:
@@ -167,9 +168,9 @@ def add_columns(
     fill: Callable[[Journal], None],
     finish: Callable[[Mapping[str, dict]], tuple[dict, Dataset]],
 ) -> dict:
-    """Add columns to rows with `id` and `audio`, and return the report, which is written beside `out`.
+    """Do what [`make_file`] does for rows with `id` and `audio`: `finish` makes the report and the rows.
 
-    As [`make_file`], but `finish` makes the report and the rows; what cannot be written there is a `ValueError`.
+    What cannot be written to `out` is a `ValueError`.
     """
     check_out(rows, out)
 
@@ -194,13 +195,8 @@ def make_file(
     """
     wanted = json.loads(json.dumps(settings))
     if out.exists() and not journal_path(out).exists():
-        known = report_path(out)
-        found = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-        if found.get("settings") != wanted:
-            raise FileExistsError(
-                f"{out} is there already, from a run with other settings "
-                f"({name_differences(found.get('settings'), wanted)}). Choose another --out, or delete it."
-            )
+        found = read_json(report_path(out))
+        check_same(out, found.get("settings"), wanted)
         return found
     with Journal(journal_path(out), wanted) as journal:
         fill(journal)
@@ -210,6 +206,15 @@ def make_file(
     write(out)
     journal_path(out).unlink()
     return report
+
+
+def check_same(out: Path, found: object, wanted: Mapping[str, object]) -> None:
+    """Raise a `FileExistsError` where what is complete already is of other settings than those of this run."""
+    if found != wanted:
+        raise FileExistsError(
+            f"{out} is there already, from a run with other settings ({name_differences(found, wanted)}). "
+            "Choose another --out, or delete it."
+        )
 
 
 def check_columns(rows: Dataset, needed: Iterable[str]) -> None:
@@ -239,26 +244,20 @@ def replace_columns(rows: Dataset, columns: Mapping[str, Sequence], types: Mappi
 
 
 def _audio_path(audio: object, folder: Path) -> str:
-    if isinstance(audio, Mapping):
-        if audio.get("bytes") is not None:
-            raise ValueError("A row holds its audio as bytes, which JSON cannot. Use an --out that ends in .parquet.")
-        audio = audio.get("path")
-    if not isinstance(audio, str):
-        raise ValueError(f"A row's audio is {type(audio).__name__}, expected a path. Use an --out ending in .parquet.")
-    if "://" in audio:
-        return audio
-    path = Path(audio).absolute()
-    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+    path = audio.get("path") if isinstance(audio, Mapping) else audio
+    if not isinstance(path, str) or (isinstance(audio, Mapping) and audio.get("bytes") is not None):
+        raise ValueError("A row has its audio in itself, and no path. Use an --out that ends in .parquet.")
+    if "://" in path:
+        return path
+    place = Path(path).absolute()
+    return str(place.relative_to(folder) if place.is_relative_to(folder) else place)
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict:
     try:
-        entry = json.loads(line)
+        return json.loads(line)
     except ValueError as error:
         raise ValueError(f"{path}:{number} is no JSON ({error}). Delete it to have its row done again.") from error
-    if not isinstance(entry, dict) or not ({"id", "settings"} & set(entry)):
-        raise ValueError(f"{path}:{number} is no line of a journal. Delete it, or the whole file.")
-    return entry
 
 
 def name_differences(found: object, wanted: Mapping[str, object]) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -13,8 +12,8 @@ from relllm.labels import DIMENSIONS
 from relllm.modeling.places_relllm import PlaceError, check_place
 
 from .columns import normalize_columns
-from .journal import report_path
-from .rows import ALL, COLUMNS, LIST_COLUMNS, UNSPLIT
+from .journal import read_json, report_path
+from .rows import ALL, COLUMNS, LIST_COLUMNS
 from .table_files import read_table
 
 if TYPE_CHECKING:
@@ -44,9 +43,8 @@ def load_corpus(
         data (`str` or `Path`): A directory that `relllm prepare` or `datasets.save_to_disk` wrote, or one with
             `metadata.jsonl` or Parquet files; a `.jsonl`, `.csv` or `.parquet` file; or a data set on the Hub,
             `org/name`, `org/name:configuration` or `org/name@revision`. Audio paths are relative to the folder.
-        split (`str`, *optional*): Name of a split of the data set, or else a value of the rows' column `split`.
-            Not needed where there is only one; `"all"` for the rows of every split. Where no row names a split, all
-            are `"train"`, as `datasets` has it of a single file, and there is no other.
+        split (`str`, *optional*): A split of the data set, or a value of the column `split`; needed where there are
+            several. `"all"`: the rows of every one. Where no row names a split, all are `"train"`.
         held_out (`str`, *optional*): Makes the splits anew from all rows: `"session=Ses05"` or
             `"speaker=0019,0020"` are `"test"`, all others `"train"`; with `"session=Ses05;validation:session=Ses04"`
             there is a `"validation"` too. Rows without a value in such a column are in none. Empty: the data's own.
@@ -85,29 +83,26 @@ def column_values(data: str | Path, column: str) -> list[str]:
 
 def corpus_name(data: str | Path) -> str:
     """Return the name of a published corpus that was prepared; else the folder's, `ours` of `data/ours/x.jsonl`."""
-    folder, prepared = _read_report(data)
-    name = str(prepared.get("corpus", "folder"))
+    folder = _folder_of(data)
+    name = read_json(folder / "report.json").get("corpus", "folder")
     return folder.name if name == "folder" else name
 
 
 def corpus_facts(data: str | Path) -> dict:
     """Return the [`~relllm.data.rows.CorpusFacts`] that `relllm prepare` wrote; empty if it did not."""
-    return _read_report(data)[1].get("facts", {})
+    return read_json(_folder_of(data) / "report.json").get("facts", {})
 
 
 def pair_rewards(data: str | Path) -> dict[str, float]:
     """Return the weights by which `relllm score-replies` chose pairs of replies; empty of other rows."""
     path = Path(data).expanduser()
-    report = report_path(path / METADATA if path.is_dir() else path)
-    settings = json.loads(report.read_text(encoding="utf-8")).get("settings", {}) if report.is_file() else {}
+    settings = read_json(report_path(path / METADATA if path.is_dir() else path)).get("settings", {})
     return settings["weights"] if settings.get("task") == "score-replies" else {}
 
 
-def _read_report(data: str | Path) -> tuple[Path, dict]:
+def _folder_of(data: str | Path) -> Path:
     path = Path(data).expanduser().absolute()
-    folder = path.parent if path.is_file() else path
-    report = folder / "report.json"
-    return folder, json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    return path.parent if path.is_file() else path
 
 
 def _load(data: str, split: str | None, streaming: bool) -> Rows:
@@ -117,15 +112,17 @@ def _load(data: str, split: str | None, streaming: bool) -> Rows:
     if not path.exists():
         check_place(data, repo_type="dataset")
         try:
-            name, config, revision = hub_place(data)
-            loaded = _with_ids(load_dataset(name, config, revision=revision, streaming=streaming))
+            named = re.fullmatch(r"([^:@]+)(?::([^@]+))?(?:@(.+))?", data)
+            name, config, revision = named.groups() if named else (data, None, None)
+            loaded = load_dataset(name, config, revision=revision, streaming=streaming)
         except (FileNotFoundError, ConnectionError) as error:
             raise PlaceError(f"{data} is no file or folder here, and no data set of the Hub comes: {error}") from error
         except ValueError as error:
             if "onfig" not in str(error):
                 raise
             raise ValueError(f"{data}: {error} Name a configuration as ORG/NAME:CONFIGURATION.") from error
-        return normalize_columns(_choose(loaded, split, data))
+        numbered = {name: add_column(rows, "id", f"{name}-{{:06d}}".format) for name, rows in loaded.items()}
+        return normalize_columns(_choose(numbered, split, data))
     if path.is_dir() and (path / METADATA).is_file():
         path = path / METADATA
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
@@ -137,34 +134,20 @@ def _load(data: str, split: str | None, streaming: bool) -> Rows:
     raise ValueError(f"{data} is a {path.suffix or 'nameless kind of'} file; expected .jsonl, .csv or .parquet.")
 
 
-def hub_place(data: str) -> tuple[str, str | None, str | None]:
-    """Return id, configuration and revision of `"org/name:configuration@revision"`, a data set on the Hub."""
-    named = re.fullmatch(r"([^:@]+)(?::([^@]+))?(?:@(.+))?", data)
-    return (named[1], named[2], named[3]) if named else (data, None, None)
-
-
-def _with_ids(loaded: dict | Rows) -> dict | Rows:
-    """Number the rows of each split where the Hub's have no `id`."""
+def add_column(rows: Rows, name: str, make: Callable[[int], str]) -> Rows:
+    """Add a column of what `make` gives for the number of each row, unless there is one of that name."""
     from datasets import Dataset, Features, Value
 
-    if not isinstance(loaded, dict):
-        return _with_ids({TRAIN: loaded})[TRAIN]
-    for split, rows in loaded.items():
-        if "id" in (rows.column_names or ()):
-            continue
-        if isinstance(rows, Dataset):
-            loaded[split] = rows.add_column("id", [f"{split}-{number:06d}" for number in range(len(rows))])
-        else:
-            features = None
-            if rows.features:
-                rows = rows.decode(False)  # `map` would decode the audio, which stays as it is until it is read
-                features = Features({**rows.features, "id": Value("string")})
-
-            def name(row: dict, number: int, split: str = split) -> dict[str, str]:
-                return {"id": row.get("id", f"{split}-{number:06d}")}
-
-            loaded[split] = rows.map(name, with_indices=True, features=features)
-    return loaded
+    if name in (rows.column_names or ()):
+        return rows
+    if isinstance(rows, Dataset):
+        return rows.add_column(name, [make(number) for number in range(len(rows))])
+    features = None
+    if rows.features:
+        rows = rows.decode(False)  # `map` would decode the audio, which stays as it is until it is read
+        features = Features({**rows.features, name: Value("string")})
+    fill = {"with_indices": True, "features": features}
+    return rows.map(lambda row, number: {name: row.get(name, make(number))}, **fill)
 
 
 def _stream(dataset: Dataset, streaming: bool) -> Rows:
@@ -175,22 +158,21 @@ def _load_parquet(path: Path, split: str | None, streaming: bool) -> Rows:
     from datasets import Value, load_dataset
 
     folder = path if path.is_dir() else path.parent
-    if path.is_dir() and not any(path.rglob("*.parquet")):
+    if path.is_file():  # which `datasets` calls "train", whatever is in it
+        loaded = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
+    elif shards := _list_shards(path):
+        # Splits that are not asked for are not copied into the cache. `datasets` keeps some names of splits for
+        # itself, so each is loaded as its only one.
+        files = {split: shards[split]} if split in shards else shards
+        only = {"split": "train", "streaming": streaming}
+        loaded = {name: load_dataset("parquet", data_files=of, **only) for name, of in files.items()}
+    elif any(path.rglob("*.parquet")):
+        loaded = load_dataset("parquet", data_dir=str(path), streaming=streaming)
+    else:
         raise ValueError(
             f"{path} is a directory without {METADATA}, without Parquet files, and not of `save_to_disk`. "
             f"It holds {sorted(entry.name for entry in path.iterdir())[:8]}."
         )
-    if path.is_dir() and (shards := _list_shards(path)):
-        files = shards if split != ALL else {ALL: [file for of_split in shards.values() for file in of_split]}
-        if split in files:
-            files = {split: files[split]}  # the others are not read, and not copied into the cache
-        # `datasets` keeps some names of splits for itself, so each is loaded as its only one.
-        only = {"split": "train", "streaming": streaming}
-        loaded = {name: load_dataset("parquet", data_files=of, **only) for name, of in files.items()}
-    elif path.is_dir():
-        loaded = load_dataset("parquet", data_dir=str(path), streaming=streaming)
-    else:  # which `datasets` calls "train", whatever is in it
-        loaded = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
     dataset = _choose(loaded, split, str(path))
     if not isinstance((dataset.features or {}).get("audio"), Value):
         return dataset
@@ -211,17 +193,17 @@ def _list_shards(directory: Path) -> dict[str, list[str]]:
 
 
 def _join(loaded: dict | Rows) -> Rows:
-    """Join the rows of all splits, one split after the other."""
+    """Join the rows of all splits, one split after the other; the column `split` says of which they are."""
     from datasets import Value, concatenate_datasets
 
     if not isinstance(loaded, dict):
         return loaded
-    parts = list(loaded.values())
-    for index, part in enumerate(parts):
+    parts = []
+    for split, part in loaded.items():
         for name in DIMENSIONS:  # whole numbers in one split, fractions in the next
-            if name in (part.features or {}):
+            if (part.features or {}).get(name) not in (None, Value("float64")):
                 part = part.cast_column(name, Value("float64"))
-        parts[index] = part
+        parts.append(add_column(part, "split", lambda _, split=split: split))
     return concatenate_datasets(parts)
 
 
@@ -255,8 +237,8 @@ def _hold_out(dataset: Rows, split: str, wanted: HeldOut, source: str) -> Rows:
         return [_assign(row, wanted) for row in zip(*values, strict=True)]
 
     if not isinstance(dataset, Dataset):
-        of_split = {"input_columns": columns, "batched": True}
-        dataset = dataset.filter(lambda *values: [name == split for name in assign(*values)], **of_split)
+        named = {"input_columns": columns, "batched": True}
+        dataset = dataset.filter(lambda *values: [name == split for name in assign(*values)], **named)
     else:
         for column, values in wanted.values():
             found = sorted(str(value) for value in dataset.unique(column) if value is not None)
@@ -322,7 +304,7 @@ def _say_splits(source: str, split: str, found: Sequence[str]) -> str:
 
 
 def _choose(loaded: dict | Rows, split: str | None, source: str) -> Rows:
-    """Return a split of a `DatasetDict`, the rows whose column `split` says so, or all of them."""
+    """Return a split of several, the rows whose column `split` says so, or all of them."""
     from datasets import Dataset
 
     if split == ALL:
@@ -334,9 +316,7 @@ def _choose(loaded: dict | Rows, split: str | None, source: str) -> Rows:
             if split is None:
                 raise ValueError(f"{source} has the splits {sorted(loaded)}. Name one, or take all.")
             raise ValueError(_say_splits(source, split, list(loaded)))
-        [(name, loaded)] = loaded.items()
-        if name == UNSPLIT and split == TRAIN:
-            return loaded
+        [loaded] = loaded.values()
     if split is None:
         return loaded
     if "split" not in (loaded.features or {}):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relllm.modeling.places_relllm import find_file
+
+from .journal import read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,15 +25,13 @@ def read_training_record(checkpoint: str, *, revision: str = "main") -> dict:
 
     One of several checkpoints in the folder of a run has the run's, without how far that went later.
     """
-    found = find_file(checkpoint, RECORD_NAME, revision)
-    if found is not None:
-        return json.loads(Path(found).read_text(encoding="utf-8"))
+    if found := find_file(checkpoint, RECORD_NAME, revision):
+        return read_json(Path(found))
     folder = Path(checkpoint).resolve()
     step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    if step is None or not (record := folder.parent / RECORD_NAME).is_file():
-        return {}
-    of_run = json.loads(record.read_text(encoding="utf-8"))
-    return {**{name: value for name, value in of_run.items() if name != "epochs_done"}, "steps_done": int(step[1])}
+    of_run = read_json(folder.parent / RECORD_NAME) if step else {}
+    kept = {name: value for name, value in of_run.items() if name != "epochs_done"}
+    return {**kept, "steps_done": int(step[1])} if step and of_run else {}
 
 
 def is_chosen(record: Mapping) -> bool:
@@ -47,10 +46,9 @@ def is_text_model_trained(record: Mapping) -> bool:
 
 def digest_rows(rows: Dataset) -> set[bytes]:
     """Return a digest of the id and transcript of each row that has an id, wherever its audio lies."""
-    if "id" not in rows.column_names:
-        return set()
-    texts = rows["text"][:] if "text" in rows.column_names else [None] * len(rows)
-    said = [f"{row_id}\0{text or ''}" for row_id, text in zip(rows["id"][:], texts, strict=True) if row_id is not None]
+    absent = [None] * len(rows)
+    ids, texts = (rows[name][:] if name in rows.column_names else absent for name in ("id", "text"))
+    said = [f"{row_id}\0{text or ''}" for row_id, text in zip(ids, texts, strict=True) if row_id is not None]
     return {hashlib.sha256(one.encode()).digest()[:DIGEST_BYTES] for one in said}
 
 

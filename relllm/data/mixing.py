@@ -43,14 +43,10 @@ def parse_sources(data: str | Sequence[str | Mapping]) -> list[DataSource]:
     if isinstance(data, str) and data.startswith("["):
         data = yaml.safe_load(data)
     if isinstance(data, str):
-        alone = "," not in data or os.path.exists(data)
-        given: Sequence[object] = [data] if alone else [_split_weight(part) for part in data.split(",")]
-    else:
-        given = data
+        data = [data] if "," not in data or os.path.exists(data) else [*map(_split_weight, data.split(","))]
     sources = []
-    for one in given:
-        if isinstance(one, str):
-            one = {"name": one}
+    for one in data:
+        one = {"name": one} if isinstance(one, str) else one
         if not isinstance(one, Mapping) or not isinstance(one.get("name"), str):
             raise ValueError(f"data has {one!r}, expected a place, or a mapping such as {{name: a.jsonl, weight: 1}}.")
         if unknown := sorted(set(one) - set(DataSource.__annotations__)):
@@ -81,13 +77,11 @@ def mix_rows(parts: Mapping[str, Rows], weights: Sequence[float], *, seed: int) 
 
     fitted = []
     for part in parts.values():
-        names = [name for name in part.features or {} if name in READ]
-        part = part.select_columns(names)
-        for name in names:
-            if name in DIMENSIONS:  # whole numbers in one, fractions in the next
-                part = part.cast_column(name, Value("float64"))
-            elif name == "audio" and part.features[name] == Value("string"):  # paths in one, bytes in the next
-                part = part.cast_column(name, Audio(decode=False))
+        part = part.select_columns([name for name in part.features or {} if name in READ])
+        for name in part.features.keys() & set(DIMENSIONS):  # whole numbers in one, fractions in the next
+            part = part.cast_column(name, Value("float64"))
+        if part.features.get("audio") == Value("string"):  # paths in one, bytes in the next
+            part = part.cast_column("audio", Audio(decode=False))
         fitted.append(part)
     for name in READ - {"audio"}:
         found = {label: one.features[name] for label, one in zip(parts, fitted, strict=True) if name in one.features}

@@ -9,8 +9,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
+import math
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from relllm.labels import DIMENSIONS
 
 from .clips import read_row
 from .data_settings import PrepareSettings
-from .journal import Journal, name_differences, write_json, write_whole
+from .journal import Journal, check_same, digest_values, read_json, write_json, write_whole
 from .processes import available_cores, run_in_processes
 from .report import FORMAT, build_report, summarise_rows
 from .rows import COLUMNS, LIST_COLUMNS, UNSPLIT, Corpus, Dropped, Row, validate_row
@@ -35,7 +35,7 @@ SMALL = 16  # rows that are not worth a process
 GROUP_BYTES = 32 * 1024**2  # of embedded audio in one row group, which is what a reader holds at once
 
 MakeAudio = Callable[[Sequence[Row], Path], None]
-Shard = tuple[str, list[Row]]  # split and number, and the rows of one file before they are read
+Shard = tuple[str, list[Row]]  # the name of a file, and its rows before they are read
 
 
 def prepare_corpus(
@@ -60,11 +60,11 @@ def prepare_corpus(
     _check_rows(corpus)
     run = _describe(corpus, settings)
     journal_path = directory.with_name(directory.name + ".journal")
-    if not journal_path.exists() and (report := _find_report(directory, run)) is not None:
+    if not journal_path.exists() and (report := _find_report(directory, run)):
         return report
     with Journal(journal_path, run) as journal:
         report = _find_report(directory, run)  # killed between the renaming and the removal of the journal
-        if report is None:
+        if not report:
             partial = directory.with_name(directory.name + ".partial")
             shards = plan_shards(corpus.rows)
             _make_shards(shards, journal, partial, settings, make_audio, progress)
@@ -73,10 +73,9 @@ def prepare_corpus(
             if not kept:
                 shutil.rmtree(partial)
                 journal_path.unlink()
-                _fail_empty(Counter(item["reason"] for entry in entries.values() for item in entry["dropped"]))
+                _fail_empty(item["reason"] for entry in entries.values() for item in entry["dropped"])
             summary = summarise_rows(kept)
             report = build_report(corpus, list(entries.values()), summary, run)
-            report["files"] = _number_files(partial, entries)
             plot_report(summary, partial / "plots", title=corpus.facts.title)
             write_card(corpus.facts, report, partial / "README.md")
             write_json(report, partial / "report.json")
@@ -86,15 +85,17 @@ def prepare_corpus(
 
 
 def plan_shards(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Return rows by split, in named shards of at most `SHARD_ROWS`; splits and rows keep their order."""
+    """Return rows by the names of their files, at most `SHARD_ROWS` in each; splits and rows keep their order."""
     by_split: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_split[row["split"] or UNSPLIT].append(row)
-    return {
-        f"{split}-{start // SHARD_ROWS:05d}": members[start : start + SHARD_ROWS]
-        for split, members in by_split.items()
-        for start in range(0, len(members), SHARD_ROWS)
-    }
+    shards = {}
+    for split, members in by_split.items():
+        total = math.ceil(len(members) / SHARD_ROWS)
+        for number in range(total):
+            of_shard = members[number * SHARD_ROWS : (number + 1) * SHARD_ROWS]
+            shards[f"{split}-{number:05d}-of-{total:05d}"] = of_shard
+    return shards
 
 
 def write_shard(shard: Shard, *, partial: Path, settings: PrepareSettings, make_audio: MakeAudio | None) -> dict:
@@ -110,12 +111,12 @@ def write_shard(shard: Shard, *, partial: Path, settings: PrepareSettings, make_
         make_audio(rows, partial)
     entry: dict = {"id": name, "kept": [], "dropped": [], "silent": [], "clipped": [], "converted": 0, "overshoot": {}}
     schema = _table_schema(settings.embed_audio)
-    with (
-        write_whole(partial / "data" / f"{name}.parquet") as unfinished,
-        pyarrow.parquet.ParquetWriter(unfinished, schema) as writer,
-    ):
+    path = partial / "data" / f"{name}.parquet"
+    with write_whole(path) as unfinished, pyarrow.parquet.ParquetWriter(unfinished, schema) as writer:
         for group in _group_rows(_read_rows(rows, entry, partial, settings)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema))
+    if not entry["kept"]:
+        path.unlink()
     return entry
 
 
@@ -129,9 +130,8 @@ def _read_rows(rows: Sequence[Row], entry: dict, partial: Path, settings: Prepar
         for name, clip in clips.items():
             entry["kept"].append([index, round(clip.duration_s, 4)])
             entry["converted"] += clip.converted
-            for mark, is_set in (("silent", clip.silent), ("clipped", clip.clipped)):
-                if is_set:
-                    entry[mark].append(name)
+            entry["silent"] += [name] * clip.silent
+            entry["clipped"] += [name] * clip.clipped
             if clip.num_overshoot:
                 entry["overshoot"][name] = clip.num_overshoot
             yield {**row, "id": name, "audio": clip.audio, "duration_s": clip.duration_s}
@@ -158,7 +158,7 @@ def _make_shards(
     make_audio: MakeAudio | None,
     progress: bool,
 ) -> None:
-    """Makes the shards that the journal does not know, and tells it."""
+    """Make the shards that the journal does not know, and tell it."""
     from tqdm import tqdm
 
     if not journal.done:  # what lies there is of no run, or of one whose journal was deleted
@@ -176,21 +176,16 @@ def _make_shards(
             bar.update(len(rows))
 
 
-def _find_report(directory: Path, settings: Mapping[str, object]) -> dict | None:
-    """Find the report of a data set that is complete already; `None` where nothing is."""
+def _find_report(directory: Path, settings: Mapping[str, object]) -> dict:
+    """Find the report of a data set that is complete already; empty where nothing is."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return None
-    path = directory / "report.json"
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {}
+    report = read_json(directory / "report.json")
     if report.get("format") != FORMAT:
         earlier = str(report.get("format")).startswith("relllm-data-")
         what = "a data set that another release prepared" if earlier else "no data set of `relllm prepare`"
         raise FileExistsError(f"{directory} holds {what}. Choose another --out, or delete it.")
-    if report["settings"] != settings:
-        raise FileExistsError(
-            f"{directory} is there already, with other settings ({name_differences(report['settings'], settings)}). "
-            "Choose another --out, or delete it."
-        )
+    check_same(directory, report["settings"], settings)
     return report
 
 
@@ -201,22 +196,18 @@ def _check_rows(corpus: Corpus) -> None:
     if repeated := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"{len(repeated)} ids come more than once, for example {repeated[0]!r}. Make them unique.")
     if not corpus.rows:
-        _fail_empty(Counter(entry.reason for entry in corpus.dropped))
+        _fail_empty(entry.reason for entry in corpus.dropped)
 
 
-def _fail_empty(reasons: Mapping[str, int]) -> None:
-    counts = "; ".join(f"{reason}: {count:,}" for reason, count in reasons.items()) or "nothing was found"
+def _fail_empty(reasons: Iterable[str]) -> None:
+    counts = "; ".join(f"{reason}: {count:,}" for reason, count in Counter(reasons).items()) or "nothing was found"
     raise ValueError(f"No utterance can be kept ({counts}). Check ROOT, the label set and the limits.")
 
 
 def _describe(corpus: Corpus, settings: PrepareSettings) -> dict:
     """Return what two runs must share to make one data set, as JSON gives it back."""
-    digest = hashlib.sha256()
-    for row in corpus.rows:
-        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    digest.update(json.dumps([asdict(entry) for entry in [*corpus.dropped, *corpus.blanked]]).encode())
-    fingerprint = {"rows_fingerprint": digest.hexdigest()[:16]}
-    run = {"format": FORMAT, "corpus": corpus.facts.name, **settings.identity, **fingerprint}
+    digest = digest_values([*corpus.rows, *map(asdict, [*corpus.dropped, *corpus.blanked])])
+    run = {"format": FORMAT, "corpus": corpus.facts.name, **settings.identity, "rows_fingerprint": digest}
     return json.loads(json.dumps(run))
 
 
@@ -230,19 +221,3 @@ def _table_schema(embed_audio: bool) -> pyarrow.Schema:
     types |= {name: List(Value("string")) for name in LIST_COLUMNS}
     types["audio"] = Audio(sampling_rate=SAMPLING_RATE) if embed_audio else Value("string")
     return Features({**types, "duration_s": Value("float64")}).arrow_schema
-
-
-def _number_files(partial: Path, entries: Mapping[str, Mapping]) -> dict[str, int]:
-    """Give the files their final names, empty ones left out, and return the number of files by split."""
-    by_split: dict[str, list[str]] = defaultdict(list)
-    for name, entry in entries.items():
-        if entry["kept"]:
-            by_split[name.rpartition("-")[0]].append(name)
-        else:
-            (partial / "data" / f"{name}.parquet").unlink(missing_ok=True)
-    for split, names in by_split.items():
-        for number, name in enumerate(names):
-            target = partial / "data" / f"{split}-{number:05d}-of-{len(names):05d}.parquet"
-            if not target.exists():
-                (partial / "data" / f"{name}.parquet").rename(target)
-    return {split: len(names) for split, names in by_split.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -30,7 +31,8 @@ def run_in_processes(
     `if __name__ == "__main__":`. The module `preload` is imported once for all. A killed process is a `RuntimeError`.
     """
     if num_proc == 1:
-        yield from _run_here(work, items)
+        with _one_thread():
+            yield from ((item, work(item)) for item in items)
         return
     context = multiprocessing.get_context("forkserver")  # a fork of a process with torch's threads may hang
     context.set_forkserver_preload([preload])
@@ -66,14 +68,15 @@ def run_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _run_here(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums over several threads may round differently, and the bytes must not."""
     import torch
 
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums over several threads may round differently, and the bytes must not
+    torch.set_num_threads(1)
     try:
-        for item in items:
-            yield item, work(item)
+        yield
     finally:
         torch.set_num_threads(num_threads)
 

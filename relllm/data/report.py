@@ -53,8 +53,9 @@ def build_report(
     corpus: Corpus, entries: Sequence[Mapping], summary: Mapping[str, SplitSummary], settings: Mapping[str, object]
 ) -> dict:
     """Return the content of `report.json`, from the journal's entries; the same rows and settings give the same."""
-    dropped = [*map(asdict, corpus.dropped), *(item for entry in entries for item in entry["dropped"])]
-    unread = {item["id"] for entry in entries for item in entry["dropped"]}
+    unusable = [item for entry in entries for item in entry["dropped"]]
+    unread = {item["id"] for item in unusable}
+    dropped = [*map(asdict, corpus.dropped), *unusable]
     voices = Counter(name for split in summary.values() for name in split.speakers if name != UNLABELLED)
     overshoot = {name: samples for entry in entries for name, samples in entry["overshoot"].items()}
     return {
@@ -88,6 +89,7 @@ def order_emotions(names: Sequence[str]) -> list[str]:
 
 
 def _group_by_reason(items: Iterable[Mapping]) -> dict[str, dict]:
+    """Group what is left out, the most frequent reason first."""
     grouped: dict[str, list[dict]] = defaultdict(list)
     for item in items:
         grouped[item["reason"]].append({"id": item["id"], "detail": item["detail"]})

@@ -6,7 +6,7 @@ what that needs.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -36,19 +36,23 @@ class RowSurvey:
     rows: int
     columns: list[str]
     audio: int = 0
-    replies: int = 0
     transcripts: int = 0
     emotions: Counter[str] = field(default_factory=Counter)  # by name, of clips
     dimensions: dict[str, int] = field(default_factory=dict)  # values in [0, 1], of clips
     outside: dict[str, list[float]] = field(default_factory=dict)  # values that are not
     fed: Counter[tuple[str, ...]] = field(default_factory=Counter)  # rows by the tasks that they can feed
-    ids_by_fed: dict[tuple[str, ...], dict[int, str]] = field(default_factory=dict)  # places and ids of the first ones
-    ids_by_emotion: dict[str, list[str]] = field(default_factory=dict)  # the first ones
+    ids_by_fed: dict[tuple[str, ...], list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
+    ids_by_emotion: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def unread(self) -> list[str]:
         """Name the columns that nothing reads."""
         return sorted(set(self.columns) - READ)
+
+    @property
+    def replies(self) -> int:
+        """Count the rows that have a reply."""
+        return self.feeding("reply")
 
     def feeding(self, task: str) -> int:
         """Count the rows that can feed a task."""
@@ -57,7 +61,7 @@ class RowSurvey:
     def idle(self, tasks: Iterable[str]) -> tuple[int, list[str]]:
         """Count the rows that can feed none of some tasks, and name the first ones."""
         found = [fed for fed in self.fed if not set(fed).intersection(tasks)]
-        first = sorted(place for fed in found for place in self.ids_by_fed[fed].items())
+        first = sorted(place for fed in found for place in self.ids_by_fed[fed])
         return sum(self.fed[fed] for fed in found), [name for _, name in first[:SHOWN_IDS]]
 
 
@@ -83,24 +87,17 @@ def survey_rows(rows: Dataset) -> RowSurvey:
     survey = RowSurvey(len(rows), list(rows.column_names))
     columns = {name: rows[name][:] for name in READ & set(rows.column_names) - {"audio", "audios", "length"}}
     ids = [str(value) for value in columns.get("id", range(len(rows)))]
-    messages = columns.get("messages") or [None] * len(rows)
     has_column = "audio" in survey.columns or "audios" in survey.columns
-    teaching = [name for name in ("messages", "response", "emotion", "text") if name in columns]
-    for index, (row_id, conversation) in enumerate(zip(ids, messages, strict=True)):
-        fed = fed_tasks({name: columns[name][index] for name in teaching})
+    for index, row_id in enumerate(ids):
+        row = {name: values[index] for name, values in columns.items()}
+        fed = fed_tasks(row)
         survey.fed[fed] += 1
-        first = survey.ids_by_fed.setdefault(fed, {})
-        if len(first) < SHOWN_IDS:
-            first[index] = row_id
-        survey.audio += has_column or (conversation is not None and _has_audio(conversation))
-    survey.replies = survey.feeding("reply")
-    survey.transcripts = sum(bool(text) and all(_each(text)) for text in columns.get("text", ()))
-    for row_id, value in zip(ids, columns.get("emotion", ()), strict=False):
-        for name in filter(None, _each(value)):
+        survey.ids_by_fed[fed].append((index, row_id))
+        survey.audio += has_column or _has_audio(row.get("messages") or ())
+        for name in filter(None, _each(row.get("emotion"))):
             survey.emotions[name] += 1
-            shown = survey.ids_by_emotion.setdefault(name, [])
-            if len(shown) < SHOWN_IDS:
-                shown.append(row_id)
+            survey.ids_by_emotion[name].append(row_id)
+    survey.transcripts = sum(bool(text) and all(_each(text)) for text in columns.get("text", ()))
     for name in DIMENSIONS:
         values = [float(one) for value in columns.get(name, ()) for one in _each(value) if one is not None]
         values = [value for value in values if value == value]  # not NaN, a missing value as well
@@ -117,9 +114,9 @@ def survey_splits(train_rows: object, eval_rows: object, parts: Mapping | None =
     """
     from datasets import Dataset
 
+    named = eval_rows if isinstance(eval_rows, dict) else {"": eval_rows}
     splits = {TRAINING: train_rows, **{f"{TRAINING} {name}": rows for name, rows in (parts or {}).items()}}
-    splits |= {f"evaluation {name}": rows for name, rows in eval_rows.items()} if isinstance(eval_rows, dict) else {}
-    splits |= {} if isinstance(eval_rows, dict) else {"evaluation": eval_rows}
+    splits |= {f"evaluation {name}".strip(): rows for name, rows in named.items()}
     return {name: survey_rows(rows) for name, rows in splits.items() if isinstance(rows, Dataset)}
 
 
@@ -147,27 +144,25 @@ def check_surveys(
     """
     for name, survey in surveys.items():
         _check_values(survey, f"the {name} rows", emotion_labels, weights, tasks)
-        if name == TRAINING:
-            _check_fed(survey, weights, tasks)
-
-
-def _check_fed(survey: RowSurvey, weights: Mapping[str, float], tasks: Sequence[str]) -> None:
+    training = surveys.get(TRAINING)
+    if training is None or not training.rows:
+        return
     for task in tasks if len(tasks) > 1 else ():
-        if survey.rows and not survey.feeding(task):
-            counts = ", ".join(f"{one}: {survey.feeding(one)}" for one in tasks)
+        if not training.feeding(task):
+            counts = ", ".join(f"{one}: {training.feeding(one)}" for one in tasks)
             raise ValueError(
-                f"The task {task!r} is given, and none of {survey.rows} training rows has {TASKS[task]}; rows for "
-                f"each task: {counts}; the columns are {survey.columns}. Leave it out of tasks, or add the column."
+                f"The task {task!r} is given, and none of {training.rows} training rows has {TASKS[task]}; rows for "
+                f"each task: {counts}; the columns are {training.columns}. Leave it out of tasks, or add the column."
             )
     fed = {
-        "response_kl_weight": (survey.transcripts, "a transcript in `text`"),
-        "emotion_loss_weight": (survey.emotions.total(), "an `emotion`"),
-        "dimension_loss_weight": (sum(survey.dimensions.values()), f"any of {', '.join(DIMENSIONS)}"),
+        "response_kl_weight": (training.transcripts, "a transcript in `text`"),
+        "emotion_loss_weight": (training.emotions.total(), "an `emotion`"),
+        "dimension_loss_weight": (sum(training.dimensions.values()), f"any of {', '.join(DIMENSIONS)}"),
     }
     for name, (count, wanted) in fed.items():
-        if weights[name] > 0 and survey.rows and not count:
+        if weights[name] > 0 and not count:
             raise ValueError(
-                f"{name} is {weights[name]}, and no training row has {wanted}; the columns are {survey.columns}. "
+                f"{name} is {weights[name]}, and no training row has {wanted}; the columns are {training.columns}. "
                 "Set it to 0, or rename a column."
             )
 
@@ -188,7 +183,7 @@ def _check_values(
         )
     named = weights["emotion_loss_weight"] > 0 or "recognition" in tasks
     if named and (foreign := sorted(survey.emotions.keys() - set(emotion_labels))):
-        ids = {name: ", ".join(survey.ids_by_emotion[name]) for name in foreign}
+        ids = {name: ", ".join(survey.ids_by_emotion[name][:SHOWN_IDS]) for name in foreign}
         listed = "; ".join(f"{name!r} in {survey.emotions[name]} (rows {ids[name]})" for name in foreign)
         raise ValueError(
             f"{split} has emotions that are none of the model's {list(emotion_labels)}: {listed}. Map them, make them "
@@ -204,11 +199,9 @@ def fed_readings(survey: RowSurvey | None, weights: Mapping[str, float]) -> list
 
     A stream, whose rows nobody has counted, counts for all that have a weight.
     """
-    counts = {"emotion": 1, **dict.fromkeys(DIMENSIONS, 1)}
-    if survey is not None:
-        counts = {"emotion": survey.emotions.total(), **survey.dimensions}
     weight = {"emotion": weights["emotion_loss_weight"], **dict.fromkeys(DIMENSIONS, weights["dimension_loss_weight"])}
-    return [name for name, count in counts.items() if count and weight[name] > 0]
+    counts = weight if survey is None else {"emotion": survey.emotions.total(), **survey.dimensions}
+    return [name for name in weight if counts[name] and weight[name] > 0]
 
 
 def draw_survey(surveys: Mapping[str, RowSurvey], tasks: Sequence[str] = ()) -> Table:

@@ -52,14 +52,12 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
         if _TOO_MANY in fields:
             raise ValueError(f"{path}, line {reader.line_num} has more fields than the header. Quote its commas.")
         row: dict[str, str | float | None] = {name: value or None for name, value in fields.items()}
-        for name in row:
-            value = row[name]
-            if name.strip().lower() not in DIMENSIONS or value is None:
-                continue
+        for name in (name for name in fields if name.strip().lower() in DIMENSIONS and fields[name]):
             try:
-                row[name] = parse_number(str(value))
+                row[name] = parse_number(fields[name])
             except ValueError as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {name} is {value!r}, expected a number.") from error
+                wrong = f"{name} is {fields[name]!r}, expected a number"
+                raise ValueError(f"{path}, line {reader.line_num}: {wrong}.") from error
         yield reader.line_num, row
 
 
@@ -80,8 +78,7 @@ def write_table(rows: Sequence[Mapping], path: Path) -> None:
 
 def write_csv(rows: Sequence[Mapping], file: TextIO) -> None:
     """Write rows with every column that one of them has, in the order in which they come."""
-    columns = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+    writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
 

@@ -210,7 +210,7 @@ def test_bad_clips_are_counted_and_the_rest_goes_on(corpus: Corpus, tmp_path: Pa
     assert found == expected | {"u9": "no label"}
     assert "u1.wav" in report["dropped"]["NaN or infinite samples"]["clips"][0]["detail"]
     assert list(report["splits"]) == ["train"] and load_corpus(tmp_path / "out", "train")["id"] == ["u0"]
-    assert [path.name for path in (tmp_path / "out/data").iterdir()] == ["train-00000-of-00001.parquet"]
+    assert [path.name for path in (tmp_path / "out/data").iterdir()] == ["train-00000-of-00003.parquet"]
 
 
 def test_the_limits_are_those_that_were_asked_for(corpus: Corpus, tmp_path: Path, no_plots: None) -> None:

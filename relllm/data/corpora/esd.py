@@ -83,8 +83,9 @@ def parse_esd(settings: EsdSettings) -> Corpus:
         raise ValueError(f"splits='folders', but {root} has no folders {', '.join(SPLIT_FOLDERS)}. Use 'numbers'.")
     for clip in clips.values():
         corpus.add(_clip_to_row(clip, lines.get(clip.id), settings))
-    unheard = [Dropped(name, parsing.NO_AUDIO, line.where) for name, line in lines.items() if name not in clips]
-    corpus.dropped += unheard
+    corpus.dropped += [
+        Dropped(name, parsing.NO_AUDIO, line.where) for name, line in lines.items() if name not in clips
+    ]
     _describe(corpus, clips, lines, "the number" if settings.splits == "numbers" else "the folder")
     return corpus
 
@@ -132,14 +133,13 @@ def _choose_speakers(root: Path, settings: EsdSettings, corpus: Corpus) -> list[
     found = {part for folder in _walk(root) for part in folder.relative_to(root).parts if _SPEAKER.fullmatch(part)}
     names = (name for folder in _walk(root) for name in parsing.list_audio(folder))
     found |= {parsed[1] for name in names if (parsed := _CLIP.match(name))}
-    present = sorted(found)
-    chosen = [name for name in present if _language_of(name) in wanted]
+    chosen = [name for name in sorted(found) if _language_of(name) in wanted]
     show = parsing.name_some
     if not chosen:
-        raise ValueError(f"{root} has the speakers {show(present)}, none of the language {settings.language!r}.")
+        raise ValueError(f"{root} has the speakers {show(sorted(found))}, none of the language {settings.language!r}.")
     if strangers := [name for name in settings.leave_speakers_out if name not in chosen]:
         raise ValueError(f"leave_speakers_out has {show(strangers)}; the speakers are {show(chosen)}.")
-    others = [name for name in present if name not in chosen]
+    others = sorted(found.difference(chosen))
     parsing.note(corpus, others, f"Speakers left out, for language={settings.language!r}: {{names}}.")
     return chosen
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -46,17 +47,9 @@ MOST_OUTSIDE = 0.1  # of the values of a column; more are on another scale
 BAD_ROW = "row does not validate"
 NO_PATH = "no path of a local file"
 
+Fields: TypeAlias = tuple[str, dict[str, object]]  # file and line, and what they say of a clip by our columns
 Words: TypeAlias = Mapping[str, Mapping[str, str]]  # column -> code -> word
 Scales: TypeAlias = Mapping[str, parsing.Scale]
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A clip with what a table, or its path, says of it."""
-
-    place: str  # file and line
-    fields: Mapping[str, object]  # by our names of columns
-    folder: Path  # paths are relative to it
 
 
 def parse_folder(settings: FolderSettings) -> Corpus:
@@ -77,7 +70,7 @@ def parse_folder(settings: FolderSettings) -> Corpus:
     facts = CorpusFacts(name or "folder", name or folder.name, settings.language or "", "other", TERMS)
     corpus = Corpus(facts, [], [], [])
     found = [one for table, split in tables for one in _read_fields(table, split, folder, corpus, settings)]
-    add_rows(found if tables else _list_audio_files(folder, corpus), corpus, settings, {})
+    add_rows(found if tables else _list_audio_files(folder, corpus), folder, corpus, settings, {})
     return corpus
 
 
@@ -87,40 +80,42 @@ def parse_pattern(pattern: Pattern, settings: LabelSettings) -> Corpus:
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder. Give the one of the audio files.")
     corpus = Corpus(replace(pattern.facts, language=settings.language or pattern.facts.language), [], [], [])
-    audio = [path.relative_to(root).as_posix() for path in _walk_files(root) if _is_audio(path)]
-    tables = [path.relative_to(root).as_posix() for path in _walk_files(root) if not _is_audio(path)]
+    files = _walk_files(root)
+    audio, tables = (
+        [path.relative_to(root).as_posix() for path in files if _is_audio(path) == is_so] for is_so in (True, False)
+    )
     columns = {**pattern.columns, **read_words(settings.columns, "columns")}
-    found, clips = [], list(find_fields(pattern, root, audio, tables, corpus))
-    if strange := [ours for ours in columns if ours not in COLUMNS]:
-        raise ValueError(f"columns has {strange}, expected of {list(COLUMNS)}.")
-    names = {name for _, fields in clips for name in fields}
-    if clips and (absent := [theirs for theirs in columns.values() if theirs not in names]):
-        raise ValueError(f"columns names {absent}, which neither paths nor tables have; there is {sorted(names)}.")
-    for place, fields in clips:
-        known = {ours: fields.get(theirs) for ours, theirs in columns.items()}
-        found.append(_Found(place, fields | known, root))
+    clips = list(find_fields(pattern, root, audio, tables, corpus))
+    if names := {name for _, fields in clips for name in fields}:
+        _check_columns(columns, names)
+    found = [
+        (place, fields | {ours: fields.get(theirs) for ours, theirs in columns.items()}) for place, fields in clips
+    ]
     settings = replace(settings, scale=settings.scale or pattern.scale, language=corpus.facts.language or None)
-    add_rows(found, corpus, settings, pattern.maps)
+    add_rows(found, root, corpus, settings, pattern.maps)
     return corpus
 
 
-def add_rows(found: Iterable[_Found], corpus: Corpus, settings: LabelSettings, maps: Words) -> None:
-    """Add a row for each clip, or what is wrong with it; `maps` has words for the codes of a column."""
+def add_rows(found: Iterable[Fields], folder: Path, corpus: Corpus, settings: LabelSettings, maps: Words) -> None:
+    """Add a row for each clip, or what is wrong with it.
+
+    Paths are relative to `folder`; `maps` has words for the codes of a column.
+    """
     given = {"emotion": read_words(settings.emotions, "emotions"), "split": read_words(settings.splits, "splits")}
     maps = {name: {**maps.get(name, {}), **given.get(name, {})} for name in maps.keys() | given.keys()}
-    found = [_Found(one.place, _clean(one, maps, settings), one.folder) for one in found]
+    found = [(place, _clean(place, fields, maps, settings)) for place, fields in found]
     _name_emotions(found, corpus, settings, maps["emotion"])
     scales = _choose_scales(found, read_scales(settings.scale))
     seen: set[str] = set()
-    for one in found:
+    for place, fields in found:
         blanked = len(corpus.blanked)
-        made = _fields_to_row(one, corpus, settings, scales)
+        made = _fields_to_row(place, fields, folder, corpus, settings, scales)
         if not isinstance(made, Dropped) and made["id"] in seen:
-            made = Dropped(made["id"], parsing.REPEATED, one.place)
-        elif not isinstance(made, Dropped):
-            seen.add(made["id"])
+            made = Dropped(made["id"], parsing.REPEATED, place)
         if isinstance(made, Dropped):
             del corpus.blanked[blanked:]
+        else:
+            seen.add(made["id"])
         corpus.add(made)
 
 
@@ -158,8 +153,7 @@ def _is_audio(path: Path) -> bool:
     return path.suffix.lower() in AUDIO_SUFFIXES + OTHER_SUFFIXES
 
 
-def _list_audio_files(folder: Path, corpus: Corpus) -> list[_Found]:
-    """List the audio files, sorted by path."""
+def _list_audio_files(folder: Path, corpus: Corpus) -> list[Fields]:
     paths = _walk_files(folder)
     audio = [path for path in paths if _is_audio(path)]
     if not audio:
@@ -167,11 +161,11 @@ def _list_audio_files(folder: Path, corpus: Corpus) -> list[_Found]:
         raise ValueError(f"{folder} holds {wanted}. Give the table itself if it has another name.")
     if others := len(paths) - len(audio):
         corpus.notes.append(f"Files that are no audio, left out: {others:,}.")
-    return [_Found(str(path), {"audio": str(path.relative_to(folder))}, folder) for path in audio]
+    return [(str(path), {"audio": str(path.relative_to(folder))}) for path in audio]
 
 
-def _read_fields(table: Path, split: str | None, root: Path, corpus: Corpus, settings: FolderSettings) -> list[_Found]:
-    """Return the lines of a table by our names of columns; ids are relative to the root."""
+def _read_fields(table: Path, split: str | None, root: Path, corpus: Corpus, settings: FolderSettings) -> list[Fields]:
+    """Return the lines of a table by our names of columns; paths are relative to the root."""
     lines = [(f"{table.relative_to(root)}:{number}", fields) for number, fields in read_table(table)]
     if not lines:
         raise ValueError(f"{table} holds no rows.")
@@ -187,41 +181,39 @@ def _read_fields(table: Path, split: str | None, root: Path, corpus: Corpus, set
             f"emotion={strange[0]}, or say that there is none: --unlabelled."
         )
     parsing.note(corpus, strange, "Columns that a row has no place for, left out: {names}.")
-    inner = table.parent.relative_to(root)
     found = []
     for place, fields in lines:
         ours = {name: fields.get(theirs) for name, theirs in renamed.items()}
         if isinstance(ours["audio"], str) and ours["audio"].strip() and "://" not in ours["audio"]:
-            ours["audio"] = str(inner / ours["audio"])
-        if split is not None and ours.get("split") is None:
+            ours["audio"] = str(table.parent.relative_to(root) / ours["audio"])
+        if ours.get("split") is None:
             ours["split"] = split
-        found.append(_Found(place, ours, root))
+        found.append((place, ours))
     return found
 
 
 def _match_columns(names: Iterable[str], given: Mapping[str, str]) -> dict[str, str]:
     """Find our columns among the names of a table's: ours -> theirs."""
+    _check_columns(given, names)
     plain: dict[str, str] = {}
     for name in names:
         plain.setdefault(re.sub(r"[\W_]+", "", name.lower()), name)
-    found = {
-        ours: plain[theirs]
-        for ours, known in COLUMN_NAMES.items()
-        for theirs in [next((one for one in known if one in plain), None)]
-        if theirs is not None and plain[theirs] not in given.values()
-    }
-    if absent := [theirs for theirs in given.values() if theirs not in names]:
-        raise ValueError(f"columns names {absent}, which the table has not; it has {list(names)}.")
+    found = {ours: next((plain[one] for one in known if one in plain), "") for ours, known in COLUMN_NAMES.items()}
+    return {ours: theirs for ours, theirs in found.items() if theirs not in ("", *given.values())} | dict(given)
+
+
+def _check_columns(given: Mapping[str, str], names: Iterable[str]) -> None:
     if strange := [ours for ours in given if ours not in COLUMNS]:
         raise ValueError(f"columns has {strange}, expected of {list(COLUMNS)}.")
-    return found | dict(given)
+    if absent := [theirs for theirs in given.values() if theirs not in names]:
+        raise ValueError(f"columns names {absent}, which is not there; there is {sorted(names)}.")
 
 
-def _clean(found: _Found, maps: Words, settings: LabelSettings) -> dict[str, object]:
+def _clean(place: str, told: Mapping[str, object], maps: Words, settings: LabelSettings) -> dict[str, object]:
     """Return all columns with words for codes, numbers where numbers belong, and splits by our names."""
     fields: dict[str, object] = {}
     for name in COLUMNS:
-        value = _as_value(name, found.fields.get(name))
+        value = _as_value(name, told.get(name))
         words = maps.get("emotion" if name == "emotion_votes" else name, {})
         fields[name] = [_word(one, words) for one in value] if isinstance(value, list) else _word(value, words)
     for name, default in (("split", settings.split), ("language", settings.language)):
@@ -232,7 +224,7 @@ def _clean(found: _Found, maps: Words, settings: LabelSettings) -> dict[str, obj
         try:
             fields["split"] = fold_split(fields["split"])
         except ValueError as error:
-            raise ValueError(f"{found.place}: {error}") from error
+            raise ValueError(f"{place}: {error}") from error
     return fields
 
 
@@ -244,43 +236,33 @@ def _as_value(name: str, value: object) -> object:
     """Write a number as a name: tables have speakers 1, 2, 3. An empty text is a missing value."""
     if isinstance(value, str):
         value = value.strip() or None
-    if name in DIMENSIONS and isinstance(value, str):
-        try:
-            value = parse_number(value)
-        except ValueError:
-            return value
-    if name in DIMENSIONS and isinstance(value, float) and math.isnan(value):
-        return None
+    if name in DIMENSIONS:
+        with contextlib.suppress(ValueError):  # what is no number stays, and its row does not validate
+            value = parse_number(value) if isinstance(value, str) else value
+        return None if isinstance(value, float) and math.isnan(value) else value
     if name in LIST_COLUMNS and isinstance(value, str):
         return [part.strip() for part in re.split("[;|,]", value) if part.strip()]
-    if name not in DIMENSIONS and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return value
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _name_emotions(found: list[_Found], corpus: Corpus, settings: LabelSettings, words: Mapping[str, str]) -> None:
+def _name_emotions(found: list[Fields], corpus: Corpus, settings: LabelSettings, words: Mapping[str, str]) -> None:
     """Learn which names beside the canonical ones stay; one that nobody said anything about is a `ValueError`."""
-    counts = Counter(str(one.fields["emotion"]) for one in found if one.fields["emotion"] is not None)
-    told = {word for word in words.values() if not _is_known(word)}
-    unknown = {name: count for name, count in counts.items() if not _is_known(name) and name not in told}
+    counts = Counter(str(fields["emotion"]) for _, fields in found if fields["emotion"] is not None)
+    told = {word for word in words.values() if find_emotion(word, "?") == "?"}
+    unknown = {name: n for name, n in counts.items() if find_emotion(name, "?") == "?" and name not in told}
     if unknown and settings.unknown_emotions == "stop":
         listed = ", ".join(f"{name!r} ({count:,})" for name, count in unknown.items())
         raise ValueError(
             f"Emotions with unknown names: {listed}. Say what they mean, --emotions {next(iter(unknown))}=neutral (or "
             "=other, for none), or --unknown-emotions keep (under their own names) or drop (their rows)."
         )
-    kept = unknown if settings.unknown_emotions == "keep" else ()
-    corpus.own_emotions = {*told, *kept}
+    corpus.own_emotions = {*told, *unknown} if settings.unknown_emotions == "keep" else told
 
 
-def _is_known(name: str) -> bool:
-    return find_emotion(name, "?") != "?"
-
-
-def _choose_scales(found: list[_Found], given: Scales) -> Scales:
+def _choose_scales(found: list[Fields], given: Scales) -> Scales:
     """Return the scale of each dimension; one that is not told and that values exceed is a `ValueError`."""
     for name in DIMENSIONS:
-        values = [value for one in found if isinstance(value := one.fields[name], (int, float))]
+        values = [value for _, fields in found if isinstance(value := fields[name], (int, float))]
         low, high = given.get(name, (0.0, 1.0))
         outside = sum(not low <= value <= high for value in values)
         if outside > (MOST_OUTSIDE * len(values) if name in given else 0):
@@ -292,35 +274,31 @@ def _choose_scales(found: list[_Found], given: Scales) -> Scales:
     return {name: given.get(name, (0.0, 1.0)) for name in DIMENSIONS}
 
 
-def _fields_to_row(found: _Found, corpus: Corpus, settings: LabelSettings, scales: Scales) -> Row | Dropped:
+def _fields_to_row(
+    place: str, fields: Mapping[str, object], folder: Path, corpus: Corpus, settings: LabelSettings, scales: Scales
+) -> Row | Dropped:
     """Make a valid row, or say why it is none."""
-    row, place, audio = dict(found.fields), found.place, found.fields["audio"]
+    row, audio = dict(fields), fields["audio"]
     if not isinstance(audio, str) or "://" in audio:
         return Dropped(str(row["id"] or place), NO_PATH, f"{place}: {audio!r:.200}")
     row_id = row["id"] = row["id"] or os.path.splitext(audio)[0]
-    row["audio"] = str(found.folder / audio)
+    row["audio"] = str(folder / audio)
     for name in DIMENSIONS:
         if isinstance(value := row[name], (int, float)) and not isinstance(value, bool):
             row[name] = parsing.scale_rating(value, scales[name], name, (str(row_id), place), corpus)
             row["dimension_source"] = row["dimension_source"] or LABEL_SOURCE
+    own, votes = corpus.own_emotions, row["emotion_votes"]
+    if isinstance(votes, list):
+        row["emotion_votes"] = [vote if vote in own else parsing.name_vote(vote) for vote in map(str, votes)]
     reason = parsing.UNKNOWN_EMOTION
     try:
-        for name in ("emotion", "emotion_votes"):
-            row[name] = _name_emotion(row[name], corpus)
+        if isinstance(row["emotion"], str) and row["emotion"] not in own:
+            row["emotion"] = canonical_emotion(row["emotion"])
         reason = BAD_ROW
-        validate_row(row, corpus.own_emotions)
+        validate_row(row, own)
     except ValueError as error:
         return Dropped(str(row_id), reason, f"{place}: {error}")
     valid = cast(Row, row)
     if parsing.is_outside(valid["emotion"], settings.label_set):
         return Dropped(valid["id"], parsing.OUTSIDE_SET, str(valid["emotion"]))
     return valid
-
-
-def _name_emotion(value: object, corpus: Corpus) -> object:
-    """Return the canonical name; of a list, votes, the names, with "other" where there is none."""
-    if isinstance(value, list):
-        return [vote if vote in corpus.own_emotions else parsing.name_vote(vote) for vote in map(str, value)]
-    if not isinstance(value, str) or value in corpus.own_emotions:
-        return value
-    return canonical_emotion(value)

@@ -55,13 +55,11 @@ _LETTERS = {"A": "arousal", "V": "valence", "D": "dominance"}
 
 
 def parse_msp_podcast(settings: MspPodcastSettings) -> Corpus:
-    """Read the labels, the transcripts and the listings of MSP-Podcast.
+    """Read the labels, the transcripts and the listings of MSP-Podcast; the speaker of a turn may be `None`.
 
-    The speaker of a turn may be unknown, `None`. Raises `ValueError` if `root` is something else, or the CSV file
-    lacks a column.
+    A `root` of something else, and a CSV file that lacks a column, are a `ValueError`.
     """
-    wanted = "Audios/ and Labels/labels_consensus.csv, or Labels.txt"
-    root = parsing.find_tree(settings.root, _locate, wanted)
+    root = parsing.find_tree(settings.root, _locate, "Audios/ and Labels/labels_consensus.csv, or Labels.txt")
     corpus = Corpus(facts=FACTS, rows=[], dropped=[], notes=[])
     folder = _find_folder(root, AUDIO_FOLDERS)
     assert folder is not None  # or `find_tree` had refused

@@ -4,8 +4,8 @@ The writer reads what was said and the emotion; the model that learns will have 
 """
 
 import json
-from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -42,8 +42,7 @@ def write_targets(
     `<out>.report.json`. Killed, it goes on where it was, and the output is the one an uninterrupted run gives. The
     cleaning runs at the end, so its limits, in words, may change in between; a row without any reply is asked again.
 
-    `rows` have undecoded `audio`; `out` is `.jsonl` or `.parquet`. Errors are those of [`add_columns`], and a
-    `ValueError` if no reply is any good.
+    `rows` have undecoded `audio`. Errors are those of [`add_columns`], and a `ValueError` if no reply is any good.
 
     Returns:
         `dict`: The report: `settings`, `rows`, `written`, `replaced` (rows that had a response), `dropped` and
@@ -101,28 +100,26 @@ def run_write_targets(settings: WriteTargetsSettings, load_vllm: Callable[..., W
             concurrency=settings.concurrency,
             extra_body=json.loads(settings.extra_body) if settings.extra_body else None,
         )
-    elif settings.engine == "vllm":
-        check_place(settings.text_model, holds="config.json")
-        assert load_vllm is not None  # the command brings it
-        options = {"revision": settings.revision, "batch_size": settings.batch_size, "arguments": settings.engine_args}
-        writer = _LaterWriter(partial(load_vllm, settings.text_model, settings, **options))
     else:
         check_place(settings.text_model, holds="config.json")
-        load = partial(LocalWriter.from_pretrained, settings.text_model, settings, revision=settings.revision)
-        writer = _LaterWriter(partial(load, batch_size=settings.batch_size, device=pick_device(settings.device)))
-    out, limits = settings.out, {"min_words": settings.min_words, "max_words": settings.max_words}
-    return write_targets(rows, out, writer, settings, **limits)  # type: ignore[arg-type]
+        of_llm = {"revision": settings.revision, "batch_size": settings.batch_size}
+        if settings.engine == "vllm":
+            assert load_vllm is not None  # the command brings it
+            load = partial(load_vllm, arguments=settings.engine_args)
+        else:
+            load = partial(LocalWriter.from_pretrained, device=pick_device(settings.device))
+        writer = _LaterWriter(partial(load, settings.text_model, settings, **of_llm))
+    limits = {"min_words": settings.min_words, "max_words": settings.max_words}
+    return write_targets(rows, settings.out, writer, settings, **limits)
 
 
 def target_table(report: Mapping) -> Table:
     """Return the counts of a report of [`write_targets`], for the terminal."""
     table = Table("", "rows", title=f"Replies by {report['settings']['text_model']}", title_justify="left")
-    table.add_row("in the data", str(report["rows"]))
-    table.add_row("written", str(report["written"]))
-    if report["replaced"]:
-        table.add_row("of these, a response replaced", str(report["replaced"]))
-    for name, entry in report["mended"].items():
-        table.add_row(f"mended: {name}", str(entry["count"]))
+    counts = {"in the data": report["rows"], "written": report["written"]}
+    counts |= {"of these, a response replaced": report["replaced"]} if report["replaced"] else {}
+    for name, count in (counts | {f"mended: {name}": one["count"] for name, one in report["mended"].items()}).items():
+        table.add_row(name, str(count))
     for name, entry in report["dropped"].items():
         ids = ", ".join(entry["ids"][:3]) + (", …" if entry["count"] > 3 else "")
         table.add_row(f"dropped: {name}", f"{entry['count']}  ({ids})")
@@ -166,24 +163,19 @@ def _lacks(row: Mapping[str, str | None], settings: TargetSettings) -> str | Non
 
 
 def _report(rows: Dataset, replies: Mapping[str, CleanedReply], dropped: Mapping[str, tuple[str, str]]) -> dict:
-    reasons: dict[str, dict] = {}
-    for row_id in rows["id"]:
-        if row_id in dropped:
-            reason, text = dropped[row_id]
-            _count(reasons, reason, row_id).setdefault("texts", []).append(text)
-    for reason in reasons.keys() & set(MISSING.values()):
-        del reasons[reason]["texts"]
-    mends: dict[str, dict] = {}
-    for row_id, reply in replies.items():
-        for name in reply.mended:
-            _count(mends, name, row_id)
+    ids = rows["id"][:]
+    reasons = _group((dropped[row_id][0], row_id) for row_id in ids if row_id in dropped)
+    for reason, group in reasons.items():
+        if reason not in MISSING.values():
+            group["texts"] = [dropped[row_id][1] for row_id in group["ids"]]
+    mends = _group((name, row_id) for row_id, reply in replies.items() for name in reply.mended)
     had = rows["response"] if "response" in rows.column_names else [None] * len(rows)
-    replaced = sum(old is not None and row_id in replies for row_id, old in zip(rows["id"], had, strict=True))
+    replaced = sum(old is not None and row_id in replies for row_id, old in zip(ids, had, strict=True))
     return {"written": len(replies), "replaced": replaced, "dropped": reasons, "mended": mends}
 
 
-def _count(groups: dict[str, dict], name: str, row_id: str) -> dict:
-    group = groups.setdefault(name, {"count": 0, "ids": []})
-    group["count"] += 1
-    group["ids"].append(row_id)
-    return group
+def _group(named: Iterable[tuple[str, str]]) -> dict[str, dict]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, row_id in named:
+        groups[name].append(row_id)
+    return {name: {"count": len(ids), "ids": ids} for name, ids in groups.items()}
