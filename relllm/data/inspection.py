@@ -79,7 +79,7 @@ def inspect_corpus(settings: InspectSettings, *, progress: bool = True) -> Inspe
     `ValueError` where there is no column `audio` and the audio is to be read.
     """
     data = settings.data
-    table = add_column(load_corpus(data, ALL), "id", "row {}".format)
+    table = add_column(load_corpus(data, ALL), "id", "row {}")
     rows = [
         {**row, "id": str(row["id"]), "split": None if row.get("split") == UNSPLIT else row.get("split")}
         for row in table.remove_columns([name for name in ("audio", "messages") if name in table.column_names])
@@ -208,8 +208,9 @@ def write_report(inspection: Inspection, out: Path) -> list[Path]:
     points = [(row.get("valence"), row.get("arousal"), row.get("emotion") or "none") for row in inspection.rows]
     if points := [point for point in points if None not in point]:
         title = f"{Path(inspection.data).name}: {len(points):,} clips"
+        valence, arousal, emotions = zip(*points, strict=True)
         plot = out / "valence_arousal.png"
-        written.append(plot_valence_arousal_labels(*zip(*points, strict=True), plot, title=title))
+        written.append(plot_valence_arousal_labels(valence, arousal, emotions, plot, title=title))
     return written
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -121,7 +121,7 @@ def _load(data: str, split: str | None, streaming: bool) -> Rows:
             if "onfig" not in str(error):
                 raise
             raise ValueError(f"{data}: {error} Name a configuration as ORG/NAME:CONFIGURATION.") from error
-        numbered = {name: add_column(rows, "id", f"{name}-{{:06d}}".format) for name, rows in loaded.items()}
+        numbered = {name: add_column(rows, "id", f"{name}-{{:06d}}") for name, rows in loaded.items()}
         return normalize_columns(_choose(numbered, split, data))
     if path.is_dir() and (path / METADATA).is_file():
         path = path / METADATA
@@ -134,20 +134,20 @@ def _load(data: str, split: str | None, streaming: bool) -> Rows:
     raise ValueError(f"{data} is a {path.suffix or 'nameless kind of'} file; expected .jsonl, .csv or .parquet.")
 
 
-def add_column(rows: Rows, name: str, make: Callable[[int], str]) -> Rows:
-    """Add a column of what `make` gives for the number of each row, unless there is one of that name."""
+def add_column(rows: Rows, name: str, form: str) -> Rows:
+    """Add a column of texts such as `"row {}"` with the row's number, unless there is one of that name."""
     from datasets import Dataset, Features, Value
 
     if name in (rows.column_names or ()):
         return rows
     if isinstance(rows, Dataset):
-        return rows.add_column(name, [make(number) for number in range(len(rows))])
+        return rows.add_column(name, [form.format(number) for number in range(len(rows))])
     features = None
     if rows.features:
         rows = rows.decode(False)  # `map` would decode the audio, which stays as it is until it is read
         features = Features({**rows.features, name: Value("string")})
     fill = {"with_indices": True, "features": features}
-    return rows.map(lambda row, number: {name: row.get(name, make(number))}, **fill)
+    return rows.map(lambda row, number: {name: row.get(name, form.format(number))}, **fill)
 
 
 def _stream(dataset: Dataset, streaming: bool) -> Rows:
@@ -203,7 +203,7 @@ def _join(loaded: dict | Rows) -> Rows:
         for name in DIMENSIONS:  # whole numbers in one split, fractions in the next
             if (part.features or {}).get(name) not in (None, Value("float64")):
                 part = part.cast_column(name, Value("float64"))
-        parts.append(add_column(part, "split", lambda _, split=split: split))
+        parts.append(add_column(part, "split", split))
     return concatenate_datasets(parts)
 
 

@@ -32,8 +32,7 @@ def write_model_card(settings: CardSettings) -> Path:
 
     A run that measured another model, and a `license` weaker than a tower's, are a `ValueError`.
     """
-    model, runs = settings.model, settings.runs
-    card_path = model / "README.md"
+    model, runs, card_path = settings.model, settings.runs, settings.model / "README.md"
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"{model} has no config.json. --model takes the folder of a checkpoint.")
     if card_path.exists() and not settings.overwrite:
@@ -62,7 +61,9 @@ def _make_card(settings: CardSettings, runs: Sequence[Mapping], digest: str, plo
     repo_id = settings.repo_id or f"org/{settings.model.resolve().name}"
     towers = read_towers(config, parse_told(settings.tower_license), started_from=evidence.started_from(record))
     corpora = evidence.read_corpora(record)
-    licence = choose_licence(towers, corpora, _chosen(settings), link=f"https://huggingface.co/{repo_id}#licence")
+    told = (settings.license, settings.license_name, settings.license_link)
+    chosen = Licence(told[0] or OTHER, *told[1:]) if any(told) else None
+    licence = choose_licence(towers, corpora, chosen, link=f"https://huggingface.co/{repo_id}#licence")
     results = evidence.eval_results(runs)
     languages = sorted({*settings.language, *(facts["language"] for facts in corpora if facts.get("language"))})
     data = ModelCardData(
@@ -108,12 +109,6 @@ def _make_card(settings: CardSettings, runs: Sequence[Mapping], digest: str, plo
     )
 
 
-def _chosen(settings: CardSettings) -> Licence | None:
-    if settings.license is None and not (settings.license_name or settings.license_link):
-        return None
-    return Licence(settings.license or OTHER, settings.license_name, settings.license_link)
-
-
 def _requirements() -> str:
     """Say which releases load the code files of a checkpoint; `""` where the package is not installed."""
     try:
@@ -156,11 +151,9 @@ def check_card(folder: Path) -> None:
 
 
 def _check_metrics(card: ModelCard, folder: Path) -> None:
-    claimed: list[EvalResult] = card.data.get("eval_results") or []
     kept = evidence.read_evidence(folder)
-    if kept is None and not claimed:
-        return
-    measured = {_identity(result) for result in evidence.eval_results(kept["runs"])} if kept else set()
+    measured = {_identity(result) for result in evidence.eval_results(kept["runs"] if kept else ())}
+    claimed: list[EvalResult] = card.data.get("eval_results") or []
     for result in claimed:
         if _identity(result) not in measured:
             claim = f"{result.metric_name or result.metric_type} = {result.metric_value} on {result.dataset_name}"

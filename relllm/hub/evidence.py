@@ -3,7 +3,6 @@
 It is kept in `evaluation.json` beside the card. `predictions.jsonl`, with a corpus's ids and words, is never opened.
 """
 
-import json
 import math
 import os
 import re
@@ -13,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from relllm.data.journal import read_json
 from relllm.evaluation.evaluation_settings import EMPATHY_PARTS, FORMAT, METRICS
 
 from .licences import MSP_TOWER, Tower
@@ -87,11 +87,8 @@ def started_from(record: Mapping) -> str | None:
 
 def describe_training(record: Mapping) -> dict[str, str]:
     """Write the settings of a training as a table in a card takes them."""
-    return {
-        name: " ".join(str(value).replace("|", "\\|").split())
-        for name, value in record.items()
-        if name not in ("seen_rows", "seen_corpora", "corpus_facts")
-    }
+    shown = record.keys() - {"seen_rows", "seen_corpora", "corpus_facts"}
+    return {name: " ".join(str(record[name]).replace("|", "\\|").split()) for name in record if name in shown}
 
 
 def describe_rewards(record: Mapping) -> str:
@@ -113,20 +110,18 @@ def eval_results(runs: Sequence[Mapping]) -> list[EvalResult]:
 
 def describe_run(run: Mapping, towers: Sequence[Tower]) -> dict[str, object]:
     """Add to a run of [`read_public_run`] what its card says of it."""
-    emotion = next((tower for tower in towers if tower.part == "emotion_tower"), None)
-    seen = emotion is not None and emotion.hub_id == MSP_TOWER
-    recorded = emotion is None or emotion.hub_id is not None
+    emotion = [tower.hub_id for tower in towers if tower.part == "emotion_tower"]
     data, versions = run["data"], run.get("versions", {})
     is_msp = "msp" in data["corpus"].lower()
-    used = ", ".join(f"{name} {versions[name]}" for name in ("relllm", "transformers", "torch") if name in versions)
+    used = [f"{name} {versions[name]}" for name in ("relllm", "transformers", "torch") if name in versions]
     return {
         **run,
         "title": _describe_data(run),
         "dimension_sources": "; ".join(f"{source} ({count})" for source, count in data["dimension_sources"].items()),
-        "setting": f"Seed {run.get('seed')}; {used}." if used else f"Seed {run.get('seed')}.",
+        "setting": f"Seed {run.get('seed')}{'; ' if used else ''}{', '.join(used)}.",
         "not_unseen": _describe_seen(run.get("training") or {}),
-        "not_clean": is_msp and seen,
-        "perhaps_not_clean": is_msp and not recorded,
+        "not_clean": is_msp and MSP_TOWER in emotion,
+        "perhaps_not_clean": is_msp and None in emotion,
     }
 
 
@@ -151,22 +146,24 @@ def _describe_data(run: Mapping) -> str:
 def _results_of_run(run: Mapping) -> Iterator[EvalResult]:
     data: dict[str, Any] = {"dataset_type": run["data"]["corpus"], "dataset_name": _describe_data(run)}
 
-    def result(task: str, task_name: str, metric: str, name: str, value: object) -> EvalResult:
-        told: dict[str, Any] = {"task_type": task, "task_name": task_name, "metric_type": metric, "metric_name": name}
-        return EvalResult(**data, **told, dataset_split=run["data"]["split"], metric_value=_rounded(value))
+    def result(task: tuple[str, str], metric: str, name: str, value: object) -> EvalResult:
+        told: dict[str, Any] = {"task_type": task[0], "task_name": task[1], "metric_type": metric, "metric_name": name}
+        is_number = isinstance(value, (int, float)) and math.isfinite(value)
+        rounded = round(float(value), 4) if is_number else None  # type: ignore[arg-type]
+        return EvalResult(**data, **told, dataset_split=run["data"]["split"], metric_value=rounded)
 
+    recognition = ("audio-classification", "Speech emotion recognition")
     for reading, scores in run.get("recognition", {}).items():
         for key, (metric, short) in PUBLISHED_METRICS.items():
-            name = f"{short}, {READINGS.get(reading, reading)}"
-            yield result("audio-classification", "Speech emotion recognition", metric, name, scores.get(key))
+            yield result(recognition, metric, f"{short}, {READINGS.get(reading, reading)}", scores.get(key))
+    regression = ("tabular-regression", "Emotion dimensions")
     for dimension, scores in run.get("dimensions", {}).items():
         if isinstance(scores, Mapping):
-            name = f"CCC of {dimension}"
-            yield result("tabular-regression", "Emotion dimensions", "ccc", name, scores.get("ccc"))
+            yield result(regression, "ccc", f"CCC of {dimension}", scores.get("ccc"))
+    generation = ("text-generation", "Empathy of the replies")
     for mechanism in EMPATHY_PARTS:
-        scores = run.get("empathy", {}).get(mechanism, {})
-        name = f"Mean level of {mechanism} (0 to 2)"
-        yield result("text-generation", "Empathy of the replies", "empathy", name, scores.get("mean_level"))
+        level = run.get("empathy", {}).get(mechanism, {}).get("mean_level")
+        yield result(generation, "empathy", f"Mean level of {mechanism} (0 to 2)", level)
 
 
 def cell(value: object) -> str:
@@ -176,20 +173,8 @@ def cell(value: object) -> str:
     return "–" if value is None else str(value)
 
 
-def _rounded(value: object) -> float | None:
-    """Round to four digits; `None` for what is undefined."""
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return round(float(value), 4)
-    return None
-
-
 def _load_json(path: Path, expected: str) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object.")
+    content = read_json(path)
     if content.get("format") != expected:
         raise ValueError(f"{path} has the format {content.get('format')!r}, expected {expected!r}.")
     return content

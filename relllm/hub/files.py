@@ -45,19 +45,14 @@ def take_inventory(folder: Path) -> Inventory:
     """Sort the files of a checkpoint's folder; secrets or a corpus's files in it are a `ValueError` that names all."""
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder. Give a checkpoint's folder.")
-    upload: list[str] = []
-    left_out: list[str] = []
-    problems: list[str] = []
-    for name in _walk_folder(folder):
-        if problem := _problem_of(folder, name):
-            problems.append(f"- {name}: {problem}")
-        belongs = name in CODE_FILES or _matches(name, (*TERMS_FILES, *CARD_FILES, *CHECKPOINT_FILES))
-        (upload if belongs else left_out).append(name)
+    names = list(_walk_folder(folder))
     check_one_form(folder)
-    if problems:
+    if problems := [f"- {name}: {problem}" for name in names if (problem := _problem_of(folder, name))]:
         remedy = "Move it elsewhere; if a token was in a file, revoke it."
         raise ValueError("\n".join([f"{folder} holds what must not go to the Hub:", *problems, remedy]))
-    return Inventory(upload, left_out)
+    belonging = (*CODE_FILES, *TERMS_FILES, *CARD_FILES, *CHECKPOINT_FILES)
+    upload = [name for name in names if _matches(name, belonging)]
+    return Inventory(upload, [name for name in names if name not in upload])
 
 
 def _walk_folder(folder: Path) -> Iterator[str]:

@@ -135,16 +135,16 @@ def _check_arrived(
     entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
     there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     wrong = [name for name in removed if name in there]
-    wrong += [sent.path_in_repo for sent in additions if not _is_same(sent, there.get(sent.path_in_repo))]
+    for sent in additions:
+        found = there.get(sent.path_in_repo)
+        if found is not None and found.lfs is not None:
+            same = found.lfs.sha256 == sent.upload_info.sha256.hex()
+        else:
+            same = found is not None and found.blob_id == git_hash(Path(str(sent.path_or_fileobj)).read_bytes())
+        wrong += [] if same else [sent.path_in_repo]
     if wrong:
         named = ", ".join(wrong)
         raise RuntimeError(f"{repo_id} does not hold at {revision[:12]} what was sent: {named}. Run it again.")
-
-
-def _is_same(sent: CommitOperationAdd, found: RepoFile | None) -> bool:
-    if found is None or found.lfs is None:
-        return found is not None and found.blob_id == git_hash(Path(str(sent.path_or_fileobj)).read_bytes())
-    return found.lfs.sha256 == sent.upload_info.sha256.hex()
 
 
 def _look_ahead(settings: PushSettings, staged: Container[str]) -> tuple[list[str], str | None]:

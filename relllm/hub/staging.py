@@ -25,20 +25,18 @@ from .licences import is_local
 from .sharing import Form, MergeSettings
 
 CARD_FILES = ("README.md", "LICENSE", "NOTICE", EVIDENCE_NAME, RECORD_NAME, "plots/")
-PROCESSOR_CODE = "processing_relllm.ReLLMProcessor"
 
 
 def merge_checkpoint(settings: MergeSettings) -> None:
-    """Write the full checkpoint of a light one, with the processor's files and the record of its training, which its
-    card is made from; a full one is copied.
+    """Write the full checkpoint of a light one, with its processor and the record of its training; a full one is copied.
 
     A tower that is not the one that was trained with is a `ValueError`.
     """
     light, out = settings.light, settings.output_dir
     if os.path.abspath(light) == os.path.abspath(out):
         raise ValueError(f"The full checkpoint would overwrite the light one in {out}. Give it another directory.")
-    places = {part: getattr(settings, part) for part in ("audio_tower", "emotion_tower", "text_model")}
-    moved = {part: place for part, place in places.items() if place is not None}
+    parts = ("audio_tower", "emotion_tower", "text_model")
+    moved = {part: place for part in parts if (place := getattr(settings, part)) is not None}
     processor = AutoProcessor.from_pretrained(light, revision=settings.revision)
     options = {"towers": moved} if moved else {}
     AutoModel.from_pretrained(light, revision=settings.revision, **options).save_pretrained(out)
@@ -78,17 +76,19 @@ def add_code(folder: Path) -> None:
         (folder / name).unlink()  # of an earlier release; a link must not be written through
     for cls in (ReLLMForConditionalGeneration, ReLLMProcessor):
         custom_object_save(cls, folder)
-    config = _read(folder / "config.json")
+    code = {"AutoProcessor": "processing_relllm.ReLLMProcessor"}
     modeling = dict.fromkeys(AUTO_CLASSES, "modeling_relllm.ReLLMForConditionalGeneration")
-    config["auto_map"] = {"AutoConfig": "configuration_relllm.ReLLMConfig", **modeling}
-    _rewrite(folder / "config.json", config)
-    processor = _read(folder / "processor_config.json")
-    processor["auto_map"] = {"AutoProcessor": PROCESSOR_CODE}
-    own = {"AutoFeatureExtractor": "feature_extraction_relllm.ReLLMFeatureExtractor"}
-    processor["feature_extractor"]["auto_map"] = {**own, "AutoProcessor": PROCESSOR_CODE}
-    _rewrite(folder / "processor_config.json", processor)
-    tokenizer = _read(folder / "tokenizer_config.json")
-    _rewrite(folder / "tokenizer_config.json", {**tokenizer, "auto_map": {"AutoProcessor": PROCESSOR_CODE}})
+    auto_maps = {
+        "config.json": {"AutoConfig": "configuration_relllm.ReLLMConfig", **modeling},
+        "processor_config.json": code,
+        "tokenizer_config.json": code,
+    }
+    for name, auto_map in auto_maps.items():
+        content = {**_read(folder / name), "auto_map": auto_map}
+        if "feature_extractor" in content:
+            extractor = {"AutoFeatureExtractor": "feature_extraction_relllm.ReLLMFeatureExtractor", **code}
+            content["feature_extractor"]["auto_map"] = extractor
+        _rewrite(folder / name, content)
 
 
 def leave_out_digests(folder: Path) -> None:
@@ -107,10 +107,9 @@ def _convert(folder: Path, out: Path, *, light: bool) -> None:
     if not light:
         merge_checkpoint(MergeSettings(str(folder), out))
         return
-    towers = _read(folder / "config.json").get("towers") or {}
-    if own := sorted(part for part, source in towers.items() if is_local(source["name"])) or not towers:
-        names = ", ".join(own) if isinstance(own, list) else "every tower"
-        why = f"it is not known where on the Hub {names} is"
+    towers = _read(folder / "config.json").get("towers") or {"every tower": {"name": "."}}
+    if own := sorted(part for part, source in towers.items() if is_local(source["name"])):
+        why = f"it is not known where on the Hub {', '.join(own)} is"
         raise ValueError(f"--light: {folder} cannot be sent light, because {why}. Leave --light out.")
     AutoModel.from_pretrained(folder).save_pretrained(out, light=True)
     AutoProcessor.from_pretrained(folder).save_pretrained(out)

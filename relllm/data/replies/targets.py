@@ -102,15 +102,14 @@ def run_write_targets(settings: WriteTargetsSettings, load_vllm: Callable[..., W
         )
     else:
         check_place(settings.text_model, holds="config.json")
-        of_llm = {"revision": settings.revision, "batch_size": settings.batch_size}
+        load: Callable[..., Writer] = partial(LocalWriter.from_pretrained, device=pick_device(settings.device))
         if settings.engine == "vllm":
             assert load_vllm is not None  # the command brings it
             load = partial(load_vllm, arguments=settings.engine_args)
-        else:
-            load = partial(LocalWriter.from_pretrained, device=pick_device(settings.device))
+        of_llm = {"revision": settings.revision, "batch_size": settings.batch_size}
         writer = _LaterWriter(partial(load, settings.text_model, settings, **of_llm))
-    limits = {"min_words": settings.min_words, "max_words": settings.max_words}
-    return write_targets(rows, settings.out, writer, settings, **limits)
+    few, many = settings.min_words, settings.max_words
+    return write_targets(rows, settings.out, writer, settings, min_words=few, max_words=many)
 
 
 def target_table(report: Mapping) -> Table:

@@ -82,8 +82,8 @@ class Writer(Protocol):
 class LocalWriter:
     """A causal LM with its own chat template, in padded batches of like length.
 
-    Batches are planned over all requests, done or not, so that an interrupted run writes what an uninterrupted one
-    would have written. A tokenizer without a chat template is a `ValueError`.
+    Batches are planned over all requests, done or not: an interrupted run writes what an uninterrupted one would have
+    written. A tokenizer without a chat template is a `ValueError`.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, sampling: Sampling, batch_size: int = 16) -> None:
@@ -94,11 +94,7 @@ class LocalWriter:
         """Check and set all that is not the model, whose generation settings these are."""
         if not tokenizer.chat_template:
             raise ValueError(f"{tokenizer.name_or_path} has no chat template: replies need a chat (instruct) model.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        self.settings, self.tokenizer = settings, tokenizer
-        self.sampling = sampling
-        self.batch_size = batch_size
+        self.settings, self.tokenizer, self.sampling, self.batch_size = settings, tokenizer, sampling, batch_size
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
@@ -123,23 +119,19 @@ class LocalWriter:
             batch = order[start : start + self.batch_size]
             if all(requests[index].id in done for index in batch):
                 continue
-            written = self._generate([prompts[index] for index in batch], number)
-            replies = [(requests[index].id, *reply) for index, reply in zip(batch, written, strict=True)]
-            yield [Written(*reply) for reply in replies if reply[0] not in done]
+            replies = self._generate([prompts[index] for index in batch], number)
+            written = [Written(requests[index].id, *reply) for index, reply in zip(batch, replies, strict=True)]
+            yield [reply for reply in written if reply.id not in done]
 
     @torch.no_grad()
     def _generate(self, prompts: list[list[int]], number: int) -> list[tuple[str, bool]]:
         batch = self.tokenizer.pad({"input_ids": prompts}, padding=True, return_tensors="pt").to(self.model.device)
         torch.manual_seed(self.sampling.seed + number)  # a batch is drawn the same whatever was done before
-        draw = {"do_sample": True, "temperature": self.sampling.temperature}
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        output = self.model.generate(
-            **batch,
-            max_new_tokens=self.sampling.max_new_tokens,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self._ends,
-            **(draw if self.sampling.temperature else greedy),
-        )
+        options: dict[str, object] = {"do_sample": True, "temperature": self.sampling.temperature}
+        if not self.sampling.temperature:
+            options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        options |= {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": self._ends}
+        output = self.model.generate(**batch, max_new_tokens=self.sampling.max_new_tokens, **options)
         replies = output[:, batch["input_ids"].shape[1] :].tolist()
         texts = self.tokenizer.batch_decode(replies, skip_special_tokens=True)
         return [(text, not set(self._ends).isdisjoint(reply)) for text, reply in zip(texts, replies, strict=True)]
@@ -169,12 +161,8 @@ class EndpointWriter:
     Rate limits, server errors (any HTTP 5xx), dropped connections and time-outs are tried again, later each time and
     as Retry-After says, `max_retries` times; once the endpoint has answered, for `patience_s`, which outlives its
     restart. A rejected request (HTTP 400, 413, 422) and an answer without a reply concern their row, unless nothing
-    else comes back. Without `api_key_env`, which names an environment variable, no key is sent; `extra_body` holds
-    further fields of the request, and `None` takes one out; `timeout_s` is of one try.
-
-    Raises:
-        ValueError: If the address is no `http(s)://`, or the environment variable is empty.
-        ImportError: If the client `openai` is missing.
+    else comes back. Without `api_key_env`, which names an environment variable (an empty one is a `ValueError`), no
+    key is sent; `extra_body` holds further fields of the request, and `None` takes one out; `timeout_s` is of one try.
     """
 
     def __init__(
@@ -209,20 +197,16 @@ class EndpointWriter:
         self.url = endpoint.rstrip("/") + "/chat/completions"
         self.model = model
         body = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
-        if sampling.temperature:
-            body["seed"] = sampling.seed
+        body |= {"seed": sampling.seed} if sampling.temperature else {}
         self.body = {name: value for name, value in {**body, **(extra_body or {})}.items() if value is not None}
-        self.concurrency = concurrency
-        self.patience_s = patience_s
+        self.concurrency, self.patience_s = concurrency, patience_s
         self._has_answered = False
 
     def write(self, requests: Sequence[Request], done: Container[str]) -> Iterator[list[Written]]:
         """Yield replies as they come.
 
-        Raises:
-            PermissionError: On HTTP 401 or 403, or if the account has no credit left.
-            ValueError: On HTTP 404, or if the endpoint gives no reply to ten rows in a row.
-            ConnectionError: If a request fails to the last.
+        HTTP 401 and 403, and an account without credit, are a `PermissionError`; HTTP 404, and ten rows in a row
+        without a reply, a `ValueError`; a request that fails to the last is a `ConnectionError`.
         """
         waiting = (request for request in requests if request.id not in done)
         rejected = 0
@@ -240,14 +224,13 @@ class EndpointWriter:
         while True:
             try:
                 reply = self._ask(request)
+                self._has_answered = True
+                return reply
             except ConnectionError as error:
                 if not self._has_answered or time.monotonic() > until:
                     raise
                 logger.warning("%s Asking again in %.0f s.", error, PAUSE_S)
                 time.sleep(PAUSE_S)
-            else:
-                self._has_answered = True
-                return reply
 
     def _ask(self, request: Request) -> Written:
         from openai import APIConnectionError, APIStatusError
@@ -269,11 +252,10 @@ class EndpointWriter:
         except (AttributeError, IndexError, TypeError):
             return Written(request.id, "", True, rejected=f"no chat completion: {answer!r:.300}")
         text = text.encode(errors="replace").decode()  # JSON may hold half a character, UTF-8 may not
-        if reason == "content_filter":
-            return Written(request.id, text, True, rejected="content_filter")
+        rejected = "content_filter" if reason == "content_filter" else None
         if not text.strip():  # of a reasoning model: all its tokens went into the reasoning
-            return Written(request.id, "", True, rejected=f"an empty answer, finish_reason {reason!r}")
-        return Written(request.id, text, reason != "length")
+            rejected = f"an empty answer, finish_reason {reason!r}"
+        return Written(request.id, text, reason != "length", rejected)
 
     def _refused(self, request: Request, error: APIStatusError) -> Written:
         status = error.status_code
