@@ -109,9 +109,10 @@ def inspect(settings: data_settings.InspectSettings) -> None:
     Example: relllm inspect data/iemocap
     """
     from relllm.data.inspection import inspect_corpus, write_report
+    from relllm.data.report import summarise_rows
 
     inspection = inspect_corpus(settings)
-    _show_splits(inspection)
+    _show_splits({name: split.describe() for name, split in summarise_rows(inspection.rows).items()})
     _show_rows(inspection, settings.show)
     _show_findings(inspection)
     out = settings.output_dir or Path("runs/inspect") / Path(settings.data).absolute().name
@@ -168,13 +169,7 @@ def annotate(settings: data_settings.AnnotateSettings) -> None:
 
 
 def _show_report(report: dict, out: Path) -> None:
-    from relllm.data.report import UNLABELLED
-
-    table = Table("split", "rows", "hours", "speakers", "emotions")
-    for name, split in report["splits"].items():
-        speakers = len(split["speakers"].keys() - {UNLABELLED})
-        table.add_row(name, *map(_show, (split["rows"], split["hours"], speakers, split["emotions"])))
-    console.print(table)
+    _show_splits(report["splits"])
     for reason, dropped in report["dropped"].items():
         console.print(f"left out: {reason}: {dropped['count']:,}", style="yellow")
     for reason, empty in report["left_empty"].items():
@@ -194,14 +189,17 @@ def _show(value: float | Mapping | None) -> str:
     return "-" if value is None else f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
 
 
-def _show_splits(inspection: Inspection) -> None:
-    from relllm.data.inspection import summarize
+def _show_splits(splits: Mapping[str, Mapping]) -> None:
+    """Show the numbers of splits, as a report has them."""
+    from relllm.data.report import UNLABELLED
 
-    amounts = ("num_clips", "hours", "num_speakers", "num_with_text", "num_with_dimensions", "duration_s", "emotions")
     columns = ("clips", "hours", "speakers", "with text", "with dimensions", "seconds", "emotions")
     table = Table("split", *columns, title="Clips", title_justify="left")
-    for split, of in summarize(inspection).items():
-        table.add_row(split, *(_show(of[name]) for name in amounts))
+    for name, split in splits.items():
+        speakers = len(split["speakers"].keys() - {UNLABELLED})
+        rated = min(found["rows"] for found in split["dimensions"].values())
+        told = (split.get("with_text"), rated, split["duration_s"], split["emotions"])  # once there was no count of texts
+        table.add_row(name, *map(_show, (split["rows"], split["hours"], speakers, *told)))
     console.print(table)
 
 

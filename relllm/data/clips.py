@@ -92,14 +92,9 @@ def _make_clip(row: Row, waveform: np.ndarray, rate: int, own: Path | None, sett
         soundfile.write(buffer, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
         audio = {"bytes": buffer.getvalue(), "path": f"{path.stem}.flac"}
     peak, full_scale_run = measure_loudness(waveform)
-    return ReadClip(
-        audio=audio,
-        duration_s=len(waveform) / rate,
-        silent=peak < SILENT_PEAK,
-        clipped=full_scale_run >= CLIPPED_SAMPLES,
-        converted=settings.embed_audio and own is None,
-        num_overshoot=overshoot,
-    )
+    is_silent, is_clipped = peak < SILENT_PEAK, full_scale_run >= CLIPPED_SAMPLES
+    converted = settings.embed_audio and own is None
+    return ReadClip(audio, len(waveform) / rate, is_silent, is_clipped, converted, overshoot)
 
 
 def measure_loudness(waveform: np.ndarray) -> tuple[float, int]:

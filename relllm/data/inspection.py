@@ -12,10 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from tqdm import tqdm
 
-from relllm.labels import DIMENSIONS
 from relllm.processing.audio_relllm import SAMPLING_RATE, AudioSource, load_audio
 
 from .clips import CLIPPED_SAMPLES, SILENT_PEAK, measure_loudness
@@ -23,6 +21,7 @@ from .data_settings import InspectSettings
 from .journal import write_json
 from .loading import add_column, load_corpus
 from .processes import available_cores, run_in_processes
+from .report import describe_split, summarise_rows
 from .rows import ALL, UNSPLIT
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ CONTRADICTIONS = (
 FEWEST_WORDS = 3  # of a transcript that two splits should not share
 _IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u9fff"  # each counts as a word: nothing is between them
 _WORD = re.compile(rf"[{_IDEOGRAPHS}]|(?:[^\W{_IDEOGRAPHS}]|')+")
-_NO_SPLIT = "no split"
 _CHUNK = 32  # clips that a process reads before it reports
 
 
@@ -151,7 +149,7 @@ def check_audio(rows: Sequence[Mapping], facts: Sequence[ClipFacts]) -> list[Fin
             findings.append(Finding("silent", [row["id"]], f"peak {measured.peak:.1e} of full scale"))
     for same in by_digest.values():
         if len(same) > 1:
-            splits = sorted({row["split"] or _NO_SPLIT for row in same})
+            splits = sorted({row["split"] or UNSPLIT for row in same})
             check = "same audio in several splits" if len(splits) > 1 else "same audio"
             findings.append(Finding(check, [row["id"] for row in same], ", ".join(splits)))
     return findings
@@ -169,47 +167,23 @@ def measure_clip(audio: AudioSource) -> ClipFacts:
     return ClipFacts(None, len(waveform) / rate, digest.hexdigest(), peak, full_scale_run)
 
 
-def summarize(inspection: Inspection) -> dict[str, dict]:
-    """Return counts, hours, durations in seconds and emotions of each split; `None` where nothing is known."""
-    by_split: dict[str, list[dict]] = defaultdict(list)
-    for row in inspection.rows:
-        by_split[row["split"] or _NO_SPLIT].append(row)
-    summary = {}
-    for split, rows in by_split.items():
-        durations = [row["duration_s"] for row in rows if row.get("duration_s") is not None]
-        emotions = Counter(row.get("emotion") or "none" for row in rows)
-        summary[split] = {
-            "num_clips": len(rows),
-            "num_speakers": len({row["speaker"] for row in rows if row.get("speaker") is not None}),
-            "num_with_text": sum(bool(row.get("text")) for row in rows),
-            "num_with_dimensions": sum(all(row.get(name) is not None for name in DIMENSIONS) for row in rows),
-            "hours": sum(durations) / 3600 if durations else None,
-            "duration_s": {"min": min(durations), "median": float(np.median(durations)), "max": max(durations)}
-            if durations
-            else None,
-            "emotions": dict(emotions.most_common()),
-        }
-    return summary
-
-
 def write_report(inspection: Inspection, out: Path) -> list[Path]:
     """Write `report.json`, with all findings, and a plot where rows have valence and arousal; return the paths."""
     from relllm.plots import plot_valence_arousal_labels
 
+    summary = summarise_rows(inspection.rows)
     content = {
         "data": inspection.data,
         "audio_was_read": inspection.audio_was_read,
-        "splits": summarize(inspection),
+        "splits": {name: describe_split(split) for name, split in summary.items()},
         "num_findings": dict(Counter(finding.check for finding in inspection.findings)),
         "findings": [asdict(finding) for finding in inspection.findings],
     }
     written = [out / "report.json"]
     write_json(content, written[0])
-    points = [(row.get("valence"), row.get("arousal"), row.get("emotion") or "none") for row in inspection.rows]
-    if points := [point for point in points if None not in point]:
-        title = f"{Path(inspection.data).name}: {len(points):,} clips"
+    if points := [point for split in summary.values() for point in split.points]:
         valence, arousal, emotions = zip(*points, strict=True)
-        plot = out / "valence_arousal.png"
+        plot, title = out / "valence_arousal.png", f"{Path(inspection.data).name}: {len(points):,} clips"
         written.append(plot_valence_arousal_labels(valence, arousal, emotions, plot, title=title))
     return written
 

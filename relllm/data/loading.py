@@ -106,32 +106,40 @@ def _folder_of(data: str | Path) -> Path:
 
 
 def _load(data: str, split: str | None, streaming: bool) -> Rows:
+    from datasets import Dataset
+
+    rows = _choose(_find_rows(data, split, streaming), split, data)
+    if streaming and isinstance(rows, Dataset):
+        rows = rows.to_iterable_dataset(num_shards=min(SHARDS, len(rows)))
+    return normalize_columns(rows)
+
+
+def _find_rows(data: str, split: str | None, streaming: bool) -> dict[str, Rows] | Rows:
+    """Return the rows of each split, or those of one table; what `split` does not ask for may be left out."""
     from datasets import load_dataset, load_from_disk
 
     path = Path(data).expanduser()
-    if not path.exists():
-        check_place(data, repo_type="dataset")
-        try:
-            named = re.fullmatch(r"([^:@]+)(?::([^@]+))?(?:@(.+))?", data)
-            name, config, revision = named.groups() if named else (data, None, None)
-            loaded = load_dataset(name, config, revision=revision, streaming=streaming)
-        except (FileNotFoundError, ConnectionError) as error:
-            raise PlaceError(f"{data} is no file or folder here, and no data set of the Hub comes: {error}") from error
-        except ValueError as error:
-            if "onfig" not in str(error):
-                raise
-            raise ValueError(f"{data}: {error} Name a configuration as ORG/NAME:CONFIGURATION.") from error
-        numbered = {name: add_column(rows, "id", f"{name}-{{:06d}}") for name, rows in loaded.items()}
-        return normalize_columns(_choose(numbered, split, data))
-    if path.is_dir() and (path / METADATA).is_file():
-        path = path / METADATA
-    if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
-        return normalize_columns(_stream(_choose(load_from_disk(str(path)), split, str(path)), streaming))
-    if path.is_dir() or path.suffix == ".parquet":
-        return normalize_columns(_load_parquet(path, split, streaming))
-    if path.suffix in (".jsonl", ".csv"):
-        return normalize_columns(_stream(_choose(_load_table(path, split), split, data), streaming))
-    raise ValueError(f"{data} is a {path.suffix or 'nameless kind of'} file; expected .jsonl, .csv or .parquet.")
+    if path.exists():
+        path = path / METADATA if (path / METADATA).is_file() else path
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return load_from_disk(str(path))
+        if path.is_dir() or path.suffix == ".parquet":
+            return _find_parquet(path, split, streaming)
+        if path.suffix in (".jsonl", ".csv"):
+            return _load_table(path, split)
+        raise ValueError(f"{data} is a {path.suffix or 'nameless kind of'} file; expected .jsonl, .csv or .parquet.")
+    check_place(data, repo_type="dataset")
+    try:
+        named = re.fullmatch(r"([^:@]+)(?::([^@]+))?(?:@(.+))?", data)
+        name, config, revision = named.groups() if named else (data, None, None)
+        loaded = load_dataset(name, config, revision=revision, streaming=streaming)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise PlaceError(f"{data} is no file or folder here, and no data set of the Hub comes: {error}") from error
+    except ValueError as error:
+        if "onfig" not in str(error):
+            raise
+        raise ValueError(f"{data}: {error} Name a configuration as ORG/NAME:CONFIGURATION.") from error
+    return {name: add_column(rows, "id", f"{name}-{{:06d}}") for name, rows in loaded.items()}
 
 
 def add_column(rows: Rows, name: str, form: str) -> Rows:
@@ -150,46 +158,36 @@ def add_column(rows: Rows, name: str, form: str) -> Rows:
     return rows.map(lambda row, number: {name: row.get(name, form.format(number))}, **fill)
 
 
-def _stream(dataset: Dataset, streaming: bool) -> Rows:
-    return dataset.to_iterable_dataset(num_shards=min(SHARDS, len(dataset))) if streaming else dataset
-
-
-def _load_parquet(path: Path, split: str | None, streaming: bool) -> Rows:
+def _find_parquet(path: Path, split: str | None, streaming: bool) -> dict[str, Rows] | Rows:
     from datasets import Value, load_dataset
 
-    folder = path if path.is_dir() else path.parent
-    if path.is_file():  # which `datasets` calls "train", whatever is in it
-        loaded = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
-    elif shards := _list_shards(path):
-        # Splits that are not asked for are not copied into the cache. `datasets` keeps some names of splits for
-        # itself, so each is loaded as its only one.
-        files = {split: shards[split]} if split in shards else shards
-        only = {"split": "train", "streaming": streaming}
-        loaded = {name: load_dataset("parquet", data_files=of, **only) for name, of in files.items()}
+    shards: dict[str, list[str]] = {}  # of a data set that `relllm prepare` wrote
+    for file in sorted(path.glob("data/*.parquet")):
+        if named := SHARD.fullmatch(file.name):
+            shards.setdefault(named[1], []).append(str(file))
+    # `datasets` keeps some names of splits for itself, so files are loaded as its "train".
+    only = {"split": TRAIN, "streaming": streaming}
+    if path.is_file():
+        found = {"": load_dataset("parquet", data_files=str(path), **only)}
+    elif shards:  # splits that are not asked for are not copied into the cache
+        shards = {split: shards[split]} if split in shards else shards
+        found = {name: load_dataset("parquet", data_files=files, **only) for name, files in shards.items()}
     elif any(path.rglob("*.parquet")):
-        loaded = load_dataset("parquet", data_dir=str(path), streaming=streaming)
+        found = load_dataset("parquet", data_dir=str(path), streaming=streaming)
     else:
         raise ValueError(
             f"{path} is a directory without {METADATA}, without Parquet files, and not of `save_to_disk`. "
             f"It holds {sorted(entry.name for entry in path.iterdir())[:8]}."
         )
-    dataset = _choose(loaded, split, str(path))
-    if not isinstance((dataset.features or {}).get("audio"), Value):
-        return dataset
+    folder = path if path.is_dir() else path.parent
 
     def locate(audio: list[str | None]) -> dict[str, list[str | None]]:
         return {"audio": [value if value is None else _located(value, folder) for value in audio]}
 
-    return dataset.map(locate, input_columns="audio", batched=True, features=dataset.features)
-
-
-def _list_shards(directory: Path) -> dict[str, list[str]]:
-    """Files by split, of a directory that `relllm prepare` wrote."""
-    shards: dict[str, list[str]] = {}
-    for path in sorted(directory.glob("data/*.parquet")):
-        if named := SHARD.fullmatch(path.name):
-            shards.setdefault(named[1], []).append(str(path))
-    return shards
+    for name, rows in found.items():
+        if isinstance((rows.features or {}).get("audio"), Value):
+            found[name] = rows.map(locate, input_columns="audio", batched=True, features=rows.features)
+    return found if path.is_dir() else found[""]
 
 
 def _join(loaded: dict | Rows) -> Rows:

@@ -6,7 +6,7 @@ import codecs
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,6 +25,7 @@ REPEATED = "repeated id"
 
 Scale: TypeAlias = tuple[float, float]  # its lowest and highest rating
 _NUMBER = re.compile(r"-?\d+(\.\d+)?", flags=re.ASCII)
+_TOLD = ("speaker", "session", "split", "gender", "style")  # of a label, which a row has alike
 _SHOWN = 20  # names in a note or an error; the rest is counted
 
 
@@ -41,7 +42,7 @@ class Label:
     split: str | None = None
     gender: str | None = None
     style: str | None = None
-    votes: tuple[str, ...] = ()  # of single raters, as they wrote them
+    votes: list[str] = field(default_factory=list)  # of single raters, as they wrote them
 
 
 def keep_first(found: Iterable[Label | Dropped], corpus: Corpus) -> dict[str, Label]:
@@ -64,27 +65,25 @@ def label_to_row(
 
     A rating outside the scale is left empty, and the corpus is told; the row stays.
     """
-    known: dict[str, object] = {}
+    merged = {"excited": "happy"} if merge_excited else {}
+    known: dict[str, object] = {name: getattr(label, name) for name in _TOLD}
     if label.emotion is not None:
         try:
             emotion = canonical_emotion(label.emotion)
         except ValueError as error:
             return Dropped(label.id, UNKNOWN_EMOTION, f"{label.where}: {error}")
-        emotion = "happy" if merge_excited and emotion == "excited" else emotion
+        emotion = merged.get(str(emotion), emotion)
         if is_outside(emotion, label_set):
             return Dropped(label.id, OUTSIDE_SET, label.emotion)
         if odd := {name: value for name, value in label.dimensions.items() if not _NUMBER.fullmatch(value)}:
             return Dropped(label.id, BAD_LINE, f"{label.where}: {odd} is no number")
-        known = {"emotion": emotion, "dimension_source": LABEL_SOURCE}
+        known |= {"emotion": emotion, "dimension_source": LABEL_SOURCE}
     if audio is None:
         return Dropped(label.id, NO_AUDIO, label.where)
-    votes = [name_vote(vote) for vote in label.votes]
-    known["emotion_votes"] = ["happy" if merge_excited and vote == "excited" else vote for vote in votes] or None
-    if label.emotion is not None:
-        for name, value in label.dimensions.items():
-            known[name] = scale_rating(float(value), scale, name, (label.id, label.where), corpus)
-    for name in ("speaker", "session", "split", "gender", "style"):
-        known[name] = getattr(label, name)
+    for name, value in label.dimensions.items() if label.emotion is not None else ():
+        known[name] = scale_rating(float(value), scale, name, (label.id, label.where), corpus)
+    votes = map(name_vote, label.votes)
+    known["emotion_votes"] = [merged.get(vote, vote) for vote in votes] or None
     return make_row(id=label.id, audio=audio, language="en", **known)
 
 

@@ -69,7 +69,11 @@ def prepare_corpus(
             shards = plan_shards(corpus.rows)
             _make_shards(shards, journal, partial, settings, make_audio, progress)
             entries = {name: journal.done[name] for name in shards}
-            kept = [(shards[name][index], s) for name, entry in entries.items() for index, s in entry["kept"]]
+            kept = [
+                {**shards[name][index], "duration_s": duration_s}
+                for name, entry in entries.items()
+                for index, duration_s in entry["kept"]
+            ]
             if not kept:
                 shutil.rmtree(partial)
                 journal_path.unlink()

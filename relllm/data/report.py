@@ -21,8 +21,10 @@ UNLABELLED = "unlabelled"
 
 @dataclass
 class SplitSummary:
-    """What is known of the kept rows of a split; `"unlabelled"` counts what is not."""
+    """What is known of the rows of a split; `"unlabelled"` counts what is not."""
 
+    rows: int = 0
+    with_text: int = 0
     durations_s: list[float] = field(default_factory=list)
     emotions: Counter[str] = field(default_factory=Counter)
     speakers: Counter[str] = field(default_factory=Counter)
@@ -32,20 +34,23 @@ class SplitSummary:
     points: list[tuple[float, float, str]] = field(default_factory=list)
 
 
-def summarise_rows(kept: Iterable[tuple[Mapping[str, Any], float]]) -> dict[str, SplitSummary]:
-    """Return the numbers of each split that has rows, from the rows and their durations in seconds."""
+def summarise_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, SplitSummary]:
+    """Return the numbers of each split that has rows; what nobody knows of a row may be absent or `None`."""
     summary: dict[str, SplitSummary] = defaultdict(SplitSummary)
-    for row, duration_s in kept:
+    for row in rows:
         split = summary[row["split"] or UNSPLIT]
-        split.durations_s.append(duration_s)
-        split.emotions[row["emotion"] or UNLABELLED] += 1
-        split.speakers[row["speaker"] or UNLABELLED] += 1
-        split.sessions[row["session"] or UNLABELLED] += 1
-        for name in DIMENSIONS:
-            if row[name] is not None:
-                split.dimensions[name].append(row[name])
-        if row["valence"] is not None and row["arousal"] is not None:
-            split.points.append((row["valence"], row["arousal"], row["emotion"] or UNLABELLED))
+        split.rows += 1
+        split.with_text += bool(row.get("text"))
+        split.durations_s += [row["duration_s"]] if row.get("duration_s") is not None else []
+        emotion = row.get("emotion") or UNLABELLED
+        split.emotions[emotion] += 1
+        split.speakers[row.get("speaker") or UNLABELLED] += 1
+        split.sessions[row.get("session") or UNLABELLED] += 1
+        known = {name: row[name] for name in DIMENSIONS if row.get(name) is not None}
+        for name, value in known.items():
+            split.dimensions[name].append(value)
+        if {"valence", "arousal"} <= known.keys():
+            split.points.append((known["valence"], known["arousal"], emotion))
     return dict(summary)
 
 
@@ -65,7 +70,7 @@ def build_report(
         "facts": asdict(corpus.facts),
         "rows": {"kept": sum(len(entry["kept"]) for entry in entries), "dropped": len(dropped)},
         "hours": round(sum(sum(split.durations_s) for split in summary.values()) / 3600, 4),
-        "splits": {name: _describe_split(split) for name, split in summary.items()},
+        "splits": {name: describe_split(split) for name, split in summary.items()},
         "speakers_in_several_splits": sorted(name for name, count in voices.items() if count > 1),
         "dropped": _group_by_reason(dropped),
         "left_empty": _group_by_reason(asdict(one) for one in corpus.blanked if one.id not in unread),
@@ -97,12 +102,15 @@ def _group_by_reason(items: Iterable[Mapping]) -> dict[str, dict]:
     return {reason: {"count": len(clips), "clips": clips} for reason, clips in ordered}
 
 
-def _describe_split(split: SplitSummary) -> dict:
+def describe_split(split: SplitSummary) -> dict:
+    """Return the numbers of a split as a report has them; durations are empty where none is known."""
     durations = sorted(split.durations_s)
+    span = {"shortest": 0, "median": len(durations) // 2, "longest": -1} if durations else {}
     return {
-        "rows": len(durations),
+        "rows": split.rows,
+        "with_text": split.with_text,
         "hours": round(sum(durations) / 3600, 4),
-        "duration_s": {"shortest": durations[0], "median": durations[len(durations) // 2], "longest": durations[-1]},
+        "duration_s": {name: durations[place] for name, place in span.items()},
         "emotions": {name: split.emotions[name] for name in order_emotions(list(split.emotions))},
         "dimensions": {
             name: {"rows": len(values), "mean": round(sum(values) / len(values), 4) if values else None}

@@ -129,13 +129,14 @@ def validate_row(row: Mapping[str, object], own_emotions: Collection[str] = ()) 
         raise ValueError(f"Row {row_id!r}: unknown columns {unknown}; expected {list(COLUMNS)}. Rename or drop them.")
     if row.get("audio") in (None, ""):
         raise ValueError(f"Row {row_id!r}: no audio. Give a path, a waveform, or leave the row out.")
-    for column in set(COLUMNS) - {"id", "audio", *DIMENSIONS, *LIST_COLUMNS}:
-        if not isinstance(row.get(column, ""), str | None):
-            raise ValueError(f"Row {row_id!r}: {column} is {row[column]!r}, expected a string or None. Convert it.")
-    for column in LIST_COLUMNS:
-        values = row.get(column)
-        if values is not None and not (isinstance(values, list) and all(isinstance(one, str) for one in values)):
-            raise ValueError(f"Row {row_id!r}: {column} is {values!r}, expected a list of names or None. Convert it.")
+    for column in row.keys() - {"id", "audio", *DIMENSIONS}:
+        value, is_list = row[column], column in LIST_COLUMNS
+        parts = value if is_list and isinstance(value, list) else [value]
+        if value is not None and (
+            is_list != isinstance(value, list) or not all(isinstance(one, str) for one in parts)
+        ):
+            wanted = "a list of names" if is_list else "a string"
+            raise ValueError(f"Row {row_id!r}: {column} is {value!r}, expected {wanted} or None. Convert it.")
     if row.get("split") is not None and fold_split(str(row["split"])) != row["split"]:
         raise ValueError(f"Row {row_id!r}: the split is {row['split']!r}; use `relllm.data.rows.fold_split`.")
     if emotion not in (*LABEL_SETS["all"], *own_emotions, None):

@@ -6,7 +6,7 @@ advice, and no proof: it keeps an id from saying more than is known.
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,34 +95,27 @@ def read_towers(
     by part, as people said (`--tower-license`) where nothing else says it; what contradicts a tower is a `ValueError`.
     `started_from` is the ReLLM of the Hub that its training went on with, whose terms it has too.
     """
-    towers = []
+    told = told or {}
     sections = {"audio_tower": "audio_config", "emotion_tower": "emotion_config", "text_model": "text_config"}
-    model_types = {
-        part: str(config[section].get("model_type", UNKNOWN))
-        for part, section in sections.items()
-        if config.get(section) is not None
-    }
+    configs = {part: config[section] for part, section in sections.items() if config.get(section) is not None}
     sources = dict(config.get("towers") or {})
     if started_from is not None:
-        model_types[CHECKPOINT], sources[CHECKPOINT] = "relllm", {"name": started_from}
-    for part, licence in (told or {}).items():
-        if part not in model_types:
-            raise ValueError(f"--tower-license {part}={licence}: this model has {', '.join(model_types)}.")
+        configs[CHECKPOINT], sources[CHECKPOINT] = {"model_type": "relllm"}, {"name": started_from}
+    for part, licence in told.items():
+        if part not in configs:
+            raise ValueError(f"--tower-license {part}={licence}: this model has {', '.join(configs)}.")
         check_id(licence, f"--tower-license {part}={licence}")
-    for part, model_type in model_types.items():
-        source = sources.get(part, {})
-        place = source.get("name")
-        hub_id = None if place is None or is_local(place) else place
-        if hub_id in TOWER_LICENCES:
-            found = Licence(TOWER_LICENCES[hub_id])
-        else:
-            found = _licence_of_card(_find_card(place, source.get("revision")))
-        said = (told or {}).get(part, found.id)
+    towers = []
+    for part, own in configs.items():
+        place = sources.get(part, {}).get("name")
+        found = _find_licence(place, sources.get(part, {}).get("revision"))
+        said = told.get(part, found.id)
         if found.id == UNKNOWN:
             found = Licence(said)
         elif said != found.id:
             raise ValueError(f"{said} is given for the {part}, which is under {found.id} ({place}). Leave it out.")
-        towers.append(Tower(part, hub_id, model_type, found.id, found.name, found.link))
+        hub_id = None if place is None or is_local(place) else place
+        towers.append(Tower(part, hub_id, str(own.get("model_type", UNKNOWN)), found.id, found.name, found.link))
     return towers
 
 
@@ -149,32 +142,26 @@ def check_id(licence: str, what: str) -> None:
         )
 
 
-def combine_licences(licences: Iterable[str]) -> str:
-    """Return the licence that asks least of those that carry all of these, or `other`."""
-    parts = set(licences)
-    if len(parts) == 1:
-        return parts.pop() if UNKNOWN not in parts else OTHER
-    return next((whole for whole, carried in CARRIES.items() if parts <= carried), OTHER)
-
-
 def choose_licence(
     towers: Sequence[Tower], corpora: Sequence[Mapping] = (), chosen: Licence | None = None, *, link: str = ""
 ) -> Licence:
     """Return the licence of the whole: `chosen`, if it is known to carry the towers', or what follows from the parts.
 
-    What a model may carry of its training data (`corpora`) people choose themselves; without a choice its terms are
-    a part's. `link` is to the card, where the terms of each part are.
+    Of those that carry all parts it is the one that asks least. What a model may carry of its training data
+    (`corpora`) people choose themselves; without a choice its terms are a part's. `link` is to the card, where the
+    terms of each part are.
     """
     if chosen is not None:
         check_id(chosen.id, f"--license {chosen.id}")
         check_carries(towers, chosen.id)
         return chosen if chosen.id != OTHER else Licence(OTHER, chosen.name or PARTS, chosen.link or link)
-    parts = [*(tower.licence for tower in towers), *(str(facts.get("licence", UNKNOWN)) for facts in corpora)]
-    found = combine_licences(parts)
+    of_corpora = {str(facts.get("licence", UNKNOWN)) for facts in corpora}
+    parts = {tower.licence for tower in towers} | of_corpora
+    carrying = [*parts] if len(parts) == 1 else [whole for whole, carried in CARRIES.items() if parts <= carried]
+    if carrying and carrying[0] not in (OTHER, UNKNOWN):
+        return Licence(carrying[0])
     special = [tower for tower in towers if tower.licence not in _PERMISSIVE]
-    if found != OTHER:
-        return Licence(found)
-    if len(special) == 1 and special[0].terms is not None and _PERMISSIVE.issuperset(parts[len(towers) :]):
+    if len(special) == 1 and special[0].terms is not None and of_corpora <= _PERMISSIVE:
         return special[0].terms
     return Licence(OTHER, PARTS, link)
 
@@ -200,21 +187,19 @@ def check_carries(towers: Sequence[Tower], licence: str) -> None:
         )
 
 
-def _find_card(place: str | None, revision: str | None) -> Path | None:
-    """Return the `README.md` of a tower, here or on the Hub; `None` where there is none, or none that can be seen."""
+def _find_licence(place: str | None, revision: str | None) -> Licence:
+    """Return the licence on the card of a tower, here or on the Hub; `UNKNOWN` where no card can be seen."""
     if place is None:
-        return None
-    if is_local(place):
-        card = Path(place) / "README.md"
-        return card if card.is_file() else None
-    try:
-        return Path(hf_hub_download(place, "README.md", revision=revision))
-    except (OSError, HTTPError):  # offline, gone, not for this token: then it is not known, which the card says
-        return None
-
-
-def _licence_of_card(card: Path | None) -> Licence:
-    found = (metadata_load(card) if card is not None else None) or {}
+        return Licence(UNKNOWN)
+    if place in TOWER_LICENCES:
+        return Licence(TOWER_LICENCES[place])
+    card = Path(place) / "README.md"
+    if not is_local(place):
+        try:
+            card = Path(hf_hub_download(place, "README.md", revision=revision))
+        except (OSError, HTTPError):  # offline, gone, not for this token: then it is not known, which the card says
+            return Licence(UNKNOWN)
+    found = (metadata_load(card) if card.is_file() else None) or {}
     licence = found.get("license")
     if not isinstance(licence, str) or licence not in HUB_LICENCES:
         return Licence(UNKNOWN)

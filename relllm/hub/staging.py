@@ -28,7 +28,7 @@ CARD_FILES = ("README.md", "LICENSE", "NOTICE", EVIDENCE_NAME, RECORD_NAME, "plo
 
 
 def merge_checkpoint(settings: MergeSettings) -> None:
-    """Write the full checkpoint of a light one, with its processor and the record of its training; a full one is copied.
+    """Write the full checkpoint of a light one, or copy a full one, with processor and record of its training.
 
     A tower that is not the one that was trained with is a `ValueError`.
     """

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from relllm.cli import app
 from relllm.data import inspection
 from relllm.data.data_settings import InspectSettings
-from relllm.data.inspection import Inspection, check_table, inspect_corpus, measure_clip, summarize, write_report
+from relllm.data.inspection import Inspection, check_table, inspect_corpus, measure_clip, write_report
+from relllm.data.report import describe_split, summarise_rows
 from relllm.plots import plot_valence_arousal_labels
 
 disable_progress_bars()
@@ -244,14 +245,15 @@ def test_the_summary_counts_what_is_there(tmp_path: Path) -> None:
     rows = make_rows()
     rows[2] |= {"text": None, "valence": None, "emotion": None}
     rows[3] |= {"speaker": "train-2"}
-    summary = summarize(look(write_corpus(tmp_path / "corpus", rows)))
-    assert summary["test"]["num_clips"] == 1
+    inspected = look(write_corpus(tmp_path / "corpus", rows))
+    summary = {name: describe_split(split) for name, split in summarise_rows(inspected.rows).items()}
+    assert summary["test"]["rows"] == 1
     train = summary["train"]
-    assert (train["num_clips"], train["num_speakers"]) == (3, 2)
-    assert (train["num_with_text"], train["num_with_dimensions"]) == (2, 2)
-    assert train["emotions"] == {"angry": 1, "none": 1, "neutral": 1}
-    assert train["duration_s"] == pytest.approx({"min": 0.11, "median": 0.12, "max": 0.13})
-    assert train["hours"] == pytest.approx(0.36 / 3600)
+    assert (train["rows"], len(train["speakers"]), train["with_text"]) == (3, 2, 2)
+    assert [found["rows"] for found in train["dimensions"].values()] == [3, 3, 2]
+    assert train["emotions"] == {"angry": 1, "neutral": 1, "unlabelled": 1}
+    assert train["duration_s"] == pytest.approx({"shortest": 0.11, "median": 0.12, "longest": 0.13})
+    assert train["hours"] == pytest.approx(0.36 / 3600, abs=5e-5)
 
 
 def test_the_report_has_every_id_and_the_plot_is_a_picture(tmp_path: Path) -> None:
@@ -263,8 +265,8 @@ def test_the_report_has_every_id_and_the_plot_is_a_picture(tmp_path: Path) -> No
     content = json.loads(report.read_text())
     assert content["num_findings"] == {"speaker in several splits": 1}
     assert sorted(content["findings"][0]["ids"]) == sorted(row["id"] for row in rows)
-    assert content["splits"]["test"]["num_clips"] == 15
-    assert content["splits"]["test"]["duration_s"] is None
+    assert content["splits"]["test"]["rows"] == 15
+    assert content["splits"]["test"]["duration_s"] == {}
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "valence_arousal.png"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from .. import parsing
@@ -48,10 +47,9 @@ _TRANSCRIPT = re.compile(r"(Ses\w+)\s*(?:\[[^\]]*\])?\s*:\s*(.*)")
 
 
 def parse_iemocap(settings: IemocapSettings) -> Corpus:
-    """Read the labels, the transcripts and the listings of IEMOCAP.
+    """Read the labels, the transcripts and the listings of IEMOCAP; speakers are `"Ses01F"`, as the turns say.
 
-    Speakers are the session and the letter of the turn, `"Ses01F"`. Raises `ValueError` if `root` is something else,
-    or a session is not there or named twice.
+    A `root` of something else, and a session that is not there or named twice, are a `ValueError`.
     """
     wanted = "Session1/ … Session5/, each with dialog/EmoEvaluation/ and sentences/wav/"
     root = parsing.find_tree(settings.root, _locate, wanted)
@@ -105,29 +103,25 @@ def _name_splits(present: list[int], held_out: int, validation: int | None) -> d
 
 def _read_labels(root: Path, sessions: list[int], splits: dict[str, str]) -> Iterator[parsing.Label | Dropped]:
     for path in _text_files(root, sessions, "EmoEvaluation"):
-        labels: list[parsing.Label | Dropped] = []
+        votes: list[str] = []  # of the label that came last, to which they are added behind it
         for number, line in enumerate(parsing.read_lines(path)[0], start=1):
-            if not line or line.startswith("%"):
-                continue
-            if not _RATER.match(line):
-                labels.append(_parse_label(line, f"{path.relative_to(root)}:{number}", splits))
-            elif labels and isinstance(last := labels[-1], parsing.Label) and (vote := _VOTE.match(line)):
-                chosen = (name.strip() for name in vote[1].split(";"))
-                labels[-1] = replace(last, votes=(*last.votes, *filter(None, chosen)))
-        yield from labels
+            if vote := _VOTE.match(line):
+                votes += filter(None, map(str.strip, vote[1].split(";")))
+            elif line and not line.startswith("%") and not _RATER.match(line):
+                votes = []
+                yield _parse_label(line, f"{path.relative_to(root)}:{number}", splits, votes)
 
 
-def _parse_label(line: str, where: str, splits: dict[str, str]) -> parsing.Label | Dropped:
+def _parse_label(line: str, where: str, splits: dict[str, str], votes: list[str]) -> parsing.Label | Dropped:
     parsed = _LABEL.fullmatch(line)
     turn = _TURN.fullmatch(parsed[3]) if parsed else _TURN.search(line)
     if parsed is None or turn is None:
         return Dropped(turn[0] if turn else where, parsing.BAD_LINE, f"{where}: {line:.100}")
     dimensions = {"arousal": parsed[6], "dominance": parsed[7], "valence": parsed[5]}
-    split = splits.get(turn[1], "train")
-    gender = {"F": "female", "M": "male"}[turn[2]]
-    style = "improvised" if "_impro" in turn[0] else "scripted"
-    label = parsing.Label(turn[0], parsed[4], dimensions, where, speaker=turn[1] + turn[2], session=turn[1])
-    return replace(label, split=split, gender=gender, style=style)
+    told = {"speaker": turn[1] + turn[2], "session": turn[1], "split": splits.get(turn[1], "train")}
+    told["gender"] = {"F": "female", "M": "male"}[turn[2]]
+    told["style"] = "improvised" if "_impro" in turn[0] else "scripted"
+    return parsing.Label(turn[0], parsed[4], dimensions, where, **told, votes=votes)
 
 
 def _read_transcripts(root: Path, sessions: list[int], corpus: Corpus) -> dict[str, str]:

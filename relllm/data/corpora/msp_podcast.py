@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,14 +115,14 @@ def _parse_csv(path: Path, root: Path) -> Iterator[Label | Dropped]:
     """Line by line: with the `csv` module one stray quotation mark would swallow the lines behind it."""
     votes = _read_votes(root)
     for where, line, row in _read_rows(path, root, COLUMNS_NEEDED):
-        if row is None or not (stem := _row_stem(row)):
+        if row is None or not (stem := _stem(row["filename"], bare=True)):
             stem = _stem(line.partition(",")[0].strip(' "'))
             yield Dropped(stem or where, parsing.BAD_LINE, f"{where}: {line:.100}")
             continue
         dimensions = {"arousal": row["emoact"], "dominance": row["emodom"], "valence": row["emoval"]}
         gender = row.get("gender", "").lower().replace("unknown", "") or None
         told = {"speaker": row["spkrid"], "split": row["split_set"], "gender": gender}
-        yield Label(stem, row["emoclass"], dimensions, where, **told, votes=votes.get(stem, ()))
+        yield Label(stem, row["emoclass"], dimensions, where, **told, votes=votes.get(stem, []))
 
 
 def _read_rows(path: Path, root: Path, needed: tuple[str, ...]) -> Iterator[tuple[str, str, dict[str, str] | None]]:
@@ -138,45 +138,35 @@ def _read_rows(path: Path, root: Path, needed: tuple[str, ...]) -> Iterator[tupl
             yield f"{path.relative_to(root)}:{number}", line, row
 
 
-def _read_votes(root: Path) -> dict[str, tuple[str, ...]]:
+def _read_votes(root: Path) -> dict[str, list[str]]:
     """Read the first choice of each rater from `labels_detailed.csv`, which has it in one of two columns."""
     path = _find_file(root, DETAIL_FILES)
     votes: dict[str, list[str]] = defaultdict(list)
     for _, _, row in _read_rows(path, root, ("FileName",)) if path else ():
-        if row is None:
-            continue
-        chosen = row.get("emoclass_major") or "".join(row.get("emodetail", "").split(";")[1:2]).strip()
-        if chosen:
-            votes[_row_stem(row)].append(EMOTION_LETTERS.get(chosen, chosen))
-    return {stem: tuple(chosen) for stem, chosen in votes.items()}
+        told = row or {}
+        chosen = told.get("emoclass_major") or "".join(told.get("emodetail", "").split(";")[1:2]).strip()
+        if row and chosen:
+            votes[_stem(row["filename"], bare=True)].append(EMOTION_LETTERS.get(chosen, chosen))
+    return votes
 
 
-def _row_stem(row: Mapping[str, str]) -> str:
-    """Name of the turn, which some releases write without `.wav`; empty for what is no name."""
-    name = row["filename"]
-    return _stem(name) or (name if re.fullmatch(r"[\w-]+", name) else "")
-
-
-def _parse_text(path: Path, root: Path) -> list[Label | Dropped]:
+def _parse_text(path: Path, root: Path) -> Iterator[Label | Dropped]:
     """`MSP-PODCAST_0001_0008.wav; N; A:2.200000; V:4.000000; D:2.600000;` and then one line for each worker."""
     splits, speakers = _read_pairs(root, PARTITION_FILES), _read_pairs(root, SPEAKER_FILES)
-    labels: list[Label | Dropped] = []
+    votes: list[str] = []  # of the label that came last, to which they are added behind it
     for number, line in enumerate(parsing.read_lines(path)[0], start=1):
-        is_vote = line.upper().startswith("WORKER")
-        if is_vote and labels and isinstance(last := labels[-1], Label):
-            labels[-1] = replace(last, votes=(*last.votes, *_split_line(line, ";")[1:2]))
-        if not line or is_vote:
-            continue
-        where, fields = f"{path.relative_to(root)}:{number}", _split_line(line.rstrip("; "), ";")
-        stem = _stem(fields[0])
-        ratings = dict(field.split(":", 1) for field in fields[2:] if field.count(":") == 1)
-        if not stem or len(fields) != 5 or set(ratings) != set(_LETTERS):
-            labels.append(Dropped(stem or where, parsing.BAD_LINE, f"{where}: {line:.100}"))
-            continue
-        dimensions = {_LETTERS[letter]: value.strip() for letter, value in ratings.items()}
-        label = Label(stem, fields[1], dimensions, where, speaker=speakers.get(stem), split=splits.get(stem))
-        labels.append(label)
-    return labels
+        where, fields = f"{path.relative_to(root)}:{number}", _split_line(line)
+        if line.upper().startswith("WORKER"):
+            votes += fields[1:2]
+        elif line:
+            stem, votes = _stem(fields[0]), []
+            ratings = dict(field.split(":", 1) for field in fields[2:] if field.count(":") == 1)
+            if not stem or len(fields) != 5 or set(ratings) != set(_LETTERS):
+                yield Dropped(stem or where, parsing.BAD_LINE, f"{where}: {line:.100}")
+                continue
+            dimensions = {_LETTERS[letter]: value.strip() for letter, value in ratings.items()}
+            told = {"speaker": speakers.get(stem), "split": splits.get(stem)}
+            yield Label(stem, fields[1], dimensions, where, **told, votes=votes)
 
 
 def _split_csv(line: str) -> list[str]:
@@ -188,25 +178,23 @@ def _split_csv(line: str) -> list[str]:
     return [field.strip(' "') for field in fields]
 
 
-def _split_line(line: str, separator: str) -> list[str]:
-    return [field.strip(' "') for field in line.split(separator)]
+def _split_line(line: str) -> list[str]:
+    return [field.strip(' "') for field in line.rstrip("; ").split(";")]
 
 
-def _stem(file_name: str) -> str:
-    """Name without `.wav`; empty for something else."""
-    return file_name[:-4] if file_name.lower().endswith(".wav") else ""
+def _stem(file_name: str, bare: bool = False) -> str:
+    """Name without `.wav`, which is missing where it may be `bare`; empty for something else."""
+    if file_name.lower().endswith(".wav"):
+        return file_name[:-4]
+    return file_name if bare and re.fullmatch(r"[\w-]+", file_name) else ""
 
 
 def _read_pairs(root: Path, names: tuple[str, ...]) -> dict[str, str]:
     """Stem -> split, from `Train; MSP-PODCAST_0023_0048.wav`, or speaker, from `MSP-PODCAST_0023_0048.wav; 127`."""
     path = _find_file(root, names)
-    lines = [_split_line(line.rstrip("; "), ";") for line in parsing.read_lines(path)[0]] if path else []
-    pairs = {}
-    for first, second in (fields for fields in lines if len(fields) == 2):  # others are headings
-        stem, value = (second, first) if _stem(second) else (first, second)
-        if _stem(stem):
-            pairs[_stem(stem)] = value
-    return pairs
+    lines = map(_split_line, parsing.read_lines(path)[0]) if path else ()
+    pairs = [fields if _stem(fields[0]) else fields[::-1] for fields in lines if len(fields) == 2]
+    return {_stem(name): value for name, value in pairs if _stem(name)}  # others are headings
 
 
 def _label_to_row(label: Label, audio: str | None, corpus: Corpus, settings: MspPodcastSettings) -> Row | Dropped:

@@ -46,22 +46,14 @@ def load_pattern(given: str) -> Pattern:
     Raises `ValueError` for other fields, a file without a path, and what is no regular expression.
     """
     if Path(given).suffix.lower() not in (".yaml", ".yml"):
-        return _checked(Pattern(path=given, id="{stem}"), given)
-    # Texts only: YAML has 01 as a number, and no as false.
-    content = yaml.load(Path(given).expanduser().read_text(encoding="utf-8"), yaml.BaseLoader)
-    known = [*(one.name for one in fields(Pattern) if one.name != "facts"), *FACTS]
-    if not isinstance(content, dict) or "path" not in content or set(content) - set(known):
-        raise ValueError(f"{given} holds {content!r:.200}; expected `path`, and of {known[1:]}.")
-    return _checked(_make_pattern({"id": "{stem}"} | content, "folder", Path(given).stem), given)
-
-
-def _make_pattern(told: Mapping[str, Any], name: str, title: str) -> Pattern:
-    """Return the pattern of a mapping with the fields of [`Pattern`] and of `FACTS`."""
-    facts = {**asdict(OWN), "title": title, **{field: told[field] for field in FACTS if field in told}, "name": name}
-    return Pattern(**{field: value for field, value in told.items() if field not in FACTS}, facts=CorpusFacts(**facts))
-
-
-def _checked(pattern: Pattern, given: str) -> Pattern:
+        pattern = Pattern(path=given, id="{stem}")
+    else:
+        # Texts only: YAML has 01 as a number, and no as false.
+        content = yaml.load(Path(given).expanduser().read_text(encoding="utf-8"), yaml.BaseLoader)
+        known = [*(one.name for one in fields(Pattern) if one.name != "facts"), *FACTS]
+        if not isinstance(content, dict) or "path" not in content or set(content) - set(known):
+            raise ValueError(f"{given} holds {content!r:.200}; expected `path`, and of {known[1:]}.")
+        pattern = _make_pattern({"id": "{stem}"} | content, "folder", Path(given).stem)
     for name in ("path", "table", "line"):
         try:
             re.compile(f"(?:{getattr(pattern, name) or ''})")
@@ -71,6 +63,12 @@ def _checked(pattern: Pattern, given: str) -> Pattern:
     if not all(isinstance(words, Mapping) for words in pairs):
         raise ValueError(f"{given}: columns are pairs of names, and maps has pairs for each column.")
     return pattern
+
+
+def _make_pattern(told: Mapping[str, Any], name: str, title: str) -> Pattern:
+    """Return the pattern of a mapping with the fields of [`Pattern`] and of `FACTS`."""
+    facts = {**asdict(OWN), "title": title, **{field: told[field] for field in FACTS if field in told}, "name": name}
+    return Pattern(**{field: value for field, value in told.items() if field not in FACTS}, facts=CorpusFacts(**facts))
 
 
 def find_fields(
