@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+from datasets import Dataset
 from tiny_models import tiny_llm, tiny_tokenizer
 
+from relllm.data.replies import targets
+from relllm.data.replies.writers import Writer
 from relllm.processing.turns_relllm import build_chat_template
 
 TEXTS = ("The bus left.", "I got the job, and my family came over for dinner!", "Nobody called me today, again.")
@@ -34,3 +37,8 @@ def save_chat_model(folder: Path) -> Path:
     tiny_llm().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_targets(rows: Dataset, out: Path, writer: Writer, *settings: object, **options: object) -> dict:
+    """With a writer that is there already."""
+    return targets.write_targets(rows, out, lambda: writer, *settings, **options)

@@ -62,7 +62,8 @@ def read_row(row: Row, settings: PrepareSettings, directory: Path) -> dict[str, 
     There is one, unless `settings.channel` is `"each"`.
     """
     path = directory / str(row["audio"])
-    rate, untouched = _read_header(path)
+    info = read_header(path)
+    rate = info.samplerate if info else SAMPLING_RATE
     try:
         # At its own rate, because most clips need no other; what cannot be read fails here with a reason.
         waveform = load_audio(path, sampling_rate=rate, channel=settings.channel, max_duration_s=settings.max_seconds)
@@ -73,7 +74,9 @@ def read_row(row: Row, settings: PrepareSettings, directory: Path) -> dict[str, 
     if duration_s < settings.min_seconds:
         return Dropped(row["id"], "too short", f"{duration_s:.3f} s, the limit is {settings.min_seconds:g} s")
     if waveform.ndim == 1 or len(waveform) == 1:
-        return {row["id"]: _make_clip(row, waveform.reshape(-1), rate, path if untouched else None, settings)}
+        ours = {(container, "PCM_16", 1, SAMPLING_RATE) for container in _UNTOUCHED}
+        own = path if info and (info.format, info.subtype, info.channels, rate) in ours else None
+        return {row["id"]: _make_clip(row, waveform.reshape(-1), rate, own, settings)}
     sides = ("left", "right") if len(waveform) == 2 else range(1, len(waveform) + 1)
     clips = zip(sides, waveform, strict=True)
     return {f"{row['id']}-{side}": _make_clip(row, own, rate, None, settings) for side, own in clips}
@@ -127,12 +130,11 @@ def clip_duration(source: object, sampling_rate: int = SAMPLING_RATE) -> float:
     raise TypeError(f"no length of {type(source).__name__}")
 
 
-def _read_header(path: Path) -> tuple[int, bool]:
-    """Read the rate, and whether it is 16-bit mono audio at ours; without a header `load_audio` then says why."""
+def read_header(audio: object) -> soundfile._SoundFileInfo | None:
+    """Return what a file, its bytes or a row's say of themselves; `None` where `load_audio` will say why not."""
+    if isinstance(audio, Mapping):
+        audio = audio["bytes"] if isinstance(audio.get("bytes"), bytes) else str(audio.get("path"))
     try:
-        with path.open("rb") as file:
-            info = soundfile.info(file)
-    except (OSError, soundfile.LibsndfileError):
-        return SAMPLING_RATE, False
-    is_ours = (info.subtype, info.channels, info.samplerate) == ("PCM_16", 1, SAMPLING_RATE)
-    return info.samplerate, is_ours and info.format in _UNTOUCHED
+        return soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else audio)
+    except (OSError, TypeError, soundfile.LibsndfileError):
+        return None

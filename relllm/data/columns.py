@@ -58,30 +58,22 @@ def name_emotion(value: str | None) -> str | None:
 
 def _leave_encoded(dataset: Dataset | IterableDataset, features: Features) -> Dataset | IterableDataset:
     """Return the data set with audio as bytes and path; nothing is copied, because Arrow holds it so in any case."""
-    from datasets import Dataset, Features
+    from datasets import Audio, Dataset
+    from datasets.features.features import _visit
     from datasets.fingerprint import Hasher
 
-    encoded = Features({name: _encoded(feature) for name, feature in features.items()})
-    if encoded == features:
-        return dataset
     if not isinstance(dataset, Dataset):
         return dataset.decode(False)
+
+    def encode(feature: object) -> object:
+        return Audio(sampling_rate=feature.sampling_rate, decode=False) if isinstance(feature, Audio) else None
+
     info = dataset.info.copy()
-    info.features = encoded
+    info.features = _visit(features, encode)
+    if info.features == features:
+        return dataset
     fingerprint = Hasher.hash([dataset._fingerprint, "encoded"])
     return Dataset(dataset.data, info, dataset.split, indices_table=dataset._indices, fingerprint=fingerprint)
-
-
-def _encoded(feature: object) -> object:
-    from datasets import Audio, LargeList, List
-
-    if isinstance(feature, Audio):
-        return Audio(sampling_rate=feature.sampling_rate, decode=False)
-    if isinstance(feature, dict):
-        return {name: _encoded(part) for name, part in feature.items()}
-    if isinstance(feature, List):
-        return List(_encoded(feature.feature), length=feature.length)
-    return LargeList(_encoded(feature.feature)) if isinstance(feature, LargeList) else feature
 
 
 def _name_emotions(dataset: Dataset | IterableDataset, names: list[str] | None) -> Dataset | IterableDataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -110,10 +111,10 @@ class LabelSettings(CorpusSettings):
         read_scales(self.scale)
 
 
-def read_words(pairs: tuple[str, ...], name: str) -> dict[str, str]:
+def read_words(pairs: Sequence[str], name: str, example: str = "A=fear,F=happy") -> dict[str, str]:
     """Return `("A=fear", "F=happy")` as a dict; `name` is the setting's, for its errors."""
     if odd := [pair for pair in pairs if not pair.partition("=")[2].strip()]:
-        raise ValueError(f"{name} has {odd[0]!r}, expected pairs such as A=fear,F=happy.")
+        raise ValueError(f"{name} has {odd[0]!r}, expected pairs such as {example}.")
     return {key.strip(): value.strip() for key, _, value in (pair.partition("=") for pair in pairs)}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import re
 from collections import Counter, defaultdict
@@ -16,12 +15,12 @@ from tqdm import tqdm
 
 from relllm.processing.audio_relllm import SAMPLING_RATE, AudioSource, load_audio
 
-from .clips import CLIPPED_SAMPLES, SILENT_PEAK, measure_loudness
+from .clips import CLIPPED_SAMPLES, SILENT_PEAK, measure_loudness, read_header
 from .data_settings import InspectSettings
 from .journal import write_json
 from .loading import add_column, load_corpus
 from .processes import available_cores, run_in_processes
-from .report import describe_split, summarise_rows
+from .report import summarise_rows
 from .rows import ALL, UNSPLIT
 
 if TYPE_CHECKING:
@@ -157,8 +156,9 @@ def check_audio(rows: Sequence[Mapping], facts: Sequence[ClipFacts]) -> list[Fin
 
 def measure_clip(audio: AudioSource) -> ClipFacts:
     """Decode a clip and measure it; one that cannot be read is described, not raised."""
+    info = read_header(audio)
+    rate = info.samplerate if info else SAMPLING_RATE
     try:
-        rate = _read_rate(audio)
         waveform = load_audio(audio, sampling_rate=rate, max_duration_s=math.inf)
     except (OSError, TypeError, ValueError) as error:
         return ClipFacts(error=str(error))
@@ -175,7 +175,7 @@ def write_report(inspection: Inspection, out: Path) -> list[Path]:
     content = {
         "data": inspection.data,
         "audio_was_read": inspection.audio_was_read,
-        "splits": {name: describe_split(split) for name, split in summary.items()},
+        "splits": {name: split.describe() for name, split in summary.items()},
         "num_findings": dict(Counter(finding.check for finding in inspection.findings)),
         "findings": [asdict(finding) for finding in inspection.findings],
     }
@@ -186,20 +186,6 @@ def write_report(inspection: Inspection, out: Path) -> list[Path]:
         plot, title = out / "valence_arousal.png", f"{Path(inspection.data).name}: {len(points):,} clips"
         written.append(plot_valence_arousal_labels(valence, arousal, emotions, plot, title=title))
     return written
-
-
-def _read_rate(audio: AudioSource) -> int:
-    """Return the file's own rate, so that nothing is resampled for a look; the package's for what is no file."""
-    import soundfile
-
-    if isinstance(audio, Mapping):
-        content, path = audio.get("bytes"), audio.get("path")
-        audio = content if isinstance(content, bytes) else str(path)
-    source = io.BytesIO(audio) if isinstance(audio, bytes) else audio
-    try:
-        return int(soundfile.info(source).samplerate)
-    except (soundfile.LibsndfileError, TypeError):  # `load_audio` says what is wrong
-        return SAMPLING_RATE
 
 
 def _measure(table: Dataset, num_proc: int, progress: bool) -> list[ClipFacts]:

@@ -33,6 +33,24 @@ class SplitSummary:
     # Valence, arousal and emotion of the rows that have both numbers.
     points: list[tuple[float, float, str]] = field(default_factory=list)
 
+    def describe(self) -> dict:
+        """Return the numbers as a report has them; durations are empty where none is known."""
+        durations = sorted(self.durations_s)
+        span = {"shortest": 0, "median": len(durations) // 2, "longest": -1} if durations else {}
+        return {
+            "rows": self.rows,
+            "with_text": self.with_text,
+            "hours": round(sum(durations) / 3600, 4),
+            "duration_s": {name: durations[place] for name, place in span.items()},
+            "emotions": {name: self.emotions[name] for name in order_emotions(list(self.emotions))},
+            "dimensions": {
+                name: {"rows": len(values), "mean": round(sum(values) / len(values), 4) if values else None}
+                for name, values in self.dimensions.items()
+            },
+            "speakers": dict(sorted(self.speakers.items())),
+            "sessions": dict(sorted(self.sessions.items())),
+        }
+
 
 def summarise_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, SplitSummary]:
     """Return the numbers of each split that has rows; what nobody knows of a row may be absent or `None`."""
@@ -70,7 +88,7 @@ def build_report(
         "facts": asdict(corpus.facts),
         "rows": {"kept": sum(len(entry["kept"]) for entry in entries), "dropped": len(dropped)},
         "hours": round(sum(sum(split.durations_s) for split in summary.values()) / 3600, 4),
-        "splits": {name: describe_split(split) for name, split in summary.items()},
+        "splits": {name: split.describe() for name, split in summary.items()},
         "speakers_in_several_splits": sorted(name for name, count in voices.items() if count > 1),
         "dropped": _group_by_reason(dropped),
         "left_empty": _group_by_reason(asdict(one) for one in corpus.blanked if one.id not in unread),
@@ -100,25 +118,6 @@ def _group_by_reason(items: Iterable[Mapping]) -> dict[str, dict]:
         grouped[item["reason"]].append({"id": item["id"], "detail": item["detail"]})
     ordered = sorted(grouped.items(), key=lambda item: (-len(item[1]), item[0]))
     return {reason: {"count": len(clips), "clips": clips} for reason, clips in ordered}
-
-
-def describe_split(split: SplitSummary) -> dict:
-    """Return the numbers of a split as a report has them; durations are empty where none is known."""
-    durations = sorted(split.durations_s)
-    span = {"shortest": 0, "median": len(durations) // 2, "longest": -1} if durations else {}
-    return {
-        "rows": split.rows,
-        "with_text": split.with_text,
-        "hours": round(sum(durations) / 3600, 4),
-        "duration_s": {name: durations[place] for name, place in span.items()},
-        "emotions": {name: split.emotions[name] for name in order_emotions(list(split.emotions))},
-        "dimensions": {
-            name: {"rows": len(values), "mean": round(sum(values) / len(values), 4) if values else None}
-            for name, values in split.dimensions.items()
-        },
-        "speakers": dict(sorted(split.speakers.items())),
-        "sessions": dict(sorted(split.sessions.items())),
-    }
 
 
 def find_versions(*names: str) -> dict[str, str]:

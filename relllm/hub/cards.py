@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from relllm.data.data_settings import read_words
 from relllm.data.journal import write_json, write_whole
 from relllm.data.membership import read_training_record
 from relllm.evaluation.evaluation_settings import EMPATHY_PARTS
@@ -17,7 +18,7 @@ from relllm.labels import DIMENSIONS
 
 from . import evidence
 from .evidence import EVIDENCE_FORMAT, EVIDENCE_NAME
-from .licences import MSP_TOWER, OTHER, UNKNOWN, Licence, choose_licence, parse_told, read_towers
+from .licences import MSP_TOWER, OTHER, UNKNOWN, Licence, choose_licence, read_towers
 from .sharing import CardSettings
 
 TEMPLATE = Path(__file__).parent / "template.md"
@@ -59,10 +60,11 @@ def _make_card(settings: CardSettings, runs: Sequence[Mapping], digest: str, plo
     record = read_training_record(str(settings.model))
     outputs = list(((config.get("emotion_config") or {}).get("id2label") or dict(enumerate(DIMENSIONS))).values())
     repo_id = settings.repo_id or f"org/{settings.model.resolve().name}"
-    towers = read_towers(config, parse_told(settings.tower_license), started_from=evidence.started_from(record))
+    told = read_words(settings.tower_license, "--tower-license", "text_model=apache-2.0")
+    towers = read_towers(config, told, started_from=evidence.started_from(record))
     corpora = evidence.read_corpora(record)
-    told = (settings.license, settings.license_name, settings.license_link)
-    chosen = Licence(told[0] or OTHER, *told[1:]) if any(told) else None
+    wish = (settings.license, settings.license_name, settings.license_link)
+    chosen = Licence(wish[0] or OTHER, *wish[1:]) if any(wish) else None
     licence = choose_licence(towers, corpora, chosen, link=f"https://huggingface.co/{repo_id}#licence")
     results = evidence.eval_results(runs)
     languages = sorted({*settings.language, *(facts["language"] for facts in corpora if facts.get("language"))})
@@ -96,9 +98,11 @@ def _make_card(settings: CardSettings, runs: Sequence[Mapping], digest: str, plo
         towers=towers,
         unclear=[f"the {tower.part}" for tower in towers if tower.licence in (UNKNOWN, OTHER)],
         msp_tower=any(tower.hub_id == MSP_TOWER for tower in towers),
+        unrecorded_emotion_tower=any(tower.part == "emotion_tower" and tower.hub_id is None for tower in towers),
         corpora=corpora,
         training=evidence.describe_training(record),
-        runs=[evidence.describe_run(run, towers) for run in runs],
+        runs=runs,
+        describe_data=evidence.describe_data,
         readings=evidence.READINGS,
         mechanisms=EMPATHY_PARTS,
         rewarded=evidence.describe_rewards(record),

@@ -15,8 +15,6 @@ from huggingface_hub import EvalResult
 from relllm.data.journal import read_json
 from relllm.evaluation.evaluation_settings import EMPATHY_PARTS, FORMAT, METRICS
 
-from .licences import MSP_TOWER, Tower
-
 EVIDENCE_FORMAT = "relllm-evaluation-1"
 EVIDENCE_NAME = "evaluation.json"
 # Of a run's metrics.json, what may be published. Not its `data.id` and `name`, which are paths as a rule, nor what a
@@ -108,32 +106,7 @@ def eval_results(runs: Sequence[Mapping]) -> list[EvalResult]:
     return [result for run in runs for result in _results_of_run(run) if result.metric_value is not None]
 
 
-def describe_run(run: Mapping, towers: Sequence[Tower]) -> dict[str, object]:
-    """Add to a run of [`read_public_run`] what its card says of it."""
-    emotion = [tower.hub_id for tower in towers if tower.part == "emotion_tower"]
-    data, versions = run["data"], run.get("versions", {})
-    is_msp = "msp" in data["corpus"].lower()
-    used = [f"{name} {versions[name]}" for name in ("relllm", "transformers", "torch") if name in versions]
-    return {
-        **run,
-        "title": _describe_data(run),
-        "dimension_sources": "; ".join(f"{source} ({count})" for source, count in data["dimension_sources"].items()),
-        "setting": f"Seed {run.get('seed')}{'; ' if used else ''}{', '.join(used)}.",
-        "not_unseen": _describe_seen(run.get("training") or {}),
-        "not_clean": is_msp and MSP_TOWER in emotion,
-        "perhaps_not_clean": is_msp and None in emotion,
-    }
-
-
-def _describe_seen(training: Mapping) -> str:
-    """Say which of the rows that measured the model had made it; `""` if none had."""
-    what = [f"{training['trained_on']} trained it"] if training.get("trained_on") else []
-    if training.get("validated_on") and training.get("chosen_by"):
-        what.append(f"by {training['validated_on']} its checkpoint was chosen")
-    return " and ".join(what)
-
-
-def _describe_data(run: Mapping) -> str:
+def describe_data(run: Mapping) -> str:
     """Name the corpus and split of a run, with how it was held out."""
     data = run["data"]
     split = f"{data['corpus']} {data['split'] or ''}".strip()
@@ -144,7 +117,7 @@ def _describe_data(run: Mapping) -> str:
 
 
 def _results_of_run(run: Mapping) -> Iterator[EvalResult]:
-    data: dict[str, Any] = {"dataset_type": run["data"]["corpus"], "dataset_name": _describe_data(run)}
+    data: dict[str, Any] = {"dataset_type": run["data"]["corpus"], "dataset_name": describe_data(run)}
 
     def result(task: tuple[str, str], metric: str, name: str, value: object) -> EvalResult:
         told: dict[str, Any] = {"task_type": task[0], "task_name": task[1], "metric_type": metric, "metric_name": name}

@@ -119,14 +119,6 @@ def read_towers(
     return towers
 
 
-def parse_told(told: Sequence[str]) -> dict[str, str]:
-    """Read what `--tower-license` says, `text_model=apache-2.0`, by part."""
-    pairs = [one.partition("=") for one in told]
-    if wrong := [part for part, _, licence in pairs if not licence]:
-        raise ValueError(f"--tower-license {wrong[0]}: expected PART=LICENCE, such as text_model=apache-2.0.")
-    return {part: licence for part, _, licence in pairs}
-
-
 def is_local(name: str) -> bool:
     """Tell whether a tower's name is a folder of a machine (this one or another) and not an id of the Hub."""
     return os.path.isabs(name) or os.path.isdir(name) or name.count("/") > 1 or name.startswith((".", "~"))

@@ -17,7 +17,7 @@ from relllm.cli import app
 from relllm.data import inspection
 from relllm.data.data_settings import InspectSettings
 from relllm.data.inspection import Inspection, check_table, inspect_corpus, measure_clip, write_report
-from relllm.data.report import describe_split, summarise_rows
+from relllm.data.report import summarise_rows
 from relllm.plots import plot_valence_arousal_labels
 
 disable_progress_bars()
@@ -246,7 +246,7 @@ def test_the_summary_counts_what_is_there(tmp_path: Path) -> None:
     rows[2] |= {"text": None, "valence": None, "emotion": None}
     rows[3] |= {"speaker": "train-2"}
     inspected = look(write_corpus(tmp_path / "corpus", rows))
-    summary = {name: describe_split(split) for name, split in summarise_rows(inspected.rows).items()}
+    summary = {name: split.describe() for name, split in summarise_rows(inspected.rows).items()}
     assert summary["test"]["rows"] == 1
     train = summary["train"]
     assert (train["rows"], len(train["speakers"]), train["with_text"]) == (3, 2, 2)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from target_rows import make_rows, read_lines, save_chat_model, write_lines
+from target_rows import make_rows, read_lines, save_chat_model, write_lines, write_targets
 from tiny_models import tiny_llm, tiny_tokenizer
 from typer.testing import CliRunner
 
 from relllm.cli import app
 from relllm.data.data_settings import Sampling, TargetSettings
 from relllm.data.journal import journal_path
-from relllm.data.replies.targets import make_request, write_targets
+from relllm.data.replies.targets import make_request
 from relllm.data.replies.writers import EndpointWriter, LocalWriter, Request
 from relllm.processing.prompts_relllm import SYSTEM_PROMPT, WRITER_PROMPT
 

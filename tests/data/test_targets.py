@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from processes import ForkServer, run_command
-from target_rows import TEXTS, make_rows, read_lines, save_chat_model, write_lines
+from target_rows import TEXTS, make_rows, read_lines, save_chat_model, write_lines, write_targets
 from typer.testing import CliRunner
 
 from relllm.cli import app
 from relllm.data.data_settings import TargetSettings
 from relllm.data.journal import Journal, journal_path, report_path
 from relllm.data.loading import load_corpus
-from relllm.data.replies.targets import make_request, write_targets
+from relllm.data.replies.targets import make_request
 from relllm.data.replies.writers import Written
 
 

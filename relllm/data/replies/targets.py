@@ -3,9 +3,8 @@
 The writer reads what was said and the emotion; the model that learns will have to hear both.
 """
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +13,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 from relllm.modeling.places_relllm import check_place
-from relllm.setting import pick_device
+from relllm.setting import pick_device, read_object
 
 from ..data_settings import TargetSettings, WriteTargetsSettings
 from ..journal import Journal, add_columns, check_columns, replace_columns, rows_fingerprint
 from ..loading import load_corpus
 from .cleaning import CleanedReply, CleaningRules, clean_reply
-from .writers import EndpointWriter, LocalWriter, Request, Writer, Written
+from .writers import EndpointWriter, LocalWriter, Request, Writer
 
 MISSING = {"text": "no_text", "emotion": "no_emotion"}  # an empty column -> the reason in the report
 
@@ -28,7 +27,7 @@ MISSING = {"text": "no_text", "emotion": "no_emotion"}  # an empty column -> the
 def write_targets(
     rows: Dataset,
     out: Path,
-    writer: Writer,
+    load_writer: Callable[[], Writer],
     settings: TargetSettings,
     *,
     min_words: int = 3,
@@ -42,7 +41,8 @@ def write_targets(
     `<out>.report.json`. Killed, it goes on where it was, and the output is the one an uninterrupted run gives. The
     cleaning runs at the end, so its limits, in words, may change in between; a row without any reply is asked again.
 
-    `rows` have undecoded `audio`. Errors are those of [`add_columns`], and a `ValueError` if no reply is any good.
+    `rows` have undecoded `audio`; `load_writer` is called once, if it is needed, after everything else is checked.
+    Errors are those of [`add_columns`], and a `ValueError` if no reply is any good.
 
     Returns:
         `dict`: The report: `settings`, `rows`, `written`, `replaced` (rows that had a response), `dropped` and
@@ -55,7 +55,9 @@ def write_targets(
     requests = [make_request(row, settings) for row in labels if row["id"] not in dropped]
 
     def fill(journal: Journal) -> None:
-        rejected = _write_all(requests, writer, journal, progress)
+        if all(request.id in journal.done for request in requests):
+            return
+        rejected = _write_all(requests, load_writer(), journal, progress)
         dropped.update({row_id: ("rejected" if why else "empty", why) for row_id, why in rejected.items()})
 
     def finish(written: Mapping[str, dict]) -> tuple[dict, Dataset]:
@@ -90,26 +92,21 @@ def run_write_targets(settings: WriteTargetsSettings, load_vllm: Callable[..., W
     `load_vllm` makes the writer of `engine="vllm"`, which is not of this room.
     """
     rows = load_corpus(settings.data, settings.split or "all")
-    writer: Writer
+    load: Callable[..., Writer]
     if settings.endpoint is not None:
-        writer = EndpointWriter(
-            settings.endpoint,
-            settings.text_model,
-            settings,
-            api_key_env=settings.api_key_env,
-            concurrency=settings.concurrency,
-            extra_body=json.loads(settings.extra_body) if settings.extra_body else None,
-        )
+        body = read_object(settings.extra_body, "extra_body", "")
+        asked = {"api_key_env": settings.api_key_env, "concurrency": settings.concurrency, "extra_body": body}
+        load = partial(EndpointWriter, settings.endpoint, settings.text_model, settings, **asked)
     else:
         check_place(settings.text_model, holds="config.json")
-        load: Callable[..., Writer] = partial(LocalWriter.from_pretrained, device=pick_device(settings.device))
+        load = partial(LocalWriter.from_pretrained, device=pick_device(settings.device))
         if settings.engine == "vllm":
             assert load_vllm is not None  # the command brings it
             load = partial(load_vllm, arguments=settings.engine_args)
         of_llm = {"revision": settings.revision, "batch_size": settings.batch_size}
-        writer = _LaterWriter(partial(load, settings.text_model, settings, **of_llm))
+        load = partial(load, settings.text_model, settings, **of_llm)
     few, many = settings.min_words, settings.max_words
-    return write_targets(rows, settings.out, writer, settings, min_words=few, max_words=many)
+    return write_targets(rows, settings.out, load, settings, min_words=few, max_words=many)
 
 
 def target_table(report: Mapping) -> Table:
@@ -123,18 +120,6 @@ def target_table(report: Mapping) -> Table:
         ids = ", ".join(entry["ids"][:3]) + (", …" if entry["count"] > 3 else "")
         table.add_row(f"dropped: {name}", f"{entry['count']}  ({ids})")
     return table
-
-
-class _LaterWriter:
-    """A writer that is loaded when it is first asked, after everything else has been checked."""
-
-    def __init__(self, load: Callable[[], Writer]) -> None:
-        self.load = load
-
-    def write(self, requests: Sequence[Request], done: Container[str]) -> Iterator[list[Written]]:
-        """Yield what the loaded one does."""
-        if any(request.id not in done for request in requests):
-            yield from self.load().write(requests, done)
 
 
 def _name_reasons(dropped: Mapping[str, tuple[str, str]]) -> str:
