@@ -15,23 +15,10 @@ from pathlib import Path
 
 from .. import parsing
 from ..data_settings import EsdSettings
-from ..rows import Corpus, CorpusFacts, Dropped, Row, make_row
+from ..rows import Corpus, Dropped, Row, make_row
+from .patterns import CORPUS_FACTS
 
-FACTS = CorpusFacts(
-    name="esd",
-    title="ESD: Emotional Speech Database",
-    language="en",
-    licence="other",
-    licence_name="esd-research-only",
-    terms="Given on request by the HLT laboratory of the National University of Singapore, for research only.",
-    homepage="https://hltsingapore.github.io/ESD/",
-    citation="""@inproceedings{zhou2021seen,
-  title = {Seen and unseen emotional style transfer for voice conversion with a new emotional speech dataset},
-  author = {Zhou, Kun and Sisman, Berrak and Liu, Rui and Li, Haizhou},
-  booktitle = {ICASSP 2021 - 2021 IEEE International Conference on Acoustics, Speech and Signal Processing (ICASSP)},
-  pages = {920--924}, year = {2021}
-}""",
-)
+FACTS = CORPUS_FACTS["esd"]
 BLOCKS = ("neutral", "angry", "happy", "sad", "surprise")  # of 350 numbers each, from 1
 BLOCK_SIZE = 350
 SPLIT_FOLDERS = {"train": "train", "test": "test"}  # as this package names the splits

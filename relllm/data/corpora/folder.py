@@ -122,10 +122,8 @@ def add_rows(found: Iterable[Fields], folder: Path, corpus: Corpus, settings: La
 def _find_tables(root: Path) -> list[tuple[Path, str | None]]:
     """Find the table at `root`, in it, or in each of the folders of splits in it; none in a bare folder."""
     if root.is_dir():
-        if own := _find_metadata(root):
-            return [(own, None)]
-        inner = [(_find_metadata(root / name), name) for name in parsing.list_folder(root)[0]]
-        return [(table, name) for table, name in inner if table is not None]
+        found = _find_metadata(root, None)
+        return found or [one for name in parsing.list_folder(root)[0] for one in _find_metadata(root / name, name)]
     if not root.exists():
         raise FileNotFoundError(f"Nothing is at {root}. Give a .csv or .jsonl table, or a folder of audio files.")
     if root.suffix.lower() not in TABLES:
@@ -133,11 +131,11 @@ def _find_tables(root: Path) -> list[tuple[Path, str | None]]:
     return [(root, None)]
 
 
-def _find_metadata(folder: Path) -> Path | None:
+def _find_metadata(folder: Path, split: str | None) -> list[tuple[Path, str | None]]:
     found = [folder / f"metadata{suffix}" for suffix in TABLES if (folder / f"metadata{suffix}").is_file()]
     if len(found) > 1:
         raise ValueError(f"{folder} holds {parsing.name_some(path.name for path in found)}. Give the one to read.")
-    return found[0] if found else None
+    return [(table, split) for table in found]
 
 
 def _walk_files(folder: Path) -> list[Path]:

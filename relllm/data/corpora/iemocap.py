@@ -14,24 +14,10 @@ from pathlib import Path
 from .. import parsing
 from ..data_settings import IemocapSettings
 from ..parsing import note
-from ..rows import Corpus, CorpusFacts, Dropped
+from ..rows import Corpus, Dropped
+from .patterns import CORPUS_FACTS
 
-FACTS = CorpusFacts(
-    name="iemocap",
-    title="IEMOCAP: Interactive Emotional Dyadic Motion Capture database",
-    language="en",
-    licence="other",
-    licence_name="iemocap-academic-release",
-    terms="Given on request by SAIL at the University of Southern California under a release agreement, for academic "
-    "use; it may not be redistributed.",
-    homepage="https://sail.usc.edu/iemocap/",
-    citation="""@article{busso2008iemocap,
-  title = {{IEMOCAP}: Interactive emotional dyadic motion capture database},
-  author = {Busso, Carlos and Bulut, Murtaza and Lee, Chi-Chun and Kazemzadeh, Abe and Mower, Emily and Kim, Samuel and
-            Chang, Jeannette N. and Lee, Sungbok and Narayanan, Shrikanth S.},
-  journal = {Language Resources and Evaluation}, volume = {42}, pages = {335--359}, year = {2008}
-}""",
-)
+FACTS = CORPUS_FACTS["iemocap"]
 SESSIONS = (1, 2, 3, 4, 5)
 NOT_IMPROVISED = "not improvised"
 _NUMBER = r"(-?\d+(?:\.\d+)?)"

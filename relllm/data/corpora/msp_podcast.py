@@ -16,25 +16,10 @@ from pathlib import Path
 from .. import parsing
 from ..data_settings import MspPodcastSettings
 from ..parsing import Label, note
-from ..rows import Corpus, CorpusFacts, Dropped, Row
+from ..rows import Corpus, Dropped, Row
+from .patterns import CORPUS_FACTS
 
-FACTS = CorpusFacts(
-    name="msp-podcast",
-    title="MSP-Podcast corpus",
-    language="en",
-    licence="other",
-    licence_name="msp-podcast-academic",
-    terms="Given on request by the MSP laboratory of the University of Texas at Dallas under an academic licence; it "
-    "may not be redistributed.",
-    homepage="https://ecs.utdallas.edu/research/researchlabs/msp-lab/MSP-Podcast.html",
-    citation="""@article{lotfian2019building,
-  title = {Building Naturalistic Emotionally Balanced Speech Corpus by Retrieving Emotional Speech from Existing
-           Podcast Recordings},
-  author = {Lotfian, Reza and Busso, Carlos},
-  journal = {IEEE Transactions on Affective Computing}, volume = {10}, number = {4}, pages = {471--483},
-  year = {2019}, doi = {10.1109/TAFFC.2017.2736999}
-}""",
-)
+FACTS = CORPUS_FACTS["msp-podcast"]
 HIDDEN_SPLIT = "test3"
 # Every release has Test1: so `split="test"` is found as for every other corpus. Older ones write "Validation".
 SPLITS = {"train": "train", "test1": "test"} | dict.fromkeys(("development", "dev", "validation"), "validation")

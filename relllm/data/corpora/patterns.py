@@ -18,7 +18,7 @@ from ..rows import Corpus, CorpusFacts, Dropped
 from ..table_files import read_table
 
 NO_MATCH = "path is not of the pattern"
-FACTS = ("title", "language", "licence", "terms", "homepage")  # of a corpus, as a pattern's file may have them
+FACTS = tuple(one.name for one in fields(CorpusFacts) if one.name != "name")  # as a pattern's file may have them
 OWN = CorpusFacts("folder", "Recordings", "", "other", "Your own recordings: publish what is agreed to.")
 
 
@@ -67,8 +67,13 @@ def load_pattern(given: str) -> Pattern:
 
 def _make_pattern(told: Mapping[str, Any], name: str, title: str) -> Pattern:
     """Return the pattern of a mapping with the fields of [`Pattern`] and of `FACTS`."""
-    facts = {**asdict(OWN), "title": title, **{field: told[field] for field in FACTS if field in told}, "name": name}
-    return Pattern(**{field: value for field, value in told.items() if field not in FACTS}, facts=CorpusFacts(**facts))
+    facts = _make_facts(told, name, title)
+    return Pattern(**{field: value for field, value in told.items() if field not in FACTS}, facts=facts)
+
+
+def _make_facts(told: Mapping[str, Any], name: str, title: str) -> CorpusFacts:
+    known = {field: told[field] for field in FACTS if field in told}
+    return CorpusFacts(**{**asdict(OWN), "title": title, **known, "name": name})
 
 
 def find_fields(
@@ -138,4 +143,5 @@ def _read_labels(pattern: Pattern, root: Path, tables: Sequence[str]) -> Iterato
 
 
 _TOLD = yaml.load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"), yaml.BaseLoader)
-PATTERNS = {name: _make_pattern(told, name, name) for name, told in _TOLD.items()}  # as `relllm prepare` names them
+CORPUS_FACTS = {name: _make_facts(told, name, name) for name, told in _TOLD.items()}
+PATTERNS = {name: _make_pattern(told, name, name) for name, told in _TOLD.items() if "path" in told}

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Value
 from rich.table import Table
@@ -94,8 +95,8 @@ def run_write_targets(settings: WriteTargetsSettings, load_vllm: Callable[..., W
     rows = load_corpus(settings.data, settings.split or "all")
     load: Callable[..., Writer]
     if settings.endpoint is not None:
-        body = read_object(settings.extra_body, "extra_body", "")
-        asked = {"api_key_env": settings.api_key_env, "concurrency": settings.concurrency, "extra_body": body}
+        asked: dict[str, Any] = {"api_key_env": settings.api_key_env, "concurrency": settings.concurrency}
+        asked["extra_body"] = read_object(settings.extra_body, "extra_body", "")
         load = partial(EndpointWriter, settings.endpoint, settings.text_model, settings, **asked)
     else:
         check_place(settings.text_model, holds="config.json")

@@ -258,17 +258,16 @@ class EndpointWriter:
         return Written(request.id, text, reason != "length", rejected)
 
     def _refused(self, request: Request, error: APIStatusError) -> Written:
-        status = error.status_code
-        message = f"HTTP {status} {error.response.reason_phrase}: {error.response.text.strip():.300}"
-        if status == 429 and SPENT.search(error.response.text):
+        status, said = error.status_code, error.response.text
+        message = f"HTTP {status} {error.response.reason_phrase}: {said.strip():.300}"
+        if status in (400, 413, 422):
+            return Written(request.id, "", False, rejected=message)
+        if status == 429 and SPENT.search(said):
             raise PermissionError(f"{self.url}: {message} What is written is kept: go on when the account has credit.")
         if status in (408, 409, 429) or status >= 500:  # which the client has tried again
             raise self._failed(request, message) from error
-        if status in (401, 403):
-            raise PermissionError(f"{self.url}: {message} {FATAL_STATUSES[status]}") from error
-        if status in (400, 413, 422):
-            return Written(request.id, "", False, rejected=message)
-        raise ValueError(f"{self.url}: {message} {FATAL_STATUSES.get(status, '')}".rstrip()) from error
+        kind = PermissionError if status in (401, 403) else ValueError
+        raise kind(f"{self.url}: {message} {FATAL_STATUSES.get(status, '')}".rstrip()) from error
 
     def _failed(self, request: Request, message: str) -> ConnectionError:
         return ConnectionError(
