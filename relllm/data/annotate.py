@@ -40,22 +40,16 @@ def annotate_rows(
     batch_size: int = 16,
     progress: bool = True,
 ) -> dict:
-    """Fill in arousal, dominance and valence of the rows that have none of the three, and say so in the data.
+    """Fill in arousal, dominance and valence of the rows that have none of the three; go on where it was killed.
 
-    The output has every row of the input, in its order, with the three columns and `dimension_source`: `"label"` where
-    the corpus had numbers, `"pseudo:<model>"` where the tower read them, `None` where there are none. A row with one
-    or two of the three keeps what it has: a row names one source, so it is not filled up.
-
-    The tower's outputs are not bounded, and training takes [0, 1] only: a value beyond by up to 0.5 means "at the end
-    of the scale" and is clipped; a row with a value further off, as a tower of another scale would give, is left
-    without, and so is one whose audio cannot be read. Killed, it goes on where it was.
+    The output has every row of the input, in its order, and says in `dimension_source` `"label"` where the corpus had
+    numbers, `"pseudo:<model>"` where the tower read them, `None` where there are none. A row with one or two of the
+    three keeps what it has, because it names one source. A reading beyond [0, 1] by up to 0.5 is clipped; a row with
+    one further off, as a tower of another scale would give, and one whose audio cannot be read are left without.
 
     `rows` have `id` and undecoded `audio`; `load_tower` is called once, if it is needed, after everything else is
-    checked. Errors are those of [`add_columns`].
-
-    Returns:
-        `dict`: The report: `settings`, `rows`, `read`, `kept` (source -> count), `partly_labelled`, `clipped` and
-        `not_read` (with ids and values or reasons).
+    checked. Errors are those of [`add_columns`]. The report has `settings`, `rows`, `read`, `kept` (source -> count),
+    `partly_labelled`, `clipped` and `not_read` (with ids and values or reasons).
     """
     check_columns(rows, {"id", "audio"})
     blank = dict.fromkeys(TYPES)

@@ -57,10 +57,7 @@ class ReadClip:
 
 
 def read_row(row: Row, settings: PrepareSettings, directory: Path) -> dict[str, ReadClip] | Dropped:
-    """Read the audio of a row, whose path is absolute or relative to `directory`; return its clips by their ids.
-
-    There is one, unless `settings.channel` is `"each"`.
-    """
+    """Read the audio of a row, whose path may be relative to `directory`: several clips with channel `"each"`."""
     path = directory / str(row["audio"])
     info = read_header(path)
     rate = info.samplerate if info else SAMPLING_RATE

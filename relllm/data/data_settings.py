@@ -193,10 +193,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TargetSettings(Sampling):
-    """What makes the replies of one file comparable; a resumed run must have the same.
-
-    Where `{emotion}` stands in the prompt, a row needs an emotion; another field in it is a `ValueError`.
-    """
+    """What makes the replies of one file comparable; a resumed run must have the same."""
 
     text_model: str = setting(REQUIRED, "The chat LLM that writes: an id, a path, or its name at the endpoint.")
     revision: str = setting("main", "Of a local LLM: branch, tag or commit on the Hub.")

@@ -72,8 +72,7 @@ class Inspection:
 def inspect_corpus(settings: InspectSettings, *, progress: bool = True) -> Inspection:
     """Read all splits of whatever [`load_corpus`] reads, and check them; nothing is written.
 
-    With more than one process a script needs `if __name__ == "__main__":`. Raises as [`load_corpus`] does, and
-    `ValueError` where there is no column `audio` and the audio is to be read.
+    With more than one process a script needs `if __name__ == "__main__":`.
     """
     data = settings.data
     table = add_column(load_corpus(data, ALL), "id", "row {}")
@@ -98,8 +97,7 @@ def inspect_corpus(settings: InspectSettings, *, progress: bool = True) -> Inspe
 def check_table(rows: Sequence[Mapping]) -> list[Finding]:
     """Find ids used twice, speakers and transcripts in several splits, and emotions that contradict their dimensions.
 
-    Rows need `id` and `split`; a speaker, a transcript or a split that is `None` leaks nowhere. Transcripts are
-    compared without case and punctuation; those of less than three words are everybody's.
+    Rows need `id` and `split`; a speaker, a transcript or a split that is `None` leaks nowhere.
     """
     counts = Counter(row["id"] for row in rows)
     findings = [Finding("id used more than once", [name], f"{n} rows") for name, n in counts.items() if n > 1]

@@ -21,10 +21,7 @@ DIGEST_BYTES = 6  # among a million rows one in a thousand runs has two alike
 
 
 def read_training_record(checkpoint: str, *, revision: str = "main") -> dict:
-    """Return the record of the training that made a checkpoint, a folder or Hub id; empty if it has none.
-
-    One of several checkpoints in the folder of a run has the run's, without how far that went later.
-    """
+    """Return the record of the training that made a checkpoint, in its own folder or the run's; empty without one."""
     if found := find_file(checkpoint, RECORD_NAME, revision):
         return read_json(Path(found))
     folder = Path(checkpoint).resolve()

@@ -35,10 +35,8 @@ class DataSource:
 
 
 def parse_sources(data: str | Sequence[str | Mapping]) -> list[DataSource]:
-    """Return the data sets that the setting `data` names.
-
-    It is a place; `"a.jsonl=1,b.jsonl=0.5"`; or a list of places and of mappings with the fields of [`DataSource`],
-    also as the text of such a list (`"[{name: a.jsonl, held_out: speaker=ben}, b.jsonl]"`).
+    """Return the data sets that the setting `data` names: a place; `"a.jsonl=1,b.jsonl=0.5"`; or a list, also as text,
+    of places and of mappings with the fields of [`DataSource`] (`"[{name: a.jsonl, weight: 2}, b.jsonl]"`).
     """
     if isinstance(data, str) and data.startswith("["):
         data = yaml.safe_load(data)

@@ -105,8 +105,7 @@ def plan_shards(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def write_shard(shard: Shard, *, partial: Path, settings: PrepareSettings, make_audio: MakeAudio | None) -> dict:
     """Write those rows of a shard that can be kept into `partial/data`, and return the journal's entry.
 
-    It has `id`, the shard's name; `kept`, index in the shard and duration in seconds of each row; `dropped`; ids that
-    are `silent` or `clipped`; the number `converted`; `overshoot`, samples by id.
+    `kept` has index in the shard and duration in seconds of each row, `overshoot` numbers of samples by id.
     """
     import pyarrow.parquet
 

@@ -50,10 +50,7 @@ def run_in_processes(
 def run_ahead(
     pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[tuple[Item, Future[Result]]]:
-    """Yield items with their finished futures, failures after what came with them; `ahead` items are held at most.
-
-    The pool is shut down at the end, and what has not begun is cancelled.
-    """
+    """Yield items with their finished futures, failures after what came with them; `ahead` items are held at most."""
     items = iter(items)
     waiting: dict[Future[Result], Item] = {}
     try:

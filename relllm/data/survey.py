@@ -1,8 +1,4 @@
-"""What rows can teach: how many have audio, a reply, a transcript and labels, counted before a model is loaded.
-
-A clip is taught as a reply to it, as recognition of its emotion in words or as its transcription, where its row has
-what that needs.
-"""
+"""What rows can teach: how many have audio, a reply, a transcript and labels, counted before a model is loaded."""
 
 from __future__ import annotations
 
@@ -108,10 +104,7 @@ def survey_rows(rows: Dataset) -> RowSurvey:
 
 
 def survey_splits(train_rows: object, eval_rows: object, parts: Mapping | None = None) -> dict[str, RowSurvey]:
-    """Survey what a run trains and evaluates on, by name, and the `parts` that several data sets are of the first.
-
-    Streams and other sequences are passed over.
-    """
+    """Survey what a run trains and evaluates on, and the `parts` of the first, by name; streams are passed over."""
     from datasets import Dataset
 
     named = eval_rows if isinstance(eval_rows, dict) else {"": eval_rows}
@@ -121,10 +114,7 @@ def survey_splits(train_rows: object, eval_rows: object, parts: Mapping | None =
 
 
 def emotions_of(survey: RowSurvey | None) -> list[str]:
-    """Return the classes of a head for these rows: the package's names in their order, then others by the alphabet.
-
-    Rows without emotions, and a stream, give the package's five.
-    """
+    """Return the classes of a head: the package's names in their order, then others; without any, the package's five."""
     if survey is None:
         return list(EMOTIONS)
     known = [name for name in (*EMOTIONS, *FURTHER_EMOTIONS) if name in survey.emotions]
@@ -195,10 +185,7 @@ def _check_values(
 
 
 def fed_readings(survey: RowSurvey | None, weights: Mapping[str, float]) -> list[str]:
-    """Name the readings, `"emotion"` and the dimensions, that a training on these rows teaches.
-
-    A stream, whose rows nobody has counted, counts for all that have a weight.
-    """
+    """Name the readings, `"emotion"` and the dimensions, that a training teaches; a stream has what has a weight."""
     weight = {"emotion": weights["emotion_loss_weight"], **dict.fromkeys(DIMENSIONS, weights["dimension_loss_weight"])}
     counts = weight if survey is None else {"emotion": survey.emotions.total(), **survey.dimensions}
     return [name for name in weight if counts[name] and weight[name] > 0]

@@ -41,10 +41,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
-    """Read an empty field as a missing value, the dimensions as numbers, everything else as text.
-
-    The separator is the one of comma, semicolon and tab that the header has most of. Decimal commas are read too.
-    """
+    """Read an empty field as missing, the dimensions as numbers (also with decimal commas), all else as text."""
     text, _ = decode_text(path)
     header = text.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey=_TOO_MANY, delimiter=max(",;\t", key=header.count))

@@ -29,10 +29,7 @@ IMAGE = re.compile(r"!\[[^]]*\]\((?!https?://)([^)]+)\)")
 
 
 def write_model_card(settings: CardSettings) -> Path:
-    """Write `README.md`, and where there are runs `evaluation.json` and `plots/`, into a checkpoint's folder.
-
-    A run that measured another model, and a `license` weaker than a tower's, are a `ValueError`.
-    """
+    """Write `README.md`, and where there are runs `evaluation.json` and `plots/`, into a checkpoint's folder."""
     model, runs, card_path = settings.model, settings.runs, settings.model / "README.md"
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"{model} has no config.json. --model takes the folder of a checkpoint.")

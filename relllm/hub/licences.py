@@ -89,10 +89,9 @@ class Tower:
 def read_towers(
     config: Mapping, told: Mapping[str, str] | None = None, *, started_from: str | None = None
 ) -> list[Tower]:
-    """List the towers of a checkpoint, by the content of its `config.json`, with their licences.
+    """List the towers of a checkpoint, by the content of its `config.json`, with the licences of their own cards.
 
-    A tower in a folder has the licence of the `README.md` there, one of the Hub that of its card. `told` are licences
-    by part, as people said (`--tower-license`) where nothing else says it; what contradicts a tower is a `ValueError`.
+    `told` are licences by part, as people said where nothing else says it; what contradicts a tower is a `ValueError`.
     `started_from` is the ReLLM of the Hub that its training went on with, whose terms it has too.
     """
     told = told or {}

@@ -76,10 +76,7 @@ def push_checkpoint(settings: PushSettings) -> Push:
 
 
 def check_loads(folder: Path, *, without_package: bool) -> None:
-    """Load model and processor in a fresh process, a full checkpoint offline, with this package or the code files.
-
-    One that does not load is a `RuntimeError` with the last line of the other process.
-    """
+    """Load model and processor in a fresh process, a full checkpoint offline, or raise its last line."""
     light = '"light_checkpoint": true' in (folder / "config.json").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="relllm-load-") as place:
         environment = {**os.environ, "HF_MODULES_CACHE": place, "TRANSFORMERS_VERBOSITY": "error"}
@@ -98,8 +95,7 @@ def check_loads(folder: Path, *, without_package: bool) -> None:
 def send_files(folder: Path, settings: PushSettings) -> tuple[str, list[str]]:
     """Send every file of a folder, or what links there point at, as one commit that also removes what was replaced.
 
-    Return the URL of the repository or the pull request, and what was removed. A repository that is public and must be
-    private, or has that tag, is a `ValueError`; one that does not hold what was sent a `RuntimeError`.
+    Return the URL of the repository or the pull request, and what was removed.
     """
     api, repo_id = HfApi(), settings.repo_id
     repository = api.create_repo(repo_id, private=settings.private or None, exist_ok=True)

@@ -47,10 +47,7 @@ def merge_checkpoint(settings: MergeSettings) -> None:
 
 @contextlib.contextmanager
 def stage(folder: Path, *, form: Form | None = None, with_code: bool = False) -> Iterator[Path]:
-    """Lay out the files to upload, for the length of a `with` block; a light checkpoint of local towers must not go.
-
-    A conversion into another `form` loads the model and needs room for its weights where `TMPDIR` points.
-    """
+    """Lay out the files to upload, while a `with` block lasts; a light checkpoint of local towers must not go."""
     inventory = take_inventory(folder)
     with tempfile.TemporaryDirectory(prefix="relllm-push-") as place:
         staged = Path(place) / "checkpoint"

@@ -97,10 +97,7 @@ def parse_pattern(pattern: Pattern, settings: LabelSettings) -> Corpus:
 
 
 def add_rows(found: Iterable[Fields], folder: Path, corpus: Corpus, settings: LabelSettings, maps: Words) -> None:
-    """Add a row for each clip, or what is wrong with it.
-
-    Paths are relative to `folder`; `maps` has words for the codes of a column.
-    """
+    """Add a row for each clip, or what is wrong with it; `maps` has words for the codes of a column."""
     given = {"emotion": read_words(settings.emotions, "emotions"), "split": read_words(settings.splits, "splits")}
     maps = {name: {**maps.get(name, {}), **given.get(name, {})} for name in maps.keys() | given.keys()}
     found = [(place, _clean(place, fields, maps, settings)) for place, fields in found]

@@ -41,10 +41,7 @@ class Pattern:
 
 
 def load_pattern(given: str) -> Pattern:
-    """Return the pattern of a `.yaml` file, which has the fields of [`Pattern`] and of `FACTS`, or of an expression.
-
-    Raises `ValueError` for other fields, a file without a path, and what is no regular expression.
-    """
+    """Return the pattern of an expression or a `.yaml` file, with the fields of [`Pattern`] and of `FACTS`."""
     if Path(given).suffix.lower() not in (".yaml", ".yml"):
         pattern = Pattern(path=given, id="{stem}")
     else:
@@ -66,7 +63,6 @@ def load_pattern(given: str) -> Pattern:
 
 
 def _make_pattern(told: Mapping[str, Any], name: str, title: str) -> Pattern:
-    """Return the pattern of a mapping with the fields of [`Pattern`] and of `FACTS`."""
     facts = _make_facts(told, name, title)
     return Pattern(**{field: value for field, value in told.items() if field not in FACTS}, facts=facts)
 

@@ -1,4 +1,1 @@
-"""The replies to learn.
-
-`writers.py` asks a chat LLM, `cleaning.py` refuses what is no reply, `targets.py` runs both over a data set.
-"""
+"""The replies to learn: who writes them, and which are refused."""

@@ -1,7 +1,6 @@
 """Rules that keep a written reply from being learned: refusals, echoes, junk. Each has a name, which the report uses.
 
-They are conservative: a rule fires on what no good reply contains, so "I'm sorry to hear that" and "I can't help but
-smile" pass. What is not caught: a fluent reply in the wrong language of the right script, or one without empathy.
+A rule fires on what no good reply contains: "I can't help but smile" passes, and so does a reply without empathy.
 """
 
 import re
@@ -58,14 +57,8 @@ class CleanedReply:
 def clean_reply(text: str, transcript: str, *, finished: bool, rules: CleaningRules) -> CleanedReply:
     """Mend a reply to a transcript, and say whether it may be learned; `finished`: the LLM ended it, not the limit.
 
-    Mends: a reasoning block `<think>…</think>` goes; a reply that ran into the token limit ends at its last sentence;
-    what stands around it goes as [`~relllm.data.replies.prefaces.strip_prefaces`] says.
-
-    Rules, in order: `empty` (no letter, no digit), `unfinished` (ran into the limit within its first sentence or its
-    reasoning), `refusal`, `role_marker` (turns of a chat), `prompt_echo`, `transcript_echo` (the transcript and
-    nothing else), `stage_direction` (left within it), `commentary` (on the reply), `too_short`, `too_long`,
-    `repetition` (the same words over and over), `wrong_script` (most letters are of another script than the
-    transcript's).
+    A reasoning block `<think>…</think>` goes; a reply that ran into the token limit ends at its last sentence; what
+    stands around it goes as [`~relllm.data.replies.prefaces.strip_prefaces`] says.
     """
     mended = []
     reply = THINKING.sub("", text)
@@ -83,7 +76,7 @@ def _broken_rule(reply: str, transcript: str, finished: bool, rules: CleaningRul
     words = split_words(reply)
     checks = {
         "empty": not words,
-        "unfinished": not finished or "<think>" in reply,
+        "unfinished": not finished or "<think>" in reply,  # within its first sentence, or its reasoning
         "refusal": REFUSALS.search(reply.replace("’", "'")) is not None,
         "role_marker": ROLE_MARKERS.search(reply) is not None,
         "prompt_echo": any(_shares_words(words, split_words(prompt)) for prompt in rules.prompts),

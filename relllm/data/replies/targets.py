@@ -38,16 +38,12 @@ def write_targets(
     """Have a reply written for every row with a transcript and an emotion, and save those that pass the rules.
 
     Without `{emotion}` in the prompt, the transcript is enough. The output has the input's columns and `response`, in
-    the input's order; rows without a good reply are absent from it and named, each with the reason, in
-    `<out>.report.json`. Killed, it goes on where it was, and the output is the one an uninterrupted run gives. The
-    cleaning runs at the end, so its limits, in words, may change in between; a row without any reply is asked again.
+    the input's order; rows without a good reply are absent from it. Killed, it goes on where it was, and gives what an
+    uninterrupted run gives. The cleaning runs at the end, so its limits, in words, may change in between.
 
     `rows` have undecoded `audio`; `load_writer` is called once, if it is needed, after everything else is checked.
-    Errors are those of [`add_columns`], and a `ValueError` if no reply is any good.
-
-    Returns:
-        `dict`: The report: `settings`, `rows`, `written`, `replaced` (rows that had a response), `dropped` and
-        `mended` (rule or mend -> `count`, `ids`, for rules `texts`).
+    Errors are those of [`add_columns`], and a `ValueError` if no reply is any good. The report has `settings`, `rows`,
+    `written`, `replaced` (rows that had a response), `dropped` and `mended` (by rule `count`, `ids` and `texts`).
     """
     check_columns(rows, {"id", "audio", *settings.columns})
     rules = CleaningRules(min_words, max_words, prompts=(settings.prompt, settings.system_prompt))
