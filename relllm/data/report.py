@@ -42,7 +42,7 @@ class SplitSummary:
             "with_text": self.with_text,
             "hours": round(sum(durations) / 3600, 4),
             "duration_s": {name: durations[place] for name, place in span.items()},
-            "emotions": {name: self.emotions[name] for name in order_emotions(list(self.emotions))},
+            "emotions": {name: self.emotions[name] for name in order_emotions(self.emotions)},
             "dimensions": {
                 name: {"rows": len(values), "mean": round(sum(values) / len(values), 4) if values else None}
                 for name, values in self.dimensions.items()
@@ -104,11 +104,11 @@ def build_report(
     }
 
 
-def order_emotions(names: Sequence[str]) -> list[str]:
-    """Return emotions in the package's order, unlabelled rows last."""
-    order = [*EMOTIONS, *FURTHER_EMOTIONS]
-    order += sorted(set(names) - {*order, UNLABELLED})
-    return sorted(set(names), key=[*order, UNLABELLED].index)
+def order_emotions(names: Iterable[str]) -> list[str]:
+    """Return emotions in the package's order, then others by the alphabet, unlabelled rows last."""
+    given = set(names)
+    known = [name for name in (*EMOTIONS, *FURTHER_EMOTIONS) if name in given]
+    return known + sorted(given.difference(known), key=lambda name: (name == UNLABELLED, name))
 
 
 def _group_by_reason(items: Iterable[Mapping]) -> dict[str, dict]:

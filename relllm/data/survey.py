@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from relllm.labels import DIMENSIONS, EMOTIONS, FURTHER_EMOTIONS
+from relllm.labels import DIMENSIONS, EMOTIONS
 
+from .report import order_emotions
 from .rows import COLUMNS
 
 if TYPE_CHECKING:
@@ -39,11 +40,6 @@ class RowSurvey:
     fed: Counter[tuple[str, ...]] = field(default_factory=Counter)  # rows by the tasks that they can feed
     ids_by_fed: dict[tuple[str, ...], list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
     ids_by_emotion: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    @property
-    def unread(self) -> list[str]:
-        """Name the columns that nothing reads."""
-        return sorted(set(self.columns) - READ)
 
     @property
     def replies(self) -> int:
@@ -114,11 +110,8 @@ def survey_splits(train_rows: object, eval_rows: object, parts: Mapping | None =
 
 
 def emotions_of(survey: RowSurvey | None) -> list[str]:
-    """Return the classes of a head: the package's names in their order, then others; without any, the package's five."""
-    if survey is None:
-        return list(EMOTIONS)
-    known = [name for name in (*EMOTIONS, *FURTHER_EMOTIONS) if name in survey.emotions]
-    return [*known, *sorted(survey.emotions.keys() - set(known))] or list(EMOTIONS)
+    """Return the classes of a head for these rows; without any, and of a stream, they are the package's five."""
+    return order_emotions(survey.emotions) if survey and survey.emotions else list(EMOTIONS)
 
 
 def check_surveys(
@@ -208,7 +201,7 @@ def draw_survey(surveys: Mapping[str, RowSurvey], tasks: Sequence[str] = ()) -> 
     }
     for title, counts in lines.items():
         table.add_row(title, *(f"{count:,}" if count else "-" for count in counts))
-    if unread := sorted({name for one in surveys.values() for name in one.unread}):
+    if unread := sorted({name for one in surveys.values() for name in one.columns if name not in READ}):
         table.caption = f"Columns that nothing reads: {', '.join(unread)}."
     return table
 
