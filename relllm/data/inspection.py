@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,8 +101,10 @@ def check_table(rows: Sequence[Mapping]) -> list[Finding]:
     """
     counts = Counter(row["id"] for row in rows)
     findings = [Finding("id used more than once", [name], f"{n} rows") for name, n in counts.items() if n > 1]
-    findings += _find_shared(rows, "speaker in several splits", lambda row: row.get("speaker"))
-    findings += _find_shared(rows, "same transcript in several splits", _plain_text)
+    findings += _find_shared(rows, "speaker in several splits", [row.get("speaker") for row in rows])
+    words = [_WORD.findall(text.casefold()) if isinstance(text := row.get("text"), str) else [] for row in rows]
+    said = [" ".join(of_row) if len(of_row) >= FEWEST_WORDS else None for of_row in words]
+    findings += _find_shared(rows, "same transcript in several splits", said)
     for row in rows:
         for emotion, dimension, side in CONTRADICTIONS:
             value = row.get(dimension) if row.get("emotion") == emotion else None
@@ -113,22 +115,16 @@ def check_table(rows: Sequence[Mapping]) -> list[Finding]:
     return findings
 
 
-def _find_shared(rows: Sequence[Mapping], check: str, key: Callable[[Mapping], object]) -> Iterator[Finding]:
+def _find_shared(rows: Sequence[Mapping], check: str, values: Sequence[object]) -> Iterator[Finding]:
     """Yield what rows of several splits have in common, with the number of its rows in each."""
     found: dict[object, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["split"] is not None and (value := key(row)) is not None:
+    for row, value in zip(rows, values, strict=True):
+        if row["split"] is not None and value is not None:
             found[value][row["split"]].append(row["id"])
     for value, splits in sorted(found.items(), key=lambda item: str(item[0])):
         if len(splits) > 1:
             counts = ", ".join(f"{len(ids)} in {split}" for split, ids in splits.items())
             yield Finding(check, [name for ids in splits.values() for name in ids], f"{value!s:.60}: {counts}")
-
-
-def _plain_text(row: Mapping) -> str | None:
-    text = row.get("text")
-    words = _WORD.findall(text.casefold()) if isinstance(text, str) else []
-    return " ".join(words) if len(words) >= FEWEST_WORDS else None
 
 
 def check_audio(rows: Sequence[Mapping], facts: Sequence[ClipFacts]) -> list[Finding]:

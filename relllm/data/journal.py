@@ -62,7 +62,13 @@ class Journal:
         content = self._file.read()
         complete = content[: content.rfind(b"\n") + 1]
         self._file.truncate(len(complete))  # of a line in whose middle it was killed
-        lines = [_parse(line, self.path, number) for number, line in enumerate(complete.splitlines(), start=1)]
+        lines = []
+        for number, line in enumerate(complete.splitlines(), start=1):
+            try:
+                lines.append(json.loads(line))
+            except ValueError as error:
+                wrong = f"{self.path}:{number} is no JSON ({error})"
+                raise ValueError(f"{wrong}. Delete it to have its row done again.") from error
         if not lines:
             self._first = [{"settings": settings}]
         elif (found := lines[0].get("settings")) != settings:
@@ -115,13 +121,13 @@ def check_out(rows: Dataset, path: Path) -> None:
 def digest_values(values: Iterable[object]) -> str:
     """Return a short digest of values, of which JSON has a form, or else `str`; bytes by a digest of their own."""
     digest = hashlib.sha256()
+
+    def shorten(value: object) -> str:
+        return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+
     for value in values:
-        digest.update(json.dumps(value, default=_digest_value).encode() + b"\n")
+        digest.update(json.dumps(value, default=shorten).encode() + b"\n")
     return digest.hexdigest()[:16]
-
-
-def _digest_value(value: object) -> str:
-    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
 def rows_fingerprint(rows: Dataset, columns: Sequence[str]) -> str:
@@ -251,13 +257,6 @@ def _audio_path(audio: object, folder: Path) -> str:
         return path
     place = Path(path).absolute()
     return str(place.relative_to(folder) if place.is_relative_to(folder) else place)
-
-
-def _parse(line: bytes, path: Path, number: int) -> dict:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}:{number} is no JSON ({error}). Delete it to have its row done again.") from error
 
 
 def name_differences(found: object, wanted: Mapping[str, object]) -> str:

@@ -190,21 +190,6 @@ def _find_parquet(path: Path, split: str | None, streaming: bool) -> dict[str, R
     return found if path.is_dir() else found[""]
 
 
-def _join(loaded: dict | Rows) -> Rows:
-    """Join the rows of all splits, one split after the other; the column `split` says of which they are."""
-    from datasets import Value, concatenate_datasets
-
-    if not isinstance(loaded, dict):
-        return loaded
-    parts = []
-    for split, part in loaded.items():
-        for name in DIMENSIONS:  # whole numbers in one split, fractions in the next
-            if (part.features or {}).get(name) not in (None, Value("float64")):
-                part = part.cast_column(name, Value("float64"))
-        parts.append(add_column(part, "split", split))
-    return concatenate_datasets(parts)
-
-
 def _parse_held_out(held_out: str) -> HeldOut:
     """`"session=Ses05;validation:session=Ses04"` -> what is `"test"` and what is `"validation"`."""
     wanted: HeldOut = {}
@@ -232,7 +217,15 @@ def _hold_out(dataset: Rows, split: str, wanted: HeldOut, source: str) -> Rows:
         )
 
     def assign(*values: Sequence[str | None]) -> list[str | None]:
-        return [_assign(row, wanted) for row in zip(*values, strict=True)]
+        """Return the split of each row; `None` where a value is missing."""
+        found = []
+        for row in zip(*values, strict=True):
+            of = [name for value, (name, (_, held)) in zip(row, wanted.items(), strict=True) if str(value) in held]
+            if len(of) > 1 and None not in row:
+                both = " and in ".join(of)
+                raise ValueError(f"held_out has rows with {list(row)} both in {both}. Hold them out once.")
+            found.append(None if None in row else of[0] if of else TRAIN)
+        return found
 
     if not isinstance(dataset, Dataset):
         named = {"input_columns": columns, "batched": True}
@@ -259,17 +252,6 @@ def _hold_out(dataset: Rows, split: str, wanted: HeldOut, source: str) -> Rows:
     return dataset.map(lambda old: {"split": [split] * len(old)}, **rename)
 
 
-def _assign(values: Sequence[str | None], wanted: HeldOut) -> str | None:
-    """Find a row's split by its values in the columns of `wanted`; `None` where one is missing."""
-    if None in values:
-        return None
-    found = [name for value, (name, (_, held)) in zip(values, wanted.items(), strict=True) if str(value) in held]
-    if len(found) > 1:
-        both = " and in ".join(found)
-        raise ValueError(f"held_out has rows with {list(values)} both in {both}. Hold them out once.")
-    return found[0] if found else "train"
-
-
 def _load_table(path: Path, split: str | None) -> Dataset:
     from datasets import Dataset, List, Value
 
@@ -278,8 +260,13 @@ def _load_table(path: Path, split: str | None) -> Dataset:
         raise ValueError(f"{path} holds no rows.")
     if own := [row for row in rows if split not in (None, ALL) and row.get("split") == split]:
         rows = own  # splits may differ in their columns, and in what these hold
-    folder = path.absolute().parent
-    rows = [_with_located_audio(row, folder) for row in rows]
+    for row in rows:
+        contents = [message["content"] for message in row.get("messages") or []]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        for place in (row, *(part for part in parts if part.get("type") == "audio")):
+            for key in ("audio",) if place is row else AUDIO_KEYS:
+                if isinstance(place.get(key), str):
+                    place[key] = _located(place[key], path.parent)
     names = list(dict.fromkeys(name for row in rows for name in row))
     rows = [{name: row.get(name) for name in names} for row in rows]
     dataset = Dataset.from_list(rows)
@@ -302,11 +289,19 @@ def _say_splits(source: str, split: str, found: Sequence[str]) -> str:
 
 
 def _choose(loaded: dict | Rows, split: str | None, source: str) -> Rows:
-    """Return a split of several, the rows whose column `split` says so, or all of them."""
-    from datasets import Dataset
+    """Return a split of several, the rows whose column `split` says so, or all of them with such a column."""
+    from datasets import Dataset, Value, concatenate_datasets
 
     if split == ALL:
-        return _join(loaded)
+        if not isinstance(loaded, dict):
+            return loaded
+        parts = []
+        for name, part in loaded.items():
+            for dimension in DIMENSIONS:  # whole numbers in one split, fractions in the next
+                if (part.features or {}).get(dimension) not in (None, Value("float64")):
+                    part = part.cast_column(dimension, Value("float64"))
+            parts.append(add_column(part, "split", name))
+        return concatenate_datasets(parts)
     if isinstance(loaded, dict):
         if split in loaded:
             return loaded[split]
@@ -342,17 +337,6 @@ def _names_none(split: str | None) -> bool:
             f"{split!r}. Name the split of every row, or load the rows without streaming."
         )
     return True
-
-
-def _with_located_audio(row: dict, folder: Path) -> dict:
-    """Paths of the clip, and of the audio parts of `messages`, made absolute."""
-    if isinstance(row.get("audio"), str):
-        row = row | {"audio": _located(row["audio"], folder)}
-    for message in row.get("messages") or []:
-        for part in message["content"] if isinstance(message["content"], list) else []:
-            if part.get("type") == "audio":
-                part |= {key: _located(part[key], folder) for key in AUDIO_KEYS if isinstance(part.get(key), str)}
-    return row
 
 
 def _located(audio: str, folder: Path) -> str:

@@ -141,14 +141,12 @@ def _read_rows(rows: Sequence[Row], entry: dict, partial: Path, settings: Prepar
 
 
 def _group_rows(rows: Iterable[dict]) -> Iterator[list[dict]]:
-    group, num_bytes = [], 0
+    group: list[dict] = []
     for row in rows:
-        audio = row["audio"]
-        num_bytes += len(audio["bytes"]) if isinstance(audio, dict) else 0
         group.append(row)
-        if num_bytes >= GROUP_BYTES:
+        if sum(len(one["audio"]["bytes"]) for one in group if isinstance(one["audio"], dict)) >= GROUP_BYTES:
             yield group
-            group, num_bytes = [], 0
+            group = []
     if group:
         yield group
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import multiprocessing
 import os
@@ -30,9 +29,15 @@ def run_in_processes(
     With one process the work is done here; with more it must be picklable, and a script needs
     `if __name__ == "__main__":`. The module `preload` is imported once for all. A killed process is a `RuntimeError`.
     """
+    import torch
+
     if num_proc == 1:
-        with _one_thread():
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # sums over several threads may round differently, and the bytes must not
+        try:
             yield from ((item, work(item)) for item in items)
+        finally:
+            torch.set_num_threads(num_threads)
         return
     context = multiprocessing.get_context("forkserver")  # a fork of a process with torch's threads may hang
     context.set_forkserver_preload([preload])
@@ -63,19 +68,6 @@ def run_ahead(
                 yield waiting.pop(future), future
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums over several threads may round differently, and the bytes must not."""
-    import torch
-
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def _begin_process() -> None:

@@ -60,8 +60,9 @@ class RowSurvey:
 def fed_tasks(row: Mapping) -> tuple[str, ...]:
     """Return the tasks that a row can feed; its audio is not looked at."""
     conversation = row.get("messages")
+    written = (message for message in conversation or () if message["role"] == "assistant")
     has = {
-        "reply": bool(row.get("response")) if conversation is None else _has_reply(conversation),
+        "reply": bool(row.get("response")) if conversation is None else any(one.get("content") for one in written),
         "recognition": bool(only_one(row.get("emotion"))),
         "transcription": bool((only_one(row.get("text")) or "").strip()),
     }
@@ -85,7 +86,9 @@ def survey_rows(rows: Dataset) -> RowSurvey:
         fed = fed_tasks(row)
         survey.fed[fed] += 1
         survey.ids_by_fed[fed].append((index, row_id))
-        survey.audio += has_column or _has_audio(row.get("messages") or ())
+        contents = [message["content"] for message in row.get("messages") or ()]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        survey.audio += has_column or any(part["type"] == "audio" for part in parts)
         for name in filter(None, _each(row.get("emotion"))):
             survey.emotions[name] += 1
             survey.ids_by_emotion[name].append(row_id)
@@ -208,12 +211,3 @@ def draw_survey(surveys: Mapping[str, RowSurvey], tasks: Sequence[str] = ()) -> 
 
 def _each(value: object) -> Iterable:
     return value if isinstance(value, (list, tuple)) else (value,)
-
-
-def _has_reply(messages: Sequence[Mapping]) -> bool:
-    return any(message["role"] == "assistant" and bool(message.get("content")) for message in messages)
-
-
-def _has_audio(messages: Sequence[Mapping]) -> bool:
-    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
-    return any(part["type"] == "audio" for content in contents for part in content)

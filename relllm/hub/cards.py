@@ -97,7 +97,7 @@ def _make_card(settings: CardSettings, runs: Sequence[Mapping], digest: str, plo
         msp_tower=any(tower.hub_id == MSP_TOWER for tower in towers),
         unrecorded_emotion_tower=any(tower.part == "emotion_tower" and tower.hub_id is None for tower in towers),
         corpora=corpora,
-        training=evidence.describe_training(record),
+        training=record,
         runs=runs,
         describe_data=evidence.describe_data,
         readings=evidence.READINGS,
@@ -145,23 +145,18 @@ def check_card(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     started = evidence.started_from(read_training_record(str(folder)))
     choose_licence(read_towers(config, card.data.get("tower_licenses"), started_from=started), chosen=Licence(licence))
-    _check_metrics(card, folder)
-    for image in IMAGE.findall(card.text):
-        if not (folder / image).is_file():
-            raise FileNotFoundError(f"{path} shows {image}, which is not there. Write the card anew.")
-
-
-def _check_metrics(card: ModelCard, folder: Path) -> None:
     kept = evidence.read_evidence(folder)
     measured = {_identity(result) for result in evidence.eval_results(kept["runs"] if kept else ())}
-    claimed: list[EvalResult] = card.data.get("eval_results") or []
-    for result in claimed:
+    for result in card.data.get("eval_results") or ():
         if _identity(result) not in measured:
             claim = f"{result.metric_name or result.metric_type} = {result.metric_value} on {result.dataset_name}"
             raise ValueError(
-                f"{folder / 'README.md'} has {claim}, and no run in {EVIDENCE_NAME} measured that. Take it out, or "
-                "write the card from the run: `relllm card RUN --model …`."
+                f"{path} has {claim}, and no run in {EVIDENCE_NAME} measured that. Take it out, or write the card "
+                "from the run: `relllm card RUN --model …`."
             )
+    for image in IMAGE.findall(card.text):
+        if not (folder / image).is_file():
+            raise FileNotFoundError(f"{path} shows {image}, which is not there. Write the card anew.")
 
 
 def check_measured(folder: Path) -> None:

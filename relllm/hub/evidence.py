@@ -50,9 +50,9 @@ def read_public_run(folder: Path, fingerprint: str) -> dict[str, object]:
         )
     data = metrics["data"]
     public = {key: _without_paths(metrics[key]) for key in PUBLIC_KEYS if metrics.get(key) is not None}
-    corpus = data.get("corpus")
+    corpus = str(data.get("corpus"))
     public["data"] = {
-        "corpus": corpus if isinstance(corpus, str) and CORPUS_NAME.fullmatch(corpus) else "private",
+        "corpus": corpus if data.get("corpus") and CORPUS_NAME.fullmatch(corpus) else "private",
         "held_out_by": str(data["held_out"]).partition("=")[0] if data.get("held_out") else None,
         **{key: _without_paths(data.get(key)) for key in PUBLIC_DATA_KEYS},
         # labelled by people or by a model, which may be a folder
@@ -81,12 +81,6 @@ def started_from(record: Mapping) -> str | None:
     """Return the checkpoint of the Hub that a training went on with."""
     name = str(record.get("model_name_or_path", ""))
     return name if HUB_ID.fullmatch(name) else None
-
-
-def describe_training(record: Mapping) -> dict[str, str]:
-    """Write the settings of a training as a table in a card takes them."""
-    shown = record.keys() - {"seen_rows", "seen_corpora", "corpus_facts"}
-    return {name: " ".join(str(record[name]).replace("|", "\\|").split()) for name in record if name in shown}
 
 
 def describe_rewards(record: Mapping) -> str:

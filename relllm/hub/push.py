@@ -69,8 +69,7 @@ def push_checkpoint(settings: PushSettings) -> Push:
                 check_loads(staged, without_package=True)
         files = file_sizes(staged)
         if settings.dry_run:
-            removed, unseen = _look_ahead(settings, files)
-            return Push(files, left_out, removed, unseen, None)
+            return Push(files, left_out, *_look_ahead(settings, files), None)
         url, removed = send_files(staged, settings)
     return Push(files, left_out, removed, None, url)
 

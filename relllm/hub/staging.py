@@ -54,8 +54,15 @@ def stage(folder: Path, *, form: Form | None = None, with_code: bool = False) ->
         staged.mkdir()
         light = bool(_read(folder / "config.json").get("light_checkpoint"))
         converts = form is not None and (form == "light") != light
-        if converts:
-            _convert(folder, staged, light=form == "light")
+        if converts and form == "full":
+            merge_checkpoint(MergeSettings(str(folder), staged))
+        elif converts:
+            towers = _read(folder / "config.json").get("towers") or {"every tower": {"name": "."}}
+            if own := sorted(part for part, source in towers.items() if is_local(source["name"])):
+                why = f"it is not known where on the Hub {', '.join(own)} is"
+                raise ValueError(f"--light: {folder} cannot be sent light, because {why}. Leave --light out.")
+            AutoModel.from_pretrained(folder).save_pretrained(staged, light=True)
+            AutoProcessor.from_pretrained(folder).save_pretrained(staged)
         for name in inventory.upload:
             if not converts or name.startswith(CARD_FILES):
                 (staged / name).parent.mkdir(exist_ok=True)
@@ -100,18 +107,6 @@ def leave_out_digests(folder: Path) -> None:
         _rewrite(folder / RECORD_NAME, {name: value for name, value in record.items() if name != "seen_rows"})
 
 
-def _convert(folder: Path, out: Path, *, light: bool) -> None:
-    if not light:
-        merge_checkpoint(MergeSettings(str(folder), out))
-        return
-    towers = _read(folder / "config.json").get("towers") or {"every tower": {"name": "."}}
-    if own := sorted(part for part, source in towers.items() if is_local(source["name"])):
-        why = f"it is not known where on the Hub {', '.join(own)} is"
-        raise ValueError(f"--light: {folder} cannot be sent light, because {why}. Leave --light out.")
-    AutoModel.from_pretrained(folder).save_pretrained(out, light=True)
-    AutoProcessor.from_pretrained(folder).save_pretrained(out)
-
-
 def _name_public_towers(staged: Path) -> None:
     """Take folders of this machine out of `config.json`."""
     config = _read(staged / "config.json")
@@ -132,13 +127,10 @@ def _name_public_towers(staged: Path) -> None:
 
 def _without_places(value: object) -> object:
     """Leave out of a configuration the folders that its parts were loaded from."""
-    if isinstance(value, dict):
-        return {
-            key: _without_places(inner)
-            for key, inner in value.items()
-            if not (key == "_name_or_path" and isinstance(inner, str) and is_local(inner))
-        }
-    return value
+    if not isinstance(value, dict):
+        return value
+    places = {key for key in ("_name_or_path",) if isinstance(value.get(key), str) and is_local(value[key])}
+    return {key: _without_places(inner) for key, inner in value.items() if key not in places}
 
 
 def _read(path: Path) -> dict:

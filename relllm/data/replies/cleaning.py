@@ -74,19 +74,22 @@ def clean_reply(text: str, transcript: str, *, finished: bool, rules: CleaningRu
 
 def _broken_rule(reply: str, transcript: str, finished: bool, rules: CleaningRules) -> str | None:
     words = split_words(reply)
+    runs = set(word_runs(words, ECHO_WORDS))
+    of_transcript, of_reply = _scripts(transcript), _scripts(reply)
+    foreign = sum(count for script, count in of_reply.items() if script not in of_transcript)
     checks = {
         "empty": not words,
         "unfinished": not finished or "<think>" in reply,  # within its first sentence, or its reasoning
         "refusal": REFUSALS.search(reply.replace("’", "'")) is not None,
         "role_marker": ROLE_MARKERS.search(reply) is not None,
-        "prompt_echo": any(_shares_words(words, split_words(prompt)) for prompt in rules.prompts),
+        "prompt_echo": any(runs.intersection(word_runs(split_words(prompt), ECHO_WORDS)) for prompt in rules.prompts),
         "transcript_echo": words == split_words(transcript),
         "stage_direction": LEFT_DIRECTION.search(reply) is not None,
         "commentary": COMMENTARY.search(reply) is not None,
         "too_short": len(words) < rules.min_words,
         "too_long": len(words) > rules.max_words,
         "repetition": max(Counter(word_runs(words, LOOP_WORDS)).values(), default=0) >= LOOP_TIMES,
-        "wrong_script": _changes_script(reply, transcript),
+        "wrong_script": bool(of_transcript) and 2 * foreign > of_reply.total(),
     }
     return next((name for name, broken in checks.items() if broken), None)
 
@@ -99,16 +102,6 @@ def split_words(text: str) -> list[str]:
 def word_runs(words: list[str], length: int) -> list[tuple[str, ...]]:
     """Return each `length` words that stand in a row."""
     return [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
-
-
-def _shares_words(reply: list[str], prompt: list[str]) -> bool:
-    return not set(word_runs(prompt, ECHO_WORDS)).isdisjoint(word_runs(reply, ECHO_WORDS))
-
-
-def _changes_script(reply: str, transcript: str) -> bool:
-    of_transcript, of_reply = _scripts(transcript), _scripts(reply)
-    foreign = sum(count for script, count in of_reply.items() if script not in of_transcript)
-    return bool(of_transcript) and 2 * foreign > of_reply.total()
 
 
 def _scripts(text: str) -> Counter[str]:

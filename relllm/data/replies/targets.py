@@ -4,7 +4,7 @@ The writer reads what was said and the emotion; the model that learns will have 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,17 @@ def write_targets(
     requests = [make_request(row, settings) for row in labels if row["id"] not in dropped]
 
     def fill(journal: Journal) -> None:
-        if all(request.id in journal.done for request in requests):
+        """Have replies written; a resumed run asks again for a row without one."""
+        left = sum(request.id not in journal.done for request in requests)
+        if not left:
             return
-        rejected = _write_all(requests, load_writer(), journal, progress)
-        dropped.update({row_id: ("rejected" if why else "empty", why) for row_id, why in rejected.items()})
+        with tqdm(total=left, desc="Writing replies", unit="row", disable=not progress) as bar:
+            for batch in load_writer().write(requests, journal.done):
+                given = [reply for reply in batch if reply.rejected is None and reply.text.strip()]
+                journal.append({"id": reply.id, "text": reply.text, "finished": reply.finished} for reply in given)
+                for reply in (reply for reply in batch if reply not in given):
+                    dropped[reply.id] = ("rejected" if reply.rejected else "empty", reply.rejected or "")
+                bar.update(len(batch))
 
     def finish(written: Mapping[str, dict]) -> tuple[dict, Dataset]:
         replies: dict[str, CleanedReply] = {}
@@ -124,19 +131,6 @@ def _name_reasons(dropped: Mapping[str, tuple[str, str]]) -> str:
     counts = Counter(reason for reason, _ in dropped.values())
     such = {reason: f" (such as {text!r:.160})" if text else "" for reason, text in reversed(list(dropped.values()))}
     return "; ".join(f"{name} {count}{such[name]}" for name, count in counts.items())
-
-
-def _write_all(requests: Sequence[Request], writer: Writer, journal: Journal, progress: bool) -> dict[str, str]:
-    """Fill the journal; return the rows without a reply, each with the endpoint's reason. A resumed run asks again."""
-    rejected: dict[str, str] = {}
-    done = sum(request.id in journal.done for request in requests)
-    with tqdm(total=len(requests), initial=done, desc="Writing replies", unit="row", disable=not progress) as bar:
-        for batch in writer.write(requests, journal.done):
-            given = [reply for reply in batch if reply.rejected is None and reply.text.strip()]
-            journal.append({"id": reply.id, "text": reply.text, "finished": reply.finished} for reply in given)
-            rejected |= {reply.id: reply.rejected or "" for reply in batch if reply not in given}
-            bar.update(len(batch))
-    return rejected
 
 
 def _lacks(row: Mapping[str, str | None], settings: TargetSettings) -> str | None:
