@@ -51,11 +51,6 @@ def _check_scales(dataset: Dataset | IterableDataset) -> None:
             )
 
 
-def name_emotion(value: str | None) -> str | None:
-    """Return an emotion by its canonical name where it has one; "other" and the like are `None`."""
-    return find_emotion(value, value) if value else value
-
-
 def _leave_encoded(dataset: Dataset | IterableDataset, features: Features) -> Dataset | IterableDataset:
     """Return the data set with audio as bytes and path; nothing is copied, because Arrow holds it so in any case."""
     from datasets import Audio, Dataset
@@ -79,22 +74,22 @@ def _leave_encoded(dataset: Dataset | IterableDataset, features: Features) -> Da
 def _name_emotions(dataset: Dataset | IterableDataset, names: list[str] | None) -> Dataset | IterableDataset:
     from datasets import Dataset, List, Value
 
-    def rename(values: list) -> dict[str, list]:
-        return {"emotion": [_rename(value, names) for value in values]}
-
+    if isinstance(dataset, Dataset) and names is None:
+        if all(_rename(value, names) == value for value in dataset["emotion"][:]):
+            return dataset
     features = dataset.features.copy()
     of_several = isinstance(features["emotion"], List)  # clips in a row
     features["emotion"] = List(Value("string")) if of_several else Value("string")
-    if isinstance(dataset, Dataset) and names is None:
-        found = {value for row in dataset["emotion"][:] for value in (row if isinstance(row, list) else [row])}
-        if all(name_emotion(value) == value for value in found):
-            return dataset
+
+    def rename(values: list) -> dict[str, list]:
+        return {"emotion": [_rename(value, names) for value in values]}
+
     return dataset.map(rename, input_columns="emotion", batched=True, features=features)
 
 
 def _rename(value: str | int | list | None, names: list[str] | None) -> str | list | None:
     if isinstance(value, list):  # one for each clip
         return [_rename(one, names) for one in value]
-    if names is not None and isinstance(value, int):
-        return name_emotion(names[value]) if value >= 0 else None  # -1: `datasets` marks a missing label so
-    return name_emotion(str(value)) if value is not None else None
+    if isinstance(value, int):
+        value = names[value] if names is not None and value >= 0 else None  # -1: `datasets` marks a missing label so
+    return find_emotion(value, value) if value else value

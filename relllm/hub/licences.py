@@ -78,13 +78,6 @@ class Tower:
         """Return where it is from, for a card and an error."""
         return self.hub_id or "not on the Hub, or not recorded"
 
-    @property
-    def terms(self) -> Licence | None:
-        """Return its own terms as those of the whole; `None` where they are not known."""
-        link = self.link or (f"https://huggingface.co/{self.hub_id}" if self.hub_id else None)
-        name = self.name or (self.licence if self.licence != OTHER else None)
-        return Licence(OTHER, name, link) if link and name and self.licence != UNKNOWN else None
-
 
 def read_towers(
     config: Mapping, told: Mapping[str, str] | None = None, *, started_from: str | None = None
@@ -152,8 +145,12 @@ def choose_licence(
     if carrying and carrying[0] not in (OTHER, UNKNOWN):
         return Licence(carrying[0])
     special = [tower for tower in towers if tower.licence not in _PERMISSIVE]
-    if len(special) == 1 and special[0].terms is not None and of_corpora <= _PERMISSIVE:
-        return special[0].terms
+    if len(special) == 1 and special[0].licence != UNKNOWN and of_corpora <= _PERMISSIVE:
+        own = special[0]  # whose terms the whole can have
+        name = own.name or (own.licence if own.licence != OTHER else None)
+        place = own.link or (f"https://huggingface.co/{own.hub_id}" if own.hub_id else None)
+        if name and place:
+            return Licence(OTHER, name, place)
     return Licence(OTHER, PARTS, link)
 
 
