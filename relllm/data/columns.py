@@ -74,9 +74,9 @@ def _leave_encoded(dataset: Dataset | IterableDataset, features: Features) -> Da
 def _name_emotions(dataset: Dataset | IterableDataset, names: list[str] | None) -> Dataset | IterableDataset:
     from datasets import Dataset, List, Value
 
-    if isinstance(dataset, Dataset) and names is None:
-        if all(_rename(value, names) == value for value in dataset["emotion"][:]):
-            return dataset
+    in_memory = isinstance(dataset, Dataset) and names is None
+    if in_memory and all(_rename(value, names) == value for value in dataset["emotion"][:]):
+        return dataset
     features = dataset.features.copy()
     of_several = isinstance(features["emotion"], List)  # clips in a row
     features["emotion"] = List(Value("string")) if of_several else Value("string")
