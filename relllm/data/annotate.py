@@ -6,6 +6,7 @@ A model's reading is no label: every row says in `dimension_source` where its th
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor, s
 from relllm.setting import pick_device
 
 from .data_settings import AnnotateSettings, AnnotationSettings
-from .journal import Journal, add_columns, check_columns, replace_columns, rows_fingerprint
+from .journal import Journal, check_columns, check_out, make_file, replace_columns, rows_fingerprint, write_rows
 from .loading import load_corpus
 from .rows import LABEL_SOURCE
 
@@ -48,10 +49,11 @@ def annotate_rows(
     one further off, as a tower of another scale would give, and one whose audio cannot be read are left without.
 
     `rows` have `id` and undecoded `audio`; `load_tower` is called once, if it is needed, after everything else is
-    checked. Errors are those of [`add_columns`]. The report has `settings`, `rows`, `read`, `kept` (source -> count),
+    checked. Errors are those of [`make_file`]. The report has `settings`, `rows`, `read`, `kept` (source -> count),
     `partly_labelled`, `clipped` and `not_read` (with ids and values or reasons).
     """
     check_columns(rows, {"id", "audio"})
+    check_out(rows, out)
     blank = dict.fromkeys(TYPES)
     labels = [blank | row for row in rows.remove_columns("audio").to_list()]
     todo = [index for index, row in enumerate(labels) if settings.overwrite or not _values(row)]
@@ -61,13 +63,14 @@ def annotate_rows(
         if not all(ids[index] in journal.done for index in todo):
             _read(load_tower(), rows, todo, journal, batch_size, progress)
 
-    def finish(found: Mapping[str, dict]) -> tuple[dict, Dataset]:
+    def finish(found: Mapping[str, dict]) -> tuple[dict, Callable[[Path], None]]:
         annotated = [_annotate(row, found.get(row["id"], {}), settings) for row in labels]
         columns = {name: [row[name] for row in annotated] for name in TYPES}
-        return _report(labels, annotated, found), replace_columns(rows, columns, TYPES)
+        report = {"rows": len(rows), **_report(labels, annotated, found)}
+        return report, partial(write_rows, replace_columns(rows, columns, TYPES))
 
     run = {"task": "annotate", **settings.identity, "data": rows_fingerprint(rows, ("id", *DIMENSIONS))}
-    return add_columns(rows, out, run, fill, finish)
+    return make_file(out, run, fill, finish)
 
 
 def read_dimensions(model: ReLLMEmotionModel, clips: Sequence[AudioSource]) -> list[list[float | None] | str]:

@@ -167,26 +167,6 @@ def journal_path(out: Path) -> Path:
     return out.with_name(out.name + ".journal")
 
 
-def add_columns(
-    rows: Dataset,
-    out: Path,
-    settings: Mapping[str, object],
-    fill: Callable[[Journal], None],
-    finish: Callable[[Mapping[str, dict]], tuple[dict, Dataset]],
-) -> dict:
-    """Do what [`make_file`] does for rows with `id` and `audio`: `finish` makes the report and the rows.
-
-    What cannot be written to `out` is a `ValueError`.
-    """
-    check_out(rows, out)
-
-    def make(found: Mapping[str, dict]) -> tuple[dict, Callable[[Path], None]]:
-        counts, written = finish(found)
-        return {"rows": len(rows), **counts}, lambda path: write_rows(written, path)
-
-    return make_file(out, settings, fill, make)
-
-
 def make_file(
     out: Path,
     settings: Mapping[str, object],

@@ -17,7 +17,7 @@ from relllm.modeling.places_relllm import check_place
 from relllm.setting import pick_device, read_object
 
 from ..data_settings import TargetSettings, WriteTargetsSettings
-from ..journal import Journal, add_columns, check_columns, replace_columns, rows_fingerprint
+from ..journal import Journal, check_columns, check_out, make_file, replace_columns, rows_fingerprint, write_rows
 from ..loading import load_corpus
 from .cleaning import CleanedReply, CleaningRules, clean_reply
 from .writers import EndpointWriter, LocalWriter, Request, Writer
@@ -42,10 +42,11 @@ def write_targets(
     uninterrupted run gives. The cleaning runs at the end, so its limits, in words, may change in between.
 
     `rows` have undecoded `audio`; `load_writer` is called once, if it is needed, after everything else is checked.
-    Errors are those of [`add_columns`], and a `ValueError` if no reply is any good. The report has `settings`, `rows`,
+    Errors are those of [`make_file`], and a `ValueError` if no reply is any good. The report has `settings`, `rows`,
     `written`, `replaced` (rows that had a response), `dropped` and `mended` (by rule `count`, `ids` and `texts`).
     """
     check_columns(rows, {"id", "audio", *settings.columns})
+    check_out(rows, out)
     rules = CleaningRules(min_words, max_words, prompts=(settings.prompt, settings.system_prompt))
     labels = rows.select_columns(["id", *settings.columns]).to_list()
     dropped = {row["id"]: (reason, "") for row in labels if (reason := _lacks(row, settings))}
@@ -64,7 +65,7 @@ def write_targets(
                     dropped[reply.id] = ("rejected" if reply.rejected else "empty", reply.rejected or "")
                 bar.update(len(batch))
 
-    def finish(written: Mapping[str, dict]) -> tuple[dict, Dataset]:
+    def finish(written: Mapping[str, dict]) -> tuple[dict, Callable[[Path], None]]:
         replies: dict[str, CleanedReply] = {}
         for row in labels:
             if (entry := written.get(row["id"])) is None:
@@ -78,10 +79,11 @@ def write_targets(
             raise ValueError(f"No row has a reply to learn, and {out} is not written: {_name_reasons(dropped)}.")
         kept = rows.select([index for index, row in enumerate(labels) if row["id"] in replies])
         responses = {"response": [reply.text for reply in replies.values()]}
-        return _report(rows, replies, dropped), replace_columns(kept, responses, {"response": Value("string")})
+        report = {"rows": len(rows), **_report(rows, replies, dropped)}
+        return report, partial(write_rows, replace_columns(kept, responses, {"response": Value("string")}))
 
     run = {"task": "write-targets", **settings.identity, "data": rows_fingerprint(rows, ("id", "text", "emotion"))}
-    return add_columns(rows, out, run, fill, finish)
+    return make_file(out, run, fill, finish)
 
 
 def make_request(row: Mapping[str, str], settings: TargetSettings) -> Request:
