@@ -61,7 +61,7 @@ def _leave_encoded(dataset: Dataset | IterableDataset, features: Features) -> Da
         return dataset.decode(False)
 
     def encode(feature: object) -> object:
-        return Audio(sampling_rate=feature.sampling_rate, decode=False) if isinstance(feature, Audio) else None
+        return Audio(sampling_rate=feature.sampling_rate, decode=False) if isinstance(feature, Audio) else feature
 
     info = dataset.info.copy()
     info.features = _visit(features, encode)
