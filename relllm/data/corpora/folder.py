@@ -16,9 +16,9 @@ from relllm.labels import DIMENSIONS, canonical_emotion, find_emotion
 
 from .. import parsing
 from ..data_settings import FolderSettings, LabelSettings, read_scales, read_words
-from ..rows import COLUMNS, LABEL_SOURCE, LIST_COLUMNS, Corpus, CorpusFacts, Dropped, Row, fold_split, validate_row
+from ..rows import COLUMNS, LABEL_SOURCE, LIST_COLUMNS, Corpus, Dropped, Row, fold_split, validate_row
 from ..table_files import parse_number, read_table
-from .patterns import Pattern, find_fields, load_pattern
+from .patterns import OWN, Pattern, find_fields, load_pattern
 
 TABLES = (".jsonl", ".csv", ".tsv")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".sph")
@@ -40,7 +40,6 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {name: (name,) for name in COLUMNS} |
     "language": ("language", "lang"),
     "gender": ("gender", "sex"),
 }
-TERMS = "Your own recordings: publish neither audio nor transcripts unless those who speak agreed to it."
 MOST_OUTSIDE = 0.1  # of the values of a column; more are on another scale
 
 # Reasons of `Dropped` that no other corpus has.
@@ -67,7 +66,7 @@ def parse_folder(settings: FolderSettings) -> Corpus:
     root = settings.root.expanduser().absolute()
     tables = _find_tables(root)
     folder = root if root.is_dir() else root.parent
-    facts = CorpusFacts(name or "folder", name or folder.name, settings.language or "", "other", TERMS)
+    facts = replace(OWN, name=name or "folder", title=name or folder.name, language=settings.language or "")
     corpus = Corpus(facts, [], [], [])
     found = [one for table, split in tables for one in _read_fields(table, split, folder, corpus, settings)]
     add_rows(found if tables else _list_audio_files(folder, corpus), folder, corpus, settings, {})

@@ -19,7 +19,8 @@ from ..table_files import read_table
 
 NO_MATCH = "path is not of the pattern"
 FACTS = tuple(one.name for one in fields(CorpusFacts) if one.name != "name")  # as a pattern's file may have them
-OWN = CorpusFacts("folder", "Recordings", "", "other", "Your own recordings: publish what is agreed to.")
+TERMS = "Your own recordings: publish neither audio nor transcripts unless those who speak agreed to it."
+OWN = CorpusFacts("folder", "Recordings", "", "other", TERMS)
 
 
 @dataclass(frozen=True, kw_only=True)
