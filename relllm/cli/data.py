@@ -198,8 +198,8 @@ def _show_splits(splits: Mapping[str, Mapping]) -> None:
     for name, split in splits.items():
         speakers = len(split["speakers"].keys() - {UNLABELLED})
         rated = min(found["rows"] for found in split["dimensions"].values())
-        told = (split.get("with_text"), rated, split["duration_s"], split["emotions"])  # once there was no count of texts
-        table.add_row(name, *map(_show, (split["rows"], split["hours"], speakers, *told)))
+        counts = (split["rows"], split["hours"], speakers, split.get("with_text"), rated)  # of old, without texts
+        table.add_row(name, *map(_show, (*counts, split["duration_s"], split["emotions"])))
     console.print(table)
 
 

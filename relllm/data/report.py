@@ -40,7 +40,7 @@ class SplitSummary:
         return {
             "rows": self.rows,
             "with_text": self.with_text,
-            "hours": round(sum(durations) / 3600, 4),
+            "hours": round(sum(durations) / 3600, 4) if durations else None,
             "duration_s": {name: durations[place] for name, place in span.items()},
             "emotions": {name: self.emotions[name] for name in order_emotions(self.emotions)},
             "dimensions": {

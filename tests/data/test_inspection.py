@@ -325,7 +325,7 @@ def test_the_command_shows_everything_and_writes_under_runs(tmp_path: Path, monk
         "angry, valence 0.90 is above",
     ):
         assert shown in output
-    assert re.search(r"train +│ 3 +│ 0.00 .*min 0.1", output)
+    assert re.search(r"train +│ 3 +│ 0.00 .*shortest 0.1", output)
     assert (tmp_path / "runs/inspect/corpus/report.json").is_file()
     assert sorted(folder.rglob("*")) == before
 
