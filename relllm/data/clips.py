@@ -16,7 +16,6 @@ import soundfile
 from torch import Tensor
 
 from relllm.processing.audio_relllm import SAMPLING_RATE, load_audio, resample
-from relllm.processing.processing_relllm import AUDIO_KEYS
 
 from .data_settings import PrepareSettings
 from .parsing import NO_AUDIO
@@ -117,6 +116,8 @@ def to_16_bit(waveform: np.ndarray) -> tuple[np.ndarray, int]:
 def clip_duration(source: object, sampling_rate: int = SAMPLING_RATE) -> float:
     """Return the seconds of a clip: a path, bytes, a `datasets` dictionary, or an array at `sampling_rate` Hz."""
     if isinstance(source, Mapping):
+        from relllm.processing.processing_relllm import AUDIO_KEYS  # Transformers is not loaded to prepare a corpus
+
         given = next((source[key] for key in ("bytes", "array", *AUDIO_KEYS) if source.get(key) is not None), None)
         return clip_duration(given, source.get("sampling_rate") or sampling_rate)
     if isinstance(source, (bytes, str)):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from relllm.labels import DIMENSIONS, EMOTIONS
+from relllm.processing.processing_relllm import audio_parts
 
 from .report import order_emotions
 from .rows import COLUMNS
@@ -86,9 +87,7 @@ def survey_rows(rows: Dataset) -> RowSurvey:
         fed = fed_tasks(row)
         survey.fed[fed] += 1
         survey.ids_by_fed[fed].append((index, row_id))
-        contents = [message["content"] for message in row.get("messages") or ()]
-        parts = [part for content in contents if isinstance(content, list) for part in content]
-        survey.audio += has_column or any(part["type"] == "audio" for part in parts)
+        survey.audio += has_column or bool(audio_parts(row.get("messages") or ()))
         for name in filter(None, _each(row.get("emotion"))):
             survey.emotions[name] += 1
             survey.ids_by_emotion[name].append(row_id)
