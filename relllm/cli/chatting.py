@@ -8,19 +8,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from relllm.data.journal import write_whole
 
 from .options import console
 
 if TYPE_CHECKING:
-    from relllm.inference.conversation import Conversation
+    from relllm.inference.conversation import TurnTaking
     from relllm.inference.inference_settings import TalkSettings
-    from relllm.inference.text_conversation import TextConversation
     from relllm.processing.audio_relllm import AudioSource
-
-    System: TypeAlias = Conversation | TextConversation
 
 HELP = """\
 Type a line and press Enter, or:
@@ -39,7 +36,7 @@ UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 class Chat:
     """The systems that answer each line, by name; RE-LLM first."""
 
-    def __init__(self, systems: Mapping[str, System], settings: TalkSettings):
+    def __init__(self, systems: Mapping[str, TurnTaking], settings: TalkSettings):
         self.systems = systems
         self.settings = settings
         self.turns: list[dict[str, Any]] = []  # what was said, and the replies by system

@@ -35,11 +35,10 @@ from .chatting import Chat, run_chat
 from .options import console, from_settings, messages
 
 if TYPE_CHECKING:
+    from relllm.inference.conversation import TurnTaking
     from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
     from relllm.preferences.preference_settings import ScoreRepliesSettings
     from relllm.processing.processing_relllm import ReLLMProcessor
-
-    from .chatting import System
 
 app = typer.Typer()
 SHOWN = 10  # reasons why a clip was not read; the table has all
@@ -243,7 +242,7 @@ def load_relllm(
     return model.to(pick_device(settings.device)).eval(), processor
 
 
-def load_systems(settings: TalkSettings) -> dict[str, Callable[[], System]]:
+def load_systems(settings: TalkSettings) -> dict[str, Callable[[], TurnTaking]]:
     """Return what begins a conversation with each system, by name, RE-LLM first; wrong flags: `typer.BadParameter`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -257,7 +256,7 @@ def load_systems(settings: TalkSettings) -> dict[str, Callable[[], System]]:
         check_place(settings.text_only, holds="config.json")
     model, processor = load_relllm(settings)
     how: dict[str, Any] = {**settings.prompts, **settings.sampling}
-    systems: dict[str, Callable[[], System]] = {"RE-LLM": partial(Conversation, model, processor, **how)}
+    systems: dict[str, Callable[[], TurnTaking]] = {"RE-LLM": partial(Conversation, model, processor, **how)}
     if settings.baseline is not None:
         second = load_relllm(replace(settings, model=settings.baseline, revision="main"))
         name = "speech only" if second[0].config.emotion_fusion == "none" else "second RE-LLM"

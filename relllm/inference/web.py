@@ -27,9 +27,9 @@ from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from relllm.processing.audio_relllm import SAMPLING_RATE, load_audio
 
-from .conversation import Conversation
+from .conversation import TurnTaking
 from .replies import Heard, Reply
-from .text_conversation import NoWordsError, TextConversation
+from .text_conversation import NoWordsError
 
 if TYPE_CHECKING:
     import gradio
@@ -91,7 +91,7 @@ DELETE_RECORDINGS_S = (600, 3600)  # looks every ten minutes for uploads and rec
 MOST_TURNS = 16  # at once: the lock lets one through, the others see that they wait
 
 Writing: TypeAlias = Generator[None, None, Reply]
-Starts: TypeAlias = Mapping[str, Callable[[], Conversation | TextConversation]]
+Starts: TypeAlias = Mapping[str, Callable[[], TurnTaking]]
 
 
 @dataclass(frozen=True)
