@@ -156,7 +156,7 @@ def run_pretrained_demo(settings: PretrainedSettings, console: Console) -> bool:
     own = is_local(settings.audio_model) or is_local(settings.text_model)
     share(
         out / "re-llm",
-        out / "runs" / "re-llm",
+        [out / "runs" / "re-llm"],
         TRAINING | json.loads((out / "re-llm" / "training_settings.json").read_text(encoding="utf-8")),
         console,
         repo_id=REPO_ID,

@@ -32,6 +32,7 @@ class DemoSettings(CorpusSize):
     """The sizes and the place of a run; the defaults fit two CPU cores and a few minutes."""
 
     output_dir: Path = setting(Path("runs/demo"), "Folder of the run.")
+    test_clips: int = setting(400, "Of each of the five emotions; docs/evaluation.md has the reason.", min=1)
     text_epochs: float = setting(3.0, "Epochs of the LLM over the training rows.")
     emotion_epochs: float = setting(6.0, "The same of the emotion tower.")
     speech_epochs: float = setting(3.0, "The same of RE-LLM, and of its baseline.")

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,16 @@ def once(path: Path, what: str, make: Callable[[Path], None], console: Console, 
 
 def evaluate_system(model: str | Path, data: Path, run: Path, system: str, console: Console, **options: Any) -> dict:
     """Run `relllm evaluate` on unseen voices and sentences, shown as the command; an LLM alone is `text-only`."""
-    console.rule(f"$ relllm evaluate {model} {data} --system {system} --out {run}")
+    told = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    flags = "".join(f" --{name} {value}" for name, value in told.items())
+    console.rule(f"$ relllm evaluate {model} {data} --system {system}{flags} --out {run}")
     settings = EvaluationSettings(str(model), str(data), run, system=system, **options)  # type: ignore[arg-type]
     metrics = evaluate(settings)
     report_run(metrics, run, console)
     return metrics
 
 
-def compare_systems(out: Path, systems: Mapping[str, object], console: Console) -> None:
+def compare_systems(out: Path, systems: Iterable[str], console: Console) -> None:
     """Run `relllm compare` over the runs in `out`, by the systems' names."""
     runs = [out / "runs" / system for system in systems]
     console.rule(f"$ relllm compare {' '.join(map(str, runs))} --baseline speech-only --out {out / 'comparison'}")
@@ -72,14 +74,17 @@ def compare_systems(out: Path, systems: Mapping[str, object], console: Console) 
     console.print(f"Chance UA {1 / len(EMOTIONS):.2f}. Rule-made prosody, not human emotion.")
 
 
-def share(model: Path, run: Path, training: dict, console: Console, *, repo_id: str, full: bool = False) -> None:
+def share(
+    model: Path, runs: list[Path], training: dict, console: Console, *, repo_id: str, full: bool = False
+) -> None:
     """Write the card, and do everything that a push checks, without the push; `full`: with the towers."""
     own = [f"{part}=apache-2.0" for part in TOWERS]  # made here, or known to be
     flags = " ".join(f"--tower-license {one}" for one in own)
-    console.rule(f"$ relllm card {run} --model {model} --repo-id {repo_id} --license apache-2.0 {flags}")
+    measured = " ".join(map(str, runs))
+    console.rule(f"$ relllm card {measured} --model {model} --repo-id {repo_id} --license apache-2.0 {flags}")
     write_json(training, model / RECORD_NAME)
     terms = {"license": "apache-2.0", "tower_license": own}
-    card = write_model_card(CardSettings(model, [run], repo_id, overwrite=True, **terms))  # type: ignore[arg-type]
+    card = write_model_card(CardSettings(model, runs, repo_id, overwrite=True, **terms))  # type: ignore[arg-type]
     console.print(f"Card: {card}")
     console.rule(f"$ relllm push {model} {repo_id} --dry-run{' --full' if full else ''}")
     checked = push_checkpoint(PushSettings(model, repo_id, full=full, dry_run=True))
@@ -100,7 +105,7 @@ def show_replies(rows: Dataset, out: Path, console: Console) -> None:
     console.print(f"$ relllm reply {out / 're-llm'} {rows[0]['audio']}")
     command = [sys.executable, "-m", "relllm.cli", "reply", str(out / "re-llm"), rows[0]["audio"], "--device", "cpu"]
     subprocess.run([*command, "--max-new-tokens", "40"], check=True)
-    for plot in sorted([*(out / "runs").rglob("*.png"), *(out / "comparison").glob("*.png")]):
+    for plot in sorted(plot for name in ("runs", "comparison", "heads") for plot in (out / name).rglob("*.png")):
         console.print(f"plot: {plot}")
 
 
