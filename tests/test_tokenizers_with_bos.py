@@ -19,6 +19,7 @@ from relllm import ReLLMForConditionalGeneration, ReLLMProcessor
 from relllm.data.data_settings import Sampling
 from relllm.data.replies.writers import LocalWriter, Request
 from relllm.evaluation.asking import Questions, encode_prompts
+from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.predicting import load_predictor
 from relllm.inference.conversation import Conversation
 from relllm.inference.text_conversation import TextConversation
@@ -97,8 +98,8 @@ def test_the_end_of_a_turn_ends_replies_beside_the_llms_own_end(folder: Path) ->
     assert TextConversation(bare, tokenizer).generation_options["eos_token_id"] == ends
     for name in ("llm", "re-llm"):
         questions = Questions(("empathy",), EMOTIONS)
-        options = {"revision": "main", "dtype": "float32", "device": "cpu"}
-        predictor = load_predictor(str(folder / name), "text-only", questions, **options)
+        settings = EvaluationSettings(str(folder / name), "rows", folder, dtype="float32")
+        predictor = load_predictor(settings, "text-only", questions, "cpu")
         found = predictor.options.get("eos_token_id", predictor.model.generation_config.eos_token_id)
         assert found == ends
 
@@ -107,9 +108,8 @@ def test_what_is_asked_learnt_and_taught_begins_with_one_bos(folder: Path) -> No
     processor = AutoProcessor.from_pretrained(folder / "re-llm")
     bos = processor.tokenizer.bos_token_id
     questions = Questions(("ser", "empathy"), EMOTIONS)
-    predictor = load_predictor(
-        str(folder / "re-llm"), "re-llm", questions, revision="main", dtype="float32", device="cpu"
-    )
+    settings = EvaluationSettings(str(folder / "re-llm"), "rows", folder, dtype="float32")
+    predictor = load_predictor(settings, "re-llm", questions, "cpu")
     for prompt in predictor.prompts.values():
         check_start(encode_prompts(processor.tokenizer, [prompt], "cpu")["input_ids"][0], bos)
     row = {"audio": clip(0.3), "text": "Hello.", "response": "Hi."}

@@ -230,46 +230,32 @@ def _answer(
     settings: EvaluationSettings, plan: Plan, state: PartialState, score: Score | None, *, progress: bool
 ) -> None:
     """Append a line for every clip that has none yet, the processes a batch each at a time; if any, load a model."""
-    done = _from_main(state, lambda: set(_read_journal(settings, plan)))
-    text_column = settings.text_column or "text"
-    batches = plan_batches(plan.rows, settings.batch_size, plan.system, text_column)
-    ids = plan.rows["id"]
-    todo = [batch for batch in batches if not all(ids[index] in done for index in batch)]
-    if not todo:
-        return
-    device = state.device if settings.device == "auto" else settings.device
-    own = ("revision", "dtype", "tower_cache_dir", "engine", "engine_args")
-    predictor = load_predictor(
-        settings.model,
-        plan.system,
-        plan.questions,
-        device=device,
-        text_column=text_column,
-        **{name: getattr(settings, name) for name in own},
-    )
-    if score is None and "empathy" in plan.questions.tasks:
-        score = _load_score(settings, str(device))
     is_main, at_once = state.is_main_process, state.num_processes
-    journal = Journal(settings.output_dir / PREDICTIONS, plan.identity) if is_main else nullcontext()
-    bar = tqdm(total=len(ids), initial=len(done), desc="Evaluating", unit="clip", disable=not (progress and is_main))
-    with journal, bar:
-        for start in range(0, len(todo), at_once):
-            own_batch = todo[start + state.process_index : start + at_once][:1]
-            entries = [line for batch in own_batch for line in _predict(predictor, plan.rows.select(batch), score)]
-            found = [line for line in gather_object(entries) if line["id"] not in done]
-            if isinstance(journal, Journal):
-                journal.append(found)
-            bar.update(len(found))
-
-
-def _read_journal(settings: EvaluationSettings, plan: Plan) -> dict[str, dict]:
-    """Return all finished lines by id. Lines of other settings are a `ValueError`."""
-    with Journal(settings.output_dir / PREDICTIONS, plan.identity) as journal:
-        return journal.done
+    journal = Journal(settings.output_dir / PREDICTIONS, plan.identity) if is_main else None
+    with journal or nullcontext():
+        done = _from_main(state, lambda: set(journal.done if journal else ()))
+        ids = plan.rows["id"]
+        batches = plan_batches(plan.rows, settings.batch_size, plan.system, settings.text_column or "text")
+        todo = [batch for batch in batches if not all(ids[index] in done for index in batch)]
+        if not todo:
+            return
+        device = state.device if settings.device == "auto" else settings.device
+        predictor = load_predictor(settings, plan.system, plan.questions, device)
+        if score is None and "empathy" in plan.questions.tasks:
+            score = _load_score(settings, str(device))
+        shown = {"desc": "Evaluating", "unit": "clip", "disable": not (progress and is_main)}
+        with tqdm(total=len(ids), initial=len(done), **shown) as bar:
+            for start in range(0, len(todo), at_once):
+                own = todo[start + state.process_index : start + at_once][:1]
+                entries = [line for batch in own for line in _predict(predictor, plan.rows.select(batch), score)]
+                found = [line for line in gather_object(entries) if line["id"] not in done]
+                if journal:
+                    journal.append(found)
+                bar.update(len(found))
 
 
 def _finish(settings: EvaluationSettings, plan: Plan) -> None:
-    found = _read_journal(settings, plan)
+    found = {line["id"]: line for line in read_predictions(settings.output_dir)[1]}
     lines = [found[row_id] for row_id in plan.rows["id"]]
     write_predictions(settings.output_dir, plan.identity, lines)
     summary = summarize_clips(lines, plan.questions.labels)

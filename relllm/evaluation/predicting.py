@@ -24,7 +24,7 @@ from relllm.tower_outputs import TowerCache, cache_settings
 from . import asking
 from .adapters import base_of, load_causal_lm, read_adapter, read_config
 from .asking import Questions
-from .evaluation_settings import NO_TRANSCRIPT, READERS, SYSTEMS, System
+from .evaluation_settings import NO_TRANSCRIPT, READERS, SYSTEMS, EvaluationSettings, System
 
 
 class Predictor(ABC):
@@ -198,29 +198,19 @@ class TextInVllm(_AskedInVllm, TextPredictor):
 
 
 def load_predictor(
-    model: str,
-    system: System,
-    questions: Questions,
-    *,
-    revision: str,
-    dtype: str,
-    device: str | torch.device = "cpu",
-    text_column: str = "text",
-    tower_cache_dir: str | None = None,
-    engine: str = "transformers",
-    engine_args: str | None = None,
+    settings: EvaluationSettings, system: System, questions: Questions, device: str | torch.device
 ) -> Predictor:
-    """Load a system, ready to be asked, as [`resolve_system`] names it; a reader takes `text_column` of a row."""
-    tokenizer, template, processor = load_tokenizer(model, revision)
+    """Load the model of an evaluation, ready to be asked, as what [`resolve_system`] says."""
+    model, place = settings.model, {"revision": settings.revision, "dtype": settings.dtype}
+    tokenizer, template, processor = load_tokenizer(model, settings.revision)
     reads = processor is None or system in READERS
     loaded: Any
-    kinds: tuple = (SpeechPredictor, TextPredictor)
-    if engine == "vllm":
-        kinds = (SpeechInVllm, TextInVllm)
-        loaded, given = _load_in_vllm(model, revision, dtype, engine_args, reads=processor is not None and reads)
+    speech, text = SpeechPredictor, TextPredictor
+    if settings.engine == "vllm":
+        speech, text = SpeechInVllm, TextInVllm
+        loaded, given = _load_in_vllm(settings, reads=processor is not None and reads)
         options = {"eos_token_id": find_ends(given, tokenizer, template)}
     else:
-        place: dict[str, Any] = {"revision": revision, "dtype": dtype}
         if processor is None:
             loaded = load_causal_lm(model, **place)
         else:
@@ -229,20 +219,22 @@ def load_predictor(
         given = loaded.generation_config  # of the whole model; the LLM inside has none of its own
         options = {"eos_token_id": find_ends(given, tokenizer, template), "suppress_tokens": given.suppress_tokens}
         loaded = loaded.model.text_model if processor is not None and reads else loaded
-    if reads:
-        return kinds[1](loaded, tokenizer, template, questions, text_column=text_column, **options)
-    return kinds[0](loaded, processor, questions, tower_cache_dir, **options)
+    if processor is None or reads:
+        column = settings.text_column or "text"
+        return text(loaded, tokenizer, template, questions, text_column=column, **options)
+    return speech(loaded, processor, questions, settings.tower_cache_dir, **options)
 
 
-def _load_in_vllm(model: str, revision: str, dtype: str, arguments: str | None, *, reads: bool) -> tuple[Any, Any]:
+def _load_in_vllm(settings: EvaluationSettings, *, reads: bool) -> tuple[Any, Any]:
     """Return the engine and the generation settings of a model; a ReLLM `reads` transcripts, or hears."""
+    model, revision = settings.model, settings.revision
     if read_adapter(model, revision) is not None:
         raise ValueError(f"{model} is an adapter, which is not asked through vLLM. Leave --engine out, or merge it.")
     if reads and (scope := read_config(model, revision).lora_scope) != "audio":
         raise ValueError(f"{model} has lora_scope={scope!r}: in vLLM it acts on transcripts too. Leave --engine out.")
     from relllm.inference.vllm.vllm_engine import OfflineEngine, read_generation_settings
 
-    engine = OfflineEngine(model, revision=revision, dtype=dtype, arguments=arguments)
+    engine = OfflineEngine(model, revision=revision, dtype=settings.dtype, arguments=settings.engine_args)
     return engine, read_generation_settings(model, revision)
 
 

@@ -90,14 +90,14 @@ def draw_plots(lines: Sequence[Mapping], metrics: Mapping, folder: Path, *, titl
         if "bins" in part:
             heading = f"{title}: {way}, ECE {part['ece']:.3f}"
             drawn.append(plot_reliability(part["bins"], folder / f"reliability_{way}.png", title=heading))
-    axes = {"valence", "arousal"}
-    plane = [line for line in lines if axes <= {k for k in line.get("dimensions", ()) if line[k] is not None}]
+    axes = ("valence", "arousal")
+    plane = [line for line in lines if set(axes) <= {k for k in line.get("dimensions", ()) if line[k] is not None}]
     if plane:
-        valence, arousal = ([line[name] for line in plane] for name in ("valence", "arousal"))
-        heard = [[line["dimensions"][name] for line in plane] for name in ("valence", "arousal")]
+        true = [[line[name] for line in plane] for name in axes]
+        heard = [[line["dimensions"][name] for line in plane] for name in axes]
         emotions = [line["emotion"] or "no emotion" for line in plane]
         path = folder / "valence_arousal.png"
-        drawn.append(plot_valence_arousal(valence, arousal, heard[0], heard[1], emotions, path, title=title))
+        drawn.append(plot_valence_arousal(true[0], true[1], heard[0], heard[1], emotions, path, title=title))
     if "empathy" in metrics:
         levels = {title: {name: part["levels"] for name, part in metrics["empathy"].items() if name in EMPATHY_PARTS}}
         drawn.append(plot_levels(levels, folder / "levels.png"))

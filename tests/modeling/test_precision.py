@@ -28,6 +28,7 @@ from relllm.cli import app
 from relllm.cli.talking import load_relllm
 from relllm.demo.tiny_towers import make_tiny_towers
 from relllm.evaluation.asking import Questions
+from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.predicting import load_predictor
 from relllm.inference.inference_settings import CheckpointSettings
 from relllm.modeling import emotion_tower_relllm
@@ -213,8 +214,8 @@ def test_the_commands_load_in_the_precision_that_they_are_told(published: Path, 
     tiny_processor(model.config).save_pretrained(tmp_path)
     place = str(tmp_path)
     serves, processor = load_relllm(CheckpointSettings(model=place, device="cpu", dtype=dtype))
-    options = {"revision": "main", "dtype": dtype, "device": "cpu"}
-    evaluates = load_predictor(place, "re-llm", Questions(("recognition",), ("neutral", "sad")), **options).model
+    settings = EvaluationSettings(place, "rows", tmp_path, dtype=dtype)
+    evaluates = load_predictor(settings, "re-llm", Questions(("recognition",), ("neutral", "sad")), "cpu").model
     lora = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "projector_inner_dim": 16}
     trains, _ = build_model(ReLLMScriptArguments(model_name_or_path=place, dtype=dtype, data="rows", **lora))
     for loaded in (serves, evaluates, trains):
