@@ -12,7 +12,6 @@ from relllm.evaluation.evaluation_settings import (
     ScoringSettings,
 )
 from relllm.preferences.preference_settings import ScoreRepliesSettings
-from relllm.setting import pick_device
 
 from .options import console, from_settings
 from .talking import load_relllm
@@ -103,20 +102,17 @@ def score_command(settings: ScoringSettings) -> None:
 
     Example: relllm empathy score replies.csv --scorers runs/empathy --out scored.csv
     """
-    from relllm.evaluation.empathy.scoring import load_scorers, score_table
+    from relllm.evaluation.empathy.scoring import score_table
     from relllm.evaluation.summary import show_value
 
-    pairs = settings.pairs
-    out = settings.out or pairs.with_name(f"{pairs.stem}.scored{pairs.suffix}")
-    device = pick_device(settings.device)
-    found = score_table(pairs, load_scorers(settings.scorers), out, batch_size=settings.batch_size, device=device)
+    found = score_table(settings)
     table = Table("empathy", "mean level", "level 0 / 1 / 2", "pairs")
     for name, part in found.items():
         table.add_row(name, *(show_value(part[column]) for column in ("mean_level", "levels", "num_pairs")))
     console.print(table)
     if num_empty := next(iter(found.values()))["num_empty"]:
         console.print(f"{num_empty:,} responses are empty: they count as level 0", style="yellow")
-    console.print(f"Levels and probabilities of each pair: {out}")
+    console.print(f"Levels and probabilities of each pair: {settings.file}")
 
 
 @app.command("score-replies")

@@ -70,13 +70,12 @@ class Plan:
     identity: dict = field(default_factory=dict)  # what must not change when the run goes on
 
 
-def evaluate(settings: EvaluationSettings, *, score: Score | None = None, progress: bool = True) -> dict:
+def evaluate(settings: EvaluationSettings, *, progress: bool = True) -> dict:
     """Measure a system and write `predictions.jsonl`, `metrics.json` and `plots/`.
 
     Killed, the same call goes on where it was; complete, it returns what is there. In several processes
     (`accelerate launch`) they share the clips and the files are the same; each returns the content of `metrics.json`.
-    `score` takes `(seeker post, reply)` pairs, in place of `settings.empathy_scorers`. Before anything runs, a task
-    that cannot be measured, and a folder of a run with other settings, are a `ValueError`.
+    Before anything runs, a task that cannot be measured and a folder of another run are a `ValueError`.
     """
     check_extras("Evaluation", "audmetric", "matplotlib", "scikit-learn")
     set_seed(settings.seed)
@@ -88,10 +87,10 @@ def evaluate(settings: EvaluationSettings, *, score: Score | None = None, progre
         if state.num_processes > 1:
             arguments = '--engine-args {"tensor_parallel_size": 2}'
             raise ValueError(f"vLLM shares its work out itself: one process, {arguments}.")
-    plan = _plan_run(settings, with_scorers=score is not None or settings.empathy_scorers is not None)
+    plan = _plan_run(settings)
     plan.identity = _from_main(state, lambda: _run_identity(settings, plan))
     if not _from_main(state, lambda: _is_complete(settings.output_dir, plan.identity)):
-        _answer(settings, plan, state, score, progress=progress)
+        _answer(settings, plan, state, progress=progress)
         state.wait_for_everyone()
         if state.is_main_process:
             _finish(settings, plan)
@@ -105,7 +104,7 @@ def write_predictions(out: Path, identity: Mapping, lines: Sequence[Mapping]) ->
         partial.write_text("".join(json.dumps(line) + "\n" for line in ({"settings": identity}, *lines)))
 
 
-def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
+def _plan_run(settings: EvaluationSettings) -> Plan:
     """Read data and configuration, and check that every task can be measured."""
     check_place(settings.model, holds=("config.json", ADAPTER_CONFIG))
     for scorers in filter(None, (settings.empathy_scorers, settings.held_out_scorers)):
@@ -119,7 +118,7 @@ def _plan_run(settings: EvaluationSettings, *, with_scorers: bool) -> Plan:
     rows = _load_rows(settings, system)
     seen = _find_seen(settings, config, system, rows)
     labels = _labels_of(settings, config)
-    obstacles = _obstacles(settings, config, rows, system, labels, with_scorers)
+    obstacles = _obstacles(settings, config, rows, system, labels)
     for task in settings.tasks or ():
         if task in obstacles:
             raise ValueError(f"Task {task!r} cannot be measured: {obstacles[task]}. Mend it, or leave {task} out.")
@@ -182,12 +181,7 @@ def _find_seen(settings: EvaluationSettings, config: PreTrainedConfig, system: S
 
 
 def _obstacles(
-    settings: EvaluationSettings,
-    config: PreTrainedConfig,
-    rows: Dataset,
-    system: System,
-    labels: Sequence[str],
-    with_scorers: bool,
+    settings: EvaluationSettings, config: PreTrainedConfig, rows: Dataset, system: System, labels: Sequence[str]
 ) -> dict[str, str]:
     """Tasks that cannot be measured, and why."""
 
@@ -207,7 +201,7 @@ def _obstacles(
         found["dimensions"] = "no training has taught them to the model (trained_readings in its config.json)"
     elif not any(map(any_of, DIMENSIONS)):
         found["dimensions"] = f"no row has any of {', '.join(DIMENSIONS)}"
-    if not with_scorers:
+    if settings.empathy_scorers is None:
         found["empathy"] = "there are no scorers (--empathy-scorers DIR; `relllm empathy train` makes them)"
     if reads and not any_of(read):
         found |= dict.fromkeys(TASKS, f"no row has a transcript (`{read}`)")
@@ -226,9 +220,7 @@ def _duration(row: Mapping) -> float:
         return 0.0
 
 
-def _answer(
-    settings: EvaluationSettings, plan: Plan, state: PartialState, score: Score | None, *, progress: bool
-) -> None:
+def _answer(settings: EvaluationSettings, plan: Plan, state: PartialState, *, progress: bool) -> None:
     """Append a line for every clip that has none yet, the processes a batch each at a time; if any, load a model."""
     is_main, at_once = state.is_main_process, state.num_processes
     journal = Journal(settings.output_dir / PREDICTIONS, plan.identity) if is_main else None
@@ -241,8 +233,7 @@ def _answer(
             return
         device = state.device if settings.device == "auto" else settings.device
         predictor = load_predictor(settings, plan.system, plan.questions, device)
-        if score is None and "empathy" in plan.questions.tasks:
-            score = _load_score(settings, str(device))
+        score = _load_score(settings, str(device)) if "empathy" in plan.questions.tasks else None
         shown = {"desc": "Evaluating", "unit": "clip", "disable": not (progress and is_main)}
         with tqdm(total=len(ids), initial=len(done), **shown) as bar:
             for start in range(0, len(todo), at_once):

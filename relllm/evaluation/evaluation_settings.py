@@ -133,3 +133,8 @@ class ScoringSettings:
     out: Path | None = setting(None, "The table with levels; by default PAIRS.scored beside it.")
     batch_size: int = setting(32, "Pairs at once.", min=1)
     device: str = setting("auto", "cpu, cuda, cuda:1, … or auto.")
+
+    @property
+    def file(self) -> Path:
+        """The table with levels."""
+        return self.out or self.pairs.with_name(f"{self.pairs.stem}.scored{self.pairs.suffix}")

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from relllm.data.journal import write_json
 from relllm.data.loading import column_values
 
-from .evaluating import PATIENCE, PLOTS, Score, evaluate, read_predictions, write_predictions
+from .evaluating import PATIENCE, PLOTS, evaluate, read_predictions, write_predictions
 from .evaluation_settings import METRICS, EvaluationSettings
 from .fingerprints import combine_fingerprints
 from .summary import MEASURES, count_clips, draw_plots, mean_over_folds, summarize_clips
@@ -16,9 +16,7 @@ from .summary import MEASURES, count_clips, draw_plots, mean_over_folds, summari
 PLACE = "{fold}"
 
 
-def evaluate_folds(
-    settings: EvaluationSettings, folds: str, *, score: Score | None = None, progress: bool = True
-) -> dict:
+def evaluate_folds(settings: EvaluationSettings, folds: str, *, progress: bool = True) -> dict:
     """Measure every fold and pool them: the predictions of all folds make the main numbers, beside the mean.
 
     `settings.model` has `{fold}` in the place of the column's value, unless the system is text-only; `folds` is a
@@ -43,7 +41,7 @@ def evaluate_folds(
             output_dir=settings.output_dir / "folds" / value.replace("/", "_"),
             name=f"{name}, {value}",
         )
-        by_fold[value] = evaluate(fold, score=score, progress=progress), fold.output_dir
+        by_fold[value] = evaluate(fold, progress=progress), fold.output_dir
     state = PartialState(cpu=settings.device == "cpu", timeout=PATIENCE)
     predicted = [read_predictions(out) for _, out in by_fold.values()]
     lines = [line for _, own in predicted for line in own]

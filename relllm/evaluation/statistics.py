@@ -71,8 +71,8 @@ class Resampler:
         return np.concatenate([self._counts[at : at + _RESAMPLES_AT_ONCE].astype(float) @ of_unit for at in starts])
 
 
-def percentile_interval(values: np.ndarray, num_units: int, *, confidence: float = 0.95) -> tuple[float, float] | None:
-    """Return the middle part of a statistic's bootstrap values, widened for few units: expanded percentiles.
+def percentile_interval(values: np.ndarray, num_units: int) -> tuple[float, float] | None:
+    """Return the middle 95 % of a statistic's bootstrap values, widened for few units: expanded percentiles.
 
     The plain one is too narrow by about sqrt(n / (n - 1)) and by the normal quantile in place of Student's; moving the
     two quantiles makes up for both (`ExpandProbs` of R's `resample`, after Hesterberg, arXiv 1411.5279). It is `None`
@@ -82,6 +82,6 @@ def percentile_interval(values: np.ndarray, num_units: int, *, confidence: float
 
     if not np.isfinite(values).all():
         return None
-    expanded = np.sqrt(num_units / (num_units - 1)) * t.ppf((1 + confidence) / 2, num_units - 1)
+    expanded = np.sqrt(num_units / (num_units - 1)) * t.ppf(0.975, num_units - 1)
     low, high = np.quantile(values, [norm.cdf(-expanded), norm.cdf(expanded)])
     return float(low), float(high)

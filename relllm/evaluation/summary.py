@@ -72,11 +72,13 @@ def mean_over_folds(folds: Sequence[Mapping]) -> dict:
     """Return the unweighted mean over folds of every number of [`summarize_clips`]; `None` where a fold has none."""
     found: dict[str, dict] = {}
     for task, measures in MEASURES.items():
-        rows = [fold[task] for fold in folds if task in fold]
-        if len(rows) < len(folds):
-            continue
-        shared = [name for name in rows[0] if all(isinstance(row.get(name), Mapping) for row in rows)]
-        found[task] = {name: _mean([row[name] for row in rows], measures) for name in shared}
+        of_task = [fold.get(task, {}) for fold in folds]
+        for name, first in of_task[0].items():
+            if isinstance(first, Mapping) and all(name in of for of in of_task):
+                parts = [of[name] for of in of_task]
+                columns = {key: [part[key] for part in parts] for key in measures if key in first}
+                means = {key: None if None in of else sum(of) / len(of) for key, of in columns.items()}
+                found.setdefault(task, {})[name] = means
     return found
 
 
@@ -197,7 +199,7 @@ def summarize_levels(lines: Iterable[Mapping], mechanism: str) -> dict | None:
     by_level = [[part for part in parts if part["level"] == level] for level in range(LEVELS)]
     mean_level = sum(part["level"] for part in parts) / len(parts)
     found = {"mean_level": mean_level, "levels": [*map(len, by_level)], "num_replies": len(parts)}
-    if not all("tokens" in part for part in parts):  # of an older release, or of another `score`
+    if not all("tokens" in part for part in parts):  # of an older release
         return found
     lengths = [[part["tokens"] for part in of] for of in (parts, *by_level)]
     mean_tokens, *of_level = (sum(tokens) / len(tokens) if tokens else None for tokens in lengths)
@@ -209,11 +211,6 @@ def _wording(lines: Sequence[Mapping]) -> dict | None:
     replies = [line["reply"] for line in lines if "reply" in line]
     found = describe_wording(replies) if replies else {}
     return {name: {"value": value, "num_replies": len(replies)} for name, value in found.items()} or None
-
-
-def _mean(rows: Sequence[Mapping], measures: Sequence[str]) -> dict[str, float | None]:
-    columns = {name: [row[name] for row in rows] for name in measures if name in rows[0]}
-    return {name: None if None in values else sum(values) / len(values) for name, values in columns.items()}
 
 
 def _number_tables(metrics: Mapping) -> Iterator[Table]:

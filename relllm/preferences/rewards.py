@@ -64,12 +64,12 @@ class EmpathyReward(Reward):
 
     needs = ("text",)
 
-    def __init__(self, name: str, scorer: LoadedScorer, device: str | torch.device, batch_size: int) -> None:
-        self.name, self.scorer, self.device, self.batch_size = name, scorer, device, batch_size
+    def __init__(self, name: str, scorer: LoadedScorer, device: str | torch.device) -> None:
+        self.name, self.scorer, self.device = name, scorer, device
 
     def __call__(self, rows: Sequence[Mapping], replies: Sequence[str]) -> list[float]:
         pairs = [(self.known(row), reply) for row, reply in zip(rows, replies, strict=True)]
-        scored = score_pairs({self.name: self.scorer}, pairs, batch_size=self.batch_size, device=self.device)
+        scored = score_pairs({self.name: self.scorer}, pairs, device=self.device)
         return [sum(level * p for level, p in enumerate(one[self.name]["probabilities"])) for one in scored]
 
 
@@ -164,7 +164,7 @@ def check_rewards(weights: Mapping[str, float], settings: RewardSettings) -> Non
 
 
 def load_rewards(
-    weights: Mapping[str, float], *, device: str | torch.device = "cpu", batch_size: int = 32, **settings: Any
+    weights: Mapping[str, float], *, device: str | torch.device = "cpu", **settings: Any
 ) -> WeightedRewards:
     """Load rewards by name, each with its weight, such as `{"ER": 1, "EX": 1, "emotion": 0.5, "length": -0.1}`.
 
@@ -181,7 +181,7 @@ def load_rewards(
     }
     if given.scorers is not None and set(weights) & set(MECHANISMS):
         for name, scorer in load_scorers(given.scorers).items():
-            makers[name] = partial(EmpathyReward, name, scorer, device, batch_size)
+            makers[name] = partial(EmpathyReward, name, scorer, device)
     return [(makers[name](), weight) for name, weight in weights.items()]
 
 

@@ -22,7 +22,7 @@ from relllm.evaluation.empathy.epitome import PairCollator, encode_pairs, read_p
 from relllm.evaluation.empathy.scorer import EmpathyScorer
 from relllm.evaluation.empathy.scorer_training import measure, train_scorer
 from relllm.evaluation.empathy.scoring import cut_windows, load_scorers, score_pairs, score_table
-from relllm.evaluation.evaluation_settings import EmpathySettings
+from relllm.evaluation.evaluation_settings import EmpathySettings, ScoringSettings
 
 SIGNS = {0: "ok", 1: "sorry", 2: "what"}  # the word that decides the level
 FILLERS = ["fine", "that", "is", "hard", "today", "me", "more", "so", "and", "tell"]
@@ -343,14 +343,13 @@ def test_a_table_keeps_its_columns_and_gets_levels(tmp_path: Path, suffix: str) 
 
 def test_a_table_is_never_overwritten_nor_its_columns(tmp_path: Path) -> None:
     save_scorer(tmp_path / "ER", "ER")
-    scorers = load_scorers(tmp_path)
     table = write_csv(tmp_path / "pairs.csv", [("a", "b", 1)], "seeker_post,response_post,ER_level")
     with pytest.raises(ValueError, match="is the table itself"):
-        score_table(table, scorers, tmp_path / "." / "pairs.csv", progress=False)
+        score_table(ScoringSettings(table, tmp_path, tmp_path / "." / "pairs.csv"), progress=False)
     with pytest.raises(ValueError, match=r"has the columns \['ER_level'\] already"):
-        score_table(table, scorers, tmp_path / "out.csv", progress=False)
+        score_table(ScoringSettings(table, tmp_path, tmp_path / "out.csv"), progress=False)
     with pytest.raises(ValueError, match="ends in .csv or .jsonl"):
-        score_table(table, scorers, tmp_path / "out.xlsx", progress=False)
+        score_table(ScoringSettings(table, tmp_path, tmp_path / "out.xlsx"), progress=False)
 
 
 def test_the_command_trains_and_says_what_is_wrong(tmp_path: Path) -> None:

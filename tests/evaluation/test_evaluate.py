@@ -78,14 +78,6 @@ def whole(model: Path, corpus: Path, tmp_path_factory) -> Path:
     return out
 
 
-def levels_by_length(pairs) -> list[dict]:
-    """A stand-in for the trained scorers."""
-    return [
-        {name: {"level": len(post) % 3, "probabilities": [0, 0, 1]} for name in ("ER", "IP", "EX")}
-        for post, _ in pairs
-    ]
-
-
 def test_the_metrics_are_those_of_the_lines_counted_by_hand(whole: Path):
     metrics, (_, lines) = json.loads((whole / "metrics.json").read_text()), read_predictions(whole)
     asked = [line for line in lines if line["emotion"] in EMOTIONS and "error" not in line]
@@ -263,16 +255,6 @@ def test_towers_do_not_run_for_clips_that_a_cache_has(whole, model, corpus, tmp_
         evaluate(settings(model, corpus, tmp_path / "read", system="text-only", tower_cache_dir="towers"))
 
 
-def test_replies_are_stored_and_scored(model, corpus, tmp_path: Path):
-    metrics = evaluate(settings(model, corpus, tmp_path, tasks=("empathy",)), score=levels_by_length, progress=False)
-    lines = read_predictions(tmp_path)[1]
-    assert all(("reply" in line) != ("error" in line) for line in lines) and "recognition" not in lines[0]
-    part = metrics["empathy"]["ER"]
-    level = len("words 0") % 3
-    assert part["num_replies"] == 9 and part["mean_level"] == level and part["levels"][level] == 9
-    assert "recognition" not in metrics and (tmp_path / "plots" / "levels.png").is_file()
-
-
 def test_a_task_that_cannot_be_measured_is_an_error_before_anything_runs(model, corpus, tmp_path: Path):
     out = tmp_path / "run"
     with pytest.raises(ValueError, match="no scorers"):
@@ -281,7 +263,7 @@ def test_a_task_that_cannot_be_measured_is_an_error_before_anything_runs(model, 
     mute = tmp_path / "mute.jsonl"
     mute.write_text("".join(json.dumps(row | {"audio": str(corpus / row["audio"])}) + "\n" for row in rows))
     with pytest.raises(ValueError, match="no row has a transcript"):
-        evaluate(settings(model, mute, out, tasks=("empathy",)), score=levels_by_length)
+        evaluate(settings(model, mute, out, tasks=("empathy",), empathy_scorers="gone", allow_weak_scorers=True))
     with pytest.raises(ValueError, match="has no dimensions"):
         evaluate(settings(model, corpus, out, tasks=("dimensions",), system="text-only"))
     with pytest.raises(ValueError, match="Unknown tasks"):
@@ -422,12 +404,17 @@ def test_trained_scorers_read_transcript_and_reply(model, corpus, tmp_path: Path
     out, folder = tmp_path / "run", str(tmp_path / "scorers")
     options = {"tasks": ("empathy",), "empathy_scorers": folder, "allow_weak_scorers": True}  # nobody measured them
     metrics = evaluate(settings(model, corpus, out, **options), progress=False)
-    asked = [line for line in read_predictions(out)[1] if "reply" in line]
+    lines = read_predictions(out)[1]
+    assert all(("reply" in line) != ("error" in line) and "recognition" not in line for line in lines)
+    assert "recognition" not in metrics and (out / "plots" / "levels.png").is_file()
+    asked = [line for line in lines if "reply" in line]
     texts = {row["id"]: row["text"] for row in load_corpus(str(corpus))}
     alone = score_pairs(load_scorers(folder), [(texts[line["id"]], line["reply"]) for line in asked], batch_size=1)
     for mechanism in ("ER", "IP", "EX"):
         levels = [scores[mechanism]["level"] for scores in alone]
         assert [line["empathy"][mechanism]["level"] for line in asked] == levels
-        assert metrics["empathy"][mechanism]["mean_level"] == pytest.approx(sum(levels) / len(levels), abs=1e-6)
+        part = metrics["empathy"][mechanism]
+        assert part["mean_level"] == pytest.approx(sum(levels) / len(levels), abs=1e-6) and part["num_replies"] == 9
+        assert part["levels"] == [levels.count(level) for level in range(3)]
     assert metrics["empathy"]["scorers"]["fingerprint"].startswith("sha256:")
     assert metrics["empathy"]["scorers"]["quality"] == dict.fromkeys(("ER", "IP", "EX"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from chat_templates import CHATML
+from empathy_scorers import save_scorers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import add_bos, tiny_llm, tiny_model, tiny_tokenizer
@@ -14,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from relllm.cli import app
+from relllm.evaluation import evaluating
 from relllm.evaluation.adapters import load_causal_lm
 from relllm.evaluation.asking import Questions, answer_tokens, conversations, render
-from relllm.evaluation.evaluating import evaluate
 from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.fingerprints import model_fingerprint
 from relllm.evaluation.predicting import load_tokenizer
@@ -77,7 +78,10 @@ def train(place: Path, name: str) -> TextTrainer:
 def run(model: Path, place: Path, name: str, **options: object) -> dict:
     data, out = str(place / "iemocap"), place / "runs" / name
     told = {"held_out": "session=Ses02", "max_new_tokens": 8, "device": "cpu", **options}
-    return evaluate(EvaluationSettings(str(model), data, out, **told), score=levels, progress=False)
+    told["empathy_scorers"] = str(save_scorers(place / "scorers", ("ER",)))
+    with pytest.MonkeyPatch.context() as patch:  # of which the levels are not
+        patch.setattr(evaluating, "_load_score", lambda *_: levels)
+        return evaluating.evaluate(EvaluationSettings(str(model), data, out, **told), progress=False)
 
 
 def levels(pairs: list) -> list[dict]:

@@ -455,7 +455,7 @@ def test_what_a_run_asked_with_is_asked_by_whoever_loads_it(towers, corpus: str,
     for conversation in (Conversation(model, processor), TextConversation.inside(model, processor)):
         assert (conversation.system_prompt, conversation.instruction) == ("Be kind.", "Answer what you hear: ")
     settings = EvaluationSettings(str(tmp_path / "run"), corpus, tmp_path / "out", tasks=("ser",), split="validation")
-    plan = _plan_run(settings, with_scorers=True)
+    plan = _plan_run(settings)
     assert plan.prompts["reply"] == expected
 
 

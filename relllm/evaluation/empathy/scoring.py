@@ -13,8 +13,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from relllm.data.table_files import write_table
+from relllm.setting import pick_device
 
-from ..evaluation_settings import LEVELS, MECHANISMS
+from ..evaluation_settings import LEVELS, MECHANISMS, ScoringSettings
 from ..summary import summarize_levels
 from .epitome import PairCollator, encode_posts, read_posts
 from .quality import find_scorers
@@ -109,20 +110,13 @@ def cut_windows(text: str, scorer: LoadedScorer) -> tuple[list[str], int]:
     return [text[start:end] for start, end in pairwise(starts)], len(words)
 
 
-def score_table(
-    path: Path,
-    scorers: Mapping[str, LoadedScorer],
-    out: Path,
-    *,
-    batch_size: int = 32,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-) -> dict[str, dict]:
+def score_table(settings: ScoringSettings, *, progress: bool = True) -> dict[str, dict]:
     """Score a `.csv` or `.jsonl` table and write it with new columns; the file is complete or not there.
 
     The columns are `ER_level`, `ER_p0`, `ER_p1`, `ER_p2`, and so on; the others stay as they are. Returns for each
     mechanism what [`summarize_levels`] does, `num_pairs` and `num_empty` (empty responses, which count as level 0).
     """
+    path, out, scorers = settings.pairs, settings.file, load_scorers(settings.scorers)
     if out.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"--out {out}: expected a file that ends in .csv or .jsonl.")
     if out.resolve() == path.resolve():
@@ -132,7 +126,8 @@ def score_table(
     new = [f"{name}_{what}" for name in scorers for what in ("level", *(f"p{level}" for level in range(LEVELS)))]
     if taken := [name for name in new if any(name in row for row in rows)]:
         raise ValueError(f"{path} has the columns {taken} already. Rename them, or score the table without them.")
-    scored = score_pairs(scorers, pairs, batch_size=batch_size, device=device, progress=progress)
+    device = pick_device(settings.device)
+    scored = score_pairs(scorers, pairs, batch_size=settings.batch_size, device=device, progress=progress)
     written = []
     for row, found in zip(rows, scored, strict=True):
         values = [value for part in found.values() for value in (part["level"], *part["probabilities"])]
