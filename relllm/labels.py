@@ -18,9 +18,8 @@ _SYNONYMS = {
     "excited": ("excitement", "exc"),
 }
 _NO_LABEL = ("other", "oth", "no agreement", "xxx")
-_CANONICAL: dict[str, str | None] = {synonym: name for name, synonyms in _SYNONYMS.items() for synonym in synonyms}
-_CANONICAL.update({name: name for name in _SYNONYMS})
-_CANONICAL.update(dict.fromkeys(_NO_LABEL))
+_CANONICAL: dict[str, str | None] = dict.fromkeys(_NO_LABEL)
+_CANONICAL |= {word: name for name, synonyms in _SYNONYMS.items() for word in (name, *synonyms)}
 
 
 def canonical_emotion(name: str) -> str | None:

@@ -150,9 +150,7 @@ class ReLLMSFTConfig(ReLLMSettings, PaperConfig):
     """`trl.SFTConfig` with RE-LLM's losses; the defaults that differ from TRL's are the paper's recipe."""
 
     per_device_train_batch_size: int = setting(2, "Rows a device and step (paper: 2); auto: as many as fit.")
-    rows_per_update: int | None = setting(
-        None, "Rows an update, of all devices together; with per_device_train_batch_size: auto 16 (paper)."
-    )
+    rows_per_update: int | None = setting(None, "Rows an update, of all devices together; with auto 16 (paper).")
     tasks: dict[str, float] | str | None = setting(
         None, "What clips are taught as, with shares: reply=1,recognition=0.5,transcription=0.25; by default reply."
     )
@@ -266,12 +264,8 @@ class RowsSettings:
         None, "Prepared corpus, .jsonl/.csv/.parquet, save_to_disk folder or Hub id; several by shares: a=1,b=0.5."
     )
     train_split: str = setting("train", "Split to train on; empty for all rows.")
-    held_out: str | None = setting(
-        None, "Splits of data from columns: session=Ses05;validation:session=Ses04; empty for its own."
-    )
-    select_on_test: bool = setting(
-        False, "Choose the checkpoint by the test split all the same: its numbers are no test, and its card says so."
-    )
+    held_out: str | None = setting(None, "Splits by columns: session=Ses05;validation:session=Ses04; empty: its own.")
+    select_on_test: bool = setting(False, "Choose the checkpoint by the test split all the same; its card says so.")
     resume: str = setting("auto", "auto: from the last complete checkpoint if any; true: demand it; false: refuse.")
 
     def __post_init__(self) -> None:
@@ -303,9 +297,7 @@ class LoraSettings(SplitSettings):
     lora_r: int | None = setting(None, "Rank of the LLM's LoRA (default; paper: 16); 0 for no LoRA.")
     lora_alpha: int | None = setting(None, "LoRA's alpha (default; paper: 16).")
     lora_dropout: float | None = setting(None, "LoRA's dropout (default; paper: 0.05).")
-    lora_target_modules: list[str] | None = setting(
-        None, "Layers by name, or one regular expression; by default all linear (paper)."
-    )
+    lora_target_modules: list[str] | None = setting(None, "Layers by name, or one pattern; by default all linear.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -343,13 +335,9 @@ class ReLLMScriptArguments(LoraSettings):
         None, "How emotion joins speech: concat (default; paper), token, none (the baseline, without emotion tower)."
     )
     projector_inner_dim: int | None = setting(None, "Width of the bottleneck (default, and original: 512).")
-    lora_scope: Literal["audio", "text", "global"] | None = setting(
-        None, "Where LoRA acts: audio (default; paper), text, global."
-    )
+    lora_scope: Literal["audio", "text", "global"] | None = setting(None, "Where LoRA acts; by default audio (paper).")
     emotion_labels: list[str] | None = setting(None, "Classes of a new model's head; by default those of the data.")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
-        None, "Of the frozen weights; by default the LLM's own. What trains is in float32."
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "Of frozen weights; by default the LLM's.")
     attn_implementation: str | None = setting(None, "sdpa, flash_attention_2 or eager.")
     load_in_4bit: bool = setting(False, "QLoRA: the LLM alone in 4 bit (bitsandbytes).")
     full_window: bool | None = setting(None, "Whisper over its whole 30 s, as it was trained (default: true).")

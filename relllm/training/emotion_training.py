@@ -54,9 +54,7 @@ class EmotionScriptArguments(RowsSettings):
 
     model_name_or_path: str | None = setting(None, "A wav2vec2, HuBERT or WavLM encoder, or a tower: path or Hub id.")
     num_layers: int | None = setting(None, "Keep so many Transformer layers from the bottom (audEERING: 12 of 24).")
-    targets: Literal["dimensions", "emotions"] = setting(
-        "dimensions", "What is taught: the dimensions, or the emotions, each class with the same weight in all."
-    )
+    targets: Literal["dimensions", "emotions"] = setting("dimensions", "What is taught: dimensions, or emotions.")
     train_feature_encoder: bool = setting(False, "Also train the convolutions.")
     final_dropout: float = setting(0.1, "In a fresh head (audEERING: 0.1).")
     eval_split: str = setting("validation", "Development split; empty for none, which keeps the last checkpoint.")
@@ -82,9 +80,7 @@ class EmotionTrainingConfig(AugmentationSettings, OfThisMachine, TrainingArgumen
     save_strategy: str = setting("epoch", "When to save: no, steps, epoch, best.")
     save_total_limit: int | None = setting(2, "Checkpoints to keep.")
     load_best_model_at_end: bool = setting(True, "Keep the best of the development split.")
-    metric_for_best_model: str | None = setting(
-        "ccc", "Mean CCC of the dimensions that have labels; of emotions it is ua."
-    )
+    metric_for_best_model: str | None = setting("ccc", "Mean CCC of the labelled dimensions; of emotions it is ua.")
     greater_is_better: bool | None = setting(True, "A CCC, or UA, is better when it is greater.")
     report_to: str = setting("none", "trackio, tensorboard, wandb, …")
 

@@ -37,7 +37,8 @@ class SettingsParser(TrlParser):
         for action in self._actions:
             named = action.dest in ("per_device_train_batch_size", *CHECKPOINTING)
             if named and ReLLMSFTConfig in dataclass_types and action.nargs != 0:
-                action.type = _or_auto(action.type)
+                own: Any = action.type
+                action.type = lambda text, own=own: text if text == AUTO else own(text)
 
     @classmethod
     def of(cls, command: str, *kinds: type) -> Callable[[Sequence[str]], tuple[Any, ...]]:
@@ -162,10 +163,6 @@ def _is_read(args: TrainingArguments, name: str) -> bool:
         except (ValueError, AttributeError):  # it is a whole number, or a name of a kind
             return True
     return any(one != found[0] for one in found[1:])
-
-
-def _or_auto(kind: Any) -> Any:
-    return lambda text: text if text == AUTO else kind(text)
 
 
 def _kinds(hint: Any) -> set[Any]:

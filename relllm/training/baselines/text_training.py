@@ -33,9 +33,7 @@ class TextScriptArguments(LoraSettings):
     """What `relllm train-text` takes beside [`TextTrainingConfig`]."""
 
     text_model: str | None = setting(None, "Any causal LM: id or path.")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
-        None, "Of its frozen weights; by default its own. The LoRA is in float32."
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(None, "Of its frozen weights; default: its own.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,8 +8,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -34,8 +33,7 @@ RESERVE = 0.1  # of the memory, left for fragmentation
 ENOUGH_POSITIONS = 512
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """Rows that go through at once, and whether the LLM's activations are computed again instead of kept."""
 
     rows: int
