@@ -45,7 +45,7 @@ def train(towers: Path, folder: Path, resume: bool = False, kill: str = "") -> N
     elif kill == "saving: before the optimizer":
         die_before(trainer, "_save_optimizer_and_scheduler", saving)
     elif kill == "saving: before the name":
-        die_before(checkpoints, "_put_in_place", saving)
+        die_before(checkpoints.os, "rename", saving)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(folder / "end")
 
