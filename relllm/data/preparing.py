@@ -45,11 +45,8 @@ def prepare_corpus(
 
     `make_audio` makes the audio of rows in a folder before it is read, for a corpus whose audio does not exist yet;
     processes must be able to pickle it. Returned is the report, as in `report.json`, also of what is complete already.
-
-    Raises:
-        ValueError: A row that breaks the schema, a repeated id, or no row that could be kept.
-        FileExistsError: The folder holds something else, or a data set of other settings.
-        BlockingIOError: Another process is writing the data set.
+    A row that breaks the schema, a repeated id, and no row that could be kept are a `ValueError`; a folder with
+    something else, or of other settings, is a `FileExistsError`; another process at it is a `BlockingIOError`.
     """
     from relllm.plots import check_matplotlib, plot_report
 

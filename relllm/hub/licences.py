@@ -156,11 +156,9 @@ def choose_licence(
 
 def check_carries(towers: Sequence[Tower], licence: str) -> None:
     """Raise a `ValueError` if a licence is not known to carry those of all towers; `other` says nothing of them."""
-    if licence == OTHER:
-        return
-    for tower in sorted(towers, key=lambda tower: sum(tower.licence in carried for carried in CARRIES.values())):
-        if tower.licence in CARRIES.get(licence, ()) or tower.licence == licence:
-            continue
+    borne = {licence, *CARRIES.get(licence, ())}
+    others = [tower for tower in towers if licence != OTHER and tower.licence not in borne]
+    for tower in sorted(others, key=lambda tower: sum(tower.licence in carried for carried in CARRIES.values())):
         if tower.licence == UNKNOWN:
             raise ValueError(
                 f"--license {licence}: the licence of the {tower.part} ({tower.place}) is not known, and it binds the "

@@ -11,7 +11,7 @@ import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from jinja2 import TemplateError
@@ -54,11 +54,10 @@ class Request:
 
     def messages(self, *, system_role: bool = True) -> list[dict[str, str]]:
         """Return it as a chat; without a system role, its text goes before the user's."""
-        if not self.system:
-            return [{"role": "user", "content": self.user}]
-        if not system_role:
+        if self.system and not system_role:
             return [{"role": "user", "content": f"{self.system}\n\n{self.user}"}]
-        return [{"role": "system", "content": self.system}, {"role": "user", "content": self.user}]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.user}]
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,6 @@ class Written:
     text: str
     finished: bool  # by the LLM, rather than by the token limit
     rejected: str | None = None  # why the endpoint gave no reply to this row
-
-
-class Writer(Protocol):
-    """What [`write_targets`] needs of a writer."""
-
-    def write(self, requests: Sequence[Request], done: Container[str]) -> Iterator[list[Written]]:
-        """Yield replies to the requests whose id is not in `done`."""
-        ...
 
 
 class LocalWriter:
@@ -274,6 +265,9 @@ class EndpointWriter:
             f"{self.url} keeps failing, at row {request.id!r} with: {message}. What is written is kept: run the same "
             "command again when the endpoint is back."
         )
+
+
+Writer: TypeAlias = LocalWriter | EndpointWriter
 
 
 def _stop_where_spent(response: httpx.Response) -> None:
