@@ -54,8 +54,7 @@ def main(*, quick: bool = False) -> None:
     for batch in batches:
         rows += prefill(model, batch, rounds) + decoding(model, batch, rounds)
     rows += ragged(model, rounds)
-    if device.type == "cuda":
-        rows += static_decoding(model)
+    rows += static_decoding(model)
     rows += step(model, batches[-1], rounds, quick) + training(model, tflops, quick)
     report("gpu", rows, about="random weights, " + ("tiny" if quick else "the paper's sizes, bfloat16"))
 
@@ -149,7 +148,7 @@ def decoding(model: ReLLMForConditionalGeneration, batch: int, rounds: int) -> R
 
 
 def static_decoding(model: ReLLMForConditionalGeneration) -> Rows:
-    """A token with a static cache, compiled, and what compiling takes."""
+    """A token with a static cache, and what compiling takes, which Transformers does on a card."""
     inputs = inputs_of(model, clips(1, 5.0), full_window=False)
 
     def write(tokens: int) -> float:

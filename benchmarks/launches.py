@@ -67,7 +67,9 @@ def meta_inputs(rows: int = 2, text: int = 6) -> dict[str, Any]:
     frames = torch.zeros(rows, 96, 16, dtype=torch.bfloat16, device="meta")
     towers = TowerOutputs(frames, torch.zeros(rows, dtype=torch.long, device="meta"))
     # Transformers asks a mask whether it is all ones; this says that there is none beside the causal one.
-    return {"input_ids": ids, "tower_outputs": towers, "attention_mask": {"full_attention": None}}
+    where = torch.zeros(rows * 12, dtype=torch.long, device="meta")
+    masks = {"full_attention": None}
+    return {"input_ids": ids, "tower_outputs": towers, "attention_mask": masks, "audio_positions": where}
 
 
 def count_launches(*, layers: int = 28, lora: bool = True) -> dict[str, collections.Counter[str]]:
@@ -77,7 +79,10 @@ def count_launches(*, layers: int = 28, lora: bool = True) -> dict[str, collecti
         output = model(**inputs, labels=inputs["input_ids"], use_cache=False)
         (output.loss + output.emotion_logits.sum() + output.dimensions.sum()).backward()
     model.eval()
-    del inputs["tower_outputs"]  # whose positions are counted before a reply, and that waits for a value
+    del (
+        inputs["audio_positions"],
+        inputs["tower_outputs"],
+    )  # whose positions are counted before a reply, and that waits for a value
     lengths = torch.zeros(2, dtype=torch.long, device="meta")
     heard = ReLLMAudioOutput(last_hidden_state=torch.zeros(2, 12, 32, device="meta"), lengths=lengths)
     with torch.no_grad():

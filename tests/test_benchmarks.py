@@ -68,10 +68,11 @@ def test_the_lora_dispatches_no_more_operations_than_it_did():
     launches = importlib.import_module("launches")
     ours, bare = (launches.count_launches(lora=lora) for lora in (True, False))
     own = {name: counts.total() - bare[name].total() for name, counts in ours.items()}
-    assert own["training step"] <= 1433 * 1.05 and own["prefill"] <= 422 * 1.05
+    assert own["training step"] <= 1662 * 1.05 and own["prefill"] <= 422 * 1.05
+    assert ours["training step"].total() <= 5261 * 1.05  # all of a step, while the LoRA still ran at every position
     assert own["decode step"] == 0
     # Once for each input: of the attention, of its output, of the MLP, and of what that widens to.
-    assert ours["training step"]["bernoulli_"] == 4 * 28
+    assert ours["training step"]["native_dropout"] == 4 * 28
 
 
 @pytest.mark.slow

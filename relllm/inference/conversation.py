@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
@@ -18,7 +18,7 @@ from relllm.modeling.releases_relllm import CACHE
 from relllm.processing.audio_relllm import AudioSource
 from relllm.processing.processing_relllm import ReLLMProcessor
 
-from .replies import Heard, Reply, read_heard
+from .replies import Heard, Reply, read_heard, static_length
 from .typed_text import encode_conversation
 
 # Options of `generate` that the conversation sets itself, or whose output is more than one reply.
@@ -163,19 +163,27 @@ class Conversation(TurnTaking):
         if len(turns) <= len(self.messages):  # some were dropped: a cut compares ids, and all clips have the same
             self._cache = None
         cache, start = self._take_cache(ids)
+        config = self.model.config.get_text_config(decoder=True)
+        written: Cache | None = cache
         if (options.get("num_beams", self.model.generation_config.num_beams) or 1) > 1:
-            cache, start = None, 0  # a beam search leaves a cache of its beams, and not of the reply
+            written, start = None, 0  # a beam search leaves a cache of its beams, and not of the reply
         else:  # whatever a checkpoint's generation settings say of caches
-            options |= {CACHE: cache, "use_cache": True, "cache_implementation": None}
+            length = static_length(self.model, ids, options)
+            if length and {type(layer) for layer in cache.layers} <= {DynamicLayer}:
+                written = _copy(cache, StaticCache(config=config, max_cache_len=length))
+            options |= {CACHE: written, "use_cache": True, "cache_implementation": None}
         read = int((ids[0, :start] == self.model.config.audio_token_id).sum())  # positions of clips before the cut
         if (positions := _positions_in(turns)) and len(behind := torch.cat(positions)[read:]):
             options["mm_encoder_outputs"] = {"audio": ReLLMAudioOutput(pooler_output=behind)}
         said = super()._generate(ids, turns, options)
-        if cache is not None:
-            self._cache, self._cached_ids = cache, said[: cache.get_seq_length()]
+        if written is not None:
+            count = int(written.get_seq_length())
+            if written is not cache:  # a static one cannot be cut back
+                cache = _copy(written, DynamicCache(config=config), count)
+            self._cache, self._cached_ids = cache, said[:count]
         return said
 
-    def _take_cache(self, ids: Tensor) -> tuple[Cache | None, int]:
+    def _take_cache(self, ids: Tensor) -> tuple[Cache, int]:
         """Take the cache out of the conversation (a turn may fail); return it and how many of its positions hold."""
         cache, cached = self._cache, self._cached_ids
         self._cache, self._cached_ids = None, cached[:0]
@@ -183,6 +191,14 @@ class Conversation(TurnTaking):
         if cache is not None and start and _crop(cache, start):
             return cache, start
         return DynamicCache(config=self.model.config.get_text_config(decoder=True)), 0
+
+
+def _copy(cache: Cache, into: Cache, count: int | None = None) -> Cache:
+    """Put what a cache holds, or its first `count` positions, into an empty one."""
+    for index, layer in enumerate(cache.layers):
+        if layer.is_initialized:
+            into.update(layer.keys[:, :, :count], layer.values[:, :, :count], index)
+    return into
 
 
 def _positions_in(messages: list[dict]) -> list[Tensor]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -20,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .convolution_relllm import can_convolve, convolve
 from .devices_relllm import offloaded_weights
+from .releases_relllm import padding_mask
 
 # 32 MiB in float32: glibc takes more from the system each time, which is a third of the time of 8 clips in wav2vec2.
 MAX_CPU_VALUES = 2**23
@@ -193,9 +193,7 @@ def _encode_mel(tower: PreTrainedModel, features: Tensor, mask: Tensor, **kwargs
     hidden = hidden.transpose(1, 2) + tower.embed_positions.weight[:longest]
     hidden = nn.functional.dropout(hidden, p=tower.dropout, training=tower.training)
     lengths = count_frames(tower.config, mask.sum(-1)).to(hidden.device)
-    attention_mask = create_bidirectional_mask(
-        config=tower.config, inputs_embeds=hidden, attention_mask=frame_mask(lengths, longest)
-    )
+    attention_mask = padding_mask(tower.config, hidden, frame_mask(lengths, longest))
     for layer in tower.layers:
         hidden = layer(hidden, attention_mask)
     return BaseModelOutput(last_hidden_state=tower.layer_norm(hidden))

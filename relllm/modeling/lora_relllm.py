@@ -60,26 +60,46 @@ class LoraScope(threading.local):
     """Where the LoRA acts in the running forward pass; one object for each model, and a mask for each thread.
 
     `mask` is `None` (nowhere), `True` (everywhere) or a bool tensor of shape `(batch, sequence)`; `positions` are its
-    True ones in `batch * sequence`, on a CPU only, as finding them waits elsewhere. `copies` are of [`copy_lora`].
+    True ones in `batch * sequence`, where they are given, or on a CPU: finding them elsewhere waits for the device.
+    `copies` are of [`copy_lora`].
     """
 
     mask: Tensor | bool | None = None
     positions: Tensor | None = None
     copies: "dict[ScopedLinear, tuple[Tensor, Tensor]] | None" = None
     low: "tuple[Tensor, dict[ScopedLinear, Tensor]] | None" = None  # the last input, and its products still to be used
-    kept: Tensor | float | None = None  # the chance of a value to pass dropout: 0 where the LoRA does not act
+    rooms: tuple[Tensor, dict[int, Tensor]] | None = None  # of [`~LoraScope.spread`]
 
     @contextlib.contextmanager
     def use(
-        self, mask: Tensor | bool | None, copies: "dict[ScopedLinear, tuple[Tensor, Tensor]] | None" = None
+        self,
+        mask: Tensor | bool | None,
+        copies: "dict[ScopedLinear, tuple[Tensor, Tensor]] | None" = None,
+        positions: Tensor | None = None,
     ) -> Iterator[None]:
-        """Set the mask, and the parameters' copies, for the length of a `with` block."""
-        before = self.mask, self.positions, self.copies, self.low, self.kept
-        self.mask, self.positions, self.copies, self.low, self.kept = mask, _find_positions(mask), copies, None, None
+        """Set the mask, the parameters' copies, and the positions if they are known, for the length of a `with`."""
+        before = self.mask, self.positions, self.copies, self.low, self.rooms
+        positions = _find_positions(mask) if positions is None else positions
+        self.mask, self.positions, self.copies, self.low, self.rooms = mask, positions, copies, None, None
         try:
             yield
         finally:
-            self.mask, self.positions, self.copies, self.low, self.kept = before
+            self.mask, self.positions, self.copies, self.low, self.rooms = before
+
+    def spread(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which of the positions each place in `batch * sequence` is, and room for their products with A.
+
+        A place that is none of them is the last one, behind the others, whose product is 0.
+        """
+        assert isinstance(self.mask, Tensor) and self.positions is not None
+        count, width = len(self.positions), len(a)
+        if self.rooms is None:
+            order = torch.arange(count, device=a.device)
+            self.rooms = order.new_full((self.mask.numel(),), count).index_copy_(0, self.positions, order), {}
+        places, rooms = self.rooms
+        if width not in rooms:
+            rooms[width] = a.new_zeros(count + 1, width)
+        return places, rooms[width]
 
     def wrap_checkpoint(self, checkpoint: Callable) -> Callable:
         """Make a gradient-checkpointing function that runs again, after `use`, under the mask of the first run."""
@@ -87,10 +107,10 @@ class LoraScope(threading.local):
         def scoped_checkpoint(function: Callable, *args: object, **kwargs: object) -> object:
             if torch.compiler.is_compiling():  # the graph has the mask as an input, at recompute as well
                 return checkpoint(function, *args, **kwargs)
-            mask, copies = self.mask, self.copies
+            scope = self.mask, self.copies, self.positions
 
             def run(*run_args: object, **run_kwargs: object) -> object:
-                with self.use(mask, copies):
+                with self.use(*scope):
                     return function(*run_args, **run_kwargs)
 
             return checkpoint(run, *args, **kwargs)
@@ -126,10 +146,10 @@ class ScopedLinear(PeftLinear):
         In a decode step of audio scope this is a matrix product: PEFT's own `forward` asks which adapters are active
         or merged, a tenth of a small LLM's time.
         """
-        nowhere = self.lora_scope.mask is None or ADAPTER_NAME in self.merged_adapters
-        if not nowhere or torch.is_grad_enabled() or args or kwargs or not self._is_plain():
-            result = super().forward(x, *args, **kwargs)
-            return result if nowhere else self._add_own(x, result)
+        if self.lora_scope.mask is not None and ADAPTER_NAME not in self.merged_adapters:
+            return self._run_with_own(x, *args, **kwargs)
+        if torch.is_grad_enabled() or args or kwargs or not self._is_plain():
+            return super().forward(x, *args, **kwargs)
         base = self._modules["base_layer"]
         return nn.functional.linear(x, base._parameters["weight"], base._parameters["bias"])
 
@@ -145,22 +165,29 @@ class ScopedLinear(PeftLinear):
             and not base._forward_pre_hooks
         )
 
-    def _add_own(self, x: Tensor, result: Tensor) -> Tensor:
-        mask = self.lora_scope.mask
-        if isinstance(mask, Tensor) and x.dim() == 2 and len(x) == mask.numel():
-            mask = mask.flatten()  # OPT runs its MLP on all positions in one row
-        if isinstance(mask, Tensor) and mask.shape != x.shape[:-1]:
+    def _run_with_own(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        scope, shape = self.lora_scope, x.shape[:-1]
+        mask = scope.mask
+        if isinstance(mask, Tensor) and shape != mask.shape and shape != (mask.numel(),):  # OPT's MLP: all in one row
             raise ValueError(
                 f"{self.layer_name} has a LoRA and got an input of shape {tuple(x.shape)}, and the LoRA acts at some "
                 f"positions of {tuple(mask.shape)}. Leave it out of lora_config's target_modules."
             )
         if isinstance(mask, Tensor) and mask.device != x.device:  # a spread model goes on, on its next device
-            mask = self.lora_scope.mask = mask.to(x.device)
-            self.lora_scope.positions = None
-        if not torch.compiler.is_compiling() and self.lora_scope.copies is not None:
-            copied = self.lora_scope.copies.get(self)
-            if copied is not None and (copied[0].dtype, copied[0].device) == (result.dtype, result.device):
-                return self._add_by_copies(x, result, *copied)
+            scope.mask = mask.to(x.device)
+            scope.positions = None if scope.positions is None else scope.positions.to(x.device)
+        copied = None
+        if not torch.compiler.is_compiling() and scope.copies is not None:
+            copied = scope.copies.get(self)
+        if copied is None or (copied[0].dtype, copied[0].device) != (_precision(x), x.device):
+            return self._add_own(x, super().forward(x, *args, **kwargs))
+        x, low = self._share_product(x, copied[0])
+        result = super().forward(x, *args, **kwargs)
+        flat = result.flatten(0, -2)
+        add = flat.addmm if torch.is_grad_enabled() else flat.addmm_  # which copies nothing first
+        return add(low.to(flat.dtype), copied[1].t().to(flat.dtype)).view_as(result)
+
+    def _add_own(self, x: Tensor, result: Tensor) -> Tensor:
         lora_a, lora_b = self.lora_A[ADAPTER_NAME], self.lora_B[ADAPTER_NAME]
         dropout, scaling = self.lora_dropout[ADAPTER_NAME], self.scaling[ADAPTER_NAME]
         if (positions := self.lora_scope.positions) is not None:  # the others are left alone, and cost nothing
@@ -168,28 +195,28 @@ class ScopedLinear(PeftLinear):
             delta = (lora_b(lora_a(dropout(rows))) * scaling).to(result.dtype)
             return result.flatten(0, -2).index_add(0, positions, delta).view_as(result)
         delta = lora_b(lora_a(dropout(x.to(lora_a.weight.dtype)))) * scaling
-        if isinstance(mask, Tensor):
-            delta = delta * mask.unsqueeze(-1).to(delta.dtype)
+        if isinstance(mask := self.lora_scope.mask, Tensor):
+            delta = delta * mask.reshape(*x.shape[:-1], 1).to(delta.dtype)
         return result + delta.to(result.dtype)
 
-    def _add_by_copies(self, x: Tensor, result: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Add our LoRA with copied parameters; what reads the same input shares its dropout and one product."""
+    def _share_product(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input for the base layer, and its product with our A, `(batch * sequence, r)`, 0 elsewhere.
+
+        What reads the same input shares its dropout and one product with all their A's.
+        """
         scope = self.lora_scope
-        where = scope.mask.view(-1, 1) if isinstance(scope.mask, Tensor) else None
         if scope.low is None or scope.low[0] is not x or self not in scope.low[1]:
-            rows = x.flatten(0, -2).to(a.dtype)
-            if chance := _dropped(self):
-                if scope.kept is None:
-                    scope.kept = (1 - chance) * (1 if where is None else where)
-                rows = rows * torch.empty_like(rows, dtype=torch.bool).bernoulli_(scope.kept)
-            low = rows @ a.t()
-            if where is not None and not chance:
-                low = low * where
+            read, chance = x, _dropped(self)
+            if scope.positions is not None:
+                x, low = _ProductAtPositions.apply(x, a, scope.positions, *scope.spread(a), chance)
+            else:
+                rows = x.flatten(0, -2).to(a.dtype)
+                low = (torch.native_dropout(rows, chance, True)[0] if chance else rows) @ a.t()
+                low = low * scope.mask.view(-1, 1) if isinstance(scope.mask, Tensor) else low
             ranks = [layer.r[ADAPTER_NAME] for layer in self.same_input]
             parts = [low] if len(ranks) == 1 else low.split(ranks, dim=1)
-            scope.low = x, dict(zip(self.same_input, parts, strict=True))
-        low = scope.low[1].pop(self)
-        return torch.addmm(result.flatten(0, -2), low, b.t()).view_as(result)
+            scope.low = read, dict(zip(self.same_input, parts, strict=True))
+        return x, scope.low[1].pop(self)
 
     def update_layer(self, adapter_name: str, *args: object, **kwargs: object) -> None:
         """Do as PEFT for another adapter; a `ValueError` for a second one of our name, which would replace ours."""
@@ -284,6 +311,37 @@ def inject_scoped_lora(
     return lora_config
 
 
+class _ProductAtPositions(torch.autograd.Function):
+    """The product of some of an input's rows with A, after dropout, and 0 for the others.
+
+    The input comes back with it, for the base layer: the two gradients then meet in a single operation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, positions: Tensor, places: Tensor, room: Tensor, chance: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the input and its products `(batch * sequence, ranks)`; see [`~LoraScope.spread`]."""
+        rows, kept = x.flatten(0, -2).index_select(0, positions).to(a.dtype), None
+        if chance:
+            rows, kept = torch.native_dropout(rows, chance, True)
+        ctx.save_for_backward(rows, a, positions, kept)
+        ctx.scale = 1 / (1 - chance)
+        torch.mm(rows, a.t(), out=room[:-1])
+        return x.view_as(x), room.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad_low: Tensor) -> tuple[Tensor | None, ...]:
+        """Add the gradient of the rows to that of the input."""
+        rows, a, positions, kept = ctx.saved_tensors
+        grad_low = grad_low.index_select(0, positions)
+        grad = grad_low @ a
+        if kept is not None:
+            grad = torch.ops.aten.native_dropout_backward(grad, kept, ctx.scale)
+        grad_x = grad_x.flatten(0, -2).index_add(0, positions, grad.to(grad_x.dtype)).view_as(grad_x)
+        return grad_x, grad_low.t() @ rows, None, None, None, None
+
+
 class _CopyLora(torch.autograd.Function):
     """Copies of many parameters in one operation, and their gradients back in another."""
 
@@ -341,10 +399,8 @@ def copy_lora(text_model: PreTrainedModel, like: Tensor) -> dict[ScopedLinear, t
     kinds = {(type(weight), weight.device, weight.dtype) for weight in weights}
     if kinds != {(nn.Parameter, like.device, weights[0].dtype)} or any(weight.dim() != 2 for weight in weights):
         return None
-    kind = like.device.type
-    dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else like.dtype
-    scales = [layer.scaling[ADAPTER_NAME] / (1 - _dropped(layer)) for layer in ordered]
-    copies = _CopyLora.apply(dtype, [len(group) for group in groups], scales, *weights)
+    scales = [layer.scaling[ADAPTER_NAME] for layer in ordered]
+    copies = _CopyLora.apply(_precision(like), [len(group) for group in groups], scales, *weights)
     joined = [copies[index] for index, group in enumerate(groups) for _ in group]
     return dict(zip(ordered, zip(joined, copies[len(groups) :], strict=True), strict=True))
 
@@ -374,6 +430,12 @@ def _dropped(layer: ScopedLinear) -> float:
     """Return the share of its input that dropout takes from our LoRA now."""
     dropout = layer.lora_dropout[ADAPTER_NAME]
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    """Return in what a linear layer multiplies now."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _times(tensors: Sequence[Tensor], scales: list[float]) -> Sequence[Tensor]:

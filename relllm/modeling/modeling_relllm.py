@@ -270,6 +270,7 @@ class ReLLMModel(ReLLMHearing, ReLLMPreTrainedModel):
         audio_mask: Tensor | None,
         audio: ReLLMAudioOutput | None,
         cache: Cache | None,
+        audio_positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | bool | None]:
         """Put projected frames where the placeholders are; return `(batch, sequence, d)` and the mask of the LoRA."""
         if input_ids is not None:
@@ -286,7 +287,7 @@ class ReLLMModel(ReLLMHearing, ReLLMPreTrainedModel):
         if audio is not None:
             packed = audio.pooler_output is not None
             positions, lengths = (audio.pooler_output, None) if packed else (audio.last_hidden_state, audio.lengths)
-            inputs_embeds = place_positions(inputs_embeds, audio_mask, positions, lengths)
+            inputs_embeds = place_positions(inputs_embeds, audio_mask, positions, lengths, audio_positions)
         elif input_ids is not None:
             none = torch.zeros((), dtype=torch.long, device=audio_mask.device)
             check_counts(audio_mask, none, waits=not torch.is_grad_enabled())
@@ -311,6 +312,7 @@ class ReLLMModel(ReLLMHearing, ReLLMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         audio_mask: Tensor | None = None,
+        audio_positions: Tensor | None = None,
         tower_outputs: TowerOutputs | None = None,
         mm_encoder_outputs: dict[str, ReLLMAudioOutput] | None = None,
         language_modeling: bool = False,
@@ -326,6 +328,8 @@ class ReLLMModel(ReLLMHearing, ReLLMPreTrainedModel):
             tower_outputs: The audio; see [`~ReLLMModel.get_audio_features`].
             audio_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): Where the audio is; by default
                 where the placeholders are, or their embedding in `inputs_embeds` that come with audio.
+            audio_positions (`torch.LongTensor` of shape `(n,)`, *optional*): The same as places in `batch * sequence`,
+                in order: who makes a batch knows them, and an accelerator is not asked where the LoRA acts.
             mm_encoder_outputs (`dict`, *optional*): `{"audio": ReLLMAudioOutput}`, encoded before.
             language_modeling (`bool`, *optional*, defaults to `False`):
                 Run the whole causal LM, with its own scaling and soft-capping; `last_hidden_state` is then its logits.
@@ -340,7 +344,7 @@ class ReLLMModel(ReLLMHearing, ReLLMPreTrainedModel):
             places = audio_mask
             if places is None and input_ids is not None:
                 places = torch.eq(input_ids, self.config.audio_token_id)
-            if places is not None and not torch.is_grad_enabled():  # before a tower runs
+            if places is not None and audio_positions is None and not torch.is_grad_enabled():  # before a tower runs
                 frames = tower_outputs.lengths if tower_outputs is not None else None
                 check_counts(places, count_positions(self.config, *features[:2], frames), waits=True)
             audio = self._hear(features, audio_num_windows, tower_outputs)
@@ -351,11 +355,19 @@ class ReLLMModel(ReLLMHearing, ReLLMPreTrainedModel):
         if hears_only:
             return ReLLMModelOutput(**heard)
         caches = cache_arguments(past_key_values, cache)
-        inputs_embeds, lora_mask = self.place_audio(input_ids, inputs_embeds, audio_mask, audio, caches[CACHE])
+        inputs_embeds, lora_mask = self.place_audio(
+            input_ids, inputs_embeds, audio_mask, audio, caches[CACHE], audio_positions
+        )
         if self.reads_token_ids and "per_layer_inputs" not in kwargs:
             kwargs |= per_layer_inputs(self.text_model, input_ids, self.config.audio_token_id)
         copies = None if lora_mask is None else copy_lora(self.text_model, inputs_embeds)
-        with self.lora_scope.use(lora_mask, copies):
+        places = None
+        if audio_positions is not None and isinstance(lora_mask, Tensor):
+            places = audio_positions.to(lora_mask.device)
+            if self.config.lora_scope == "text":
+                in_order = lora_mask.flatten().argsort(descending=True, stable=True)
+                places = in_order[: len(in_order) - len(places)]
+        with self.lora_scope.use(lora_mask, copies, places):
             outputs = (self.text_model if language_modeling else self.text_model.base_model)(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -468,6 +480,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         audio_mask: Tensor | None = None,
+        audio_positions: Tensor | None = None,
         tower_outputs: TowerOutputs | None = None,
         mm_encoder_outputs: dict[str, ReLLMAudioOutput] | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -496,6 +509,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             audio_mask=audio_mask,
+            audio_positions=audio_positions,
             tower_outputs=tower_outputs,
             mm_encoder_outputs=mm_encoder_outputs,
             language_modeling=True,
@@ -520,6 +534,7 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
         """
         items = [item for part in audio_items or [] for item in (part if isinstance(part, list) else [part])]
         features = [{name: value.to(self.device) for name, value in item.items()} for item in items if item]
+        kwargs.pop("audio_positions", None)  # of the batch as it is given, not of beams or of what is left of a prompt
         if heard := [self.get_audio_features(**inputs, return_dict=True).pooler_output for inputs in features]:
             kwargs["mm_encoder_outputs"] = {"audio": ReLLMAudioOutput(pooler_output=torch.cat(heard))}
         return super().generate(*args, **kwargs)
@@ -533,7 +548,9 @@ class ReLLMForConditionalGeneration(ReLLMPreTrainedModel, GenerationMixin):
     ) -> dict:
         """Drop our audio after the first step, which is also that of an assistant before which nothing was read."""
         cache = kwargs.get(CACHE)
-        is_first_iteration = is_first_iteration or (isinstance(cache, Cache) and cache.get_seq_length() == 0)
+        read = cache.get_seq_length() if isinstance(cache, Cache) else None
+        # Of a static cache that has read something it is a tensor, whose value a decode step would wait for.
+        is_first_iteration = is_first_iteration or (isinstance(read, int) and read == 0)
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import WhisperConfig
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
 from .audio_tower_relllm import count_frames, frame_mask
 from .configuration_relllm import ReLLMConfig
+from .releases_relllm import padding_mask
 
 
 @dataclass
@@ -90,14 +90,18 @@ class ConvProjector(nn.Module):
         if self.layers and self.config.projector_masking:
             valid = frame_mask(lengths, inner.shape[1])
             attention_config = self.layers[0].self_attn.config
-            mask = create_bidirectional_mask(config=attention_config, inputs_embeds=inner, attention_mask=valid)
+            mask = padding_mask(attention_config, inner, valid)
         for layer in self.layers:
             inner = layer(inner, mask)
         return ProjectorOutput(self.layer_norm(hidden + self.fc2(inner)), lengths)
 
 
 def place_positions(
-    inputs_embeds: Tensor, audio_mask: Tensor, positions: Tensor, lengths: Tensor | None = None
+    inputs_embeds: Tensor,
+    audio_mask: Tensor,
+    positions: Tensor,
+    lengths: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Put the k-th valid position at the k-th placeholder, row after row; return `(batch, sequence, d)`.
 
@@ -107,16 +111,24 @@ def place_positions(
         positions (`torch.Tensor`): `(windows, L, d)`, padded on the right, or `(tokens, d)` without padding.
         lengths (`torch.LongTensor` of shape `(windows,)`, *optional*): Valid positions of each window, as many in all
             as there are placeholders; see [`check_counts`].
+        places (`torch.LongTensor` of shape `(placeholders,)`, *optional*): The placeholders in `batch * sequence`.
     """
     audio_mask = audio_mask.to(inputs_embeds.device)  # each of these may come from another device
     lengths = None if lengths is None else lengths.to(inputs_embeds.device)
     count = torch.tensor(positions.shape[0], device=audio_mask.device) if lengths is None else lengths.sum()
     # Packed positions have been waited for. Others are counted before a tower runs, but for a training's: the collator
     # has counted these, and waiting for the queue here would cost a step.
-    check_counts(audio_mask, count, waits=lengths is None and not torch.is_grad_enabled())
+    check_counts(audio_mask, count, waits=lengths is None and places is None and not torch.is_grad_enabled())
     flat = positions.flatten(0, -2).to(inputs_embeds)
     if len(flat) == 0:
         return inputs_embeds
+    if places is not None:
+        places = places.to(inputs_embeds.device)
+        _check_places(audio_mask.flatten(), places)
+        if lengths is not None:
+            padding = ~frame_mask(lengths, positions.shape[1]).flatten()
+            flat = flat.index_select(0, padding.argsort(stable=True)[: len(places)])
+        return inputs_embeds.flatten(0, 1).index_copy(0, places, flat).view_as(inputs_embeds)
     source = (audio_mask.flatten().cumsum(0) - 1).clamp(min=0, max=len(flat) - 1)  # (batch * sequence,)
     if lengths is not None:
         padding = ~frame_mask(lengths, positions.shape[1]).flatten()
@@ -136,6 +148,16 @@ def check_counts(audio_mask: Tensor, positions: Tensor, *, waits: bool) -> None:
             raise ValueError(count_message(int(placeholders), int(positions)))
     else:
         torch._assert_async(placeholders == positions, "Audio placeholders and audio positions differ in number.")
+
+
+def _check_places(audio_mask: Tensor, places: Tensor) -> None:
+    """Raise a `ValueError` if an index is not of the placeholders; of an accelerator it is an assertion."""
+    right = (torch.zeros_like(audio_mask).index_fill_(0, places, True) == audio_mask).all()
+    if audio_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not right:
+            raise ValueError("audio_positions are not those of the placeholders in input_ids. Leave them out.")
+    else:
+        torch._assert_async(right, "audio_positions are not those of the placeholders.")
 
 
 def count_message(placeholders: int, positions: int) -> str:

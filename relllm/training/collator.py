@@ -53,10 +53,10 @@ class ReLLMCollator:
         """Return a batch.
 
         Returns:
-            `dict`: The model's inputs, padded on the right; `labels` `(batch, sequence)`; `emotion_labels` `(clips,)`,
-            -100 where unlabelled; with `votes` `emotion_votes` `(clips, classes)`; `dimension_labels` `(clips, 3)`,
-            NaN where unlabelled; `clips_per_row` `(batch,)`. With a `mix` `row_tasks` `(batch,)`, with `teacher` those
-            of `TEACHER_INPUTS`, with a `tower_cache` those of [`TowerCache.look_up`].
+            `dict`: The model's inputs, padded on the right, with `audio_positions`; `labels` `(batch, sequence)`;
+            `emotion_labels` `(clips,)`, -100 where unlabelled; with `votes` `emotion_votes` `(clips, classes)`;
+            `dimension_labels` `(clips, 3)`, NaN where unlabelled; `clips_per_row` `(batch,)`. With a `mix` `row_tasks`
+            `(batch,)`, with `teacher` those of `TEACHER_INPUTS`, with a `tower_cache` those of [`TowerCache.look_up`].
         """
         given = [self._task(row) for row in rows]
         tasks = [task for task, _ in given]
@@ -78,6 +78,7 @@ class ReLLMCollator:
                 "No token of the batch is a reply's. Does the processor's chat template put replies and their ends "
                 "between {% generation %} and {% endgeneration %}? `from_config` without `chat_template` makes one."
             )
+        batch["audio_positions"] = (batch["input_ids"] == self.processor.audio_token_id).flatten().nonzero().squeeze(1)
         batch["labels"] = batch["input_ids"].masked_fill(~is_reply, IGNORE_INDEX)
         # a clip that comes again, as another task, has been counted in the losses of the heads
         labelled = [{**row, **NO_LABELS} if again else row for row, (_, again) in zip(rows, given, strict=True)]

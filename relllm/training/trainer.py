@@ -92,6 +92,7 @@ class ReLLMTrainerMixin(freezing.LearningRatesMixin, CompletionsMixin, Augmentat
         freezing.prepare_trainable(model, args.unfreeze, args.unused_heads)
         if "data_collator" not in kwargs:
             kwargs["data_collator"] = self.make_collator(processing_class, model.config.emotion_labels, args)
+        args.accelerator_config.dispatch_batches = False  # of clips and positions there are not as many as rows
         with freezing.lora_counts_as_adapter(model):
             rows = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
             super().__init__(model=model, args=args, processing_class=processing_class, **rows, **kwargs)

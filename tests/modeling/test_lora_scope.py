@@ -247,22 +247,31 @@ def test_gradients_equal_those_of_the_hand_written_lora(inputs: dict[str, Tensor
 
 @pytest.fixture
 def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The LoRA at all positions, times its mask, by copies of its parameters."""
+    """The LoRA at the positions that are given, or at all times its mask, by copies of its parameters."""
     monkeypatch.setattr(lora_relllm, "_find_positions", lambda mask: None)
     monkeypatch.setattr(lora_relllm, "WITHOUT_COPIES", ())
 
 
+def with_positions(model: ReLLMForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs that say where the audio is, as a collator's do."""
+    is_audio = inputs["input_ids"] == model.config.audio_token_id
+    return {**inputs, "audio_positions": is_audio.flatten().nonzero().squeeze(1)}
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # PyTorch, on the teacher pass
+@pytest.mark.parametrize("given", [False, True], ids=["mask", "positions"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_copies_of_the_parameters_give_in_float64_what_each_layers_own_modules_give(
-    scope: str, inputs: dict[str, Tensor], as_on_an_accelerator: None
+    scope: str, given: bool, inputs: dict[str, Tensor], as_on_an_accelerator: None
 ) -> None:
     """Logits and gradients, with ranks and scalings of their own in layers that share an input, also checkpointed."""
     lora = {"r": 4, "lora_alpha": 6, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"up_proj": 3}}
     model = tiny_model(lora_scope=scope, lora=lora).double()
     exact = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
     results = []
-    for places in ((), ("cpu",)):
+    for places in (("cpu",), ()):
+        if not places and given:
+            exact = with_positions(model, exact)
         with mock.patch.object(lora_relllm, "WITHOUT_COPIES", places), count_copied() as layers:
             logits = model(**exact).logits[exact["attention_mask"].bool()]
             assert len(layers) == (0 if places else 2 * 7)
@@ -272,9 +281,9 @@ def test_copies_of_the_parameters_give_in_float64_what_each_layers_own_modules_g
         model.gradient_checkpointing_enable(settings)
         found = gradients(model, exact, teacher=True)
         results.append({"logits": logits.detach(), **{name: found[name] for name in results[0] if name in found}})
-    for result in (results[0], *results[2:]):
-        assert result.keys() == results[1].keys()
-        for name, value in results[1].items():
+    for result in results[1:]:
+        assert result.keys() == results[0].keys()
+        for name, value in results[0].items():
             torch.testing.assert_close(result[name], value, rtol=1e-9, atol=1e-11, msg=name)
 
 
@@ -282,14 +291,15 @@ def test_copies_of_the_parameters_give_in_float64_what_each_layers_own_modules_g
 def count_copied() -> Iterator[list[str]]:
     """Names of the layers that add their LoRA by the pass's copies inside the block."""
     calls: list[str] = []
-    add = ScopedLinear._add_by_copies
+    add = ScopedLinear._share_product
     with mock.patch.object(
-        ScopedLinear, "_add_by_copies", lambda layer, *args: calls.append(layer.layer_name) or add(layer, *args)
+        ScopedLinear, "_share_product", lambda layer, *args: calls.append(layer.layer_name) or add(layer, *args)
     ):
         yield calls
 
 
-def test_dropout_takes_its_share_once_for_all_that_read_the_same(as_on_an_accelerator: None) -> None:
+@pytest.mark.parametrize("given", [False, True], ids=["mask", "positions"])
+def test_dropout_takes_its_share_once_for_all_that_read_the_same(given: bool, as_on_an_accelerator: None) -> None:
     """With A of ones and B of ones a layer adds, to each output, rank times the sum of what dropout left, scaled."""
     model = tiny_model(lora={"r": 2, "lora_alpha": 2, "lora_dropout": 0.25}).model
     layers = [getattr(model.get_decoder().layers[0].self_attn, f"{name}_proj") for name in ("q", "k", "v")]
@@ -297,13 +307,24 @@ def test_dropout_takes_its_share_once_for_all_that_read_the_same(as_on_an_accele
         torch.nn.init.ones_(parameter)
     mask = torch.arange(400)[None] % 2 == 0
     x = torch.ones(1, 400, layers[0].in_features)
-    with model.train().lora_scope.use(mask, copy_lora(model.text_model, x)):
+    positions = mask.flatten().nonzero().squeeze(1) if given else None
+    with model.train().lora_scope.use(mask, copy_lora(model.text_model, x), positions):
         added = [(layer(x) - layer.base_layer(x))[0, :, 0] for layer in layers]
         again = (layers[0](x) - layers[0].base_layer(x))[0, :, 0]
     assert torch.allclose(added[0], added[1], atol=1e-4) and torch.allclose(added[0], added[2], atol=1e-4)
     assert not added[0][~mask[0]].any() and not torch.allclose(again, added[0])  # another input, another draw
     left = added[0][mask[0]] / 2 / layers[0].in_features * 0.75  # the share that was kept
     assert abs(left.mean() - 0.75) < 4 * (0.25 * 0.75 / (200 * layers[0].in_features)) ** 0.5
+
+
+def test_positions_that_are_not_the_placeholders_are_refused(inputs: dict[str, Tensor]) -> None:
+    model = tiny_model()
+    right = with_positions(model, inputs)["audio_positions"]
+    for wrong in (right + 1, right[1:], right[:1].expand(len(right))):
+        with pytest.raises(ValueError, match="audio_positions are not those of the placeholders"):
+            model(**inputs, audio_positions=wrong)
+    tokens = [model.generate(**one, max_new_tokens=3, num_beams=2) for one in (inputs, with_positions(model, inputs))]
+    assert torch.equal(*tokens)
 
 
 def test_in_bfloat16_what_trains_is_float32_and_its_gradients_are_those_of_float32(
@@ -324,15 +345,16 @@ def test_in_bfloat16_what_trains_is_float32_and_its_gradients_are_those_of_float
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Dynamo touches deprecated and unusual things while it traces
+@pytest.mark.parametrize("given", [False, True], ids=["mask", "positions"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_compiled_decoder_layers_are_one_graph_without_a_break(
-    scope: str, inputs: dict[str, Tensor], as_on_an_accelerator: None
+    scope: str, given: bool, inputs: dict[str, Tensor], as_on_an_accelerator: None
 ) -> None:
     """Three layers share one in training, one with gradient checkpointing and one in a prefill without a cache."""
     config = tiny_config(lora_scope=scope)
     config.text_config.num_hidden_layers = 3
     model, graphs = tiny_model(config), CompileCounter()
-    inputs = {**inputs, "use_cache": False}
+    inputs = {**(with_positions(model, inputs) if given else inputs), "use_cache": False}
 
     def logits() -> Tensor:
         with torch.no_grad():

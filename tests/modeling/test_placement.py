@@ -98,15 +98,20 @@ def test_projecting_placing_and_the_llm_never_ask_a_device_for_a_value(fusion: s
     assert trained and all(parameter.grad is not None for parameter in trained)
 
 
+@pytest.mark.parametrize("scope", ["audio", "text"])
 @pytest.mark.parametrize("full_window", [True, False])
-def test_towers_never_ask_a_device_for_a_value_either(full_window: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a collator's batch to the losses, with clips of unlike length.
+def test_towers_never_ask_a_device_for_a_value_either(
+    full_window: bool, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a collator's batch to the losses, with clips of unlike length, in training and in its evaluation.
 
-    But for what Transformers itself asks of each mask, whether it is all ones.
+    But for what Transformers itself asks of a mask, whether it is all ones: of the emotion tower's and the LLM's.
     """
-    config = tiny_config()
-    for name in ("_ignore_bidirectional_mask_sdpa", "_ignore_causal_mask_sdpa"):
-        monkeypatch.setattr(masking_utils, name, lambda *_: False)
+    config = tiny_config(lora_scope=scope, projector_layers=1)
+    asked: list[str] = []
+    for kind in ("bidirectional", "causal"):
+        name = f"_ignore_{kind}_mask_sdpa"
+        monkeypatch.setattr(masking_utils, name, lambda *_, kind=kind: bool(asked.append(kind)))
     model, processor = tiny_model(config), tiny_processor(config, full_window=full_window)
     rows = [{"audio": clip(seconds), "response": "I see.", "emotion": "sad"} for seconds in (0.5, 1.7)]
     batch = ReLLMCollator(processor, config.emotion_labels)(rows)
@@ -117,9 +122,13 @@ def test_towers_never_ask_a_device_for_a_value_either(full_window: bool, monkeyp
     objective = Objective(args, model)
     targets, batch = ({name: value.to("meta") for name, value in one.items()} for one in (targets, batch))
     counts = objective.count(batch | targets)
+    asked.clear()
     output = model.to("meta").train()(**batch)
+    assert sorted(asked) == ["bidirectional", "causal"]
     assert output.audio_hidden_states.shape == expected.audio_hidden_states.shape
     (output.loss + sum(term.value for term in objective.terms(output, targets, counts, counts))).backward()
+    with torch.no_grad():
+        model.eval()(**batch)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -84,6 +84,7 @@ class RealStep:
         labels = input_ids.clone()
         labels[:, : -ROW.reply_tokens] = -100
         self.inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        self.inputs["audio_positions"] = (input_ids == config.audio_token_id).flatten().nonzero().squeeze(1)
         return_heads(self.model, Alignment(temperature=2.0, shifted=True) if settings.teacher else None)
         if settings.teacher:
             read = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
@@ -126,12 +127,11 @@ class RealStep:
 
 @pytest.fixture
 def as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step as an accelerator runs it: the LoRA at all positions, Transformers' convolutions in the towers.
+    """A step as an accelerator runs it: the LoRA by copies of its weights, Transformers' convolutions in the towers.
 
     And the fused head's buffer holds 32768 words, whatever the vocabulary; with 320 it would be all there is to see. A
     tile of the KL is as much smaller.
     """
-    monkeypatch.setattr(lora_relllm, "_find_positions", lambda mask: None)
     monkeypatch.setattr(lora_relllm, "WITHOUT_COPIES", ())
     monkeypatch.setattr(audio_tower_relllm, "can_convolve", lambda layers, waveforms: False)
     monkeypatch.setattr(alignment, "TILE_WORDS", 2**20)

@@ -104,6 +104,8 @@ class TrainingStep:
         self.frames = FRAMES_A_SECOND * row.audio_seconds
         self.audio_positions = count_audio_positions(config, row.audio_seconds)
         self.sequence = self.audio_positions + row.prompt_tokens + row.reply_tokens
+        heard = self.audio_positions / self.sequence
+        self.lora_share = {"audio": heard, "text": 1 - heard, "global": 1.0}[config.lora_scope]
         self.activation_bytes = 2 if settings.bf16 or settings.dtype != torch.float32 else 4
 
     def memory(self, batch_size: int) -> MemoryPlan:
@@ -142,14 +144,15 @@ class TrainingStep:
 
         A weight costs 2 operations a position in the forward pass, 2 in the backward pass through it, and 2 more where
         it trains; gradient checkpointing runs the forward pass of the LLM once more. Attention adds 4·q·S a layer and
-        position. The LoRA runs at every position and is masked behind. Frozen towers cost a forward pass.
+        position. The LoRA's A's run where it acts, its B's at every position. Frozen towers cost a forward pass.
         """
         settings, text, length, model = self.settings, self.text, self.sequence, self.model.base_model
         passes = 3.0 if settings.gradient_checkpointing else 2.0
         flops = 4.0 * self.heads_width * length * length * text.num_hidden_layers * (passes + 1)
         for name, parameter in model.text_model.base_model.named_parameters():
             if parameter.ndim == 2 and ("embed" not in name or is_lora_parameter(name)):
-                flops += 2.0 * parameter.numel() * length * (passes + parameter.requires_grad)
+                share = self.lora_share if is_lora_parameter(name) and ".lora_A." in name else 1.0
+                flops += 2.0 * parameter.numel() * length * share * (passes + parameter.requires_grad)
         head = 2.0 * text.hidden_size * text.vocab_size * self.row.reply_tokens
         flops += 3 * head  # once forward, twice backward
         if settings.teacher:
@@ -210,12 +213,13 @@ class TrainingStep:
                 part, _, layer = name.partition(".lora_A.")[0].rpartition(".")
                 read[f"{part}.{SAME_INPUT.get(layer, layer)}"] = weight.shape[1]
                 rank += weight.shape[0]
-        copied = dropout or self.settings.bf16  # else the attention's output is kept anyway
+        copied = dropout or self.settings.bf16 or self.lora_share < 1  # else the attention's output is kept anyway
         copies = sum(
             width for name, width in read.items() if copied or not name.endswith(("attn.o_proj", "attn.c_proj"))
         )
         masks = sum(read.values()) if dropout else 0
-        return (self.activation_bytes * (rank + copies) + masks) / self.text.num_hidden_layers
+        own = self.lora_share * (self.activation_bytes * copies + masks)
+        return (self.activation_bytes * rank + own) / self.text.num_hidden_layers
 
     def _head_bytes(self, replies: int) -> float:
         """Return the tile of logits, float32 in the backward pass, and the gradient of the hidden states.
