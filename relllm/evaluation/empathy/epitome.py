@@ -27,6 +27,8 @@ from .scorer import IGNORED
 TEXTS = ("seeker_post", "response_post")
 COLUMNS = (*TEXTS, "level", "rationales")
 SPLITS = ("train", "validation", "test")
+# Tables written by other programs have 1.0.
+WRITTEN_LEVELS = {f"{level}{rest}": level for level in range(LEVELS) for rest in ("", ".0")}
 NOT_FOUND, NOT_GIVEN = "rationale not in the response", "level without a rationale"
 SHOWN = 20  # lines named in a report
 
@@ -57,7 +59,9 @@ def read_pairs(path: Path) -> tuple[list[Pair], dict]:
     for line, row in _read_strict_csv(path, COLUMNS):
         num_rows += 1
         texts = (row["seeker_post"].strip(), row["response_post"].strip())
-        level = _read_level(row["level"], f"{path}:{line}")
+        level = WRITTEN_LEVELS.get(row["level"].strip())
+        if level is None:
+            raise ValueError(f"{path}:{line}: level is {row['level']!r}, expected 0, 1 or 2.")
         if "" in texts:
             lines[f"empty {TEXTS[texts.index('')]}"].append(line)
         elif texts in pairs:
@@ -214,16 +218,6 @@ def read_posts(path: Path) -> list[dict]:
     if not rows:
         raise ValueError(f"{path} has no rows.")
     return list(rows.values())
-
-
-def _read_level(value: str, where: str) -> int:
-    try:
-        level = float(value)  # tables written by other programs have 1.0
-    except ValueError:
-        level = -1.0
-    if level not in range(LEVELS):
-        raise ValueError(f"{where}: level is {value!r}, expected 0, 1 or 2.")
-    return int(level)
 
 
 def _post_key(pair: Pair) -> str:
