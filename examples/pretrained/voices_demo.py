@@ -6,10 +6,12 @@
 Debian's `hedgewars-data` has 15 voice packs of different actors with files of the same names. `relllm prepare
 hedgewars` groups them by what a shout is for: happy, angry, alarm, pain; weak labels, fixed before anything was
 trained. For each pack the others teach an emotion tower, by categories, and the projector and the head of RE-LLM; the
-LLM only gives the width, for nothing is replied. Each training is a folder: killed, the same command goes on with the
-first that is not complete. Beside this script: the baselines (`voice_baselines.py`), the verdict (`voice_results.py`).
+LLM only gives the width, for nothing is replied. Each training is a folder, and each core has one at a time: killed,
+the same command goes on with those that are not complete. Beside this script: the baselines (`voice_baselines.py`),
+the verdict (`voice_results.py`).
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -32,17 +34,20 @@ from relllm.data.data_settings import LabelSettings
 from relllm.data.loading import column_values, load_corpus
 from relllm.data.membership import RECORD_NAME
 from relllm.data.preparing import prepare_corpus
+from relllm.data.processes import available_cores, run_in_processes
 from relllm.demo import steps
 from relllm.demo.demo_settings import SyntheticSettings
 from relllm.demo.steps import claim_folder
 from relllm.demo.synthetic import synthesize_corpus
-from relllm.demo.tiny import small_tower, train_emotion_tower
+from relllm.demo.tiny_towers import wav2vec2_config
 from relllm.evaluation.evaluating import read_predictions
 from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.folds import evaluate_folds
 from relllm.hub.cards import write_model_card
 from relllm.hub.sharing import CardSettings
 from relllm.modeling.audio_tower_relllm import masked_mean
+from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
+from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
 from relllm.modeling.modeling_relllm import ReLLMForConditionalGeneration
 from relllm.modeling.outputs_relllm import TowerOutputs
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
@@ -54,12 +59,13 @@ from relllm.training.run import ReLLMScriptArguments, run_training
 AUDIO_MODEL, TEXT_MODEL = "openai/whisper-tiny.en", "HuggingFaceTB/SmolLM2-135M-Instruct"
 VOICES = "usr/share/games/hedgewars/Data/Sounds/voices"  # within the Debian package
 TOWERS = {"speech-only": None, "people": "people-{fold}", "synthetic": "synthetic", "random": "random"}
-TOWER_SIZE = {"width": 96, "layers": 2}
+Fold = tuple[str, str]  # a system, and the pack that it leaves out
+RUNNING = "relllm.training.run"  # what the processes import once for all
 
 
 @dataclass(frozen=True)
 class VoicesSettings:
-    """What a run takes; the defaults are some 80 minutes of one core.
+    """What a run takes; the defaults fit two cores and half an hour.
 
     Args:
         sounds (`Path`): Where `hedgewars-data` is unpacked, or its folder of voices.
@@ -93,8 +99,12 @@ class VoicesSettings:
         return {**shared, "dataloader_pin_memory": torch.cuda.is_available(), **own}
 
 
-def run_voices(settings: VoicesSettings, console: Console, systems: tuple[str, ...] = tuple(TOWERS)) -> dict:
+def run_voices(
+    settings: VoicesSettings, console: Console, systems: tuple[str, ...] = tuple(TOWERS), num_proc: int | None = None
+) -> dict:
     """Run every step that is not done yet; return the numbers, which `results.json` and `results.md` hold as well.
+
+    As many trainings as `num_proc`, by default the cores, run at a time, in a process of one thread each.
 
     Raises:
         ImportError: If openSMILE is missing; before anything runs.
@@ -109,23 +119,26 @@ def run_voices(settings: VoicesSettings, console: Console, systems: tuple[str, .
     packs = column_values(settings.corpus, "speaker")
     make_llm(settings, console)
     make_towers(settings, systems, console)
-    for place, pack in enumerate(packs, 1):
-        for system in systems:
-            console.print(f"{system} without {pack} ({place} of {len(packs)})", highlight=False)
-            train_fold(settings, system, pack)
-    predictions = {system: evaluate_voices(settings, system) for system in systems}
+    in_processes = functools.partial(run_in_processes, num_proc=num_proc or available_cores(), preload=RUNNING)
+    folds = [(system, pack) for pack in packs for system in systems]
+    for place, ((system, pack), _) in enumerate(in_processes(functools.partial(train_fold, settings), folds), 1):
+        console.print(f"{system} without {pack}: {place} of {len(folds)}", highlight=False)
+    predictions = dict(in_processes(functools.partial(evaluate_voices, settings), systems))
     for system in ("speech-only", "people"):  # what was taught on these voices
         if system in systems:
             write_card(settings, system, packs[0])
     rows = load_corpus(settings.corpus, "all")
-    predictions |= baseline_predictions(settings, rows, packs, systems)
+    predictions |= baseline_predictions(settings, rows, load_fold(settings, (systems[0], packs[0])))
+    folds = [fold for fold in folds if f"{fold[0]} projector" in SYSTEMS]
+    for (system, _), answers in in_processes(functools.partial(probe_projector, settings), folds):
+        predictions[f"{system} projector"] = predictions.get(f"{system} projector", {}) | answers
     return write_results(rows.remove_columns("audio").to_list(), predictions, out, console)
 
 
 def prepare_voices(settings: VoicesSettings) -> None:
-    """Do as `relllm prepare hedgewars`."""
+    """Do as `relllm prepare hedgewars --embed-audio`: else each epoch would decode and resample the files anew."""
     sounds = settings.sounds / VOICES if (settings.sounds / VOICES).is_dir() else settings.sounds
-    labels = LabelSettings(sounds, output_dir=Path(settings.corpus), unknown_emotions="keep")
+    labels = LabelSettings(sounds, output_dir=Path(settings.corpus), embed_audio=True, unknown_emotions="keep")
     prepare_corpus(parse_pattern(PATTERNS["hedgewars"], labels), labels)
 
 
@@ -144,35 +157,39 @@ def make_towers(settings: VoicesSettings, systems: tuple[str, ...], console: Con
 
     def draw(place: Path) -> None:
         set_seed(settings.seed)
-        small_tower(**TOWER_SIZE, id2label=dict(enumerate(EMOTIONS))).save_pretrained(place)
-
-    def train(place: Path) -> None:
-        sizes = {"train_clips": settings.synthetic_clips, "validation_clips": 1, "test_clips": 1}
-        corpus = synthesize_corpus(SyntheticSettings(output_dir=settings.out / "synthetic", **sizes))
-        set_seed(settings.seed)
-        arguments = settings.arguments(place, num_train_epochs=settings.tower_epochs, learning_rate=2e-3)
-        train_emotion_tower(corpus["train"], TrainingArguments(**arguments), place, **TOWER_SIZE)
+        layers = {"conv_dim": (32, 64, 96), "conv_kernel": (20, 16, 8), "conv_stride": (10, 8, 4)}
+        layers |= {"mask_time_prob": 0.0, "layerdrop": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+        encoder = wav2vec2_config(96, layers=2, heads=4, **layers)
+        config = ReLLMEmotionConfig(encoder_config=encoder, final_dropout=0.0, id2label=dict(enumerate(EMOTIONS)))
+        ReLLMEmotionModel(config).save_pretrained(place)
 
     towers = settings.out / "towers"
-    if {"people", "random"} & set(systems):
+    if set(systems) - {"speech-only"}:
         steps.once(towers / "random", "random weights", draw, console)
     if "synthetic" in systems:
-        steps.once(towers / "synthetic", "taught on synthetic prosody", train, console)
+        sizes = {"train_clips": settings.synthetic_clips, "validation_clips": 1, "test_clips": 1}
+        synthesize_corpus(SyntheticSettings(output_dir=settings.out / "synthetic", **sizes))
+        train_tower(settings, towers / "synthetic", data=str(settings.out / "synthetic"), targets="dimensions")
 
 
-def train_fold(settings: VoicesSettings, system: str, pack: str) -> None:
+def train_tower(settings: VoicesSettings, place: Path, **taught: str) -> None:
+    """Train an emotion tower from the one with random weights, as `relllm train-emotion` does."""
+    script = EmotionScriptArguments(
+        model_name_or_path=str(settings.out / "towers" / "random"),
+        **{"eval_split": "", "train_feature_encoder": True, "final_dropout": 0.0, **taught},
+    )
+    own = {"num_train_epochs": settings.tower_epochs, "learning_rate": 2e-3}
+    own |= {"train_sampling_strategy": "group_by_length"}
+    once(run_emotion_training, script, EmotionTrainingConfig(**settings.arguments(place, **own)))
+
+
+def train_fold(settings: VoicesSettings, fold: Fold) -> None:
     """Train what a system needs to be measured on a pack, as `relllm train-emotion` and `relllm train` do."""
+    system, pack = fold
     held_out = f"speaker={pack}"
     tower = TOWERS[system] and str(settings.out / "towers" / TOWERS[system].replace("{fold}", pack))
     if system == "people":
-        script = EmotionScriptArguments(
-            model_name_or_path=str(settings.out / "towers" / "random"),
-            **{"data": settings.corpus, "held_out": held_out, "eval_split": "", "targets": "emotions"},
-            train_feature_encoder=True,
-        )
-        own = {"num_train_epochs": settings.tower_epochs, "learning_rate": 2e-3}
-        own |= {"train_sampling_strategy": "group_by_length"}
-        once(run_emotion_training, script, EmotionTrainingConfig(**settings.arguments(Path(tower), **own)))
+        train_tower(settings, Path(tower), data=settings.corpus, held_out=held_out, targets="emotions")
     script = ReLLMScriptArguments(
         audio_tower=settings.audio_model,
         text_model=str(settings.out / "llm"),
@@ -216,32 +233,37 @@ def write_card(settings: VoicesSettings, system: str, pack: str) -> Path:
     )
 
 
-@torch.no_grad()
 def baseline_predictions(
-    settings: VoicesSettings, rows: Dataset, packs: list[str], systems: tuple[str, ...]
+    settings: VoicesSettings, rows: Dataset, model: ReLLMForConditionalGeneration
 ) -> dict[str, dict[str, str]]:
-    """Answer with the baselines, and with a probe on what a projector (of `SYSTEMS`) gives the LLM."""
+    """Answer with the baselines; of the model its speech tower counts alone."""
     emotions, speakers = np.array(rows["emotion"]), np.array(rows["speaker"])
-    first = load_fold(settings, systems[0], packs[0])
-    extractor = ReLLMFeatureExtractor.from_pretrained(settings.out / "models" / f"{systems[0]}-{packs[0]}")
-    clips = [extractor.read_clip(audio) for audio in rows["audio"]]
-    frames = statistics([one.frames[0].numpy() for one in kept_outputs(settings, first, extractor, clips)])
+    extractor, clips = read_clips(model, rows)
+    frames = statistics([one.frames[0].numpy() for one in kept_outputs(settings, model, extractor, clips)])
     found = {
         "majority": majority(emotions, speakers),
         "probe": linear_probe(frames, emotions, speakers),
         "egemaps": acoustic_machine(clips, extractor.sampling_rate, emotions, speakers),
     }
-    for system in (one for one in systems if f"{one} projector" in SYSTEMS):
-        answers = np.empty_like(emotions)
-        for pack in packs:
-            model, test = load_fold(settings, system, pack), speakers == pack
-            heard = [
-                model.get_audio_features(tower_outputs=one) for one in kept_outputs(settings, model, extractor, clips)
-            ]
-            pooled = torch.cat([masked_mean(one.last_hidden_state, one.lengths) for one in heard]).numpy()
-            answers[test] = linear_probe(pooled, emotions, speakers, [pack])[test]
-        found[f"{system} projector"] = answers
     return {name: dict(zip(rows["id"], answers.tolist(), strict=True)) for name, answers in found.items()}
+
+
+@torch.no_grad()
+def probe_projector(settings: VoicesSettings, fold: Fold) -> dict[str, str]:
+    """Answer for a pack with a probe on what the projector of its model gives the LLM."""
+    rows, model = load_corpus(settings.corpus, "all"), load_fold(settings, fold)
+    heard = [
+        model.get_audio_features(tower_outputs=one) for one in kept_outputs(settings, model, *read_clips(model, rows))
+    ]
+    pooled = torch.cat([masked_mean(one.last_hidden_state, one.lengths) for one in heard]).numpy()
+    answers = linear_probe(pooled, np.array(rows["emotion"]), np.array(rows["speaker"]), [fold[1]])
+    return {row_id: answer for row_id, answer in zip(rows["id"], answers.tolist(), strict=True) if answer}
+
+
+def read_clips(model: ReLLMForConditionalGeneration, rows: Dataset) -> tuple[ReLLMFeatureExtractor, list[np.ndarray]]:
+    """Return a model's feature extractor, and the clips as it reads them."""
+    extractor = ReLLMFeatureExtractor.from_pretrained(model.name_or_path)
+    return extractor, [extractor.read_clip(audio) for audio in rows["audio"]]
 
 
 def kept_outputs(
@@ -258,9 +280,9 @@ def kept_outputs(
         yield outputs
 
 
-def load_fold(settings: VoicesSettings, system: str, pack: str) -> ReLLMForConditionalGeneration:
-    """Load the model that has not heard a pack."""
-    return AutoModel.from_pretrained(settings.out / "models" / f"{system}-{pack}", dtype=torch.float32).eval()
+def load_fold(settings: VoicesSettings, fold: Fold) -> ReLLMForConditionalGeneration:
+    """Load the model of a system that has not heard a pack."""
+    return AutoModel.from_pretrained(settings.out / "models" / "-".join(fold), dtype=torch.float32).eval()
 
 
 app = typer.Typer(add_completion=False)
@@ -277,14 +299,16 @@ def main(
     systems: Annotated[str, typer.Option(help="Of speech-only, people, synthetic, random, with commas.")] = ",".join(
         TOWERS
     ),
+    num_proc: Annotated[int | None, typer.Option(help="Trainings at a time; by default one for each core.")] = None,
 ) -> None:
     """Measure RE-LLM and plain baselines on people's voices, leaving out one voice pack after the other.
 
     Interrupted, it goes on with the training it was in. Needs `pip install relllm[demo]` and, for eGeMAPS, opensmile.
     """
+    torch.set_num_threads(1)  # as in the processes: what comes out does not depend on the cores
     place = (lambda name: str((real_models / name.rpartition("/")[2]).absolute())) if real_models else str
     models = {"audio_model": place(AUDIO_MODEL), "text_model": place(TEXT_MODEL)}
-    run_voices(VoicesSettings(sounds, out, seed=seed, **models), Console(), tuple(systems.split(",")))
+    run_voices(VoicesSettings(sounds, out, seed=seed, **models), Console(), tuple(systems.split(",")), num_proc)
 
 
 if __name__ == "__main__":

@@ -129,12 +129,12 @@ def test_a_run_leaves_each_pack_out_goes_on_and_says_what_came_out(
     trained = voices_demo.run_training
     monkeypatch.setattr(voices_demo, "run_training", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_voices(settings, console, systems)
+        run_voices(settings, console, systems, num_proc=1)
     ran: list[str] = []
     monkeypatch.setattr(
         voices_demo, "run_training", lambda *both: (ran.append(Path(both[1].output_dir).name), trained(*both))
     )
-    results = run_voices(settings, console, systems)
+    results = run_voices(settings, console, systems, num_proc=1)
     assert ran == ["speech-only-Pirate"]  # what was complete is not trained again
     assert results["clips"] == 24 and results["systems"].keys() == {
         *("people", "speech-only", "probe", "egemaps", "majority", "people projector", "speech-only projector")
