@@ -1,8 +1,10 @@
 """The comparison on people's voices: its numbers against scikit-learn's; its steps on a tiny tree of such names."""
 
+import functools
 import io
 import json
 import os
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from tiny_models import clip, tiny_llm, tiny_speech_tower, tiny_tokenizer
 from voice_baselines import linear_probe, majority, vector_machine
 from voice_results import EMOTIONS, compare, measure, results_table
-from voices_demo import VoicesSettings, run_voices
+from voices_demo import VoicesSettings, evaluate_voices, probe_projector, run_voices, train_fold
 
 from relllm.data.loading import load_corpus
 
@@ -136,6 +138,8 @@ def test_a_run_leaves_each_pack_out_goes_on_and_says_what_came_out(
     )
     results = run_voices(settings, console, systems, num_proc=1)
     assert ran == ["speech-only-Pirate"]  # what was complete is not trained again
+    assert all(audio["bytes"] for audio in load_corpus(settings.corpus, "all")["audio"])  # decoded once
+    pickle.dumps([functools.partial(work, settings) for work in (train_fold, evaluate_voices, probe_projector)])
     assert results["clips"] == 24 and results["systems"].keys() == {
         *("people", "speech-only", "probe", "egemaps", "majority", "people projector", "speech-only projector")
     }

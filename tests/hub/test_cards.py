@@ -404,11 +404,20 @@ def test_the_template_in_model_cards_is_the_package_s() -> None:
     assert linked.resolve() == TEMPLATE.resolve()
 
 
-@pytest.mark.parametrize("name", ["demo.md", "real_small.md"])
-def test_the_examples_are_valid_cards_and_say_what_they_were_trained_on(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "license_name", "said"),
+    [
+        ("demo.md", "apache-2.0", "rule-made prosody, not human emotion"),
+        ("real_small.md", "apache-2.0", "rule-made prosody, not human emotion"),
+        ("voices.md", "other", "acted shouts of voice packs, labelled by the names of their files"),
+    ],
+)
+def test_the_examples_are_valid_cards_and_say_what_they_were_trained_on(
+    name: str, license_name: str, said: str
+) -> None:
     folder = Path(__file__).parents[2] / "model_cards"
     card = ModelCard.load(folder / name)
-    assert card.data.license == "apache-2.0" and card.data.eval_results
-    assert "rule-made prosody, not human emotion" in card.text
+    assert card.data.license == license_name and card.data.eval_results
+    assert said in card.text
     images = re.findall(r"!\[[^]]*\]\(([^)]+)\)", card.text)
     assert bool(images) == (name == "demo.md") and all((folder / image).is_file() for image in images)
