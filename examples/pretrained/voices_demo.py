@@ -40,9 +40,9 @@ from relllm.demo.demo_settings import SyntheticSettings
 from relllm.demo.steps import claim_folder
 from relllm.demo.synthetic import synthesize_corpus
 from relllm.demo.tiny_towers import wav2vec2_config
-from relllm.evaluation.evaluating import read_predictions
 from relllm.evaluation.evaluation_settings import EvaluationSettings
 from relllm.evaluation.folds import evaluate_folds
+from relllm.evaluation.runs import read_predictions
 from relllm.hub.cards import write_model_card
 from relllm.hub.sharing import CardSettings
 from relllm.modeling.audio_tower_relllm import masked_mean
@@ -305,7 +305,7 @@ def main(
 
     Interrupted, it goes on with the training it was in. Needs `pip install relllm[demo]` and, for eGeMAPS, opensmile.
     """
-    torch.set_num_threads(1)  # as in the processes: what comes out does not depend on the cores
+    torch.set_num_threads(1)  # as in the processes
     place = (lambda name: str((real_models / name.rpartition("/")[2]).absolute())) if real_models else str
     models = {"audio_model": place(AUDIO_MODEL), "text_model": place(TEXT_MODEL)}
     run_voices(VoicesSettings(sounds, out, seed=seed, **models), Console(), tuple(systems.split(",")), num_proc)
