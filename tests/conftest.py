@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import sys
+import types
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if os.environ.setdefault("RELLM_TEST_DEVICE", "cpu") == "cpu":  # `make test-gpu` says cuda
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is expected here is float32's on a CPU, also beside a card
 os.environ["TRANSFORMERS_TEST_DEVICE"] = os.environ["RELLM_TEST_DEVICE"]
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads for each load of a few kilobytes
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, each of which imports PyTorch
 
 import numpy as np
@@ -68,12 +70,39 @@ def pytest_collection_finish(session: pytest.Session) -> None:
                 accelerator._lazy_call = lambda *_, **__: None
         for name in ("uniform_", "normal_", "kaiming_uniform_"):  # a sixth of the time that a checkpoint takes to load
             setattr(torch.nn.init, name, unless_on_meta(getattr(torch.nn.init, name)))
-    if imports := sys.modules.get("accelerate.utils.imports"):  # it reads a package's metadata at each question
-        imports._is_package_available = functools.cache(imports._is_package_available)
+    quicken_libraries()
     gc.enable()
     gc.freeze()
     if any("fork_server" in getattr(item, "fixturenames", ()) for item in session.items):
         session.config.stash[FORK_SERVER] = ForkServer()
+
+
+def quicken_libraries() -> None:
+    """Leave out what libraries do again and again for the sake of large models and data."""
+    if imports := sys.modules.get("accelerate.utils.imports"):  # it reads a package's metadata at each question
+        imports._is_package_available = functools.cache(imports._is_package_available)
+    if memory := sys.modules.get("accelerate.utils.memory"):  # each training run looks through all that is imported
+        memory.gc = types.SimpleNamespace(collect=lambda: None)
+    if soundfile := sys.modules.get("soundfile"):  # closing a file writes it; this waits for the disk
+        soundfile.SoundFile.flush = lambda self: None
+    if datasets := sys.modules.get("datasets"):  # hashes all rows, for files that tests do not have
+        random_fingerprint = datasets.fingerprint.generate_random_fingerprint
+        datasets.arrow_dataset.generate_fingerprint = lambda _: random_fingerprint()
+    if configurations := sys.modules.get("transformers.configuration_utils"):  # three functions for each attribute
+        configuration = configurations.PreTrainedConfig
+        configuration.__getattribute__ = read_at_once(configuration.__getattribute__)
+
+
+def read_at_once(read: Callable) -> Callable:
+    """Read an attribute that has no other name and is the same for all layers, with nothing between."""
+    plain = object.__getattribute__
+
+    def quick(self: object, name: str) -> object:
+        if plain(self, "__dict__").get("_heterogeneity_spec") is None and name not in plain(self, "attribute_map"):
+            return plain(self, name)
+        return read(self, name)
+
+    return quick
 
 
 def unless_on_meta(draw: Callable[..., "Tensor"]) -> Callable[..., "Tensor"]:
@@ -97,7 +126,7 @@ def model() -> "ReLLMForConditionalGeneration":
     """A tiny ReLLM that the tests of a file share, and leave as it is."""
     from tiny_models import tiny_model
 
-    return tiny_model()
+    return tiny_model(layers=2)
 
 
 @pytest.fixture(scope="module")

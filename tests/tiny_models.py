@@ -4,7 +4,11 @@ Not here: trained weights, reference tensors. Weights are drawn wide (0.2), so t
 change the reply and a mistake in one shows.
 """
 
+import copy
 import functools
+import pickle
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +47,30 @@ _SENTENCES = (
     "You sound upset. Do you want to talk about it?",
     "system user assistant You are an empathetic listener.",
 )
+
+
+Build = TypeVar("Build", bound=Callable)
+
+
+def built_once(build: Build) -> Build:
+    """Build once for the same arguments, and return a copy: PyTorch's random numbers go on as after the building."""
+
+    @functools.wraps(build)
+    def copied(*args, **kwargs):
+        made, state = _built(
+            build, pickle.dumps((args, kwargs)), torch.get_default_dtype(), torch.get_default_device()
+        )
+        if isinstance(made, nn.Module):  # a configuration draws none
+            torch.set_rng_state(state)
+        return copy.deepcopy(made)
+
+    return copied
+
+
+@functools.lru_cache(maxsize=32)
+def _built(build: Callable, arguments: bytes, *_: object) -> tuple[object, torch.Tensor]:
+    args, kwargs = pickle.loads(arguments)
+    return build(*args, **kwargs), torch.get_rng_state()
 
 
 @functools.cache
@@ -85,7 +113,7 @@ def add_bos(tokenizer: PreTrainedTokenizerFast, bos: str = BOS) -> PreTrainedTok
     return tokenizer
 
 
-def tiny_audio_config(kind: str = "whisper", *, window_s: float = 2.0) -> PreTrainedConfig:
+def tiny_audio_config(kind: str = "whisper", *, window_s: float = 2.0, layers: int = 1) -> PreTrainedConfig:
     """A speech tower's configuration.
 
     Args:
@@ -97,7 +125,7 @@ def tiny_audio_config(kind: str = "whisper", *, window_s: float = 2.0) -> PreTra
         return AutoConfig.for_model(
             "whisper",
             d_model=32,
-            encoder_layers=2,
+            encoder_layers=layers,
             encoder_attention_heads=2,
             encoder_ffn_dim=40,
             decoder_layers=1,
@@ -119,7 +147,7 @@ def tiny_audio_config(kind: str = "whisper", *, window_s: float = 2.0) -> PreTra
     return AutoConfig.for_model(
         kind,
         hidden_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=36,
         conv_dim=(12, 12, 12),
@@ -135,12 +163,14 @@ def tiny_audio_config(kind: str = "whisper", *, window_s: float = 2.0) -> PreTra
     )
 
 
-def tiny_emotion_config(kind: str = "wav2vec2") -> ReLLMEmotionConfig:
+def tiny_emotion_config(kind: str = "wav2vec2", *, layers: int = 1) -> ReLLMEmotionConfig:
     """An emotion tower's configuration over one of `WAVEFORM_TOWERS`."""
-    return ReLLMEmotionConfig(encoder_config=tiny_audio_config(kind), initializer_range=0.2)
+    return ReLLMEmotionConfig(encoder_config=tiny_audio_config(kind, layers=layers), initializer_range=0.2)
 
 
-def tiny_text_config(family: str = "llama", *, tied: bool = False, vocab_size: int = 320) -> PreTrainedConfig:
+def tiny_text_config(
+    family: str = "llama", *, tied: bool = False, vocab_size: int = 320, layers: int = 1
+) -> PreTrainedConfig:
     """A causal LM's configuration, of one of `LLM_FAMILIES` or `MOE_FAMILIES`."""
     common = {
         "vocab_size": vocab_size,
@@ -151,7 +181,7 @@ def tiny_text_config(family: str = "llama", *, tied: bool = False, vocab_size: i
         "initializer_range": 0.2,
     }
     if family == "gpt2":
-        return AutoConfig.for_model("gpt2", n_embd=40, n_layer=2, n_head=4, n_positions=1024, **common)
+        return AutoConfig.for_model("gpt2", n_embd=40, n_layer=layers, n_head=4, n_positions=1024, **common)
     if family in MOE_FAMILIES:
         experts = "num_local_experts" if family == "mixtral" else "num_experts"
         common |= {experts: 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -159,7 +189,7 @@ def tiny_text_config(family: str = "llama", *, tied: bool = False, vocab_size: i
         family,
         hidden_size=40,
         intermediate_size=56,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=10,
@@ -168,6 +198,7 @@ def tiny_text_config(family: str = "llama", *, tied: bool = False, vocab_size: i
     )
 
 
+@built_once
 def tiny_config(
     *,
     audio: str = "whisper",
@@ -178,13 +209,14 @@ def tiny_config(
     lora: dict | None = LORA,
     window_s: float = 2.0,
     heads: int = 2,
+    layers: int = 1,
     **config_kwargs,
 ) -> ReLLMConfig:
     """A whole ReLLM's configuration; `<|audio|>` has the id that [`tiny_tokenizer`] gives it."""
     return ReLLMConfig(
         audio_config=tiny_audio_config(audio, window_s=window_s),
         emotion_config=None if fusion == "none" else tiny_emotion_config(emotion),
-        text_config=tiny_text_config(text, tied=tied),
+        text_config=tiny_text_config(text, tied=tied, layers=layers),
         audio_token_id=tiny_tokenizer().convert_tokens_to_ids("<|audio|>"),
         emotion_fusion=fusion,
         projector_inner_dim=16,
@@ -195,6 +227,7 @@ def tiny_config(
     )
 
 
+@built_once
 def tiny_model(config: ReLLMConfig | None = None, **config_kwargs) -> ReLLMForConditionalGeneration:
     """A random ReLLM in eval mode whose LoRA acts (a fresh one would be zero).
 
@@ -226,21 +259,24 @@ def tiny_extractor(config: ReLLMConfig | None = None, **options) -> ReLLMFeature
     return tiny_processor(config, **options).feature_extractor
 
 
-def tiny_speech_tower(kind: str) -> PreTrainedModel:
+@built_once
+def tiny_speech_tower(kind: str, **config_kwargs) -> PreTrainedModel:
     """A bare speech tower of Transformers, random; Whisper with its decoder."""
     torch.manual_seed(2)
-    return AutoModel.from_config(tiny_audio_config(kind)).eval()
+    return AutoModel.from_config(tiny_audio_config(kind, **config_kwargs)).eval()
 
 
-def tiny_emotion_tower(kind: str = "wav2vec2") -> ReLLMEmotionModel:
+@built_once
+def tiny_emotion_tower(kind: str = "wav2vec2", **config_kwargs) -> ReLLMEmotionModel:
     torch.manual_seed(3)
-    return ReLLMEmotionModel(tiny_emotion_config(kind)).eval()
+    return ReLLMEmotionModel(tiny_emotion_config(kind, **config_kwargs)).eval()
 
 
-def tiny_llm(family: str = "llama", *, tied: bool = False, vocab_size: int = 320) -> PreTrainedModel:
+@built_once
+def tiny_llm(family: str = "llama", **config_kwargs) -> PreTrainedModel:
     """A bare causal LM of Transformers, random."""
     torch.manual_seed(4)
-    return AutoModelForCausalLM.from_config(tiny_text_config(family, tied=tied, vocab_size=vocab_size)).eval()
+    return AutoModelForCausalLM.from_config(tiny_text_config(family, **config_kwargs)).eval()
 
 
 def clip(duration_s: float = 0.5, *, seed: int = 0, rate: int = RATE) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,6 +95,7 @@ def read_settings(kinds: Iterable[str], classes: Mapping[str, ast.ClassDef]) -> 
     return found
 
 
+@functools.cache
 def _parse_classes() -> dict[str, ast.ClassDef]:
     classes: dict[str, ast.ClassDef] = {}
     for package, patterns in DECLARED.items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
@@ -32,10 +33,12 @@ Lengths = TypeVar("Lengths", int, Tensor)
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """Build an audio encoder with random weights, in the precision of what is being built around it; of Whisper, an
-    encoder-decoder, its encoder.
+    encoder-decoder, its encoder alone.
     """
-    tower = AutoModel.from_config(config, dtype=torch.get_default_dtype())
-    return tower.get_encoder() if config.is_encoder_decoder else tower
+    dtype = torch.get_default_dtype()
+    if config.model_type == "whisper":
+        return WhisperEncoder._from_config(config, dtype=dtype)
+    return AutoModel.from_config(config, dtype=dtype)
 
 
 def count_frames(config: PreTrainedConfig, lengths: Lengths) -> Lengths:

@@ -215,6 +215,11 @@ class ReLLMProcessor(ProcessorMixin):
             given["add_special_tokens"] = False  # the template has written the BOS
         return super().apply_chat_template(conversation, chat_template=chat_template, tokenize=tokenize, **kwargs)
 
+    def _adjust_assistant_masks_indices(self, processed_dict: dict[str, Any], *args: Any) -> dict[str, Any]:
+        if not isinstance(places := processed_dict["offset_mapping"], list):  # each number is compared by itself
+            processed_dict["offset_mapping"] = places.tolist()
+        return super()._adjust_assistant_masks_indices(processed_dict, *args)
+
     def read_audio(
         self, conversation: list[dict] | list[list[dict]], sampling_rate: int | None = None
     ) -> list[dict] | list[list[dict]]:

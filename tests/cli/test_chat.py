@@ -247,7 +247,7 @@ def test_a_transcriber_without_a_reader_is_an_error(checkpoint) -> None:
 
 def test_the_llm_inside_replies_as_the_bare_llm_does(model, processor) -> None:
     """Against a bare LLM that has the same weights and never had a LoRA."""
-    bare = tiny_llm()
+    bare = tiny_llm(layers=2)
     inside = model.model.text_model.state_dict()
     weights = {name.replace(".base_layer.", "."): value for name, value in inside.items() if "lora_" not in name}
     bare.load_state_dict(weights)

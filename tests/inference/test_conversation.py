@@ -82,7 +82,7 @@ def says(processor: ReLLMProcessor, text: str) -> dict:
 
 @pytest.mark.parametrize("family", LLM_FAMILIES)
 def test_every_llm_family_replies_over_turns_as_afresh(family: str, processor) -> None:
-    model = tiny_model(text=family)
+    model = tiny_model(layers=2, text=family)
     check_turns(model, processor, Conversation(model, processor))
 
 
@@ -96,7 +96,7 @@ def test_llms_with_turns_of_their_own_reply_over_turns_as_afresh(name: str, mode
 
 @pytest.mark.parametrize(("fusion", "scope"), [("token", "text"), ("none", "global")])
 def test_other_scopes_and_fusions_reply_over_turns_as_afresh(fusion: str, scope: str) -> None:
-    config = tiny_config(fusion=fusion, lora_scope=scope)
+    config = tiny_config(layers=2, fusion=fusion, lora_scope=scope)
     model, processor = tiny_model(config), tiny_processor(config)
     check_turns(model, processor, Conversation(model, processor), TURNS[:4])
 
@@ -108,7 +108,7 @@ def sliding_config(window: int) -> ReLLMConfig:
     text = AutoConfig.for_model(
         "mistral", sliding_window=window, bos_token_id=None, eos_token_id=2, initializer_range=0.2, **sizes
     )
-    config = tiny_config()
+    config = tiny_config(layers=2)
     return ReLLMConfig(**{**config.to_dict(), "text_config": text.to_dict()})
 
 
@@ -250,7 +250,7 @@ def test_an_option_that_the_conversation_sets_is_an_error(model, processor) -> N
 
 @pytest.mark.parametrize("setting", [{"cache_implementation": "static"}, {"use_cache": False}], ids=str)
 def test_a_checkpoints_own_cache_settings_do_not_matter(setting: dict, processor) -> None:
-    model = tiny_model()
+    model = tiny_model(layers=2)
     model.generation_config.update(**setting)
     check_turns(model, processor, Conversation(model, processor), TURNS[:3])
 

@@ -129,7 +129,7 @@ def test_a_plain_save_after_one_with_code_points_at_no_code(model, tmp_path: Pat
 @torch.no_grad()
 @pytest.mark.parametrize("fusion", ["concat", "token", "none"])
 def test_every_fusion_comes_back_bit_for_bit(fusion: str, tmp_path: Path) -> None:
-    model = tiny_model(fusion=fusion)
+    model = tiny_model(layers=2, fusion=fusion)
     model.save_pretrained(tmp_path)
     loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -159,7 +159,7 @@ def test_what_trains_is_the_same_after_building_and_after_loading(saved: Path, m
     assert trained_names(model) == expected
     for auto_class in AUTO_MODELS:
         assert trained_names(auto_class.from_pretrained(saved)) == expected
-    assert trained_names(ReLLMForConditionalGeneration(tiny_config())) == expected
+    assert trained_names(ReLLMForConditionalGeneration(tiny_config(layers=2))) == expected
 
 
 @torch.no_grad()
@@ -198,7 +198,7 @@ def test_a_pickled_checkpoint_is_refused_without_being_opened(saved: Path, tmp_p
 @pytest.mark.parametrize("size", [330, 310])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_resized_embeddings_keep_the_logits_and_survive_saving(tied: bool, size: int, tmp_path: Path, inputs) -> None:
-    model = tiny_model(tied=tied)
+    model = tiny_model(layers=2, tied=tied)
     expected = model(**inputs).logits
     model.resize_token_embeddings(size, mean_resizing=False)
     assert model.config.text_config.vocab_size == model.get_input_embeddings().num_embeddings == size

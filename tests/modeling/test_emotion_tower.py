@@ -47,7 +47,7 @@ class EmotionModel(Wav2Vec2PreTrainedModel):
 @pytest.fixture(scope="module")
 def original() -> EmotionModel:
     torch.manual_seed(5)
-    config = tiny_audio_config("wav2vec2")
+    config = tiny_audio_config("wav2vec2", layers=2)
     config.id2label = DIMENSIONS
     config.label2id = {name: index for index, name in DIMENSIONS.items()}
     config.final_dropout = 0.1
@@ -108,7 +108,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused_by_their_names(part: str, ch
 
 
 def test_a_bare_encoder_without_a_head_is_refused(tmp_path: Path) -> None:
-    Wav2Vec2Model(tiny_audio_config("wav2vec2")).save_pretrained(tmp_path)
+    Wav2Vec2Model(tiny_audio_config("wav2vec2", layers=2)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"classifier\.dense"):
         ReLLMEmotionModel.from_pretrained(tmp_path)
 
@@ -134,7 +134,7 @@ def test_labels_in_another_order_are_refused(checkpoint: Path) -> None:
 @pytest.mark.parametrize("kind", WAVEFORM_TOWERS)
 def test_a_clip_reads_the_same_alone_and_in_a_ragged_batch(kind: str) -> None:
     torch.manual_seed(0)
-    tower = ReLLMEmotionModel(tiny_emotion_config(kind)).eval()
+    tower = ReLLMEmotionModel(tiny_emotion_config(kind, layers=2)).eval()
     values, mask, clips = padded([0.31, 0.9, 0.05])
     batch = tower(values, mask)
     assert (batch.dimensions.std(0) > 1e-3).all()
@@ -148,7 +148,7 @@ def test_a_clip_reads_the_same_alone_and_in_a_ragged_batch(kind: str) -> None:
 @pytest.mark.parametrize("kind", WAVEFORM_TOWERS)
 def test_the_embedding_is_the_mean_of_the_bare_encoders_frames(kind: str) -> None:
     torch.manual_seed(0)
-    tower = ReLLMEmotionModel(tiny_emotion_config(kind)).eval()
+    tower = ReLLMEmotionModel(tiny_emotion_config(kind, layers=2)).eval()
     bare = AutoModel.from_config(tower.config.encoder_config).eval()
     bare.load_state_dict(tower.encoder.state_dict())
     values, mask, clips = padded([0.31, 0.9])
@@ -166,7 +166,7 @@ def test_without_a_mask_padding_counts_as_in_the_original_code(original: Emotion
 
 def test_gradients_reach_every_weight_of_a_tower_in_training() -> None:
     torch.manual_seed(0)
-    config = tiny_emotion_config()
+    config = tiny_emotion_config(layers=2)
     config.encoder_config.layerdrop = 0.0
     tower = ReLLMEmotionModel(config).train()
     values, mask, _ = padded([0.5, 0.9])

@@ -32,7 +32,7 @@ def build(
     speech: str = "whisper", family: str = "llama", *, tied: bool = False, emotion: str | None = "wav2vec2", **kw
 ):
     """The model and the parts that it was built from."""
-    audio, text = tiny_speech_tower(speech), tiny_llm(family, tied=tied)
+    audio, text = tiny_speech_tower(speech, layers=2), tiny_llm(family, tied=tied, layers=2)
     emotion_tower = tiny_emotion_tower(emotion) if emotion else None
     options = {"lora": LORA, "tokenizer": tiny_tokenizer(), "projector_inner_dim": 16, **kw}
     model = ReLLMForConditionalGeneration.from_towers(audio, text, emotion_tower, **options)

@@ -68,7 +68,7 @@ def test_greedy_replies_equal_a_loop_without_a_cache(model, alone) -> None:
 @pytest.mark.parametrize("kind", SPEECH_TOWERS)
 def test_a_padded_batch_replies_as_its_rows_do_alone(kind: str) -> None:
     emotion = kind if kind != "whisper" else "wav2vec2"
-    config = tiny_config(audio=kind, emotion=emotion)
+    config = tiny_config(layers=2, audio=kind, emotion=emotion)
     model, processor = tiny_model(config), tiny_processor(config)
     batch = conversation_inputs(processor, list(CONVERSATIONS))
     assert (batch["attention_mask"][1:, 0] == 0).all()  # padded on the left
@@ -79,7 +79,7 @@ def test_a_padded_batch_replies_as_its_rows_do_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("family", LLM_FAMILIES)
 def test_every_llm_family_replies_alike_in_a_batch_and_alone(family: str) -> None:
-    model, processor = tiny_model(text=family), tiny_processor()
+    model, processor = tiny_model(layers=2, text=family), tiny_processor()
     together = replies(model, conversation_inputs(processor, list(CONVERSATIONS)))
     for index, conversation in enumerate(CONVERSATIONS):
         row = conversation_inputs(processor, conversation)
@@ -153,7 +153,7 @@ def test_beams_take_audio_that_was_encoded_before(model, inputs) -> None:
 
 
 def test_the_audio_token_is_never_generated_even_where_it_is_likeliest() -> None:
-    model, processor = tiny_model(), tiny_processor()
+    model, processor = tiny_model(layers=2), tiny_processor()
     audio_id = model.config.audio_token_id
     row = conversation_inputs(processor, [user_turn(clip(0.5))])
     with torch.no_grad():
@@ -242,7 +242,7 @@ def test_output_scores_and_prefill_logits_are_those_of_forward(model, alone) -> 
 @pytest.mark.parametrize("fusion", ["concat", "token", "none"])
 @pytest.mark.parametrize("scope", ["audio", "text", "global"])
 def test_every_fusion_and_scope_replies_as_a_loop_without_a_cache(fusion: str, scope: str) -> None:
-    config = tiny_config(fusion=fusion, lora_scope=scope)
+    config = tiny_config(layers=2, fusion=fusion, lora_scope=scope)
     model = tiny_model(config)
     row = conversation_inputs(tiny_processor(config), CONVERSATIONS[0])
     assert torch.equal(replies(model, row), greedy_by_hand(model, row))

@@ -45,13 +45,13 @@ def test_prompt_lookup_writes_the_same_reply(model, inputs) -> None:
 
 def test_an_assistant_that_hears_as_well_saves_passes_and_changes_nothing(model, inputs) -> None:
     expected = model.generate(**inputs, **GREEDY)
-    twin = tiny_model()  # the same weights: all that it proposes is right
+    twin = tiny_model(layers=2)  # the same weights: all that it proposes is right
     twin.generation_config.num_assistant_tokens = 3
     with CountingCalls(model.model) as whole, CountingCalls(model.model.emotion_tower) as tower:
         assisted = model.generate(**inputs, **GREEDY, assistant_model=twin)
     assert torch.equal(assisted, expected)
     assert whole.calls < 8 and tower.calls == 1
-    other = tiny_model()  # other weights: what it proposes is wrong, and the reply still right
+    other = tiny_model(layers=2)  # other weights: what it proposes is wrong, and the reply still right
     nn.init.normal_(other.model.text_model.lm_head.weight)
     assert torch.equal(model.generate(**inputs, **GREEDY, assistant_model=other), expected)
 
@@ -79,7 +79,7 @@ def test_continuous_batching_answers_text_as_generate_does(model) -> None:
     prompts = [[5, 6, 7, 8, 9], [9, 10, 11], [40, 41, 42, 43, 44, 45, 46]]
     options = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
     small = ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=32)  # by default most of the memory
-    results = tiny_model().generate_batch(
+    results = tiny_model(layers=2).generate_batch(
         inputs=prompts, generation_config=options, continuous_batching_config=small, progress_bar=False
     )
     found = [result.generated_tokens for _, result in sorted(results.items())]
@@ -92,7 +92,7 @@ def test_continuous_batching_answers_text_as_generate_does(model) -> None:
 @pytest.mark.skipif(shutil.which("cc") is None, reason="Inductor needs a C compiler.")
 @pytest.mark.timeout(600)
 def test_a_static_cache_with_a_compiled_decode_step_writes_the_same_reply() -> None:
-    config = tiny_config()
+    config = tiny_config(layers=2)
     config.text_config.num_hidden_layers = 1
     model = tiny_model(config)
     row = dict(conversation_inputs(tiny_processor(), [user_turn(clip(0.9))]))

@@ -49,7 +49,7 @@ def inputs() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, ReLLMForConditionalGeneration]:
-    return {scope: tiny_model(lora_scope=scope) for scope in SCOPES}
+    return {scope: tiny_model(layers=2, lora_scope=scope) for scope in SCOPES}
 
 
 def bare_llm(model: ReLLMForConditionalGeneration) -> PreTrainedModel:
@@ -117,7 +117,7 @@ def count_lora_calls(model: nn.Module) -> Iterator[list[str]]:
 @torch.no_grad()
 @pytest.mark.parametrize("family", LLM_FAMILIES + MOE_FAMILIES)
 def test_text_only_input_gives_exactly_the_base_llms_logits(family: str) -> None:
-    model = tiny_model(text=family)
+    model = tiny_model(layers=2, text=family)
     assert torch.equal(model(input_ids=TEXT_IDS).logits, bare_llm(model)(TEXT_IDS).logits)
 
 
@@ -125,7 +125,7 @@ def test_text_only_input_gives_exactly_the_base_llms_logits(family: str) -> None
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("family", LLM_FAMILIES + MOE_FAMILIES)
 def test_each_scope_equals_a_hand_written_masked_lora(family: str, scope: str, inputs: dict[str, Tensor]) -> None:
-    model = tiny_model(text=family, lora_scope=scope)
+    model = tiny_model(layers=2, text=family, lora_scope=scope)
     is_audio = inputs["input_ids"] == model.config.audio_token_id
     reference = reference_llm(model, scope_mask(scope, is_audio))
     run = {"inputs_embeds": merged_embeddings(model, inputs), "attention_mask": inputs["attention_mask"]}
@@ -209,7 +209,7 @@ def gradients(
 def test_gradient_checkpointing_changes_no_gradient(
     scope: str, kind: str, teacher: bool, inputs: dict[str, Tensor]
 ) -> None:
-    model = tiny_model(lora_scope=scope, lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}).train()
+    model = tiny_model(layers=2, lora_scope=scope, lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}).train()
     expected = gradients(model, inputs)
     model.gradient_checkpointing_enable(CHECKPOINTING[kind])
     assert model.is_gradient_checkpointing
@@ -222,7 +222,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 
 def test_gradients_equal_those_of_the_hand_written_lora(inputs: dict[str, Tensor]) -> None:
-    model = tiny_model()
+    model = tiny_model(layers=2)
     found = gradients(model, inputs)
     is_audio = inputs["input_ids"] == model.config.audio_token_id
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_copies_of_the_parameters_give_in_float64_what_each_layers_own_modules_g
 ) -> None:
     """Logits and gradients, with ranks and scalings of their own in layers that share an input, also checkpointed."""
     lora = {"r": 4, "lora_alpha": 6, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"up_proj": 3}}
-    model = tiny_model(lora_scope=scope, lora=lora).double()
+    model = tiny_model(layers=2, lora_scope=scope, lora=lora).double()
     exact = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
     results = []
     for places in (("cpu",), ()):
@@ -301,7 +301,7 @@ def count_copied() -> Iterator[list[str]]:
 @pytest.mark.parametrize("given", [False, True], ids=["mask", "positions"])
 def test_dropout_takes_its_share_once_for_all_that_read_the_same(given: bool, as_on_an_accelerator: None) -> None:
     """With A of ones and B of ones a layer adds, to each output, rank times the sum of what dropout left, scaled."""
-    model = tiny_model(lora={"r": 2, "lora_alpha": 2, "lora_dropout": 0.25}).model
+    model = tiny_model(layers=2, lora={"r": 2, "lora_alpha": 2, "lora_dropout": 0.25}).model
     layers = [getattr(model.get_decoder().layers[0].self_attn, f"{name}_proj") for name in ("q", "k", "v")]
     for parameter in (p for name, p in model.named_parameters() if "lora_" in name):
         torch.nn.init.ones_(parameter)
@@ -318,7 +318,7 @@ def test_dropout_takes_its_share_once_for_all_that_read_the_same(given: bool, as
 
 
 def test_positions_that_are_not_the_placeholders_are_refused(inputs: dict[str, Tensor]) -> None:
-    model = tiny_model()
+    model = tiny_model(layers=2)
     right = with_positions(model, inputs)["audio_positions"]
     for wrong in (right + 1, right[1:], right[:1].expand(len(right))):
         with pytest.raises(ValueError, match="audio_positions are not those of the placeholders"):
@@ -330,7 +330,7 @@ def test_positions_that_are_not_the_placeholders_are_refused(inputs: dict[str, T
 def test_in_bfloat16_what_trains_is_float32_and_its_gradients_are_those_of_float32(
     inputs: dict[str, Tensor], as_on_an_accelerator: None
 ) -> None:
-    model = tiny_model()
+    model = tiny_model(layers=2)
     expected = gradients(model, inputs)
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -351,7 +351,7 @@ def test_compiled_decoder_layers_are_one_graph_without_a_break(
     scope: str, given: bool, inputs: dict[str, Tensor], as_on_an_accelerator: None
 ) -> None:
     """Three layers share one in training, one with gradient checkpointing and one in a prefill without a cache."""
-    config = tiny_config(lora_scope=scope)
+    config = tiny_config(layers=2, lora_scope=scope)
     config.text_config.num_hidden_layers = 3
     model, graphs = tiny_model(config), CompileCounter()
     inputs = {**(with_positions(model, inputs) if given else inputs), "use_cache": False}
@@ -381,7 +381,7 @@ def test_compiled_decoder_layers_are_one_graph_without_a_break(
 
 
 def test_a_text_only_batch_keeps_the_lora_in_the_graph_with_zero_gradients() -> None:
-    model = tiny_model().train()
+    model = tiny_model(layers=2).train()
     model(input_ids=TEXT_IDS, labels=TEXT_IDS).loss.backward()
     lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     assert lora and all(parameter.grad is not None and not parameter.grad.any() for parameter in lora)
@@ -403,7 +403,7 @@ def pad_mask(inputs: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def test_a_decode_step_goes_past_pefts_forward(inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model()
+    model = tiny_model(layers=2)
     cache = model(**inputs, use_cache=True).past_key_values
     step = {"input_ids": torch.tensor([[7], [7]]), "attention_mask": pad_mask(inputs)}
     for layer in lora_layers(model):  # the way it would be without: PEFT's own layer, which has no active adapter
@@ -418,7 +418,7 @@ def test_a_decode_step_goes_past_pefts_forward(inputs: dict[str, Tensor], monkey
 
 @torch.no_grad()
 def test_another_adapter_and_hooks_of_the_base_layer_act_in_a_decode_step(inputs: dict[str, Tensor]) -> None:
-    model = tiny_model()
+    model = tiny_model(layers=2)
     expected = decode_step(model, inputs)
     seen: list[nn.Module] = []
     hooks = [
@@ -437,7 +437,7 @@ def test_another_adapter_and_hooks_of_the_base_layer_act_in_a_decode_step(inputs
 
 @torch.no_grad()
 def test_a_model_with_a_lora_can_be_pickled(inputs: dict[str, Tensor]) -> None:
-    layer = lora_layers(tiny_model())[0]
+    layer = lora_layers(tiny_model(layers=2))[0]
     twin = pickle.loads(pickle.dumps(layer))
     x = torch.randn(1, 3, layer.in_features)
     assert type(twin) is ScopedLinear and torch.equal(twin(x), layer(x))
@@ -445,7 +445,7 @@ def test_a_model_with_a_lora_can_be_pickled(inputs: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def test_a_layer_that_packs_positions_is_refused_by_its_shape(inputs: dict[str, Tensor]) -> None:
-    model = tiny_model()
+    model = tiny_model(layers=2)
     layer = lora_layers(model)[0]
     mask = torch.tensor([[True, False, True]])
     with model.model.lora_scope.use(mask), pytest.raises(ValueError, match=r"\(2, .*some positions of \(1, 3\)"):
@@ -455,7 +455,7 @@ def test_a_layer_that_packs_positions_is_refused_by_its_shape(inputs: dict[str, 
 @torch.no_grad()
 def test_a_layer_that_gets_all_positions_in_one_row_has_the_lora_at_its_own(inputs: dict[str, Tensor]) -> None:
     """As OPT's MLP."""
-    model = tiny_model()
+    model = tiny_model(layers=2)
     layer = lora_layers(model)[0]
     x = torch.randn(2, 3, layer.in_features)
     for mask in (torch.tensor([[True, False, True], [False, True, False]]), torch.zeros(2, 3, dtype=torch.bool)):
@@ -471,7 +471,7 @@ def test_a_layer_that_gets_all_positions_in_one_row_has_the_lora_at_its_own(inpu
 
 @torch.no_grad()
 def test_a_deep_copy_has_a_lora_of_its_own(inputs: dict[str, Tensor]) -> None:
-    model = tiny_model()
+    model = tiny_model(layers=2)
     expected = model(**inputs).logits
     twin = copy.deepcopy(model)
     assert twin.model.lora_scope is not model.model.lora_scope
@@ -484,7 +484,7 @@ def test_a_deep_copy_has_a_lora_of_its_own(inputs: dict[str, Tensor]) -> None:
 
 
 def test_two_threads_with_different_inputs_do_not_disturb_each_other(inputs: dict[str, Tensor]) -> None:
-    model = tiny_model()
+    model = tiny_model(layers=2)
     jobs = {"audio": inputs, "text": {"input_ids": TEXT_IDS}}
     with torch.no_grad():
         expected = {name: model(**job).logits for name, job in jobs.items()}
@@ -528,7 +528,7 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
 @pytest.mark.parametrize("safe", [False, True], ids=["unsafe", "safe"])
 @pytest.mark.parametrize("scope", ["audio", "text"])
 def test_merging_a_partial_scope_is_refused_with_the_reason(scope: str, safe: bool) -> None:
-    model = tiny_model(lora_scope=scope)
+    model = tiny_model(layers=2, lora_scope=scope)
     for layer in lora_layers(model):
         before = layer.get_base_layer().weight.clone()
         with pytest.raises(ValueError, match=f"scope '{scope}' cannot be merged.*some positions"):
@@ -542,7 +542,7 @@ def test_merging_a_partial_scope_is_refused_with_the_reason(scope: str, safe: bo
 def test_merging_the_global_scope_keeps_the_answers_and_can_be_undone(
     family: str, safe: bool, inputs: dict[str, Tensor]
 ) -> None:
-    model = tiny_model(text=family, lora_scope="global")
+    model = tiny_model(layers=2, text=family, lora_scope="global")
     expected = model(**inputs).logits
     valid = inputs["attention_mask"].bool()
     for layer in lora_layers(model):

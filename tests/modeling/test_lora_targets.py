@@ -24,7 +24,7 @@ QUERIES = {f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)}
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_towers(tmp_path_factory.mktemp("towers"))
+    return save_towers(tmp_path_factory.mktemp("towers"), layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def experts(request, towers: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """Towers on disk, with a mixture of experts for an LLM."""
     folder = tmp_path_factory.mktemp(request.param)
     shutil.copytree(towers, folder, dirs_exist_ok=True)
-    tiny_llm(request.param).save_pretrained(folder / "llm")
+    tiny_llm(request.param, layers=2).save_pretrained(folder / "llm")
     return folder
 
 

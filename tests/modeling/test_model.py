@@ -50,7 +50,9 @@ def valid_positions(output: ModelOutput) -> list[Tensor]:
 @pytest.mark.parametrize("projector", ["conv", "conv-layers"])
 @pytest.mark.parametrize("fusion", ["concat", "token", "none"])
 def test_a_row_gives_the_same_numbers_alone_and_in_a_padded_batch(fusion: str, projector: str) -> None:
-    config = tiny_config(fusion=fusion, projector_layers=int(projector == "conv-layers"), projector_ffn_dim=20)
+    config = tiny_config(
+        layers=2, fusion=fusion, projector_layers=int(projector == "conv-layers"), projector_ffn_dim=20
+    )
     model, processor = tiny_model(config), tiny_processor(config)
     batch = conversation_inputs(processor, list(CONVERSATIONS))
     together = model(**batch)
@@ -116,7 +118,7 @@ def test_tuples_hidden_states_and_attentions_come_on_request(model, inputs) -> N
 @torch.no_grad()
 @pytest.mark.parametrize("family", LLM_FAMILIES)
 def test_sdpa_and_eager_attention_agree_on_valid_positions(family: str, inputs) -> None:
-    model = tiny_model(text=family)
+    model = tiny_model(layers=2, text=family)
     valid = inputs["attention_mask"].bool()
     model.set_attn_implementation("sdpa")
     sdpa = model(**inputs)
@@ -129,7 +131,7 @@ def test_sdpa_and_eager_attention_agree_on_valid_positions(family: str, inputs) 
 
 @torch.no_grad()
 def test_bfloat16_stays_near_float32(inputs) -> None:
-    config = tiny_config()
+    config = tiny_config(layers=2)
     exact = tiny_model(config)
     rounded = tiny_model(config).to(torch.bfloat16)
     output = rounded(**inputs)
@@ -151,7 +153,7 @@ def test_input_features_without_input_values_are_refused_with_an_emotion_tower(m
 
 
 def test_training_mode_leaves_frozen_towers_in_eval_and_a_thawed_one_follows() -> None:
-    model = tiny_model()
+    model = tiny_model(layers=2)
     model.train()
     assert not any(module.training for module in model.model.audio_tower.modules())
     assert not any(module.training for module in model.model.emotion_tower.modules())
@@ -162,7 +164,7 @@ def test_training_mode_leaves_frozen_towers_in_eval_and_a_thawed_one_follows() -
 
 
 def test_only_projector_heads_and_lora_get_gradients(inputs) -> None:
-    model = tiny_model().train()
+    model = tiny_model(layers=2).train()
     output = model(**inputs, labels=inputs["input_ids"])
     (output.loss + output.emotion_logits.square().sum() + output.dimensions.square().sum()).backward()
     found = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -171,7 +173,7 @@ def test_only_projector_heads_and_lora_get_gradients(inputs) -> None:
 
 
 def test_thawed_towers_learn() -> None:
-    config = tiny_config()
+    config = tiny_config(layers=2)
     config.audio_config.encoder_layerdrop = 0.0
     model = tiny_model(config)
     model.model.audio_tower.requires_grad_(True)
@@ -188,7 +190,7 @@ def test_thawed_towers_learn() -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_compiled_decoder_follows_the_lora_mask_without_a_graph_break() -> None:
-    config = tiny_config()
+    config = tiny_config(layers=2)
     config.text_config.num_hidden_layers = 1
     model = tiny_model(config)
     decoder, scope = model.model.get_decoder(), model.model.lora_scope
@@ -244,7 +246,7 @@ def test_a_decode_step_with_a_static_cache_compiles_as_one_graph(model) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("projector", ["conv", "conv-layers"])
 def test_projecting_placing_and_the_llm_compile_as_one_graph(projector: str) -> None:
-    config = tiny_config(projector_layers=int(projector == "conv-layers"), projector_ffn_dim=20)
+    config = tiny_config(layers=2, projector_layers=int(projector == "conv-layers"), projector_ffn_dim=20)
     config.text_config.num_hidden_layers = 1
     model = tiny_model(config)
     batch = conversation_inputs(tiny_processor(config), list(CONVERSATIONS))
@@ -269,7 +271,7 @@ def test_projecting_placing_and_the_llm_compile_as_one_graph(projector: str) -> 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="Inductor needs a C compiler.")
 @torch.no_grad()
 def test_inductor_compiles_the_decoder(inputs) -> None:
-    config = tiny_config()
+    config = tiny_config(layers=2)
     config.text_config.num_hidden_layers = 1
     model = tiny_model(config)
     expected = model(**inputs).logits
@@ -290,7 +292,7 @@ def test_a_configuration_is_made_without_writing_out_its_towers(monkeypatch) -> 
         raise AssertionError(f"A {type(config).__name__} was written out.")
 
     monkeypatch.setattr(PreTrainedConfig, "__repr__", refuse)
-    assert tiny_config().emotion_config.encoder_config.hidden_size == 24
+    assert tiny_config(layers=2).emotion_config.encoder_config.hidden_size == 24
 
 
 def with_adapter() -> PreTrainedConfig:
@@ -360,6 +362,6 @@ def test_a_bare_configuration_has_the_papers_sizes() -> None:
 
 
 def test_auto_model_builds_the_generation_class_from_a_config() -> None:
-    config = tiny_config(lora=LORA)
+    config = tiny_config(layers=2, lora=LORA)
     assert type(AutoModel.from_config(config)) is ReLLMForConditionalGeneration
     assert type(ReLLMModel(config)) is ReLLMModel

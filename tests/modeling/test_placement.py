@@ -82,7 +82,7 @@ def test_projecting_placing_and_the_llm_never_ask_a_device_for_a_value(fusion: s
 
     Without an attention mask, of which Transformers itself asks whether it is all ones.
     """
-    config = tiny_config(fusion=fusion)
+    config = tiny_config(layers=2, fusion=fusion)
     model = tiny_model(config)
     batch = conversation_inputs(tiny_processor(config), [[user_turn("A ", clip(0.5))], [user_turn(clip(2.7))]])
     audio = {name: value for name, value in batch.items() if name.startswith("input_") and name != "input_ids"}
@@ -107,7 +107,7 @@ def test_towers_never_ask_a_device_for_a_value_either(
 
     But for what Transformers itself asks of a mask, whether it is all ones: of the emotion tower's and the LLM's.
     """
-    config = tiny_config(lora_scope=scope, projector_layers=1)
+    config = tiny_config(layers=2, lora_scope=scope, projector_layers=1)
     asked: list[str] = []
     for kind in ("bidirectional", "causal"):
         name = f"_ignore_{kind}_mask_sdpa"
@@ -136,7 +136,7 @@ def test_an_accelerator_counts_before_a_tower_runs_and_asserts_in_training(
     training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On "meta:0", which is a CPU under another name. In training the collator has counted."""
-    config = tiny_config()
+    config = tiny_config(layers=2)
     batch = conversation_inputs(tiny_processor(config), [[user_turn("A ", clip(0.5))], [user_turn(clip(1.7))]])
     batch["input_ids"][0, (batch["input_ids"][0] == config.audio_token_id).nonzero()[0]] = 5
     count = int((batch["input_ids"] == config.audio_token_id).sum())

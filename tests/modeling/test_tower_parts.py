@@ -42,7 +42,7 @@ def speech_inputs(kind: str, durations_s: tuple[float, ...]) -> tuple[Tensor, Te
 
 
 def encoder(kind: str) -> nn.Module:
-    tower = tiny_speech_tower(kind)
+    tower = tiny_speech_tower(kind, layers=2)
     return tower.get_encoder() if kind == "whisper" else tower
 
 
@@ -114,13 +114,13 @@ def test_groups_hold_every_clip_once_and_keep_both_limits(sizes, slack, most):
 
 @pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "wav2vec2-group"])
 def test_an_accelerator_runs_a_batch_whole_but_where_a_norm_allows_no_padding(kind):
-    tower, sizes = build_tower(tiny_audio_config(kind)), [100, 80, 30, 30]
+    tower, sizes = build_tower(tiny_audio_config(kind, layers=2)), [100, 80, 30, 30]
     groups = group_by_length(sizes, *audio_tower_relllm._limits(tower, torch.device("cuda"), {}))
     assert groups == ([[0], [1], [2, 3]] if kind == "wav2vec2-group" else [[0, 1, 2, 3]])
 
 
 def test_a_group_is_no_larger_than_the_limit_for_a_cpu_allows(monkeypatch):
-    tower = tiny_emotion_tower()
+    tower = tiny_emotion_tower(layers=2)
     values, mask = pad([torch.from_numpy(clip(0.5, seed=index)) for index in range(5)])
     whole = tower(values, mask)
     config = tower.encoder.config
@@ -142,7 +142,7 @@ def test_hidden_states_come_of_the_whole_batch(kind):
 
 
 def test_a_gradient_reaches_every_group(batch):
-    tower = tiny_emotion_tower()
+    tower = tiny_emotion_tower(layers=2)
     values, mask = batch
     values.requires_grad_(True)
     output, _ = encode_audio(tower.encoder, values, mask)

@@ -324,7 +324,7 @@ def test_other_towers_have_another_folder_and_the_rest_of_the_model_has_none(tmp
     assert settings_of(tiny_model(window_s=3.0)) != plain
     assert settings_of(tiny_model().bfloat16()) != plain
     assert settings_of(tiny_model(fusion="none")) != plain
-    for weight in (model.model.audio_tower.layers[1].fc2.bias, model.model.emotion_tower.classifier.dense.bias):
+    for weight in (model.model.audio_tower.layers[0].fc2.bias, model.model.emotion_tower.classifier.dense.bias):
         with torch.no_grad():
             weight[3] += 1
         assert settings_of(model) != plain

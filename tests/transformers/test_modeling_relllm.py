@@ -50,7 +50,7 @@ class ReLLMModelTester:
         self.num_attention_heads = config.text_config.num_attention_heads
 
     def get_config(self):
-        return drawn_narrow(tiny_config(window_s=WINDOW_S, lora=self.lora))
+        return drawn_narrow(tiny_config(layers=2, window_s=WINDOW_S, lora=self.lora))
 
     def audio_inputs(self, clips):
         mels = self.get_config().audio_config.num_mel_bins
@@ -140,7 +140,7 @@ class ReLLMEmotionModelTester:
         self.num_attention_heads = encoder_config.num_attention_heads
 
     def get_config(self):
-        return drawn_narrow(tiny_emotion_config())
+        return drawn_narrow(tiny_emotion_config(layers=2))
 
     def prepare_config_and_inputs_for_common(self):
         return self.get_config(), {
