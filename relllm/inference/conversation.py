@@ -18,7 +18,7 @@ from relllm.modeling.releases_relllm import CACHE
 from relllm.processing.audio_relllm import AudioSource
 from relllm.processing.processing_relllm import ReLLMProcessor
 
-from .replies import Heard, Reply, read_heard, static_length
+from .replies import Heard, Reply, count_steps, read_heard, static_length
 from .typed_text import encode_conversation
 
 # Options of `generate` that the conversation sets itself, or whose output is more than one reply.
@@ -176,6 +176,7 @@ class Conversation(TurnTaking):
         if (positions := _positions_in(turns)) and len(behind := torch.cat(positions)[read:]):
             options["mm_encoder_outputs"] = {"audio": ReLLMAudioOutput(pooler_output=behind)}
         said = super()._generate(ids, turns, options)
+        count_steps(self.model, len(said) - ids.shape[1])
         if written is not None:
             count = int(written.get_seq_length())
             if written is not cache:  # a static one cannot be cut back

@@ -1,5 +1,6 @@
 """Using a trained model: replies to spoken turns, emotions of many clips, and how likely given answers are."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -112,33 +113,41 @@ def generate_answers(
         known = {"max_cache_len": length} if "max_cache_len" in vars(model.generation_config) else {}
         options |= {"cache_implementation": "static", **known}
     output = model.generate(**inputs, **encoded, **options)
-    return output[:, inputs["input_ids"].shape[1] :]
+    written = output[:, inputs["input_ids"].shape[1] :]
+    count_steps(model, written.shape[1])
+    return written
 
 
 def static_length(model: PreTrainedModel, input_ids: Tensor, options: Mapping[str, object]) -> int | None:
     """Return how long the static cache is with which `generate` is to write by these options, if it is to.
 
     On an accelerator only, whose Transformers compiles it, and from when a model has written for as long as that
-    takes. `None` for another number of rows than at first, as each is compiled for itself; where the LLM cannot be
-    compiled; and where the options or `model.generation_config` say something of caches (`cache_implementation`
-    `"dynamic"` is what a CPU has).
+    takes ([`count_steps`]). `None` for another number of rows than at first, as each is compiled for itself; where the
+    LLM cannot be compiled; outside the main thread, as the graphs that PyTorch captures are one thread's; and where
+    the options or `model.generation_config` say something of caches (`cache_implementation` `"dynamic"` is what a CPU
+    has).
     """
-    own, steps = model.generation_config, int(options["max_new_tokens"])  # type: ignore[call-overload]
+    own = model.generation_config
     llm = getattr(model.base_model, "text_model", model)
     asked = own.cache_implementation or own.prompt_lookup_num_tokens or own.use_cache is False
     if asked or not llm._can_compile_fullgraph or any(name in options for name in OF_CACHES):
         return None
     if model.device.type not in COMPILES_ON or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return None
-    rows, longest = len(input_ids), input_ids.shape[1] + steps
-    state = model.__dict__.setdefault("static_cache", {"rows": rows, "steps": 0, "length": 0})
-    if rows != state["rows"]:
+    if threading.current_thread() is not threading.main_thread():
         return None
-    state["steps"] += steps
-    if state["steps"] - steps < COMPILING_PAYS:
+    rows, longest = len(input_ids), input_ids.shape[1] + int(options["max_new_tokens"])  # type: ignore[call-overload]
+    state = model.__dict__.setdefault("static_cache", {"rows": rows, "steps": 0, "length": 0})
+    if rows != state["rows"] or state["steps"] < COMPILING_PAYS:
         return None
     state["length"] = max(state["length"], -(-longest // CACHE_STEP) * CACHE_STEP)  # each is compiled anew
     return state["length"]
+
+
+def count_steps(model: PreTrainedModel, steps: int) -> None:
+    """Count the tokens that a reply of `model` took: after enough of them [`static_length`] gives a length."""
+    if state := model.__dict__.get("static_cache"):
+        state["steps"] += steps
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 The reference is the same call with a dynamic cache.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny_models import audio_inputs, clip, conversation_inputs, tiny_model, tiny_processor, user_turn
@@ -54,6 +56,18 @@ def test_answers_to_a_batch_padded_on_the_left_are_those_of_a_dynamic_cache(scop
     assert len(caches) == 1  # another number of rows
 
 
+def test_what_was_written_counts_and_not_what_might_have_been(caches, monkeypatch):
+    monkeypatch.setattr(replies, "COMPILING_PAYS", 2)
+    ends = list(range(tiny_model().config.text_config.vocab_size))  # whatever comes first ends the reply
+    model, ids = tiny_model(), torch.tensor([[5, 6, 7]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    made = [(generate_answers(model, inputs, eos_token_id=ends), len(caches))[1] for _ in range(4)]
+    assert made == [0, 0, 1, 2]
+    caches.clear()
+    talk(tiny_model(), [0.3] * 3, eos_token_id=ends)
+    assert len(caches) == 1
+
+
 def talk(model, seconds, **options) -> list[str]:
     """The replies to clips of these lengths, one after the other."""
     conversation = Conversation(model, tiny_processor(), **options)
@@ -72,6 +86,8 @@ def test_turns_of_a_conversation_share_the_length_of_their_cache(caches):
     assert [talk(model, [one]) for one in seconds] == [talk(dynamic, [one]) for one in seconds]
     assert len(caches) == 6 and all(length % 64 == 0 for length in caches) and caches == sorted(caches)
     assert caches[3:] == [caches[2]] * 3  # shorter ones again
+    with ThreadPoolExecutor(1) as pool:  # as the page's: the graphs that PyTorch captures are one thread's
+        assert pool.submit(talk, model, seconds).result() == expected and len(caches) == 6
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 2}, {"num_beams": 2}], ids=str)
