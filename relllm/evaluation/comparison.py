@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from relllm.labels import DIMENSIONS
 from relllm.metrics import dimension_metrics, recognition_metrics
 
-from .evaluation_settings import EMPATHY_PARTS, NO_TRANSCRIPT, REPLY_PARTS, SYSTEMS, WAYS
+from .evaluation_settings import EMPATHY_PARTS, LEVELS, NO_TRANSCRIPT, REPLY_PARTS, SYSTEMS, WAYS, Grouping, Resampling
 from .runs import Run, find_differences, group_by_corpus
 from .statistics import PairedTest, Resampler, holm, percentile_interval, wilcoxon_test
 from .summary import answered_emotion
@@ -118,6 +119,9 @@ def compare_runs(
     (`"system"` or `"name"`) such runs on a corpus are one row, as seeds of one training: its value is their mean, the
     bootstrap draws runs too, tests are of the clips' means over runs.
     """
+    for name, value, known in (("resample", resample, Resampling), ("group", group or "name", Grouping)):
+        if value not in get_args(known):
+            raise ValueError(f"--{name} {value}: expected one of {', '.join(get_args(known))}.")
     groups = group_by_corpus(runs)
     rows, kinds = _name_rows(groups, group)
     chosen = [_find_baseline(name, runs, rows) for name in baselines]
@@ -319,7 +323,8 @@ def _units(corpus: str, clips: Sequence[dict], resample: str, notes: list[str]) 
         notes.append(f"the intervals resample clips{reason}")
         return [clip["id"] for clip in clips]
     notes.append(f"the intervals resample {num_speakers} speakers with all their clips")
-    return [f"speaker {clip['speaker']}" if clip.get("speaker") else f"clip {clip['id']}" for clip in clips]
+    speakers = ((clip["id"], clip.get("speaker")) for clip in clips)
+    return [f"clip {clip_id}" if speaker is None else f"speaker {speaker}" for clip_id, speaker in speakers]
 
 
 def _gain(
@@ -357,7 +362,10 @@ def measure_part(
 ) -> Iterator[tuple[Metric, Measured]]:
     """Yield the metrics of one part of one table, from lines of predictions.jsonl that have it and its label."""
     if table == "empathy":
-        yield Metric(table, part, "mean_level"), _mean_measured([clip["empathy"][part]["level"] for clip in clips])
+        levels = [clip["empathy"][part]["level"] for clip in clips]
+        if wrong := sorted(set(levels).difference(range(LEVELS)), key=str):
+            raise ValueError(f"Levels of {part} are {wrong}, expected 0 to {LEVELS - 1}. Evaluate again.")
+        yield Metric(table, part, "mean_level"), _mean_measured(levels)
     elif table == "replies":
         yield Metric(table, part, "value"), _wording_measured([clip["reply"] for clip in clips], part)
     elif table == "dimensions":

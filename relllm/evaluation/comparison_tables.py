@@ -6,7 +6,7 @@ Protocols, splits and scorers of the papers are not those of a run here, so no t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,7 @@ from .comparison import SYSTEM_TITLES, Cell, Comparison, Gain, Metric, compare_r
 from .empathy.quality import describe_quality, find_weaknesses
 from .evaluation_settings import LEVELS, MECHANISMS, ComparisonSettings
 from .fingerprints import check_extras
-from .runs import read_run
+from .runs import Run, read_run
 from .summary import summarize_levels
 from .tables import DASH, Table, show_table, to_latex, to_markdown
 
@@ -192,7 +192,17 @@ def _scorer_notes(comparison: Comparison) -> list[str]:
         notes += [f"Too weak to report: {weakness}." for weakness in find_weaknesses(run.scorer_quality)]
         if not run.scorer_quality:
             notes.append(f"How good the scorers of {run.name} are is not in its metrics.json: evaluate it again.")
-    return notes
+    return notes + [note for runs in comparison.runs.values() for run in runs for note in _length_notes(run)]
+
+
+def _length_notes(run: Run) -> Iterator[str]:
+    """Say how long a run's replies are at each level, and how many the scorers read in part."""
+    for name in MECHANISMS:
+        found = summarize_levels(run.clips.values(), name) or {}
+        if "share_cut" in found:
+            means = " / ".join(DASH if mean is None else f"{mean:.0f}" for mean in found["mean_tokens_of_level"])
+            tokens = f"{means} tokens a reply at level 0 / 1 / 2"
+            yield f"{run.name}, {name}: {tokens}; {found['share_cut']:.1%} read in part only."
 
 
 def _gain_table(comparison: Comparison, name: str) -> Table:

@@ -15,6 +15,8 @@ System: TypeAlias = Literal["text-only", "text-only-tuned", "speech-only", "re-l
 Way: TypeAlias = Literal["generated", "likelihood", "head"]  # of recognising an emotion
 Mechanism: TypeAlias = Literal["ER", "IP", "EX"]  # of empathy, after EPITOME
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+Resampling: TypeAlias = Literal["auto", "clips", "speakers"]
+Grouping: TypeAlias = Literal["system", "name"]
 
 TASKS: tuple[Task, ...] = get_args(Task)
 SYSTEMS: tuple[System, ...] = get_args(System)
@@ -88,8 +90,8 @@ class ComparisonSettings:
     runs: list[Path] = setting(REQUIRED, "Folders that `relllm evaluate` wrote.", argument=True)
     baseline: list[str] = setting(REQUIRED, "What gains are over: a system, a run's name or its folder. Repeat it.")
     output_dir: Path = setting(Path("runs/comparison"), "Folder for the tables and plots.")
-    resample: Literal["auto", "clips", "speakers"] = setting("auto", "What is drawn; auto: speakers if there are 10.")
-    group: Literal["system", "name"] | None = setting(
+    resample: Resampling = setting("auto", "What is drawn; auto: speakers if there are 10.")
+    group: Grouping | None = setting(
         None, "Make runs of one system, or name, one row: several seeds, mean and deviation."
     )
     seed: int = setting(0, "Of the bootstrap.")

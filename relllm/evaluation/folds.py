@@ -1,5 +1,6 @@
 """Leave-one-out evaluation: one run for each fold with the model that did not train on it, and the pooled numbers."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -45,8 +46,9 @@ def evaluate_folds(settings: EvaluationSettings, folds: str, *, progress: bool =
     state = PartialState(cpu=settings.device == "cpu", timeout=PATIENCE)
     predicted = [read_predictions(out) for _, out in by_fold.values()]
     lines = [line for _, own in predicted for line in own]
-    if len({line["id"] for line in lines}) < len(lines):
-        raise ValueError("A clip's id is in two folds, so they cannot be pooled. Make the ids of the data unique.")
+    [(clip_id, count)] = Counter(line["id"] for line in lines).most_common(1)
+    if count > 1:
+        raise ValueError(f"The clip {clip_id!r} is in two folds, so they cannot be pooled. Make its id unique.")
     metrics = _pool(settings, name, column, {value: run for value, (run, _) in by_fold.items()}, lines)
     if state.is_main_process:
         identity = {"task": "evaluate-folds", "folds": [own for own, _ in predicted]}

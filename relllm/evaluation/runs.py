@@ -34,8 +34,10 @@ class Run:
 
 def read_predictions(out: Path) -> tuple[dict, list[dict]]:
     """Return the settings and the lines of a run's `predictions.jsonl`."""
-    (_, first), *lines = read_table(out / PREDICTIONS)
-    return first["settings"], [line for _, line in lines]
+    rows = [row for _, row in read_table(out / PREDICTIONS)]
+    if len(rows) < 2:
+        raise ValueError(f"{out / PREDICTIONS} has no clips. Delete it, and evaluate again.")
+    return rows[0]["settings"], rows[1:]
 
 
 def read_run(path: Path) -> Run:
@@ -68,7 +70,7 @@ def read_run(path: Path) -> Run:
         name=str(metrics.get("name") or path.name),
         system=metrics["system"],
         data=metrics["data"],
-        clips={line["id"]: line for line in read_predictions(path)[1] if "error" not in line},
+        clips={line["id"]: _without_nan(line) for line in read_predictions(path)[1] if "error" not in line},
         class_names=class_names,
         protocol=protocol,
         scorer_quality={**(scorers.get("quality") or {}), **held_out_quality},
@@ -76,6 +78,11 @@ def read_run(path: Path) -> Run:
         seen=metrics.get("training") or {},
         folds=folds,
     )
+
+
+def _without_nan(line: dict) -> dict:
+    """Take a label that is NaN, as tables have it, for none."""
+    return {name: None if value != value else value for name, value in line.items()}
 
 
 def group_by_corpus(runs: Iterable[Run]) -> dict[str, list[Run]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from rich.console import Console
@@ -53,7 +54,7 @@ def to_latex(table: Table) -> str:
     escaped = [[text.translate(_LATEX) for text in texts] for texts in (*zip(*table.header, strict=True), *table.rows)]
     groups, names, *rows = escaped
     frame = DataFrame(rows, columns=MultiIndex.from_arrays([groups, names]) if any(groups) else names)
-    return frame.style.hide(axis="index").to_latex(
+    latex = frame.style.hide(axis="index").to_latex(
         environment="table*",
         position_float="centering",
         hrules=True,
@@ -62,6 +63,12 @@ def to_latex(table: Table) -> str:
         caption=" ".join((table.title + ".", *table.notes)).translate(_LATEX),
         label=f"tab:{table.name}",
     )
+    rules, last = "", 0
+    for group, columns in groupby(groups):
+        first, last = last + 1, last + len(list(columns))
+        rules += rf"\cmidrule(lr){{{first}-{last}}}" * bool(group)
+    latex = latex.replace("\\centering\n", "\\centering\n\\small\n", 1)
+    return latex.replace(" \\\\\n", f" \\\\\n{rules}\n", 1) if rules else latex
 
 
 def show_table(table: Table, console: Console) -> None:

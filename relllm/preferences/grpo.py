@@ -105,7 +105,12 @@ class ReLLMGRPOTrainer(ReLLMTrainerMixin, _WithoutSecondModel):
             self.ref_model = StartingWeights(self.model)
         taught = self.model.config.trained_readings  # of which an evaluation makes a secret
         self._hears_emotion = taught is None or "emotion" in {*taught, *self._fed}
-        held_out = self.eval_dataset
+        held_out, at_once = self.eval_dataset, args.eval_batch_size * args.world_size
+        if held_out is not None and at_once % self.num_generations_eval:
+            raise ValueError(
+                f"An evaluation takes {at_once} replies at once, and a group is {self.num_generations_eval}. Make "
+                "per_device_eval_batch_size a multiple of num_generations_eval."
+            )
         for rows in (self.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])):
             check_needs(rows, {reward.name: reward.needs for reward, _ in rewards}, self._hears_emotion)
         self._spoken: list[SpokenRow] = []  # of the rows that TRL works on

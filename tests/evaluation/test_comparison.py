@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from relllm.cli import app
 from relllm.data.corpora.patterns import PATTERNS
-from relllm.evaluation.comparison import Comparison, Gain, compare_runs, measure_part
+from relllm.evaluation.comparison import Comparison, Gain, _units, compare_runs, measure_part
 from relllm.evaluation.comparison_tables import (
     PUBLISHED_GAINS,
     PUBLISHED_VALUES,
@@ -187,6 +187,9 @@ def test_an_incomplete_run_and_a_broken_line_are_named(folders: list[Path]) -> N
         file.write('{"id": "x", "arousal\n')
     with pytest.raises(ValueError, match=r"predictions\.jsonl, line 122 is not JSON"):
         read_run(folders[0])
+    (folders[0] / "predictions.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"text-only/predictions\.jsonl has no clips\. .*evaluate again"):
+        read_run(folders[0])
     (folders[1] / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no metrics\.json: it is no complete run"):
         read_run(folders[1])
@@ -233,6 +236,16 @@ def test_speakers_are_resampled_where_there_are_enough(folders: list[Path]) -> N
     assert any("only 0 known speakers" in note for note in compare(folders[:3], "speech-only").notes)
     with pytest.raises(ValueError, match="has 0 known speakers"):
         compare(folders[:3], "speech-only", resample="speakers")
+    numbered = [{"id": f"c{index}", "speaker": index % 12} for index in range(36)]
+    assert len(set(_units("x", numbered, "auto", []))) == 12
+
+
+def test_a_label_that_is_nan_is_none(folders: list[Path]) -> None:
+    for path in folders[1:3]:
+        first, second, *others = clips_of(path)
+        rewrite(path, [{**first, "valence": float("nan")}, {**second, "emotion": float("nan")}, *others])
+    counts = {cell.metric.part: cell.num_clips for cell in compare(folders[1:3], "speech-only").cells}
+    assert (counts["valence"], counts["arousal"], counts["generated"], counts["ER"]) == (119, 120, 119, 120)
 
 
 def test_folds_stand_pooled_and_as_their_mean(tmp_path: Path) -> None:
@@ -279,7 +292,11 @@ def test_every_row_of_the_latex_has_the_columns_of_its_table(folders: list[Path]
     for table in comparison_tables(compare(folders, "text-only")):
         latex = to_latex(table)
         columns = re.search(r"\\begin\{tabular\}\{(\w+)\}", latex)
-        assert columns is not None
+        assert columns is not None and r"\small" in latex
+        rules = [(int(one), int(last)) for one, last in re.findall(r"\\cmidrule\(lr\)\{(\d+)-(\d+)\}", latex)]
+        grouped = [at for at, (group, _) in enumerate(table.header, start=1) if group]
+        assert [at for one, last in rules for at in range(one, last + 1)] == grouped
+        assert len(rules) == len({group for group, _ in table.header if group})
         for line in latex.splitlines():
             if line.endswith(r"\\"):
                 spanned = sum(int(width) - 1 for width in re.findall(r"\\multicolumn\{(\d+)\}", line))
@@ -329,6 +346,10 @@ def test_values_come_before_gains_and_a_forest_has_no_empty_panel(folders: list[
 
 
 def test_what_cannot_be_measured_is_refused_or_said(folders: list[Path]) -> None:
+    with pytest.raises(ValueError, match="--resample sessions: expected one of auto, clips, speakers"):
+        compare(folders[:3], "speech-only", resample="sessions")
+    with pytest.raises(ValueError, match="--group seed: expected one of system, name"):
+        compare_runs([], ["speech-only"], group="seed")
     assert (
         "esd: no run of the baseline Text-only LLM on transcripts."
         in compare([*folders[:3], folders[5]], "text-only").notes
@@ -336,3 +357,8 @@ def test_what_cannot_be_measured_is_refused_or_said(folders: list[Path]) -> None
     for path in folders[1:3]:
         rewrite(path, [{**clip, "dimension_source": "org/tower@abc"} for clip in clips_of(path)])
     assert any("no labels" in note and "org/tower" in note for note in compare(folders[1:3], "speech-only").notes)
+    clips = clips_of(folders[2])
+    clips[5]["empathy"]["IP"]["level"] = 3
+    rewrite(folders[2], clips)
+    with pytest.raises(ValueError, match=r"Levels of IP are \[3\], expected 0 to 2\. Evaluate again\."):
+        compare(folders[1:3], "speech-only")

@@ -76,18 +76,22 @@ def test_a_transcript_in_the_place_of_the_clip_is_no_other_prompt_and_older_runs
     assert "are is not in its metrics.json: evaluate it again" in found
 
 
-def test_the_scorers_quality_stands_below_the_levels(tmp_path: Path) -> None:
+def test_the_scorers_quality_and_what_they_read_stand_below_the_levels(tmp_path: Path) -> None:
     quality = {"ER": {**QUALITY, "bag_of_words": 0.686}}
     scored = {"empathy": {"scorers": {"fingerprint": "def", "quality": quality}}}
     paths = []
     for system in ("speech-only", "re-llm"):
-        paths.append(run_of(tmp_path, system, 0.5, **scored))
+        clips = simulated_clips(60, 0.5, seed=len(system))
+        for number, clip in enumerate(clips):
+            clip["empathy"]["ER"] |= {"level": number % 2, "tokens": 100 if number % 2 else 40, "cut": number % 2 == 1}
+        paths.append(write_run(tmp_path / system, system, clips, **ASKED, **scored))
     found = notes_of(compare(*paths))
     assert (
         "accuracy 0.760, macro-F1 0.488, a bag of words 0.686; recall of levels 0 / 1 / 2: 0.87 / 0.63 / 0.00."
         in found
     )
     assert "Too weak to report: ER finds none of the pairs of level 2" in found
+    assert "re-llm, ER: 40 / 100 / – tokens a reply at level 0 / 1 / 2; 50.0% read in part only." in found
 
 
 def test_a_model_from_the_corpus_is_marked(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     BertConfig,
+    ByT5Tokenizer,
     GPT2Config,
     RobertaConfig,
     T5Config,
@@ -220,13 +221,19 @@ def test_reading_removes_duplicates_and_counts_what_it_drops(tmp_path: Path) -> 
         ("seeker_post,response_post,level,rationales\na,b,c,0,\n", "bad.csv:2 has another number of fields"),
         ("seeker_post,response_post,level,rationales\na,b\n", "bad.csv:2 has another number of fields"),
         ('seeker_post,response_post,level,rationales\n"a"b,c,0,\n', "bad.csv: no CSV after line 1"),
+        ("seeker_post,response_post,level,rationales\n\udcff,b,0,\n", "bad.csv is not UTF-8. Save it as UTF-8"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "bad.csv"
-    path.write_text(content)
+    path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=message):
         read_pairs(path)
+
+
+def test_a_tokenizer_that_knows_no_characters_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ByT5Tokenizer does not say .*a fast tokenizer \(tokenizer\.json\)"):
+        encode_pairs(PAIRS, ByT5Tokenizer(), 12)
 
 
 def many_pairs(count: int) -> list[Pair]:

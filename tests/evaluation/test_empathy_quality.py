@@ -13,7 +13,13 @@ from tiny_models import tiny_model
 from transformers import AutoModel
 
 from relllm.evaluation.empathy.epitome import read_pairs, split_pairs
-from relllm.evaluation.empathy.quality import describe_quality, find_weaknesses, measure_bag_of_words, read_quality
+from relllm.evaluation.empathy.quality import (
+    describe_quality,
+    find_weaknesses,
+    measure_bag_of_words,
+    quality_of,
+    read_quality,
+)
 from relllm.evaluation.empathy.scorer_training import choose_learning_rate, train_scorer
 from relllm.evaluation.evaluating import evaluate
 from relllm.evaluation.evaluation_settings import EmpathySettings, EvaluationSettings
@@ -22,11 +28,11 @@ OLD_RECIPE = {"learning_rate": 2e-5, "epochs": 4}
 GOOD = {"accuracy": 0.82, "macro_f1": 0.75, "recall": {"0": 0.9, "1": 0.7, "2": 0.5}, "num_pairs": 600}
 
 
-def save_metrics(folder: Path, bag: float, **level: object) -> None:
+def save_metrics(folder: Path, bag: float | None, **level: object) -> None:
     """A scorer's folder, as far as its quality goes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"mechanism": folder.name}))
-    metrics = {"test": {"level": {**GOOD, **level}}, "bag_of_words": {"macro_f1": bag}}
+    metrics = {"test": {"level": {**GOOD, **level}}, "bag_of_words": bag and {"macro_f1": bag}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
@@ -85,10 +91,16 @@ def test_evaluate_refuses_a_weak_scorer_before_anything_runs(tmp_path: Path) -> 
 def test_what_makes_a_scorer_weak_and_what_a_table_says(tmp_path: Path) -> None:
     save_metrics(tmp_path / "ER", 0.75)  # as good as a bag of words
     save_metrics(tmp_path / "IP", 0.751)
+    save_metrics(tmp_path / "EX", None)
+    assert quality_of({"test": {"level": GOOD}}) == {**GOOD, "bag_of_words": None}  # of an older release
     (tmp_path / "unknown" / "EX").mkdir(parents=True)
     (tmp_path / "unknown" / "EX" / "config.json").write_text('{"mechanism": "EX"}')
     assert find_weaknesses(read_quality(tmp_path)) == ["IP has macro-F1 0.750, and a bag of words 0.751"]
     assert "not known" in find_weaknesses(read_quality(tmp_path / "unknown"))[0]
+    assert describe_quality(read_quality(tmp_path / "EX")) == [
+        "Scorer of EX on 600 test pairs: accuracy 0.820, macro-F1 0.750; recall of levels 0 / 1 / 2: 0.90 / 0.70 / "
+        "0.50."
+    ]
     assert describe_quality(read_quality(tmp_path / "ER")) == [
         "Scorer of ER on 600 test pairs: accuracy 0.820, macro-F1 0.750, a bag of words 0.750; recall of levels "
         "0 / 1 / 2: 0.90 / 0.70 / 0.50."

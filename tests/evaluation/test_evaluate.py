@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from relllm import ReLLMEmotionModel
 from relllm.cli import app
 from relllm.data.loading import load_corpus
-from relllm.evaluation import evaluating
+from relllm.evaluation import evaluating, folds
 from relllm.evaluation.empathy.scoring import load_scorers, score_pairs
 from relllm.evaluation.evaluating import evaluate, plan_batches, read_predictions
 from relllm.evaluation.evaluation_settings import EvaluationSettings
@@ -342,18 +342,18 @@ def test_folds_are_pooled_and_their_mean_is_beside_it(corpus, tmp_path: Path):
     right = [max(one := line["recognition"]["head"], key=one.get) == line["emotion"] for line in asked]
     assert metrics["recognition"]["head"]["wa"] == pytest.approx(np.mean(right))
     assert metrics["data"]["num_clips"] == 10 and metrics["data"]["num_failed"] == 1
-    folds = metrics["folds"]
-    assert (folds["column"], folds["values"]) == ("session", ["Ses01", "Ses02"]) and "pooled" in folds["pooled"]
+    told = metrics["folds"]
+    assert (told["column"], told["values"]) == ("session", ["Ses01", "Ses02"]) and "pooled" in told["pooled"]
     for way in ("generated", "likelihood", "head"):
         for name in ("ua", "wa", "macro_f1"):
             expected = np.mean([one["recognition"][way][name] for one in runs])
-            assert folds["mean"]["recognition"][way][name] == pytest.approx(expected)
+            assert told["mean"]["recognition"][way][name] == pytest.approx(expected)
     expected = np.mean([one["dimensions"]["valence"]["ccc"] for one in runs])
-    assert folds["mean"]["dimensions"]["valence"]["ccc"] == pytest.approx(expected)
+    assert told["mean"]["dimensions"]["valence"]["ccc"] == pytest.approx(expected)
     assert metrics["model"]["fingerprint"] not in [one["model"]["fingerprint"] for one in runs]
 
 
-def test_folds_need_a_model_each(model, corpus, tmp_path: Path):
+def test_folds_need_a_model_each(model, corpus, tmp_path: Path, monkeypatch):
     with pytest.raises(ValueError, match="did not train on it"):
         evaluate_folds(settings(model, corpus, tmp_path), "session")
     with pytest.raises(ValueError, match="leave --held-out"):
@@ -362,6 +362,10 @@ def test_folds_need_a_model_each(model, corpus, tmp_path: Path):
     assert fold_values(str(corpus), "session=Ses02, Ses01") == ("session", ["Ses02", "Ses01"])
     with pytest.raises(ValueError, match="at least two"):
         fold_values(str(corpus), "session=Ses01")
+    monkeypatch.setattr(folds, "evaluate", lambda *_, **__: {})
+    monkeypatch.setattr(folds, "read_predictions", lambda out: ({}, [{"id": out.name}, {"id": "c3"}]))
+    with pytest.raises(ValueError, match="The clip 'c3' is in two folds"):
+        evaluate_folds(settings(tmp_path / "{fold}", corpus, tmp_path), "session")
 
 
 def test_fingerprints_are_of_the_bytes_and_not_of_the_place(model, corpus, tmp_path: Path):

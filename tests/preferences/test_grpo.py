@@ -368,6 +368,12 @@ def test_an_older_trl_is_refused_by_its_release(monkeypatch) -> None:
         ReLLMGRPOConfig(use_cpu=True)
 
 
+def test_an_evaluation_that_would_part_groups_is_refused(start: Path, rows: list[dict], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="takes 6 replies at once, and a group is 4. Make per_device_eval_batch_size"):
+        grpo_trainer(start, tmp_path, rows, rows, per_device_eval_batch_size=6)  # by eval_strategy "no"
+    grpo_trainer(start, tmp_path, rows, rows, per_device_eval_batch_size=6, num_generations_eval=3)
+
+
 def test_tools_are_refused(model, processor) -> None:
     with pytest.raises(ValueError, match="tools: not taken here"):
         ReLLMGRPOTrainer(model, processing_class=processor, rewards=[(Vowels(), 1.0)], tools=[print])

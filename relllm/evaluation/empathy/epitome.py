@@ -89,7 +89,9 @@ def read_pairs(path: Path) -> tuple[list[Pair], dict]:
 
 def _read_strict_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield line and row of a CSV file with these columns and as many fields in each row as in the header."""
-    text, _ = decode_text(path)
+    text, encoding = decode_text(path)
+    if not encoding.startswith("utf"):
+        raise ValueError(f"{path} is not UTF-8. Save it as UTF-8.")
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         header = list(reader.fieldnames or [])
@@ -159,6 +161,9 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_
 
     A token is in a rationale if it shares a character with one; which it has only a fast tokenizer knows.
     """
+    if not tokenizer.is_fast:
+        what = f"{type(tokenizer).__name__} does not say which characters a token is of"
+        raise ValueError(f"{what}. Use an encoder with a fast tokenizer (tokenizer.json).")
     features = encode_posts([(pair.seeker_post, pair.response_post) for pair in pairs], tokenizer, max_length)
     cut = {"truncation": True, "max_length": max_length}
     told = {"return_offsets_mapping": True, "return_special_tokens_mask": True}

@@ -66,7 +66,8 @@ def find_weaknesses(quality: Mapping[str, Mapping | None]) -> list[str]:
             continue
         if never := " and ".join(level for level, recall in scorer["recall"].items() if recall == 0):
             found.append(f"{mechanism} finds none of the pairs of level {never} in its test split (recall 0)")
-        if scorer["macro_f1"] < (bag := scorer["bag_of_words"]):
+        bag = scorer["bag_of_words"]
+        if bag is not None and scorer["macro_f1"] < bag:
             found.append(f"{mechanism} has macro-F1 {scorer['macro_f1']:.3f}, and a bag of words {bag:.3f}")
     return found
 
@@ -90,15 +91,16 @@ def describe_quality(quality: Mapping[str, Mapping | None]) -> list[str]:
             lines.append(f"Scorer of {mechanism}: not measured.")
             continue
         recalls = " / ".join("–" if value is None else f"{value:.2f}" for value in scorer["recall"].values())
+        bag = "" if scorer["bag_of_words"] is None else f", a bag of words {scorer['bag_of_words']:.3f}"
         lines.append(
             f"Scorer of {mechanism} on {scorer['num_pairs']} test pairs: accuracy {scorer['accuracy']:.3f}, macro-F1 "
-            f"{scorer['macro_f1']:.3f}, a bag of words {scorer['bag_of_words']:.3f}; recall of levels 0 / 1 / 2: "
-            f"{recalls}."
+            f"{scorer['macro_f1']:.3f}{bag}; recall of levels 0 / 1 / 2: {recalls}."
         )
     return lines
 
 
 def quality_of(metrics: Mapping) -> dict:
-    """Return what a scorer's `metrics.json` says of its levels, and the macro-F1 of its `bag_of_words`."""
+    """Return what a scorer's `metrics.json` says of its levels, and the macro-F1 of its `bag_of_words`, if any."""
     own = {name: metrics["test"]["level"][name] for name in ("accuracy", "macro_f1", "recall", "num_pairs")}
-    return {**own, "bag_of_words": metrics["bag_of_words"]["macro_f1"]}
+    bag = metrics.get("bag_of_words")  # which scorers of older releases have not
+    return {**own, "bag_of_words": bag and bag["macro_f1"]}
