@@ -171,7 +171,7 @@ def convert_weights(original: Mapping[str, Tensor], config: ReLLMConfig) -> tupl
         expected = ReLLMForConditionalGeneration(config).state_dict()
     names = {name.replace(".base_layer.", "."): name for name in expected}  # where the LoRA wraps a layer
     if unknown := sorted(converted.keys() - names.keys()):
-        hint = "" if has_tower else " Weights named `w2v2…` want an emotion_config."
+        hint = "" if has_tower else " Those of `model.emotion_tower` (`w2v2…`) want an emotion_config."
         raise ValueError(f"{_count_weights(unknown)} (by their new names) have no place in the model.{hint}")
     if missing := sorted(names.keys() - converted.keys()):
         raise ValueError(f"{_count_weights(missing)} are missing in the checkpoint (by their new names).")

@@ -30,6 +30,7 @@ Type a line and press Enter, or:
 Tab completes commands and files."""
 COMMANDS = ("/wav", "/record", "/save", "/reset", "/help", "/quit")
 FAILED = {"/wav": "not read", "/record": "not recorded", "/save": "not saved"}
+STOPPED = {"/wav": ": this turn is forgotten", "/record": ": this recording is forgotten"}  # before anything was said
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -68,12 +69,11 @@ class Chat:
             elif command:
                 self.say(None, line.strip())
         except (ImportError, OSError, ValueError) as error:  # ImportError: what a container or a rate needs
-            if isinstance(error, BrokenPipeError):
+            if isinstance(error, BrokenPipeError) or command not in FAILED:
                 raise
             console.print(f"{FAILED[command]}: {error}", style="red")
         except (EOFError, KeyboardInterrupt):
-            what = "recording" if command == "/record" else "turn"
-            console.print(f"\nStopped: this {what} is forgotten.", style="yellow")
+            console.print(f"\nStopped{STOPPED.get(command, '')}.", style="yellow")
         return True
 
     def _say_file(self, path: str, text: str) -> None:
@@ -101,6 +101,10 @@ class Chat:
                     raise
                 console.print(f"not answered: {error}", style="red")
                 continue
+            except KeyboardInterrupt:
+                by = f" by {name}" if turn["replies"] else ""
+                console.print(f"\nStopped: this turn is forgotten{by}.", style="yellow")
+                return
             if not turn["replies"]:
                 self.turns.append(turn)
             turn["replies"][name] = reply

@@ -54,7 +54,10 @@ def from_settings(function: Callable[..., None]) -> Callable[..., None]:
     hints.pop("return", None)
     settings: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
     own = [one for one in inspect.signature(function).parameters.values() if one.name not in settings]
-    parameters = [_parameter(field, kind) for kind in settings.values() for field in dataclasses.fields(kind)]
+    parameters = []
+    for kind in settings.values():
+        kinds = typing.get_type_hints(kind)
+        parameters += [_parameter(field, kinds[field.name]) for field in dataclasses.fields(kind)]
     parameters += [one.replace(annotation=hints[one.name], kind=KEYWORD) for one in own]
 
     def command(**given: Any) -> None:
@@ -155,12 +158,12 @@ def _check_device(device: str) -> None:
         raise typer.BadParameter(f"device is {device!r}, and PyTorch finds {found}. Leave it to auto, or take cpu.")
 
 
-def _parameter(field: dataclasses.Field, settings: type) -> inspect.Parameter:
+def _parameter(field: dataclasses.Field, kind: Any) -> inspect.Parameter:
     """Make one option or argument, as Typer takes it from a signature."""
     told = field.metadata
     limits = {name: told[name] for name in ("min", "max", "envvar") if name in told}
     limits["help"] = escape(told["help"])  # Typer reads markup in it, and would eat what is in brackets
-    kind, default = typing.get_type_hints(settings)[field.name], field.default
+    default = field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
     elif default is dataclasses.MISSING:

@@ -162,9 +162,8 @@ def web(settings: PageSettings) -> None:
         systems = load_systems(settings)
         page = Page(systems, max_new_tokens=settings.max_new_tokens, channel=settings.channel)
         try:
-            auth: Any = tuple(settings.auth.split(":", 1)) if settings.auth else None
             where: dict[str, Any] = {"host": settings.host, "port": settings.port, "root_path": settings.root_path}
-            console.print(f"{settings.model}: {page.launch(auth=auth, **where)}  (Ctrl-C or SIGTERM ends)")
+            console.print(f"{settings.model}: {page.launch(auth=settings.visitor, **where)}  (Ctrl-C or SIGTERM ends)")
             page.blocks.block_thread()
         finally:
             page.close()

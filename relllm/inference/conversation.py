@@ -6,6 +6,8 @@ reply is the one that a fresh pass gives. A clip behind the cut is read again fr
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
@@ -38,6 +40,7 @@ class TurnTaking:
     tokenizer: PreTrainedTokenizerBase  # of the replies
     system_prompt: str
     generation_options: dict[str, object]
+    reserved: Set[str] = frozenset()  # options that it sets itself
 
     def reset(self) -> None:
         """Begin anew: no turn, and nothing in a cache."""
@@ -63,6 +66,8 @@ class TurnTaking:
         """
         if audio is None and not (text or "").strip():
             raise ValueError("A turn needs audio or text that is not blank, got neither.")
+        if reserved := sorted(self.reserved & (options.keys() | self.generation_options.keys())):
+            raise ValueError(f"A conversation sets {', '.join(reserved)} itself. Leave it out.")
         content, heard = self._listen(audio, text)
         turns = [*self.messages, {"role": "user", "content": content}]
         turns, ids, dropped = self._fit(turns, max_new_tokens, drop_oldest)
@@ -114,6 +119,7 @@ class Conversation(TurnTaking):
     """
 
     model: ReLLMForConditionalGeneration
+    reserved = RESERVED_OPTIONS
 
     def __init__(
         self,
@@ -158,8 +164,6 @@ class Conversation(TurnTaking):
 
     def _generate(self, ids: Tensor, turns: list[dict], options: dict) -> Tensor:
         """Read what is new; the cache then holds everything but the reply's last token."""
-        if reserved := sorted(RESERVED_OPTIONS & options.keys()):
-            raise ValueError(f"A conversation sets {', '.join(reserved)} itself. Leave it out.")
         if len(turns) <= len(self.messages):  # some were dropped: a cut compares ids, and all clips have the same
             self._cache = None
         cache, start = self._take_cache(ids)

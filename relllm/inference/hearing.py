@@ -224,6 +224,8 @@ def _draw(rows: Sequence[Mapping], folder: Path) -> None:
     import pandas
 
     table = pandas.DataFrame(rows)
+    if "channel" not in table:  # no clip was read
+        return
     numbers = {clip: number for number, clip in enumerate(table["clip"].unique(), start=1)}
     for (clip, channel), own in table.groupby(["clip", "channel"], sort=False):
         if len(own) < 2:

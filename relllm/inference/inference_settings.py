@@ -99,6 +99,11 @@ class PageSettings(TalkSettings):
         if self.auth is not None and not all(self.auth.partition(":")):
             raise ValueError("--auth: expected USER:PASSWORD, neither of them empty.")
 
+    @property
+    def visitor(self) -> tuple[str, str] | None:
+        """Return the user and the password to ask for."""
+        return self.auth and tuple(self.auth.split(":", 1))  # type: ignore[return-value]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(CheckpointSettings):

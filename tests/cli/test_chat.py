@@ -23,8 +23,9 @@ from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec
 from typer.testing import CliRunner
 
 from relllm.cli import app
-from relllm.cli.chatting import complete_line
+from relllm.cli.chatting import Chat, complete_line
 from relllm.inference.conversation import Conversation
+from relllm.inference.replies import Reply
 from relllm.inference.text_conversation import NoWordsError, TextConversation, Transcriber
 from relllm.processing.feature_extraction_relllm import ReLLMFeatureExtractor
 from relllm.processing.prompts_relllm import SPEECH_PROMPT
@@ -137,8 +138,15 @@ def test_help_lists_the_commands_and_an_unknown_one_is_named(checkpoint) -> None
     assert all(command in output for command in ("/wav", "/record", "/reset", "/quit"))
     assert "No such command: /sing" in output
 
+    def fails() -> None:
+        raise ValueError("no fault of a file")
 
-def test_ctrl_c_forgets_the_turn_and_the_chat_goes_on(checkpoint, model, processor, monkeypatch) -> None:
+    with pytest.raises(ValueError, match="no fault of a file"):
+        Chat({"RE-LLM": types.SimpleNamespace(reset=fails)}, None).handle("/reset")
+
+
+@pytest.mark.parametrize("line", ["Never mind.", "/record"])
+def test_ctrl_c_forgets_the_turn_and_the_chat_goes_on(checkpoint, model, processor, monkeypatch, line) -> None:
     say = Conversation.say
     calls = []
 
@@ -149,10 +157,24 @@ def test_ctrl_c_forgets_the_turn_and_the_chat_goes_on(checkpoint, model, process
         return say(self, *args, **kwargs)
 
     monkeypatch.setattr(Conversation, "say", interrupted)
-    output = chat(checkpoint, "Hello.", "Never mind.", "And you?")
+    monkeypatch.setattr("relllm.cli.chatting.record", lambda until: clip(0.3))
+    output = chat(checkpoint, "Hello.", line, "And you?")
     monkeypatch.undo()
-    assert "this turn is forgotten" in output
+    assert "Stopped: this turn is forgotten.\n" in output and output.count("forgotten") == 1
     assert replies(model, processor, (None, "Hello."), (None, "And you?"))[1] in output
+
+
+def test_ctrl_c_says_what_was_forgotten_and_nothing_else(monkeypatch, capsys) -> None:
+    def interrupted(*_: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    says = (lambda *_, **options: Reply("Yes.", None), interrupted)
+    systems = [types.SimpleNamespace(tokenizer=None, say=say) for say in says]
+    chat = Chat(dict(zip(("RE-LLM", "speech only"), systems, strict=True)), types.SimpleNamespace(max_new_tokens=4))
+    assert chat.handle("Hello.") and list(chat.turns[0]["replies"]) == ["RE-LLM"]
+    assert capsys.readouterr().out.endswith("Stopped: this turn is forgotten by speech only.\n")
+    monkeypatch.setattr(Chat, "_save", interrupted)
+    assert chat.handle("/save talk.md") and capsys.readouterr().out == "\nStopped.\n"
 
 
 def test_a_recording_is_said(checkpoint, model, processor, monkeypatch) -> None:

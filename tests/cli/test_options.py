@@ -1,5 +1,6 @@
 """Commands made of dataclasses: each field is a flag with its help, its default and its limits."""
 
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -46,6 +47,15 @@ def test_defaults_are_the_dataclass_and_switches_turn(flag="--out"):
     assert seen.pop()[0] == Settings("m", Path("o"))
     assert runner.invoke(app, ["m", flag, "o", "--no-progress", "--dry-run", "--folds", "s"]).exit_code == 0
     assert seen.pop() == (Settings("m", Path("o"), progress=False, dry_run=True), "s")
+
+
+def test_the_types_of_a_dataclass_are_read_once(monkeypatch):
+    def command(settings: Settings) -> None: ...
+
+    asked, hints = [], typing.get_type_hints
+    monkeypatch.setattr(typing, "get_type_hints", lambda of, **how: asked.append(of) or hints(of, **how))
+    from_settings(command)
+    assert asked == [command, Settings]
 
 
 def test_help_and_limits_come_from_the_metadata():

@@ -243,9 +243,12 @@ def test_a_turn_without_words_or_audio_is_an_error(model, processor) -> None:
             Conversation(model, processor).say(text=text)
 
 
-def test_an_option_that_the_conversation_sets_is_an_error(model, processor) -> None:
+def test_an_option_that_the_conversation_sets_is_an_error_before_a_tower_runs(model, processor, monkeypatch) -> None:
+    monkeypatch.setattr(type(model), "get_audio_features", None)
     with pytest.raises(ValueError, match="num_return_sequences"):
-        Conversation(model, processor).say(text="hello", num_return_sequences=2)
+        Conversation(model, processor).say(clip(0.3), num_return_sequences=2)
+    with pytest.raises(ValueError, match="use_cache"):
+        Conversation(model, processor, use_cache=False).say(clip(0.3))
 
 
 @pytest.mark.parametrize("setting", [{"cache_implementation": "static"}, {"use_cache": False}], ids=str)

@@ -206,6 +206,9 @@ def test_plots_are_drawn_of_a_table_that_is_complete(
     assert len(probabilities) == 5 and list(dimensions) == list(DIMENSIONS)
     assert all(0 <= value <= 1 for values in probabilities.values() for value in values)
     assert drawn["csv"] == drawn["parquet"]
+    for out in ([], ["--out", tmp_path / "unread.csv"]):
+        status, _, errors = run(checkpoint, recordings / "c.wav", "--every", 2, *out, "--plots", tmp_path / "none")
+        assert status == 1 and "not heard" in errors and "Traceback" not in errors
 
 
 def test_what_is_not_there_or_holds_no_audio_is_said_before_a_model_is_loaded(

@@ -332,6 +332,7 @@ def test_a_page_with_a_password_behind_a_proxy(systems) -> None:
 def test_a_user_without_a_password_is_refused(auth: str) -> None:
     with pytest.raises(ValueError, match="expected USER:PASSWORD"):
         PageSettings(model="x", auth=auth)
+    assert PageSettings(model="x", auth="ann:a:b").visitor == ("ann", "a:b")
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
