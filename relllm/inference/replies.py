@@ -122,25 +122,33 @@ def static_length(model: PreTrainedModel, input_ids: Tensor, options: Mapping[st
     """Return how long the static cache is with which `generate` is to write by these options, if it is to.
 
     On an accelerator only, whose Transformers compiles it, and from when a model has written for as long as that
-    takes ([`count_steps`]). `None` for another number of rows than at first, as each is compiled for itself; where the
-    LLM cannot be compiled; outside the main thread, as the graphs that PyTorch captures are one thread's; and where
-    the options or `model.generation_config` say something of caches (`cache_implementation` `"dynamic"` is what a CPU
-    has).
+    takes ([`count_steps`]); a longer one waits for as many steps again. `None` for another number of rows than at
+    first, as each is compiled for itself; where the LLM, or its quantization, cannot be compiled; outside the main
+    thread, as the graphs that PyTorch captures are one thread's; and where the options or `model.generation_config`
+    say something of caches (`cache_implementation` `"dynamic"` is what a CPU has) or of compiling.
     """
     own = model.generation_config
     llm = getattr(model.base_model, "text_model", model)
     asked = own.cache_implementation or own.prompt_lookup_num_tokens or own.use_cache is False
+    asked = asked or options.get("disable_compile", own.disable_compile)
     if asked or not llm._can_compile_fullgraph or any(name in options for name in OF_CACHES):
+        return None
+    quantizers = (getattr(part, "hf_quantizer", None) for part in (model, llm))
+    if not all(quantizer is None or quantizer.is_compileable for quantizer in quantizers):
         return None
     if model.device.type not in COMPILES_ON or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return None
     if threading.current_thread() is not threading.main_thread():
         return None
     rows, longest = len(input_ids), input_ids.shape[1] + int(options["max_new_tokens"])  # type: ignore[call-overload]
+    longest = -(-longest // CACHE_STEP) * CACHE_STEP
     state = model.__dict__.setdefault("static_cache", {"rows": rows, "steps": 0, "length": 0})
-    if rows != state["rows"] or state["steps"] < COMPILING_PAYS:
+    if rows != state["rows"]:
         return None
-    state["length"] = max(state["length"], -(-longest // CACHE_STEP) * CACHE_STEP)  # each is compiled anew
+    if longest > state["length"]:  # each is compiled anew
+        if state["steps"] < COMPILING_PAYS:
+            return None
+        state |= {"steps": 0, "length": longest}
     return state["length"]
 
 

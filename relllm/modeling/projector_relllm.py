@@ -151,11 +151,13 @@ def check_counts(audio_mask: Tensor, positions: Tensor, *, waits: bool) -> None:
 
 
 def _check_places(audio_mask: Tensor, places: Tensor) -> None:
-    """Raise a `ValueError` if an index is not of the placeholders; of an accelerator it is an assertion."""
+    """Raise a `ValueError` if these are not the placeholders, in order; an accelerator asserts all but the order."""
     right = (torch.zeros_like(audio_mask).index_fill_(0, places, True) == audio_mask).all()
     if audio_mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not right:
-            raise ValueError("audio_positions are not those of the placeholders in input_ids. Leave them out.")
+        if not right or (places.diff() <= 0).any():
+            raise ValueError(
+                "audio_positions are not those of the placeholders in input_ids, in their order. Leave them out."
+            )
     else:
         torch._assert_async(right, "audio_positions are not those of the placeholders.")
 

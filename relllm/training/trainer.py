@@ -5,6 +5,7 @@ gradients, unlabelled rows included.
 """
 
 import dataclasses
+import itertools
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -171,7 +172,9 @@ class ReLLMTrainerMixin(freezing.LearningRatesMixin, CompletionsMixin, Augmentat
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """Count what each loss is over in the whole accumulated batch, as Transformers counts its tokens."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        read = list(itertools.islice(epoch_iterator, num_batches))
+        self._check_shares(len(read))
+        batches, num_items = super().get_batch_samples(iter(read), num_batches, device)
         local = torch.zeros(len(self.objective.weights), device=self.args.device)
         for batch in batches:
             local += self.objective.count(batch).to(local.device)
@@ -184,6 +187,19 @@ class ReLLMTrainerMixin(freezing.LearningRatesMixin, CompletionsMixin, Augmentat
                     "KL, a transcript in `text`). Set the weight to 0, or mend the columns."
                 )
         return batches, num_items
+
+    def _check_shares(self, batches: int) -> None:
+        """Raise a `ValueError` in all processes if the files of some end before others', which would wait forever."""
+        processes, rows = self.accelerator.num_processes, self.train_dataset
+        if not (isinstance(rows, IterableDataset) and rows.n_shards >= processes > 1):
+            return
+        total = self.accelerator.reduce(torch.tensor(batches, device=self.args.device), reduction="sum")
+        if total != batches * processes:
+            raise ValueError(
+                f"The {rows.n_shards} files of the training stream are shared out among {processes} processes, and "
+                f"after {self.state.global_step} updates some have read theirs while others have not. Set max_steps "
+                "so that the run ends before, or load the rows without streaming."
+            )
 
     def take_targets(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Take out of a batch what its heads are to learn; clips that the tower cache has get their outputs."""
@@ -248,7 +264,13 @@ class ReLLMTrainerMixin(freezing.LearningRatesMixin, CompletionsMixin, Augmentat
     ) -> EvalLoopOutput:
         """Do as Transformers, with the heads' metrics and the objective over the whole set, no mean of batches."""
         self._heard.clear()
-        if self.accelerator.num_processes > 1 and not has_length(dataloader):
+        several = self.accelerator.num_processes > 1
+        if several and isinstance(dataloader.dataset, IterableDataset):  # which Accelerate has not wrapped
+            raise ValueError(
+                "The evaluation reads a stream of several files on several processes, each of which gets some of the "
+                "files and ends at another time. Load the evaluation's rows without streaming."
+            )
+        if several and not has_length(dataloader):
             logger.warning(
                 "The evaluation reads a stream on several processes, and Accelerate repeats rows of a stream without "
                 "saying which: these count twice. Load the evaluation's rows without streaming."

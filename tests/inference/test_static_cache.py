@@ -4,6 +4,7 @@ The reference is the same call with a dynamic cache.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,11 +62,31 @@ def test_what_was_written_counts_and_not_what_might_have_been(caches, monkeypatc
     ends = list(range(tiny_model().config.text_config.vocab_size))  # whatever comes first ends the reply
     model, ids = tiny_model(), torch.tensor([[5, 6, 7]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    made = [(generate_answers(model, inputs, eos_token_id=ends), len(caches))[1] for _ in range(4)]
-    assert made == [0, 0, 1, 2]
+    longer = {name: value.repeat(1, 30) for name, value in inputs.items()}  # which is compiled anew, as long after
+    asked = (inputs, inputs, inputs, longer, longer, inputs)
+    made = [(generate_answers(model, one, eos_token_id=ends), len(caches))[1] for one in asked]
+    assert made == [0, 0, 1, 1, 2, 3] and caches[0] < caches[1] == caches[2]
     caches.clear()
     talk(tiny_model(), [0.3] * 3, eos_token_id=ends)
     assert len(caches) == 1
+
+
+def test_where_transformers_compiles_nothing_the_cache_stays_dynamic(caches):
+    model, ids = tiny_model(), torch.tensor([[5, 6, 7]])
+
+    def length(**options) -> int | None:
+        return replies.static_length(model, ids, {"max_new_tokens": LENGTH, **options})
+
+    assert length() is None
+    replies.count_steps(model, 1)
+    assert length() == 64 and length(disable_compile=True) is None
+    for part in (model, model.base_model.text_model):  # as bitsandbytes'
+        part.hf_quantizer = SimpleNamespace(is_compileable=False)
+        assert length() is None
+        part.hf_quantizer.is_compileable = True
+        assert length() == 64
+    model.generation_config.disable_compile = True
+    assert length() is None and length(disable_compile=False) == 64
 
 
 def talk(model, seconds, **options) -> list[str]:

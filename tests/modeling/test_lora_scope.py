@@ -320,7 +320,8 @@ def test_dropout_takes_its_share_once_for_all_that_read_the_same(given: bool, as
 def test_positions_that_are_not_the_placeholders_are_refused(inputs: dict[str, Tensor]) -> None:
     model = tiny_model(layers=2)
     right = with_positions(model, inputs)["audio_positions"]
-    for wrong in (right + 1, right[1:], right[:1].expand(len(right))):
+    repeated = torch.cat([right, right[-1:]])
+    for wrong in (right + 1, right[1:], right[:1].expand(len(right)), right.flip(0), repeated):
         with pytest.raises(ValueError, match="audio_positions are not those of the placeholders"):
             model(**inputs, audio_positions=wrong)
     tokens = [model.generate(**one, max_new_tokens=3, num_beams=2) for one in (inputs, with_positions(model, inputs))]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import IterableDataset
+from accelerate import Accelerator
+from datasets import Dataset, IterableDataset
 from light_checkpoints import save_towers, saved_names, trained_names
 from light_runs import checkpoint, new_model
 from light_runs import make_trainer as make_light_trainer
@@ -61,6 +62,24 @@ def test_a_stream_that_ends_amid_an_update_goes_on_with_its_next_pass(tmp_path: 
     trainer = make_trainer(stream(make_rows(tmp_path, 5)), tmp_path / "run", tiny_processor(), **settings)
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+def test_files_shared_out_among_processes_that_end_at_unlike_times_are_refused(tmp_path: Path, monkeypatch) -> None:
+    rows = Dataset.from_list(make_rows(tmp_path, 4))
+    files, one = rows.to_iterable_dataset(num_shards=2), rows.to_iterable_dataset()
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 3}
+    trainer = make_trainer(files, tmp_path / "run", tiny_processor(), **settings)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    others = iter((2, 1))  # batches that the other process reads of its files
+    reduce = lambda value, **_: value + next(others) if value.ndim == 0 else 2 * value  # noqa: E731
+    monkeypatch.setattr(trainer.accelerator, "reduce", reduce)
+    batches = iter(trainer.get_train_dataloader())
+    assert len(trainer.get_batch_samples(batches, 2, trainer.args.device)[0]) == 2
+    with pytest.raises(ValueError, match="The 2 files of the training stream are shared out among 2 processes"):
+        trainer.get_batch_samples(batches, 2, trainer.args.device)
+    with pytest.raises(ValueError, match="reads a stream of several files on several processes"):
+        trainer.evaluate(files)
+    assert not isinstance(trainer.get_eval_dataloader(one).dataset, IterableDataset)  # wrapped, and ends for all alike
 
 
 @pytest.mark.parametrize("steps, said", [(2, True), (0.5, False)])
