@@ -193,8 +193,8 @@ class ReLLMTrainerMixin(freezing.LearningRatesMixin, CompletionsMixin, Augmentat
         processes, rows = self.accelerator.num_processes, self.train_dataset
         if not (isinstance(rows, IterableDataset) and rows.n_shards >= processes > 1):
             return
-        total = self.accelerator.reduce(torch.tensor(batches, device=self.args.device), reduction="sum")
-        if total != batches * processes:
+        counts = self.accelerator.gather(torch.tensor([batches], device=self.args.device))
+        if counts.min() < counts.max():
             raise ValueError(
                 f"The {rows.n_shards} files of the training stream are shared out among {processes} processes, and "
                 f"after {self.state.global_step} updates some have read theirs while others have not. Set max_steps "

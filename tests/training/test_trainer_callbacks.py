@@ -71,8 +71,8 @@ def test_files_shared_out_among_processes_that_end_at_unlike_times_are_refused(t
     trainer = make_trainer(files, tmp_path / "run", tiny_processor(), **settings)
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     others = iter((2, 1))  # batches that the other process reads of its files
-    reduce = lambda value, **_: value + next(others) if value.ndim == 0 else 2 * value  # noqa: E731
-    monkeypatch.setattr(trainer.accelerator, "reduce", reduce)
+    gather = lambda counts: torch.cat([counts, torch.tensor([next(others)])])  # noqa: E731
+    monkeypatch.setattr(trainer.accelerator, "gather", gather)
     batches = iter(trainer.get_train_dataloader())
     assert len(trainer.get_batch_samples(batches, 2, trainer.args.device)[0]) == 2
     with pytest.raises(ValueError, match="The 2 files of the training stream are shared out among 2 processes"):
