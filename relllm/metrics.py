@@ -4,7 +4,8 @@ which are imported on use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypedDict
 
 import numpy as np
@@ -75,7 +76,8 @@ def recognition_metrics(
     wrong. A class that does not occur in the labels has no recall and is left out of UA and macro-F1, as in
     scikit-learn's balanced accuracy; predicting it is still wrong. Compare runs on the same labels only.
     """
-    from sklearn.metrics import confusion_matrix, f1_score
+    with _installing():
+        from sklearn.metrics import confusion_matrix, f1_score
 
     _check_clips(labels, predictions, "predictions")
     names = list(class_names)
@@ -121,7 +123,8 @@ def concordances(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float
     Labels and predictions are `(clips, 3)`, in the order of `DIMENSIONS`; labels are NaN where unlabelled. NaN among
     the predictions gives NaN, and two constants give 0, so that training goes on.
     """
-    from audmetric import concordance_cc
+    with _installing():
+        from audmetric import concordance_cc
 
     values = {}
     for name, truth, predicted in zip(DIMENSIONS, np.transpose(labels), np.transpose(predictions), strict=True):
@@ -181,7 +184,8 @@ def vote_metrics(
         num_clips=len(votes),
     )
     if probabilities is not None:
-        from scipy.special import rel_entr
+        with _installing():
+            from scipy.special import rel_entr
 
         table = _table(probabilities, names)
         said_shares = table / table.sum(axis=1, keepdims=True)
@@ -191,6 +195,15 @@ def vote_metrics(
         credit = shares[np.arange(len(shares)), table.argmax(axis=1)]
         found["ece"], _ = _calibrate(table.max(axis=1), credit)
     return found
+
+
+@contextmanager
+def _installing() -> Iterator[None]:
+    """Say of a package that is not there how it is installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"Metrics: {error}. `pip install relllm[eval]`, or `relllm[train]`, has it.") from error
 
 
 def _check_clips(labels: Sequence, given: Sequence, what: str) -> None:
@@ -212,8 +225,9 @@ def _index(value: object, names: list[str], what: str, position: int) -> int:
 
 
 def _dimension(name: str, labels: Sequence[float | None], predictions: Sequence[float]) -> DimensionMetrics:
-    from audmetric import concordance_cc, pearson_cc
-    from sklearn.metrics import root_mean_squared_error
+    with _installing():
+        from audmetric import concordance_cc, pearson_cc
+        from sklearn.metrics import root_mean_squared_error
 
     if len(labels) != len(predictions):
         raise ValueError(f"{name}: got {len(labels)} labels and {len(predictions)} predictions; expected one a clip.")

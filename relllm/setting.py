@@ -51,6 +51,7 @@ def check_limits(settings: Any, limits: Mapping[str, str]) -> None:
         if value is None or low < value < high or (value == low and not is_open) or (value == high and not open_above):
             continue
         wanted = f"in {interval}" if high < math.inf else f"{'>' if is_open else 'at least'} {low:g}"
+        wanted = f"finite and {wanted}" if value == high == math.inf else wanted
         raise ValueError(f"{name} must be {wanted}, got {value}.")
 
 

@@ -1,6 +1,7 @@
 """Metrics against naive formulas and other libraries, and their degenerate cases."""
 
 import math
+import sys
 import warnings
 
 import audmetric
@@ -271,3 +272,15 @@ def test_votes_are_held_against_every_rater() -> None:
     assert only["jensen_shannon"] is only["ece"] is None
     with pytest.raises(ValueError, match="votes at position 0 have none of"):
         vote_metrics([["other"]], ["happy"], names, labels=[None])
+
+
+@pytest.mark.parametrize("package", ["sklearn.metrics", "audmetric", "scipy.special"])
+def test_a_package_that_is_missing_is_named_with_its_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    sure = [{"happy": 1.0, "sad": 0.0}]
+    with pytest.raises(ImportError, match=rf"{package}.*pip install relllm\[eval\]`, or `relllm\[train\]"):
+        dimension_metrics({"valence": [0.5]}, {"valence": [0.5]})
+        vote_metrics([["happy"]], ["happy"], ["happy", "sad"], labels=["happy"], probabilities=sure)
+    if package == "audmetric":
+        with pytest.raises(ImportError, match=r"relllm\[train\]"):
+            concordances(np.zeros((2, 3)), np.zeros((2, 3)))

@@ -119,21 +119,17 @@ def _train_tower(corpus: DatasetDict, settings: DemoSettings, path: Path) -> Non
     train_emotion_tower(corpus["train"], arguments, path, width=96, layers=2)
 
 
-def small_tower(*, width: int, layers: int, **fields: object) -> ReLLMEmotionModel:
-    """Return a small emotion tower with random weights; `fields` are further ones of its configuration."""
-    parts: dict = {"conv_dim": (32, 64, 64, 96), "conv_kernel": (10, 8, 8, 4), "conv_stride": (5, 4, 4, 4)}
-    parts |= dict.fromkeys(("mask_time_prob", "layerdrop", "hidden_dropout", "attention_dropout"), 0.0)
-    encoder = wav2vec2_config(width, layers=layers, heads=4, **parts)
-    return ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder, final_dropout=0.0, **fields))
-
-
 def train_emotion_tower(rows: Dataset, arguments: TrainingArguments, path: Path, *, width: int, layers: int) -> None:
     """Train and save a small wav2vec2 with a head, on 1 - CCC of arousal, dominance and valence.
 
     The seed is set already, and a checkpoint that is in `path` is gone on from. `width`, a multiple of 4, is that of
     its frames, and of the embedding that RE-LLM sets beside the speech.
     """
-    trainer = EmotionTowerTrainer(small_tower(width=width, layers=layers), arguments, rows)
+    parts: dict = {"conv_dim": (32, 64, 64, 96), "conv_kernel": (10, 8, 8, 4), "conv_stride": (5, 4, 4, 4)}
+    parts |= dict.fromkeys(("mask_time_prob", "layerdrop", "hidden_dropout", "attention_dropout"), 0.0)
+    encoder = wav2vec2_config(width, layers=layers, heads=4, **parts)
+    tower = ReLLMEmotionModel(ReLLMEmotionConfig(encoder_config=encoder, final_dropout=0.0))
+    trainer = EmotionTowerTrainer(tower, arguments, rows)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(path, "auto"))
     trainer.save_model(str(path))
 

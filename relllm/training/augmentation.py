@@ -269,6 +269,8 @@ def _uniform(rng: np.random.Generator, bounds: Sequence[float]) -> float:
 def _find_noise(directory: str) -> Sequence[Path]:
     """Return the folder's audio files in the order of their names, so that every machine draws the same."""
     root = Path(directory)
+    if not root.is_dir():
+        raise FileNotFoundError(f"augment_noise_dir: no such folder: {root}.")
     files = [path for path in root.rglob("*") if path.suffix.lower() in NOISE_SUFFIXES and path.name[0] != "."]
     if not files:
         raise FileNotFoundError(f"augment_noise_dir: {root} holds no file that ends in {', '.join(NOISE_SUFFIXES)}.")

@@ -108,7 +108,7 @@ def describe_origin(
     record: dict[str, object] = {name: value for name in names if (value := getattr(script, name, None))}
     for name in {"data", "eval_data"} & record.keys():
         record[name] = _without_folder(record[name])
-    read = {"train_rows": train_rows} | {f"eval_rows_{name}".rstrip("_"): rows for name, rows in eval_rows.items()}
+    read = {"train_rows": train_rows} | {f"eval_rows{name and '_'}{name}": rows for name, rows in eval_rows.items()}
     for name, rows in read.items():
         if isinstance(rows, Dataset):
             columns = [column for column in rows.column_names if column != "audio"]

@@ -4,6 +4,8 @@ They lie in the run's folder under `_completions`: `Trainer` pushes nothing whos
 """
 
 import importlib
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,18 +98,28 @@ class CompletionsMixin(Trainer):
         name = f"completions{of_set}"
         path = Path(self.args.output_dir) / FOLDER / f"{name}_{self.state.global_step:05d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        frame = pandas.DataFrame(lines)
-        frame.to_json(path, orient="records", lines=True, force_ascii=False)  # what is no number becomes null
+        lines = [{key: _without_nan(value) for key, value in line.items()} for line in lines]
+        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        path.write_text(text, encoding="utf-8")
         if not self.args.disable_tqdm:
             Console(stderr=True, markup=False).print(_draw(lines))
         for backend in {"wandb", "trackio"}.intersection(self.args.report_to):
             module = importlib.import_module(backend)
-            cells = frame.map(lambda cell: str(cell) if isinstance(cell, list) else cell)
-            module.log({name: module.Table(dataframe=cells)})
+            cells = [
+                {key: str(cell) if isinstance(cell, list) else cell for key, cell in one.items()} for one in lines
+            ]
+            module.log({name: module.Table(dataframe=pandas.DataFrame(cells))})
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 blocks = "\n\n".join("\n".join(f"    {key}: {line[key]}" for key in line) for line in lines)
                 callback.tb_writer.add_text(name, blocks, self.state.global_step)
+
+
+def _without_nan(value: object) -> object:
+    """Return `None` for what JSON has no number for: a dimension that nobody trained, or labelled."""
+    if isinstance(value, list):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _choose(rows: Dataset | IterableDataset, count: int) -> list[dict]:

@@ -35,7 +35,7 @@ else:
 
 
 class OfThisMachine(Settings):
-    """What all settings of a TRL trainer do here: without a GPU in float32, and never saved with a token."""
+    """What all settings of a trainer do here: without a GPU in float32, and never saved with a token."""
 
     def __post_init__(self) -> None:
         bf16: bool | None = self.bf16  # type: ignore[has-type]
@@ -116,6 +116,13 @@ class ReLLMSettings(TowerCacheSettings, AugmentationSettings, OfThisMachine):
                 name = "bf16_full_eval" if self.bf16_full_eval else "fp16_full_eval"
                 raise ValueError(f"tower_cache_dir is set, and {name} gives the towers another precision. Choose.")
         self.remove_unused_columns = False  # our collator reads them
+        accelerator: Any = self.accelerator_config
+        if accelerator.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches=True in accelerator_config would cut batches by rows, and clips and positions are "
+                "not as many: leave it out, and each process reads its own rows."
+            )
+        accelerator.dispatch_batches = False  # of a stream Accelerate's default is True
 
     @property
     def own_loss_weights(self) -> dict[str, float]:
@@ -301,7 +308,9 @@ class LoraSettings(SplitSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_limits(self, {"lora_r": "[0, inf)", "lora_alpha": "(0, inf)", "lora_dropout": "[0, 1)"})
+        check_limits(self, {"lora_r": "[0, inf)", "lora_dropout": "[0, 1)"})
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha must be > 0, got {self.lora_alpha}. For no LoRA set lora_r to 0.")
 
     @property
     def lora(self) -> dict | None:
@@ -362,4 +371,4 @@ class ReLLMScriptArguments(LoraSettings):
                     "emotion_fusion='none' for the speech-LLM baseline."
                 )
         counts = dict.fromkeys(("projector_inner_dim", "early_stopping_patience"), "[1, inf)")
-        check_limits(self, {**counts, "max_duration_s": "(0, inf)"})
+        check_limits(self, {**counts, "max_duration_s": "(0, inf]"})

@@ -186,6 +186,7 @@ def run_emotion_training(script: EmotionScriptArguments, args: EmotionTrainingCo
     by_emotion = script.targets == "emotions"
     if by_emotion and args.metric_for_best_model == "ccc":  # the default
         args.metric_for_best_model = "ua"
+    check_metric(args, ("loss", *(RECOGNITION if by_emotion else ("ccc", *(f"ccc_{name}" for name in DIMENSIONS)))))
     assert script.model_name_or_path is not None
     if not isinstance(script.data, str):
         raise ValueError(f"data is {script.data!r}; an emotion tower is trained on one data set. Name one.")

@@ -1,6 +1,7 @@
 """`relllm train`: a training run from a YAML file and flags, and the record that a model card has of it."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,8 +14,8 @@ from transformers import AutoConfig, EarlyStoppingCallback, TrainerCallback, Tra
 
 from relllm.data.loading import load_corpus
 from relllm.data.mixing import mix_rows, name_sources
-from relllm.data.survey import TRAINING, RowSurvey, check_surveys, draw_survey, emotions_of, survey_splits
-from relllm.labels import EMOTIONS
+from relllm.data.survey import TASKS, TRAINING, RowSurvey, check_surveys, draw_survey, emotions_of, survey_splits
+from relllm.labels import DIMENSIONS, EMOTIONS
 from relllm.setting import METHODS
 
 from .augmentation import Augmentation, AugmentationSettings
@@ -50,6 +51,9 @@ TRAINER_SETTINGS = (
     *("load_best_model_at_end", "metric_for_best_model"),
 )
 EVALUATION = "evaluation"  # what `survey_splits` calls those rows, before a data set's name
+FULLY_LABELLED = RowSurvey(  # what rows may be that nobody has read
+    1, [], 1, 1, Counter(EMOTIONS), dict.fromkeys(DIMENSIONS, 1), fed=Counter([tuple(TASKS)])
+)
 
 
 def parse_arguments(
@@ -74,6 +78,9 @@ def run_training(
     """
     check_places(script)
     check_trainer(args)
+    several = len(script.sources) > 1 and not script.eval_data
+    names = name_sources(script.sources) if several else [""]
+    check_metric(args, evaluation_metrics(args, dict.fromkeys(names, FULLY_LABELLED)))
     selection = check_selection(script, args)
     with args.main_process_first(desc="reading the rows"):
         train_rows, eval_rows, parts = load_rows(script, args, streaming=script.streaming)

@@ -93,7 +93,6 @@ class ReLLMTrainerMixin(freezing.LearningRatesMixin, CompletionsMixin, Augmentat
         freezing.prepare_trainable(model, args.unfreeze, args.unused_heads)
         if "data_collator" not in kwargs:
             kwargs["data_collator"] = self.make_collator(processing_class, model.config.emotion_labels, args)
-        args.accelerator_config.dispatch_batches = False  # of clips and positions there are not as many as rows
         with freezing.lora_counts_as_adapter(model):
             rows = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
             super().__init__(model=model, args=args, processing_class=processing_class, **rows, **kwargs)
@@ -292,10 +291,12 @@ class ReLLMTrainerMixin(freezing.LearningRatesMixin, CompletionsMixin, Augmentat
         if not isinstance(rows, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._pool = []
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        pool, self._pool = self._pool, None
-        self._heard[:] = [clips for _, heard in pool for clips in heard]
-        found = self._measure(torch.stack([sums for sums, _ in pool]).sum(0))
+        try:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            self._heard[:] = [clips for _, heard in self._pool for clips in heard]
+            found = self._measure(torch.stack([sums for sums, _ in self._pool]).sum(0))
+        finally:
+            self._pool = None
         pooled = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(pooled))
         control = self.control  # type: ignore[has-type]

@@ -169,13 +169,14 @@ EARLY = {  # settings of `train`, and of `train-emotion` where they are its too,
     "checkpoints to keep": (["--save_total_limit", "0"], "save_total_limit must be at least 1, got 0."),
     "no checkpoint": (["--save_strategy", "steps", "--save_steps", "0"], "save_steps is 0"),
     "rate": (["--learning_rate", "-1"], "learning_rate must be at least 0, got -1.0."),
+    "endless rate": (["--learning_rate", "inf"], "learning_rate must be finite and at least 0, got inf."),
     "beta": (["--adam_beta2", "1"], "adam_beta2 must be in [0, 1), got 1.0."),
     "optimizer's arguments": (["--optim_args", "momentum=0.9"], "optim_args has ['momentum'], which optim: adamw_"),
     "optimizer's arguments, no pair": (["--optim_args", "momentum"], "expected name=value"),
     "width": (["--projector_inner_dim", "0"], "projector_inner_dim must be at least 1, got 0."),
     "patience": (["--early_stopping_patience", "0"], "early_stopping_patience must be at least 1, got 0."),
     "rank": (["--lora_r", "-1"], "lora_r must be at least 0, got -1."),
-    "alpha": (["--lora_alpha", "0"], "lora_alpha must be > 0, got 0."),
+    "alpha": (["--lora_alpha", "0"], "lora_alpha must be > 0, got 0. For no LoRA set lora_r to 0."),
     "dropout": (["--lora_dropout", "1.5"], "lora_dropout must be in [0, 1), got 1.5."),
     "loss": (["--loss_type", "nnl"], "loss_type must be one of nll, dft, got 'nnl'."),
     "kernels": (["--use_liger_kernel", "true"], "use_liger_kernel"),
@@ -195,7 +196,7 @@ EARLY = {  # settings of `train`, and of `train-emotion` where they are its too,
     ),
 }
 OF_ALL = {"report", "batch", "no epoch", "checkpoint", "optimizer", "checkpoints to keep", "beta", "compiler"}
-OF_ALL |= {"optimizer's arguments"}
+OF_ALL |= {"optimizer's arguments", "metric"}
 OF_TEXT = OF_ALL | {"rank", "alpha", "dropout", "loss", "kernels", "template", "end"}
 
 
@@ -203,6 +204,9 @@ OF_TEXT = OF_ALL | {"rank", "alpha", "dropout", "loss", "kernels", "template", "
 def test_what_needs_no_weights_is_said_before_they_are_read(here: Path, monkeypatch, tmp_path, case: str) -> None:
     monkeypatch.chdir(here)
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
+    for module in ("run", "baselines.text_training") if "metric" in case else ():
+        monkeypatch.setattr(f"relllm.training.{module}.load_rows", None)  # nor are rows
+    monkeypatch.setattr("relllm.training.emotion_training._load_labelled", None)
     given, message = EARLY[case]
     common = ["--data", "data/taught", "--use_cpu", "true", "--disable_tqdm", "true", "--save_strategy", "no"]
     out = ["--output_dir", str(tmp_path / "run")]

@@ -116,7 +116,7 @@ def test_a_folder_of_noise_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.wav").write_text("not audio")
     with pytest.raises(ValueError, match=r"bad\.wav cannot be read"):
         augmentation(**settings)
-    with pytest.raises(FileNotFoundError, match="holds no file"):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
         augmentation(**settings | {"augment_noise_dir": str(tmp_path / "gone")})
 
 

@@ -76,7 +76,7 @@ def test_they_go_where_the_run_reports_to(tmp_path: Path, monkeypatch: pytest.Mo
     for name in ("wandb", "trackio"):
         module = types.ModuleType(name)
         module.Table = lambda dataframe: dataframe
-        module.log = lambda values, name=name: logged.update({name: values["completions"]})
+        module.log = lambda values, name=name: logged.update({name: list(values.values())[0]})
         monkeypatch.setitem(sys.modules, name, module)
     writer = types.SimpleNamespace(add_text=lambda name, text, step: logged.update({"board": (name, text, step)}))
     board = object.__new__(TensorBoardCallback)
@@ -91,6 +91,11 @@ def test_they_go_where_the_run_reports_to(tmp_path: Path, monkeypatch: pytest.Mo
     name, text, step = logged["board"]
     assert (name, step) == ("completions", 0) and f"reply: {line['reply']}".splitlines()[0] in text
     assert "Replies at step 0" in capsys.readouterr().err
+    lines = [{"step": 0, "id": 7, "reply": "and/or"}, {"step": 0, "id": None, "valence": float("nan")}]
+    trainer._publish(lines, "eval_set")
+    assert read(tmp_path / "run", "completions_set_00000") == [lines[0], {"step": 0, "id": None, "valence": None}]
+    assert "and/or" in (tmp_path / "run/_completions/completions_set_00000.jsonl").read_text()
+    assert " ".join(logged["board"][1].split()) == "step: 0 id: 7 reply: and/or step: 0 id: None valence: None"
 
 
 def train_two(folder: Path) -> None:

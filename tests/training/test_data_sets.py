@@ -16,7 +16,7 @@ from relllm.data.loading import load_corpus
 from relllm.data.mixing import DataSource, mix_rows, name_sources, parse_sources
 from relllm.data.survey import survey_rows
 from relllm.training.baselines.text_training import parse_text_arguments, run_text_training
-from relllm.training.checkpoints import RECORD_NAME
+from relllm.training.checkpoints import RECORD_NAME, describe_origin
 from relllm.training.config import ReLLMScriptArguments
 from relllm.training.run import evaluation_metrics, parse_arguments, run_training
 
@@ -174,6 +174,10 @@ def test_metrics_over_all_data_sets_are_those_of_one_that_holds_them(tmp_path: P
         assert apart[name] == pytest.approx(whole[name], rel=1e-5), name
     assert {"eval_loss", "eval_ua", "eval_ccc_arousal", "eval_a_loss", "eval_b_recognition_loss"} <= apart.keys()
     assert "eval_loss" in trainer.state.log_history[-2] and "eval_a_loss" not in trainer.state.log_history[-2]
+    trainer.evaluation_loop = None
+    with pytest.raises(TypeError):
+        trainer.evaluate(sets)
+    assert trainer._pool is None
 
 
 def test_data_sets_are_named_in_one_line_or_in_a_list(corpora, tmp_path: Path) -> None:
@@ -188,6 +192,8 @@ def test_data_sets_are_named_in_one_line_or_in_a_list(corpora, tmp_path: Path) -
         with pytest.raises(ValueError, match=message):
             parse_sources(data)
     script = ReLLMScriptArguments(data="org/a", model_name_or_path="m")
+    record = describe_origin(script, sets := Dataset.from_list([{"text": "a"}]), {"foo_": sets, "": sets}, {})
+    assert {"train_rows": 1, "eval_rows": 1, "eval_rows_foo_": 1}.items() <= record.items()
     assert script.data == "org/a" and ReLLMScriptArguments(data=["org/a"], model_name_or_path="m").data == "org/a"
     assert name_sources(parse_sources(list(corpora))) == ["one", "two"]
     (tmp_path / "d").mkdir()

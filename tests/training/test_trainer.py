@@ -347,6 +347,7 @@ def test_loss_falls_when_the_trainer_runs_for_a_while(tmp_path, processor):
         ({"emotion_loss_weight": -1.0}, "emotion_loss_weight must be at least 0"),
         ({"unfreeze": ["whisper"]}, "unfreeze has"),
         ({"dimension_loss": "mae"}, "dimension_loss must be"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True in .* leave it out"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tmp_path, settings, message):

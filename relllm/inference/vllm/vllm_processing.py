@@ -62,7 +62,7 @@ class ReLLMProcessingInfo(BaseProcessingInfo):
     def longest_clip(self, seq_len: int) -> int:
         """Count the samples of the longest clip, in whole seconds, that is allowed and fits into so many positions."""
         extractor = self.extractor
-        seconds = int(extractor.max_duration_s)
+        seconds = int(min(extractor.max_duration_s, seq_len))  # a second takes a position or more
         while seconds > 1 and extractor.count_clip(seconds * extractor.sampling_rate) > seq_len:
             seconds -= 1
         return seconds * extractor.sampling_rate

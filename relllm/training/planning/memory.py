@@ -7,8 +7,8 @@ row; c bytes of an activation (2 under bfloat16, else 4). What autograd keeps of
     norms      2 · 4d                             float32 input of both RMS norms
     attention  4cq + cS                           query, repeated key and value, output; the padding mask as numbers
     MLP        3cf                                gate, its activation, up; a layer without a gate keeps 2cf
-    LoRA       inputs of A + c·r for each target  shared by the targets of one input; a copy after dropout, whose
-                                                  mask is one byte more, or a cast (bfloat16)
+    LoRA       inputs of A + c·r for each target  c·r at all positions; inputs only where it acts, one for all targets
+                                                  of it: a copy after dropout, whose mask is one byte more, or a cast
 
 A frozen linear layer keeps nothing of its input; an unfrozen one keeps it (2cd + cq + cf a layer, and cd for each
 norm). With gradient checkpointing a layer keeps its input (cd), and one layer at a time is whole. Logits are tiled by
