@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,7 +45,11 @@ def write_card(facts: CorpusFacts, report: Mapping, path: Path) -> None:
         emotions=order_emotions([name for split in splits.values() for name in split["emotions"]]),
         dimensions=DIMENSIONS,
         unlabelled=UNLABELLED,
-        made={name: report["settings"][name] for name in _PUBLIC_SETTINGS if name in report["settings"]},
+        made={
+            name: json.dumps(report["settings"][name], ensure_ascii=False)
+            for name in _PUBLIC_SETTINGS
+            if name in report["settings"]
+        },
         hours=_hours,
     )
     path.write_text(str(card), encoding="utf-8")

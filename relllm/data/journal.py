@@ -96,8 +96,16 @@ def write_rows(rows: Dataset, path: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Return the object in a file; empty where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Return the object in a file; empty where there is no file. What is no object is a `ValueError`."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}. Write it anew, or delete it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object. Write it anew, or delete it.")
+    return content
 
 
 def write_json(content: Mapping[str, object], path: Path) -> None:
@@ -154,7 +162,10 @@ def audio_fingerprint(rows: Dataset) -> str | None:
     parts = [pc.binary_length(clips), *(pc.binary_slice(clips, start, start + 64) for start in (4096, -4160))]
     if rows._indices is not None:  # of rows that were selected
         parts = [part.take(rows._indices.column(0)) for part in parts]
-    return digest_values(zip(*(part.to_pylist() for part in parts), strict=True))
+    digest = hashlib.sha256()
+    for row in zip(*(part.to_pylist() for part in parts), strict=True):
+        digest.update(repr(row).encode())
+    return digest.hexdigest()[:16]
 
 
 def report_path(out: Path) -> Path:

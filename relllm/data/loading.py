@@ -300,7 +300,7 @@ def _choose(loaded: dict | Rows, split: str | None, source: str) -> Rows:
             for dimension in DIMENSIONS:  # whole numbers in one split, fractions in the next
                 if (part.features or {}).get(dimension) not in (None, Value("float64")):
                     part = part.cast_column(dimension, Value("float64"))
-            parts.append(add_column(part, "split", name))
+            parts.append(add_column(normalize_columns(part), "split", name))
         return concatenate_datasets(parts)
     if isinstance(loaded, dict):
         if split in loaded:
@@ -312,6 +312,8 @@ def _choose(loaded: dict | Rows, split: str | None, source: str) -> Rows:
         [loaded] = loaded.values()
     if split is None:
         return loaded
+    if loaded.features and not isinstance(loaded, Dataset):
+        loaded = loaded.decode(False)  # `filter` would decode the audio
     if "split" not in (loaded.features or {}):
         found: list[str] = []
     elif isinstance(loaded, Dataset):

@@ -76,12 +76,12 @@ def mix_rows(parts: Mapping[str, Rows], weights: Sequence[float], *, seed: int) 
     fitted = []
     for part in parts.values():
         part = part.select_columns([name for name in part.features or {} if name in READ])
-        for name in part.features.keys() & set(DIMENSIONS):  # whole numbers in one, fractions in the next
-            part = part.cast_column(name, Value("float64"))
+        for name in DIMENSIONS:  # whole numbers in one, fractions in the next
+            part = part.cast_column(name, Value("float64")) if name in part.features else part
         if part.features.get("audio") == Value("string"):  # paths in one, bytes in the next
             part = part.cast_column("audio", Audio(decode=False))
         fitted.append(part)
-    for name in READ - {"audio"}:
+    for name in sorted(READ - {"audio"}):
         found = {label: one.features[name] for label, one in zip(parts, fitted, strict=True) if name in one.features}
         kinds = [kind for kind in found.values() if getattr(kind, "dtype", None) != "null"]  # a column without values
         if any(kind != kinds[0] for kind in kinds):

@@ -15,7 +15,7 @@ from relllm.labels import DIMENSIONS, EMOTIONS, FURTHER_EMOTIONS
 
 from .rows import UNSPLIT, Corpus
 
-FORMAT = "relllm-data-2"  # raise it when the same rows would give other bytes
+FORMAT = "relllm-data-3"  # raise it when the same rows would give other bytes
 UNLABELLED = "unlabelled"
 
 

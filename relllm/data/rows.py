@@ -129,7 +129,7 @@ def validate_row(row: Mapping[str, object], own_emotions: Collection[str] = ()) 
         raise ValueError(f"Row {row_id!r}: unknown columns {unknown}; expected {list(COLUMNS)}. Rename or drop them.")
     if row.get("audio") in (None, ""):
         raise ValueError(f"Row {row_id!r}: no audio. Give a path, a waveform, or leave the row out.")
-    for column in row.keys() - {"id", "audio", *DIMENSIONS}:
+    for column in [name for name in row if name not in ("id", "audio", *DIMENSIONS)]:  # the first of the row is named
         value, is_list = row[column], column in LIST_COLUMNS
         parts = value if is_list and isinstance(value, list) else [value]
         if value is not None and (

@@ -120,6 +120,7 @@ def test_mandarin_is_read_on_request(tmp_path: Path, encoding: str) -> None:
     assert [(row["text"], row["emotion"], row["language"]) for row in mandarin.rows] == [
         ("打远一看，它们很是美丽。", "neutral", "zh")
     ]
+    assert "Emotions in the transcripts that are not compared with the number: '中立' (1 lines)." in mandarin.notes
     assert mandarin.facts.language == "zh"
     assert len(parse_esd(EsdSettings(tree, label_set="5", language="all")).rows) == 2
     assert parse_esd(EsdSettings(write_esd(tmp_path / "english"), label_set="5")).facts.language == "en"

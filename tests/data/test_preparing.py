@@ -109,8 +109,9 @@ def test_the_report_counts_what_is_there(corpus: Corpus, tmp_path: Path, no_plot
 
 
 def test_the_card_has_terms_and_counts_but_no_utterance(corpus: Corpus, tmp_path: Path, no_plots: None) -> None:
-    prepare(corpus, tmp_path / "out")
+    prepare(corpus, tmp_path / "out", emotions=("it's <ärgerlich>=angry",))
     card = (tmp_path / "out/README.md").read_text()
+    assert """- emotions: `["it's <ärgerlich>=angry"]`\n""" in card
     assert "Keep it to yourselves." in card and "| sad | 2 | 1 |" in card and "| no label | 1 |" in card
     for private in (SECRET, str(tmp_path), *(row["id"] for row in corpus.rows)):
         assert private not in card
@@ -138,8 +139,9 @@ def test_pictures_are_drawn_of_what_is_labelled(corpus: Corpus, tmp_path: Path) 
 def test_rows_without_a_split_are_found_without_naming_one(corpus: Corpus, tmp_path: Path, no_plots: None) -> None:
     for row in corpus.rows:
         row["split"] = None
-    prepare(corpus, tmp_path / "out")
+    prepare(corpus, tmp_path / "out", embed_audio=True)
     assert load_corpus(tmp_path / "out")["split"] == [None] * 7
+    assert len(list(load_corpus(tmp_path / "out", "train", streaming=True))) == 7
 
 
 # --- audio -----------------------------------------------------------------------------------------------------------
@@ -355,7 +357,7 @@ def test_a_data_set_of_an_earlier_release_loads_and_is_not_overwritten(
     for path in (tmp_path / "out/data").glob("*.parquet"):
         pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).drop_columns(new), path)
     report = tmp_path / "out/report.json"
-    report.write_text(report.read_text().replace("relllm-data-2", "relllm-data-1"))
+    report.write_text(report.read_text().replace("relllm-data-3", "relllm-data-2"))
     rows = load_corpus(tmp_path / "out", "all")
     assert len(rows) > 0 and not set(new) & set(rows.column_names)
     with pytest.raises(FileExistsError, match="a data set that another release prepared"):

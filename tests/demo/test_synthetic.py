@@ -220,6 +220,7 @@ def test_replies_ask_about_the_topic_and_sentences_name_no_emotion() -> None:
         ({"valence": float("nan")}, "Row 'a1': valence is nan"),
         ({"dominance": "0.5"}, "Row 'a1': dominance is '0.5'"),
         ({"speaker": 3}, "Row 'a1': speaker is 3, expected a string"),
+        ({"style": 3, "text": 3, "gender": 3, "events": "x"}, "Row 'a1': style is 3"),  # the first of the row
         (
             {"dimension_source": "guess"},
             "Row 'a1': dimension_source is 'guess', expected 'label', 'pseudo:<model id>'",

@@ -132,6 +132,10 @@ def test_a_run_of_another_model_or_an_unfinished_one_is_no_evidence(model: Path,
     run = save_run(tmp_path / "run", "sha256:" + "0" * 64)
     with pytest.raises(ValueError, match="measured another model"):
         write_model_card(CardSettings(model, [run]))
+    for content, message in (("{", "metrics.json is no JSON"), ("[]", "metrics.json holds a list, expected")):
+        (run / "metrics.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            write_model_card(CardSettings(model, [run]))
     (run / "metrics.json").unlink()
     with pytest.raises(FileNotFoundError, match="not finished"):
         write_model_card(CardSettings(model, [run]))
@@ -146,6 +150,10 @@ def test_a_metric_without_a_run_stops_a_push(model: Path, tmp_path: Path) -> Non
         check_card(model)
     (model / "README.md").write_text(card.replace("A speech LLM", "My speech LLM"))
     check_card(model)  # words are the publisher's own
+    for content, message in (("{", "evaluation.json is no JSON"), ("[]", "evaluation.json holds a list, expected")):
+        (model / "evaluation.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            check_card(model)
     (model / "evaluation.json").unlink()
     with pytest.raises(ValueError, match="no run in evaluation.json"):
         check_card(model)

@@ -15,6 +15,7 @@ from trainers import make_rows, make_trainer
 from relllm.data.loading import load_corpus
 from relllm.data.mixing import DataSource, mix_rows, name_sources, parse_sources
 from relllm.data.survey import survey_rows
+from relllm.labels import DIMENSIONS
 from relllm.training.baselines.text_training import parse_text_arguments, run_text_training
 from relllm.training.checkpoints import RECORD_NAME, describe_origin
 from relllm.training.config import ReLLMScriptArguments
@@ -205,8 +206,13 @@ def test_data_sets_are_named_in_one_line_or_in_a_list(corpora, tmp_path: Path) -
         name_sources(parse_sources(f"{a},{a}"))
 
 
-def test_a_column_of_two_kinds_is_refused_by_name(tmp_path: Path) -> None:
-    one, two = ({"id": "x", "audio": "a.wav", "emotion": value} for value in ("sad", ["sad"]))
-    parts = {"one": Dataset.from_list([one]), "two": Dataset.from_list([two])}
+def test_columns_are_gone_through_in_one_order_and_one_of_two_kinds_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of a set is another in each process, and with it the fingerprint in the cache, and the message."""
+    casts, cast_column = [], Dataset.cast_column
+    monkeypatch.setattr(Dataset, "cast_column", lambda rows, *to: casts.append(to[0]) or cast_column(rows, *to))
+    numbers = dict.fromkeys(DIMENSIONS, 1)
+    rows = [dict.fromkeys(("text", "speaker", "emotion"), value) | numbers for value in ("sad", ["sad"])]
+    parts = {"one": Dataset.from_list(rows[:1]), "two": Dataset.from_list(rows[1:])}
     with pytest.raises(ValueError, match="column 'emotion' is of different kinds: .* in one; .* in two"):
         mix_rows(parts, [1, 1], seed=0)
+    assert casts == [*DIMENSIONS, *DIMENSIONS]

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,7 +161,7 @@ def _read_number(number: int) -> tuple[str, str]:
 
 def _read_transcripts(root: Path, speakers: list[str], corpus: Corpus) -> dict[str, _Line]:
     lines: dict[str, _Line] = {}
-    guessed = []
+    guessed, strange = [], []
     texts = {name: folder / name for folder in _walk(root) for name in parsing.list_folder(folder)[1]}
     for speaker in speakers:
         path = texts.get(f"{speaker}.txt")
@@ -179,9 +180,13 @@ def _read_transcripts(root: Path, speakers: list[str], corpus: Corpus) -> dict[s
             elif parsed and (first := lines.get(parsed[1])):
                 corpus.dropped.append(Dropped(where, parsing.REPEATED, f"{parsed[1]}, first in {first.where}"))
             elif parsed:
-                emotion = (parsed[3] or parsed[4]).lower()
-                lines[parsed[1]] = _Line(parsed[2], emotion if emotion in BLOCKS else None, where)
+                name = parsed[3] or parsed[4]
+                emotion = name.lower() if name.lower() in BLOCKS else None
+                strange += [] if emotion else [name]
+                lines[parsed[1]] = _Line(parsed[2], emotion, where)
     parsing.note(corpus, guessed, "Transcripts that are not UTF-8 were read: {names}.")
+    unknown = (f"{name!r} ({count:,} lines)" for name, count in Counter(strange).items())
+    parsing.note(corpus, unknown, "Emotions in the transcripts that are not compared with the number: {names}.")
     return lines
 
 
