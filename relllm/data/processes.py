@@ -71,11 +71,11 @@ def run_ahead(
 
 
 def _begin_process() -> None:
-    """Take one thread, leave Ctrl-C to the first process, and end with it."""
+    """Take one thread; end with Ctrl-C, of which the first process speaks, and with that process."""
     import torch
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -8,6 +8,7 @@ learn to hear. One folder for each step; a step that is done is not done again.
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from rich.console import Console
 from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from relllm.data.processes import available_cores, run_in_processes
 from relllm.labels import EMOTIONS
 from relllm.modeling.configuration_relllm import ReLLMEmotionConfig
 from relllm.modeling.emotion_tower_relllm import ReLLMEmotionModel
@@ -45,6 +47,7 @@ SPEECH_TRAINING = {  # what the card says of it
     **LORA,
 }
 SYSTEMS = {"text-only": "llm", "speech-only": "speech-only", "re-llm": "re-llm"}  # and their folders
+TOGETHER = (("llm", "emotion-tower"), ("re-llm", "speech-only"))  # trained at a time, each on one thread
 HEARING = ("speech-only", "re-llm")  # those with heads, which read all test clips
 ASKED = 200  # the test clips that are asked about in words: one of each voice, sentence and emotion
 
@@ -54,19 +57,17 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
     started = time.monotonic()
     out = settings.output_dir
     claim_folder(out, {**asdict(settings), "output_dir": None})
-    set_seed(settings.seed)
-    sizes = {entry.name: getattr(settings, entry.name) for entry in fields(CorpusSize)}
-    corpus = synthesize_corpus(SyntheticSettings(output_dir=out / "corpus", **sizes))
-    steps: list[tuple[str, str, Callable[[Path], None]]] = [
-        ("llm", "a small LLM learns the replies as text", lambda path: _train_llm(corpus, settings, path)),
-        ("emotion-tower", "it learns the dimensions", lambda path: _train_tower(corpus, settings, path)),
-        ("re-llm", "RE-LLM learns to hear", lambda path: _train_speech(corpus, settings, path, "concat")),
-        ("speech-only", "its baseline without the tower", lambda path: _train_speech(corpus, settings, path, "none")),
-    ]
-    # oneDNN prepares a kernel for each new shape, and clips of a new length come to the end: 40 % of the time.
-    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
-        for name, what, make in steps:
-            once(out / name, what, make, console)
+    corpus = _make_corpus(settings)
+    for names in TOGETHER:
+        for name in names:
+            if (out / name).exists():
+                console.print(f"{name}: there already", style="green")
+            else:
+                console.rule(f"{name}: {STEPS[name][0]}")
+        missing = [name for name in names if not (out / name).exists()]
+        num_proc = max(1, min(len(missing), available_cores()))
+        for name, _ in run_in_processes(partial(_train, settings), missing, num_proc, preload=__name__):
+            console.print(f"{name}: done", style="green")
     words: dict = {"tasks": ("ser",), "ways": ("generated", "likelihood"), "limit": ASKED}
     metrics: dict = {}  # of the heads, where there are any
     for where, systems, options in ((out, tuple(SYSTEMS), words), (out / "heads", HEARING, {"ways": ("head",)})):
@@ -78,6 +79,19 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
     show_replies(corpus["test"], out, console)
     console.print(f"Everything lies in {out}; {time.monotonic() - started:.0f} s in this run.")
     return has_learned(metrics["re-llm"], console)
+
+
+def _make_corpus(settings: DemoSettings) -> DatasetDict:
+    sizes = {entry.name: getattr(settings, entry.name) for entry in fields(CorpusSize)}
+    return synthesize_corpus(SyntheticSettings(output_dir=settings.output_dir / "corpus", **sizes))
+
+
+def _train(settings: DemoSettings, name: str) -> None:
+    """Make one of `STEPS`, in whichever process."""
+    corpus, (what, train) = _make_corpus(settings), STEPS[name]
+    # oneDNN prepares a kernel for each new shape, and clips of a new length come to the end: 40 % of the time.
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        once(settings.output_dir / name, what, partial(train, corpus, settings), Console(quiet=True))
 
 
 def _train_llm(corpus: DatasetDict, settings: DemoSettings, path: Path) -> None:
@@ -134,7 +148,7 @@ def train_emotion_tower(rows: Dataset, arguments: TrainingArguments, path: Path,
     trainer.save_model(str(path))
 
 
-def _train_speech(corpus: DatasetDict, settings: DemoSettings, path: Path, fusion: str) -> None:
+def _train_speech(corpus: DatasetDict, settings: DemoSettings, path: Path, *, fusion: str) -> None:
     """RE-LLM on the trained parts. The speech tower is fresh (nothing pretrained is at hand), so it trains as well."""
     set_seed(settings.seed)
     llm, tower = settings.output_dir / "llm", settings.output_dir / "emotion-tower"
@@ -162,10 +176,19 @@ def _train_speech(corpus: DatasetDict, settings: DemoSettings, path: Path, fusio
     trainer.save_model(str(path))
 
 
+STEPS: dict[str, tuple[str, Callable[[DatasetDict, DemoSettings, Path], None]]] = {
+    "llm": ("a small LLM learns the replies as text", _train_llm),
+    "emotion-tower": ("it learns the dimensions", _train_tower),
+    "re-llm": ("RE-LLM learns to hear", partial(_train_speech, fusion="concat")),
+    "speech-only": ("its baseline without the tower", partial(_train_speech, fusion="none")),
+}
+
+
 def _arguments(settings: DemoSettings, path: Path, *, epochs: float) -> dict:
     """Return what all three trainings share."""
     return {
         "output_dir": str(path),
+        "disable_tqdm": path.stem in [beside for _, beside in TOGETHER],  # one bar for two trainings
         "num_train_epochs": epochs,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "cosine",
