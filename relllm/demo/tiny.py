@@ -59,12 +59,12 @@ def run_demo(settings: DemoSettings, console: Console) -> bool:
     claim_folder(out, {**asdict(settings), "output_dir": None})
     corpus = _make_corpus(settings)
     for names in TOGETHER:
-        for name in names:
-            if (out / name).exists():
-                console.print(f"{name}: there already", style="green")
-            else:
-                console.rule(f"{name}: {STEPS[name][0]}")
         missing = [name for name in names if not (out / name).exists()]
+        for name in names:
+            if name in missing:
+                console.rule(f"{name}: {STEPS[name][0]}")
+            else:
+                console.print(f"{name}: there already", style="green")
         num_proc = max(1, min(len(missing), available_cores()))
         for name, _ in run_in_processes(partial(_train, settings), missing, num_proc, preload=__name__):
             console.print(f"{name}: done", style="green")
